@@ -1,0 +1,116 @@
+"""Data as an objective hands it over: named tensors in three splits, checked once, known by a fingerprint."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from hpo.errors import DataError
+
+
+def data_home() -> Path:
+    """Return the folder of all data sets: `HPO_DATA_HOME`, else `~/.cache/hpo`; in it `sklearn/` and `torchvision/`."""
+    return Path(os.environ.get("HPO_DATA_HOME") or "~/.cache/hpo").expanduser()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """N examples. `inputs` are named tensors of shape (N, ...); `targets` (N,) of classes or (N, T) of numbers."""
+
+    inputs: Mapping[str, Tensor]
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def to(self, device: torch.device) -> "Split":
+        """Return this split on `device`."""
+        return Split(inputs={n: x.to(device) for n, x in self.inputs.items()}, targets=self.targets.to(device))
+
+    def through(self, module: nn.Module, rows: int = 8192) -> "Split":
+        """Return this split with its inputs passed once through `module`, `rows` at a time."""
+        names, parts = list(self.inputs), []
+        with torch.no_grad():
+            for start in range(0, len(self), rows):
+                out = module(*(x[start : start + rows] for x in self.inputs.values()))
+                parts.append((out,) if isinstance(out, Tensor) else tuple(out))
+        columns = (torch.cat(column) for column in zip(*parts, strict=True))
+        return replace(self, inputs=dict(zip(names, columns, strict=True)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataInfo:
+    """What a network must know of the data: shapes without the batch axis, and the names of the classes."""
+
+    inputs: Mapping[str, tuple[int, ...]]
+    input_dtypes: Mapping[str, str]
+    feature_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def n_features(self) -> int:
+        """How many numbers one example of the first input has."""
+        return int(torch.Size(next(iter(self.inputs.values()))).numel())
+
+    @property
+    def n_classes(self) -> int:
+        return len(self.class_names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Train, validation and test split apart. No row is in two of them."""
+
+    train: Split
+    valid: Split
+    test: Split
+    feature_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        return {"train": self.train, "valid": self.valid, "test": self.test}
+
+    @property
+    def info(self) -> DataInfo:
+        inputs = self.train.inputs
+        return DataInfo(
+            inputs={name: tuple(x.shape[1:]) for name, x in inputs.items()},
+            input_dtypes={name: str(x.dtype).removeprefix("torch.") for name, x in inputs.items()},
+            feature_names=self.feature_names,
+            class_names=self.class_names,
+        )
+
+    def checked(self, objective: str) -> "Data":
+        """Return this data if every split has rows of one length and finite numbers; else raise DataError."""
+        for name, split in self.splits.items():
+            if len(split) == 0:
+                raise DataError(f"objective {objective}: its {name} split is empty")
+            for column, tensor in {**split.inputs, "targets": split.targets}.items():
+                if len(tensor) != len(split):
+                    raise DataError(f"objective {objective}: in its {name} split, {column} has {len(tensor)} rows, "
+                                    f"but targets has {len(split)}")
+                if tensor.is_floating_point() and not (finite := torch.isfinite(tensor)).all():
+                    bad = (~finite.reshape(len(tensor), -1)).any(1).nonzero()[:, 0]
+                    raise DataError(f"objective {objective}: in its {name} split, {column} holds NaN or infinity in "
+                                    f"{len(bad)} of {len(tensor)} rows (the first: row {int(bad[0])}); drop or impute them")
+        return self
+
+    def for_refit(self) -> "Data":
+        """Return this data with the validation rows added to train; `valid` stays as it is and must not be measured."""
+        both = {n: torch.cat([x, self.valid.inputs[n]]) for n, x in self.train.inputs.items()}
+        targets = torch.cat([self.train.targets, self.valid.targets])
+        return replace(self, train=Split(inputs=both, targets=targets))
+
+    def fingerprint(self) -> str:
+        """Return the first 16 hex digits of a SHA-256 over every tensor of every split."""
+        digest = hashlib.sha256()
+        for name, split in self.splits.items():
+            for column, tensor in {**split.inputs, "targets": split.targets}.items():
+                digest.update(f"{name}/{column}/{tuple(tensor.shape)}/{tensor.dtype}".encode())
+                digest.update(tensor.contiguous().cpu().numpy().data)
+        return digest.hexdigest()[:16]

@@ -1,0 +1,196 @@
+"""A YAML file as plain values, with the line each one stands on.
+
+`read` gives a `Document`: the values, and `line(path)` for messages. Beyond YAML 1.1 it reads `1e-5` as a number,
+takes `${NAME}` and `${NAME:-default}` from the environment, refuses a key written twice, and lets `--set a.b=1`
+replace or add a value. `yaml` is imported here and nowhere else.
+"""
+
+import os
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hpo.errors import Fault, InputError
+
+Path_ = tuple[str | int, ...]
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-5` and `off` as YAML 1.2 does (a number, a word), and leaves dates as text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":float", ":bool"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(inf|Inf|INF))$"
+               r"|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+@dataclass
+class Document:
+    """The values of one YAML file; `faults` are those found while reading it."""
+
+    name: str
+    values: dict[str, Any] = field(default_factory=dict)
+    written: dict[str, Any] = field(default_factory=dict)
+    """The values as they stand in the file, before any override."""
+    faults: list[Fault] = field(default_factory=list)
+    lines: dict[Path_, int] = field(default_factory=dict)
+    overridden: set[Path_] = field(default_factory=set)
+
+    def where(self, path: Path_) -> str:
+        """Return `file:line` of the value at `path`, of the nearest that holds it, or of the --set it came from."""
+        path = tuple(path)
+        for end in range(len(path), 0, -1):
+            if path[:end] in self.overridden:
+                return f"--set {dotted(path[:end])}"
+            if path[:end] in self.lines:
+                return f"{self.name}:{self.lines[path[:end]]}"
+        return f"{self.name}:{self.lines.get((), 1)}"
+
+    def render(self, faults: Sequence[Fault]) -> list[str]:
+        """Return `faults` as `file:line: path: message`, in the order of the file."""
+        def order(fault: Fault) -> tuple[int, int]:
+            known = [end for end in range(len(fault.path), -1, -1) if fault.path[:end] in self.lines]
+            return self.lines[fault.path[:known[0]]] if known else 0, len(fault.path)
+
+        texts = []
+        for fault in sorted(faults, key=order):
+            place = f"{self.where(fault.path)}: " + (f"{dotted(fault.path)}: " if fault.path else "")
+            texts.append(place + fault.message)
+        return list(dict.fromkeys(texts))
+
+
+def dotted(path: Sequence[str | int]) -> str:
+    """Return ("params", "lr", 0) as `params.lr[0]`."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def read(path: Path, overrides: Mapping[str, str] | None = None, environ: Mapping[str, str] = os.environ) -> Document:
+    """Read the file at `path` and lay `overrides` (`{"params.batch_size": "64"}`, values as YAML) over it.
+
+    Raises InputError where there is nothing to read: no such file, not YAML, not a mapping. Everything else that is
+    wrong is in the document's `faults`, so that it is reported together with what the spec finds.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; a study file is YAML, see `hpo run --help`") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path}: is a folder; give the study file in it") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    document = Document(name=str(path))
+    values = _load(text, document)
+    if not isinstance(values, dict):
+        came = "nothing" if values is None else type(values).__name__
+        raise InputError(f"{path}: a study file is a mapping (`objective: breast_cancer`), but it holds {came}")
+    document.values, document.written = values, deepcopy(values)
+    for key, value in (overrides or {}).items():
+        _override(document, key, value)
+    document.values = _expand(document.values, (), document, environ)
+    return document
+
+
+def _load(text: str, document: Document) -> Any:
+    """Return the values of `text`, noting lines and double keys in `document`."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _walk(node, (), document, set())
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f"{document.name}:{mark.line + 1}" if mark else document.name
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"{at}: not YAML: {problem}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{document.name}: not YAML: {error}") from error
+    finally:
+        loader.dispose()
+
+
+def _walk(node: yaml.Node, path: Path_, document: Document, above: set[int]) -> None:
+    document.lines.setdefault(path, node.start_mark.line + 1)
+    if id(node) in above:
+        raise ValueError(f"{dotted(path)} holds itself")
+    above = above | {id(node)}
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            _walk(item, (*path, index), document, above)
+    elif isinstance(node, yaml.MappingNode):
+        seen: dict[Hashable, int] = {}
+        for key, value in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in seen:
+                document.faults.append(Fault(path=(*path, name), message=f"is written twice, first in line {seen[name]}"))
+            seen[name] = line
+            document.lines[(*path, name)] = line
+            _walk(value, (*path, name), document, above)
+
+
+def _override(document: Document, key: str, text: str) -> None:
+    path = tuple(key.split("."))
+    target = document.values
+    for part in path[:-1]:
+        if target.get(part) is None:
+            target[part] = {}
+        target = target[part]
+        if not isinstance(target, dict):
+            raise InputError(f"--set {key}={text}: {part} is no mapping, so nothing can be set in it")
+    try:
+        target[path[-1]] = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {key}={text}: the value is not YAML: {str(error).splitlines()[0]}") from error
+    document.overridden.add(path)
+
+
+def _expand(value: Any, path: Path_, document: Document, environ: Mapping[str, str]) -> Any:
+    """Return `value` with the `${NAME}` in its strings taken from `environ`; a string that was one is read as YAML."""
+    if isinstance(value, dict):
+        return {str(key): _expand(item, (*path, str(key)), document, environ) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, (*path, index), document, environ) for index, item in enumerate(value)]
+    if not isinstance(value, str) or "${" not in value:
+        return value
+
+    def substitute(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        if name not in environ and default is None:
+            message = f"the environment variable {name} is not set; set it, or write ${{{name}:-default}}"
+            document.faults.append(Fault(path=path, message=message))
+        return environ.get(name, default or "")
+
+    expanded = _VARIABLE.sub(substitute, value)
+    if _VARIABLE.fullmatch(value) and (number := _scalar(expanded)) is not None:
+        return number
+    return expanded
+
+
+def _scalar(text: str) -> int | float | bool | None:
+    """Return the number or boolean that `text` is in YAML, so that `trials: ${N}` is one; None for any other text."""
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        return None
+    return value if isinstance(value, int | float) else None

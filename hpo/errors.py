@@ -1,0 +1,82 @@
+"""The errors that a user may see, and the exit status of each.
+
+    HpoError                    1  something went wrong that is no bug of ours
+    +-- InputError              2  what the user gave is at fault: nothing was run, nothing was lost
+    |   +-- SpecError           2  study.yaml: all of its faults at once, each with file and line
+    |   +-- DataError           2  data that is missing, corrupted, or holds NaN
+    |   +-- StorageError        2  a storage that cannot be opened or is not ours to use
+    +-- ExportError             1  an export that is not equal to the model that was measured
+    +-- Interrupted           130  Ctrl-C or SIGTERM: the running trial was given back
+
+A password in an address never reaches a message: each message passes through `masked`.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+
+def masked(text: str) -> str:
+    """Return `text` with the password of every address in it replaced by `***`."""
+    text = re.sub(r"(\w[\w+.-]*://[^\s/:@]*):\S*@", r"\1:***@", text)
+    return re.sub(r"(?i)([?&](?:password|passwd|pwd|token|secret)=)[^&\s'\"]+", r"\1***", text)
+
+
+class HpoError(Exception):
+    """Base of all errors shown to a user without a traceback."""
+
+    exit_status = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(masked(message))
+
+
+class InputError(HpoError):
+    """What the user gave is at fault."""
+
+    exit_status = 2
+
+
+class DataError(InputError):
+    """Data is missing, corrupted, or not usable."""
+
+
+class StorageError(InputError):
+    """A storage cannot be opened, or holds something else."""
+
+
+class ExportError(HpoError):
+    """What was exported is not the model that was measured."""
+
+
+class Interrupted(HpoError):
+    """The user asked to stop; what was running has been given back to the queue."""
+
+    exit_status = 130
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One thing that is wrong with a study file.
+
+    `path` is where in the file (("params", "lr", "low")); `message` says the rule, what came and what to do.
+    """
+
+    path: tuple[str | int, ...]
+    message: str
+
+
+class SpecError(InputError):
+    """All the faults of a study file; `lines` are `file:line: path: rule, got, hint`."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.lines = tuple(masked(line) for line in lines)
+        super().__init__("\n".join(self.lines))
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Return ` (did you mean "x"?)` for the nearest of `known`, or the list of them where none is near."""
+    known = list(known)
+    near = get_close_matches(str(name), known, n=1, cutoff=0.6)
+    return f'; did you mean "{near[0]}"?' if near else f"; known: {', '.join(known) or 'none'}"

@@ -1,0 +1,58 @@
+"""Wisconsin breast cancer: malignant or benign from 30 measurements; an MLP 30-24-24-1."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from sklearn.datasets import load_breast_cancer
+from torch import nn
+from torch.nn import functional as F
+from torchmetrics.classification import BinaryAccuracy, BinaryAUROC
+
+from hpo.objective import Objective
+from objectives.datasets import tabular_splits
+from objectives.models import MLP, Standardize
+
+
+@dataclass(frozen=True)
+class Options:
+    """`model` is the documented network."""
+
+    model: Literal["mlp"] = "mlp"
+
+
+class BreastCancer(Objective):
+    """569 x 30; 20% test with `random_state=0`, a fifth of the rest for validation; standardised on train."""
+
+    Options = Options
+    defaults = {
+        "optimizer": "adam", "learning_rate": 1e-3, "weight_decay": 0.0, "batch_size": 64, "n_hidden": 24,
+    }
+    space = {
+        "learning_rate": {"type": "float", "low": 1e-4, "high": 3e-2, "log": True},
+        "weight_decay": {"type": "float", "low": 1e-6, "high": 1e-1, "log": True, "or": 0},
+        "n_hidden": {"type": "int", "low": 8, "high": 64},
+    }
+
+    def data(self):
+        bunch = load_breast_cancer()
+        targets = torch.from_numpy(bunch.target).float().unsqueeze(1)
+        return tabular_splits(
+            bunch.data, targets, test=0.2, valid=0.2, random_state=0, stratify=True,
+            feature_names=tuple(map(str, bunch.feature_names)), class_names=tuple(map(str, bunch.target_names)),
+        )
+
+    def build(self, params, info):
+        return MLP(info.n_features, [params["n_hidden"]] * 2, 1)
+
+    def loss(self, outputs, targets, params):
+        return F.binary_cross_entropy_with_logits(outputs, targets)
+
+    def metrics(self):
+        return {"accuracy": BinaryAccuracy(), "auroc": BinaryAUROC()}
+
+    def preprocess(self, train):
+        return Standardize(train.inputs["features"])
+
+    def head(self):
+        return nn.Sigmoid()
