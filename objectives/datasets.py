@@ -17,11 +17,12 @@ def tabular_splits(
     features: np.ndarray, targets: torch.Tensor, *, test: float, valid: float, random_state: int,
     feature_names: tuple[str, ...], class_names: tuple[str, ...] = (), stratify: bool = False,
 ) -> Data:
-    """Return `features` (N, F) as float32 in three splits: `test` of all rows, then `valid` of those that are left."""
+    """Return `features` (N, F) as float32 in three splits: `test` of all rows, then `valid` of those that are left.
+
+    The test rows are the documented ones; `stratify` keeps the classes' shares equal in train and validation.
+    """
     labels = targets.numpy().ravel() if stratify else None
-    rest, test_rows = train_test_split(
-        np.arange(len(features)), test_size=test, random_state=random_state, stratify=None
-    )
+    rest, test_rows = train_test_split(np.arange(len(features)), test_size=test, random_state=random_state)
     train_rows, valid_rows = train_test_split(
         rest, test_size=valid, random_state=random_state, stratify=None if labels is None else labels[rest]
     )

@@ -1,0 +1,89 @@
+"""The engine's own hyperparameters, and torch.optim's optimizers made of them."""
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpo.errors import Fault, did_you_mean
+
+DEFAULTS: Mapping[str, Any] = {"optimizer": "adam", "learning_rate": 1e-3, "batch_size": 64}
+"""What every study has, whatever its objective says."""
+ARGUMENTS: Mapping[str, str] = {
+    "learning_rate": "lr", "weight_decay": "weight_decay", "momentum": "momentum", "nesterov": "nesterov",
+    "dampening": "dampening", "beta1": "betas", "beta2": "betas", "eps": "eps", "alpha": "alpha", "rho": "rho",
+    "amsgrad": "amsgrad", "centered": "centered",
+}
+"""Names of the optimizer's hyperparameters, and the argument of torch.optim's class each one is."""
+NAMES = (*DEFAULTS, *(name for name in ARGUMENTS if name not in DEFAULTS))
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer] | None:
+    """Return the class of torch.optim of that name, in whatever case it is written (`adamw`, `SGD`); None: no such."""
+    classes = _classes()
+    return classes.get(str(name).lower())
+
+
+def _classes() -> dict[str, type[torch.optim.Optimizer]]:
+    return {
+        key.lower(): value for key, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+    }
+
+
+def make(params: Mapping[str, Any], weights: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return the optimizer that `params` name, with those of its hyperparameters that they hold.
+
+    A parameter that this optimizer does not take (`momentum` with adam) is left out: in a space that searches over
+    optimizers it belongs to another one. `fused` is on wherever torch has it: it is the faster code for the same step.
+    """
+    cls = optimizer_class(params["optimizer"])
+    assert cls is not None, "hpo.plan refuses unknown optimizers"
+    accepted = inspect.signature(cls).parameters
+    arguments: dict[str, Any] = {}
+    for name, argument in ARGUMENTS.items():
+        if name in params and argument in accepted and argument != "betas":
+            arguments[argument] = params[name]
+    if "betas" in accepted and ("beta1" in params or "beta2" in params):
+        default = accepted["betas"].default
+        arguments["betas"] = (params.get("beta1", default[0]), params.get("beta2", default[1]))
+    weights = list(weights)
+    if "fused" in accepted and all(w.is_floating_point() for w in weights):
+        arguments["fused"] = True
+    return cls(weights, **arguments)
+
+
+def faults(values: Mapping[str, list[Any]]) -> list[Fault]:
+    """Return what is wrong with the engine's own params, given every value (or both ends) that each can have."""
+    found = []
+    known = _classes()
+    optimizers = [str(name) for name in values["optimizer"]]
+    for name in optimizers:
+        if name.lower() not in known:
+            message = f"there is no torch.optim class {name!r}{did_you_mean(name.lower(), known)}"
+            found.append(Fault(path=("params", "optimizer"), message=message))
+    accepted = {a for name in optimizers if name.lower() in known for a in inspect.signature(known[name.lower()]).parameters}
+    for name in values:
+        argument = ARGUMENTS.get(name)
+        if argument and accepted and argument not in accepted:
+            message = f"{' and '.join(optimizers)} takes no {argument}; remove it, or choose an optimizer that does"
+            found.append(Fault(path=("params", name), message=message))
+    rules = {
+        "batch_size": (lambda v: type(v) is int and v >= 1, "a whole number of at least 1"),
+        "learning_rate": (lambda v: _number(v) and v > 0, "a number above 0"),
+        "weight_decay": (lambda v: _number(v) and v >= 0, "a number of at least 0"),
+        "momentum": (lambda v: _number(v) and 0 <= v, "a number of at least 0"),
+        "beta1": (lambda v: _number(v) and 0 <= v < 1, "a number in [0, 1)"),
+        "beta2": (lambda v: _number(v) and 0 <= v < 1, "a number in [0, 1)"),
+    }
+    for name, (holds, rule) in rules.items():
+        for value in values.get(name, []):
+            if not holds(value):
+                found.append(Fault(path=("params", name), message=f"must be {rule}, but got {value!r}"))
+    return found
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

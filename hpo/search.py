@@ -1,0 +1,430 @@
+"""The Optuna side of a study: the budget, claims and leases, ask, report and tell.
+
+Everything goes through Optuna's storage interface, so the dashboard shows it all. The budget is a queue of WAITING
+trials; a claim is the storage's own compare-and-set WAITING -> RUNNING; a lease is an attribute of the running trial
+(whose, until when), renewed by a thread. A trial whose lease ran out, or that was interrupted, becomes FAIL, and a
+successor that names it (`retry_of`) takes over its place in the budget. Params are sampled when a trial is claimed.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from hpo.errors import InputError
+from hpo.samplers import make_pruner, make_sampler
+from hpo.seeds import derive
+from hpo.space import Space
+from hpo.spec import StudySpec
+from hpo.storage import exclusive, exists, open_storage
+
+LEASE_SECONDS = 60
+MAX_ATTEMPTS = 3
+"""How often a trial whose worker dies is tried in all: it may be the trial that kills it."""
+_QUEUE_CHUNK = 100
+_IDENTITY, _LEASE = "hpo:identity", "hpo:lease"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A trial that is ours to train. `number` is Optuna's; `seed` is the one its weights are drawn from."""
+
+    number: int
+    seed: int
+    params: Mapping[str, Any]
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """A study's trials by state. A trial that a successor replaced is none of them."""
+
+    complete: int
+    pruned: int
+    failed: int
+    running: int
+    waiting: int
+
+    @property
+    def finished(self) -> int:
+        return self.complete + self.pruned + self.failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """A trial in progress, as another process sees it. `epoch` counts finished epochs."""
+
+    number: int
+    epoch: int
+    value: float | None
+    worker: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """A finished trial: its value, all of its params, and at which epoch (counted from 0) it had that value."""
+
+    number: int
+    value: float
+    params: Mapping[str, Any]
+    epoch: int
+    seed: int
+    metrics: Mapping[str, float]
+
+
+def identity(spec: StudySpec, space: Space, metric: str) -> dict[str, Any]:
+    """Return what must not change while a study goes on, as plain values: its trials would not compare."""
+    plain = {
+        "objective": spec.objective, "options": spec.options, "metric": metric, "value": spec.value,
+        "epochs": spec.epochs, "seed": spec.seed, "params": space.identity(),
+    }
+    return json.loads(json.dumps(plain))  # as the storage gives it back
+
+
+class Search:
+    """One study in its storage. Make it with `open_search`."""
+
+    def __init__(self, study: optuna.Study, storage: RDBStorage, spec: StudySpec, space: Space, metric: str) -> None:
+        self.study, self.storage, self.spec, self.space = study, storage, spec, space
+        self.metric = metric
+        self.maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
+        self._study_id = storage.get_study_id_from_name(study.study_name)
+        self._claimed: dict[int, Trial] = {}
+        self._lease = _LeaseKeeper(storage)
+
+    # The budget: which trials count, and which are still to come.
+
+    def trials(self) -> list[FrozenTrial]:
+        """Return the trials that take a place in the budget, in the order of their numbers."""
+        return _places(self.storage.get_all_trials(self._study_id, deepcopy=False))
+
+    def counts(self) -> Counts:
+        states = [trial.state for trial in self.trials()]
+        complete, pruned, failed, running = (
+            states.count(s) for s in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.RUNNING)
+        )
+        waiting = max(0, self.spec.trials - complete - pruned - failed - running)
+        return Counts(complete=complete, pruned=pruned, failed=failed, running=running, waiting=waiting)
+
+    def _fill_queue(self) -> None:
+        """Queue trials up to the budget (a chunk at a time), or withdraw those that are queued beyond it."""
+        with exclusive(self.spec.storage):
+            self._reclaim()
+            places = self.trials()
+            started = {trial.user_attrs.get("start_with") for trial in places}
+            starts = [i for i in range(len(self.spec.start_with)) if i not in started]
+            for _ in range(min(self.spec.trials - len(places), _QUEUE_CHUNK)):
+                start = starts.pop(0) if starts else None
+                config = {} if start is None else self.space.queued(self.spec.start_with[start])
+                attrs = None if start is None else {"start_with": start}
+                self.study.enqueue_trial(config, user_attrs=attrs)
+            surplus = len(places) - self.spec.trials
+            waiting = [trial for trial in places if trial.state == TrialState.WAITING]
+            for trial in reversed(waiting[-surplus:] if surplus > 0 else []):
+                self.storage.set_trial_user_attr(trial._trial_id, "withdrawn", True)
+                self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+
+    def _reclaim(self) -> None:
+        """Give the places of trials whose worker died to successors. The storage's lock must be held."""
+        now = time.time()
+        for trial in self.trials():
+            if trial.state == TrialState.RUNNING and trial.number not in self._claimed and _is_dead(trial, now):
+                lease = trial.system_attrs.get(_LEASE, {})
+                self._replace(trial, f"worker {lease.get('worker', 'unknown')} died", lease.get("attempt", 1))
+
+    def _replace(self, trial: FrozenTrial, reason: str, attempt: int) -> None:
+        """End `trial` as FAIL and queue its successor; the successor first, so that a crash between loses nothing."""
+        if attempt < MAX_ATTEMPTS:
+            attrs = {"retry_of": trial.number, "attempt": attempt + 1}
+            attrs |= {key: trial.user_attrs[key] for key in ("seed", "start_with") if key in trial.user_attrs}
+            self.study.enqueue_trial(dict(trial.params), user_attrs=attrs)
+        with suppress(UpdateFinishedTrialError):  # a peer was faster
+            self.storage.set_trial_user_attr(trial._trial_id, "error", reason)
+            self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+
+    # Ask, report, tell.
+
+    def ask(self) -> Claim | None:
+        """Claim the next trial of the budget and sample its params; None where there is none left to claim."""
+        waiting = self._waiting()
+        if not waiting or len(self.trials()) > self.spec.trials:
+            self._fill_queue()
+            waiting = self._waiting()
+        for frozen in waiting:
+            with suppress(UpdateFinishedTrialError):
+                if self.storage.set_trial_state_values(frozen._trial_id, TrialState.RUNNING):
+                    return self._claim(frozen)
+        return None
+
+    def _waiting(self) -> list[FrozenTrial]:
+        return [trial for trial in self.trials() if trial.state == TrialState.WAITING]
+
+    def _claim(self, frozen: FrozenTrial) -> Claim:
+        attempt = frozen.user_attrs.get("attempt", 1)
+        self._lease.add(frozen._trial_id, attempt)
+        trial = Trial(self.study, frozen._trial_id)  # what Study.ask does, without making a trial beyond the budget
+        self._claimed[trial.number] = trial
+        seed = frozen.user_attrs.get("seed", derive(self.spec.seed, "init", trial.number))
+        trial.set_user_attr("seed", seed)
+        return Claim(number=trial.number, seed=seed, params=self.space.suggest(trial), attempt=attempt)
+
+    def report(self, number: int, epoch: int, value: float) -> bool:
+        """Report a trial's value at an epoch (counted from 0); return whether it is to go on.
+
+        A retried trial may report an epoch again: Optuna keeps the first value, which is the same.
+        """
+        trial = self._claimed[number]
+        with suppress(UpdateFinishedTrialError):
+            trial.report(value, step=epoch)
+            return not trial.should_prune()
+        return False
+
+    def annotate(self, number: int, **attrs: Any) -> None:
+        """Set the trial's `user_attrs`."""
+        for key, value in attrs.items():
+            with suppress(UpdateFinishedTrialError):
+                self._claimed[number].set_user_attr(key, value)
+
+    def complete(self, number: int, value: float) -> bool:
+        """Tell that a trial is done; return False where a peer has taken it over."""
+        return self._finish(number, TrialState.COMPLETE, value)
+
+    def prune(self, number: int) -> bool:
+        """Tell that a trial was pruned; return False where a peer has taken it over."""
+        return self._finish(number, TrialState.PRUNED)
+
+    def fail(self, number: int, reason: str) -> bool:
+        """Tell that a trial failed for good, and why; return False where a peer has taken it over."""
+        self.annotate(number, error=reason)
+        return self._finish(number, TrialState.FAIL)
+
+    def give_back(self, number: int, reason: str) -> None:
+        """End a trial that was interrupted; a successor with its params and seed is queued in its place."""
+        trial = self._claimed.pop(number)
+        self._lease.drop(trial._trial_id)
+        with exclusive(self.spec.storage):
+            frozen = self.storage.get_trial(trial._trial_id)
+            if frozen.state == TrialState.RUNNING:
+                self._replace(frozen, reason, attempt=0)  # an interruption is nobody's fault: it costs no attempt
+
+    def _finish(self, number: int, state: TrialState, value: float | None = None) -> bool:
+        trial = self._claimed.pop(number)
+        self._lease.drop(trial._trial_id)
+        try:
+            self.study.tell(trial, values=value, state=state)
+        except (ValueError, UpdateFinishedTrialError) as error:
+            if not self.storage.get_trial(trial._trial_id).state.is_finished():
+                raise
+            if "Cannot tell" not in str(error) and not isinstance(error, UpdateFinishedTrialError):
+                raise
+            return False
+        return True
+
+    # What is known of the study.
+
+    def best(self, number: int | None = None) -> Best | None:
+        """Return the best complete trial (the first of equals), or the complete trial `number`; None if there is none."""
+        done = [trial for trial in self.trials() if trial.state == TrialState.COMPLETE]
+        if number is not None:
+            done = [trial for trial in done if trial.number == number]
+        if not done:
+            return None
+        sign = -1 if self.maximize else 1
+        trial = min(done, key=lambda t: (sign * (t.value or 0.0), t.number))
+        assert trial.value is not None
+        return Best(
+            number=trial.number, value=trial.value, params=self.space.resolve(trial.params),
+            epoch=trial.user_attrs.get("best_epoch", self.spec.epochs - 1), seed=trial.user_attrs["seed"],
+            metrics=trial.user_attrs.get("metrics", {}),
+        )
+
+    def running(self) -> list[Running]:
+        running = [trial for trial in self.trials() if trial.state == TrialState.RUNNING]
+        return [Running(
+            number=trial.number, epoch=len(trial.intermediate_values),
+            value=trial.intermediate_values[trial.last_step] if trial.last_step is not None else None,
+            worker=trial.system_attrs.get(_LEASE, {}).get("worker", "unknown"),
+        ) for trial in running]
+
+    def seconds_used(self) -> float:
+        """Return for how long at least one trial was running, over all workers and restarts."""
+        now = datetime.now(UTC).replace(tzinfo=None)  # Optuna's times are UTC without saying so
+        spans = []
+        for trial in self.storage.get_all_trials(self._study_id, deepcopy=False):
+            if trial.datetime_start is not None:
+                end = trial.datetime_complete or now
+                spans.append((_naive(trial.datetime_start).timestamp(), _naive(end).timestamp()))
+        return covered(spans)
+
+    @property
+    def attrs(self) -> dict[str, Any]:
+        """The study's `user_attrs`."""
+        return self.study.user_attrs
+
+    def remember(self, key: str, value: Any) -> None:
+        """Set one of the study's `user_attrs`."""
+        self.study.set_user_attr(key, value)
+
+    def close(self) -> None:
+        """Stop renewing leases and let the database go."""
+        self._lease.stop()
+        self.storage.remove_session()
+        self.storage.engine.dispose()
+
+
+def open_search(spec: StudySpec, space: Space, metric: str, *, maximize: bool, make: bool = True) -> Search | None:
+    """Return the study in its storage, made if it is not there (None with `make=False`).
+
+    Raises StorageError where the storage cannot be opened, InputError where it has a study of that name that is another.
+    """
+    if not make and not exists(spec.storage):
+        return None
+    storage = open_storage(spec.storage)
+    direction = "maximize" if maximize else "minimize"
+    sampler, _ = make_sampler(spec.sampler, spec.seed, space)
+    pruner, _ = make_pruner(spec.pruner, spec.epochs)
+    wanted = identity(spec, space, metric)
+    with exclusive(spec.storage):
+        names = [study.study_name for study in storage.get_all_studies()]
+        if spec.name not in names and not make:
+            return None
+        if spec.name in names:
+            study_id = storage.get_study_id_from_name(spec.name)
+            if storage.get_study_directions(study_id)[0].name.lower() != direction:
+                raise _is_another(spec, [f"it goes to {direction} here, the other way there"])
+            _compare(spec, storage.get_study_user_attrs(study_id), wanted)
+        study = optuna.create_study(study_name=spec.name, storage=storage, direction=direction, load_if_exists=True,
+                                    sampler=sampler, pruner=pruner)
+        if _IDENTITY not in study.user_attrs:
+            study.set_user_attr(_IDENTITY, wanted)
+            study.set_metric_names([metric])
+    return Search(study, storage, spec, space, metric)
+
+
+def _compare(spec: StudySpec, attrs: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise InputError where the stored study is not the one that study.yaml describes; it says what differs."""
+    stored = attrs.get(_IDENTITY)
+    if stored is None:
+        raise _is_another(spec, ["it was not made by hpo"])
+    differences = []
+    for key in ("objective", "options", "metric", "value", "epochs", "seed"):
+        if stored.get(key) != wanted[key]:
+            differences.append(f"{key} is {wanted[key]!r} here, {stored.get(key)!r} there")
+    here, there = wanted["params"], stored.get("params", {})
+    for name in sorted({*here, *there}):
+        if here.get(name, _ABSENT) != there.get(name, _ABSENT):
+            differences.append(f"params.{name} is {here.get(name, _ABSENT)} here, {there.get(name, _ABSENT)} there")
+    if differences:
+        raise _is_another(spec, differences)
+
+
+_ABSENT = "absent"
+
+
+def _is_another(spec: StudySpec, differences: list[str]) -> InputError:
+    lines = "".join(f"\n  {difference}" for difference in differences)
+    return InputError(f"the storage {spec.storage} has another study named {spec.name!r}:{lines}\n"
+                      "give this one another `name`, or another `storage`")
+
+
+def _places(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """Return those of `trials` that take a place in the budget: not withdrawn, not replaced, not a second successor."""
+    replaced: set[int] = set()
+    counted = []
+    for trial in sorted(trials, key=lambda t: t.number):
+        before = trial.user_attrs.get("retry_of")
+        if trial.user_attrs.get("withdrawn") or (before is not None and before in replaced):
+            continue
+        if before is not None:
+            replaced.add(before)
+        counted.append(trial)
+    return [trial for trial in counted if trial.number not in replaced]
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """Return the length of the union of `spans` of (start, end)."""
+    total, until = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+def _naive(moment: datetime) -> datetime:
+    return moment if moment.tzinfo is None else moment.astimezone(UTC).replace(tzinfo=None)
+
+
+def _is_dead(trial: FrozenTrial, now: float) -> bool:
+    """Whether nobody trains this RUNNING trial any more: its lease ran out, or its process on this machine is gone."""
+    lease = trial.system_attrs.get(_LEASE)
+    if lease is None:  # killed between the claim and the lease
+        started = trial.datetime_start
+        return started is None or now - _naive(started).replace(tzinfo=UTC).timestamp() > LEASE_SECONDS
+    if lease["until"] < now:
+        return True
+    place, _, pid = lease["worker"].rpartition(":")
+    return place == _place() and not _alive(int(pid))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _place() -> str:
+    """Return what tells this machine (and container) from others that may have processes of the same number."""
+    with suppress(OSError):
+        return f"{socket.gethostname()}:{os.readlink('/proc/self/ns/pid').strip('pid:[]')}"
+    return socket.gethostname()
+
+
+class _LeaseKeeper:
+    """Renews the leases of the trials that this process trains, from a thread of its own that survives errors."""
+
+    def __init__(self, storage: RDBStorage) -> None:
+        self._storage = storage
+        self._attempts: dict[int, int] = {}
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def add(self, trial_id: int, attempt: int) -> None:
+        self._attempts[trial_id] = attempt
+        self._renew(trial_id, attempt)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="hpo-lease", daemon=True)
+            self._thread.start()
+
+    def drop(self, trial_id: int) -> None:
+        self._attempts.pop(trial_id, None)
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        while not self._stopped.wait(LEASE_SECONDS / 4):
+            for trial_id, attempt in list(self._attempts.items()):
+                with suppress(Exception):  # a database that is away for a moment must not cost the trial its lease
+                    self._renew(trial_id, attempt)
+        self._storage.remove_session()
+
+    def _renew(self, trial_id: int, attempt: int) -> None:
+        lease = {"worker": f"{_place()}:{os.getpid()}", "until": time.time() + LEASE_SECONDS, "attempt": attempt}
+        self._storage.set_trial_system_attr(trial_id, _LEASE, lease)

@@ -1,0 +1,281 @@
+"""The search space: `params` of study.yaml as Optuna distributions, with conditions (`when`) and branches (`or`).
+
+`Space.suggest(trial)` asks an Optuna trial for all parameters that apply and returns them with the fixed ones.
+A branch `or: 0` is one more categorical parameter, `<name>:or`, so that a sampler learns it like any other.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from itertools import product
+from typing import Any
+
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.trial import Trial
+
+from hpo.errors import Fault, InputError, did_you_mean
+from hpo.spec import Categorical, FloatRange, IntRange, Searched
+
+RANGE = "range"
+"""The choice of `<name>:or` that stands for a value from the range."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dimension:
+    """One searched parameter, with the condition under which it is asked for."""
+
+    name: str
+    searched: Searched
+
+    @property
+    def distribution(self) -> BaseDistribution:
+        s = self.searched
+        if isinstance(s, Categorical):
+            return CategoricalDistribution(s.choices)
+        if isinstance(s, IntRange):
+            return IntDistribution(s.low, int(_top(s)), log=s.log, step=s.step or 1)
+        return FloatDistribution(s.low, _top(s), log=s.log, step=s.step)
+
+    @property
+    def branch(self) -> CategoricalDistribution | None:
+        """The distribution of `<name>:or`, where there is an `or`."""
+        otherwise = None if isinstance(self.searched, Categorical) else self.searched.otherwise
+        return None if otherwise is None else CategoricalDistribution((otherwise, RANGE))
+
+    @property
+    def branch_name(self) -> str:
+        return f"{self.name}:or"
+
+    def applies(self, params: Mapping[str, Any]) -> bool:
+        """Whether `params`, which hold all that this one depends on, meet its condition."""
+        return all(
+            name in params and any(same(params[name], value) for value in values)
+            for name, values in self.searched.when.items()
+        )
+
+    def takes(self, value: Any) -> bool:
+        """Whether `value` is one this parameter can have."""
+        s = self.searched
+        if isinstance(s, Categorical):
+            return any(same(value, choice) for choice in s.choices)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        if s.otherwise is not None and value == s.otherwise:
+            return True
+        if isinstance(s, IntRange) and value != int(value):
+            return False
+        steps = (value - s.low) / s.step if s.step else 0.0
+        return s.low <= value <= s.high and math.isclose(steps, round(steps), abs_tol=1e-6)
+
+    def values(self) -> list[Any] | None:
+        """Return all values, or None where there is no end of them."""
+        s = self.searched
+        if isinstance(s, Categorical):
+            return list(s.choices)
+        if isinstance(s, IntRange) and not s.log:
+            values: list[Any] = list(range(s.low, s.high + 1, s.step or 1))
+        elif isinstance(s, FloatRange) and s.step is not None:
+            values = [s.low + i * s.step for i in range(math.floor((s.high - s.low) / s.step + 1e-9) + 1)]
+        else:
+            return None
+        return values if s.otherwise is None else [s.otherwise, *values]
+
+    def describe(self) -> str:
+        """Return the parameter as a person writes it down: `1e-05 .. 0.1, log`."""
+        s = self.searched
+        if isinstance(s, Categorical):
+            text = " | ".join(str(choice) for choice in s.choices)
+        else:
+            text = f"{s.low:g} .. {s.high:g}" + (f", step {s.step:g}" if s.step else "") + (", log" if s.log else "")
+            text += "" if s.otherwise is None else f", or {s.otherwise:g}"
+        conditions = (f"{name} is {' or '.join(map(str, values))}" for name, values in s.when.items())
+        return text + (f"  when {' and '.join(conditions)}" if s.when else "")
+
+
+def same(left: Any, right: Any) -> bool:
+    """Whether two scalars are equal, `true` and 1 told apart."""
+    return isinstance(left, bool) == isinstance(right, bool) and left == right
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """All parameters of a study: the `fixed` ones and the searched `dimensions`, each after those it depends on."""
+
+    fixed: Mapping[str, Any]
+    dimensions: tuple[Dimension, ...]
+
+    def suggest(self, trial: Trial) -> dict[str, Any]:
+        """Ask `trial` for every parameter that applies; return them with the fixed ones."""
+        params = dict(self.fixed)
+        for dimension in self.dimensions:
+            if not dimension.applies(params):
+                continue
+            if dimension.branch is not None:
+                chosen = trial.suggest_categorical(dimension.branch_name, dimension.branch.choices)
+                if chosen != RANGE:
+                    params[dimension.name] = chosen
+                    continue
+            params[dimension.name] = _ask(trial, dimension.name, dimension.distribution)
+        return params
+
+    def resolve(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all parameters of a trial from those that Optuna stored for it (`FrozenTrial.params`)."""
+        params = dict(self.fixed)
+        for dimension in self.dimensions:
+            if dimension.name in asked:
+                params[dimension.name] = asked[dimension.name]
+            elif dimension.branch_name in asked:
+                params[dimension.name] = asked[dimension.branch_name]
+        return params
+
+    def searched(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those of a trial's `params` that were searched."""
+        return {d.name: params[d.name] for d in self.dimensions if d.name in params and d.applies(params)}
+
+    def queued(self, configuration: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a `start_with` entry as the parameters to give to `Study.enqueue_trial`."""
+        fixed: dict[str, Any] = {}
+        for dimension in self.dimensions:
+            if dimension.name not in configuration:
+                continue
+            value = configuration[dimension.name]
+            if dimension.branch is not None:
+                otherwise = dimension.branch.choices[0]
+                fixed[dimension.branch_name] = otherwise if value == otherwise else RANGE
+                if value == otherwise:
+                    continue
+            fixed[dimension.name] = value
+        return fixed
+
+    def grid(self) -> dict[str, list[Any]]:
+        """Return every searched parameter's values, as Optuna's GridSampler takes them.
+
+        Raises InputError where a parameter has no end of values, or is not always asked for.
+        """
+        grid: dict[str, list[Any]] = {}
+        for dimension in self.dimensions:
+            values = dimension.values()
+            if values is None:
+                raise InputError(f"grid needs a step or choices, but {dimension.name} has neither")
+            if dimension.searched.when or dimension.branch is not None:
+                raise InputError(f"grid takes neither `when` nor `or`, but {dimension.name} has one; use brute_force")
+            grid[dimension.name] = values
+        return grid
+
+    def size(self) -> int | None:
+        """Return how many configurations there are, or None where there is no end of them."""
+        if any(dimension.values() is None for dimension in self.dimensions):
+            return None
+        if not any(dimension.searched.when for dimension in self.dimensions):
+            return math.prod(len(dimension.values() or ()) for dimension in self.dimensions)
+        return sum(1 for _ in self._configurations(dict(self.fixed), 0))
+
+    def _configurations(self, params: dict[str, Any], index: int) -> Iterator[dict[str, Any]]:
+        if index == len(self.dimensions):
+            yield params
+            return
+        dimension = self.dimensions[index]
+        choices: Sequence[Any] = dimension.values() or () if dimension.applies(params) else ()
+        if not choices:
+            yield from self._configurations(params, index + 1)
+        for value in choices:
+            yield from self._configurations(params | {dimension.name: value}, index + 1)
+
+    def corners(self, most: int = 16) -> list[dict[str, Any]]:
+        """Return configurations at the ends of every range, at most `most`, to try whether each can be built."""
+        ends = {d.name: _ends(d.searched) for d in self.dimensions}
+        corners = []
+        for values in product(*ends.values()):
+            asked = dict(zip(ends, values, strict=True))
+            params = dict(self.fixed)
+            for dimension in self.dimensions:
+                if dimension.applies(params):
+                    params[dimension.name] = asked[dimension.name]
+            if params not in corners:
+                corners.append(params)
+            if len(corners) == most:
+                break
+        return corners
+
+    def identity(self) -> dict[str, Any]:
+        """Return the space as plain values, equal for equal spaces, to be stored with the study."""
+        searched = {d.name: d.searched.model_dump(mode="json", by_alias=True, exclude_defaults=True) | {"type": d.searched.type}
+                    for d in self.dimensions}
+        return {**self.fixed, **searched}
+
+
+def _top(searched: FloatRange | IntRange) -> float:
+    """Return the largest value that steps from `low` reach; Optuna takes it itself, but warns each time."""
+    if not searched.step:
+        return searched.high
+    low, high, step = (Decimal(str(x)) for x in (searched.low, searched.high, searched.step))
+    return float(low + (high - low) // step * step)
+
+
+def _ask(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        return trial.suggest_categorical(name, distribution.choices)
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    suggest: Any = trial.suggest_int if isinstance(distribution, IntDistribution) else trial.suggest_float
+    step = {} if distribution.log else {"step": distribution.step}
+    return suggest(name, distribution.low, distribution.high, log=distribution.log, **step)
+
+
+def _ends(searched: Searched) -> list[Any]:
+    return list(searched.choices) if isinstance(searched, Categorical) else [searched.low, searched.high]
+
+
+def build(params: Mapping[str, Any], start_with: Sequence[Mapping[str, Any]]) -> tuple[Space, list[Fault]]:
+    """Return the space of `params` (fixed values and `Searched`), and all that is wrong with it."""
+    fixed = {name: value for name, value in params.items() if not _is_searched(value)}
+    left = {name: Dimension(name=name, searched=value) for name, value in params.items() if _is_searched(value)}
+    faults = [fault for dimension in left.values() for fault in _condition_faults(dimension, left, fixed)]
+    ordered: dict[str, Dimension] = {}
+    while left:
+        ready = [d for d in left.values() if all(n in ordered or n not in left for n in d.searched.when)]
+        if not ready:
+            faults += [Fault(path=("params", name, "when"), message=f"goes in a circle: {' -> '.join(left)}")
+                       for name in list(left)[:1]]
+            break
+        ordered |= {d.name: d for d in ready}
+        left = {name: d for name, d in left.items() if name not in ordered}
+    space = Space(fixed=fixed, dimensions=tuple(ordered.values()))
+    faults += [fault for index, entry in enumerate(start_with) for fault in _start_faults(index, entry, space)]
+    return space, faults
+
+
+def _is_searched(value: Any) -> bool:
+    return isinstance(value, FloatRange | IntRange | Categorical)
+
+
+def _condition_faults(dimension: Dimension, searched: Mapping[str, Dimension], fixed: Mapping[str, Any]) -> Iterator[Fault]:
+    for name, values in dimension.searched.when.items():
+        path = ("params", dimension.name, "when", name)
+        others = [other for other in (*searched, *fixed) if other != dimension.name]
+        if name not in others:
+            yield Fault(path=path, message=f"there is no parameter {name!r}{did_you_mean(name, others)}")
+            continue
+        for value in values:
+            if name in searched and not searched[name].takes(value):
+                yield Fault(path=path, message=f"{name} cannot be {value!r}; it is {searched[name].describe()}")
+            if name in fixed and not same(fixed[name], value):
+                yield Fault(path=path, message=f"{name} cannot be {value!r}; it is fixed to {fixed[name]!r}")
+
+
+def _start_faults(index: int, entry: Mapping[str, Any], space: Space) -> Iterator[Fault]:
+    dimensions = {d.name: d for d in space.dimensions}
+    for name, value in entry.items():
+        path = ("start_with", index, name)
+        if name in dimensions:
+            if not dimensions[name].takes(value):
+                yield Fault(path=path, message=f"{value!r} is outside of the space: {dimensions[name].describe()}")
+        elif name not in space.fixed:
+            yield Fault(path=path, message=f"there is no parameter {name!r}{did_you_mean(name, (*dimensions, *space.fixed))}")
+        elif not same(space.fixed[name], value):
+            yield Fault(path=path, message=f"{name} is fixed to {space.fixed[name]!r}, so it cannot start with {value!r}")

@@ -1,0 +1,76 @@
+"""THE epoch loop. It serves search, refit and whatever else trains, and knows neither Optuna nor MLflow.
+
+It asks for members and reports on them through two callables: `ask(n)` gives up to n new members, and
+`report(member, metrics)` says whether a member goes on.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from hpo.data import Split
+from hpo.errors import Interrupted
+from hpo.seeds import derive
+from hpo.stack import Member, Stack
+
+Ask = Callable[[int], Iterable[Member]]
+Report = Callable[[Member, dict[str, float]], bool]
+
+
+def train(
+    stack: Stack,
+    train_split: Split,
+    valid_split: Split | None,
+    *,
+    batch_size: int,
+    epochs: int,
+    seed: int,
+    ask: Ask,
+    report: Report,
+    stopping: Callable[[], bool] = lambda: False,
+) -> None:
+    """Train whatever `ask` gives, `epochs` epochs each, until it gives nothing and the stack is empty.
+
+    After each epoch `report` gets the member and its metrics over the whole validation split: `train_loss` (the mean
+    over the epoch's batches), `valid_loss`, `valid_<metric>`. The splits are on the stack's device, preprocessed.
+    Raises Interrupted, between two batches, as soon as `stopping` says so.
+    """
+    device = train_split.targets.device
+    rounds = 0
+    while True:
+        for member in ask(stack.capacity - len(stack.members)):
+            stack.join(member)
+        if not stack.members:
+            return
+        total = torch.zeros(len(stack.members), device=device)
+        for inputs, targets in batches(train_split, batch_size, order(len(train_split), seed, rounds)):
+            if stopping():
+                raise Interrupted("interrupted")
+            total += stack.step(inputs, targets) * len(targets)
+        train_losses = (total / len(train_split)).tolist()
+        valid = stack.evaluate(valid_split) if valid_split is not None else [{} for _ in train_losses]
+        for member, train_loss, metrics in zip(list(stack.members), train_losses, valid, strict=True):
+            result = {"train_loss": train_loss} | {f"valid_{name}": value for name, value in metrics.items()}
+            member.history.append(result)
+            member.epoch += 1
+            if not report(member, result) or member.epoch >= epochs or member.fault is not None:
+                stack.leave(member)
+        rounds += 1
+
+
+def order(n_rows: int, seed: int, rounds: int) -> Tensor:
+    """Return the permutation (N,) of the training rows in one round: the same for all members of a stack."""
+    generator = torch.Generator().manual_seed(derive(seed, "order", rounds))
+    return torch.randperm(n_rows, generator=generator)
+
+
+def batches(split: Split, batch_size: int, rows: Tensor) -> Iterator[tuple[Sequence[Tensor], Tensor]]:
+    """Yield (inputs, targets) of `batch_size` rows each, in the order of `rows` (N,); the last batch may be smaller.
+
+    All rows are put in order at once: slicing them afterwards copies nothing.
+    """
+    rows = rows.to(split.targets.device)
+    columns = [x[rows].split(batch_size) for x in (*split.inputs.values(), split.targets)]
+    for *inputs, targets in zip(*columns, strict=True):
+        yield inputs, targets
