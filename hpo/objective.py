@@ -108,7 +108,7 @@ def load(where: str, options: Mapping[str, Any], folder: Path) -> tuple[Objectiv
     except _NotFound as error:
         return None, [Fault(path=at, message=str(error))]
     except Exception as error:  # the user's own code: whatever it raises is theirs to see
-        return None, [Fault(path=at, message=f"{target} cannot be imported: {_origin(error)}")]
+        return None, [Fault(path=at, message=f"{target} cannot be imported: {origin(error)}")]
     classes = {
         key: value for key, value in vars(module).items()
         if isinstance(value, type) and issubclass(value, Objective) and value.__module__ == module.__name__
@@ -127,7 +127,7 @@ def load(where: str, options: Mapping[str, Any], folder: Path) -> tuple[Objectiv
     try:
         return cls(made), []
     except Exception as error:
-        return None, [Fault(path=at, message=f"{target}:{cls.__name__} cannot be made: {_origin(error)}")]
+        return None, [Fault(path=at, message=f"{target}:{cls.__name__} cannot be made: {origin(error)}")]
 
 
 class _NotFound(Exception):
@@ -160,7 +160,7 @@ def _import(target: str, folder: Path) -> ModuleType:
         raise _NotFound(f"there is no module {full}{hint}") from error
 
 
-def _origin(error: BaseException) -> str:
+def origin(error: BaseException) -> str:
     """Return the error as Python names it, with the file and line of the user's code that raised it."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:

@@ -101,6 +101,7 @@ class Search:
         self.maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
         self._study_id = storage.get_study_id_from_name(study.study_name)
         self._claimed: dict[int, Trial] = {}
+        self._lost: list[tuple[int, str]] = []
         self._lease = _LeaseKeeper(storage)
 
     # The budget: which trials count, and which are still to come.
@@ -152,6 +153,13 @@ class Search:
         with suppress(UpdateFinishedTrialError):  # a peer was faster
             self.storage.set_trial_user_attr(trial._trial_id, "error", reason)
             self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+            if trial.number not in self._claimed:
+                self._lost.append((trial.number, reason))
+
+    def drain_lost(self) -> list[tuple[int, str]]:
+        """Return the (number, reason) of other workers' trials that were ended here since the last call."""
+        lost, self._lost = self._lost, []
+        return lost
 
     # Ask, report, tell.
 
@@ -211,12 +219,13 @@ class Search:
 
     def give_back(self, number: int, reason: str) -> None:
         """End a trial that was interrupted; a successor with its params and seed is queued in its place."""
-        trial = self._claimed.pop(number)
-        self._lease.drop(trial._trial_id)
+        trial = self._claimed[number]
         with exclusive(self.spec.storage):
             frozen = self.storage.get_trial(trial._trial_id)
             if frozen.state == TrialState.RUNNING:
                 self._replace(frozen, reason, attempt=0)  # an interruption is nobody's fault: it costs no attempt
+        self._lease.drop(trial._trial_id)
+        del self._claimed[number]
 
     def _finish(self, number: int, state: TrialState, value: float | None = None) -> bool:
         trial = self._claimed.pop(number)

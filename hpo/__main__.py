@@ -1,0 +1,126 @@
+"""The command line, `hpo` or `python -m hpo`: the only place that prints or exits.
+
+Exit status: 0 done, 1 failed, 2 bad input, 130 interrupted. Nothing heavy is imported before a command runs, so that
+`--help` answers at once.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hpo.errors import HpoError
+
+app = typer.Typer(
+    name="hpo", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Hyperparameter search and experiment tracking for PyTorch.\n\nExample: hpo run studies/breast_cancer.yaml",
+)
+
+Study = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file, e.g. studies/breast_cancer.yaml.")]
+Trials = Annotated[int | None, typer.Option(help="How many trials in all, over all runs of the study.")]
+Storage = Annotated[str | None, typer.Option(help="Optuna's storage, e.g. sqlite:///mlruns/optuna.db.")]
+Tracking = Annotated[str | None, typer.Option(help="MLflow's address, e.g. http://host:5000, or off.")]
+Device = Annotated[str | None, typer.Option(help="auto, cuda, cuda:1, mps or cpu.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Lay a value over the file's; repeatable.")]
+Json = Annotated[bool, typer.Option("--json", help="End with one JSON object, on the last line of stdout.")]
+
+
+@app.command()
+def run(study: Study, trials: Trials = None, storage: Storage = None, tracking: Tracking = None, device: Device = None,
+        set_: Set = None, json_: Json = False) -> None:
+    """Search, then train the best params anew, test and export them. Run again, it goes on.
+
+    Example: hpo run studies/breast_cancer.yaml --trials 20 --set params.batch_size=32
+    """
+    from hpo import commands
+
+    overrides = _overrides(set_, trials=trials, storage=storage, tracking=tracking, device=device)
+    _finish(commands.run(study, overrides), json_)
+
+
+@app.command()
+def check(study: Study, storage: Storage = None, tracking: Tracking = None, device: Device = None, set_: Set = None) -> None:
+    """Find everything that is wrong before anything runs; show the space, the model and the data.
+
+    Example: hpo check studies/breast_cancer.yaml
+    """
+    from hpo import commands
+
+    commands.check(study, _overrides(set_, storage=storage, tracking=tracking, device=device))
+
+
+@app.command()
+def status(study: Study, trials: Trials = None, storage: Storage = None, set_: Set = None, json_: Json = False) -> None:
+    """Show a study's trials by state, its best so far, what is running, and the time used and left.
+
+    Example: hpo status studies/breast_cancer.yaml --json
+    """
+    from hpo import commands
+
+    _finish(commands.status(study, _overrides(set_, trials=trials, storage=storage)), json_)
+
+
+@app.command()
+def export(study: Study, trial: Annotated[int | None, typer.Option(help="A trial's number; default: the best.")] = None,
+           out: Annotated[Path | None, typer.Option(help="The folder to write; default: mlruns/bundles/<name>.")] = None,
+           storage: Storage = None, tracking: Tracking = None, device: Device = None, set_: Set = None,
+           json_: Json = False) -> None:
+    """Train a trial's params anew on train + validation, test and export them.
+
+    Example: hpo export studies/breast_cancer.yaml --trial 7 --out model/
+    """
+    from hpo import commands
+
+    overrides = _overrides(set_, storage=storage, tracking=tracking, device=device)
+    _finish(commands.export(study, overrides, trial, out), json_)
+
+
+@app.command()
+def objectives() -> None:
+    """List the objectives there are, one line each.
+
+    Example: hpo objectives
+    """
+    from hpo import catalog
+
+    found = catalog.names()
+    for name, line in found.items():
+        print(f"{name:<{max(map(len, found))}}  {line}")
+
+
+def _overrides(pairs: list[str] | None, **options: object) -> dict[str, str]:
+    """Return `--set` and the options as one mapping of dotted keys to YAML text; an option is laid over `--set`."""
+    overrides = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip(".") or "" in key.split("."):
+            raise typer.BadParameter(f"write KEY=VALUE (params.batch_size=64), but got {pair!r}", param_hint="--set")
+        overrides[key] = value
+    return overrides | {key: json.dumps(value) for key, value in options.items() if value is not None}
+
+
+def _finish(summary: dict[str, object], as_json: bool) -> None:
+    if as_json:
+        sys.stdout.flush()
+        print(json.dumps(summary))
+
+
+def main() -> None:
+    """Run the command line, and exit with its status."""
+    try:
+        app()
+    except HpoError as error:
+        print(f"hpo: {error}" if "\n" not in str(error) else str(error), file=sys.stderr)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("hpo: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""The exported model: written whole or not at all, and proved equal to the model that was measured.
+
+A bundle is a folder:
+    model.pt               {"model_state_dict", "model_hyperparameters", ...}; loads with weights_only=True
+    model.torchscript.pt   raw inputs -> predictions, compiled, frozen, optimised; needs torch and nothing else
+    bundle.json            params, metrics, inputs and output, class names, parity, versions, commit, data's fingerprint
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpo.data import DataInfo, Split
+from hpo.errors import ExportError
+
+TOLERANCE = 1e-5
+"""The largest difference between an exported model's prediction and the eager one's."""
+BATCH_SIZES = (1, 2, 7, 64, 1000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A trained model, and what a bundle says of it. `params` are all that it was built from."""
+
+    preprocess: nn.Module
+    network: nn.Module
+    head: nn.Module
+    params: Mapping[str, Any]
+    info: DataInfo
+    about: Mapping[str, Any]
+    """study, objective, options, trial, epochs, seed, metrics, data_fingerprint: plain values."""
+
+    def predictor(self) -> nn.Module:
+        """Return raw inputs -> predictions, in evaluation mode, as a module of its own on the CPU."""
+        parts = deepcopy([self.preprocess, self.network, self.head])
+        names = ("preprocess", "network", "head")
+        module = _Named(*parts) if len(self.info.inputs) > 1 else nn.Sequential()
+        if isinstance(module, nn.Sequential):
+            for name, part in zip(names, parts, strict=True):
+                module.add_module(name, part)
+        return module.cpu().eval().requires_grad_(False)
+
+
+class _Named(nn.Module):
+    """preprocess, network and head for several inputs; traced, since TorchScript cannot script `*inputs`."""
+
+    def __init__(self, preprocess: nn.Module, network: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.preprocess, self.network, self.head = preprocess, network, head
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        prepared = inputs if isinstance(self.preprocess, nn.Identity) else self.preprocess(*inputs)
+        return self.head(self.network(*prepared))
+
+
+def export(model: Model, held_out: Split, folder: Path) -> dict[str, Any]:
+    """Write `model` to `folder`, in place of whatever bundle is there; return bundle.json's content.
+
+    What was written is loaded again and compared with the eager module on `held_out` (its inputs only).
+    Raises ExportError, and leaves `folder` as it was, where they differ by more than TOLERANCE.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        os.chmod(work, 0o755)  # mkdtemp makes it for its owner only
+        eager = model.predictor()
+        hyperparameters = dict(model.params) | {
+            "input_shapes": {name: list(shape) for name, shape in model.info.inputs.items()},
+            "n_classes": model.info.n_classes,
+        }
+        torch.save({"model_state_dict": eager.state_dict(), "model_hyperparameters": hyperparameters,
+                    **json.loads(json.dumps(dict(model.about)))}, work / "model.pt")
+        with _quiet_jit():
+            how = _write_torchscript(eager, held_out, work / "model.torchscript.pt")
+            loaded = torch.jit.load(work / "model.torchscript.pt")
+            state = torch.load(work / "model.pt", weights_only=True)
+            restored = _reset(model.predictor())
+            restored.load_state_dict(state["model_state_dict"])
+            parity = {
+                "model.torchscript.pt": parity_of(eager, loaded, held_out),
+                "model.pt": parity_of(eager, restored, held_out),
+            }
+        _require_parity(parity)
+        about = _describe(model, eager, held_out) | {"torchscript": how, "parity": parity}
+        (work / "bundle.json").write_text(json.dumps(about, indent=2) + "\n")
+        _replace(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return about
+
+
+def parity_of(eager: nn.Module, other: nn.Module, held_out: Split) -> dict[str, Any]:
+    """Return the largest difference between the two modules' predictions on `held_out`, for several batch sizes."""
+    largest, rows = 0.0, min(len(held_out), 2 * max(BATCH_SIZES))
+    for batch_size in BATCH_SIZES:
+        for start in range(0, min(rows, 4 * batch_size), batch_size):
+            inputs = [x[start : start + batch_size].cpu() for x in held_out.inputs.values()]
+            with torch.no_grad():
+                difference = (eager(*inputs) - other(*inputs)).abs().max()
+            # max() of Python would drop a NaN, and a NaN is no parity
+            largest = max(largest, float(difference)) if torch.isfinite(difference) else float("inf")
+    return {"max_difference": largest, "tolerance": TOLERANCE, "batch_sizes": list(BATCH_SIZES), "rows": rows}
+
+
+def _require_parity(parity: Mapping[str, Mapping[str, Any]]) -> None:
+    for file, result in parity.items():
+        if not result["max_difference"] <= TOLERANCE:
+            raise ExportError(f"{file} is not the model that was measured: its predictions differ by up to "
+                              f"{result['max_difference']:.3g} (allowed: {TOLERANCE:g}); nothing was exported")
+
+
+def _write_torchscript(eager: nn.Module, held_out: Split, path: Path) -> dict[str, Any]:
+    """Write `eager` as TorchScript; return how that was done: scripted or traced, optimised or (why) not."""
+    example = tuple(x[:2].cpu() for x in held_out.inputs.values())
+    how: dict[str, Any] = {"compiled": "script"}
+    try:
+        if isinstance(eager, _Named):
+            raise RuntimeError("several inputs")
+        script = torch.jit.script(eager)
+    except Exception as error:  # the compiler raises a dozen kinds of error for Python it does not take
+        how = {"compiled": "trace", "not_scripted": str(error).strip().splitlines()[0][:200]}
+        script = torch.jit.trace(eager, example)
+    frozen = torch.jit.freeze(script)
+    try:
+        torch.jit.optimize_for_inference(frozen).save(str(path))
+        torch.jit.load(path)(*example)
+        how["optimized_for_inference"] = True
+    except RuntimeError as error:
+        # With convolutions it puts tensors into the graph that it saves but cannot load ("attribute 'value' is undefined")
+        torch.jit.freeze(script).save(str(path))
+        how |= {"optimized_for_inference": False, "not_optimized": str(error).strip().splitlines()[-1][:200]}
+    return how
+
+
+def _reset(module: nn.Module) -> nn.Module:
+    """Return `module` with every number in it set to zero, so that it is what is loaded into it, or nothing."""
+    for tensor in module.state_dict().values():
+        tensor.zero_()
+    return module
+
+
+def _describe(model: Model, eager: nn.Module, held_out: Split) -> dict[str, Any]:
+    with torch.no_grad():
+        output = eager(*(x[:1].cpu() for x in held_out.inputs.values()))
+    info = asdict(model.info)
+    return {
+        "format": 1,
+        **model.about,
+        "params": dict(model.params),
+        "inputs": [{"name": name, "shape": [None, *shape], "dtype": info["input_dtypes"][name]}
+                   for name, shape in info["inputs"].items()],
+        "output": {"name": "prediction", "shape": [None, *output.shape[1:]],
+                   "dtype": str(output.dtype).removeprefix("torch.")},
+        "feature_names": info["feature_names"],
+        "class_names": info["class_names"],
+        "n_parameters": sum(p.numel() for p in model.network.parameters()),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "git_commit": git_commit(),
+    }
+
+
+_PACKAGES = ("hpo", "torch", "torchvision", "torchmetrics", "optuna", "scikit-learn", "mlflow")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def git_commit() -> str | None:
+    """Return the commit of the folder we run in, with `-dirty` where it has changes; None where there is no git."""
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                              capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _replace(work: Path, folder: Path) -> None:
+    """Put `work` in `folder`'s place; what was there is away only for the moment between two renames."""
+    old = folder.with_name(f".{folder.name}-old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    work.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _quiet_jit() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.*")  # deprecated, and still what C++ loads
+        yield

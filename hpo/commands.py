@@ -1,0 +1,284 @@
+"""What the commands do: each prints for a person and returns the summary that `--json` prints."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from hpo import console as view
+from hpo.data import Data
+from hpo.errors import HpoError, InputError, Interrupted, masked
+from hpo.plan import OUTPUT, Plan, prepare, try_out
+from hpo.search import Best, Search, open_search
+from hpo.selection import Outcome, finish, outcome
+from hpo.storage import open_storage
+from hpo.tracking import Tracker, open_tracker
+from hpo.worker import work
+
+_DATA = "hpo:data"
+
+
+def run(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
+    """`hpo run`."""
+    out = _console()
+    plan = _prepare(path, overrides, out)
+    search = _open(plan)
+    assert search is not None
+    with ExitStack() as stack:
+        stack.callback(search.close)
+        best, done = search.best(), None
+        if search.counts().waiting + search.counts().running == 0:
+            done = outcome(search, best)
+            out.print(f"{plan.spec.name}: all {plan.spec.trials} trials are done", highlight=False)
+        if done is None:
+            stopping = stack.enter_context(_signals())
+            done = _run(plan, search, stopping, out)
+        best = search.best()
+        _print_result(plan, search, best, done, out)
+        return _summary(plan, search, best, done)
+
+
+def _run(plan: Plan, search: Search, stopping: Callable[[], bool], out: Console) -> Outcome:
+    data = _load(plan, search)
+    notes: list[Callable[[str], None]] = [lambda text: out.print(text, markup=False, highlight=False)]
+    tracker = open_tracker(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", lambda text: notes[-1](text))
+    out.print(f"{plan.spec.name}: {plan.spec.trials} trials of {plan.spec.epochs} epochs on {plan.device}, "
+              f"{len(data.train)} rows; {masked(plan.spec.storage)}", markup=False, highlight=False)
+    state = "FAIL"
+    try:
+        tracker.start_study(_tags(plan), {"study.yaml": masked(Path(plan.document.name).read_text(encoding="utf-8"))})
+        with _progress(plan, search, out) as progress:
+            notes.append(progress.note)
+            work(plan, data, search, tracker, progress, stopping)
+            notes.pop()
+        best = search.best()
+        if best is None:
+            raise HpoError(_why_no_best(search))
+        ended = outcome(search, best)
+        if ended is None:
+            ended = finish(plan, data, search, tracker, best, stopping=stopping, note=notes[-1])
+        state = "COMPLETE" if search.counts().waiting == 0 else "INTERRUPTED"
+        return ended
+    except Interrupted:
+        state = "INTERRUPTED"
+        raise
+    finally:
+        del notes[1:]
+        tracker.end_study(state)
+
+
+def check(path: Path, overrides: Mapping[str, str]) -> None:
+    """`hpo check`."""
+    out = _console()
+    plan = _prepare(path, overrides, out)
+    problems = []
+    data = model = None
+    for look in (lambda: _open(plan, make=False), lambda: open_storage(plan.spec.storage).engine.dispose()):
+        try:
+            look()
+        except InputError as error:
+            problems.append(error)
+            break
+    try:
+        data = plan.load_data()
+        model = try_out(plan, data)
+    except InputError as error:
+        problems.append(error)
+    if problems:
+        raise InputError("\n".join(str(problem) for problem in problems))
+    assert data is not None
+    assert model is not None
+    _print_check(plan, data, model, out)
+
+
+def _print_check(plan: Plan, data: Data, model: torch.nn.Module, out: Console) -> None:
+    direction = "highest" if plan.maximize else "lowest"
+    out.print(view.table(f"{plan.spec.name}: the {direction} {plan.metric} on validation, of {plan.spec.trials} trials of "
+                         f"{plan.spec.epochs} epochs", ["parameter", "values"],
+                         [[d.name, d.describe()] for d in plan.space.dimensions]
+                         + [[name, f"{value} (fixed)"] for name, value in plan.space.fixed.items()]))
+    rows = [[name, type(module).__name__, f"{sum(p.numel() for p in module.parameters(recurse=False)):,}"]
+            for name, module in model.named_modules() if name and not list(module.children())]
+    n_parameters = sum(p.numel() for p in model.parameters())
+    out.print()
+    out.print(view.table(f"model: {n_parameters:,} parameters (the first corner of the space)",
+                         ["module", "type", "parameters"], rows))
+    shapes = [[name, str(len(split)), ", ".join(f"{n} {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+                                                for n, x in split.inputs.items()),
+               f"{tuple(split.targets.shape)} {str(split.targets.dtype).removeprefix('torch.')}"]
+              for name, split in data.splits.items()]
+    out.print()
+    out.print(view.table("data", ["split", "rows", "inputs", "targets"], shapes))
+    out.print(f"\nsampler {plan.spec.sampler.name}, pruner {plan.spec.pruner.name}, device {plan.device}, "
+              f"storage {masked(plan.spec.storage)}, tracking {masked(plan.spec.tracking)}", markup=False, highlight=False)
+    out.print("nothing is wrong", highlight=False)
+
+
+def status(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
+    """`hpo status`."""
+    out = _console()
+    plan = prepare(path, overrides)
+    search = _open(plan, make=False)
+    if search is None:
+        raise InputError(f"the storage {plan.spec.storage} has no study named {plan.spec.name!r}; run it first: hpo run {path}")
+    try:
+        counts, best = search.counts(), search.best()
+        used = search.seconds_used()
+        board = view.Board(counts, best, plan.spec.trials, plan.metric)
+        out.print(f"{plan.spec.name}: {counts.finished} of {plan.spec.trials} trials done "
+                  f"({counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed), "
+                  f"{counts.running} running, {counts.waiting} waiting", highlight=False)
+        out.print(board.best_text() + (f": {view.shown(plan.space.searched(best.params))}" if best else ""), highlight=False)
+        for trial in search.running():
+            value = "" if trial.value is None else f", {plan.metric} {trial.value:.4f}"
+            out.print(f"  trial {trial.number}: epoch {trial.epoch}/{plan.spec.epochs}{value}", highlight=False)
+        open_trials = counts.running + counts.waiting
+        left = used / counts.finished * open_trials if counts.finished and open_trials else None
+        if plan.spec.timeout is not None and open_trials:
+            left = max(0.0, min(plan.spec.timeout - used, plan.spec.timeout if left is None else left))
+        out.print(f"time used {view.duration(used)}" + (f", about {view.duration(left)} left" if left is not None else ""),
+                  highlight=False)
+        return _summary(plan, search, best, outcome(search, best))
+    finally:
+        search.close()
+
+
+def export(path: Path, overrides: Mapping[str, str], number: int | None, folder: Path | None) -> dict[str, Any]:
+    """`hpo export`."""
+    out = _console()
+    plan = _prepare(path, overrides, out)
+    search = _open(plan, make=False)
+    if search is None:
+        raise InputError(f"the storage {plan.spec.storage} has no study named {plan.spec.name!r}; run it first: hpo run {path}")
+    with ExitStack() as stack:
+        stack.callback(search.close)
+        best = search.best(number)
+        if best is None:
+            raise InputError(_no_such_trial(search, number))
+        if folder is not None and folder.exists() and any(folder.iterdir()) and not (folder / "bundle.json").is_file():
+            raise InputError(f"--out {folder}: is not empty and holds no bundle; give a folder that may be replaced")
+        data = _load(plan, search)
+        tracker = open_tracker("off", plan.spec.name, OUTPUT / "unsent", out.print)
+        stopping = stack.enter_context(_signals())
+        where = folder if folder is not None or number is None else OUTPUT / "bundles" / f"{plan.spec.name}-trial-{number}"
+        done = finish(plan, data, search, tracker, best, where, stopping,
+                      lambda text: out.print(text, markup=False, highlight=False))
+        _print_result(plan, search, best, done, out)
+        return _summary(plan, search, best, done)
+
+
+def _no_such_trial(search: Search, number: int | None) -> str:
+    complete = [t.number for t in search.trials() if t.state.name == "COMPLETE"]
+    if number is None:
+        return f"study {search.spec.name!r} has no complete trial yet, so there is nothing to export"
+    some = ", ".join(map(str, complete[:20])) or "none"
+    return f"--trial {number}: is no complete trial of study {search.spec.name!r}; complete are: {some}"
+
+
+def _prepare(path: Path, overrides: Mapping[str, str], out: Console) -> Plan:
+    """Return the plan, with the threads set for it: torch's own default makes small networks many times slower."""
+    plan = prepare(path, overrides)
+    if plan.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    for text in plan.notes:
+        out.print(text, markup=False, highlight=False)
+    return plan
+
+
+def _open(plan: Plan, make: bool = True) -> Search | None:
+    return open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize, make=make)
+
+
+def _load(plan: Plan, search: Search) -> Data:
+    """Return the data, which must be the same for all of a study's trials, and see that networks can be built of it."""
+    data = plan.load_data()
+    fingerprint, before = data.fingerprint(), search.attrs.get(_DATA)
+    if before not in (None, fingerprint):
+        raise InputError(f"the data of objective {plan.spec.objective} is not what study {plan.spec.name!r} began with "
+                         f"(fingerprint {fingerprint} here, {before} there); bring that data back, or give another `name`")
+    if before is None:
+        search.remember(_DATA, fingerprint)
+    try_out(plan, data)
+    return data
+
+
+def _tags(plan: Plan) -> dict[str, str]:
+    return {"hpo.objective": plan.spec.objective, "hpo.metric": plan.metric, "hpo.storage": masked(plan.spec.storage),
+            "hpo.sampler": plan.spec.sampler.name, "hpo.pruner": plan.spec.pruner.name, "hpo.device": str(plan.device)}
+
+
+def _why_no_best(search: Search) -> str:
+    counts = search.counts()
+    reasons = [t.user_attrs["error"] for t in search.trials() if "error" in t.user_attrs]
+    last = f"; the last one failed: {reasons[-1]}" if reasons else ""
+    return (f"study {search.spec.name!r} has no complete trial to choose from: {counts.pruned} pruned, "
+            f"{counts.failed} failed, {counts.waiting} not begun{last}")
+
+
+def _print_result(plan: Plan, search: Search, best: Best | None, done: Outcome | None, out: Console) -> None:
+    if best is None:
+        return
+    counts = search.counts()
+    rows = [["trials", f"{counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed"],
+            ["best", f"{plan.metric} {best.value:.4f} on validation (trial {best.number}, epoch {best.epoch + 1})"],
+            ["params", view.shown(plan.space.searched(best.params)) or "all fixed"]]
+    if done is not None:
+        rows += [["test", ", ".join(f"{name} {value:.4f}" for name, value in done.test.items())],
+                 ["bundle", f"{done.bundle} (differs from the measured model by at most {done.parity:.1e})"]]
+    out.print(view.table(plan.spec.name, ["", ""], rows))
+
+
+def _summary(plan: Plan, search: Search, best: Best | None, done: Outcome | None) -> dict[str, Any]:
+    """Return what `--json` prints; scripts rely on its keys."""
+    counts = search.counts()
+    return {
+        "study": plan.spec.name,
+        "storage": masked(plan.spec.storage),
+        "trials": {key: getattr(counts, key) for key in ("complete", "pruned", "failed", "running", "waiting")},
+        "best": None if best is None else {"number": best.number, "value": best.value, "params": dict(best.params)},
+        "test": None if done is None else dict(done.test),
+        "bundle": None if done is None else str(done.bundle),
+    }
+
+
+def _console() -> Console:
+    """Return a console on stdout; a file or a pipe is not wrapped at 80 columns."""
+    return Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200)
+
+
+@contextmanager
+def _progress(plan: Plan, search: Search, out: Console) -> Iterator[Any]:
+    board = view.Board(search.counts(), search.best(), plan.spec.trials, plan.metric)
+
+    def refresh() -> None:
+        board.counts, board.best = search.counts(), search.best()
+
+    if out.is_terminal:
+        with view.LiveProgress(board, refresh, out) as progress:
+            yield progress
+    else:
+        yield view.PlainProgress(board, refresh, lambda text: print(masked(text), flush=True))
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Have Ctrl-C and SIGTERM ask the loop to stop, between two batches; a second one stops at once."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,141 @@
+"""What a person sees: a live view on a terminal, plain lines in a file or a pipe."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from hpo.search import Best, Counts
+from hpo.worker import Progress
+
+
+class Board:
+    """The numbers that both views show; `refresh` reads the counts and the best trial from the storage."""
+
+    def __init__(self, counts: Counts, best: Best | None, trials: int, metric: str) -> None:
+        self.counts, self.best, self.trials, self.metric = counts, best, trials, metric
+        self._started, self._done_before = time.monotonic(), counts.finished
+
+    def seconds_left(self) -> float | None:
+        """Return how long the rest will take at the pace so far, or None before the first trial has ended."""
+        done = self.counts.finished - self._done_before
+        if done <= 0:
+            return None
+        return (time.monotonic() - self._started) / done * (self.trials - self.counts.finished)
+
+    def best_text(self) -> str:
+        """Return `best accuracy 0.9890 (trial 7)`."""
+        return "no trial yet" if self.best is None else f"best {self.metric} {self.best.value:.4f} (trial {self.best.number})"
+
+    def left_text(self) -> str:
+        """Return `about 3 min left`, or nothing while that is unknown."""
+        left = self.seconds_left()
+        return "" if left is None or self.counts.finished >= self.trials else f"about {duration(left)} left"
+
+
+class PlainProgress(Progress):
+    """One line a trial, and one every `epoch_seconds` while a long one runs."""
+
+    def __init__(self, board: Board, refresh: Callable[[], None], write: Callable[[str], None], epoch_seconds: float = 15.0):
+        self._board, self._refresh, self._write, self._epoch_seconds = board, refresh, write, epoch_seconds
+        self._said_at = self._trial_at = time.monotonic()
+
+    def trial_started(self, number: int, params: Mapping[str, Any]) -> None:
+        self._said_at = self._trial_at = time.monotonic()
+        self._params = shown(params)
+
+    def epoch_ended(self, number: int, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
+        if time.monotonic() - self._said_at >= self._epoch_seconds:
+            self._said_at = time.monotonic()
+            self._write(f"trial {number}: epoch {epoch}/{epochs}, {_metric(self._board, metrics)}")
+
+    def trial_ended(self, number: int, state: str, value: float | None, reason: str | None) -> None:
+        self._refresh()
+        board = self._board
+        what = f"{board.metric} {value:.4f}" if value is not None else reason or ""
+        seconds = duration(time.monotonic() - self._trial_at)
+        parts = [f"[{board.counts.finished}/{board.trials}] trial {number} {_STATES[state]}: {what}",
+                 self._params, seconds, board.best_text(), board.left_text()]
+        self._write("; ".join(part for part in parts if part))
+
+    def note(self, text: str) -> None:
+        self._write(text)
+
+
+class LiveProgress(Progress):
+    """A bar of all trials, and under it each running trial's epoch and metric."""
+
+    def __init__(self, board: Board, refresh: Callable[[], None], console: Console) -> None:
+        self._board, self._refresh, self._console = board, refresh, console
+        self._all = Bar(TextColumn("[bold]trials[/]"), BarColumn(bar_width=30), MofNCompleteColumn(),
+                        TextColumn("{task.fields[text]}"), TimeElapsedColumn(), console=console)
+        self._task = self._all.add_task("", total=board.trials, completed=board.counts.finished, text=board.best_text())
+        self._running = Bar(TextColumn("  {task.description}"), BarColumn(bar_width=20),
+                            TextColumn("epoch"), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), console=console)
+        self._tasks: dict[int, TaskID] = {}
+        self._live = Live(Group(self._all, self._running), console=console, refresh_per_second=8)
+
+    def __enter__(self) -> "LiveProgress":
+        self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for task in self._tasks.values():
+            self._running.remove_task(task)
+        self._live.stop()
+
+    def trial_started(self, number: int, params: Mapping[str, Any]) -> None:
+        self._tasks[number] = self._running.add_task(f"trial {number}", total=None, text=shown(params))
+
+    def epoch_ended(self, number: int, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
+        self._running.update(self._tasks[number], total=epochs, completed=epoch, text=_metric(self._board, metrics))
+
+    def trial_ended(self, number: int, state: str, value: float | None, reason: str | None) -> None:
+        self._refresh()
+        self._running.remove_task(self._tasks.pop(number))
+        text = ", ".join(part for part in (self._board.best_text(), self._board.left_text()) if part)
+        self._all.update(self._task, completed=self._board.counts.finished, text=text)
+        if reason is not None:
+            self._console.print(Text(f"trial {number} {_STATES[state]}: {reason}", style="yellow"))
+
+    def note(self, text: str) -> None:
+        self._console.print(Text(text))
+
+
+_STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "INTERRUPTED": "interrupted"}
+
+
+def _metric(board: Board, metrics: Mapping[str, float]) -> str:
+    value = metrics.get(f"valid_{board.metric}")
+    loss = f"train loss {metrics['train_loss']:.4f}"
+    return loss if value is None else f"{board.metric} {value:.4f}, {loss}"
+
+
+def shown(params: Mapping[str, Any]) -> str:
+    """Return `learning_rate=0.0123 n_hidden=24`."""
+    return " ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in params.items())
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as `0.4 s`, `12 s`, `3 min` or `1 h 20 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
+    """Return a rich table."""
+    made = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+    for column in columns:
+        made.add_column(column, overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(cell) for cell in row))
+    return made

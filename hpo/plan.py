@@ -1,0 +1,206 @@
+"""A study made ready to run: everything that can be wrong is found here, before anything runs.
+
+`prepare` reads the file, loads the objective, merges its default space, checks sampler, pruner and device, and reports
+all faults of the file at once. `load_data` and `try_out` then look at the data and at a network for every corner of the
+space. Nothing here touches the storage or the tracker.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpo import objective as objectives
+from hpo import optim, space as spaces, spec as specs
+from hpo.data import Data, Split
+from hpo.document import Document
+from hpo.errors import Fault, HpoError, InputError, SpecError, did_you_mean
+from hpo.objective import Objective
+from hpo.samplers import make_pruner, make_sampler
+from hpo.space import Space
+from hpo.spec import Draft, StudySpec
+from hpo.tracking import check_address
+
+OUTPUT = Path("mlruns")
+"""The folder of all output, in the current one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A study whose file has no faults."""
+
+    spec: StudySpec
+    document: Document
+    objective: Objective
+    space: Space
+    metric: str
+    maximize: bool
+    device: torch.device
+    notes: tuple[str, ...] = ()
+
+    @property
+    def metric_key(self) -> str:
+        """The metric's name among those that `hpo.training.train` reports."""
+        return f"valid_{self.metric}"
+
+    def load_data(self) -> Data:
+        """Return the objective's data, checked. Raises DataError."""
+        return self.objective.data().checked(self.spec.objective)
+
+
+def prepare(path: Path, overrides: Mapping[str, str] | None = None) -> Plan:
+    """Return the plan of the study file at `path`.
+
+    Raises SpecError with every fault of the file, each with file and line, or InputError where there is no such file.
+    """
+    draft = specs.read(path, overrides)
+    faults = list(draft.faults)
+    plan = None
+    if draft.spec is not None:
+        plan, more = _check(draft, draft.spec, path.parent)
+        faults += more
+    if faults or plan is None:
+        raise SpecError(draft.document.render(faults))
+    return plan
+
+
+def _check(draft: Draft, spec: StudySpec, folder: Path) -> tuple[Plan | None, list[Fault]]:
+    device, faults = find_device(spec.device)
+    try:
+        check_address(spec.tracking)
+    except InputError as error:
+        faults.append(Fault(path=("tracking",), message=str(error)))
+    pruner, more = make_pruner(spec.pruner, spec.epochs)
+    faults += more
+    objective, more = objectives.load(spec.objective, spec.options, folder)
+    faults += more
+    if objective is None:
+        return None, faults
+    metric, maximize, more = _metric(objective, spec.metric)
+    faults += more
+    params, more = _params(objective, draft, spec)
+    faults += more
+    space, more = spaces.build(params, spec.start_with)
+    if any(fault.path[:1] == ("params",) for fault in draft.faults):  # its own faults come first: mend those
+        more = [fault for fault in more if fault.path[0] != "start_with"]
+    faults += more
+    _, more = make_sampler(spec.sampler, spec.seed, space)
+    faults += more
+    notes = []
+    size = space.size()
+    if spec.sampler.name in ("grid", "brute_force") and not faults and size is not None and size < spec.trials:
+        notes.append(f"the space has {size} configurations in all: trials is {size}, not {spec.trials}")
+        spec = spec.model_copy(update={"trials": size})
+    return Plan(spec=spec, document=draft.document, objective=objective, space=space, metric=metric, maximize=maximize,
+                device=device, notes=tuple(notes)), faults
+
+
+def _metric(objective: Objective, wanted: str | None) -> tuple[str, bool, list[Fault]]:
+    """Return the study's metric and whether more of it is better."""
+    metrics = dict(objective.metrics())
+    known = [*metrics, "loss"]
+    name = known[0] if wanted is None else wanted
+    if name not in known:
+        return "loss", False, [Fault(path=("metric",), message=f"the objective has no metric {name!r}{did_you_mean(name, known)}")]
+    if name == "loss":
+        return name, False, []
+    better = metrics[name].higher_is_better
+    if better is None:
+        message = f"{name} does not say in which direction it is better (higher_is_better); choose one of {', '.join(known)}"
+        return name, False, [Fault(path=("metric",), message=message)]
+    return name, bool(better), []
+
+
+def _params(objective: Objective, draft: Draft, spec: StudySpec) -> tuple[dict[str, Any], list[Fault]]:
+    """Return the study's params: the engine's and the objective's defaults, under what the file says.
+
+    The objective's default space is used where the file names no range of its own.
+    """
+    params = {**optim.DEFAULTS, **objective.defaults}
+    known = list(dict.fromkeys([*params, *optim.NAMES, *objective.space]))
+    faults = [Fault(path=("params", name), message=f"neither the engine nor the objective has this parameter"
+                    f"{did_you_mean(name, known)}") for name in spec.params if name not in known]
+    own = {name: value for name, value in spec.params.items() if name in known}
+    if not draft.own_space:
+        default = {name: specs.parse_param(dict(entry)) for name, entry in objective.space.items()}
+        params |= {name: entry for name, entry in default.items() if _reachable(entry, {**params, **default, **own})}
+    params |= own
+    for fault in draft.faults:  # a parameter that is wrong in the file is not missing from the space
+        if fault.path[:1] == ("params",) and len(fault.path) > 1 and fault.path[1] not in params:
+            params[str(fault.path[1])] = None
+    values = {name: _span(value) for name, value in params.items() if value is not None}
+    return params, faults + optim.faults(values)
+
+
+def _reachable(entry: Any, params: Mapping[str, Any]) -> bool:
+    """Whether the condition of a default range can be met at all: the file may have fixed what it depends on."""
+    return all(
+        name not in params or isinstance(params[name], specs.Searched) or params[name] in values
+        for name, values in entry.when.items()
+    )
+
+
+def _span(value: Any) -> list[Any]:
+    """Return every value, or both ends, of one entry of the params."""
+    if isinstance(value, specs.Categorical):
+        return list(value.choices)
+    if isinstance(value, specs.FloatRange | specs.IntRange):
+        return [value.low, value.high]
+    return [value]
+
+
+def find_device(name: str) -> tuple[torch.device, list[Fault]]:
+    """Return the device of that name, `auto` being CUDA, else Apple's MPS, else the CPU."""
+    available = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    available += ["mps"] if torch.backends.mps.is_available() else []
+    available += ["cpu"]
+    if name == "auto":
+        return torch.device(available[0]), []
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    wanted = None if device is None else f"cuda:{device.index or 0}" if device.type == "cuda" else device.type
+    if wanted not in available:
+        return torch.device("cpu"), [Fault(path=("device",), message=f"there is no device {name!r} here; "
+                                           f"available: auto, {', '.join(available)}")]
+    return torch.device(wanted), []
+
+
+def try_out(plan: Plan, data: Data) -> nn.Module:
+    """Build a network for every corner of the space and put one batch through the first, as training will.
+
+    Return the first. Raises InputError for a loss that is not one finite number, or a network that cannot be built.
+    """
+    first, batch = None, Split(inputs={n: x[:8] for n, x in data.train.inputs.items()}, targets=data.train.targets[:8])
+    preprocess = _guarded(plan, "preprocess", lambda: plan.objective.preprocess(data.train))
+    batch = _guarded(plan, "preprocess", lambda: batch.through(preprocess))
+    for params in plan.space.corners():
+        shown = ", ".join(f"{name}={value}" for name, value in plan.space.searched(params).items()) or "its fixed params"
+        module = _guarded(plan, f"build with {shown}", lambda params=params: plan.objective.build(params, data.info))
+        if first is not None:
+            continue
+        first = module
+        module.train()
+        outputs = _guarded(plan, f"forward with {shown}", lambda module=module: module(*batch.inputs.values()))
+        loss = _guarded(plan, f"loss with {shown}", lambda o=outputs, p=params: plan.objective.loss(o, batch.targets, p))
+        if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
+            came = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
+            raise InputError(f"objective {plan.spec.objective}: loss must return one number (a tensor of no dimensions), "
+                             f"but got {came}; take its mean")
+        for name, metric in plan.objective.metrics().items():
+            _guarded(plan, f"metric {name}", lambda m=metric, o=outputs: m.update(o.detach(), batch.targets))
+    assert first is not None
+    return first
+
+
+def _guarded(plan: Plan, what: str, call: Any) -> Any:
+    try:
+        return call()
+    except HpoError:
+        raise
+    except Exception as error:  # the user's own code
+        raise InputError(f"objective {plan.spec.objective}: {what} failed: {objectives.origin(error)}") from error

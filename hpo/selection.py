@@ -1,0 +1,106 @@
+"""After the search: the best params are trained anew on train + validation, tested once, and exported."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpo.bundle import Model, export
+from hpo.data import Data
+from hpo.errors import ExportError
+from hpo.plan import OUTPUT, Plan
+from hpo.search import Best, Search
+from hpo.stack import LoopStack, Member, evaluate
+from hpo.tracking import Tracker
+from hpo.training import train
+
+_RESULT, _TESTS = "hpo:result", "hpo:test_evaluations"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The study's end: `test` metrics of the refitted model, and the folder of its bundle."""
+
+    number: int
+    test: Mapping[str, float]
+    bundle: Path
+    parity: float
+
+
+def bundle_folder(plan: Plan) -> Path:
+    """Return where the study's bundle goes."""
+    return OUTPUT / "bundles" / plan.spec.name
+
+
+def outcome(search: Search, best: Best | None) -> Outcome | None:
+    """Return the stored outcome if it is that of `best` and its bundle is still there."""
+    stored = search.attrs.get(_RESULT)
+    if stored is None or best is None or stored["number"] != best.number:
+        return None
+    folder = Path(stored["bundle"])
+    if not (folder / "bundle.json").is_file():
+        return None
+    return Outcome(number=best.number, test=stored["test"], bundle=folder, parity=stored["parity"])
+
+
+def finish(plan: Plan, data: Data, search: Search, tracker: Tracker, best: Best, folder: Path | None = None,
+           stopping: Callable[[], bool] = lambda: False, note: Callable[[str], None] = lambda text: None) -> Outcome:
+    """Refit `best`, evaluate it on the test set, export it to `folder` (default: the study's), and log all that.
+
+    Every reading of the test set is counted in the study's attributes. Raises ExportError, Interrupted.
+    """
+    where = folder if folder is not None else bundle_folder(plan)
+    refit_epochs = best.epoch + 1 if plan.spec.value == "best" else plan.spec.epochs
+    note(f"training the params of trial {best.number} anew on train + validation, {refit_epochs} epochs")
+    data_refit = data.for_refit()
+    preprocess = plan.objective.preprocess(data_refit.train)
+    member = Member(number=best.number, seed=best.seed, params=best.params)
+    stack = LoopStack(plan.objective, data_refit.info, plan.device)
+    queue = [member]
+    network = None
+
+    def report(member: Member, metrics: Mapping[str, float]) -> bool:
+        nonlocal network
+        if member.fault is None and not math.isfinite(metrics["train_loss"]):
+            member.fault = f"train_loss became {metrics['train_loss']} in epoch {member.epoch}"
+        network = stack.module(member)
+        return member.fault is None
+
+    train(
+        stack, data_refit.train.through(preprocess).to(plan.device), None, batch_size=best.params["batch_size"],
+        epochs=refit_epochs, seed=plan.spec.seed, ask=lambda n: [queue.pop()] if queue and n else [], report=report,
+        stopping=stopping,
+    )
+    if member.fault is not None or network is None:
+        raise ExportError(f"trial {best.number}, trained anew on train + validation, failed: {member.fault}")
+    metrics = {name: metric.to(plan.device) for name, metric in plan.objective.metrics().items()}
+    test_split = data.test.through(preprocess).to(plan.device)
+    test = evaluate(plan.objective, network, test_split, best.params, metrics)
+    search.remember(_TESTS, [*search.attrs.get(_TESTS, []), {"number": best.number, "test": test}])
+    note("exporting, and comparing what was exported with the model that was measured")
+    written = export(
+        Model(preprocess=preprocess, network=network, head=plan.objective.head(), params=best.params, info=data.info,
+              about=_about(plan, data, search, best, refit_epochs, test)),
+        data.test, where,
+    )
+    parity = max(result["max_difference"] for result in written["parity"].values())
+    ended = Outcome(number=best.number, test=test, bundle=where, parity=parity)
+    if folder is None:
+        stored = {"number": ended.number, "test": dict(test), "bundle": str(where), "parity": parity}
+        search.remember(_RESULT, stored)
+        tracker.log_metrics(None, best.number, {f"test_{name}": value for name, value in test.items()}
+                            | {f"best_{plan.metric_key}": best.value})
+        tracker.log_folder(where, "bundle")
+    return ended
+
+
+def _about(plan: Plan, data: Data, search: Search, best: Best, refit_epochs: int, test: Mapping[str, float]) -> dict[str, Any]:
+    return {
+        "study": plan.spec.name, "objective": plan.spec.objective, "options": plan.spec.options, "trial": best.number,
+        "metric": plan.metric, "value": best.value, "epochs": refit_epochs, "seed": best.seed,
+        "trained_on": ["train", "valid"],
+        "metrics": {**best.metrics, **{f"test_{name}": value for name, value in test.items()}},
+        "n_test_evaluations": len(search.attrs.get(_TESTS, [])),
+        "data_fingerprint": data.fingerprint(),
+    }

@@ -1,0 +1,319 @@
+"""Where runs are logged: nowhere, in memory (for tests), or MLflow, which is imported here only and when first used.
+
+A tracker never stops training. `MlflowTracker` puts everything into an outbox and sends it in batches; where sending
+fails it says so once, keeps the outbox on disk, and tries again later, also in the next run of the study.
+
+MLflow's side: one run a trial under one parent run for the study, all with the tag `hpo.study`, a trial's with
+`hpo.trial`. COMPLETE ends as FINISHED, PRUNED as KILLED with the tag `hpo.state`, FAIL as FAILED with `hpo.error`.
+"""
+
+import json
+import logging
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from hpo.errors import InputError, masked
+
+STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED", "INTERRUPTED": "KILLED"}
+"""Optuna's state of a trial (and ours of a study) -> MLflow's status of its run."""
+
+
+class Tracker(ABC):
+    """What the engine tells a tracker. `trial` is Optuna's number; None stands for the study's own run."""
+
+    @abstractmethod
+    def start_study(self, tags: Mapping[str, str], texts: Mapping[str, str]) -> None:
+        """Begin, or go on with, the study's run. `texts` are files to keep with it, by name."""
+
+    @abstractmethod
+    def start_trial(self, trial: int, params: Mapping[str, Any]) -> str | None:
+        """Begin a trial's run; return its id where the tracker gives one."""
+
+    @abstractmethod
+    def log_metrics(self, trial: int | None, step: int, metrics: Mapping[str, float]) -> None:
+        """Log metrics at an epoch (counted from 0)."""
+
+    @abstractmethod
+    def end_trial(self, trial: int, state: str, error: str | None = None) -> None:
+        """End a trial's run; `state` is a key of STATUS."""
+
+    @abstractmethod
+    def log_folder(self, folder: Path, name: str) -> None:
+        """Keep the files of `folder` with the study's run, under `name`."""
+
+    @abstractmethod
+    def end_study(self, state: str) -> None:
+        """End the study's run, and send all that is left to send."""
+
+
+class NullTracker(Tracker):
+    """`tracking: off`."""
+
+    def start_study(self, tags: Mapping[str, str], texts: Mapping[str, str]) -> None:
+        pass
+
+    def start_trial(self, trial: int, params: Mapping[str, Any]) -> str | None:
+        return None
+
+    def log_metrics(self, trial: int | None, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def end_trial(self, trial: int, state: str, error: str | None = None) -> None:
+        pass
+
+    def log_folder(self, folder: Path, name: str) -> None:
+        pass
+
+    def end_study(self, state: str) -> None:
+        pass
+
+
+class MemoryTracker(Tracker):
+    """Keeps everything in dictionaries, by trial (None: the study)."""
+
+    def __init__(self) -> None:
+        self.params: dict[int, dict[str, Any]] = {}
+        self.metrics: dict[int | None, list[tuple[int, dict[str, float]]]] = {}
+        self.ended: dict[int | None, tuple[str, str | None]] = {}
+        self.folders: list[Path] = []
+
+    def start_study(self, tags: Mapping[str, str], texts: Mapping[str, str]) -> None:
+        self.ended.pop(None, None)
+
+    def start_trial(self, trial: int, params: Mapping[str, Any]) -> str | None:
+        self.params[trial] = dict(params)
+        return f"run-{trial}"
+
+    def log_metrics(self, trial: int | None, step: int, metrics: Mapping[str, float]) -> None:
+        self.metrics.setdefault(trial, []).append((step, dict(metrics)))
+
+    def end_trial(self, trial: int, state: str, error: str | None = None) -> None:
+        self.ended[trial] = (state, error)
+
+    def log_folder(self, folder: Path, name: str) -> None:
+        self.folders.append(folder)
+
+    def end_study(self, state: str) -> None:
+        self.ended[None] = (state, None)
+
+
+class MlflowTracker(Tracker):
+    """MLflow through `MlflowClient` and run ids: the fluent API has one active run for the whole process."""
+
+    FLUSH_SECONDS = 5.0
+    RETRY_SECONDS = 30.0
+
+    def __init__(self, uri: str, study: str, outbox: Path, warn: Callable[[str], None]) -> None:
+        self._uri, self._study, self._warn = uri, study, warn
+        self._file = outbox / f"{study}.jsonl"
+        self._client: Any = None
+        self._experiment = ""
+        self._runs: dict[int | None, str] = {}
+        self._outbox: list[dict[str, Any]] = _read_lines(self._file)
+        self._sent_at = self._retry_at = 0.0
+        self._warned = False
+
+    def start_study(self, tags: Mapping[str, str], texts: Mapping[str, str]) -> None:
+        self._put("start", None, tags=dict(tags), texts=dict(texts))
+        self.flush()
+
+    def start_trial(self, trial: int, params: Mapping[str, Any]) -> str | None:
+        self._put("start", trial, params={key: str(value)[:6000] for key, value in params.items()})
+        self.flush()
+        return self._runs.get(trial)
+
+    def log_metrics(self, trial: int | None, step: int, metrics: Mapping[str, float]) -> None:
+        rows = [[key, value, _now(), step] for key, value in metrics.items()]
+        last = self._outbox[-1] if self._outbox else None
+        if last is not None and last["do"] == "metrics" and last["trial"] == trial and len(last["rows"]) < 900:
+            last["rows"] += rows  # one batch: MLflow takes at most 1,000 metrics in a call
+        else:
+            self._put("metrics", trial, rows=rows)
+        if time.monotonic() - self._sent_at > self.FLUSH_SECONDS:
+            self.flush()
+
+    def end_trial(self, trial: int, state: str, error: str | None = None) -> None:
+        tags = {"hpo.state": state} | ({"hpo.error": masked(error)[:5000]} if error else {})
+        self._put("end", trial, status=STATUS[state], tags=tags)
+        self.flush()
+
+    def log_folder(self, folder: Path, name: str) -> None:
+        self._put("folder", None, folder=str(folder.resolve()), name=name)
+        self.flush()
+
+    def end_study(self, state: str) -> None:
+        self._put("end", None, status=STATUS[state], tags={"hpo.state": state})
+        self._retry_at = 0.0
+        self.flush()
+
+    def _put(self, do: str, trial: int | None, **what: Any) -> None:
+        self._outbox.append({"do": do, "trial": trial, "time": _now(), **what})
+
+    def flush(self) -> None:
+        """Send the outbox in its order; where that fails, keep what is left, also on disk."""
+        if time.monotonic() < self._retry_at:
+            self._keep()
+            return
+        try:
+            with _quiet():
+                self._connect()
+                while self._outbox:
+                    getattr(self, f"_send_{self._outbox[0]['do']}")(self._outbox[0])
+                    del self._outbox[0]
+            self._sent_at = time.monotonic()
+            if self._warned:
+                self._warned = False
+                self._warn(f"tracking: {self._uri} is back; everything that was kept has been sent")
+        except Exception as error:  # whatever MLflow, its server or its database raise must not stop training
+            self._retry_at = time.monotonic() + self.RETRY_SECONDS
+            if not self._warned:
+                self._warned = True
+                cause = masked(f"{type(error).__name__}: {error}".splitlines()[0])[:300]
+                self._warn(f"tracking: {self._uri} does not work ({cause}); training goes on, and what could not be sent "
+                           f"is kept in {self._file} and sent later")
+        self._keep()
+
+    def _keep(self) -> None:
+        """Have the outbox's file hold what is not sent."""
+        if self._outbox and (self._warned or self._file.exists()):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.write_text("".join(json.dumps(item) + "\n" for item in self._outbox))
+        elif not self._outbox:
+            self._file.unlink(missing_ok=True)
+
+    def _connect(self) -> None:
+        if self._client is not None:
+            return
+        from mlflow import MlflowClient
+
+        path = sqlite_path(self._uri)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        # MLflow makes its schema when first asked; processes that do so together crash all but one.
+        with FileLock(f"{path}.lock", timeout=120) if path is not None else nullcontext():
+            client = MlflowClient(tracking_uri=self._uri)
+            experiment = client.get_experiment_by_name(self._study)
+            if experiment is None:
+                where = None if path is None else (path.parent.resolve() / "artifacts" / self._study).as_uri()
+                self._experiment = client.create_experiment(self._study, artifact_location=where)
+            else:
+                if experiment.lifecycle_stage == "deleted":
+                    client.restore_experiment(experiment.experiment_id)
+                self._experiment = experiment.experiment_id
+        self._client = client
+
+    def _run(self, trial: int | None, item: Mapping[str, Any], params: Mapping[str, Any] | None = None) -> str:
+        """Return the id of a trial's run, found by its tags or made: sending the same thing twice does no harm."""
+        if trial in self._runs:
+            return self._runs[trial]
+        mark = "study" if trial is None else str(trial)
+        found = self._client.search_runs([self._experiment], f"tags.`hpo.trial` = '{mark}'", max_results=1)
+        if found:
+            self._runs[trial] = found[0].info.run_id
+            return self._runs[trial]
+        tags = {"hpo.study": self._study, "hpo.trial": mark}
+        if trial is not None:
+            tags["mlflow.parentRunId"] = self._run(None, item)
+        name = self._study if trial is None else f"trial {trial}"
+        run = self._client.create_run(self._experiment, start_time=item["time"], tags=tags, run_name=name)
+        self._runs[trial] = run.info.run_id
+        return run.info.run_id
+
+    def _send_start(self, item: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param, RunTag
+
+        run = self._run(item["trial"], item)
+        params = [Param(key, value) for key, value in item.get("params", {}).items()]
+        tags = [RunTag(key, value) for key, value in item.get("tags", {}).items()]
+        for start in range(0, max(len(params), len(tags), 1), 100):
+            self._client.log_batch(run, params=params[start : start + 100], tags=tags[start : start + 100])
+        for name, text in item.get("texts", {}).items():
+            self._client.log_text(run, text, name)
+        if item["trial"] is None:
+            self._client.update_run(run, status="RUNNING")
+
+    def _send_metrics(self, item: Mapping[str, Any]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [Metric(key, value, when, step) for key, value, when, step in item["rows"]]
+        run = self._run(item["trial"], item)
+        for start in range(0, len(metrics), 1000):
+            self._client.log_batch(run, metrics=metrics[start : start + 1000])
+
+    def _send_end(self, item: Mapping[str, Any]) -> None:
+        from mlflow.entities import RunTag
+
+        run = self._run(item["trial"], item)
+        self._client.log_batch(run, tags=[RunTag(key, value) for key, value in item["tags"].items()])
+        self._client.set_terminated(run, item["status"], end_time=item["time"])
+
+    def _send_folder(self, item: Mapping[str, Any]) -> None:
+        if Path(item["folder"]).is_dir():
+            self._client.log_artifacts(self._run(None, item), item["folder"], item["name"])
+
+
+def open_tracker(uri: str, study: str, outbox: Path, warn: Callable[[str], None]) -> Tracker:
+    """Return the tracker that `tracking:` names. Raises InputError for an address that can never work."""
+    check_address(uri)
+    if uri == "off":
+        return NullTracker()
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # its own 7 retries of 120 s stall the trainer
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    try:
+        import mlflow  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"tracking {uri}: MLflow cannot be imported ({error}); pip install mlflow, "
+                         "or set tracking: off") from error
+    return MlflowTracker(uri, study, outbox, warn)
+
+
+def check_address(uri: str) -> None:
+    """Raise InputError where `uri` is no address that MLflow can track to."""
+    scheme = uri.partition(":")[0]
+    if uri == "off" or (":" in uri and scheme not in ("file",) and "/" in uri) or uri.startswith("databricks"):
+        return
+    raise InputError(f"tracking {uri}: must be off, a server (http://host:5000) or a database "
+                     "(sqlite:///mlruns/mlflow.db); MLflow gave up its file store")
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """Return the file of a `sqlite:///` address; None for any other."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    """Return what an earlier run could not send; a line that a kill cut short is left out."""
+    items = []
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        try:
+            items.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return items
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep MLflow's and alembic's own lines (of tables made and runs viewed) out of the terminal."""
+    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic", "mlflow.store.db.utils")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
