@@ -99,7 +99,7 @@ def make_sampler(plugin: Plugin, seed: int, space: Space) -> tuple[BaseSampler, 
         endless = ", ".join(d.name for d in space.dimensions if d.values() is None)
         message = f"brute_force needs a step or choices for every parameter, but {endless} has none"
         faults.append(Fault(path=("sampler",), message=message))
-    if plugin.name in ("tpe", "gp", "cmaes", "qmc"):
+    if plugin.name in ("gp", "cmaes", "qmc"):
         keys.setdefault("warn_independent_sampling", False)
     if plugin.name == "qmc":
         keys.setdefault("scramble", True)

@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -317,7 +318,9 @@ def open_search(spec: StudySpec, space: Space, metric: str, *, maximize: bool, m
                                     sampler=sampler, pruner=pruner)
         if _IDENTITY not in study.user_attrs:
             study.set_user_attr(_IDENTITY, wanted)
-            study.set_metric_names([metric])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                study.set_metric_names([metric])  # the dashboard's axis
     return Search(study, storage, spec, space, metric)
 
 

@@ -29,7 +29,7 @@ class BreastCancer(Objective):
         "optimizer": "adam", "learning_rate": 1e-3, "weight_decay": 0.0, "batch_size": 64, "n_hidden": 24,
     }
     space = {
-        "learning_rate": {"type": "float", "low": 1e-4, "high": 3e-2, "log": True},
+        "learning_rate": {"type": "float", "low": 3e-4, "high": 5e-3, "log": True},
         "weight_decay": {"type": "float", "low": 1e-6, "high": 1e-1, "log": True, "or": 0},
         "n_hidden": {"type": "int", "low": 8, "high": 64},
     }
