@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from hpo.errors import HpoError
+from hpo.errors import HpoError, SpecError
 
 app = typer.Typer(
     name="hpo", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -112,7 +112,7 @@ def main() -> None:
     try:
         app()
     except HpoError as error:
-        print(f"hpo: {error}" if "\n" not in str(error) else str(error), file=sys.stderr)
+        print(error if isinstance(error, SpecError) else f"hpo: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
         print("hpo: interrupted", file=sys.stderr)

@@ -16,9 +16,9 @@ from hpo.data import Data
 from hpo.errors import HpoError, InputError, Interrupted, masked
 from hpo.plan import OUTPUT, Plan, prepare, try_out
 from hpo.search import Best, Search, open_search
-from hpo.selection import Outcome, finish, outcome
+from hpo.selection import Outcome, bundle_folder, conclude, finish, outcome
 from hpo.storage import open_storage
-from hpo.tracking import Tracker, open_tracker
+from hpo.tracking import open_tracker
 from hpo.worker import work
 
 _DATA = "hpo:data"
@@ -57,12 +57,9 @@ def _run(plan: Plan, search: Search, stopping: Callable[[], bool], out: Console)
             notes.append(progress.note)
             work(plan, data, search, tracker, progress, stopping)
             notes.pop()
-        best = search.best()
-        if best is None:
-            raise HpoError(_why_no_best(search))
-        ended = outcome(search, best)
+        ended = conclude(plan, data, search, tracker, stopping, notes[-1])
         if ended is None:
-            ended = finish(plan, data, search, tracker, best, stopping=stopping, note=notes[-1])
+            raise HpoError(_why_no_best(search))
         state = "COMPLETE" if search.counts().waiting == 0 else "INTERRUPTED"
         return ended
     except Interrupted:
@@ -164,10 +161,9 @@ def export(path: Path, overrides: Mapping[str, str], number: int | None, folder:
         if folder is not None and folder.exists() and any(folder.iterdir()) and not (folder / "bundle.json").is_file():
             raise InputError(f"--out {folder}: is not empty and holds no bundle; give a folder that may be replaced")
         data = _load(plan, search)
-        tracker = open_tracker("off", plan.spec.name, OUTPUT / "unsent", out.print)
         stopping = stack.enter_context(_signals())
-        where = folder if folder is not None or number is None else OUTPUT / "bundles" / f"{plan.spec.name}-trial-{number}"
-        done = finish(plan, data, search, tracker, best, where, stopping,
+        default = bundle_folder(plan) if number is None else OUTPUT / "bundles" / f"{plan.spec.name}-trial-{number}"
+        done = finish(plan, data, search, best, folder or default, stopping,
                       lambda text: out.print(text, markup=False, highlight=False))
         _print_result(plan, search, best, done, out)
         return _summary(plan, search, best, done)

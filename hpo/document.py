@@ -153,16 +153,19 @@ def _override(document: Document, key: str, text: str) -> None:
     path = tuple(key.split("."))
     target = document.values
     for part in path[:-1]:
-        if target.get(part) is None:
-            target[part] = {}
-        target = target[part]
-        if not isinstance(target, dict):
+        held = {} if target.get(part) is None else target[part]
+        if not isinstance(held, dict):
             raise InputError(f"--set {key}={text}: {part} is no mapping, so nothing can be set in it")
+        target[part] = dict(held)  # a copy: where the file has it as `*name` elsewhere, it stays as it is there
+        target = target[part]
     try:
         target[path[-1]] = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise InputError(f"--set {key}={text}: the value is not YAML: {str(error).splitlines()[0]}") from error
     document.overridden.add(path)
+    inside = [other for other in document.lines if other[: len(path)] == path and other != path]
+    for other in inside:  # what stood there is gone: a fault in the new value is not the file's
+        del document.lines[other]
 
 
 def _expand(value: Any, path: Path_, document: Document, environ: Mapping[str, str]) -> Any:

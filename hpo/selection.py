@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from hpo.bundle import Model, export
 from hpo.data import Data
 from hpo.errors import ExportError
@@ -44,13 +46,34 @@ def outcome(search: Search, best: Best | None) -> Outcome | None:
     return Outcome(number=best.number, test=stored["test"], bundle=folder, parity=stored["parity"])
 
 
-def finish(plan: Plan, data: Data, search: Search, tracker: Tracker, best: Best, folder: Path | None = None,
-           stopping: Callable[[], bool] = lambda: False, note: Callable[[str], None] = lambda text: None) -> Outcome:
-    """Refit `best`, evaluate it on the test set, export it to `folder` (default: the study's), and log all that.
+def conclude(plan: Plan, data: Data, search: Search, tracker: Tracker, stopping: Callable[[], bool],
+             note: Callable[[str], None]) -> Outcome | None:
+    """Finish the study with its best trial, unless that was done already; None where no trial is complete.
+
+    Of several workers on this machine that come here at once, one does it and the others take its outcome.
+    """
+    folder = bundle_folder(plan)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        best = search.best()
+        done = outcome(search, best)
+        if best is None or done is not None:
+            return done
+        done = finish(plan, data, search, best, folder, stopping, note)
+        stored = {"number": done.number, "test": dict(done.test), "bundle": str(folder), "parity": done.parity}
+        search.remember(_RESULT, stored)
+    tracker.log_metrics(None, best.number, {f"test_{name}": value for name, value in done.test.items()}
+                        | {f"best_{plan.metric_key}": best.value})
+    tracker.log_folder(folder, "bundle")
+    return done
+
+
+def finish(plan: Plan, data: Data, search: Search, best: Best, folder: Path, stopping: Callable[[], bool],
+           note: Callable[[str], None]) -> Outcome:
+    """Train `best`'s params anew on train + validation, evaluate on the test set once, export to `folder`.
 
     Every reading of the test set is counted in the study's attributes. Raises ExportError, Interrupted.
     """
-    where = folder if folder is not None else bundle_folder(plan)
     refit_epochs = best.epoch + 1 if plan.spec.value == "best" else plan.spec.epochs
     note(f"training the params of trial {best.number} anew on train + validation, {refit_epochs} epochs")
     data_refit = data.for_refit()
@@ -82,17 +105,10 @@ def finish(plan: Plan, data: Data, search: Search, tracker: Tracker, best: Best,
     written = export(
         Model(preprocess=preprocess, network=network, head=plan.objective.head(), params=best.params, info=data.info,
               about=_about(plan, data, search, best, refit_epochs, test)),
-        data.test, where,
+        data.test, folder,
     )
     parity = max(result["max_difference"] for result in written["parity"].values())
-    ended = Outcome(number=best.number, test=test, bundle=where, parity=parity)
-    if folder is None:
-        stored = {"number": ended.number, "test": dict(test), "bundle": str(where), "parity": parity}
-        search.remember(_RESULT, stored)
-        tracker.log_metrics(None, best.number, {f"test_{name}": value for name, value in test.items()}
-                            | {f"best_{plan.metric_key}": best.value})
-        tracker.log_folder(where, "bundle")
-    return ended
+    return Outcome(number=best.number, test=test, bundle=folder, parity=parity)
 
 
 def _about(plan: Plan, data: Data, search: Search, best: Best, refit_epochs: int, test: Mapping[str, float]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from itertools import product
+from itertools import islice
 from typing import Any
 
 from optuna.distributions import (
@@ -68,10 +68,21 @@ class Dimension:
             return False
         if s.otherwise is not None and value == s.otherwise:
             return True
-        if isinstance(s, IntRange) and value != int(value):
+        if not s.low <= value <= s.high or (isinstance(s, IntRange) and value != int(value)):
             return False
         steps = (value - s.low) / s.step if s.step else 0.0
-        return s.low <= value <= s.high and math.isclose(steps, round(steps), abs_tol=1e-6)
+        return math.isclose(steps, round(steps), abs_tol=1e-6)
+
+    @property
+    def n_values(self) -> int | None:
+        """How many values there are, or None where there is no end of them."""
+        s = self.searched
+        if isinstance(s, Categorical):
+            return len(s.choices)
+        if s.step is None and (s.log or isinstance(s, FloatRange)):
+            return None
+        low, high, step = (Decimal(str(x)) for x in (s.low, s.high, s.step or 1))
+        return int((high - low) // step) + 1 + (s.otherwise is not None)
 
     def values(self) -> list[Any] | None:
         """Return all values, or None where there is no end of them."""
@@ -81,7 +92,8 @@ class Dimension:
         if isinstance(s, IntRange) and not s.log:
             values: list[Any] = list(range(s.low, s.high + 1, s.step or 1))
         elif isinstance(s, FloatRange) and s.step is not None:
-            values = [s.low + i * s.step for i in range(math.floor((s.high - s.low) / s.step + 1e-9) + 1)]
+            low, top, step = (Decimal(str(x)) for x in (s.low, _top(s), s.step))  # 0.1 + 2 * 0.1 is more than 0.3
+            values = [float(low + i * step) for i in range(int((top - low) // step) + 1)]
         else:
             return None
         return values if s.otherwise is None else [s.otherwise, *values]
@@ -99,8 +111,12 @@ class Dimension:
 
 
 def same(left: Any, right: Any) -> bool:
-    """Whether two scalars are equal, `true` and 1 told apart."""
-    return isinstance(left, bool) == isinstance(right, bool) and left == right
+    """Whether two scalars are equal, `true` and 1 told apart, and 3 steps of 0.1 being 0.3."""
+    if isinstance(left, bool) != isinstance(right, bool):
+        return False
+    if isinstance(left, float) and isinstance(right, int | float):
+        return math.isclose(left, right, rel_tol=1e-9, abs_tol=1e-15)
+    return left == right
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,38 +186,36 @@ class Space:
 
     def size(self) -> int | None:
         """Return how many configurations there are, or None where there is no end of them."""
-        if any(dimension.values() is None for dimension in self.dimensions):
+        if any(dimension.n_values is None for dimension in self.dimensions):
             return None
-        if not any(dimension.searched.when for dimension in self.dimensions):
-            return math.prod(len(dimension.values() or ()) for dimension in self.dimensions)
-        return sum(1 for _ in self._configurations(dict(self.fixed), 0))
+        return self._count(dict(self.fixed), 0, {name for d in self.dimensions for name in d.searched.when})
 
-    def _configurations(self, params: dict[str, Any], index: int) -> Iterator[dict[str, Any]]:
+    def _count(self, params: dict[str, Any], index: int, conditions: set[str]) -> int:
+        """Return how many ways there are to go on from `params`; only the values of `conditions` are gone through."""
+        if index == len(self.dimensions):
+            return 1
+        dimension = self.dimensions[index]
+        if not dimension.applies(params):
+            return self._count(params, index + 1, conditions)
+        if dimension.name not in conditions:
+            return (dimension.n_values or 0) * self._count(params, index + 1, conditions)
+        values = dimension.values() or ()
+        return sum(self._count(params | {dimension.name: value}, index + 1, conditions) for value in values)
+
+    def corners(self, most: int = 16) -> list[dict[str, Any]]:
+        """Return configurations at the ends of every range, at most `most`, to try whether each can be built."""
+        return list(islice(self._corners(dict(self.fixed), 0), most))
+
+    def _corners(self, params: dict[str, Any], index: int) -> Iterator[dict[str, Any]]:
         if index == len(self.dimensions):
             yield params
             return
         dimension = self.dimensions[index]
-        choices: Sequence[Any] = dimension.values() or () if dimension.applies(params) else ()
-        if not choices:
-            yield from self._configurations(params, index + 1)
-        for value in choices:
-            yield from self._configurations(params | {dimension.name: value}, index + 1)
-
-    def corners(self, most: int = 16) -> list[dict[str, Any]]:
-        """Return configurations at the ends of every range, at most `most`, to try whether each can be built."""
-        ends = {d.name: _ends(d.searched) for d in self.dimensions}
-        corners = []
-        for values in product(*ends.values()):
-            asked = dict(zip(ends, values, strict=True))
-            params = dict(self.fixed)
-            for dimension in self.dimensions:
-                if dimension.applies(params):
-                    params[dimension.name] = asked[dimension.name]
-            if params not in corners:
-                corners.append(params)
-            if len(corners) == most:
-                break
-        return corners
+        if not dimension.applies(params):
+            yield from self._corners(params, index + 1)
+            return
+        for value in _ends(dimension.searched):
+            yield from self._corners(params | {dimension.name: value}, index + 1)
 
     def identity(self) -> dict[str, Any]:
         """Return the space as plain values, equal for equal spaces, to be stored with the study."""
@@ -228,7 +242,9 @@ def _ask(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
 
 
 def _ends(searched: Searched) -> list[Any]:
-    return list(searched.choices) if isinstance(searched, Categorical) else [searched.low, searched.high]
+    if isinstance(searched, Categorical):
+        return list(searched.choices)
+    return [searched.low, type(searched.high)(_top(searched))]
 
 
 def build(params: Mapping[str, Any], start_with: Sequence[Mapping[str, Any]]) -> tuple[Space, list[Fault]]:

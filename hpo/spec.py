@@ -118,7 +118,7 @@ class Categorical(_Conditional):
     def _distinct(cls, choices: tuple[Any, ...]) -> tuple[Any, ...]:
         if not choices:
             raise ValueError("must name at least one choice, but got []")
-        if len({(type(choice), choice) for choice in choices}) < len(choices):
+        if len(set(choices)) < len(choices):  # `true` and 1 too: Optuna stores the first of two equal choices
             raise ValueError(f"must name each choice once, but got {list(choices)}")
         return choices
 

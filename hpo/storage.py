@@ -31,6 +31,7 @@ def open_storage(url: str) -> RDBStorage:
     Raises StorageError where it cannot be opened, or holds another program's tables.
     """
     parsed = _parse(url)
+    _make_folder(parsed, url)
     try:
         with exclusive(url):
             _refuse_other_programs(parsed, url)
@@ -76,7 +77,7 @@ def exclusive(url: str) -> Iterator[None]:
 
 
 def _parse(url: str) -> URL:
-    """Return `url` taken apart; a relative SQLite path's folder is made, an absolute one must be there."""
+    """Return `url` taken apart. Raises StorageError where it is no address of a database that we can use."""
     try:
         parsed = make_url(url)
         parsed.get_dialect()
@@ -88,15 +89,21 @@ def _parse(url: str) -> URL:
     if parsed.get_backend_name() == "sqlite":
         if not parsed.database or parsed.database == ":memory:":
             raise StorageError(f"storage {url}: names no file, so nothing would be kept; write sqlite:///mlruns/optuna.db")
-        folder = Path(parsed.database).parent
-        if not folder.is_absolute():
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise StorageError(f"storage {url} cannot be opened: {folder} is no folder ({error.strerror})") from error
-        if not folder.is_dir():
-            raise StorageError(f"storage {url} cannot be opened: there is no folder {folder}; make it, or give another")
     return parsed
+
+
+def _make_folder(parsed: URL, url: str) -> None:
+    """Make the folder of a relative SQLite path, which is output of ours; an absolute one must be there."""
+    if parsed.get_backend_name() != "sqlite":
+        return
+    folder = Path(str(parsed.database)).parent
+    if not folder.is_absolute():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"storage {url} cannot be opened: {folder} is no folder ({error.strerror})") from error
+    if not folder.is_dir():
+        raise StorageError(f"storage {url} cannot be opened: there is no folder {folder}; make it, or give another")
 
 
 def _engine_arguments(url: URL) -> dict[str, object]:

@@ -280,7 +280,7 @@ def check_address(uri: str) -> None:
     scheme = uri.partition(":")[0]
     if uri == "off" or (":" in uri and scheme not in ("file",) and "/" in uri) or uri.startswith("databricks"):
         return
-    raise InputError(f"tracking {uri}: must be off, a server (http://host:5000) or a database "
+    raise InputError(f"{uri!r} must be off, a server (http://host:5000) or a database "
                      "(sqlite:///mlruns/mlflow.db); MLflow gave up its file store")
 
 

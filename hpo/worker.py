@@ -19,6 +19,10 @@ from hpo.tracking import Tracker
 from hpo.training import train
 
 
+WAIT_SECONDS = 1.0
+"""How often to look again while all that is left of a study is with other workers."""
+
+
 class Progress(ABC):
     """What a person is shown of a study that runs (`hpo.console`)."""
 
@@ -60,7 +64,10 @@ def work(plan: Plan, data: Data, search: Search, tracker: Tracker, progress: Pro
             tracker.end_trial(number, "FAIL", reason)
             progress.note(f"trial {number} is taken up anew: {reason}")
         if claim is None:
-            return
+            if search.counts().running == 0:
+                return
+            time.sleep(WAIT_SECONDS)  # others still train; should they die, their trials are ours to take up
+            continue
         trial = _Trial(plan, claim, LoopStack(plan.objective, data.info, plan.device), search, tracker, progress)
         try:
             trial.run(train_split, valid_split, lambda: stopping() or out_of_time())

@@ -1,0 +1,101 @@
+"""What all tests share. Small models are many times slower with torch's own default of threads, so: one."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parent.parent
+
+LINEAR = '''
+"""A line through 300 points: the smallest whole objective."""
+
+import os
+import time
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchmetrics.regression import R2Score
+
+from hpo.data import Data, Split
+from hpo.objective import Objective
+
+
+class Linear(Objective):
+    defaults = {"kind": "good", "learning_rate": 0.05, "batch_size": 50}
+    space = {"learning_rate": {"type": "float", "low": 1e-3, "high": 1e-1, "log": True}}
+
+    def data(self):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(300, 4, generator=generator)
+        y = x.sum(1, keepdim=True)
+        if os.environ.get("LINEAR_DATA") == "nan":
+            x[7, 2] = float("nan")
+        if os.environ.get("LINEAR_DATA") == "other":
+            y = y + 1
+        parts = [slice(0, 200), slice(200, 250), slice(250, 300)]
+        train, valid, test = (Split(inputs={"features": x[p]}, targets=y[p]) for p in parts)
+        return Data(train=train, valid=valid, test=test)
+
+    def build(self, params, info):
+        return nn.Linear(info.n_features, 1)
+
+    def loss(self, outputs, targets, params):
+        time.sleep(float(os.environ.get("LINEAR_SECONDS", "0")))
+        if os.environ.get("LINEAR_BUG") and outputs.requires_grad and len(targets) == 50:
+            raise KeyError("a bug")
+        loss = F.mse_loss(outputs, targets)
+        if params["kind"] == "nan" and outputs.requires_grad and len(targets) == 50:
+            return loss * float("nan")
+        if params["kind"] == "oom" and outputs.requires_grad and len(targets) == 50:
+            torch.empty(10**14)
+        return loss
+
+    def metrics(self):
+        return {"r2": R2Score()}
+'''
+"""Its faults strike in training only (batches of 50 with gradient), not when `hpo.plan.try_out` tries 8 rows."""
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Return a function that writes study.yaml (and the Linear objective beside it) into the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "linear.py").write_text(LINEAR)
+
+    def write(text: str = "", name: str = "study.yaml") -> Path:
+        path = tmp_path / name
+        base = "objective: linear.py\ntrials: 3\nepochs: 2\ntracking: off\n"
+        text = textwrap.dedent(text)
+        keys = {line.partition(":")[0] for line in text.splitlines()}
+        lines = [line for line in base.splitlines() if line.partition(":")[0] not in keys]
+        path.write_text("\n".join([*lines, text]))
+        return path
+
+    return write
+
+
+def start_hpo(*arguments: object, **environ: str) -> "subprocess.Popen[str]":
+    """Start `python -m hpo ...` in the current folder as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "hpo", *map(str, arguments)], env=os.environ | environ, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )
+
+
+def run_hpo(*arguments: object, **environ: str) -> "subprocess.CompletedProcess[str]":
+    """Run `python -m hpo ...` in the current folder to its end."""
+    process = start_hpo(*arguments, **environ)
+    out, err = process.communicate(timeout=200)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)

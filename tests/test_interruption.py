@@ -1,0 +1,100 @@
+"""Ctrl-C, kill -9 and bugs in real processes: the running trial is marked, a second run goes on, the budget is exact."""
+
+import json
+import signal
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import run_hpo, start_hpo
+
+
+def wait_for_running_trial(seconds: float = 60) -> None:
+    """Wait until a trial has reported an epoch, so that a signal strikes in the middle of one."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if Path("mlruns/optuna.db").is_file():
+            with sqlite3.connect("mlruns/optuna.db", timeout=30) as db:
+                try:
+                    (n,) = db.execute("select count(*) from trial_intermediate_values").fetchone()
+                except sqlite3.OperationalError:
+                    n = 0
+            if n:
+                return
+        time.sleep(0.2)
+    raise AssertionError("no trial has reported an epoch")
+
+
+def states() -> list[tuple[int, str]]:
+    with sqlite3.connect("mlruns/optuna.db") as db:
+        return db.execute("select number, state from trials order by number").fetchall()
+
+
+def attribute(number: int, key: str) -> object:
+    with sqlite3.connect("mlruns/optuna.db") as db:
+        row = db.execute("select value_json from trial_user_attributes a join trials t using (trial_id) "
+                         "where number = ? and key = ?", (number, key)).fetchone()
+    return None if row is None else json.loads(row[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_gives_the_trial_back_and_a_second_run_goes_on(study: Callable[..., Path], number: int) -> None:
+    path = study("epochs: 200")
+    process = start_hpo("run", path, LINEAR_SECONDS="0.05")
+    wait_for_running_trial()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted; the running trial was given back, run the same command again to go on" in err
+    assert "Traceback" not in err
+    assert (0, "FAIL") in states()
+    assert attribute(0, "error") == "interrupted"
+
+    done = run_hpo("run", path, "--json", "--set", "epochs=200")
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    assert summary["trials"] == {"complete": 3, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
+
+
+def test_a_killed_trial_is_taken_up_anew_with_its_params_and_seed(study: Callable[..., Path]) -> None:
+    path = study("epochs: 200")
+    process = start_hpo("run", path, LINEAR_SECONDS="0.05")
+    wait_for_running_trial()
+    process.kill()
+    process.communicate(timeout=30)
+    assert (0, "RUNNING") in states()
+
+    done = run_hpo("run", path, "--json")
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    assert summary["trials"] == {"complete": 3, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
+    assert "trial 0 is taken up anew: worker" in done.stdout
+    successor = next(number for number, _ in states() if attribute(number, "retry_of") == 0)
+    assert attribute(successor, "seed") == attribute(0, "seed")
+    with sqlite3.connect("mlruns/optuna.db") as db:
+        rows = db.execute("select number, param_value from trial_params join trials using (trial_id)").fetchall()
+    assert dict(rows)[0] == dict(rows)[successor]
+
+
+def test_a_bug_stops_the_study_with_its_traceback_and_costs_no_trial(study: Callable[..., Path]) -> None:
+    path = study()
+    done = run_hpo("run", path, LINEAR_BUG="1")
+    assert done.returncode == 1
+    assert "KeyError: 'a bug'" in done.stderr
+    assert attribute(0, "error") == "KeyError: 'a bug'"
+    done = run_hpo("run", path, "--json")
+    assert json.loads(done.stdout.splitlines()[-1])["trials"]["complete"] == 3
+
+
+def test_three_runs_at_once_on_a_fresh_database_share_one_exact_budget(study: Callable[..., Path]) -> None:
+    path = study("trials: 12")
+    processes = [start_hpo("run", path, "--json", LINEAR_SECONDS="0.01") for _ in range(3)]
+    outputs = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    assert [state for _, state in states()] == ["COMPLETE"] * 12
+    with sqlite3.connect("mlruns/optuna.db") as db:
+        values = db.execute("select param_value from trial_params").fetchall()
+    assert len(set(values)) == 12

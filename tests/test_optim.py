@@ -1,0 +1,136 @@
+"""The engine's own params: torch.optim by name, which argument each one is, and what is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from hpo import optim
+
+GOOD = {"optimizer": ["adam"], "learning_rate": [1e-3], "batch_size": [64]}
+
+
+def made(**params):
+    return optim.make({"learning_rate": 0.1, "batch_size": 4, **params}, nn.Linear(2, 1).parameters())
+
+
+def messages(**values):
+    return [(fault.path, fault.message) for fault in optim.faults({**GOOD, **values})]
+
+
+@pytest.mark.parametrize(("name", "cls"), [
+    ("adam", torch.optim.Adam), ("AdamW", torch.optim.AdamW), ("ADAMW", torch.optim.AdamW), ("sgd", torch.optim.SGD),
+    ("SGD", torch.optim.SGD), ("rmsprop", torch.optim.RMSprop), ("NAdam", torch.optim.NAdam),
+])
+def test_an_optimizer_is_found_in_any_case(name, cls):
+    assert optim.optimizer_class(name) is cls
+    assert type(made(optimizer=name)) is cls
+    assert not messages(optimizer=[name])
+
+
+@pytest.mark.parametrize("name", ["optimizer", "adm", "lr_scheduler", "", 3, None])
+def test_what_is_no_optimizer_is_not_found(name):
+    assert optim.optimizer_class(name) is None
+
+
+def test_an_unknown_optimizer_is_a_fault_with_a_hint():
+    assert messages(optimizer=["adam", "AdamV"]) == [
+        (("params", "optimizer"), "there is no torch.optim class 'AdamV'; did you mean \"adam\"?")]
+    [(_, message)] = messages(optimizer=["zzz"])
+    assert message.startswith("there is no torch.optim class 'zzz'; known: ")
+    assert "adamw" in message
+
+
+def test_an_argument_that_no_optimizer_takes_is_a_fault():
+    hint = "remove it, or choose an optimizer that does"
+    assert messages(momentum=[0.9]) == [(("params", "momentum"), f"adam takes no momentum; {hint}")]
+    assert messages(optimizer=["adam", "adamw"], momentum=[0, 0.9], rho=[0.9]) == [
+        (("params", "momentum"), f"adam and adamw takes no momentum; {hint}"),
+        (("params", "rho"), f"adam and adamw takes no rho; {hint}")]
+    assert messages(optimizer=["sgd"], beta1=[0.9]) == [(("params", "beta1"), f"sgd takes no betas; {hint}")]
+
+
+def test_an_argument_that_one_of_the_optimizers_takes_is_none():
+    assert not messages(optimizer=["adam", "sgd"], momentum=[0.9], beta1=[0.9], weight_decay=[0, 0.1])
+
+
+def test_what_an_unknown_optimizer_takes_is_not_judged():
+    assert [path for path, _ in messages(optimizer=["zzz"], momentum=[0.9])] == [("params", "optimizer")]
+
+
+def test_a_param_of_the_objective_is_not_judged():
+    assert not messages(n_hidden=[-3], dropout=["lots"])
+
+
+@pytest.mark.parametrize(("name", "value", "rule"), [
+    ("batch_size", 0, "a whole number of at least 1"),
+    ("batch_size", 1.5, "a whole number of at least 1"),
+    ("batch_size", True, "a whole number of at least 1"),
+    ("learning_rate", 0, "a number above 0"),
+    ("learning_rate", "1e-3x", "a number above 0"),
+    ("learning_rate", float("nan"), "a number above 0"),
+    ("weight_decay", -0.1, "a number of at least 0"),
+    ("momentum", -1, "a number of at least 0"),
+    ("beta1", 1, "a number in [0, 1)"),
+    ("beta2", -0.5, "a number in [0, 1)"),
+])
+def test_a_value_out_of_bounds_is_a_fault(name, value, rule):
+    found = messages(optimizer=["adam", "sgd"], **{name: [0.5 if name != "batch_size" else 1, value]})
+    assert found == [(("params", name), f"must be {rule}, but got {value!r}")]
+
+
+def test_all_faults_come_at_once():
+    paths = [path[1] for path, _ in messages(optimizer=["adma"], batch_size=[0], learning_rate=[-1], weight_decay=["x"])]
+    assert paths == ["optimizer", "batch_size", "learning_rate", "weight_decay"]
+
+
+def test_params_become_the_optimizers_arguments():
+    optimizer = made(optimizer="sgd", weight_decay=0.01, momentum=0.9, nesterov=True)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["momentum"], group["nesterov"]) == (0.1, 0.01, 0.9, True)
+
+
+@pytest.mark.parametrize(("params", "betas"), [
+    ({}, (0.9, 0.999)), ({"beta1": 0.5}, (0.5, 0.999)), ({"beta2": 0.99}, (0.9, 0.99)),
+    ({"beta1": 0.5, "beta2": 0.99}, (0.5, 0.99)),
+])
+def test_betas_are_two_params(params, betas):
+    assert made(optimizer="adam", **params).param_groups[0]["betas"] == betas
+
+
+def test_what_this_optimizer_does_not_take_is_left_out():
+    adam = made(optimizer="adam", momentum=0.9, rho=0.5, n_hidden=8).param_groups[0]
+    assert not {"momentum", "rho", "n_hidden"} & set(adam)
+    assert "betas" not in made(optimizer="sgd", beta1=0.5).param_groups[0]
+
+
+def test_what_is_not_given_is_torchs_own_default():
+    ours, torchs = made(optimizer="adamw").param_groups[0], torch.optim.AdamW(nn.Linear(2, 1).parameters()).param_groups[0]
+    assert {key: ours[key] for key in ("weight_decay", "eps", "betas", "amsgrad")} == {
+        key: torchs[key] for key in ("weight_decay", "eps", "betas", "amsgrad")}
+
+
+@pytest.mark.parametrize(("name", "fused"), [("adam", True), ("adamw", True), ("sgd", True), ("rmsprop", None)])
+def test_an_optimizer_is_fused_where_torch_has_it(name, fused):
+    assert made(optimizer=name).param_groups[0].get("fused") is fused
+
+
+def test_weights_that_are_not_floating_are_not_fused():
+    weights = [nn.Parameter(torch.zeros(2, dtype=torch.complex64))]
+    assert not optim.make({"optimizer": "adam", "learning_rate": 0.1}, weights).param_groups[0]["fused"]
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "adagrad"])
+def test_a_fused_step_is_torchs_plain_step(name):
+    """The plain implementation is the slow obvious version; the fused one must match it."""
+    def weight_after(make):
+        weight = nn.Parameter(torch.linspace(-1, 1, 6))
+        optimizer = make([weight])
+        for _ in range(3):
+            optimizer.zero_grad()
+            (weight**2).sum().backward()
+            optimizer.step()
+        return weight.detach()
+
+    fused = weight_after(lambda w: optim.make({"optimizer": name, "learning_rate": 0.1, "weight_decay": 0.01}, w))
+    plain = weight_after(lambda w: optim.optimizer_class(name)(w, lr=0.1, weight_decay=0.01, foreach=False))
+    torch.testing.assert_close(fused, plain, rtol=1e-6, atol=1e-7)
