@@ -14,7 +14,11 @@ import typer
 from hpo.errors import HpoError, SpecError
 
 app = typer.Typer(
-    name="hpo", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    name="hpo",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
     help="Hyperparameter search and experiment tracking for PyTorch.\n\nExample: hpo run studies/breast_cancer.yaml",
 )
 
@@ -23,13 +27,22 @@ Trials = Annotated[int | None, typer.Option(help="How many trials in all, over a
 Storage = Annotated[str | None, typer.Option(help="Optuna's storage, e.g. sqlite:///mlruns/optuna.db.")]
 Tracking = Annotated[str | None, typer.Option(help="MLflow's address, e.g. http://host:5000, or off.")]
 Device = Annotated[str | None, typer.Option(help="auto, cuda, cuda:1, mps or cpu.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Lay a value over the file's; repeatable.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Lay a value over the file's; repeatable.")
+]
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object, on the last line of stdout.")]
 
 
 @app.command()
-def run(study: Study, trials: Trials = None, storage: Storage = None, tracking: Tracking = None, device: Device = None,
-        set_: Set = None, json_: Json = False) -> None:
+def run(
+    study: Study,
+    trials: Trials = None,
+    storage: Storage = None,
+    tracking: Tracking = None,
+    device: Device = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
     """Search, then train the best params anew, test and export them. Run again, it goes on.
 
     Example: hpo run studies/breast_cancer.yaml --trials 20 --set params.batch_size=32
@@ -41,7 +54,9 @@ def run(study: Study, trials: Trials = None, storage: Storage = None, tracking: 
 
 
 @app.command()
-def check(study: Study, storage: Storage = None, tracking: Tracking = None, device: Device = None, set_: Set = None) -> None:
+def check(
+    study: Study, storage: Storage = None, tracking: Tracking = None, device: Device = None, set_: Set = None
+) -> None:
     """Find everything that is wrong before anything runs; show the space, the model and the data.
 
     Example: hpo check studies/breast_cancer.yaml
@@ -63,10 +78,16 @@ def status(study: Study, trials: Trials = None, storage: Storage = None, set_: S
 
 
 @app.command()
-def export(study: Study, trial: Annotated[int | None, typer.Option(help="A trial's number; default: the best.")] = None,
-           out: Annotated[Path | None, typer.Option(help="The folder to write; default: mlruns/bundles/<name>.")] = None,
-           storage: Storage = None, tracking: Tracking = None, device: Device = None, set_: Set = None,
-           json_: Json = False) -> None:
+def export(
+    study: Study,
+    trial: Annotated[int | None, typer.Option(help="A trial's number; default: the best.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to write; default: mlruns/bundles/<name>.")] = None,
+    storage: Storage = None,
+    tracking: Tracking = None,
+    device: Device = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
     """Train a trial's params anew on train + validation, test and export them.
 
     Example: hpo export studies/breast_cancer.yaml --trial 7 --out model/

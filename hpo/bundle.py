@@ -82,8 +82,14 @@ def export(model: Model, held_out: Split, folder: Path) -> dict[str, Any]:
             "input_shapes": {name: list(shape) for name, shape in model.info.inputs.items()},
             "n_classes": model.info.n_classes,
         }
-        torch.save({"model_state_dict": eager.state_dict(), "model_hyperparameters": hyperparameters,
-                    **json.loads(json.dumps(dict(model.about)))}, work / "model.pt")
+        torch.save(
+            {
+                "model_state_dict": eager.state_dict(),
+                "model_hyperparameters": hyperparameters,
+                **json.loads(json.dumps(dict(model.about))),
+            },
+            work / "model.pt",
+        )
         with _quiet_jit():
             how = _write_torchscript(eager, held_out, work / "model.torchscript.pt")
             loaded = torch.jit.load(work / "model.torchscript.pt")
@@ -119,8 +125,10 @@ def parity_of(eager: nn.Module, other: nn.Module, held_out: Split) -> dict[str, 
 def _require_parity(parity: Mapping[str, Mapping[str, Any]]) -> None:
     for file, result in parity.items():
         if not result["max_difference"] <= TOLERANCE:
-            raise ExportError(f"{file} is not the model that was measured: its predictions differ by up to "
-                              f"{result['max_difference']:.3g} (allowed: {TOLERANCE:g}); nothing was exported")
+            raise ExportError(
+                f"{file} is not the model that was measured: its predictions differ by up to "
+                f"{result['max_difference']:.3g} (allowed: {TOLERANCE:g}); nothing was exported"
+            )
 
 
 def _write_torchscript(eager: nn.Module, held_out: Split, path: Path) -> dict[str, Any]:
@@ -161,10 +169,15 @@ def _describe(model: Model, eager: nn.Module, held_out: Split) -> dict[str, Any]
         "format": 1,
         **model.about,
         "params": dict(model.params),
-        "inputs": [{"name": name, "shape": [None, *shape], "dtype": info["input_dtypes"][name]}
-                   for name, shape in info["inputs"].items()],
-        "output": {"name": "prediction", "shape": [None, *output.shape[1:]],
-                   "dtype": str(output.dtype).removeprefix("torch.")},
+        "inputs": [
+            {"name": name, "shape": [None, *shape], "dtype": info["input_dtypes"][name]}
+            for name, shape in info["inputs"].items()
+        ],
+        "output": {
+            "name": "prediction",
+            "shape": [None, *output.shape[1:]],
+            "dtype": str(output.dtype).removeprefix("torch."),
+        },
         "feature_names": info["feature_names"],
         "class_names": info["class_names"],
         "n_parameters": sum(p.numel() for p in model.network.parameters()),
@@ -186,8 +199,13 @@ def _version(package: str) -> str | None:
 def git_commit() -> str | None:
     """Return the commit of the folder we run in, with `-dirty` where it has changes; None where there is no git."""
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-                              capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

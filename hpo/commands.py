@@ -48,8 +48,12 @@ def _run(plan: Plan, search: Search, stopping: Callable[[], bool], out: Console)
     data = _load(plan, search)
     notes: list[Callable[[str], None]] = [lambda text: out.print(text, markup=False, highlight=False)]
     tracker = open_tracker(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", lambda text: notes[-1](text))
-    out.print(f"{plan.spec.name}: {plan.spec.trials} trials of {plan.spec.epochs} epochs on {plan.device}, "
-              f"{len(data.train)} rows; {masked(plan.spec.storage)}", markup=False, highlight=False)
+    out.print(
+        f"{plan.spec.name}: {plan.spec.trials} trials of {plan.spec.epochs} epochs on {plan.device}, "
+        f"{len(data.train)} rows; {masked(plan.spec.storage)}",
+        markup=False,
+        highlight=False,
+    )
     state = "FAIL"
     try:
         tracker.start_study(_tags(plan), {"study.yaml": masked(Path(plan.document.name).read_text(encoding="utf-8"))})
@@ -96,24 +100,46 @@ def check(path: Path, overrides: Mapping[str, str]) -> None:
 
 def _print_check(plan: Plan, data: Data, model: torch.nn.Module, out: Console) -> None:
     direction = "highest" if plan.maximize else "lowest"
-    out.print(view.table(f"{plan.spec.name}: the {direction} {plan.metric} on validation, of {plan.spec.trials} trials of "
-                         f"{plan.spec.epochs} epochs", ["parameter", "values"],
-                         [[d.name, d.describe()] for d in plan.space.dimensions]
-                         + [[name, f"{value} (fixed)"] for name, value in plan.space.fixed.items()]))
-    rows = [[name, type(module).__name__, f"{sum(p.numel() for p in module.parameters(recurse=False)):,}"]
-            for name, module in model.named_modules() if name and not list(module.children())]
+    out.print(
+        view.table(
+            f"{plan.spec.name}: the {direction} {plan.metric} on validation, of {plan.spec.trials} trials of "
+            f"{plan.spec.epochs} epochs",
+            ["parameter", "values"],
+            [[d.name, d.describe()] for d in plan.space.dimensions]
+            + [[name, f"{value} (fixed)"] for name, value in plan.space.fixed.items()],
+        )
+    )
+    rows = [
+        [name or "(the network)", type(module).__name__, f"{sum(p.numel() for p in module.parameters(recurse=False)):,}"]
+        for name, module in model.named_modules()
+        if not list(module.children())
+    ]
     n_parameters = sum(p.numel() for p in model.parameters())
     out.print()
-    out.print(view.table(f"model: {n_parameters:,} parameters (the first corner of the space)",
-                         ["module", "type", "parameters"], rows))
-    shapes = [[name, str(len(split)), ", ".join(f"{n} {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
-                                                for n, x in split.inputs.items()),
-               f"{tuple(split.targets.shape)} {str(split.targets.dtype).removeprefix('torch.')}"]
-              for name, split in data.splits.items()]
+    out.print(
+        view.table(
+            f"model: {n_parameters:,} parameters (the first corner of the space)",
+            ["module", "type", "parameters"],
+            rows,
+        )
+    )
+    shapes = [
+        [
+            name,
+            str(len(split)),
+            ", ".join(f"{n} {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for n, x in split.inputs.items()),
+            f"{tuple(split.targets.shape)} {str(split.targets.dtype).removeprefix('torch.')}",
+        ]
+        for name, split in data.splits.items()
+    ]
     out.print()
     out.print(view.table("data", ["split", "rows", "inputs", "targets"], shapes))
-    out.print(f"\nsampler {plan.spec.sampler.name}, pruner {plan.spec.pruner.name}, device {plan.device}, "
-              f"storage {masked(plan.spec.storage)}, tracking {masked(plan.spec.tracking)}", markup=False, highlight=False)
+    out.print(
+        f"\nsampler {plan.spec.sampler.name}, pruner {plan.spec.pruner.name}, device {plan.device}, "
+        f"storage {masked(plan.spec.storage)}, tracking {masked(plan.spec.tracking)}",
+        markup=False,
+        highlight=False,
+    )
     out.print("nothing is wrong", highlight=False)
 
 
@@ -123,15 +149,22 @@ def status(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
     plan = prepare(path, overrides)
     search = _open(plan, make=False)
     if search is None:
-        raise InputError(f"the storage {plan.spec.storage} has no study named {plan.spec.name!r}; run it first: hpo run {path}")
+        raise InputError(
+            f"the storage {plan.spec.storage} has no study named {plan.spec.name!r}; run it first: hpo run {path}"
+        )
     try:
         counts, best = search.counts(), search.best()
         used = search.seconds_used()
         board = view.Board(counts, best, plan.spec.trials, plan.metric)
-        out.print(f"{plan.spec.name}: {counts.finished} of {plan.spec.trials} trials done "
-                  f"({counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed), "
-                  f"{counts.running} running, {counts.waiting} waiting", highlight=False)
-        out.print(board.best_text() + (f": {view.shown(plan.space.searched(best.params))}" if best else ""), highlight=False)
+        out.print(
+            f"{plan.spec.name}: {counts.finished} of {plan.spec.trials} trials done "
+            f"({counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed), "
+            f"{counts.running} running, {counts.waiting} waiting",
+            highlight=False,
+        )
+        out.print(
+            board.best_text() + (f": {view.shown(plan.space.searched(best.params))}" if best else ""), highlight=False
+        )
         for trial in search.running():
             value = "" if trial.value is None else f", {plan.metric} {trial.value:.4f}"
             out.print(f"  trial {trial.number}: epoch {trial.epoch}/{plan.spec.epochs}{value}", highlight=False)
@@ -139,8 +172,10 @@ def status(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
         left = used / counts.finished * open_trials if counts.finished and open_trials else None
         if plan.spec.timeout is not None and open_trials:
             left = max(0.0, min(plan.spec.timeout - used, plan.spec.timeout if left is None else left))
-        out.print(f"time used {view.duration(used)}" + (f", about {view.duration(left)} left" if left is not None else ""),
-                  highlight=False)
+        out.print(
+            f"time used {view.duration(used)}" + (f", about {view.duration(left)} left" if left is not None else ""),
+            highlight=False,
+        )
         return _summary(plan, search, best, outcome(search, best))
     finally:
         search.close()
@@ -152,7 +187,9 @@ def export(path: Path, overrides: Mapping[str, str], number: int | None, folder:
     plan = _prepare(path, overrides, out)
     search = _open(plan, make=False)
     if search is None:
-        raise InputError(f"the storage {plan.spec.storage} has no study named {plan.spec.name!r}; run it first: hpo run {path}")
+        raise InputError(
+            f"the storage {plan.spec.storage} has no study named {plan.spec.name!r}; run it first: hpo run {path}"
+        )
     with ExitStack() as stack:
         stack.callback(search.close)
         best = search.best(number)
@@ -163,8 +200,15 @@ def export(path: Path, overrides: Mapping[str, str], number: int | None, folder:
         data = _load(plan, search)
         stopping = stack.enter_context(_signals())
         default = bundle_folder(plan) if number is None else OUTPUT / "bundles" / f"{plan.spec.name}-trial-{number}"
-        done = finish(plan, data, search, best, folder or default, stopping,
-                      lambda text: out.print(text, markup=False, highlight=False))
+        done = finish(
+            plan,
+            data,
+            search,
+            best,
+            folder or default,
+            stopping,
+            lambda text: out.print(text, markup=False, highlight=False),
+        )
         _print_result(plan, search, best, done, out)
         return _summary(plan, search, best, done)
 
@@ -196,8 +240,10 @@ def _load(plan: Plan, search: Search) -> Data:
     data = plan.load_data()
     fingerprint, before = data.fingerprint(), search.attrs.get(_DATA)
     if before not in (None, fingerprint):
-        raise InputError(f"the data of objective {plan.spec.objective} is not what study {plan.spec.name!r} began with "
-                         f"(fingerprint {fingerprint} here, {before} there); bring that data back, or give another `name`")
+        raise InputError(
+            f"the data of objective {plan.spec.objective} is not what study {plan.spec.name!r} began with "
+            f"(fingerprint {fingerprint} here, {before} there); bring that data back, or give another `name`"
+        )
     if before is None:
         search.remember(_DATA, fingerprint)
     try_out(plan, data)
@@ -205,28 +251,40 @@ def _load(plan: Plan, search: Search) -> Data:
 
 
 def _tags(plan: Plan) -> dict[str, str]:
-    return {"hpo.objective": plan.spec.objective, "hpo.metric": plan.metric, "hpo.storage": masked(plan.spec.storage),
-            "hpo.sampler": plan.spec.sampler.name, "hpo.pruner": plan.spec.pruner.name, "hpo.device": str(plan.device)}
+    return {
+        "hpo.objective": plan.spec.objective,
+        "hpo.metric": plan.metric,
+        "hpo.storage": masked(plan.spec.storage),
+        "hpo.sampler": plan.spec.sampler.name,
+        "hpo.pruner": plan.spec.pruner.name,
+        "hpo.device": str(plan.device),
+    }
 
 
 def _why_no_best(search: Search) -> str:
     counts = search.counts()
     reasons = [t.user_attrs["error"] for t in search.trials() if "error" in t.user_attrs]
     last = f"; the last one failed: {reasons[-1]}" if reasons else ""
-    return (f"study {search.spec.name!r} has no complete trial to choose from: {counts.pruned} pruned, "
-            f"{counts.failed} failed, {counts.waiting} not begun{last}")
+    return (
+        f"study {search.spec.name!r} has no complete trial to choose from: {counts.pruned} pruned, "
+        f"{counts.failed} failed, {counts.waiting} not begun{last}"
+    )
 
 
 def _print_result(plan: Plan, search: Search, best: Best | None, done: Outcome | None, out: Console) -> None:
     if best is None:
         return
     counts = search.counts()
-    rows = [["trials", f"{counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed"],
-            ["best", f"{plan.metric} {best.value:.4f} on validation (trial {best.number}, epoch {best.epoch + 1})"],
-            ["params", view.shown(plan.space.searched(best.params)) or "all fixed"]]
+    rows = [
+        ["trials", f"{counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed"],
+        ["best", f"{plan.metric} {best.value:.4f} on validation (trial {best.number}, epoch {best.epoch + 1})"],
+        ["params", view.shown(plan.space.searched(best.params)) or "all fixed"],
+    ]
     if done is not None:
-        rows += [["test", ", ".join(f"{name} {value:.4f}" for name, value in done.test.items())],
-                 ["bundle", f"{done.bundle} (differs from the measured model by at most {done.parity:.1e})"]]
+        rows += [
+            ["test", ", ".join(f"{name} {value:.4f}" for name, value in done.test.items())],
+            ["bundle", f"{done.bundle} (differs from the measured model by at most {done.parity:.1e})"],
+        ]
     out.print(view.table(plan.spec.name, ["", ""], rows))
 
 

@@ -6,11 +6,13 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from hpo.search import Best, Counts
+from hpo.budget import Counts
+from hpo.search import Best
 from hpo.worker import Progress
 
 
@@ -30,7 +32,11 @@ class Board:
 
     def best_text(self) -> str:
         """Return `best accuracy 0.9890 (trial 7)`."""
-        return "no trial yet" if self.best is None else f"best {self.metric} {self.best.value:.4f} (trial {self.best.number})"
+        return (
+            "no trial yet"
+            if self.best is None
+            else f"best {self.metric} {self.best.value:.4f} (trial {self.best.number})"
+        )
 
     def left_text(self) -> str:
         """Return `about 3 min left`, or nothing while that is unknown."""
@@ -41,7 +47,9 @@ class Board:
 class PlainProgress(Progress):
     """One line a trial, and one every `epoch_seconds` while a long one runs."""
 
-    def __init__(self, board: Board, refresh: Callable[[], None], write: Callable[[str], None], epoch_seconds: float = 15.0):
+    def __init__(
+        self, board: Board, refresh: Callable[[], None], write: Callable[[str], None], epoch_seconds: float = 15.0
+    ):
         self._board, self._refresh, self._write, self._epoch_seconds = board, refresh, write, epoch_seconds
         self._said_at = self._trial_at = time.monotonic()
 
@@ -59,8 +67,13 @@ class PlainProgress(Progress):
         board = self._board
         what = f"{board.metric} {value:.4f}" if value is not None else reason or ""
         seconds = duration(time.monotonic() - self._trial_at)
-        parts = [f"[{board.counts.finished}/{board.trials}] trial {number} {_STATES[state]}: {what}",
-                 self._params, seconds, board.best_text(), board.left_text()]
+        parts = [
+            f"[{board.counts.finished}/{board.trials}] trial {number} {_STATES[state]}: {what}",
+            self._params,
+            seconds,
+            board.best_text(),
+            board.left_text(),
+        ]
         self._write("; ".join(part for part in parts if part))
 
     def note(self, text: str) -> None:
@@ -72,11 +85,23 @@ class LiveProgress(Progress):
 
     def __init__(self, board: Board, refresh: Callable[[], None], console: Console) -> None:
         self._board, self._refresh, self._console = board, refresh, console
-        self._all = Bar(TextColumn("[bold]trials[/]"), BarColumn(bar_width=30), MofNCompleteColumn(),
-                        TextColumn("{task.fields[text]}"), TimeElapsedColumn(), console=console)
+        self._all = Bar(
+            TextColumn("[bold]trials[/]"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            console=console,
+        )
         self._task = self._all.add_task("", total=board.trials, completed=board.counts.finished, text=board.best_text())
-        self._running = Bar(TextColumn("  {task.description}"), BarColumn(bar_width=20),
-                            TextColumn("epoch"), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), console=console)
+        self._running = Bar(
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("epoch"),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=console,
+        )
         self._tasks: dict[int, TaskID] = {}
         self._live = Live(Group(self._all, self._running), console=console, refresh_per_second=8)
 
@@ -118,7 +143,9 @@ def _metric(board: Board, metrics: Mapping[str, float]) -> str:
 
 def shown(params: Mapping[str, Any]) -> str:
     """Return `learning_rate=0.0123 n_hidden=24`."""
-    return " ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in params.items())
+    return " ".join(
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in params.items()
+    )
 
 
 def duration(seconds: float) -> str:

@@ -94,12 +94,16 @@ class Data:
                 raise DataError(f"objective {objective}: its {name} split is empty")
             for column, tensor in {**split.inputs, "targets": split.targets}.items():
                 if len(tensor) != len(split):
-                    raise DataError(f"objective {objective}: in its {name} split, {column} has {len(tensor)} rows, "
-                                    f"but targets has {len(split)}")
+                    raise DataError(
+                        f"objective {objective}: in its {name} split, {column} has {len(tensor)} rows, "
+                        f"but targets has {len(split)}"
+                    )
                 if tensor.is_floating_point() and not (finite := torch.isfinite(tensor)).all():
                     bad = (~finite.reshape(len(tensor), -1)).any(1).nonzero()[:, 0]
-                    raise DataError(f"objective {objective}: in its {name} split, {column} holds NaN or infinity in "
-                                    f"{len(bad)} of {len(tensor)} rows (the first: row {int(bad[0])}); drop or impute them")
+                    raise DataError(
+                        f"objective {objective}: in its {name} split, {column} holds NaN or infinity in "
+                        f"{len(bad)} of {len(tensor)} rows (the first: row {int(bad[0])}); drop or impute them"
+                    )
         return self
 
     def for_refit(self) -> "Data":

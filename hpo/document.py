@@ -32,8 +32,10 @@ _Loader.yaml_implicit_resolvers = {
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(inf|Inf|INF))$"
-               r"|^\.(nan|NaN|NAN)$"),
+    re.compile(
+        r"^[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(inf|Inf|INF))$"
+        r"|^\.(nan|NaN|NAN)$"
+    ),
     list("-+0123456789."),
 )
 _Loader.add_implicit_resolver(
@@ -65,9 +67,10 @@ class Document:
 
     def render(self, faults: Sequence[Fault]) -> list[str]:
         """Return `faults` as `file:line: path: message`, in the order of the file."""
+
         def order(fault: Fault) -> tuple[int, int]:
             known = [end for end in range(len(fault.path), -1, -1) if fault.path[:end] in self.lines]
-            return self.lines[fault.path[:known[0]]] if known else 0, len(fault.path)
+            return self.lines[fault.path[: known[0]]] if known else 0, len(fault.path)
 
         texts = []
         for fault in sorted(faults, key=order):
@@ -143,7 +146,9 @@ def _walk(node: yaml.Node, path: Path_, document: Document, above: set[int]) -> 
         for key, value in node.value:
             name, line = str(key.value), key.start_mark.line + 1
             if name in seen:
-                document.faults.append(Fault(path=(*path, name), message=f"is written twice, first in line {seen[name]}"))
+                document.faults.append(
+                    Fault(path=(*path, name), message=f"is written twice, first in line {seen[name]}")
+                )
             seen[name] = line
             document.lines[(*path, name)] = line
             _walk(value, (*path, name), document, above)

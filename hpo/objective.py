@@ -110,14 +110,19 @@ def load(where: str, options: Mapping[str, Any], folder: Path) -> tuple[Objectiv
     except Exception as error:  # the user's own code: whatever it raises is theirs to see
         return None, [Fault(path=at, message=f"{target} cannot be imported: {origin(error)}")]
     classes = {
-        key: value for key, value in vars(module).items()
+        key: value
+        for key, value in vars(module).items()
         if isinstance(value, type) and issubclass(value, Objective) and value.__module__ == module.__name__
     }
     if name and name not in classes:
         return None, [Fault(path=at, message=f"{target} has no objective {name!r}{did_you_mean(name, classes)}")]
     if not name and len(classes) != 1:
-        which = f"write {target}:Name with one of {', '.join(classes)}" if classes else "subclass hpo.objective.Objective"
-        return None, [Fault(path=at, message=f"{target} must hold exactly one objective, but holds {len(classes)}; {which}")]
+        which = (
+            f"write {target}:Name with one of {', '.join(classes)}" if classes else "subclass hpo.objective.Objective"
+        )
+        return None, [
+            Fault(path=at, message=f"{target} must hold exactly one objective, but holds {len(classes)}; {which}")
+        ]
     cls = classes[name] if name else next(iter(classes.values()))
     if missing := sorted(cls.__abstractmethods__):
         return None, [Fault(path=at, message=f"{target}:{cls.__name__} does not define {', '.join(missing)}")]

@@ -12,9 +12,18 @@ from hpo.errors import Fault, did_you_mean
 DEFAULTS: Mapping[str, Any] = {"optimizer": "adam", "learning_rate": 1e-3, "batch_size": 64}
 """What every study has, whatever its objective says."""
 ARGUMENTS: Mapping[str, str] = {
-    "learning_rate": "lr", "weight_decay": "weight_decay", "momentum": "momentum", "nesterov": "nesterov",
-    "dampening": "dampening", "beta1": "betas", "beta2": "betas", "eps": "eps", "alpha": "alpha", "rho": "rho",
-    "amsgrad": "amsgrad", "centered": "centered",
+    "learning_rate": "lr",
+    "weight_decay": "weight_decay",
+    "momentum": "momentum",
+    "nesterov": "nesterov",
+    "dampening": "dampening",
+    "beta1": "betas",
+    "beta2": "betas",
+    "eps": "eps",
+    "alpha": "alpha",
+    "rho": "rho",
+    "amsgrad": "amsgrad",
+    "centered": "centered",
 }
 """Names of the optimizer's hyperparameters, and the argument of torch.optim's class each one is."""
 NAMES = (*DEFAULTS, *(name for name in ARGUMENTS if name not in DEFAULTS))
@@ -28,7 +37,8 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer] | None:
 
 def _classes() -> dict[str, type[torch.optim.Optimizer]]:
     return {
-        key.lower(): value for key, value in vars(torch.optim).items()
+        key.lower(): value
+        for key, value in vars(torch.optim).items()
         if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
     }
 
@@ -64,7 +74,9 @@ def faults(values: Mapping[str, list[Any]]) -> list[Fault]:
         if name.lower() not in known:
             message = f"there is no torch.optim class {name!r}{did_you_mean(name.lower(), known)}"
             found.append(Fault(path=("params", "optimizer"), message=message))
-    accepted = {a for name in optimizers if name.lower() in known for a in inspect.signature(known[name.lower()]).parameters}
+    accepted = {
+        a for name in optimizers if name.lower() in known for a in inspect.signature(known[name.lower()]).parameters
+    }
     for name in values:
         argument = ARGUMENTS.get(name)
         if argument and accepted and argument not in accepted:
@@ -74,7 +86,7 @@ def faults(values: Mapping[str, list[Any]]) -> list[Fault]:
         "batch_size": (lambda v: type(v) is int and v >= 1, "a whole number of at least 1"),
         "learning_rate": (lambda v: _number(v) and v > 0, "a number above 0"),
         "weight_decay": (lambda v: _number(v) and v >= 0, "a number of at least 0"),
-        "momentum": (lambda v: _number(v) and 0 <= v, "a number of at least 0"),
+        "momentum": (lambda v: _number(v) and v >= 0, "a number of at least 0"),
         "beta1": (lambda v: _number(v) and 0 <= v < 1, "a number in [0, 1)"),
         "beta2": (lambda v: _number(v) and 0 <= v < 1, "a number in [0, 1)"),
     }

@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from hpo import objective as objectives
-from hpo import optim, space as spaces, spec as specs
+from hpo import optim
+from hpo import space as spaces
+from hpo import spec as specs
 from hpo.data import Data, Split
 from hpo.document import Document
 from hpo.errors import Fault, HpoError, InputError, SpecError, did_you_mean
@@ -73,7 +75,7 @@ def _check(draft: Draft, spec: StudySpec, folder: Path) -> tuple[Plan | None, li
         check_address(spec.tracking)
     except InputError as error:
         faults.append(Fault(path=("tracking",), message=str(error)))
-    pruner, more = make_pruner(spec.pruner, spec.epochs)
+    _pruner, more = make_pruner(spec.pruner, spec.epochs)
     faults += more
     objective, more = objectives.load(spec.objective, spec.options, folder)
     faults += more
@@ -94,8 +96,16 @@ def _check(draft: Draft, spec: StudySpec, folder: Path) -> tuple[Plan | None, li
     if spec.sampler.name in ("grid", "brute_force") and not faults and size is not None and size < spec.trials:
         notes.append(f"the space has {size} configurations in all: trials is {size}, not {spec.trials}")
         spec = spec.model_copy(update={"trials": size})
-    return Plan(spec=spec, document=draft.document, objective=objective, space=space, metric=metric, maximize=maximize,
-                device=device, notes=tuple(notes)), faults
+    return Plan(
+        spec=spec,
+        document=draft.document,
+        objective=objective,
+        space=space,
+        metric=metric,
+        maximize=maximize,
+        device=device,
+        notes=tuple(notes),
+    ), faults
 
 
 def _metric(objective: Objective, wanted: str | None) -> tuple[str, bool, list[Fault]]:
@@ -104,12 +114,18 @@ def _metric(objective: Objective, wanted: str | None) -> tuple[str, bool, list[F
     known = [*metrics, "loss"]
     name = known[0] if wanted is None else wanted
     if name not in known:
-        return "loss", False, [Fault(path=("metric",), message=f"the objective has no metric {name!r}{did_you_mean(name, known)}")]
+        return (
+            "loss",
+            False,
+            [Fault(path=("metric",), message=f"the objective has no metric {name!r}{did_you_mean(name, known)}")],
+        )
     if name == "loss":
         return name, False, []
     better = metrics[name].higher_is_better
     if better is None:
-        message = f"{name} does not say in which direction it is better (higher_is_better); choose one of {', '.join(known)}"
+        message = (
+            f"{name} does not say in which direction it is better (higher_is_better); choose one of {', '.join(known)}"
+        )
         return name, False, [Fault(path=("metric",), message=message)]
     return name, bool(better), []
 
@@ -121,8 +137,14 @@ def _params(objective: Objective, draft: Draft, spec: StudySpec) -> tuple[dict[s
     """
     params = {**optim.DEFAULTS, **objective.defaults}
     known = list(dict.fromkeys([*params, *optim.NAMES, *objective.space]))
-    faults = [Fault(path=("params", name), message=f"neither the engine nor the objective has this parameter"
-                    f"{did_you_mean(name, known)}") for name in spec.params if name not in known]
+    faults = [
+        Fault(
+            path=("params", name),
+            message=f"neither the engine nor the objective has this parameter{did_you_mean(name, known)}",
+        )
+        for name in spec.params
+        if name not in known
+    ]
     own = {name: value for name, value in spec.params.items() if name in known}
     if not draft.own_space:
         default = {name: specs.parse_param(dict(entry)) for name, entry in objective.space.items()}
@@ -165,8 +187,11 @@ def find_device(name: str) -> tuple[torch.device, list[Fault]]:
         device = None
     wanted = None if device is None else f"cuda:{device.index or 0}" if device.type == "cuda" else device.type
     if wanted not in available:
-        return torch.device("cpu"), [Fault(path=("device",), message=f"there is no device {name!r} here; "
-                                           f"available: auto, {', '.join(available)}")]
+        return torch.device("cpu"), [
+            Fault(
+                path=("device",), message=f"there is no device {name!r} here; available: auto, {', '.join(available)}"
+            )
+        ]
     return torch.device(wanted), []
 
 
@@ -179,18 +204,24 @@ def try_out(plan: Plan, data: Data) -> nn.Module:
     preprocess = _guarded(plan, "preprocess", lambda: plan.objective.preprocess(data.train))
     batch = _guarded(plan, "preprocess", lambda: batch.through(preprocess))
     for params in plan.space.corners():
-        shown = ", ".join(f"{name}={value}" for name, value in plan.space.searched(params).items()) or "its fixed params"
+        shown = (
+            ", ".join(f"{name}={value}" for name, value in plan.space.searched(params).items()) or "its fixed params"
+        )
         module = _guarded(plan, f"build with {shown}", lambda params=params: plan.objective.build(params, data.info))
         if first is not None:
             continue
         first = module
         module.train()
         outputs = _guarded(plan, f"forward with {shown}", lambda module=module: module(*batch.inputs.values()))
-        loss = _guarded(plan, f"loss with {shown}", lambda o=outputs, p=params: plan.objective.loss(o, batch.targets, p))
+        loss = _guarded(
+            plan, f"loss with {shown}", lambda o=outputs, p=params: plan.objective.loss(o, batch.targets, p)
+        )
         if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
             came = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
-            raise InputError(f"objective {plan.spec.objective}: loss must return one number (a tensor of no dimensions), "
-                             f"but got {came}; take its mean")
+            raise InputError(
+                f"objective {plan.spec.objective}: loss must return one number (a tensor of no dimensions), "
+                f"but got {came}; take its mean"
+            )
         for name, metric in plan.objective.metrics().items():
             _guarded(plan, f"metric {name}", lambda m=metric, o=outputs: m.update(o.detach(), batch.targets))
     assert first is not None

@@ -7,15 +7,11 @@ successor that names it (`retry_of`) takes over its place in the budget. Params 
 """
 
 import json
-import os
-import socket
-import threading
 import time
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import optuna
@@ -23,18 +19,19 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from hpo.budget import Counts, count, places, seconds_used
 from hpo.errors import InputError
+from hpo.lease import KEY, LeaseKeeper, is_dead
 from hpo.samplers import make_pruner, make_sampler
 from hpo.seeds import derive
 from hpo.space import Space
 from hpo.spec import StudySpec
 from hpo.storage import exclusive, exists, open_storage
 
-LEASE_SECONDS = 60
 MAX_ATTEMPTS = 3
 """How often a trial whose worker dies is tried in all: it may be the trial that kills it."""
 _QUEUE_CHUNK = 100
-_IDENTITY, _LEASE = "hpo:identity", "hpo:lease"
+_IDENTITY = "hpo:identity"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,21 +42,6 @@ class Claim:
     seed: int
     params: Mapping[str, Any]
     attempt: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """A study's trials by state. A trial that a successor replaced is none of them."""
-
-    complete: int
-    pruned: int
-    failed: int
-    running: int
-    waiting: int
-
-    @property
-    def finished(self) -> int:
-        return self.complete + self.pruned + self.failed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +69,13 @@ class Best:
 def identity(spec: StudySpec, space: Space, metric: str) -> dict[str, Any]:
     """Return what must not change while a study goes on, as plain values: its trials would not compare."""
     plain = {
-        "objective": spec.objective, "options": spec.options, "metric": metric, "value": spec.value,
-        "epochs": spec.epochs, "seed": spec.seed, "params": space.identity(),
+        "objective": spec.objective,
+        "options": spec.options,
+        "metric": metric,
+        "value": spec.value,
+        "epochs": spec.epochs,
+        "seed": spec.seed,
+        "params": space.identity(),
     }
     return json.loads(json.dumps(plain))  # as the storage gives it back
 
@@ -103,21 +90,16 @@ class Search:
         self._study_id = storage.get_study_id_from_name(study.study_name)
         self._claimed: dict[int, Trial] = {}
         self._lost: list[tuple[int, str]] = []
-        self._lease = _LeaseKeeper(storage)
+        self._lease = LeaseKeeper(storage)
 
     # The budget: which trials count, and which are still to come.
 
     def trials(self) -> list[FrozenTrial]:
         """Return the trials that take a place in the budget, in the order of their numbers."""
-        return _places(self.storage.get_all_trials(self._study_id, deepcopy=False))
+        return places(self.storage.get_all_trials(self._study_id, deepcopy=False))
 
     def counts(self) -> Counts:
-        states = [trial.state for trial in self.trials()]
-        complete, pruned, failed, running = (
-            states.count(s) for s in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.RUNNING)
-        )
-        waiting = max(0, self.spec.trials - complete - pruned - failed - running)
-        return Counts(complete=complete, pruned=pruned, failed=failed, running=running, waiting=waiting)
+        return count(self.trials(), self.spec.trials)
 
     def _fill_queue(self) -> None:
         """Queue trials up to the budget (a chunk at a time), or withdraw those that are queued beyond it."""
@@ -141,8 +123,8 @@ class Search:
         """Give the places of trials whose worker died to successors. The storage's lock must be held."""
         now = time.time()
         for trial in self.trials():
-            if trial.state == TrialState.RUNNING and trial.number not in self._claimed and _is_dead(trial, now):
-                lease = trial.system_attrs.get(_LEASE, {})
+            if trial.state == TrialState.RUNNING and trial.number not in self._claimed and is_dead(trial, now):
+                lease = trial.system_attrs.get(KEY, {})
                 self._replace(trial, f"worker {lease.get('worker', 'unknown')} died", lease.get("attempt", 1))
 
     def _replace(self, trial: FrozenTrial, reason: str, attempt: int) -> None:
@@ -254,28 +236,29 @@ class Search:
         trial = min(done, key=lambda t: (sign * (t.value or 0.0), t.number))
         assert trial.value is not None
         return Best(
-            number=trial.number, value=trial.value, params=self.space.resolve(trial.params),
-            epoch=trial.user_attrs.get("best_epoch", self.spec.epochs - 1), seed=trial.user_attrs["seed"],
+            number=trial.number,
+            value=trial.value,
+            params=self.space.resolve(trial.params),
+            epoch=trial.user_attrs.get("best_epoch", self.spec.epochs - 1),
+            seed=trial.user_attrs["seed"],
             metrics=trial.user_attrs.get("metrics", {}),
         )
 
     def running(self) -> list[Running]:
         running = [trial for trial in self.trials() if trial.state == TrialState.RUNNING]
-        return [Running(
-            number=trial.number, epoch=len(trial.intermediate_values),
-            value=trial.intermediate_values[trial.last_step] if trial.last_step is not None else None,
-            worker=trial.system_attrs.get(_LEASE, {}).get("worker", "unknown"),
-        ) for trial in running]
+        return [
+            Running(
+                number=trial.number,
+                epoch=len(trial.intermediate_values),
+                value=trial.intermediate_values[trial.last_step] if trial.last_step is not None else None,
+                worker=trial.system_attrs.get(KEY, {}).get("worker", "unknown"),
+            )
+            for trial in running
+        ]
 
     def seconds_used(self) -> float:
         """Return for how long at least one trial was running, over all workers and restarts."""
-        now = datetime.now(UTC).replace(tzinfo=None)  # Optuna's times are UTC without saying so
-        spans = []
-        for trial in self.storage.get_all_trials(self._study_id, deepcopy=False):
-            if trial.datetime_start is not None:
-                end = trial.datetime_complete or now
-                spans.append((_naive(trial.datetime_start).timestamp(), _naive(end).timestamp()))
-        return covered(spans)
+        return seconds_used(self.storage.get_all_trials(self._study_id, deepcopy=False))
 
     @property
     def attrs(self) -> dict[str, Any]:
@@ -311,11 +294,17 @@ def open_search(spec: StudySpec, space: Space, metric: str, *, maximize: bool, m
             return None
         if spec.name in names:
             study_id = storage.get_study_id_from_name(spec.name)
+            _compare(spec, storage.get_study_user_attrs(study_id), wanted)
             if storage.get_study_directions(study_id)[0].name.lower() != direction:
                 raise _is_another(spec, [f"it goes to {direction} here, the other way there"])
-            _compare(spec, storage.get_study_user_attrs(study_id), wanted)
-        study = optuna.create_study(study_name=spec.name, storage=storage, direction=direction, load_if_exists=True,
-                                    sampler=sampler, pruner=pruner)
+        study = optuna.create_study(
+            study_name=spec.name,
+            storage=storage,
+            direction=direction,
+            load_if_exists=True,
+            sampler=sampler,
+            pruner=pruner,
+        )
         if _IDENTITY not in study.user_attrs:
             study.set_user_attr(_IDENTITY, wanted)
             with warnings.catch_warnings():
@@ -346,97 +335,7 @@ _ABSENT = "absent"
 
 def _is_another(spec: StudySpec, differences: list[str]) -> InputError:
     lines = "".join(f"\n  {difference}" for difference in differences)
-    return InputError(f"the storage {spec.storage} has another study named {spec.name!r}:{lines}\n"
-                      "give this one another `name`, or another `storage`")
-
-
-def _places(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """Return those of `trials` that take a place in the budget: not withdrawn, not replaced, not a second successor."""
-    replaced: set[int] = set()
-    counted = []
-    for trial in sorted(trials, key=lambda t: t.number):
-        before = trial.user_attrs.get("retry_of")
-        if trial.user_attrs.get("withdrawn") or (before is not None and before in replaced):
-            continue
-        if before is not None:
-            replaced.add(before)
-        counted.append(trial)
-    return [trial for trial in counted if trial.number not in replaced]
-
-
-def covered(spans: list[tuple[float, float]]) -> float:
-    """Return the length of the union of `spans` of (start, end)."""
-    total, until = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return total
-
-
-def _naive(moment: datetime) -> datetime:
-    return moment if moment.tzinfo is None else moment.astimezone(UTC).replace(tzinfo=None)
-
-
-def _is_dead(trial: FrozenTrial, now: float) -> bool:
-    """Whether nobody trains this RUNNING trial any more: its lease ran out, or its process on this machine is gone."""
-    lease = trial.system_attrs.get(_LEASE)
-    if lease is None:  # killed between the claim and the lease
-        started = trial.datetime_start
-        return started is None or now - _naive(started).replace(tzinfo=UTC).timestamp() > LEASE_SECONDS
-    if lease["until"] < now:
-        return True
-    place, _, pid = lease["worker"].rpartition(":")
-    return place == _place() and not _alive(int(pid))
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _place() -> str:
-    """Return what tells this machine (and container) from others that may have processes of the same number."""
-    with suppress(OSError):
-        return f"{socket.gethostname()}:{os.readlink('/proc/self/ns/pid').strip('pid:[]')}"
-    return socket.gethostname()
-
-
-class _LeaseKeeper:
-    """Renews the leases of the trials that this process trains, from a thread of its own that survives errors."""
-
-    def __init__(self, storage: RDBStorage) -> None:
-        self._storage = storage
-        self._attempts: dict[int, int] = {}
-        self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def add(self, trial_id: int, attempt: int) -> None:
-        self._attempts[trial_id] = attempt
-        self._renew(trial_id, attempt)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="hpo-lease", daemon=True)
-            self._thread.start()
-
-    def drop(self, trial_id: int) -> None:
-        self._attempts.pop(trial_id, None)
-
-    def stop(self) -> None:
-        self._stopped.set()
-        if self._thread is not None:
-            self._thread.join(timeout=5)
-
-    def _run(self) -> None:
-        while not self._stopped.wait(LEASE_SECONDS / 4):
-            for trial_id, attempt in list(self._attempts.items()):
-                with suppress(Exception):  # a database that is away for a moment must not cost the trial its lease
-                    self._renew(trial_id, attempt)
-        self._storage.remove_session()
-
-    def _renew(self, trial_id: int, attempt: int) -> None:
-        lease = {"worker": f"{_place()}:{os.getpid()}", "until": time.time() + LEASE_SECONDS, "attempt": attempt}
-        self._storage.set_trial_system_attr(trial_id, _LEASE, lease)
+    return InputError(
+        f"the storage {spec.storage} has another study named {spec.name!r}:{lines}\n"
+        "give this one another `name`, or another `storage`"
+    )

@@ -46,8 +46,9 @@ def outcome(search: Search, best: Best | None) -> Outcome | None:
     return Outcome(number=best.number, test=stored["test"], bundle=folder, parity=stored["parity"])
 
 
-def conclude(plan: Plan, data: Data, search: Search, tracker: Tracker, stopping: Callable[[], bool],
-             note: Callable[[str], None]) -> Outcome | None:
+def conclude(
+    plan: Plan, data: Data, search: Search, tracker: Tracker, stopping: Callable[[], bool], note: Callable[[str], None]
+) -> Outcome | None:
     """Finish the study with its best trial, unless that was done already; None where no trial is complete.
 
     Of several workers on this machine that come here at once, one does it and the others take its outcome.
@@ -62,14 +63,24 @@ def conclude(plan: Plan, data: Data, search: Search, tracker: Tracker, stopping:
         done = finish(plan, data, search, best, folder, stopping, note)
         stored = {"number": done.number, "test": dict(done.test), "bundle": str(folder), "parity": done.parity}
         search.remember(_RESULT, stored)
-    tracker.log_metrics(None, best.number, {f"test_{name}": value for name, value in done.test.items()}
-                        | {f"best_{plan.metric_key}": best.value})
+    tracker.log_metrics(
+        None,
+        best.number,
+        {f"test_{name}": value for name, value in done.test.items()} | {f"best_{plan.metric_key}": best.value},
+    )
     tracker.log_folder(folder, "bundle")
     return done
 
 
-def finish(plan: Plan, data: Data, search: Search, best: Best, folder: Path, stopping: Callable[[], bool],
-           note: Callable[[str], None]) -> Outcome:
+def finish(
+    plan: Plan,
+    data: Data,
+    search: Search,
+    best: Best,
+    folder: Path,
+    stopping: Callable[[], bool],
+    note: Callable[[str], None],
+) -> Outcome:
     """Train `best`'s params anew on train + validation, evaluate on the test set once, export to `folder`.
 
     Every reading of the test set is counted in the study's attributes. Raises ExportError, Interrupted.
@@ -91,8 +102,14 @@ def finish(plan: Plan, data: Data, search: Search, best: Best, folder: Path, sto
         return member.fault is None
 
     train(
-        stack, data_refit.train.through(preprocess).to(plan.device), None, batch_size=best.params["batch_size"],
-        epochs=refit_epochs, seed=plan.spec.seed, ask=lambda n: [queue.pop()] if queue and n else [], report=report,
+        stack,
+        data_refit.train.through(preprocess).to(plan.device),
+        None,
+        batch_size=best.params["batch_size"],
+        epochs=refit_epochs,
+        seed=plan.spec.seed,
+        ask=lambda n: [queue.pop()] if queue and n else [],
+        report=report,
         stopping=stopping,
     )
     if member.fault is not None or network is None:
@@ -103,18 +120,33 @@ def finish(plan: Plan, data: Data, search: Search, best: Best, folder: Path, sto
     search.remember(_TESTS, [*search.attrs.get(_TESTS, []), {"number": best.number, "test": test}])
     note("exporting, and comparing what was exported with the model that was measured")
     written = export(
-        Model(preprocess=preprocess, network=network, head=plan.objective.head(), params=best.params, info=data.info,
-              about=_about(plan, data, search, best, refit_epochs, test)),
-        data.test, folder,
+        Model(
+            preprocess=preprocess,
+            network=network,
+            head=plan.objective.head(),
+            params=best.params,
+            info=data.info,
+            about=_about(plan, data, search, best, refit_epochs, test),
+        ),
+        data.test,
+        folder,
     )
     parity = max(result["max_difference"] for result in written["parity"].values())
     return Outcome(number=best.number, test=test, bundle=folder, parity=parity)
 
 
-def _about(plan: Plan, data: Data, search: Search, best: Best, refit_epochs: int, test: Mapping[str, float]) -> dict[str, Any]:
+def _about(
+    plan: Plan, data: Data, search: Search, best: Best, refit_epochs: int, test: Mapping[str, float]
+) -> dict[str, Any]:
     return {
-        "study": plan.spec.name, "objective": plan.spec.objective, "options": plan.spec.options, "trial": best.number,
-        "metric": plan.metric, "value": best.value, "epochs": refit_epochs, "seed": best.seed,
+        "study": plan.spec.name,
+        "objective": plan.spec.objective,
+        "options": plan.spec.options,
+        "trial": best.number,
+        "metric": plan.metric,
+        "value": best.value,
+        "epochs": refit_epochs,
+        "seed": best.seed,
         "trained_on": ["train", "valid"],
         "metrics": {**best.metrics, **{f"test_{name}": value for name, value in test.items()}},
         "n_test_evaluations": len(search.attrs.get(_TESTS, [])),

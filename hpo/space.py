@@ -219,8 +219,10 @@ class Space:
 
     def identity(self) -> dict[str, Any]:
         """Return the space as plain values, equal for equal spaces, to be stored with the study."""
-        searched = {d.name: d.searched.model_dump(mode="json", by_alias=True, exclude_defaults=True) | {"type": d.searched.type}
-                    for d in self.dimensions}
+        searched = {
+            d.name: d.searched.model_dump(mode="json", by_alias=True, exclude_defaults=True) | {"type": d.searched.type}
+            for d in self.dimensions
+        }
         return {**self.fixed, **searched}
 
 
@@ -256,8 +258,10 @@ def build(params: Mapping[str, Any], start_with: Sequence[Mapping[str, Any]]) ->
     while left:
         ready = [d for d in left.values() if all(n in ordered or n not in left for n in d.searched.when)]
         if not ready:
-            faults += [Fault(path=("params", name, "when"), message=f"goes in a circle: {' -> '.join(left)}")
-                       for name in list(left)[:1]]
+            faults += [
+                Fault(path=("params", name, "when"), message=f"goes in a circle: {' -> '.join(left)}")
+                for name in list(left)[:1]
+            ]
             break
         ordered |= {d.name: d for d in ready}
         left = {name: d for name, d in left.items() if name not in ordered}
@@ -270,7 +274,9 @@ def _is_searched(value: Any) -> bool:
     return isinstance(value, FloatRange | IntRange | Categorical)
 
 
-def _condition_faults(dimension: Dimension, searched: Mapping[str, Dimension], fixed: Mapping[str, Any]) -> Iterator[Fault]:
+def _condition_faults(
+    dimension: Dimension, searched: Mapping[str, Dimension], fixed: Mapping[str, Any]
+) -> Iterator[Fault]:
     for name, values in dimension.searched.when.items():
         path = ("params", dimension.name, "when", name)
         others = [other for other in (*searched, *fixed) if other != dimension.name]
@@ -292,6 +298,10 @@ def _start_faults(index: int, entry: Mapping[str, Any], space: Space) -> Iterato
             if not dimensions[name].takes(value):
                 yield Fault(path=path, message=f"{value!r} is outside of the space: {dimensions[name].describe()}")
         elif name not in space.fixed:
-            yield Fault(path=path, message=f"there is no parameter {name!r}{did_you_mean(name, (*dimensions, *space.fixed))}")
+            yield Fault(
+                path=path, message=f"there is no parameter {name!r}{did_you_mean(name, (*dimensions, *space.fixed))}"
+            )
         elif not same(space.fixed[name], value):
-            yield Fault(path=path, message=f"{name} is fixed to {space.fixed[name]!r}, so it cannot start with {value!r}")
+            yield Fault(
+                path=path, message=f"{name} is fixed to {space.fixed[name]!r}, so it cannot start with {value!r}"
+            )

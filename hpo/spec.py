@@ -24,8 +24,10 @@ from pydantic import (
     model_validator,
 )
 
-from hpo.document import Document, read as read_document
+from hpo.document import Document
+from hpo.document import read as read_document
 from hpo.errors import Fault, did_you_mean
+
 
 def _scalar(value: Any) -> Any:
     if value is not None and not isinstance(value, bool | int | float | str):
@@ -79,7 +81,7 @@ class _Range(_Conditional):
             raise ValueError(f"low > 0 must hold with log: true, but got low={low}{hint}")
         if step is not None and self.log:  # type: ignore[attr-defined]
             raise ValueError("step and log: true exclude each other; drop one")
-        if step is not None and not 0 < step <= high - low:
+        if step is not None and not 0 < step <= (high - low) * (1 + 1e-9):  # 0.5 - 0.4 is less than 0.1
             raise ValueError(f"0 < step <= high - low must hold, but got step={step}")
         return self
 
@@ -281,8 +283,11 @@ def _names_range(params: Any) -> bool:
 def validate(cls: type, values: Mapping[str, Any], at: tuple[str | int, ...]) -> tuple[Any, list[Fault]]:
     """Return an instance of the dataclass `cls` made of `values`, checked by its annotations, and the faults found."""
     known = [field.name for field in fields(cls)]
-    faults = [Fault(path=(*at, name), message=f"unknown option{did_you_mean(name, known)}")
-              for name in values if name not in known]
+    faults = [
+        Fault(path=(*at, name), message=f"unknown option{did_you_mean(name, known)}")
+        for name in values
+        if name not in known
+    ]
     try:
         adapter = TypeAdapter(cls, config=None)
         return adapter.validate_python({k: v for k, v in values.items() if k in known}, strict=False), faults
@@ -320,7 +325,10 @@ def _message(item: Any, here: Any, values: Any) -> str:
     if kind == "value_error":
         text = str(context["error"])
         return text if "got" in text else f"{text}, but got {here!r}"
-    rule = item["msg"].replace("Input should be", "must be").replace("a valid ", "a ").replace("a integer", "an integer")
+    rule = (
+        item["msg"].replace("Input should be", "must be").replace("a valid ", "a ").replace("a integer", "an integer")
+    )
+    rule = re.sub(r", (got a|unable to) .*", "", rule)
     return f"{rule}, but got {here!r}"
 
 

@@ -86,9 +86,8 @@ def _parse(url: str) -> URL:
         raise StorageError(f"storage {url}: is no database address; {hint}") from error
     except ImportError as error:
         raise StorageError(f"storage {url}: its driver is not installed ({error}); pip install it") from error
-    if parsed.get_backend_name() == "sqlite":
-        if not parsed.database or parsed.database == ":memory:":
-            raise StorageError(f"storage {url}: names no file, so nothing would be kept; write sqlite:///mlruns/optuna.db")
+    if parsed.get_backend_name() == "sqlite" and (not parsed.database or parsed.database == ":memory:"):
+        raise StorageError(f"storage {url}: names no file, so nothing would be kept; write sqlite:///mlruns/optuna.db")
     return parsed
 
 
@@ -107,7 +106,9 @@ def _make_folder(parsed: URL, url: str) -> None:
 
 
 def _engine_arguments(url: URL) -> dict[str, object]:
-    return {"connect_args": {"timeout": BUSY_SECONDS}} if url.get_backend_name() == "sqlite" else {"pool_pre_ping": True}
+    return (
+        {"connect_args": {"timeout": BUSY_SECONDS}} if url.get_backend_name() == "sqlite" else {"pool_pre_ping": True}
+    )
 
 
 def _refuse_other_programs(parsed: URL, url: str) -> None:
@@ -124,8 +125,10 @@ def _refuse_other_programs(parsed: URL, url: str) -> None:
         engine.dispose()
     if tables and "version_info" not in tables:
         some = ", ".join(sorted(tables)[:3])
-        raise StorageError(f"storage {url}: is another program's database (it has tables {some}, but none of Optuna's); "
-                           "give a database of its own")
+        raise StorageError(
+            f"storage {url}: is another program's database (it has tables {some}, but none of Optuna's); "
+            "give a database of its own"
+        )
 
 
 def _serialise_writers(engine: Engine) -> None:

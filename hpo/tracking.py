@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -111,7 +112,8 @@ class MlflowTracker(Tracker):
     RETRY_SECONDS = 30.0
 
     def __init__(self, uri: str, study: str, outbox: Path, warn: Callable[[str], None]) -> None:
-        self._uri, self._study, self._warn = uri, study, warn
+        self._uri, self._study = uri, study
+        self._warn = lambda text: warn(masked(text))
         self._file = outbox / f"{study}.jsonl"
         self._client: Any = None
         self._experiment = ""
@@ -176,8 +178,10 @@ class MlflowTracker(Tracker):
             if not self._warned:
                 self._warned = True
                 cause = masked(f"{type(error).__name__}: {error}".splitlines()[0])[:300]
-                self._warn(f"tracking: {self._uri} does not work ({cause}); training goes on, and what could not be sent "
-                           f"is kept in {self._file} and sent later")
+                self._warn(
+                    f"tracking: {self._uri} does not work ({cause}); training goes on, and what could not be sent "
+                    f"is kept in {self._file} and sent later"
+                )
         self._keep()
 
     def _keep(self) -> None:
@@ -198,7 +202,8 @@ class MlflowTracker(Tracker):
             path.parent.mkdir(parents=True, exist_ok=True)
         # MLflow makes its schema when first asked; processes that do so together crash all but one.
         with FileLock(f"{path}.lock", timeout=120) if path is not None else nullcontext():
-            client = MlflowClient(tracking_uri=self._uri)
+            # absolute: MLflow keeps one store per address, also when the process changes its folder
+            client = MlflowClient(self._uri if path is None else f"sqlite:///{path.resolve()}")
             experiment = client.get_experiment_by_name(self._study)
             if experiment is None:
                 where = None if path is None else (path.parent.resolve() / "artifacts" / self._study).as_uri()
@@ -270,8 +275,9 @@ def open_tracker(uri: str, study: str, outbox: Path, warn: Callable[[str], None]
     try:
         import mlflow  # noqa: F401
     except ImportError as error:
-        raise InputError(f"tracking {uri}: MLflow cannot be imported ({error}); pip install mlflow, "
-                         "or set tracking: off") from error
+        raise InputError(
+            f"tracking {uri}: MLflow cannot be imported ({error}); pip install mlflow, or set tracking: off"
+        ) from error
     return MlflowTracker(uri, study, outbox, warn)
 
 
@@ -280,8 +286,10 @@ def check_address(uri: str) -> None:
     scheme = uri.partition(":")[0]
     if uri == "off" or (":" in uri and scheme not in ("file",) and "/" in uri) or uri.startswith("databricks"):
         return
-    raise InputError(f"{uri!r} must be off, a server (http://host:5000) or a database "
-                     "(sqlite:///mlruns/mlflow.db); MLflow gave up its file store")
+    raise InputError(
+        f"{uri!r} must be off, a server (http://host:5000) or a database "
+        "(sqlite:///mlruns/mlflow.db); MLflow gave up its file store"
+    )
 
 
 def sqlite_path(uri: str) -> Path | None:
@@ -306,14 +314,16 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep MLflow's and alembic's own lines (of tables made and runs viewed) out of the terminal."""
+    """Keep MLflow's and alembic's own lines (tables made, runs viewed, deprecations in their code) off the terminal."""
     loggers = [logging.getLogger(name) for name in ("mlflow", "alembic", "mlflow.store.db.utils")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

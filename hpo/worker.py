@@ -18,7 +18,6 @@ from hpo.stack import LoopStack, Member, Stack
 from hpo.tracking import Tracker
 from hpo.training import train
 
-
 WAIT_SECONDS = 1.0
 """How often to look again while all that is left of a study is with other workers."""
 
@@ -43,8 +42,14 @@ class Progress(ABC):
         """Something is to be said once."""
 
 
-def work(plan: Plan, data: Data, search: Search, tracker: Tracker, progress: Progress,
-         stopping: Callable[[], bool] = lambda: False) -> None:
+def work(
+    plan: Plan,
+    data: Data,
+    search: Search,
+    tracker: Tracker,
+    progress: Progress,
+    stopping: Callable[[], bool] = lambda: False,
+) -> None:
     """Train trials until the budget or the time is spent. Raises Interrupted as soon as `stopping` says so.
 
     A trial's own fault (NaN, out of memory) fails that trial; any other error gives the trial back and is raised.
@@ -74,13 +79,16 @@ def work(plan: Plan, data: Data, search: Search, tracker: Tracker, progress: Pro
         except Interrupted:
             if stopping():
                 trial.give_back("interrupted")
-                raise Interrupted("interrupted; the running trial was given back, run the same command again to go on"
-                                  ) from None
+                raise Interrupted(
+                    "interrupted; the running trial was given back, run the same command again to go on"
+                ) from None
             trial.give_back("the study's time was over")
         except BaseException as error:
             trial.give_back(f"{type(error).__name__}: {error}")
             raise
-    progress.note(f"the study's time ({plan.spec.timeout:g} s) is over: no new trial is begun; raise `timeout` to go on")
+    progress.note(
+        f"the study's time ({plan.spec.timeout:g} s) is over: no new trial is begun; raise `timeout` to go on"
+    )
 
 
 def _deadline(plan: Plan, search: Search) -> float:
@@ -92,8 +100,9 @@ def _deadline(plan: Plan, search: Search) -> float:
 class _Trial:
     """One claimed trial: trains it as a stack of its own, and tells storage, tracker and progress of it."""
 
-    def __init__(self, plan: Plan, claim: Claim, stack: Stack, search: Search, tracker: Tracker,
-                 progress: Progress) -> None:
+    def __init__(
+        self, plan: Plan, claim: Claim, stack: Stack, search: Search, tracker: Tracker, progress: Progress
+    ) -> None:
         self._plan, self._claim, self._stack, self._search = plan, claim, stack, search
         self._tracker, self._progress = tracker, progress
         self._member = Member(number=claim.number, seed=claim.seed, params=claim.params)
@@ -110,8 +119,15 @@ class _Trial:
         self._progress.trial_started(number, plan.space.searched(self._claim.params))
         queue = [self._member]
         train(
-            self._stack, train_split, valid_split, batch_size=self._claim.params["batch_size"], epochs=plan.spec.epochs,
-            seed=plan.spec.seed, ask=lambda n: [queue.pop()] if queue and n else [], report=self._report, stopping=stopping,
+            self._stack,
+            train_split,
+            valid_split,
+            batch_size=self._claim.params["batch_size"],
+            epochs=plan.spec.epochs,
+            seed=plan.spec.seed,
+            ask=lambda n: [queue.pop()] if queue and n else [],
+            report=self._report,
+            stopping=stopping,
         )
         self._tell()
 
@@ -163,8 +179,13 @@ class _Trial:
             return
         folder = checkpoints(self._plan)
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"model_state_dict": {name: x.cpu() for name, x in self._kept.items()},
-                   "model_hyperparameters": dict(best.params), "trial": best.number, "value": best.value, "epoch": best.epoch}
+        content = {
+            "model_state_dict": {name: x.cpu() for name, x in self._kept.items()},
+            "model_hyperparameters": dict(best.params),
+            "trial": best.number,
+            "value": best.value,
+            "epoch": best.epoch,
+        }
         unfinished = folder / "best.pt.part"
         torch.save(content, unfinished)
         unfinished.replace(folder / "best.pt")

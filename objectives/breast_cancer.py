@@ -26,7 +26,11 @@ class BreastCancer(Objective):
 
     Options = Options
     defaults = {
-        "optimizer": "adam", "learning_rate": 1e-3, "weight_decay": 0.0, "batch_size": 64, "n_hidden": 24,
+        "optimizer": "adam",
+        "learning_rate": 1e-3,
+        "weight_decay": 0.0,
+        "batch_size": 64,
+        "n_hidden": 24,
     }
     space = {
         "learning_rate": {"type": "float", "low": 3e-4, "high": 5e-3, "log": True},
@@ -38,8 +42,14 @@ class BreastCancer(Objective):
         bunch = load_breast_cancer()
         targets = torch.from_numpy(bunch.target).float().unsqueeze(1)
         return tabular_splits(
-            bunch.data, targets, test=0.2, valid=0.2, random_state=0, stratify=True,
-            feature_names=tuple(map(str, bunch.feature_names)), class_names=tuple(map(str, bunch.target_names)),
+            bunch.data,
+            targets,
+            test=0.2,
+            valid=0.2,
+            random_state=0,
+            stratify=True,
+            feature_names=tuple(map(str, bunch.feature_names)),
+            class_names=tuple(map(str, bunch.target_names)),
         )
 
     def build(self, params, info):

@@ -25,8 +25,12 @@ class CaliforniaHousing(Objective):
 
     Options = Options
     defaults = {
-        "optimizer": "adam", "learning_rate": 1e-3, "weight_decay": 0.0, "batch_size": 64,
-        "n_hidden1": 24, "n_hidden2": 24,
+        "optimizer": "adam",
+        "learning_rate": 1e-3,
+        "weight_decay": 0.0,
+        "batch_size": 64,
+        "n_hidden1": 24,
+        "n_hidden2": 24,
     }
     space = {
         "learning_rate": {"type": "float", "low": 3e-4, "high": 1e-2, "log": True},
@@ -38,7 +42,11 @@ class CaliforniaHousing(Objective):
         bunch = sklearn_cached("california_housing", "cal_housing_py3.pkz", fetch_california_housing)
         targets = torch.from_numpy(bunch.target).float().unsqueeze(1)
         return tabular_splits(
-            bunch.data, targets, test=0.2, valid=0.2, random_state=0,
+            bunch.data,
+            targets,
+            test=0.2,
+            valid=0.2,
+            random_state=0,
             feature_names=tuple(map(str, bunch.feature_names)),
         )
 

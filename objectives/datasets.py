@@ -14,8 +14,15 @@ from hpo.errors import DataError
 
 
 def tabular_splits(
-    features: np.ndarray, targets: torch.Tensor, *, test: float, valid: float, random_state: int,
-    feature_names: tuple[str, ...], class_names: tuple[str, ...] = (), stratify: bool = False,
+    features: np.ndarray,
+    targets: torch.Tensor,
+    *,
+    test: float,
+    valid: float,
+    random_state: int,
+    feature_names: tuple[str, ...],
+    class_names: tuple[str, ...] = (),
+    stratify: bool = False,
 ) -> Data:
     """Return `features` (N, F) as float32 in three splits: `test` of all rows, then `valid` of those that are left.
 
@@ -36,15 +43,17 @@ def tabular_splits(
 def sklearn_cached(name: str, file: str, fetch: Callable[..., Any]) -> Any:
     """Return what scikit-learn's `fetch` gives from `<data home>/sklearn`, downloading it where `file` is not there."""
     folder = data_home() / "sklearn"
-    return _from(name, folder, folder / file,
-                 lambda download: fetch(data_home=str(folder), download_if_missing=download))
+    return _from(
+        name, folder, folder / file, lambda download: fetch(data_home=str(folder), download_if_missing=download)
+    )
 
 
 def torchvision_arrays(name: str, dataset: Callable[..., Any], *, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the images (N, H, W) in uint8 and the classes (N,) of a torchvision data set in `<data home>/torchvision`."""
     folder = data_home() / "torchvision"
-    made = _from(name, folder, folder / name / "raw",
-                 lambda download: dataset(str(folder), train=train, download=download))
+    made = _from(
+        name, folder, folder / name / "raw", lambda download: dataset(str(folder), train=train, download=download)
+    )
     return made.data, made.targets
 
 
@@ -62,5 +71,7 @@ def _from(name: str, folder: Path, file: Path, load: Callable[[bool], Any]) -> A
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
         if download:
             raise DataError(f"{name}: not in {file}, and it could not be downloaded ({cause}); {bring}") from error
-        raise DataError(f"{name}: {file} cannot be read ({cause}): a file in it is corrupted or incomplete; "
-                        f"delete it to have it downloaded again, or {bring}") from error
+        raise DataError(
+            f"{name}: {file} cannot be read ({cause}): a file in it is corrupted or incomplete; "
+            f"delete it to have it downloaded again, or {bring}"
+        ) from error

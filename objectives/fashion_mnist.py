@@ -15,7 +15,16 @@ from objectives.datasets import torchvision_arrays
 from objectives.models import MLP, ScalePixels
 
 CLASSES = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
 )
 
 
@@ -31,7 +40,11 @@ class FashionMNIST(Objective):
 
     Options = Options
     defaults = {
-        "optimizer": "sgd", "learning_rate": 0.05, "batch_size": 32, "n_hidden1": 300, "n_hidden2": 100,
+        "optimizer": "sgd",
+        "learning_rate": 0.05,
+        "batch_size": 32,
+        "n_hidden1": 300,
+        "n_hidden2": 100,
         "label_smoothing": 0.0,
     }
     space = {

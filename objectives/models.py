@@ -1,5 +1,6 @@
 """The documented networks, with the documented module names, and the layers that carry data's own numbers."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,7 @@ class MLP(nn.Module):
         super().__init__()
         widths = [n_in, *hidden]
         self.layers = nn.Sequential(nn.Flatten())
-        for index, (before, after) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+        for index, (before, after) in enumerate(itertools.pairwise(widths), start=1):
             self.layers.add_module(f"hidden{index}", nn.Linear(before, after))
             self.layers.add_module(f"relu{index}", nn.ReLU())
         self.layers.add_module("output", nn.Linear(widths[-1], n_out))

@@ -53,7 +53,9 @@ def test_nan_is_a_number(document):
     ("$N", {"N": "7"}, "$N"),
 ])
 def test_a_variable_comes_from_the_environment(document, text, environ, value):
-    read_value = document(f"x: [{{y: '{text}'}}]", **environ).values["x"][0]["y"]
+    read_document = document(f"x: [{{y: '{text}'}}]", **environ)
+    read_value = read_document.values["x"][0]["y"]
+    assert not read_document.faults
     assert (type(read_value), read_value) == (type(value), value)
 
 

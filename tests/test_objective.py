@@ -107,9 +107,9 @@ def test_options_reach_the_objective(folder):
 @pytest.mark.parametrize(("options", "faults"), [
     ({"n_row": 5}, [("options.n_row", 'unknown option; did you mean "n_rows"?')]),
     ({"kind": "huge"}, [("options.kind", "must be 'big' or 'small', but got 'huge'")]),
-    ({"n_rows": 1.5, "zzz": 0}, [
-        ("options.zzz", "unknown option; known: kind, n_rows"),
-        ("options.n_rows", "must be an integer, got a number with a fractional part, but got 1.5")]),
+    ({"n_rows": 1.5, "zzz": 0}, [("options.zzz", "unknown option; known: kind, n_rows"),
+                                 ("options.n_rows", "must be an integer, but got 1.5")]),
+    ({"n_rows": "ten"}, [("options.n_rows", "must be an integer, but got 'ten'")]),
     ({"n_rows": 7}, [("options", "n_rows must be divisible by 5, but got {'n_rows': 7}")]),
 ])
 def test_options_are_checked_by_their_annotations(folder, options, faults):
@@ -142,13 +142,11 @@ def test_what_is_not_there_is_named(folder, where, text):
     ("x = (1\n", "SyntaxError: '(' was never closed"),
 ])
 def test_an_error_while_importing_is_shown_with_file_and_line(folder, code, shown):
-    write(folder / "mine_broken.py", code)
-    write(folder / "objectives_of_mine" / "x.py", code)
-    for where, file in (("mine_broken.py", folder / "mine_broken.py"), ("objectives_of_mine/x.py", None)):
-        file = file or folder / where
-        text = message(where, folder)
-        assert text.startswith(f"{where} cannot be imported: {shown.format(file=file)}")
-        assert f"({file}:" in text
+    file = folder / "mine_broken.py"
+    write(file, code)
+    text = message("mine_broken.py", folder)
+    assert text.startswith(f"mine_broken.py cannot be imported: {shown.format(file=file)}")
+    assert f"({file}:" in text
 
 
 def test_a_module_that_imports_what_is_not_there_is_not_taken_for_missing(folder):
@@ -176,7 +174,8 @@ def test_a_file_must_say_which_objective_is_meant(folder):
 
 def test_an_objective_that_cannot_be_made_says_where(folder):
     write(folder / "a.py", GOOD + "\n        def __init__(self, options):\n            raise OSError('no disk')\n")
-    assert message("a.py", folder) == f"a.py:Mine cannot be made: OSError: no disk ({folder / 'a.py'}:26)"
+    line = (folder / "a.py").read_text().splitlines().index("        raise OSError('no disk')") + 1
+    assert message("a.py", folder) == f"a.py:Mine cannot be made: OSError: no disk ({folder / 'a.py'}:{line})"
 
 
 def test_the_example_of_the_module_is_an_objective(folder):

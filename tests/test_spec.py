@@ -50,6 +50,7 @@ PARAMS = [
     ("{type: float, low: 0, high: 1, step: 2}", "params.p: 0 < step <= high - low must hold, but got step=2.0"),
     ("{type: int, low: 0, high: 9, step: 0}", "params.p: 0 < step <= high - low must hold, but got step=0"),
     ("{type: int, low: 0, high: 9, step: -1}", "params.p: 0 < step <= high - low must hold, but got step=-1"),
+    ("{type: float, low: 0.4, high: 0.5, step: 0.11}", "params.p: 0 < step <= high - low must hold, but got step=0.11"),
     ("{type: categorical, choices: []}", "params.p.choices: must name at least one choice, but got []"),
     ("{type: categorical, choices: [a, b, a]}",
      "params.p.choices: must name each choice once, but got ['a', 'b', 'a']"),
@@ -85,6 +86,10 @@ def test_a_param_that_is_wrong_is_named_with_its_line(faults, entry, message):
 def test_step_and_log_exclude_each_other(faults):
     [line] = faults("params:\n  p: {type: int, low: 1, high: 9, step: 2, log: true}\n")
     assert line.startswith("study.yaml:3: params.p: step and log: true exclude each other; drop one")
+
+
+def test_a_step_may_be_the_whole_range(draft):
+    assert not draft("params:\n  p: {type: float, low: 0.4, high: 0.5, step: 0.1}\n").faults
 
 
 def test_params_are_ranges_or_fixed_values(draft):

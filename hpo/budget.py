@@ -1,0 +1,72 @@
+"""The arithmetic of a study's budget: which trials take a place in it, what they come to, how long they took."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from optuna.trial import FrozenTrial, TrialState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """A study's trials by state. A trial that a successor replaced is none of them."""
+
+    complete: int
+    pruned: int
+    failed: int
+    running: int
+    waiting: int
+
+    @property
+    def finished(self) -> int:
+        return self.complete + self.pruned + self.failed
+
+
+def count(places: Sequence[FrozenTrial], trials: int) -> Counts:
+    """Return what the `places` of a budget of `trials` come to; what is not begun is waiting, queued or not."""
+    states = [trial.state for trial in places]
+    complete, pruned, failed, running = (
+        states.count(s) for s in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.RUNNING)
+    )
+    waiting = max(0, trials - complete - pruned - failed - running)
+    return Counts(complete=complete, pruned=pruned, failed=failed, running=running, waiting=waiting)
+
+
+def places(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Return those of `trials` that take a place in the budget: not withdrawn, not replaced, not a second successor."""
+    replaced: set[int] = set()
+    counted = []
+    for trial in sorted(trials, key=lambda t: t.number):
+        before = trial.user_attrs.get("retry_of")
+        if trial.user_attrs.get("withdrawn") or (before is not None and before in replaced):
+            continue
+        if before is not None:
+            replaced.add(before)
+        counted.append(trial)
+    return [trial for trial in counted if trial.number not in replaced]
+
+
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """Return the length of the union of `spans` of (start, end)."""
+    total, until = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+def seconds_used(trials: Sequence[FrozenTrial]) -> float:
+    """Return for how long at least one of `trials` was running, over all workers and restarts."""
+    now = datetime.now(UTC)
+    return covered(
+        [
+            (utc(trial.datetime_start).timestamp(), utc(trial.datetime_complete or now).timestamp())
+            for trial in trials
+            if trial.datetime_start is not None
+        ]
+    )
+
+
+def utc(moment: datetime) -> datetime:
+    """Return one of Optuna's times, which are UTC without saying so, as one that says it."""
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)

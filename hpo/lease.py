@@ -1,0 +1,84 @@
+"""Leases: who trains a running trial, and until when that holds.
+
+A lease is a system attribute of the trial, so that every storage of Optuna's keeps it. Its worker renews it from a
+thread; a trial whose lease ran out, or whose process on this machine is gone, is dead and may be taken up by others.
+"""
+
+import os
+import socket
+import threading
+import time
+from contextlib import suppress
+
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial
+
+from hpo.budget import utc
+
+LEASE_SECONDS = 60
+KEY = "hpo:lease"
+
+
+def is_dead(trial: FrozenTrial, now: float) -> bool:
+    """Whether nobody trains this RUNNING trial any more: its lease ran out, or its process on this machine is gone."""
+    lease = trial.system_attrs.get(KEY)
+    if lease is None:  # killed between the claim and the lease
+        started = trial.datetime_start
+        return started is None or now - utc(started).timestamp() > LEASE_SECONDS
+    if lease["until"] < now:
+        return True
+    place, _, pid = lease["worker"].rpartition(":")
+    return place == _place() and not _alive(int(pid))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _place() -> str:
+    """Return what tells this machine (and container) from others that may have processes of the same number."""
+    with suppress(OSError):
+        return f"{socket.gethostname()}:{os.readlink('/proc/self/ns/pid').strip('pid:[]')}"
+    return socket.gethostname()
+
+
+class LeaseKeeper:
+    """Renews the leases of the trials that this process trains, from a thread of its own that survives errors."""
+
+    def __init__(self, storage: RDBStorage) -> None:
+        self._storage = storage
+        self._attempts: dict[int, int] = {}
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def add(self, trial_id: int, attempt: int) -> None:
+        self._attempts[trial_id] = attempt
+        self._renew(trial_id, attempt)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="hpo-lease", daemon=True)
+            self._thread.start()
+
+    def drop(self, trial_id: int) -> None:
+        self._attempts.pop(trial_id, None)
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        while not self._stopped.wait(LEASE_SECONDS / 4):
+            for trial_id, attempt in list(self._attempts.items()):
+                with suppress(Exception):  # a database that is away for a moment must not cost the trial its lease
+                    self._renew(trial_id, attempt)
+        self._storage.remove_session()
+
+    def _renew(self, trial_id: int, attempt: int) -> None:
+        lease = {"worker": f"{_place()}:{os.getpid()}", "until": time.time() + LEASE_SECONDS, "attempt": attempt}
+        self._storage.set_trial_system_attr(trial_id, KEY, lease)

@@ -1,0 +1,248 @@
+"""The commands end to end, and every kind of bad input: one clear message, exit status 2, nothing lost."""
+
+import json
+import sqlite3
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hpo.__main__ import app
+from hpo.errors import HpoError
+from tests.conftest import run_hpo
+
+Write = Callable[..., Path]
+
+
+def invoke(*arguments: object) -> str:
+    """Run a command in this process; return what it printed. HpoError passes through."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def refused(*arguments: object) -> str:
+    """Run a command that must be refused; return its message."""
+    with pytest.raises(HpoError) as caught:
+        invoke(*arguments)
+    assert caught.value.exit_status == 2
+    return str(caught.value)
+
+
+def summary(output: str) -> dict:
+    return json.loads(output.splitlines()[-1])
+
+
+def test_run_then_run_again_then_more_trials(study: Write) -> None:
+    path = study()
+    first = summary(invoke("run", path, "--json"))
+    assert set(first) == {"study", "storage", "trials", "best", "test", "bundle"}
+    assert first["trials"] == {"complete": 3, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
+    assert set(first["best"]) == {"number", "value", "params"}
+    assert set(first["test"]) == {"loss", "r2"}
+    assert Path(first["bundle"], "model.torchscript.pt").is_file()
+
+    again = invoke("run", path, "--json")
+    assert "study: all 3 trials are done" in again
+    assert summary(again) == first
+
+    more = summary(invoke("run", path, "--json", "--trials", 5))
+    assert more["trials"]["complete"] == 5
+
+
+def test_timeout_ends_the_study_and_says_so(study: Write) -> None:
+    path = study("timeout: 0.5\ntrials: 300")
+    output = invoke("run", path, "--json")
+    assert "the study's time (0.5 s) is over: no new trial is begun; raise `timeout` to go on" in output
+    assert 0 < summary(output)["trials"]["complete"] < 300
+    assert summary(output)["bundle"] is not None
+
+
+def test_an_exit_status_for_each_end(study: Write) -> None:
+    path = study()
+    assert run_hpo("run", path, "--trials", 0).returncode == 2
+    assert run_hpo("run", path, "--nonsense").returncode == 2
+    failing = run_hpo("run", path, "--set", "params.kind=nan", "--set", "name=nan", "--json")
+    assert failing.returncode == 1
+    assert ("hpo: study 'nan' has no complete trial to choose from: 0 pruned, 3 failed, 0 not begun; "
+            "the last one failed: train_loss became nan in epoch 1") in failing.stderr
+    assert "Traceback" not in failing.stderr
+
+
+def test_check_shows_space_model_and_data_and_leaves_no_study(study: Write) -> None:
+    output = invoke("check", study())
+    for text in ("0.001 .. 0.1, log", "5 parameters", "(the network) │ Linear │ 5", "(200, 4) float32", "nothing is wrong"):
+        assert text in output
+    with sqlite3.connect("mlruns/optuna.db") as db:
+        assert db.execute("select count(*) from studies").fetchone() == (0,)
+
+
+def test_status_of_a_finished_and_of_no_study(study: Write) -> None:
+    path = study()
+    assert "has no study named 'study'; run it first: hpo run" in refused("status", path)
+    assert not Path("mlruns").exists()
+    invoke("run", path)
+    output = invoke("status", path, "--json")
+    assert "study: 3 of 3 trials done (3 complete, 0 pruned, 0 failed), 0 running, 0 waiting" in output
+    assert "best r2" in output
+    assert "time used" in output
+    assert summary(output)["trials"]["complete"] == 3
+
+
+def test_export_any_trial_and_refuse_what_is_none(study: Write) -> None:
+    path = study()
+    invoke("run", path)
+    invoke("export", path, "--trial", 1, "--out", "one")
+    assert json.loads(Path("one/bundle.json").read_text())["trial"] == 1
+    assert refused("export", path, "--trial", 9) == "--trial 9: is no complete trial of study 'study'; complete are: 0, 1, 2"
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("years of work")
+    assert "is not empty and holds no bundle" in refused("export", path, "--out", "mine")
+    assert Path("mine/thesis.txt").read_text() == "years of work"
+
+
+def test_objectives_lists_one_line_each() -> None:
+    lines = invoke("objectives").splitlines()
+    assert [line.split()[0] for line in lines] == ["breast_cancer", "california_housing", "fashion_mnist"]
+
+
+def test_three_lines_are_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("three.yaml").write_text("objective: breast_cancer\ntrials: 2\nepochs: 2\n")
+    assert summary(invoke("run", "three.yaml", "--json", "--tracking", "off"))["trials"]["complete"] == 2
+
+
+def test_tracking_off_needs_no_mlflow(study: Write) -> None:
+    Path("sitecustomize.py").write_text("import sys\nsys.modules['mlflow'] = None\n")
+    done = run_hpo("run", study(), PYTHONPATH=".")
+    assert done.returncode == 0, done.stderr
+    done = run_hpo("run", study(), "--set", "name=x", "--tracking", "sqlite:///m.db", PYTHONPATH=".")
+    assert done.returncode == 2
+    assert "MLflow cannot be imported" in done.stderr
+    assert "pip install mlflow, or set tracking: off" in done.stderr
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("trials: 0", "study.yaml:4: trials: must be greater than or equal to 1, but got 0"),
+    ("trails: 3", 'trails: unknown key; did you mean "trials"?'),
+    ("params: {learning_rate: {type: float, low: 1, high: 0.1}}", "low < high must hold, but got low=1.0 and high=0.1"),
+    ("params: {learning_rate: {type: float, low: 0, high: 1, log: true}}", "low > 0 must hold with log: true, but got low=0.0"),
+    ("params: {kind: {type: categorical, choices: []}}", "params.kind.choices: must name at least one choice, but got []"),
+    ("params: {learning_rate: {type: float, low: 1, high: 2, when: {kid: good}}}",
+     "params.learning_rate.when.kid: there is no parameter 'kid'; did you mean \"kind\"?"),
+    ("params: {learning_rate: {type: float, low: 1, high: 2, when: {kind: bad}}}",
+     "params.learning_rate.when.kind: kind cannot be 'bad'; it is fixed to 'good'"),
+    ("metric: r3", "metric: the objective has no metric 'r3'; known: r2, loss"),
+    ("device: cuda:9", "device: there is no device 'cuda:9' here; available: auto"),
+    ("objective: nothing", "objective: there is no module objectives.nothing; known: breast_cancer"),
+    ("objective: gone.py", "objective: no such file: "),
+    ("sampler: {name: tpe, n_startup: 3}", 'sampler.n_startup: unknown key of Optuna\'s TPESampler; did you mean "n_startup_trials"?'),
+    ("tracking: ./mlruns", "tracking: './mlruns' must be off, a server (http://host:5000) or a database"),
+    ("storage: nonsense", "storage nonsense: is no database address; write sqlite:///path/to/file.db"),
+    ("storage: sqlite:////no/where/x.db", "cannot be opened: there is no folder /no/where; make it, or give another"),
+    ("storage: 'sqlite://'", "names no file, so nothing would be kept"),
+    ("start_with: [{learning_rate: 5}]", "start_with[0].learning_rate: 5 is outside of the space: 0.001 .. 0.1, log"),
+])
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_bad_input_has_one_clear_message(study: Write, command: str, text: str, message: str) -> None:
+    assert message in refused(command, study(text))
+
+
+def test_all_faults_of_a_file_come_at_once_each_with_its_line(study: Write) -> None:
+    path = study("metric: r3\nparams:\n  learning_rate: {type: float, low: 2, high: 1}\n  kid: 3\ndevice: tpu\n")
+    lines = refused("run", path).splitlines()
+    assert [line.split(": ")[0].rsplit(":")[-1] for line in lines] == ["5", "7", "8", "9"]
+
+
+def test_no_such_file_and_no_yaml(study: Write) -> None:
+    assert refused("run", "gone.yaml").startswith("gone.yaml: no such file")
+    Path("bad.yaml").write_text("a: [1\nb: 2\n")
+    assert refused("run", "bad.yaml").startswith("bad.yaml:2: not YAML:")
+    Path("text.yaml").write_text("hello")
+    assert "a study file is a mapping" in refused("run", "text.yaml")
+
+
+def test_an_objectives_own_import_error_is_shown(study: Write) -> None:
+    path = study("objective: broken.py")
+    Path("broken.py").write_text("import math\nimport not_installed_here\n")
+    message = refused("run", path)
+    assert "broken.py cannot be imported: ModuleNotFoundError: No module named 'not_installed_here'" in message
+    assert "broken.py:2)" in message
+
+
+def test_a_storage_that_is_no_database_or_another_programs_is_left_as_it_was(study: Write) -> None:
+    Path("letter.db").write_text("Dear Sir")
+    assert "is it a database at all?" in refused("run", study(), "--storage", "sqlite:///letter.db")
+    assert Path("letter.db").read_text() == "Dear Sir"
+    with sqlite3.connect("shop.db") as db:
+        db.execute("create table customers (name text)")
+    message = refused("run", study(), "--storage", "sqlite:///shop.db")
+    assert "is another program's database (it has tables customers, but none of Optuna's)" in message
+    with sqlite3.connect("shop.db") as db:
+        assert db.execute("select name from sqlite_master").fetchall() == [("customers",)]
+
+
+def test_a_study_of_that_name_that_is_another_says_what_differs(study: Write) -> None:
+    invoke("run", study())
+    message = refused("run", study("epochs: 3"), "--set", "params.learning_rate=0.1")
+    assert "has another study named 'study':" in message
+    assert "  epochs is 3 here, 2 there" in message
+    assert "  params.learning_rate is 0.1 here, {'type': 'float'" in message
+    assert "give this one another `name`, or another `storage`" in message
+    assert "metric is 'loss' here, 'r2' there" in refused("check", study("metric: loss"))
+
+
+def test_data_with_nan_and_data_that_changed(study: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINEAR_DATA", "nan")
+    for command in ("run", "check"):
+        assert "in its train split, features holds NaN or infinity in 1 of 200 rows (the first: row 7)" in refused(
+            command, study())
+    monkeypatch.delenv("LINEAR_DATA")
+    invoke("run", study())
+    monkeypatch.setenv("LINEAR_DATA", "other")
+    assert "is not what study 'study' began with" in refused("run", study("trials: 4"))
+
+
+def test_a_password_is_never_shown_or_stored(study: Write) -> None:
+    path = study("storage: postgresql+nodriver://bob:s3cret@localhost/x\nsampler: {name: tp}")
+    done = run_hpo("run", path)
+    assert done.returncode == 2
+    assert "s3cret" not in done.stdout + done.stderr
+    path = study("tracking: http://bob:s3cret@127.0.0.1:9/")
+    done = run_hpo("run", path, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "http://bob:***@127.0.0.1:9/ does not work" in done.stdout
+    assert "s3cret" not in done.stdout + done.stderr
+    found = subprocess.run(["grep", "-rl", "s3cret", "mlruns"], capture_output=True, text=True, check=False).stdout
+    assert found == ""
+
+
+def test_unknown_objective_data_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HPO_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setattr("urllib.request.urlopen", _offline)
+    Path("c.yaml").write_text("objective: california_housing\n")
+    message = refused("check", "c.yaml")
+    assert f"california_housing: not in {tmp_path}/data/sklearn/cal_housing_py3.pkz, and it could not be downloaded" in message
+    assert "point HPO_DATA_HOME at the folder that holds sklearn/" in message
+
+
+def _offline(*_: object, **__: object) -> None:
+    raise OSError("no network")
+
+
+def test_a_corrupted_data_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HPO_DATA_HOME", str(tmp_path))
+    raw = tmp_path / "torchvision/FashionMNIST/raw"
+    raw.mkdir(parents=True)
+    for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (raw / f"{part}-ubyte").write_bytes(b"\x00\x00\x08\x03 not images")
+    Path("f.yaml").write_text("objective: fashion_mnist\n")
+    message = refused("run", "f.yaml")
+    assert f"FashionMNIST: {raw} cannot be read" in message
+    assert "a file in it is corrupted or incomplete; delete it to have it downloaded again" in message

@@ -1,0 +1,164 @@
+"""Trackers: one contract for all, and what MLflow's database holds at the end, read with SQL."""
+
+import math
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hpo.errors import InputError
+from hpo.tracking import MemoryTracker, MlflowTracker, NullTracker, Tracker, check_address, open_tracker
+
+
+@pytest.fixture(params=["null", "memory", "mlflow"])
+def tracker(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tracker:
+    monkeypatch.chdir(tmp_path)
+    if request.param == "mlflow":
+        return MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", _no_warning)
+    return NullTracker() if request.param == "null" else MemoryTracker()
+
+
+def _no_warning(text: str) -> None:
+    raise AssertionError(text)
+
+
+def tell(tracker: Tracker) -> None:
+    """A whole study of three trials: one complete, one pruned, one failed."""
+    tracker.start_study({"hpo.objective": "o"}, {"study.yaml": "objective: o\n"})
+    for trial in range(3):
+        tracker.start_trial(trial, {"lr": 0.1, "n": trial})
+        for epoch in range(4):
+            tracker.log_metrics(trial, epoch, {"train_loss": 1.0 / (epoch + 1), "valid_loss": math.nan if trial == 2 else 0.5})
+    tracker.end_trial(0, "COMPLETE")
+    tracker.end_trial(1, "PRUNED")
+    tracker.end_trial(2, "FAIL", "train_loss became nan; see postgresql://bob:s3cret@h/d")
+    tracker.end_study("COMPLETE")
+
+
+class TestContract:
+    """Every tracker takes a whole study, in this order and again, without raising."""
+
+    def test_a_whole_study(self, tracker: Tracker) -> None:
+        tell(tracker)
+
+    def test_the_same_study_told_again(self, tracker: Tracker) -> None:
+        tell(tracker)
+        tell(tracker)
+
+    def test_a_run_id_is_text_or_nothing(self, tracker: Tracker) -> None:
+        tracker.start_study({}, {})
+        run = tracker.start_trial(0, {})
+        assert (run is None) == isinstance(tracker, NullTracker)
+
+    def test_a_folder_is_taken(self, tracker: Tracker, tmp_path: Path) -> None:
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b/model.pt").write_text("m")
+        tracker.start_study({}, {})
+        tracker.log_folder(tmp_path / "b", "bundle")
+        tracker.end_study("COMPLETE")
+
+
+@pytest.fixture
+def mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowTracker]:
+    monkeypatch.chdir(tmp_path)
+    yield MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", _no_warning)
+    assert not (tmp_path / "unsent/s.jsonl").exists()
+
+
+def query(sql: str) -> list[tuple]:
+    with sqlite3.connect("mlruns/mlflow.db") as db:
+        return db.execute(sql).fetchall()
+
+
+def test_states_curves_params_and_parents_in_mlflows_tables(mlflow: MlflowTracker) -> None:
+    tell(mlflow)
+    assert query("select name, status from runs order by name") == [
+        ("s", "FINISHED"), ("trial 0", "FINISHED"), ("trial 1", "KILLED"), ("trial 2", "FAILED")]
+    tags = dict(query("select name, value from tags join runs using (run_uuid) where key = 'hpo.state'"))
+    assert tags == {"s": "COMPLETE", "trial 0": "COMPLETE", "trial 1": "PRUNED", "trial 2": "FAIL"}
+    (parent,) = query("select run_uuid from runs where name = 's'")
+    parents = query("select distinct value from tags where key = 'mlflow.parentRunId'")
+    assert parents == [parent]
+    assert query("select key, value from params join runs using (run_uuid) where name = 'trial 1' order by key") == [
+        ("lr", "0.1"), ("n", "1")]
+    curve = query("select step, value from metrics join runs using (run_uuid) where name = 'trial 0' and key = 'train_loss' "
+                  "order by step")
+    assert curve == [(0, 1.0), (1, 0.5), (2, pytest.approx(1 / 3)), (3, 0.25)]
+
+
+def test_an_error_is_kept_without_its_password(mlflow: MlflowTracker) -> None:
+    tell(mlflow)
+    assert query("select value from tags where key = 'hpo.error'") == [
+        ("train_loss became nan; see postgresql://bob:***@h/d",)]
+
+
+def test_told_twice_there_is_one_run_each(mlflow: MlflowTracker) -> None:
+    tell(mlflow)
+    tell(MlflowTracker("sqlite:///mlruns/mlflow.db", "s", Path("unsent"), _no_warning))
+    assert query("select count(*) from runs") == [(4,)]
+    assert query("select count(*) from metrics") != [(0,)]
+
+
+def test_more_than_mlflow_takes_in_one_call(mlflow: MlflowTracker) -> None:
+    mlflow.start_study({}, {})
+    mlflow.start_trial(0, {f"p{i}": i for i in range(250)})
+    for epoch in range(1500):
+        mlflow.log_metrics(0, epoch, {"a": float(epoch), "b": 0.0})
+    mlflow.end_trial(0, "COMPLETE")
+    assert query("select count(*) from metrics") == [(3000,)]
+    assert query("select count(*) from params") == [(250,)]
+
+
+def test_a_tracker_that_fails_says_it_once_and_sends_everything_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mlruns/mlflow.db").mkdir(parents=True)  # a folder, where a file should be
+    warnings: list[str] = []
+    tell(MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", warnings.append))
+    assert len(warnings) == 1
+    assert "sqlite:///mlruns/mlflow.db does not work (" in warnings[0]
+    assert "training goes on, and what could not be sent is kept in" in warnings[0]
+    kept = (tmp_path / "unsent/s.jsonl").read_text()
+    assert "s3cret" not in kept
+
+    (tmp_path / "mlruns/mlflow.db").rmdir()
+    later = MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", _no_warning)
+    later.flush()
+    assert query("select name, status from runs order by name") == [
+        ("s", "FINISHED"), ("trial 0", "FINISHED"), ("trial 1", "KILLED"), ("trial 2", "FAILED")]
+    assert query("select count(*) from metrics") == [(24,)]
+    assert not (tmp_path / "unsent/s.jsonl").exists()
+
+
+def test_a_tracker_that_comes_back_midway_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mlruns/mlflow.db").mkdir(parents=True)  # a folder, where a file should be
+    said: list[str] = []
+    tracker = MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", said.append)
+    tracker.RETRY_SECONDS = 0.0  # type: ignore[misc]
+    tracker.start_study({}, {})
+    (tmp_path / "mlruns/mlflow.db").rmdir()
+    tracker.start_trial(0, {"a": 1})
+    tracker.end_trial(0, "COMPLETE")
+    assert [text.split(": ")[0] for text in said] == ["tracking", "tracking"]
+    assert said[1].endswith("is back; everything that was kept has been sent")
+    assert query("select name from runs order by name") == [("s",), ("trial 0",)]
+
+
+def test_an_outbox_cut_short_by_a_kill_is_read_as_far_as_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "unsent").mkdir()
+    (tmp_path / "unsent/s.jsonl").write_text('{"do": "start", "trial": null, "time": 1}\n{"do": "sta')
+    MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", _no_warning).flush()
+    assert query("select name from runs") == [("s",)]
+
+
+@pytest.mark.parametrize("address", ["off", "sqlite:///mlruns/mlflow.db", "http://host:5000", "postgresql://h/d", "databricks"])
+def test_addresses_that_can_work(address: str) -> None:
+    check_address(address)
+
+
+@pytest.mark.parametrize("address", ["./mlruns", "mlruns", "file:///tmp/mlruns", "", "on"])
+def test_addresses_that_never_work(address: str) -> None:
+    with pytest.raises(InputError, match=r"must be off, a server \(http://host:5000\) or a database"):
+        open_tracker(address, "s", Path("unsent"), _no_warning)
