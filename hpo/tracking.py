@@ -1,7 +1,7 @@
 """Where runs are logged: nowhere, in memory (for tests), or MLflow, which is imported here only and when first used.
 
-A tracker never stops training. `MlflowTracker` puts everything into an outbox and sends it in batches; where sending
-fails it says so once, keeps the outbox on disk, and tries again later, also in the next run of the study.
+A tracker never stops training. `MlflowTracker` puts everything into an outbox and sends it in batches from a thread;
+where sending fails it says so once, keeps the outbox on disk, and tries again later, also in the next run of the study.
 
 MLflow's side: one run a trial under one parent run for the study, all with the tag `hpo.study`, a trial's with
 `hpo.trial`. COMPLETE ends as FINISHED, PRUNED as KILLED with the tag `hpo.state`, FAIL as FAILED with `hpo.error`.
@@ -10,9 +10,11 @@ MLflow's side: one run a trial under one parent run for the study, all with the 
 import json
 import logging
 import os
+import threading
 import time
 import warnings
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -106,10 +108,21 @@ class MemoryTracker(Tracker):
 
 
 class MlflowTracker(Tracker):
-    """MLflow through `MlflowClient` and run ids: the fluent API has one active run for the whole process."""
+    """MLflow through `MlflowClient` and run ids: the fluent API has one active run for the whole process.
+
+    What is told goes into an outbox that a thread empties, since one call can take minutes (MLflow tries to connect to
+    a database for 100 s). While sending fails, the outbox is also a file.
+    """
 
     FLUSH_SECONDS = 5.0
+    """How long metrics may wait for others to be sent with."""
     RETRY_SECONDS = 30.0
+    CONNECT_SECONDS = 20.0
+    """How long the study's start waits for MLflow, which needs seconds to make a new database."""
+    START_SECONDS = 5.0
+    """How long a trial's start waits for its run id, which the trial's attributes are to hold."""
+    CLOSE_SECONDS = 15.0
+    """How long the study's end waits for a tracker that does not work; for one that works, as long as it takes."""
 
     def __init__(self, uri: str, study: str, outbox: Path, warn: Callable[[str], None]) -> None:
         self._uri, self._study = uri, study
@@ -118,79 +131,119 @@ class MlflowTracker(Tracker):
         self._client: Any = None
         self._experiment = ""
         self._runs: dict[int | None, str] = {}
-        self._outbox: list[dict[str, Any]] = _read_lines(self._file)
-        self._sent_at = self._retry_at = 0.0
-        self._warned = False
+        self._outbox = deque(_read_lines(self._file))
+        self._changed = threading.Condition()  # guards all that follows, and the outbox
+        self._thread: threading.Thread | None = None
+        self._due = self._closing = self._sending = self._failing = False
+        self._retry_at = 0.0
 
     def start_study(self, tags: Mapping[str, str], texts: Mapping[str, str]) -> None:
         self._put("start", None, tags=dict(tags), texts=dict(texts))
-        self.flush()
+        self._wait_for_run(None, self.CONNECT_SECONDS)
 
     def start_trial(self, trial: int, params: Mapping[str, Any]) -> str | None:
         self._put("start", trial, params={key: str(value)[:6000] for key, value in params.items()})
-        self.flush()
-        return self._runs.get(trial)
+        return self._wait_for_run(trial, self.START_SECONDS)
+
+    def _wait_for_run(self, trial: int | None, seconds: float) -> str | None:
+        with self._changed:
+            self._changed.wait_for(lambda: trial in self._runs or self._failing, seconds)
+            return self._runs.get(trial)
 
     def log_metrics(self, trial: int | None, step: int, metrics: Mapping[str, float]) -> None:
         rows = [[key, value, _now(), step] for key, value in metrics.items()]
-        last = self._outbox[-1] if self._outbox else None
-        if last is not None and last["do"] == "metrics" and last["trial"] == trial and len(last["rows"]) < 900:
-            last["rows"] += rows  # one batch: MLflow takes at most 1,000 metrics in a call
-        else:
-            self._put("metrics", trial, rows=rows)
-        if time.monotonic() - self._sent_at > self.FLUSH_SECONDS:
-            self.flush()
+        with self._changed:
+            open_ = len(self._outbox) > self._sending and not self._failing  # the first one may be on its way
+            last = self._outbox[-1] if open_ else {"do": "nothing"}
+            if last["do"] == "metrics" and last["trial"] == trial and len(last["rows"]) < 900:
+                last["rows"] += rows  # one batch: MLflow takes at most 1,000 metrics in a call
+                return
+        self._put("metrics", trial, due=False, rows=rows)
 
     def end_trial(self, trial: int, state: str, error: str | None = None) -> None:
         tags = {"hpo.state": state} | ({"hpo.error": masked(error)[:5000]} if error else {})
         self._put("end", trial, status=STATUS[state], tags=tags)
-        self.flush()
 
     def log_folder(self, folder: Path, name: str) -> None:
         self._put("folder", None, folder=str(folder.resolve()), name=name)
-        self.flush()
 
     def end_study(self, state: str) -> None:
         self._put("end", None, status=STATUS[state], tags={"hpo.state": state})
-        self._retry_at = 0.0
-        self.flush()
+        self.close()
 
-    def _put(self, do: str, trial: int | None, **what: Any) -> None:
-        self._outbox.append({"do": do, "trial": trial, "time": _now(), **what})
+    def close(self) -> None:
+        """Send what is left, if it can be sent; the outbox's file keeps it where not."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        end = time.monotonic() + self.CLOSE_SECONDS
+        while self._thread is not None and self._thread.is_alive() and (not self._failing or time.monotonic() < end):
+            self._thread.join(0.1)
+        with self._changed:
+            if self._outbox:
+                self._write_file()
 
-    def flush(self) -> None:
-        """Send the outbox in its order; where that fails, keep what is left, also on disk."""
-        if time.monotonic() < self._retry_at:
-            self._keep()
-            return
-        try:
-            with _quiet():
-                self._connect()
-                while self._outbox:
-                    getattr(self, f"_send_{self._outbox[0]['do']}")(self._outbox[0])
-                    del self._outbox[0]
-            self._sent_at = time.monotonic()
-            if self._warned:
-                self._warned = False
-                self._warn(f"tracking: {self._uri} is back; everything that was kept has been sent")
-        except Exception as error:  # whatever MLflow, its server or its database raise must not stop training
+    def _put(self, do: str, trial: int | None, due: bool = True, **what: Any) -> None:
+        item = {"do": do, "trial": trial, "time": _now(), **what}
+        with self._changed:
+            self._outbox.append(item)
+            self._due |= due
+            if self._failing:
+                with self._file.open("a") as file:
+                    file.write(json.dumps(item) + "\n")
+            if self._thread is None or not self._thread.is_alive():
+                self._closing = False
+                self._thread = threading.Thread(target=self._run, name="hpo-mlflow", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        """Send whenever something is due, in batches, until the tracker is closed."""
+        closing = False
+        while not closing:
+            with self._changed:
+                self._changed.wait_for(lambda: self._due or self._closing, self.FLUSH_SECONDS)
+                closing, self._due = self._closing, False
+            if closing or time.monotonic() >= self._retry_at:
+                try:
+                    with _quiet():
+                        self._send_all()
+                except Exception as error:  # whatever MLflow, its server or its database raise must not stop training
+                    self._note_failure(error)
+
+    def _send_all(self) -> None:
+        self._connect()
+        while True:
+            with self._changed:
+                self._sending = bool(self._outbox)
+                if not self._outbox:
+                    break
+                item = self._outbox[0]
+            getattr(self, f"_send_{item['do']}")(item)
+            with self._changed:
+                self._outbox.popleft()
+                self._changed.notify_all()
+        self._file.unlink(missing_ok=True)
+        if self._failing:
+            self._failing = False
+            self._warn(f"tracking: {self._uri} is back; everything that was kept has been sent")
+
+    def _note_failure(self, error: Exception) -> None:
+        with self._changed:
+            said, self._failing, self._sending = self._failing, True, False
             self._retry_at = time.monotonic() + self.RETRY_SECONDS
-            if not self._warned:
-                self._warned = True
-                cause = masked(f"{type(error).__name__}: {error}".splitlines()[0])[:300]
-                self._warn(
-                    f"tracking: {self._uri} does not work ({cause}); training goes on, and what could not be sent "
-                    f"is kept in {self._file} and sent later"
-                )
-        self._keep()
+            self._write_file()
+            self._changed.notify_all()
+        if not said:
+            cause = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            self._warn(
+                f"tracking: {self._uri} does not work ({cause}); training goes on, and what could not be sent "
+                f"is kept in {self._file} and sent later"
+            )
 
-    def _keep(self) -> None:
-        """Have the outbox's file hold what is not sent."""
-        if self._outbox and (self._warned or self._file.exists()):
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._file.write_text("".join(json.dumps(item) + "\n" for item in self._outbox))
-        elif not self._outbox:
-            self._file.unlink(missing_ok=True)
+    def _write_file(self) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._file.write_text("".join(json.dumps(item) + "\n" for item in self._outbox))
 
     def _connect(self) -> None:
         if self._client is not None:
@@ -214,27 +267,31 @@ class MlflowTracker(Tracker):
                 self._experiment = experiment.experiment_id
         self._client = client
 
-    def _run(self, trial: int | None, item: Mapping[str, Any], params: Mapping[str, Any] | None = None) -> str:
+    def _run_of(self, trial: int | None, item: Mapping[str, Any]) -> str:
         """Return the id of a trial's run, found by its tags or made: sending the same thing twice does no harm."""
-        if trial in self._runs:
-            return self._runs[trial]
+        if trial not in self._runs:
+            found = self._find_or_make(trial, item)
+            with self._changed:
+                self._runs[trial] = found
+                self._changed.notify_all()
+        return self._runs[trial]
+
+    def _find_or_make(self, trial: int | None, item: Mapping[str, Any]) -> str:
         mark = "study" if trial is None else str(trial)
         found = self._client.search_runs([self._experiment], f"tags.`hpo.trial` = '{mark}'", max_results=1)
         if found:
-            self._runs[trial] = found[0].info.run_id
-            return self._runs[trial]
+            return found[0].info.run_id
         tags = {"hpo.study": self._study, "hpo.trial": mark}
         if trial is not None:
-            tags["mlflow.parentRunId"] = self._run(None, item)
+            tags["mlflow.parentRunId"] = self._run_of(None, item)
         name = self._study if trial is None else f"trial {trial}"
         run = self._client.create_run(self._experiment, start_time=item["time"], tags=tags, run_name=name)
-        self._runs[trial] = run.info.run_id
         return run.info.run_id
 
     def _send_start(self, item: Mapping[str, Any]) -> None:
         from mlflow.entities import Param, RunTag
 
-        run = self._run(item["trial"], item)
+        run = self._run_of(item["trial"], item)
         params = [Param(key, value) for key, value in item.get("params", {}).items()]
         tags = [RunTag(key, value) for key, value in item.get("tags", {}).items()]
         for start in range(0, max(len(params), len(tags), 1), 100):
@@ -248,20 +305,20 @@ class MlflowTracker(Tracker):
         from mlflow.entities import Metric
 
         metrics = [Metric(key, value, when, step) for key, value, when, step in item["rows"]]
-        run = self._run(item["trial"], item)
+        run = self._run_of(item["trial"], item)
         for start in range(0, len(metrics), 1000):
             self._client.log_batch(run, metrics=metrics[start : start + 1000])
 
     def _send_end(self, item: Mapping[str, Any]) -> None:
         from mlflow.entities import RunTag
 
-        run = self._run(item["trial"], item)
+        run = self._run_of(item["trial"], item)
         self._client.log_batch(run, tags=[RunTag(key, value) for key, value in item["tags"].items()])
         self._client.set_terminated(run, item["status"], end_time=item["time"])
 
     def _send_folder(self, item: Mapping[str, Any]) -> None:
         if Path(item["folder"]).is_dir():
-            self._client.log_artifacts(self._run(None, item), item["folder"], item["name"])
+            self._client.log_artifacts(self._run_of(None, item), item["folder"], item["name"])
 
 
 def open_tracker(uri: str, study: str, outbox: Path, warn: Callable[[str], None]) -> Tracker:

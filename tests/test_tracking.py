@@ -2,6 +2,7 @@
 
 import math
 import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,51 +106,76 @@ def test_more_than_mlflow_takes_in_one_call(mlflow: MlflowTracker) -> None:
     mlflow.start_trial(0, {f"p{i}": i for i in range(250)})
     for epoch in range(1500):
         mlflow.log_metrics(0, epoch, {"a": float(epoch), "b": 0.0})
-    mlflow.end_trial(0, "COMPLETE")
+    mlflow.close()
     assert query("select count(*) from metrics") == [(3000,)]
     assert query("select count(*) from params") == [(250,)]
 
 
+class _Server(MlflowTracker):
+    """A tracker whose server is away for as long as `away` says."""
+
+    RETRY_SECONDS = 0.0
+    CLOSE_SECONDS = 2.0
+    away = True
+
+    def _connect(self) -> None:
+        if self.away:
+            raise ConnectionError("http://bob:s3cret@h:5000 refused")
+        super()._connect()
+
+
 def test_a_tracker_that_fails_says_it_once_and_sends_everything_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mlruns/mlflow.db").mkdir(parents=True)  # a folder, where a file should be
     warnings: list[str] = []
-    tell(MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", warnings.append))
+    tell(_Server("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", warnings.append))
     assert len(warnings) == 1
-    assert "sqlite:///mlruns/mlflow.db does not work (" in warnings[0]
+    assert "sqlite:///mlruns/mlflow.db does not work (ConnectionError: http://bob:***@h:5000 refused)" in warnings[0]
     assert "training goes on, and what could not be sent is kept in" in warnings[0]
-    kept = (tmp_path / "unsent/s.jsonl").read_text()
-    assert "s3cret" not in kept
+    assert "s3cret" not in (tmp_path / "unsent/s.jsonl").read_text()
 
-    (tmp_path / "mlruns/mlflow.db").rmdir()
     later = MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", _no_warning)
-    later.flush()
+    later.start_study({}, {})
+    later.end_study("COMPLETE")
     assert query("select name, status from runs order by name") == [
         ("s", "FINISHED"), ("trial 0", "FINISHED"), ("trial 1", "KILLED"), ("trial 2", "FAILED")]
     assert query("select count(*) from metrics") == [(24,)]
     assert not (tmp_path / "unsent/s.jsonl").exists()
 
 
+def test_a_tracker_that_fails_does_not_hold_up_training(tmp_path: Path) -> None:
+    tracker = _Server("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", lambda text: None)
+    start = time.monotonic()
+    tracker.start_study({}, {})
+    for trial in range(50):
+        tracker.start_trial(trial, {"a": 1})
+        tracker.log_metrics(trial, 0, {"m": 1.0})
+        tracker.end_trial(trial, "COMPLETE")
+    assert time.monotonic() - start < 2.0
+    tracker.close()
+
+
 def test_a_tracker_that_comes_back_midway_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mlruns/mlflow.db").mkdir(parents=True)  # a folder, where a file should be
     said: list[str] = []
-    tracker = MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", said.append)
-    tracker.RETRY_SECONDS = 0.0  # type: ignore[misc]
+    tracker = _Server("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", said.append)
     tracker.start_study({}, {})
-    (tmp_path / "mlruns/mlflow.db").rmdir()
-    tracker.start_trial(0, {"a": 1})
+    assert tracker.start_trial(0, {"a": 1}) is None
+    tracker.away = False
+    end = time.monotonic() + 30
+    while tracker.start_trial(1, {"a": 1}) is None:
+        assert time.monotonic() < end
+        time.sleep(0.1)
     tracker.end_trial(0, "COMPLETE")
-    assert [text.split(": ")[0] for text in said] == ["tracking", "tracking"]
+    tracker.end_study("COMPLETE")
     assert said[1].endswith("is back; everything that was kept has been sent")
-    assert query("select name from runs order by name") == [("s",), ("trial 0",)]
+    assert {("s",), ("trial 0",), ("trial 1",)} <= set(query("select name from runs"))
 
 
 def test_an_outbox_cut_short_by_a_kill_is_read_as_far_as_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "unsent").mkdir()
     (tmp_path / "unsent/s.jsonl").write_text('{"do": "start", "trial": null, "time": 1}\n{"do": "sta')
-    MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", _no_warning).flush()
+    MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", _no_warning).end_study("COMPLETE")
     assert query("select name from runs") == [("s",)]
 
 
