@@ -6,6 +6,9 @@ from datetime import UTC, datetime
 
 from optuna.trial import FrozenTrial, TrialState
 
+LEASE_KEY = "hpo:lease"
+"""The system attribute that holds a running trial's lease (`hpo.lease`)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
@@ -38,11 +41,12 @@ def places(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     counted = []
     for trial in sorted(trials, key=lambda t: t.number):
         before = trial.user_attrs.get("retry_of")
-        if trial.user_attrs.get("withdrawn") or (before is not None and before in replaced):
+        if before is not None and before in replaced:
             continue
         if before is not None:
             replaced.add(before)
-        counted.append(trial)
+        if not trial.user_attrs.get("withdrawn"):  # a withdrawn successor takes its predecessor's place with it
+            counted.append(trial)
     return [trial for trial in counted if trial.number not in replaced]
 
 
@@ -56,11 +60,20 @@ def covered(spans: Sequence[tuple[float, float]]) -> float:
 
 
 def seconds_used(trials: Sequence[FrozenTrial]) -> float:
-    """Return for how long at least one of `trials` was running, over all workers and restarts."""
+    """Return for how long at least one of `trials` was running, over all workers and restarts.
+
+    A trial whose worker was killed ran until its lease did, not until somebody came to take it up.
+    """
     now = datetime.now(UTC)
     return covered(
         [
-            (utc(trial.datetime_start).timestamp(), utc(trial.datetime_complete or now).timestamp())
+            (
+                utc(trial.datetime_start).timestamp(),
+                min(
+                    utc(trial.datetime_complete or now).timestamp(),
+                    trial.system_attrs.get(LEASE_KEY, {}).get("until", float("inf")),
+                ),
+            )
             for trial in trials
             if trial.datetime_start is not None
         ]

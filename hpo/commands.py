@@ -110,7 +110,11 @@ def _print_check(plan: Plan, data: Data, model: torch.nn.Module, out: Console) -
         )
     )
     rows = [
-        [name or "(the network)", type(module).__name__, f"{sum(p.numel() for p in module.parameters(recurse=False)):,}"]
+        [
+            name or "(the network)",
+            type(module).__name__,
+            f"{sum(p.numel() for p in module.parameters(recurse=False)):,}",
+        ]
         for name, module in model.named_modules()
         if not list(module.children())
     ]
@@ -285,7 +289,7 @@ def _print_result(plan: Plan, search: Search, best: Best | None, done: Outcome |
             ["test", ", ".join(f"{name} {value:.4f}" for name, value in done.test.items())],
             ["bundle", f"{done.bundle} (differs from the measured model by at most {done.parity:.1e})"],
         ]
-    out.print(view.table(plan.spec.name, ["", ""], rows))
+    out.print(view.pairs(plan.spec.name, rows))
 
 
 def _summary(plan: Plan, search: Search, best: Best | None, done: Outcome | None) -> dict[str, Any]:

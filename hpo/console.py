@@ -166,3 +166,10 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
     for row in rows:
         made.add_row(*(Text(cell) for cell in row))
     return made
+
+
+def pairs(title: str, rows: list[list[str]]) -> Table:
+    """Return a table of names and values, without a header."""
+    made = table(title, ["", ""], rows)
+    made.show_header = False
+    return made

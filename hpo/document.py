@@ -23,11 +23,11 @@ _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-5` and `off` as YAML 1.2 does (a number, a word), and leaves dates as text."""
+    """SafeLoader that reads `1e-5`, `off` and `1:30` as YAML 1.2 does (a number, words), and leaves dates as text."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":float", ":bool"))]
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":float", ":bool", ":int"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
@@ -37,6 +37,9 @@ _Loader.add_implicit_resolver(
         r"|^\.(nan|NaN|NAN)$"
     ),
     list("-+0123456789."),
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][\d_]*|0x[\da-fA-F_]+|0o?[0-7_]+)$"), list("-+0123456789")
 )
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
@@ -187,7 +190,7 @@ def _expand(value: Any, path: Path_, document: Document, environ: Mapping[str, s
         if name not in environ and default is None:
             message = f"the environment variable {name} is not set; set it, or write ${{{name}:-default}}"
             document.faults.append(Fault(path=path, message=message))
-        return environ.get(name, default or "")
+        return environ.get(name) or default or ""  # as in a shell, an empty variable takes the default too
 
     expanded = _VARIABLE.sub(substitute, value)
     if _VARIABLE.fullmatch(value) and (number := _scalar(expanded)) is not None:

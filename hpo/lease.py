@@ -13,15 +13,14 @@ from contextlib import suppress
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial
 
-from hpo.budget import utc
+from hpo.budget import LEASE_KEY, utc
 
 LEASE_SECONDS = 60
-KEY = "hpo:lease"
 
 
 def is_dead(trial: FrozenTrial, now: float) -> bool:
     """Whether nobody trains this RUNNING trial any more: its lease ran out, or its process on this machine is gone."""
-    lease = trial.system_attrs.get(KEY)
+    lease = trial.system_attrs.get(LEASE_KEY)
     if lease is None:  # killed between the claim and the lease
         started = trial.datetime_start
         return started is None or now - utc(started).timestamp() > LEASE_SECONDS
@@ -81,4 +80,4 @@ class LeaseKeeper:
 
     def _renew(self, trial_id: int, attempt: int) -> None:
         lease = {"worker": f"{_place()}:{os.getpid()}", "until": time.time() + LEASE_SECONDS, "attempt": attempt}
-        self._storage.set_trial_system_attr(trial_id, KEY, lease)
+        self._storage.set_trial_system_attr(trial_id, LEASE_KEY, lease)

@@ -18,9 +18,11 @@ no MLflow; the engine has those. A whole one:
 import importlib
 import importlib.util
 import sys
+import sysconfig
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -126,6 +128,10 @@ def load(where: str, options: Mapping[str, Any], folder: Path) -> tuple[Objectiv
     cls = classes[name] if name else next(iter(classes.values()))
     if missing := sorted(cls.__abstractmethods__):
         return None, [Fault(path=at, message=f"{target}:{cls.__name__} does not define {', '.join(missing)}")]
+    if not is_dataclass(cls.Options):
+        return None, [
+            Fault(path=at, message=f"{target}:{cls.__name__}.Options must be a dataclass, but is {cls.Options!r}")
+        ]
     made, faults = validate(cls.Options, options, ("options",))
     if faults:
         return None, faults
@@ -166,11 +172,16 @@ def _import(target: str, folder: Path) -> ModuleType:
 
 
 def origin(error: BaseException) -> str:
-    """Return the error as Python names it, with the file and line of the user's code that raised it."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    place = f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})" if trace is not None else ""
+    """Return the error as Python names it, with the file and line of the user's own code that it came from."""
+    frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    libraries = (
+        str(Path(__file__).parent),
+        sysconfig.get_paths()["purelib"],
+        sysconfig.get_paths()["stdlib"],
+        "<frozen",
+    )
+    own = [frame for frame in frames if not frame[0].startswith(libraries)] or frames[-1:]
     if isinstance(error, SyntaxError):
-        place = f" ({error.filename}:{error.lineno})"
+        own = [(str(error.filename), error.lineno)]
+    place = f" ({own[-1][0]}:{own[-1][1]})" if own else ""
     return f"{type(error).__name__}: {error}{place}"

@@ -196,36 +196,46 @@ def find_device(name: str) -> tuple[torch.device, list[Fault]]:
 
 
 def try_out(plan: Plan, data: Data) -> nn.Module:
-    """Build a network for every corner of the space and put one batch through the first, as training will.
+    """Build a network and its optimizer for every corner of the space, and train the first on one batch.
 
-    Return the first. Raises InputError for a loss that is not one finite number, or a network that cannot be built.
+    Return the first. Raises InputError for what cannot be built, or a loss that is not one number.
     """
-    first, batch = None, Split(inputs={n: x[:8] for n, x in data.train.inputs.items()}, targets=data.train.targets[:8])
-    preprocess = _guarded(plan, "preprocess", lambda: plan.objective.preprocess(data.train))
-    batch = _guarded(plan, "preprocess", lambda: batch.through(preprocess))
+    objective = plan.objective
+    preprocess = _guarded(plan, "preprocess", lambda: objective.preprocess(data.train))
+    head = Split(inputs={n: x[:8] for n, x in data.train.inputs.items()}, targets=data.train.targets[:8])
+    batch = _guarded(plan, "preprocess", lambda: head.through(preprocess))
+    first = None
     for params in plan.space.corners():
         shown = (
             ", ".join(f"{name}={value}" for name, value in plan.space.searched(params).items()) or "its fixed params"
         )
-        module = _guarded(plan, f"build with {shown}", lambda params=params: plan.objective.build(params, data.info))
-        if first is not None:
-            continue
-        first = module
-        module.train()
-        outputs = _guarded(plan, f"forward with {shown}", lambda module=module: module(*batch.inputs.values()))
-        loss = _guarded(
-            plan, f"loss with {shown}", lambda o=outputs, p=params: plan.objective.loss(o, batch.targets, p)
+        module = _guarded(plan, f"build with {shown}", lambda params=params: objective.build(params, data.info))
+        optimizer = _guarded(
+            plan,
+            f"optimizer {params['optimizer']} with {shown}",
+            lambda params=params, module=module: optim.make(params, module.parameters()),
         )
-        if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
-            came = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
-            raise InputError(
-                f"objective {plan.spec.objective}: loss must return one number (a tensor of no dimensions), "
-                f"but got {came}; take its mean"
-            )
-        for name, metric in plan.objective.metrics().items():
-            _guarded(plan, f"metric {name}", lambda m=metric, o=outputs: m.update(o.detach(), batch.targets))
+        if first is None:
+            first = module
+            _train_once(plan, module, optimizer, batch, params)
     assert first is not None
     return first
+
+
+def _train_once(plan: Plan, module: nn.Module, optimizer: Any, batch: Split, params: Mapping[str, Any]) -> None:
+    module.train()
+    outputs = _guarded(plan, "forward", lambda: module(*batch.inputs.values()))
+    loss = _guarded(plan, "loss", lambda: plan.objective.loss(outputs, batch.targets, params))
+    if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
+        came = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
+        raise InputError(
+            f"objective {plan.spec.objective}: loss must return one number (a tensor of no dimensions), "
+            f"but got {came}; take its mean"
+        )
+    _guarded(plan, "loss.backward", loss.backward)
+    _guarded(plan, f"a step of optimizer {params['optimizer']}", optimizer.step)
+    for name, metric in plan.objective.metrics().items():
+        _guarded(plan, f"metric {name}", lambda metric=metric: metric.update(outputs.detach(), batch.targets))
 
 
 def _guarded(plan: Plan, what: str, call: Any) -> Any:

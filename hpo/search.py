@@ -17,11 +17,11 @@ from typing import Any
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from hpo.budget import Counts, count, places, seconds_used
+from hpo.budget import LEASE_KEY, Counts, count, places, seconds_used
 from hpo.errors import InputError
-from hpo.lease import KEY, LeaseKeeper, is_dead
+from hpo.lease import LeaseKeeper, is_dead
 from hpo.samplers import make_pruner, make_sampler
 from hpo.seeds import derive
 from hpo.space import Space
@@ -111,28 +111,35 @@ class Search:
             for _ in range(min(self.spec.trials - len(places), _QUEUE_CHUNK)):
                 start = starts.pop(0) if starts else None
                 config = {} if start is None else self.space.queued(self.spec.start_with[start])
-                attrs = None if start is None else {"start_with": start}
-                self.study.enqueue_trial(config, user_attrs=attrs)
+                self._enqueue(config, {} if start is None else {"start_with": start})
             surplus = len(places) - self.spec.trials
             waiting = [trial for trial in places if trial.state == TrialState.WAITING]
             for trial in reversed(waiting[-surplus:] if surplus > 0 else []):
                 self.storage.set_trial_user_attr(trial._trial_id, "withdrawn", True)
                 self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
+    def _enqueue(self, config: Mapping[str, Any], attrs: Mapping[str, Any]) -> None:
+        """Queue a trial that has the params of `config`; the others are sampled when it is claimed."""
+        system = {"fixed_params": dict(config)} if config else None  # grid samples nothing where it finds even {}
+        self.study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=dict(attrs), system_attrs=system))
+
     def _reclaim(self) -> None:
         """Give the places of trials whose worker died to successors. The storage's lock must be held."""
         now = time.time()
-        for trial in self.trials():
+        everything = self.storage.get_all_trials(self._study_id, deepcopy=False)
+        with_place = {trial.number for trial in places(everything)}
+        for trial in everything:
             if trial.state == TrialState.RUNNING and trial.number not in self._claimed and is_dead(trial, now):
-                lease = trial.system_attrs.get(KEY, {})
-                self._replace(trial, f"worker {lease.get('worker', 'unknown')} died", lease.get("attempt", 1))
+                lease = trial.system_attrs.get(LEASE_KEY, {})
+                attempt = lease.get("attempt", 1) if trial.number in with_place else MAX_ATTEMPTS  # it has a successor
+                self._replace(trial, f"worker {lease.get('worker', 'unknown')} died", attempt)
 
     def _replace(self, trial: FrozenTrial, reason: str, attempt: int) -> None:
         """End `trial` as FAIL and queue its successor; the successor first, so that a crash between loses nothing."""
         if attempt < MAX_ATTEMPTS:
             attrs = {"retry_of": trial.number, "attempt": attempt + 1}
             attrs |= {key: trial.user_attrs[key] for key in ("seed", "start_with") if key in trial.user_attrs}
-            self.study.enqueue_trial(dict(trial.params), user_attrs=attrs)
+            self._enqueue(trial.params, attrs)
         with suppress(UpdateFinishedTrialError):  # a peer was faster
             self.storage.set_trial_user_attr(trial._trial_id, "error", reason)
             self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
@@ -164,6 +171,7 @@ class Search:
     def _claim(self, frozen: FrozenTrial) -> Claim:
         attempt = frozen.user_attrs.get("attempt", 1)
         self._lease.add(frozen._trial_id, attempt)
+        self.study.get_trials(deepcopy=False)  # or Optuna's cache knows no trial that another process queued: KeyError
         trial = Trial(self.study, frozen._trial_id)  # what Study.ask does, without making a trial beyond the budget
         self._claimed[trial.number] = trial
         seed = frozen.user_attrs.get("seed", derive(self.spec.seed, "init", trial.number))
@@ -251,7 +259,7 @@ class Search:
                 number=trial.number,
                 epoch=len(trial.intermediate_values),
                 value=trial.intermediate_values[trial.last_step] if trial.last_step is not None else None,
-                worker=trial.system_attrs.get(KEY, {}).get("worker", "unknown"),
+                worker=trial.system_attrs.get(LEASE_KEY, {}).get("worker", "unknown"),
             )
             for trial in running
         ]

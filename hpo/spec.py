@@ -41,7 +41,7 @@ PRUNERS = ("median", "percentile", "successive_halving", "hyperband", "patient",
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 def _finite(value: float) -> float:

@@ -78,6 +78,7 @@ class LoopStack(Stack):
         self.capacity = capacity
         self._objective, self._info, self._device = objective, info, device
         self._slots: dict[Member, _Slot] = {}
+        self._nan = torch.full((), torch.nan, device=device)
         self._metrics = {name: metric.to(device) for name, metric in objective.metrics().items()}
 
     @property
@@ -86,14 +87,12 @@ class LoopStack(Stack):
 
     def join(self, member: Member) -> None:
         assert len(self._slots) < self.capacity
-        slot = _Slot()
-        self._slots[member] = slot
-        with _Catch(member, self._device):
+        self._slots[member] = slot = _Slot()
+        try:
             torch.manual_seed(member.seed)
-            slot.module = self._objective.build(member.params, self._info).to(self._device)
-            slot.module.train()
-            weights = [w for w in slot.module.parameters() if w.requires_grad]
-            slot.optimizer = optim.make(member.params, weights)  # made after the module is on its device
+            slot.fill(self._objective.build(member.params, self._info).to(self._device), member.params)
+        except (RuntimeError, MemoryError) as error:
+            self._note_fault(member, error)
 
     def leave(self, member: Member) -> None:
         del self._slots[member]
@@ -101,14 +100,13 @@ class LoopStack(Stack):
     def step(self, inputs: Sequence[Tensor], targets: Tensor) -> Tensor:
         losses = []
         for member, slot in self._slots.items():
-            loss = None
+            loss = self._nan
             if member.fault is None:
-                with _Catch(member, self._device):
-                    slot.optimizer.zero_grad(set_to_none=True)
-                    loss = self._objective.loss(slot.module(*inputs), targets, member.params)
-                    loss.backward()
-                    slot.optimizer.step()
-            losses.append(torch.full((), torch.nan, device=self._device) if loss is None else loss.detach())
+                try:
+                    loss = slot.step(self._objective, inputs, targets, member.params)
+                except (RuntimeError, MemoryError) as error:
+                    self._note_fault(member, error)
+            losses.append(loss)
         return torch.stack(losses)
 
     def evaluate(self, split: Split) -> list[dict[str, float]]:
@@ -116,8 +114,10 @@ class LoopStack(Stack):
         for member, slot in self._slots.items():
             result: dict[str, float] = {}
             if member.fault is None:
-                with _Catch(member, self._device):
+                try:
                     result = evaluate(self._objective, slot.module, split, member.params, self._metrics)
+                except (RuntimeError, MemoryError) as error:
+                    self._note_fault(member, error)
                 slot.module.train()
             results.append(result)
         return results
@@ -125,26 +125,31 @@ class LoopStack(Stack):
     def module(self, member: Member) -> nn.Module:
         return self._slots[member].module
 
+    def _note_fault(self, member: Member, error: Exception) -> None:
+        """Take running out of memory, the one fault that is a member's own; raise any other error again."""
+        if not is_out_of_memory(error):
+            raise error
+        member.fault = f"out of memory on {self._device}: {str(error).splitlines()[0]}"
+
 
 class _Slot:
+    """One member's module and optimizer, once it is filled with them."""
+
     module: nn.Module
-    optimizer: torch.optim.Optimizer
 
+    def fill(self, module: nn.Module, params: Mapping[str, Any]) -> None:
+        """Take in a module that is on its device already: the optimizer is made after that."""
+        self.module = module.train()
+        self._weights = [w for w in module.parameters() if w.requires_grad]
+        self._optimizer = optim.make(params, self._weights)
 
-class _Catch:
-    """Turns running out of memory, the one fault that is a member's own, into its `fault`."""
-
-    def __init__(self, member: Member, device: torch.device) -> None:
-        self._member, self._device = member, device
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if error is None or not is_out_of_memory(error):
-            return False
-        self._member.fault = f"out of memory on {self._device}: {str(error).splitlines()[0]}"
-        return True
+    def step(self, objective: Objective, inputs: Sequence[Tensor], targets: Tensor, params: Mapping[str, Any]) -> Tensor:
+        for weight in self._weights:  # what Optimizer.zero_grad does, at half its time
+            weight.grad = None
+        loss = objective.loss(self.module(*inputs), targets, params)
+        loss.backward()
+        self._optimizer.step()
+        return loss.detach()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

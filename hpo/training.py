@@ -36,19 +36,19 @@ def train(
     over the epoch's batches), `valid_loss`, `valid_<metric>`. The splits are on the stack's device, preprocessed.
     Raises Interrupted, between two batches, as soon as `stopping` says so.
     """
-    device = train_split.targets.device
     rounds = 0
     while True:
         for member in ask(stack.capacity - len(stack.members)):
             stack.join(member)
         if not stack.members:
             return
-        total = torch.zeros(len(stack.members), device=device)
+        losses, sizes = [], []
         for inputs, targets in batches(train_split, batch_size, order(len(train_split), seed, rounds)):
             if stopping():
                 raise Interrupted("interrupted")
-            total += stack.step(inputs, targets) * len(targets)
-        train_losses = (total / len(train_split)).tolist()
+            losses.append(stack.step(inputs, targets))
+            sizes.append(len(targets))
+        train_losses = _mean(losses, sizes)
         valid = stack.evaluate(valid_split) if valid_split is not None else [{} for _ in train_losses]
         for member, train_loss, metrics in zip(list(stack.members), train_losses, valid, strict=True):
             result = {"train_loss": train_loss} | {f"valid_{name}": value for name, value in metrics.items()}
@@ -57,6 +57,12 @@ def train(
             if not report(member, result) or member.epoch >= epochs or member.fault is not None:
                 stack.leave(member)
         rounds += 1
+
+
+def _mean(losses: Sequence[Tensor], sizes: Sequence[int]) -> list[float]:
+    """Return the mean over all rows of `losses`, each (K,) and the mean over its batch of so many rows."""
+    weights = torch.tensor(sizes, dtype=losses[0].dtype, device=losses[0].device)
+    return (weights @ torch.stack(losses) / weights.sum()).tolist()
 
 
 def order(n_rows: int, seed: int, rounds: int) -> Tensor:

@@ -98,7 +98,7 @@ def test_params_are_ranges_or_fixed_values(draft):
                  "  act: {type: categorical, choices: [relu, null, 1e-5]}\n  on: off\n")
     assert not read.faults
     assert read.spec.params == {
-        "lr": FloatRange(type="float", low=1e-5, high=1, log=True, otherwise=0),
+        "lr": FloatRange(type="float", low=1e-5, high=1, log=True, **{"or": 0}),
         "n": IntRange(type="int", low=1, high=3, when={"act": ["relu"], "on": [True, 1]}),
         "act": Categorical(type="categorical", choices=("relu", None, 1e-5)),
         "on": "off",

@@ -1,0 +1,245 @@
+"""Bundles: written whole or not at all, usable with torch alone, and proved equal to what was measured."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from hpo.bundle import BATCH_SIZES, TOLERANCE, Model, export, parity_of
+from hpo.data import DataInfo, Split
+from hpo.errors import ExportError
+from objectives.models import MLP, ScalePixels, Standardize
+
+PARAMS = {"optimizer": "adam", "learning_rate": 0.01, "n_hidden": 8}
+ABOUT = {"study": "s", "objective": "o", "trial": 3, "metrics": {"test_r2": 0.5}, "data_fingerprint": "0123"}
+
+
+class Branchy(nn.Module):
+    """Takes one of two ways, which tracing would freeze to the example's."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x):
+        if bool((x.sum() > 0).item()):
+            return self.linear(x)
+        return -self.linear(x)
+
+
+class Shifted(nn.Linear):
+    """Is another model once it is scripted."""
+
+    def forward(self, x):
+        if torch.jit.is_scripting():
+            return nn.functional.linear(x, self.weight, self.bias) + 0.01
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+class Logarithm(nn.Module):
+    def forward(self, x):
+        return x.log()
+
+
+class Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, left, right):
+        return self.linear(left) + right
+
+
+class Twice(nn.Module):
+    """A preprocessing of two inputs."""
+
+    def forward(self, left, right):
+        return left * 2, right * 3
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def held_out(*shapes, n=130):
+    names = ("features", "other")
+    return Split(inputs={name: torch.randn(n, *shape) for name, shape in zip(names, shapes, strict=False)},
+                 targets=torch.zeros(n))
+
+
+def model(network, rows, preprocess=None, head=None):
+    info = DataInfo(inputs={name: tuple(x.shape[1:]) for name, x in rows.inputs.items()},
+                    input_dtypes={name: str(x.dtype).removeprefix("torch.") for name, x in rows.inputs.items()},
+                    feature_names=("a", "b"), class_names=("no", "yes"))
+    return Model(preprocess=preprocess or nn.Identity(), network=network, head=head or nn.Identity(),
+                 params=PARAMS, info=info, about=ABOUT)
+
+
+def tabular(rows):
+    return model(MLP(4, [8], 2), rows, Standardize(rows.inputs["features"]), nn.Softmax(dim=-1))
+
+
+def predictions(module, rows):
+    with torch.no_grad():
+        return module(*rows.inputs.values())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "bundles" / "s"
+
+
+FRESH = """
+import json, sys
+import torch
+folder = sys.argv[1]
+saved = torch.load(folder + "/model.pt", weights_only=True)
+script = torch.jit.load(folder + "/model.torchscript.pt")
+inputs, expected = torch.load(folder + "/../expected.pt", weights_only=True)
+with torch.no_grad():
+    difference = (script(inputs) - expected).abs().max().item()
+assert not {"hpo", "objectives"} & {name.partition(".")[0] for name in sys.modules}
+print(json.dumps({"difference": difference, "keys": sorted(saved["model_state_dict"]),
+                  "hyperparameters": saved["model_hyperparameters"], "trial": saved["trial"]}))
+"""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torch_alone_loads_it_and_predicts_the_same(folder):
+    rows = held_out((4,))
+    made = tabular(rows)
+    export(made, rows, folder)
+    torch.save((rows.inputs["features"], predictions(made.predictor(), rows)), folder.parent / "expected.pt")
+    done = subprocess.run([sys.executable, "-I", "-c", FRESH, str(folder)], cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["difference"] <= TOLERANCE
+    assert seen["keys"] == sorted([
+        "preprocess.mean", "preprocess.std", "network.layers.hidden1.weight", "network.layers.hidden1.bias",
+        "network.layers.output.weight", "network.layers.output.bias"])
+    assert seen["hyperparameters"] == PARAMS | {"input_shapes": {"features": [4]}, "n_classes": 2}
+    assert seen["trial"] == 3
+
+
+def test_bundle_json_says_what_it_is(folder):
+    rows = held_out((4,))
+    about = export(tabular(rows), rows, folder)
+    assert json.loads((folder / "bundle.json").read_text()) == about
+    assert about["params"] == PARAMS
+    assert about.items() >= ABOUT.items()
+    assert about["inputs"] == [{"name": "features", "shape": [None, 4], "dtype": "float32"}]
+    assert about["output"] == {"name": "prediction", "shape": [None, 2], "dtype": "float32"}
+    assert about["class_names"] == ("no", "yes") or about["class_names"] == ["no", "yes"]
+    assert about["n_parameters"] == 4 * 8 + 8 + 8 * 2 + 2
+    assert about["versions"]["torch"] == torch.__version__
+    assert about["torchscript"]["compiled"] == "script"
+    for result in about["parity"].values():
+        assert result["max_difference"] <= TOLERANCE
+        assert result["batch_sizes"] == list(BATCH_SIZES)
+        assert result["rows"] == 130
+
+
+def test_the_exported_model_is_not_the_one_that_goes_on(folder):
+    rows = held_out((4,))
+    made = tabular(rows)
+    made.network.train()
+    before = made.network.state_dict()["layers.output.bias"].clone()
+    export(made, rows, folder)
+    assert made.network.training
+    assert all(p.requires_grad for p in made.network.parameters())
+    assert torch.equal(made.network.state_dict()["layers.output.bias"], before)
+
+
+def test_dropout_and_batch_norm_are_exported_in_evaluation_mode(folder):
+    rows = held_out((4,))
+    made = model(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2)).train(), rows)
+    export(made, rows, folder)
+    loaded = torch.jit.load(folder / "model.torchscript.pt")
+    torch.testing.assert_close(predictions(loaded, rows), predictions(made.predictor(), rows), atol=TOLERANCE, rtol=0)
+
+
+def test_a_convolutional_network_has_parity_whatever_the_optimiser_does(folder):
+    pixels = Split(inputs={"pixels": torch.randint(0, 256, (70, 1, 8, 8), dtype=torch.uint8)}, targets=torch.zeros(70))
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    made = model(network, pixels, ScalePixels())
+    about = export(made, pixels, folder)
+    loaded = torch.jit.load(folder / "model.torchscript.pt")
+    torch.testing.assert_close(predictions(loaded, pixels), predictions(made.predictor(), pixels), atol=TOLERANCE, rtol=0)
+    assert about["inputs"][0]["dtype"] == "uint8"
+    assert about["torchscript"]["optimized_for_inference"] is False
+    assert about["torchscript"]["not_optimized"]
+
+
+@pytest.mark.parametrize("preprocess", [None, Twice()])
+def test_several_named_inputs(folder, preprocess):
+    rows = held_out((3,), (2,))
+    made = model(Sum(), rows, preprocess, nn.Sigmoid())
+    about = export(made, rows, folder)
+    assert [entry["name"] for entry in about["inputs"]] == ["features", "other"]
+    assert about["torchscript"]["compiled"] == "trace"
+    loaded = torch.jit.load(folder / "model.torchscript.pt")
+    left, right = rows.inputs.values()
+    prepared = (left, right) if preprocess is None else (left * 2, right * 3)
+    with torch.no_grad():
+        expected = (made.network.linear(prepared[0]) + prepared[1]).sigmoid()
+    torch.testing.assert_close(predictions(loaded, rows), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_both_ways_of_a_branch_are_exported(folder):
+    rows = held_out((4,))
+    made = model(Branchy(), rows)
+    assert export(made, rows, folder)["torchscript"]["compiled"] == "script"
+    loaded = torch.jit.load(folder / "model.torchscript.pt")
+    for x in (torch.full((2, 4), 3.0), torch.full((2, 4), -3.0)):
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(x), made.network(x), atol=TOLERANCE, rtol=0)
+
+
+@pytest.fixture
+def existing(folder):
+    """Return what a good bundle in `folder` holds."""
+    rows = held_out((4,))
+    export(tabular(rows), rows, folder)
+    (folder / "notes.txt").write_text("mine")
+    return contents(folder)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_differs_from_the_measured_model_is_refused_and_nothing_changes(folder, existing):
+    rows = held_out((4,))
+    with pytest.raises(ExportError, match=r"^model.torchscript.pt is not the model that was measured: its predictions differ "
+                                          r"by up to 0.01 \(allowed: 1e-05\); nothing was exported$"):
+        export(model(Shifted(4, 2), rows), rows, folder)
+    assert contents(folder) == existing
+    assert [path.name for path in folder.parent.iterdir()] == ["s"]
+
+
+def test_nan_is_no_parity(folder):
+    rows = held_out((4,))
+    with pytest.raises(ExportError, match=r"differ by up to inf \(allowed: 1e-05\); nothing was exported"):
+        export(model(Logarithm(), rows), rows, folder)
+    assert list(folder.parent.iterdir()) == []
+
+
+def test_one_nan_among_many_rows_is_no_parity():
+    rows = held_out((4,))
+    rows.inputs["features"].abs_()
+    rows.inputs["features"][5, 1] = -1.0
+    assert parity_of(Logarithm(), Logarithm(), rows)["max_difference"] == float("inf")
+
+
+def test_a_bundle_is_replaced_whole(folder, existing):
+    rows = held_out((4,))
+    made = tabular(rows)
+    export(made, rows, folder)
+    assert {path.name for path in folder.iterdir()} == {"model.pt", "model.torchscript.pt", "bundle.json"}
+    assert (folder / "model.pt").read_bytes() != existing["model.pt"]
+    assert [path.name for path in folder.parent.iterdir()] == ["s"]
+    assert folder.stat().st_mode & 0o777 == 0o755

@@ -1,0 +1,217 @@
+"""Stacks: the contract that every one of them keeps, held against plain loops of torch.optim written here."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchmetrics.regression import MeanSquaredError
+
+from hpo import stack as stacks
+from hpo.data import DataInfo, Split
+from hpo.objective import Objective
+from hpo.stack import LoopStack, Member, is_out_of_memory
+from hpo.training import batches, order
+
+CPU = torch.device("cpu")
+INFO = DataInfo(inputs={"x": (3,), "z": (2,)}, input_dtypes={"x": "float64", "z": "float64"})
+TOLERANCE = 1e-12
+N_ROWS, BATCH_SIZE, N_EPOCHS = 40, 16, 4
+
+OPTIMIZERS = {
+    "sgd": ({"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.01},
+            lambda weights, lr: torch.optim.SGD(weights, lr=lr, momentum=0.9, weight_decay=0.01)),
+    "nesterov": ({"optimizer": "sgd", "momentum": 0.8, "nesterov": True},
+                 lambda weights, lr: torch.optim.SGD(weights, lr=lr, momentum=0.8, nesterov=True)),
+    "adam": ({"optimizer": "adam", "beta1": 0.8, "weight_decay": 0.01},
+             lambda weights, lr: torch.optim.Adam(weights, lr=lr, betas=(0.8, 0.999), weight_decay=0.01)),
+    "adamw": ({"optimizer": "adamw", "weight_decay": 0.1},
+              lambda weights, lr: torch.optim.AdamW(weights, lr=lr, weight_decay=0.1)),
+    "rmsprop": ({"optimizer": "rmsprop", "alpha": 0.9, "momentum": 0.5},
+                lambda weights, lr: torch.optim.RMSprop(weights, lr=lr, alpha=0.9, momentum=0.5)),
+}
+
+
+class Network(nn.Module):
+    """Two inputs, batch normalisation and a hidden layer, in double precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.norm, self.output = nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 1)
+        self.double()
+
+    def forward(self, x, z):
+        return self.output(torch.tanh(self.norm(self.hidden(torch.cat([x, z], 1)))))
+
+
+class Regression(Objective):
+    """Its `kind` says where a member runs out of memory: in `build`, `step`, or `evaluate`."""
+
+    def data(self):
+        raise AssertionError("a stack is given its data")
+
+    def build(self, params, info):
+        self._strike(params, "build")
+        return Network()
+
+    def loss(self, outputs, targets, params):
+        self._strike(params, "step" if outputs.requires_grad else "evaluate")
+        return F.mse_loss(outputs, targets)
+
+    def metrics(self):
+        return {"rmse": MeanSquaredError(squared=False).set_dtype(torch.float64)}
+
+    def _strike(self, params, where):
+        if params.get("kind") == where:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nand a second line")
+        if params.get("kind") == f"bug in {where}":
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+@pytest.fixture(params=[LoopStack])
+def make(request):
+    """Return a function that makes a stack of `capacity`. Add an implementation to the params to hold it to the contract."""
+    return lambda capacity=4: request.param(Regression(), INFO, CPU, capacity)
+
+
+def split(seed=0, n=N_ROWS):
+    generator = torch.Generator().manual_seed(seed)
+    x, z = (torch.randn(n, width, generator=generator, dtype=torch.float64) for width in (3, 2))
+    return Split(inputs={"x": x, "z": z}, targets=(x.sum(1, keepdim=True) * z[:, :1]).sin())
+
+
+def member(number, learning_rate=0.01, optimizer="adam", **params):
+    return Member(number=number, seed=100 + number,
+                  params={"learning_rate": learning_rate} | OPTIMIZERS[optimizer][0] | params)
+
+
+def run(stack, rounds):
+    """Train the stack's members for these rounds; return the losses of each step."""
+    data = split()
+    return [stack.step(inputs, targets)
+            for r in rounds for inputs, targets in batches(data, BATCH_SIZE, order(N_ROWS, 7, r))]
+
+
+def alone(member, optimizer, rounds):
+    """Train `member` as anybody would with torch alone; return its weights and buffers, and its losses."""
+    torch.manual_seed(member.seed)
+    network, data, losses = Network(), split(), []
+    optimizer = OPTIMIZERS[optimizer][1](network.parameters(), member.params["learning_rate"])
+    for r in rounds:
+        rows = order(N_ROWS, 7, r)
+        for start in range(0, N_ROWS, BATCH_SIZE):
+            batch = rows[start : start + BATCH_SIZE]
+            optimizer.zero_grad()
+            loss = F.mse_loss(network(data.inputs["x"][batch], data.inputs["z"][batch]), data.targets[batch])
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return network.state_dict(), losses
+
+
+def assert_same(state, expected):
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(state[name], tensor, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda text, n=name: f"{n}: {text}")
+
+
+class TestContract:
+    @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+    def test_each_member_learns_what_it_would_alone(self, make, optimizer):
+        stack, members = make(), [member(0, 0.01, optimizer), member(1, 0.05, optimizer)]
+        for each in members:
+            stack.join(each)
+        losses = torch.stack(run(stack, range(N_EPOCHS)))
+        assert losses.shape == (N_EPOCHS * 3, 2)
+        assert not losses.requires_grad
+        for k, each in enumerate(members):
+            weights, expected = alone(each, optimizer, range(N_EPOCHS))
+            assert_same(stack.state(each), weights)
+            assert losses[:, k].tolist() == pytest.approx(expected, rel=1e-10)
+        assert not torch.equal(stack.state(members[0])["output.weight"], stack.state(members[1])["output.weight"])
+
+    def test_who_joins_and_who_leaves_changes_nobody_else(self, make):
+        stack, (first, second, third) = make(), [member(n, 0.01 * (n + 1)) for n in range(3)]
+        stack.join(first)
+        stack.join(second)
+        run(stack, [0])
+        stack.leave(first)
+        run(stack, [1])
+        stack.join(third)
+        run(stack, [2, 3])
+        assert list(stack.members) == [second, third]
+        assert_same(stack.state(second), alone(second, "adam", [0, 1, 2, 3])[0])
+        assert_same(stack.state(third), alone(third, "adam", [2, 3])[0])
+
+    def test_evaluation_in_between_changes_nothing(self, make):
+        stack, each = make(), member(0)
+        stack.join(each)
+        for r in range(3):
+            run(stack, [r])
+            stack.evaluate(split(1))
+        assert_same(stack.state(each), alone(each, "adam", range(3))[0])
+
+    def test_metrics_are_of_the_whole_set_in_evaluation_mode(self, make, monkeypatch):
+        monkeypatch.setattr(stacks, "EVALUATION_ROWS", 7)
+        stack, members, valid = make(), [member(0), member(1)], split(1)
+        for each in members:
+            stack.join(each)
+        run(stack, [0, 1])
+        for each, result in zip(members, stack.evaluate(valid), strict=True):
+            network = Network()
+            network.load_state_dict(stack.state(each))
+            with torch.no_grad():
+                error = (network.eval()(*valid.inputs.values()) - valid.targets).square()
+            of_batches = torch.stack([part.mean().sqrt() for part in error.split(7)]).mean().item()
+            assert set(result) == {"loss", "rmse"}
+            assert result["loss"] == pytest.approx(error.mean().item(), rel=1e-9)
+            assert result["rmse"] == pytest.approx(math.sqrt(error.mean().item()), rel=1e-9)
+            assert result["rmse"] != pytest.approx(of_batches, rel=1e-4)
+
+    @pytest.mark.parametrize("where", ["build", "step", "evaluate"])
+    def test_out_of_memory_is_one_members_fault_and_the_others_go_on(self, make, where):
+        stack, (first, greedy, last) = make(), [member(0), member(1, kind=where), member(2)]
+        for each in (first, greedy, last):
+            stack.join(each)
+        losses = run(stack, [0, 1])[-1]
+        results = stack.evaluate(split(1))
+        assert greedy.fault == "out of memory on cpu: CUDA out of memory. Tried to allocate 2.00 GiB"
+        assert [bool(result) for result in results] == [True, False, True]
+        assert torch.isfinite(losses).tolist() == [True, where == "evaluate", True]
+        for each in (first, last):
+            assert each.fault is None
+            assert_same(stack.state(each), alone(each, "adam", [0, 1])[0])
+        stack.leave(greedy)
+        assert list(stack.members) == [first, last]
+
+    @pytest.mark.parametrize("where", ["build", "step", "evaluate"])
+    def test_any_other_error_is_a_bug_and_raised(self, make, where):
+        stack, broken = make(), member(0, kind=f"bug in {where}")
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # noqa: PT012
+            stack.join(broken)
+            run(stack, [0])
+            stack.evaluate(split(1))
+        assert broken.fault is None
+
+    def test_a_state_is_a_copy_and_a_module_is_not(self, make):
+        stack, each = make(), member(0)
+        stack.join(each)
+        before = stack.state(each)
+        run(stack, [0])
+        assert not torch.equal(before["output.weight"], stack.state(each)["output.weight"])
+        assert torch.equal(stack.module(each).state_dict()["output.weight"], stack.state(each)["output.weight"])
+
+    def test_it_takes_no_more_than_its_capacity(self, make):
+        stack = make(capacity=1)
+        stack.join(member(0))
+        with pytest.raises(AssertionError):
+            stack.join(member(1))
+
+
+@pytest.mark.parametrize(("error", "expected"), [
+    (torch.OutOfMemoryError("x"), True), (MemoryError(), True), (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+    (RuntimeError("not enough memory: you tried to allocate 4 bytes"), True), (RuntimeError("shapes"), False), (KeyError("x"), False),
+])
+def test_what_out_of_memory_looks_like(error, expected):
+    assert is_out_of_memory(error) is expected

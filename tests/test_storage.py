@@ -1,0 +1,213 @@
+"""The storage: safe for several processes at once, and one line for everything that can be wrong with its address."""
+
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import TrialState
+from sqlalchemy import text
+
+from hpo import storage as storages
+from hpo.errors import StorageError
+from hpo.storage import exclusive, exists, open_storage
+
+N_PROCESSES, N_QUEUED = 8, 60
+
+PEER = """
+import sys
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import TrialState
+from hpo.storage import open_storage
+
+print("started", flush=True)
+sys.stdin.readline()
+storage = open_storage(sys.argv[1])
+storage.get_all_studies()
+print("opened", flush=True)
+sys.stdin.readline()
+study = storage.get_study_id_from_name("queue")
+claimed, left = [], True
+while left:
+    waiting = [t for t in storage.get_all_trials(study, deepcopy=False) if t.state == TrialState.WAITING]
+    left = bool(waiting)
+    for trial in waiting:
+        try:
+            if storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
+                claimed.append(trial.number)
+                break
+        except UpdateFinishedTrialError:
+            pass
+print(*claimed, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def peers(tmp_path_factory):
+    """Let processes open one fresh database at the same moment, then claim its queue; return what each said."""
+    url = f"sqlite:///{tmp_path_factory.mktemp('peers')}/optuna.db"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PEER, url], text=True, stdin=subprocess.PIPE,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(N_PROCESSES)
+    ]
+    started = [process.stdout.readline() for process in processes]
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    opened = [process.stdout.readline() for process in processes]
+    storage = open_storage(url)
+    study = optuna.create_study(study_name="queue", storage=storage)
+    for _ in range(N_QUEUED):
+        study.enqueue_trial({})
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    ends = [process.communicate(timeout=60) for process in processes]
+    storage.engine.dispose()
+    return {"started": started, "opened": opened, "claimed": [out.split() for out, _ in ends], "errors": [e for _, e in ends]}
+
+
+def test_processes_that_open_one_fresh_database_at_once_all_work(peers):
+    assert peers["started"] == ["started\n"] * N_PROCESSES
+    assert peers["opened"] == ["opened\n"] * N_PROCESSES, peers["errors"]
+
+
+def test_no_queued_trial_is_claimed_by_two_processes(peers):
+    claimed = sorted(int(number) for numbers in peers["claimed"] for number in numbers)
+    assert claimed == list(range(N_QUEUED)), peers["errors"]
+    assert sum(bool(numbers) for numbers in peers["claimed"]) > 1, "one process had it all: nothing was contended"
+
+
+@pytest.fixture
+def database(tmp_path):
+    """Return the open storage at `<tmp_path>/optuna.db`."""
+    storage = open_storage(f"sqlite:///{tmp_path}/optuna.db")
+    yield storage
+    storage.remove_session()
+    storage.engine.dispose()
+
+
+def test_no_queued_trial_is_claimed_by_two_threads(database):
+    study = optuna.create_study(study_name="queue", storage=database)
+    for _ in range(20):
+        study.enqueue_trial({})
+    ids = [t._trial_id for t in study.trials]
+    claimed, barrier = [], threading.Barrier(4)
+
+    def claim():
+        barrier.wait()
+        for trial_id in ids:
+            try:
+                if database.set_trial_state_values(trial_id, TrialState.RUNNING):
+                    claimed.append(trial_id)
+            except UpdateFinishedTrialError:
+                pass
+        database.remove_session()
+
+    threads = [threading.Thread(target=claim) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(claimed) == ids
+
+
+def test_a_transaction_takes_the_write_lock_when_it_begins_and_readers_go_on(database, tmp_path):
+    with sqlite3.connect(tmp_path / "optuna.db", timeout=0.05, isolation_level=None) as other:
+        with database.engine.begin() as connection:
+            connection.execute(text("select 1"))
+            with pytest.raises(sqlite3.OperationalError, match="database is locked"):
+                other.execute("BEGIN IMMEDIATE")
+            assert other.execute("select count(*) from studies").fetchone() == (0,)
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("ROLLBACK")
+        assert other.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    other.close()
+
+
+def test_a_relative_folder_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not exists("sqlite:///out/deep/optuna.db")
+    open_storage("sqlite:///out/deep/optuna.db").engine.dispose()
+    assert Path("out/deep/optuna.db").is_file()
+    assert exists("sqlite:///out/deep/optuna.db")
+
+
+def test_an_absolute_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(StorageError, match=f"cannot be opened: there is no folder {tmp_path}/gone; make it, or give another"):
+        open_storage(f"sqlite:///{tmp_path}/gone/optuna.db")
+    assert not (tmp_path / "gone").exists()
+
+
+def test_a_file_where_the_folder_should_be_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("out").write_text("a file")
+    with pytest.raises(StorageError, match=r"cannot be opened: out is no folder \(File exists\)"):
+        open_storage("sqlite:///out/optuna.db")
+    with pytest.raises(StorageError, match=r"cannot be opened: out/deep is no folder \(Not a directory\)"):
+        open_storage("sqlite:///out/deep/optuna.db")
+    with pytest.raises(StorageError, match=f"there is no folder {tmp_path}/out; make it"):
+        open_storage(f"sqlite:///{tmp_path}/out/optuna.db")
+
+
+def test_a_folder_where_the_file_should_be_is_refused(tmp_path):
+    (tmp_path / "optuna.db").mkdir()
+    with pytest.raises(StorageError, match=r"optuna.db cannot be opened: "):
+        open_storage(f"sqlite:///{tmp_path}/optuna.db")
+
+
+@pytest.mark.parametrize("url", ["sqlite:///:memory:", "sqlite://"])
+def test_a_database_in_memory_is_refused(url):
+    with pytest.raises(StorageError, match=r"names no file, so nothing would be kept; write sqlite:///mlruns/optuna.db"):
+        open_storage(url)
+
+
+@pytest.mark.parametrize("url", ["optuna.db", "nosuch://host/db", ""])
+def test_what_is_no_address_is_refused(url):
+    with pytest.raises(StorageError, match=r"is no database address; write sqlite:///path/to/file.db, or another"):
+        open_storage(url)
+
+
+def test_a_driver_that_is_missing_is_named():
+    with pytest.raises(StorageError, match=r"its driver is not installed \(.*oracledb.*\); pip install it"):
+        open_storage("oracle+oracledb://bob:s3cret@h/d")
+
+
+def test_another_programs_database_is_refused_and_left_alone(tmp_path):
+    path = tmp_path / "mlflow.db"
+    with sqlite3.connect(path) as db:
+        db.execute("create table runs (id integer)")
+    db.close()
+    before = path.read_bytes()
+    with pytest.raises(StorageError, match=r"is another program's database \(it has tables runs, but none of Optuna's\); "
+                                           "give a database of its own"):
+        open_storage(f"sqlite:///{path}")
+    assert path.read_bytes() == before
+
+
+def test_a_file_that_is_no_database_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("this is no database, however long it is " * 50)
+    with pytest.raises(StorageError, match=r"cannot be opened: file is not a database; is it a database at all\?"):
+        open_storage(f"sqlite:///{tmp_path}/notes.txt")
+
+
+def test_the_lock_keeps_others_out_and_says_for_how_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(storages, "BUSY_SECONDS", 0.1)
+    url = f"sqlite:///{tmp_path}/optuna.db"
+    with exclusive(url), pytest.raises(StorageError, match=r"another process held .*optuna.db.lock for 0.1 s"), exclusive(url):
+        raise AssertionError("two hold the lock")
+    with exclusive(url):
+        assert (tmp_path / "optuna.db.lock").exists()
+
+
+def test_databases_on_servers_have_locks_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(storages, "BUSY_SECONDS", 0.1)
+    with exclusive("postgresql://h/a"), exclusive("postgresql://h/b"):
+        pass
+    with exclusive("postgresql://h/a"), pytest.raises(StorageError, match="another process held"), exclusive("postgresql://h/a"):
+        raise AssertionError("two hold the lock")
