@@ -35,7 +35,7 @@ def run(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
         best, done = search.best(), None
         if search.counts().waiting + search.counts().running == 0:
             done = outcome(search, best)
-            out.print(f"{plan.spec.name}: all {plan.spec.trials} trials are done", highlight=False)
+            out.print(f"{plan.spec.name}: all {plan.spec.trials} trials are done")
         if done is None:
             stopping = stack.enter_context(_signals())
             done = _run(plan, search, stopping, out)
@@ -46,22 +46,17 @@ def run(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
 
 def _run(plan: Plan, search: Search, stopping: Callable[[], bool], out: Console) -> Outcome:
     data = _load(plan, search)
-    notes: list[Callable[[str], None]] = [lambda text: out.print(text, markup=False, highlight=False)]
-    tracker = open_tracker(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", lambda text: notes[-1](text))
+    tracker = open_tracker(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)
     out.print(
         f"{plan.spec.name}: {plan.spec.trials} trials of {plan.spec.epochs} epochs on {plan.device}, "
-        f"{len(data.train)} rows; {masked(plan.spec.storage)}",
-        markup=False,
-        highlight=False,
+        f"{len(data.train)} rows; {masked(plan.spec.storage)}"
     )
     state = "FAIL"
     try:
         tracker.start_study(_tags(plan), {"study.yaml": masked(Path(plan.document.name).read_text(encoding="utf-8"))})
         with _progress(plan, search, out) as progress:
-            notes.append(progress.note)
             work(plan, data, search, tracker, progress, stopping)
-            notes.pop()
-        ended = conclude(plan, data, search, tracker, stopping, notes[-1])
+        ended = conclude(plan, data, search, tracker, stopping, out.print)
         if ended is None:
             raise HpoError(_why_no_best(search))
         state = "COMPLETE" if search.counts().waiting == 0 else "INTERRUPTED"
@@ -70,7 +65,6 @@ def _run(plan: Plan, search: Search, stopping: Callable[[], bool], out: Console)
         state = "INTERRUPTED"
         raise
     finally:
-        del notes[1:]
         tracker.end_study(state)
 
 
@@ -140,22 +134,16 @@ def _print_check(plan: Plan, data: Data, model: torch.nn.Module, out: Console) -
     out.print(view.table("data", ["split", "rows", "inputs", "targets"], shapes))
     out.print(
         f"\nsampler {plan.spec.sampler.name}, pruner {plan.spec.pruner.name}, device {plan.device}, "
-        f"storage {masked(plan.spec.storage)}, tracking {masked(plan.spec.tracking)}",
-        markup=False,
-        highlight=False,
+        f"storage {masked(plan.spec.storage)}, tracking {masked(plan.spec.tracking)}"
     )
-    out.print("nothing is wrong", highlight=False)
+    out.print("nothing is wrong")
 
 
 def status(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
     """`hpo status`."""
     out = _console()
     plan = prepare(path, overrides)
-    search = _open(plan, make=False)
-    if search is None:
-        raise InputError(
-            f"the storage {plan.spec.storage} has no study named {plan.spec.name!r}; run it first: hpo run {path}"
-        )
+    search = _open_existing(plan, path)
     try:
         counts, best = search.counts(), search.best()
         used = search.seconds_used()
@@ -163,22 +151,18 @@ def status(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
         out.print(
             f"{plan.spec.name}: {counts.finished} of {plan.spec.trials} trials done "
             f"({counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed), "
-            f"{counts.running} running, {counts.waiting} waiting",
-            highlight=False,
+            f"{counts.running} running, {counts.waiting} waiting"
         )
-        out.print(
-            board.best_text() + (f": {view.shown(plan.space.searched(best.params))}" if best else ""), highlight=False
-        )
+        out.print(board.best_text() + (f": {view.shown(plan.space.searched(best.params))}" if best else ""))
         for trial in search.running():
             value = "" if trial.value is None else f", {plan.metric} {trial.value:.4f}"
-            out.print(f"  trial {trial.number}: epoch {trial.epoch}/{plan.spec.epochs}{value}", highlight=False)
+            out.print(f"  trial {trial.number}: epoch {trial.epoch}/{plan.spec.epochs}{value}")
         open_trials = counts.running + counts.waiting
         left = used / counts.finished * open_trials if counts.finished and open_trials else None
         if plan.spec.timeout is not None and open_trials:
             left = max(0.0, min(plan.spec.timeout - used, plan.spec.timeout if left is None else left))
         out.print(
-            f"time used {view.duration(used)}" + (f", about {view.duration(left)} left" if left is not None else ""),
-            highlight=False,
+            f"time used {view.duration(used)}" + (f", about {view.duration(left)} left" if left is not None else "")
         )
         return _summary(plan, search, best, outcome(search, best))
     finally:
@@ -189,11 +173,7 @@ def export(path: Path, overrides: Mapping[str, str], number: int | None, folder:
     """`hpo export`."""
     out = _console()
     plan = _prepare(path, overrides, out)
-    search = _open(plan, make=False)
-    if search is None:
-        raise InputError(
-            f"the storage {plan.spec.storage} has no study named {plan.spec.name!r}; run it first: hpo run {path}"
-        )
+    search = _open_existing(plan, path)
     with ExitStack() as stack:
         stack.callback(search.close)
         best = search.best(number)
@@ -204,15 +184,7 @@ def export(path: Path, overrides: Mapping[str, str], number: int | None, folder:
         data = _load(plan, search)
         stopping = stack.enter_context(_signals())
         default = bundle_folder(plan) if number is None else OUTPUT / "bundles" / f"{plan.spec.name}-trial-{number}"
-        done = finish(
-            plan,
-            data,
-            search,
-            best,
-            folder or default,
-            stopping,
-            lambda text: out.print(text, markup=False, highlight=False),
-        )
+        done = finish(plan, data, search, best, folder or default, stopping, out.print)
         _print_result(plan, search, best, done, out)
         return _summary(plan, search, best, done)
 
@@ -231,12 +203,20 @@ def _prepare(path: Path, overrides: Mapping[str, str], out: Console) -> Plan:
     if plan.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     for text in plan.notes:
-        out.print(text, markup=False, highlight=False)
+        out.print(text)
     return plan
 
 
 def _open(plan: Plan, make: bool = True) -> Search | None:
     return open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize, make=make)
+
+
+def _open_existing(plan: Plan, path: Path) -> Search:
+    search = _open(plan, make=False)
+    if search is None:
+        study = f"the storage {plan.spec.storage} has no study named {plan.spec.name!r}"
+        raise InputError(f"{study}; run it first: hpo run {path}")
+    return search
 
 
 def _load(plan: Plan, search: Search) -> Data:
@@ -307,7 +287,8 @@ def _summary(plan: Plan, search: Search, best: Best | None, done: Outcome | None
 
 def _console() -> Console:
     """Return a console on stdout; a file or a pipe is not wrapped at 80 columns."""
-    return Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200)
+    terminal = sys.stdout.isatty()
+    return Console(markup=False, highlight=False, soft_wrap=not terminal, width=None if terminal else 200)
 
 
 @contextmanager
@@ -321,7 +302,7 @@ def _progress(plan: Plan, search: Search, out: Console) -> Iterator[Any]:
         with view.LiveProgress(board, refresh, out) as progress:
             yield progress
     else:
-        yield view.PlainProgress(board, refresh, lambda text: print(masked(text), flush=True))
+        yield view.PlainProgress(board, refresh, lambda text: out.print(masked(text)))
 
 
 @contextmanager

@@ -143,7 +143,9 @@ class _Slot:
         self._weights = [w for w in module.parameters() if w.requires_grad]
         self._optimizer = optim.make(params, self._weights)
 
-    def step(self, objective: Objective, inputs: Sequence[Tensor], targets: Tensor, params: Mapping[str, Any]) -> Tensor:
+    def step(
+        self, objective: Objective, inputs: Sequence[Tensor], targets: Tensor, params: Mapping[str, Any]
+    ) -> Tensor:
         for weight in self._weights:  # what Optimizer.zero_grad does, at half its time
             weight.grad = None
         loss = objective.loss(self.module(*inputs), targets, params)
