@@ -98,7 +98,8 @@ def finish(
         nonlocal network
         if member.fault is None and not math.isfinite(metrics["train_loss"]):
             member.fault = f"train_loss became {metrics['train_loss']} in epoch {member.epoch}"
-        network = stack.module(member)
+        if member.fault is None:  # a member that ran out of memory when it was built has none
+            network = stack.module(member)
         return member.fault is None
 
     train(

@@ -175,10 +175,16 @@ def evaluate(
         module(*(x[start : start + EVALUATION_ROWS] for x in split.inputs.values()))
         for start in range(0, len(split), EVALUATION_ROWS)
     ]
-    outputs = torch.cat(parts)
-    result = {"loss": float(objective.loss(outputs, split.targets, params))}
+    return measure(objective, torch.cat(parts), split.targets, params, metrics)
+
+
+def measure(
+    objective: Objective, outputs: Tensor, targets: Tensor, params: Mapping[str, Any], metrics: Mapping[str, Any]
+) -> dict[str, float]:
+    """Return the `loss` and the metrics of `outputs` (N, ...) against `targets`."""
+    result = {"loss": float(objective.loss(outputs, targets, params))}
     for name, metric in metrics.items():
         metric.reset()
-        metric.update(outputs, split.targets)
+        metric.update(outputs, targets)
         result[name] = float(metric.compute())
     return result

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import FrozenTrial, TrialState
 
@@ -27,7 +27,7 @@ def numbers(trials):
 
 @st.composite
 def histories(draw):
-    """A study as workers make it: a successor is queued for a trial that has a place; a few are queued a second time."""
+    """A study as workers make it: a successor is queued for a trial that has a place, now and then a second one."""
     trials = [trial(n) for n in range(draw(st.integers(1, 6)))]
     first = len(trials)
     for number in range(first, first + draw(st.integers(0, 8))):
@@ -41,18 +41,21 @@ def histories(draw):
     return trials
 
 
+@settings(max_examples=50, deadline=None)
 @given(histories())
 def test_a_place_for_each_trial_that_succeeds_no_other(trials):
     n_roots = sum("retry_of" not in t.user_attrs for t in trials)
     assert len(places(trials)) == n_roots
 
 
+@settings(max_examples=50, deadline=None)
 @given(histories())
 def test_a_trial_and_its_successor_never_both_have_a_place(trials):
     kept = set(numbers(trials))
     assert not {t.user_attrs.get("retry_of") for t in trials} & kept
 
 
+@settings(max_examples=50, deadline=None)
 @given(histories(), st.randoms())
 def test_places_are_in_the_order_of_their_numbers_however_the_storage_lists_them(trials, random):
     ordered = numbers(trials)
@@ -61,6 +64,7 @@ def test_places_are_in_the_order_of_their_numbers_however_the_storage_lists_them
     assert numbers(trials) == ordered
 
 
+@settings(max_examples=50, deadline=None)
 @given(histories(), st.data())
 def test_to_withdraw_a_trial_frees_exactly_one_place(trials, data):
     gone = data.draw(st.sampled_from(places(trials)))
@@ -82,7 +86,8 @@ def test_a_withdrawn_successor_does_not_bring_its_predecessor_back():
 
 
 def test_counts_are_of_the_places_and_what_is_not_queued_waits():
-    states = [TrialState.COMPLETE] * 3 + [TrialState.PRUNED] * 2 + [TrialState.FAIL, TrialState.RUNNING, TrialState.WAITING]
+    states = [TrialState.COMPLETE] * 3 + [TrialState.PRUNED] * 2
+    states += [TrialState.FAIL, TrialState.RUNNING, TrialState.WAITING]
     counts = count([trial(n, state) for n, state in enumerate(states)], trials=10)
     assert counts == Counts(complete=3, pruned=2, failed=1, running=1, waiting=3)
     assert counts.finished == 6
@@ -95,12 +100,14 @@ def test_nothing_waits_where_more_is_done_than_the_budget_asks_for():
 spans = st.lists(st.tuples(st.integers(0, 100), st.integers(0, 30)).map(lambda s: (s[0], s[0] + s[1])), max_size=12)
 
 
+@settings(max_examples=50, deadline=None)
 @given(spans)
 def test_covered_counts_each_second_once(spans):
     seconds = {second for start, end in spans for second in range(start, end)}
     assert covered(spans) == len(seconds)
 
 
+@settings(max_examples=50, deadline=None)
 @given(spans, st.randoms())
 def test_covered_does_not_mind_the_order_nor_what_is_said_twice(spans, random):
     shuffled = spans * 2

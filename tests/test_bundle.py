@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -128,14 +129,14 @@ def test_torch_alone_loads_it_and_predicts_the_same(folder):
 def test_bundle_json_says_what_it_is(folder):
     rows = held_out((4,))
     about = export(tabular(rows), rows, folder)
-    assert json.loads((folder / "bundle.json").read_text()) == about
+    assert json.loads((folder / "bundle.json").read_text()) == json.loads(json.dumps(about))
     assert about["params"] == PARAMS
     assert about.items() >= ABOUT.items()
     assert about["inputs"] == [{"name": "features", "shape": [None, 4], "dtype": "float32"}]
     assert about["output"] == {"name": "prediction", "shape": [None, 2], "dtype": "float32"}
-    assert about["class_names"] == ("no", "yes") or about["class_names"] == ["no", "yes"]
+    assert list(about["class_names"]) == ["no", "yes"]
     assert about["n_parameters"] == 4 * 8 + 8 + 8 * 2 + 2
-    assert about["versions"]["torch"] == torch.__version__
+    assert about["versions"]["torch"] == version("torch")
     assert about["torchscript"]["compiled"] == "script"
     for result in about["parity"].values():
         assert result["max_difference"] <= TOLERANCE
@@ -168,7 +169,8 @@ def test_a_convolutional_network_has_parity_whatever_the_optimiser_does(folder):
     made = model(network, pixels, ScalePixels())
     about = export(made, pixels, folder)
     loaded = torch.jit.load(folder / "model.torchscript.pt")
-    torch.testing.assert_close(predictions(loaded, pixels), predictions(made.predictor(), pixels), atol=TOLERANCE, rtol=0)
+    expected = predictions(made.predictor(), pixels)
+    torch.testing.assert_close(predictions(loaded, pixels), expected, atol=TOLERANCE, rtol=0)
     assert about["inputs"][0]["dtype"] == "uint8"
     assert about["torchscript"]["optimized_for_inference"] is False
     assert about["torchscript"]["not_optimized"]
@@ -214,8 +216,9 @@ def contents(folder):
 
 def test_what_differs_from_the_measured_model_is_refused_and_nothing_changes(folder, existing):
     rows = held_out((4,))
-    with pytest.raises(ExportError, match=r"^model.torchscript.pt is not the model that was measured: its predictions differ "
-                                          r"by up to 0.01 \(allowed: 1e-05\); nothing was exported$"):
+    message = (r"^model.torchscript.pt is not the model that was measured: its predictions differ by up to 0.01 "
+               r"\(allowed: 1e-05\); nothing was exported$")
+    with pytest.raises(ExportError, match=message):
         export(model(Shifted(4, 2), rows), rows, folder)
     assert contents(folder) == existing
     assert [path.name for path in folder.parent.iterdir()] == ["s"]

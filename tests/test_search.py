@@ -1,79 +1,25 @@
-"""The Optuna side of a study: an exact budget, claims that are never shared, leases, and what is known of its trials."""
+"""The Optuna side of a study: an exact budget, claims that are never shared, and what is known of its trials."""
 
 import os
-import subprocess
-import sys
 import threading
-import time
 from collections import Counter
 
 import pytest
 from optuna.trial import TrialState
 
-from hpo import lease as leases
-from hpo.budget import LEASE_KEY
 from hpo.errors import InputError
-from hpo.lease import LEASE_SECONDS, is_dead
-from hpo.search import MAX_ATTEMPTS, open_search
-from hpo.space import build
-from hpo.spec import Plugin, StudySpec, parse_param
+from hpo.search import MAX_ATTEMPTS
+from hpo.spec import Plugin
+from tests.searches import PARAMS, Opener, claims, stored
 
-PARAMS = {
-    "learning_rate": {"type": "float", "low": 1e-3, "high": 1e-1, "log": True},
-    "n_hidden": {"type": "int", "low": 4, "high": 8},
-    "batch_size": 16,
-}
 DISCRETE = {"n_hidden": {"type": "int", "low": 1, "high": 3}, "kind": {"type": "categorical", "choices": ["a", "b"]}}
 
 
 @pytest.fixture
 def opened(tmp_path):
-    """Return a function that opens the study `s` in `<tmp_path>/s.db`, as another worker or a second run would."""
-    searches = []
-
-    def open_again(params=PARAMS, maximize=True, make=True, **keys):
-        keys = {"trials": 5, "epochs": 3, "pruner": Plugin(name="none")} | keys
-        spec = StudySpec(**({"name": "s", "objective": "o", "storage": f"sqlite:///{tmp_path}/s.db"} | keys))
-        space, faults = build({name: parse_param(entry) for name, entry in params.items()}, spec.start_with)
-        assert not faults
-        search = open_search(spec, space, "accuracy", maximize=maximize, make=make)
-        if search is not None:
-            searches.append(search)
-        return search
-
-    yield open_again
-    for search in searches:
-        search.close()
-
-
-def claims(search):
-    """Claim and complete all that is left; return the claims."""
-    done = []
-    while (claim := search.ask()) is not None:
-        assert search.complete(claim.number, float(claim.number))
-        done.append(claim)
-    return done
-
-
-def stored(search, number):
-    """Return a trial as the storage has it, whether it has a place in the budget or not."""
-    return next(t for t in search.study.get_trials() if t.number == number)
-
-
-def abandon(search, number, until=None, pid=None):
-    """Leave a trial as a worker would that died: its lease ran out, or its process is gone."""
-    trial = stored(search, number)
-    lease = dict(trial.system_attrs[LEASE_KEY])
-    place, _, _ = lease["worker"].rpartition(":")
-    lease |= {"until": lease["until"] if until is None else until} | ({} if pid is None else {"worker": f"{place}:{pid}"})
-    search._lease.drop(trial._trial_id)
-    search.storage.set_trial_system_attr(trial._trial_id, LEASE_KEY, lease)
-
-
-def gone_pid():
-    with subprocess.Popen([sys.executable, "-c", ""]) as process:
-        process.wait()
-    return process.pid
+    opener = Opener(tmp_path)
+    yield opener
+    opener.close()
 
 
 class TestBudget:
@@ -219,7 +165,8 @@ class TestClaims:
         search.annotate(number, mlflow_run_id="abc")
         assert search.fail(number, "train_loss became nan")
         assert stored(search, number).state == TrialState.FAIL
-        assert stored(search, number).user_attrs.items() >= {"error": "train_loss became nan", "mlflow_run_id": "abc"}.items()
+        attrs = stored(search, number).user_attrs
+        assert (attrs["error"], attrs["mlflow_run_id"]) == ("train_loss became nan", "abc")
         assert len(claims(search)) == 1
         assert (search.counts().failed, search.counts().complete) == (1, 1)
 
@@ -236,118 +183,6 @@ class TestClaims:
         assert [t.number for t in search.trials()] == [1, last.number]
         assert stored(search, first.number).state == TrialState.FAIL
         assert stored(search, first.number).user_attrs["error"] == "interrupted"
-
-
-class TestLeases:
-    @pytest.mark.parametrize("how", ["lease", "pid"])
-    def test_a_dead_workers_trial_is_taken_up_with_its_params_and_seed(self, opened, how):
-        dead, alive = opened(trials=1), opened(trials=1)
-        lost = dead.ask()
-        abandon(dead, lost.number, **({"until": time.time() - 1} if how == "lease" else {"pid": gone_pid()}))
-        claim = alive.ask()
-        assert (claim.params, claim.seed, claim.attempt) == (lost.params, lost.seed, 2)
-        assert claim.number != lost.number
-        ((number, reason),) = alive.drain_lost()
-        assert number == lost.number
-        assert reason.startswith("worker ")
-        assert reason.endswith(" died")
-        assert alive.drain_lost() == []
-        assert alive.complete(claim.number, 1.0)
-        assert alive.counts() == dead.counts()
-        assert (alive.counts().complete, alive.counts().failed, alive.counts().running) == (1, 0, 0)
-
-    def test_a_live_workers_trial_is_left_alone(self, opened):
-        first, second = opened(trials=1), opened(trials=1)
-        claim = first.ask()
-        assert second.ask() is None
-        assert second.counts().running == 1
-        assert first.complete(claim.number, 1.0)
-
-    def test_a_trial_that_kills_its_workers_is_given_up(self, opened):
-        attempts = []
-        for _ in range(MAX_ATTEMPTS):
-            search = opened(trials=1)
-            claim = search.ask()
-            attempts.append(claim.attempt)
-            abandon(search, claim.number, until=0.0)
-        last = opened(trials=1)
-        assert attempts == list(range(1, MAX_ATTEMPTS + 1))
-        assert last.ask() is None
-        assert (last.counts().failed, last.counts().running, last.counts().waiting) == (1, 0, 0)
-
-    def test_a_second_successor_is_harmless(self, opened):
-        search = opened(trials=2)
-        first = search.ask()
-        search.give_back(first.number, "interrupted")
-        search.study.enqueue_trial({}, user_attrs={"retry_of": first.number})  # as a peer's crash might leave it
-        assert len(claims(search)) == 2
-        assert search.counts().complete == len(search.trials()) == 2
-
-    def test_a_crash_between_the_successor_and_the_end_of_its_predecessor_loses_nothing(self, opened):
-        dead, alive = opened(trials=1), opened(trials=1)
-        lost = dead.ask()
-        dead.study.enqueue_trial(dict(stored(dead, lost.number).params), user_attrs={"retry_of": lost.number, "seed": lost.seed})
-        abandon(dead, lost.number, until=0.0)
-        (claim,) = claims(alive)
-        assert claim.seed == lost.seed
-        assert len(alive.study.get_trials()) == 2
-        assert stored(alive, lost.number).state == TrialState.FAIL
-
-    def test_a_claim_without_a_lease_yet_is_given_time(self, opened):
-        search = opened()
-        claim = search.ask()
-        trial = stored(search, claim.number)
-        trial.system_attrs.pop(LEASE_KEY)
-        assert not is_dead(trial, time.time())
-        assert is_dead(trial, time.time() + LEASE_SECONDS + 1)
-
-    def test_a_process_of_another_machine_is_judged_by_its_lease_alone(self, opened):
-        search = opened()
-        trial = stored(search, search.ask().number)
-        trial.system_attrs[LEASE_KEY] = {"worker": f"elsewhere:1:{gone_pid()}", "until": time.time() + 30, "attempt": 1}
-        assert not is_dead(trial, time.time())
-        assert is_dead(trial, time.time() + 31)
-
-    def test_a_lease_is_renewed_even_after_an_error(self, opened, monkeypatch):
-        monkeypatch.setattr(leases, "LEASE_SECONDS", 0.2)
-        search = opened()
-        write, failures = search.storage.set_trial_system_attr, []
-
-        def fails_twice(*arguments):
-            if len(failures) < 2 and threading.current_thread().name == "hpo-lease":
-                failures.append(1)
-                raise OSError("the database is away")
-            write(*arguments)
-
-        monkeypatch.setattr(search.storage, "set_trial_system_attr", fails_twice)
-        number = search.ask().number
-        first, end = stored(search, number).system_attrs[LEASE_KEY]["until"], time.monotonic() + 10
-        while stored(search, number).system_attrs[LEASE_KEY]["until"] == first:
-            assert time.monotonic() < end
-            time.sleep(0.05)
-        assert len(failures) == 2
-
-    @pytest.mark.parametrize("tell", [lambda s, n: s.complete(n, 1.0), lambda s, n: s.prune(n), lambda s, n: s.fail(n, "x")])
-    def test_telling_a_trial_that_a_peer_took_over_says_so_and_changes_nothing(self, opened, tell):
-        slow, peer = opened(trials=1), opened(trials=1)
-        number = slow.ask().number
-        abandon(slow, number, until=0.0)
-        again = peer.ask()
-        assert not slow.report(number, 0, 0.5)
-        assert tell(slow, number) is False
-        assert peer.complete(again.number, 0.25)
-        assert slow.best().value == 0.25
-        assert slow.counts().complete == len(slow.trials()) == 1
-
-    def test_giving_back_a_trial_that_a_peer_took_over_queues_no_other(self, opened):
-        slow, peer = opened(trials=1), opened(trials=1)
-        number = slow.ask().number
-        abandon(slow, number, until=0.0)
-        again = peer.ask()
-        slow.give_back(number, "interrupted")
-        assert peer.complete(again.number, 0.25)
-        assert slow.ask() is None
-        assert len(slow.study.get_trials()) == 2
 
 
 class TestWhatIsKnown:

@@ -34,11 +34,14 @@ OPTIMIZERS = {
 
 
 class Network(nn.Module):
-    """Two inputs, batch normalisation and a hidden layer, in double precision."""
+    """Two inputs, a hidden layer and batch normalisation, in double precision.
+
+    No bias before the normalisation: its gradient is rounding alone, which Adam would blow up.
+    """
 
     def __init__(self):
         super().__init__()
-        self.hidden, self.norm, self.output = nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 1)
+        self.hidden, self.norm, self.output = nn.Linear(5, 6, bias=False), nn.BatchNorm1d(6), nn.Linear(6, 1)
         self.double()
 
     def forward(self, x, z):
@@ -71,7 +74,7 @@ class Regression(Objective):
 
 @pytest.fixture(params=[LoopStack])
 def make(request):
-    """Return a function that makes a stack of `capacity`. Add an implementation to the params to hold it to the contract."""
+    """Return a function that makes a stack; one more of the params holds another implementation to the contract."""
     return lambda capacity=4: request.param(Regression(), INFO, CPU, capacity)
 
 
@@ -113,7 +116,8 @@ def alone(member, optimizer, rounds):
 def assert_same(state, expected):
     assert state.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(state[name], tensor, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            state[name], tensor, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
 
 
 class TestContract:
@@ -210,8 +214,12 @@ class TestContract:
 
 
 @pytest.mark.parametrize(("error", "expected"), [
-    (torch.OutOfMemoryError("x"), True), (MemoryError(), True), (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
-    (RuntimeError("not enough memory: you tried to allocate 4 bytes"), True), (RuntimeError("shapes"), False), (KeyError("x"), False),
+    (torch.OutOfMemoryError("x"), True),
+    (MemoryError(), True),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+    (RuntimeError("not enough memory: you tried to allocate 4 bytes"), True),
+    (RuntimeError("shapes"), False),
+    (KeyError("not enough memory"), False),
 ])
 def test_what_out_of_memory_looks_like(error, expected):
     assert is_out_of_memory(error) is expected

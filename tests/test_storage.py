@@ -69,7 +69,8 @@ def peers(tmp_path_factory):
         process.stdin.flush()
     ends = [process.communicate(timeout=60) for process in processes]
     storage.engine.dispose()
-    return {"started": started, "opened": opened, "claimed": [out.split() for out, _ in ends], "errors": [e for _, e in ends]}
+    claimed, errors = [out.split() for out, _ in ends], [error for _, error in ends]
+    return {"started": started, "opened": opened, "claimed": claimed, "errors": errors}
 
 
 def test_processes_that_open_one_fresh_database_at_once_all_work(peers):
@@ -139,7 +140,8 @@ def test_a_relative_folder_is_made(tmp_path, monkeypatch):
 
 
 def test_an_absolute_folder_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(StorageError, match=f"cannot be opened: there is no folder {tmp_path}/gone; make it, or give another"):
+    message = f"cannot be opened: there is no folder {tmp_path}/gone; make it, or give another"
+    with pytest.raises(StorageError, match=message):
         open_storage(f"sqlite:///{tmp_path}/gone/optuna.db")
     assert not (tmp_path / "gone").exists()
 
@@ -184,8 +186,8 @@ def test_another_programs_database_is_refused_and_left_alone(tmp_path):
         db.execute("create table runs (id integer)")
     db.close()
     before = path.read_bytes()
-    with pytest.raises(StorageError, match=r"is another program's database \(it has tables runs, but none of Optuna's\); "
-                                           "give a database of its own"):
+    message = r"is another program's database \(it has tables runs, but none of Optuna's\); give a database of its own"
+    with pytest.raises(StorageError, match=message):
         open_storage(f"sqlite:///{path}")
     assert path.read_bytes() == before
 
@@ -199,7 +201,8 @@ def test_a_file_that_is_no_database_is_refused(tmp_path):
 def test_the_lock_keeps_others_out_and_says_for_how_long(tmp_path, monkeypatch):
     monkeypatch.setattr(storages, "BUSY_SECONDS", 0.1)
     url = f"sqlite:///{tmp_path}/optuna.db"
-    with exclusive(url), pytest.raises(StorageError, match=r"another process held .*optuna.db.lock for 0.1 s"), exclusive(url):
+    message = r"another process held .*optuna.db.lock for 0.1 s"
+    with exclusive(url), pytest.raises(StorageError, match=message), exclusive(url):
         raise AssertionError("two hold the lock")
     with exclusive(url):
         assert (tmp_path / "optuna.db.lock").exists()
@@ -209,5 +212,6 @@ def test_databases_on_servers_have_locks_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(storages, "BUSY_SECONDS", 0.1)
     with exclusive("postgresql://h/a"), exclusive("postgresql://h/b"):
         pass
-    with exclusive("postgresql://h/a"), pytest.raises(StorageError, match="another process held"), exclusive("postgresql://h/a"):
+    url = "postgresql://h/a"
+    with exclusive(url), pytest.raises(StorageError, match="another process held"), exclusive(url):
         raise AssertionError("two hold the lock")

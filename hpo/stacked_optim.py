@@ -1,0 +1,101 @@
+"""torch.optim's elementwise optimizers over stacked weights: one step updates all K members at once.
+
+Every hyperparameter is a (K,) tensor, so members of one stack differ in any of them. Each optimizer is written as the
+plain formula of torch.optim's page and must equal torch.optim per member (`tests/test_stacked_optim.py`); which of
+them a member has is structural. Idea: HFTA (Wang et al., MLSys 2021).
+
+Shapes: K members; a weight `w` is (K, ...), a hyperparameter (K,), the step count `t` (K,).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+"""One weight's optimizer state by name, each (K, ...)."""
+Rule = Callable[[Tensor, Tensor, State, Mapping[str, Tensor], Tensor], tuple[Tensor, State]]
+
+HYPERPARAMETERS: Mapping[str, Mapping[str, float]] = {
+    "sgd": {"learning_rate": 1e-3, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": 0.0},
+    "adam": {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0},
+    "adamw": {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-2},
+    "rmsprop": {"learning_rate": 1e-2, "alpha": 0.99, "eps": 1e-8, "weight_decay": 0.0, "momentum": 0.0},
+    "adagrad": {"learning_rate": 1e-2, "eps": 1e-10, "weight_decay": 0.0},
+}
+"""The hyperparameters of each optimizer and torch.optim's defaults; a member that names any other is not stacked."""
+_STATE = {
+    "sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq"), "adamw": ("exp_avg", "exp_avg_sq"),
+    "rmsprop": ("square_avg", "momentum_buffer"), "adagrad": ("sum",),
+}
+
+
+def initial_state(optimizer: str, weights: Mapping[str, Tensor]) -> dict[str, State]:
+    """Return the state of `optimizer` before its first step, for every weight: all zeros."""
+    return {name: {key: torch.zeros_like(w) for key in _STATE[optimizer]} for name, w in weights.items()}
+
+
+def hyperparameters(optimizer: str, params: Mapping[str, Any]) -> dict[str, float]:
+    """Return one member's hyperparameters, torch.optim's defaults for those that `params` do not hold."""
+    return {name: float(params.get(name, default)) for name, default in HYPERPARAMETERS[optimizer].items()}
+
+
+def step(
+    optimizer: str,
+    weights: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    state: Mapping[str, State],
+    hyper: Mapping[str, Tensor],
+    t: Tensor,
+) -> tuple[dict[str, Tensor], dict[str, State]]:
+    """Return the weights and the state after step number `t` (K,), counted from 1. Nothing is changed in place."""
+    rule = _RULES[optimizer]
+    new_weights, new_state = {}, {}
+    for name, w in weights.items():
+        column = (-1,) + (1,) * (w.ndim - 1)
+        spread = {key: value.view(column) for key, value in hyper.items()}
+        new_weights[name], new_state[name] = rule(w, gradients[name], state[name], spread, t.view(column))
+    return new_weights, new_state
+
+
+def _sgd(w: Tensor, g: Tensor, s: State, h: Mapping[str, Tensor], t: Tensor) -> tuple[Tensor, State]:
+    g = g + h["weight_decay"] * w
+    # torch.optim's first buffer is the gradient itself, undampened
+    fresh = torch.where(t == 1, g, (1 - h["dampening"]) * g)
+    buffer = h["momentum"] * s["momentum_buffer"] + fresh
+    d = torch.where(h["nesterov"] > 0, g + h["momentum"] * buffer, torch.where(h["momentum"] == 0, g, buffer))
+    return w - h["learning_rate"] * d, {"momentum_buffer": buffer}
+
+
+def _adam(w: Tensor, g: Tensor, s: State, h: Mapping[str, Tensor], t: Tensor) -> tuple[Tensor, State]:
+    g = g + h["weight_decay"] * w
+    return _adam_update(w, g, s, h, t)
+
+
+def _adamw(w: Tensor, g: Tensor, s: State, h: Mapping[str, Tensor], t: Tensor) -> tuple[Tensor, State]:
+    return _adam_update(w * (1 - h["learning_rate"] * h["weight_decay"]), g, s, h, t)
+
+
+def _adam_update(w: Tensor, g: Tensor, s: State, h: Mapping[str, Tensor], t: Tensor) -> tuple[Tensor, State]:
+    average = torch.lerp(s["exp_avg"], g, 1 - h["beta1"])
+    square = h["beta2"] * s["exp_avg_sq"] + (1 - h["beta2"]) * g * g
+    step_size = h["learning_rate"] / (1 - h["beta1"] ** t)
+    root = square.sqrt() / (1 - h["beta2"] ** t).sqrt() + h["eps"]
+    return w - step_size * average / root, {"exp_avg": average, "exp_avg_sq": square}
+
+
+def _rmsprop(w: Tensor, g: Tensor, s: State, h: Mapping[str, Tensor], t: Tensor) -> tuple[Tensor, State]:
+    g = g + h["weight_decay"] * w
+    square = h["alpha"] * s["square_avg"] + (1 - h["alpha"]) * g * g
+    buffer = h["momentum"] * s["momentum_buffer"] + g / (square.sqrt() + h["eps"])
+    return w - h["learning_rate"] * buffer, {"square_avg": square, "momentum_buffer": buffer}
+
+
+def _adagrad(w: Tensor, g: Tensor, s: State, h: Mapping[str, Tensor], t: Tensor) -> tuple[Tensor, State]:
+    g = g + h["weight_decay"] * w
+    total = s["sum"] + g * g
+    return w - h["learning_rate"] * g / (total.sqrt() + h["eps"]), {"sum": total}
+
+
+_RULES: Mapping[str, Rule] = {"sgd": _sgd, "adam": _adam, "adamw": _adamw, "rmsprop": _rmsprop, "adagrad": _adagrad}

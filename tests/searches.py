@@ -1,0 +1,53 @@
+"""What the tests of `hpo.search` and `hpo.lease` share: opening one study several times, as workers do."""
+
+from hpo.search import open_search
+from hpo.space import build
+from hpo.spec import Plugin, StudySpec, parse_param
+
+PARAMS = {
+    "learning_rate": {"type": "float", "low": 1e-3, "high": 1e-1, "log": True},
+    "n_hidden": {"type": "int", "low": 4, "high": 8},
+    "batch_size": 16,
+}
+
+
+class Opener:
+    """Opens the study `s` in `<folder>/s.db` at each call, as another worker or a second run would."""
+
+    def __init__(self, folder):
+        self._folder, self._searches = folder, []
+
+    def __call__(self, params=PARAMS, maximize=True, make=True, **keys):
+        keys = {
+            "name": "s",
+            "objective": "o",
+            "storage": f"sqlite:///{self._folder}/s.db",
+            "trials": 5,
+            "epochs": 3,
+            "pruner": Plugin(name="none"),
+        } | keys
+        spec = StudySpec(**keys)
+        space, faults = build({name: parse_param(entry) for name, entry in params.items()}, spec.start_with)
+        assert not faults
+        search = open_search(spec, space, "accuracy", maximize=maximize, make=make)
+        if search is not None:
+            self._searches.append(search)
+        return search
+
+    def close(self):
+        for search in self._searches:
+            search.close()
+
+
+def claims(search):
+    """Claim and complete all that is left; return the claims."""
+    done = []
+    while (claim := search.ask()) is not None:
+        assert search.complete(claim.number, float(claim.number))
+        done.append(claim)
+    return done
+
+
+def stored(search, number):
+    """Return a trial as the storage has it, whether it has a place in the budget or not."""
+    return next(t for t in search.study.get_trials() if t.number == number)

@@ -1,0 +1,154 @@
+"""What a person sees: the numbers, the lines in a pipe, the bars on a terminal."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from hpo import console as view
+from hpo.budget import Counts
+from hpo.console import Board, LiveProgress, PlainProgress, duration, shown, table
+from hpo.search import Best
+
+
+def counts(complete=0, pruned=0, failed=0, running=0, waiting=0):
+    return Counts(complete=complete, pruned=pruned, failed=failed, running=running, waiting=waiting)
+
+
+def best(number=7, value=0.989):
+    return Best(number=number, value=value, params={"lr": 0.1}, epoch=2, seed=0, metrics={})
+
+
+class Clock:
+    """Stands in for the module `time`: it passes when it is told to."""
+
+    now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(view, "time", clock)
+    return clock
+
+
+@pytest.mark.parametrize(("seconds", "text"), [
+    (0, "0.0 s"), (0.44, "0.4 s"), (9.9, "9.9 s"), (12.3, "12 s"), (99, "99 s"), (100, "2 min"), (179, "3 min"),
+    (3569, "59 min"), (3600, "1 h 0 min"), (4800, "1 h 20 min"), (90_000, "25 h 0 min"),
+])
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_params_are_shown_in_few_digits():
+    assert shown({"learning_rate": 0.0123456, "n_hidden": 24, "optimizer": "adam", "bias": True}) == (
+        "learning_rate=0.01235 n_hidden=24 optimizer=adam bias=True")
+
+
+class TestBoard:
+    def test_the_time_left_follows_the_pace_of_this_run_alone(self, clock):
+        board = Board(counts(complete=10), None, 20, "accuracy")
+        clock.now += 30
+        assert board.seconds_left() is None
+        assert board.left_text() == ""
+        board.counts = counts(complete=11, pruned=1, failed=1)
+        assert board.seconds_left() == pytest.approx(10 * 7)
+        assert board.left_text() == "about 70 s left"
+
+    def test_nothing_is_left_at_the_end(self, clock):
+        board = Board(counts(), None, 2, "accuracy")
+        clock.now += 10
+        board.counts = counts(complete=2)
+        assert board.left_text() == ""
+
+    def test_the_best_so_far(self):
+        assert Board(counts(), None, 5, "accuracy").best_text() == "no trial yet"
+        assert Board(counts(), best(), 5, "accuracy").best_text() == "best accuracy 0.9890 (trial 7)"
+
+
+class TestPlain:
+    @pytest.fixture
+    def lines(self):
+        return []
+
+    @pytest.fixture
+    def plain(self, clock, lines):
+        """Return a progress whose `refresh` takes what `plain.next` says, as the storage would."""
+        board = Board(counts(), None, 4, "accuracy")
+
+        def refresh():
+            board.counts, board.best = made.next
+
+        made = PlainProgress(board, refresh, lines.append, epoch_seconds=15.0)
+        return made
+
+    def test_a_line_a_trial(self, plain, lines, clock):
+        plain.trial_started(0, {"learning_rate": 0.01})
+        clock.now += 12
+        plain.next = (counts(complete=1), best(0, 0.5))
+        plain.trial_ended(0, "COMPLETE", 0.5, None)
+        assert lines == ["[1/4] trial 0 complete: accuracy 0.5000; learning_rate=0.01; 12 s; "
+                         "best accuracy 0.5000 (trial 0); about 36 s left"]
+
+    @pytest.mark.parametrize(("state", "value", "reason", "text"), [
+        ("FAIL", None, "train_loss became nan in epoch 1", "failed: train_loss became nan in epoch 1"),
+        ("PRUNED", 0.25, None, "pruned: accuracy 0.2500"),
+        ("INTERRUPTED", None, "interrupted", "interrupted: interrupted"),
+    ])
+    def test_what_became_of_it(self, plain, lines, state, value, reason, text):
+        plain.trial_started(3, {"a": 1})
+        plain.next = (counts(), None)
+        plain.trial_ended(3, state, value, reason)
+        assert lines == [f"[0/4] trial 3 {text}; a=1; 0.0 s; no trial yet"]
+
+    def test_a_long_trial_is_heard_of_now_and_then(self, plain, lines, clock):
+        plain.trial_started(0, {})
+        for epoch in range(1, 8):
+            clock.now += 5
+            plain.epoch_ended(0, epoch, 7, {"train_loss": 0.5, "valid_accuracy": epoch / 10})
+        assert lines == ["trial 0: epoch 3/7, accuracy 0.3000, train loss 0.5000",
+                         "trial 0: epoch 6/7, accuracy 0.6000, train loss 0.5000"]
+
+    def test_an_epoch_without_the_metric_shows_its_loss(self, plain, lines, clock):
+        plain.trial_started(0, {})
+        clock.now += 15
+        plain.epoch_ended(0, 1, 7, {"train_loss": float("nan")})
+        assert lines == ["trial 0: epoch 1/7, train loss nan"]
+
+    def test_a_note_is_a_line(self, plain, lines):
+        plain.note("the study's time is over")
+        assert lines == ["the study's time is over"]
+
+
+def test_the_live_view_ends_with_the_counts_the_best_and_every_reason():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=150, no_color=True)
+    board = Board(counts(), None, 2, "accuracy")
+
+    def refresh():
+        board.counts, board.best = counts(complete=1, failed=1), best(0, 0.5)
+
+    with LiveProgress(board, refresh, console) as progress:
+        for number in (0, 1):
+            progress.trial_started(number, {"lr": 0.1})
+            progress.epoch_ended(number, 1, 3, {"train_loss": 0.25, "valid_accuracy": 0.5})
+        progress.trial_ended(0, "COMPLETE", 0.5, None)
+        progress.trial_ended(1, "FAIL", None, "became [nan]")
+        progress.note("a note with [brackets]")
+        progress.trial_started(2, {"lr": 0.1})
+    text = out.getvalue()
+    assert "trial 1 failed: became [nan]" in text
+    assert "a note with [brackets]" in text
+    last = text.rpartition("trials ")[2]
+    assert "2/2" in last
+    assert "best accuracy 0.5000 (trial 0)" in last
+    assert "trial 2" not in last, "what was running when the view ends is cleared away"
+
+
+def test_a_table_shows_cells_as_they_are():
+    out = io.StringIO()
+    Console(file=out, width=80).print(table("study", ["name", "value"], [["a[b]", "[red]1"]]))
+    assert [line.split() for line in out.getvalue().splitlines() if "a[b]" in line] == [["a[b]", "│", "[red]1"]]

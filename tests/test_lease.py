@@ -1,0 +1,161 @@
+"""Leases: a trial whose worker died is taken up by others, as it was; one whose worker lives is left alone."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from optuna.trial import TrialState
+
+from hpo import lease as leases
+from hpo.budget import LEASE_KEY
+from hpo.lease import LEASE_SECONDS, is_dead
+from hpo.search import MAX_ATTEMPTS
+from tests.searches import Opener, claims, stored
+
+
+@pytest.fixture
+def opened(tmp_path):
+    opener = Opener(tmp_path)
+    yield opener
+    opener.close()
+
+
+def abandon(search, number, until=None, pid=None):
+    """Leave a trial as a worker would that died: its lease ran out, or its process is gone."""
+    trial = stored(search, number)
+    lease = dict(trial.system_attrs[LEASE_KEY])
+    place, _, _ = lease["worker"].rpartition(":")
+    lease |= {} if until is None else {"until": until}
+    lease |= {} if pid is None else {"worker": f"{place}:{pid}"}
+    search._lease.drop(trial._trial_id)
+    search.storage.set_trial_system_attr(trial._trial_id, LEASE_KEY, lease)
+
+
+def gone_pid():
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    return process.pid
+
+
+@pytest.mark.parametrize("how", ["lease", "pid"])
+def test_a_dead_workers_trial_is_taken_up_with_its_params_and_seed(opened, how):
+    dead, alive = opened(trials=1), opened(trials=1)
+    lost = dead.ask()
+    abandon(dead, lost.number, **({"until": time.time() - 1} if how == "lease" else {"pid": gone_pid()}))
+    claim = alive.ask()
+    assert (claim.params, claim.seed, claim.attempt) == (lost.params, lost.seed, 2)
+    assert claim.number != lost.number
+    ((number, reason),) = alive.drain_lost()
+    assert number == lost.number
+    assert reason.startswith("worker ")
+    assert reason.endswith(" died")
+    assert alive.drain_lost() == []
+    assert alive.complete(claim.number, 1.0)
+    assert alive.counts() == dead.counts()
+    assert (alive.counts().complete, alive.counts().failed, alive.counts().running) == (1, 0, 0)
+
+
+def test_a_live_workers_trial_is_left_alone(opened):
+    first, second = opened(trials=1), opened(trials=1)
+    claim = first.ask()
+    assert second.ask() is None
+    assert second.counts().running == 1
+    assert first.complete(claim.number, 1.0)
+
+
+def test_a_trial_that_kills_its_workers_is_given_up(opened):
+    attempts = []
+    for _ in range(MAX_ATTEMPTS):
+        search = opened(trials=1)
+        claim = search.ask()
+        attempts.append(claim.attempt)
+        abandon(search, claim.number, until=0.0)
+    last = opened(trials=1)
+    assert attempts == list(range(1, MAX_ATTEMPTS + 1))
+    assert last.ask() is None
+    assert (last.counts().failed, last.counts().running, last.counts().waiting) == (1, 0, 0)
+
+
+def test_a_second_successor_is_harmless(opened):
+    search = opened(trials=2)
+    first = search.ask()
+    search.give_back(first.number, "interrupted")
+    search.study.enqueue_trial({}, user_attrs={"retry_of": first.number})  # as a peer's crash might leave it
+    assert len(claims(search)) == 2
+    assert search.counts().complete == len(search.trials()) == 2
+
+
+def test_a_crash_between_the_successor_and_the_end_of_its_predecessor_loses_nothing(opened):
+    dead, alive = opened(trials=1), opened(trials=1)
+    lost = dead.ask()
+    attrs = {"retry_of": lost.number, "seed": lost.seed}
+    dead.study.enqueue_trial(dict(stored(dead, lost.number).params), user_attrs=attrs)
+    abandon(dead, lost.number, until=0.0)
+    (claim,) = claims(alive)
+    assert claim.seed == lost.seed
+    assert len(alive.study.get_trials()) == 2
+    assert stored(alive, lost.number).state == TrialState.FAIL
+
+
+def test_a_claim_without_a_lease_yet_is_given_time(opened):
+    search = opened()
+    claim = search.ask()
+    trial = stored(search, claim.number)
+    trial.system_attrs.pop(LEASE_KEY)
+    assert not is_dead(trial, time.time())
+    assert is_dead(trial, time.time() + LEASE_SECONDS + 1)
+
+
+def test_a_process_of_another_machine_is_judged_by_its_lease_alone(opened):
+    search = opened()
+    trial = stored(search, search.ask().number)
+    trial.system_attrs[LEASE_KEY] = {"worker": f"elsewhere:1:{gone_pid()}", "until": time.time() + 30, "attempt": 1}
+    assert not is_dead(trial, time.time())
+    assert is_dead(trial, time.time() + 31)
+
+
+def test_a_lease_is_renewed_even_after_an_error(opened, monkeypatch):
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.2)
+    search = opened()
+    write, failures = search.storage.set_trial_system_attr, []
+
+    def fails_twice(*arguments):
+        if len(failures) < 2 and threading.current_thread().name == "hpo-lease":
+            failures.append(1)
+            raise OSError("the database is away")
+        write(*arguments)
+
+    monkeypatch.setattr(search.storage, "set_trial_system_attr", fails_twice)
+    number = search.ask().number
+    first, end = stored(search, number).system_attrs[LEASE_KEY]["until"], time.monotonic() + 10
+    while stored(search, number).system_attrs[LEASE_KEY]["until"] == first:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert len(failures) == 2
+
+
+@pytest.mark.parametrize(
+    "tell", [lambda s, n: s.complete(n, 1.0), lambda s, n: s.prune(n), lambda s, n: s.fail(n, "x")])
+def test_telling_a_trial_that_a_peer_took_over_says_so_and_changes_nothing(opened, tell):
+    slow, peer = opened(trials=1), opened(trials=1)
+    number = slow.ask().number
+    abandon(slow, number, until=0.0)
+    again = peer.ask()
+    assert not slow.report(number, 0, 0.5)
+    assert tell(slow, number) is False
+    assert peer.complete(again.number, 0.25)
+    assert slow.best().value == 0.25
+    assert slow.counts().complete == len(slow.trials()) == 1
+
+
+def test_giving_back_a_trial_that_a_peer_took_over_queues_no_other(opened):
+    slow, peer = opened(trials=1), opened(trials=1)
+    number = slow.ask().number
+    abandon(slow, number, until=0.0)
+    again = peer.ask()
+    slow.give_back(number, "interrupted")
+    assert peer.complete(again.number, 0.25)
+    assert slow.ask() is None
+    assert len(slow.study.get_trials()) == 2

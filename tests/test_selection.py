@@ -1,0 +1,169 @@
+"""The end of a study: refitted on train + validation for as long as was best, tested once, exported once."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hpo.errors import ExportError, Interrupted
+from hpo.plan import prepare
+from hpo.search import open_search
+from hpo.selection import bundle_folder, conclude, finish, outcome
+from hpo.tracking import MemoryTracker
+from hpo.training import order
+
+EPOCHS = "epochs: 5\npruner: none\n"
+
+
+@pytest.fixture
+def told(study):
+    """Return a function that tells trials (learning_rate, value, best epoch); it gives plan, data and search."""
+    searches = []
+
+    def make(trials, text=EPOCHS):
+        rates = ", ".join(f"{{learning_rate: {rate}}}" for rate, _, _ in trials)
+        plan = prepare(study(f"{text}trials: {max(1, len(trials))}\nstart_with: [{rates}]"))
+        search = open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize)
+        searches.append(search)
+        while search.counts().waiting and trials:
+            claim = search.ask()
+            _, value, epoch = next(t for t in trials if t[0] == claim.params["learning_rate"])
+            search.annotate(claim.number, best_epoch=epoch, metrics={"valid_r2": value})
+            search.complete(claim.number, value)
+        return plan, plan.load_data(), search
+
+    yield make
+    for search in searches:
+        search.close()
+
+
+class Ending:
+    """Calls `conclude` as `hpo run` does."""
+
+    def __init__(self, plan, data, search):
+        self.parts, self.tracker, self.notes = (plan, data, search), MemoryTracker(), []
+
+    def __call__(self, stopping=lambda: False):
+        return conclude(*self.parts, self.tracker, stopping, self.notes.append)
+
+
+def n_tests(search):
+    return len(search.attrs.get("hpo:test_evaluations", []))
+
+
+def refitted(data, best, epochs, seed):
+    """Train the best params on train + validation as anybody would with torch alone."""
+    torch.manual_seed(best.seed)
+    network = nn.Linear(4, 1)
+    optimizer = torch.optim.Adam(network.parameters(), lr=best.params["learning_rate"])
+    x = torch.cat([data.train.inputs["features"], data.valid.inputs["features"]])
+    y = torch.cat([data.train.targets, data.valid.targets])
+    for r in range(epochs):
+        for rows in order(len(x), seed, r).split(best.params["batch_size"]):
+            optimizer.zero_grad()
+            F.mse_loss(network(x[rows]), y[rows]).backward()
+            optimizer.step()
+    return network
+
+
+@pytest.mark.parametrize(("text", "epochs"), [(EPOCHS, 3), (EPOCHS + "value: last\n", 5)])
+def test_the_best_params_are_trained_on_train_and_validation_for_the_best_epochs(told, text, epochs):
+    plan, data, search = told([(0.02, 0.5, 0), (0.05, 0.9, 2)], text)
+    ending = Ending(plan, data, search)
+    done = ending()
+    assert done.number == search.best().number == 1
+    expected = refitted(data, search.best(), epochs, plan.spec.seed)
+    saved = torch.load(done.bundle / "model.pt", weights_only=True)
+    for name, weight in expected.state_dict().items():
+        torch.testing.assert_close(saved["model_state_dict"][f"network.{name}"], weight, atol=1e-6, rtol=0)
+    with torch.no_grad():
+        outputs = expected(data.test.inputs["features"])
+    residual = (outputs - data.test.targets).square()
+    variance = (data.test.targets - data.test.targets.mean()).square().sum()
+    assert done.test == {"loss": pytest.approx(residual.mean().item(), rel=1e-3),
+                         "r2": pytest.approx(1 - (residual.sum() / variance).item(), abs=1e-4)}
+    assert ending.notes[0] == f"training the params of trial 1 anew on train + validation, {epochs} epochs"
+    about = json.loads((done.bundle / "bundle.json").read_text())
+    assert (about["epochs"], about["trial"], about["trained_on"]) == (epochs, 1, ["train", "valid"])
+    assert about["metrics"] == {"valid_r2": 0.9, "test_loss": done.test["loss"], "test_r2": done.test["r2"]}
+
+
+def test_the_test_set_is_read_once_and_counted_however_often_a_study_is_concluded(told):
+    plan, data, search = told([(0.05, 0.9, 1)])
+    first = Ending(plan, data, search)
+    done = first()
+    assert n_tests(search) == 1
+    assert search.attrs["hpo:test_evaluations"] == [{"number": 0, "test": done.test}]
+    told_of = {"test_loss": done.test["loss"], "test_r2": done.test["r2"], "best_valid_r2": 0.9}
+    assert first.tracker.metrics == {None: [(0, told_of)]}
+    assert first.tracker.folders == [bundle_folder(plan)]
+
+    before = (done.bundle / "bundle.json").stat().st_mtime_ns
+    again = Ending(plan, data, search)
+    assert again() == done
+    assert n_tests(search) == 1
+    assert (again.notes, again.tracker.metrics, again.tracker.folders) == ([], {}, [])
+    assert (done.bundle / "bundle.json").stat().st_mtime_ns == before
+
+
+def test_a_bundle_that_was_deleted_is_exported_anew_and_that_is_counted(told):
+    plan, data, search = told([(0.05, 0.9, 1)])
+    ending = Ending(plan, data, search)
+    done = ending()
+    shutil.rmtree(done.bundle)
+    assert outcome(search, search.best()) is None
+    assert ending() == done
+    assert n_tests(search) == 2
+    assert json.loads((done.bundle / "bundle.json").read_text())["n_test_evaluations"] == 2
+
+
+def test_another_best_trial_is_another_outcome(told):
+    plan, data, search = told([(0.05, 0.9, 1)])
+    assert Ending(plan, data, search)().number == 0
+    plan, data, search = told([(0.05, 0.9, 1), (0.09, 0.95, 0)])
+    done = Ending(plan, data, search)()
+    assert done.number == 1
+    assert n_tests(search) == 2
+    assert outcome(search, search.best()) == done
+    assert json.loads((done.bundle / "bundle.json").read_text())["trial"] == 1
+
+
+def test_without_a_complete_trial_there_is_no_outcome(told):
+    plan, data, search = told([])
+    search.fail(search.ask().number, "train_loss became nan in epoch 1")
+    ending = Ending(plan, data, search)
+    assert ending() is None
+    assert (n_tests(search), ending.notes) == (0, [])
+
+
+def test_an_interrupted_refit_leaves_nothing_and_reads_no_test(told):
+    plan, data, search = told([(0.05, 0.9, 1)])
+    ending = Ending(plan, data, search)
+    with pytest.raises(Interrupted):
+        ending(stopping=lambda: True)
+    assert n_tests(search) == 0
+    assert not bundle_folder(plan).exists()
+    assert ending().number == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("nan", "train_loss became nan in epoch 1"), ("oom", "out of memory on cpu: ")])
+def test_a_refit_that_fails_says_so_and_reads_no_test(told, tmp_path, kind, reason):
+    params = f"params: {{kind: {kind}, learning_rate: {{type: float, low: 0.01, high: 0.1}}}}\n"
+    plan, data, search = told([(0.05, 0.9, 1)], EPOCHS + params)
+    with pytest.raises(ExportError, match=f"^trial 0, trained anew on train \\+ validation, failed: {reason}"):
+        finish(plan, data, search, search.best(), tmp_path / "b", lambda: False, lambda text: None)
+    assert n_tests(search) == 0
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_refit_whose_network_does_not_fit_says_so(told, tmp_path):
+    plan, data, search = told([(0.05, 0.9, 1)])
+    best = search.best()
+    plan.objective.build = lambda params, info: torch.empty(10**14)
+    message = r"^trial 0, trained anew on train \+ validation, failed: out of memory on cpu: "
+    with pytest.raises(ExportError, match=message):
+        finish(plan, data, search, best, tmp_path / "b", lambda: False, lambda text: None)

@@ -1,0 +1,230 @@
+"""VmapStack against LoopStack, the reference, over the architectures that must stack: float64, 3 epochs, equal to 1e-9."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.regression import MeanSquaredError
+
+from hpo.data import DataInfo, Split
+from hpo.objective import Objective
+from hpo.stack import LoopStack, Member, Stack
+from hpo.training import train
+from hpo.vmap_stack import NotStackable, RateDropout, VmapStack
+
+CPU = torch.device("cpu")
+INFO = DataInfo(inputs={}, input_dtypes={})
+N_ROWS, BATCH_SIZE, N_EPOCHS = 40, 12, 3  # 40 = 3 * 12 + 4: the last batch is smaller
+
+
+class Wide(nn.Module):
+    """Wide and deep: two inputs, the deep one's hidden layer beside the wide one in the last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deep, self.output = nn.Linear(8, 5), nn.Linear(8 + 5, 1)
+
+    def forward(self, wide: Tensor, deep: Tensor) -> Tensor:
+        return self.output(torch.cat([wide, torch.relu(self.deep(deep))], 1))
+
+
+class Sequence_(nn.Module):
+    """The last output of an LSTM over the features: torch.func has no rule for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.output = nn.LSTM(1, 4, batch_first=True), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.lstm(x.unsqueeze(-1))[0][:, -1])
+
+
+class Branch(nn.Module):
+    """Its forward branches on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 1), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) if x.sum() > 0 else self.b(x)
+
+
+class Scaled(nn.Module):
+    """Holds a plain number of its own: members with another one must not share a stack."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor, self.output = factor, nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * self.output(x)
+
+
+def mlp(params: Any) -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 1))
+
+
+ARCHITECTURES: dict[str, Callable[[Any], nn.Module]] = {
+    "mlp": mlp,
+    "wide_and_deep": lambda p: Wide(),
+    "conv_batchnorm": lambda p: nn.Sequential(
+        nn.Unflatten(1, (1, 8)), nn.Conv1d(1, 3, 3, bias=False), nn.BatchNorm1d(3), nn.ReLU(), nn.Flatten(), nn.Linear(18, 1)),
+    "layernorm": lambda p: nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 1)),
+    "dropout_0": lambda p: nn.Sequential(nn.Linear(8, 6), nn.Dropout(0.0), nn.ReLU(), nn.Linear(6, 1)),
+    "lstm": lambda p: Sequence_(),
+    "branch": lambda p: Branch(),
+    "scaled": lambda p: Scaled(p["factor"]),
+    "dropout": lambda p: nn.Sequential(nn.Linear(8, 64), nn.Dropout(p["rate"]), nn.Linear(64, 1)),
+}
+STACKS = ("mlp", "wide_and_deep", "conv_batchnorm", "layernorm", "dropout_0")
+
+
+class Task(Objective):
+    """Any of the architectures on one small regression, in double precision."""
+
+    def data(self):
+        raise AssertionError("a stack is given its data")
+
+    def build(self, params, info):
+        return ARCHITECTURES[params["architecture"]](params).double()
+
+    def loss(self, outputs, targets, params):
+        return F.mse_loss(outputs, targets)
+
+    def metrics(self):
+        return {"rmse": MeanSquaredError(squared=False).set_dtype(torch.float64)}
+
+
+def split(architecture: str, n_rows: int = N_ROWS, seed: int = 0) -> Split:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n_rows, 8, generator=generator, dtype=torch.float64)
+    inputs = {"wide": x, "deep": x.flip(1)} if architecture == "wide_and_deep" else {"x": x}
+    return Split(inputs=inputs, targets=x.sum(1, keepdim=True) + x[:, :1] ** 2)
+
+
+def members(architecture: str, n: int = 4, **params: Any) -> list[Member]:
+    base = {"architecture": architecture, "optimizer": "adam", "batch_size": BATCH_SIZE}
+    return [Member(number=i, seed=i, params=base | {"learning_rate": 0.003 * (i + 1)} | params) for i in range(n)]
+
+
+def stack(architecture: str, capacity: int = 4, how: str = "eager") -> VmapStack:
+    return VmapStack(Task(), INFO, CPU, capacity, split(architecture, 8), how)
+
+
+def fit(stack: Stack, everyone: Sequence[Member], architecture: str, stop_after: dict[int, int] | None = None
+        ) -> dict[int, dict[str, Tensor]]:
+    """Train `everyone`, each member up to `stop_after[number]` epochs; return the last weights by number."""
+    waiting, weights = list(everyone), {}
+
+    def ask(n: int) -> list[Member]:
+        taken, waiting[:] = waiting[:n], waiting[n:]
+        return taken
+
+    def report(member: Member, metrics: dict[str, float]) -> bool:
+        weights[member.number] = stack.state(member)
+        return member.epoch < (stop_after or {}).get(member.number, N_EPOCHS)
+
+    train(stack, split(architecture), split(architecture, 30, seed=1), batch_size=BATCH_SIZE, epochs=N_EPOCHS, seed=7,
+          ask=ask, report=report)
+    return weights
+
+
+def assert_equal(got: Sequence[Member], expected: Sequence[Member], got_weights: dict, expected_weights: dict) -> None:
+    for a, b in zip(got, expected, strict=True):
+        assert len(a.history) == len(b.history)
+        for epoch_a, epoch_b in zip(a.history, b.history, strict=True):
+            assert epoch_a == pytest.approx(epoch_b, abs=1e-9)
+        for name, weight in expected_weights[b.number].items():
+            torch.testing.assert_close(got_weights[a.number][name], weight, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("architecture", STACKS)
+@pytest.mark.parametrize("how", ["eager", "graph"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_members_have_the_curves_they_would_have_alone(architecture: str, how: str, optimizer: str) -> None:
+    params = {"momentum": 0.9, "weight_decay": 0.01} if optimizer == "sgd" else {"weight_decay": 0.01}
+    got, expected = (members(architecture, optimizer=optimizer, **params) for _ in range(2))
+    got_weights = fit(stack(architecture, how=how), got, architecture)
+    alone = {}
+    for member in expected:
+        alone |= fit(LoopStack(Task(), INFO, CPU), [member], architecture)
+    assert_equal(got, expected, got_weights, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", STACKS)
+def test_the_compiled_step_is_the_same(architecture: str) -> None:
+    got, expected = members(architecture), members(architecture)
+    got_weights = fit(stack(architecture, how="compiled"), got, architecture)
+    assert_equal(got, expected, got_weights, fit(LoopStack(Task(), INFO, CPU, 4), expected, architecture))
+
+
+def test_a_slot_that_is_left_is_taken_by_the_next_member() -> None:
+    """Two slots for five members, the second of which leaves after one epoch: rounds are shared, members are not."""
+    stops = {1: 1, 3: 2}
+    got, expected = members("mlp", 5), members("mlp", 5)
+    got_weights = fit(stack("mlp", 2), got, "mlp", stops)
+    assert_equal(got, expected, got_weights, fit(LoopStack(Task(), INFO, CPU, 2), expected, "mlp", stops))
+
+
+def test_nan_in_one_member_touches_no_other() -> None:
+    got, expected = members("mlp"), members("mlp")
+    got[1] = Member(number=1, seed=1, params=got[1].params | {"learning_rate": 1e200, "optimizer": "adam"})
+    got_weights = fit(stack("mlp"), got, "mlp")
+    weights = fit(LoopStack(Task(), INFO, CPU, 4), expected, "mlp")
+    assert not math.isfinite(got[1].history[-1]["train_loss"])
+    del got[1], expected[1]
+    assert_equal(got, expected, got_weights, weights)
+
+
+@pytest.mark.parametrize(("architecture", "reason"), [
+    ("lstm", "torch.func cannot batch it"),
+    ("branch", "torch.func cannot batch it"),
+])
+def test_what_cannot_be_stacked_says_why(architecture: str, reason: str) -> None:
+    made = stack(architecture, how="graph")
+    with pytest.raises(NotStackable, match=reason):
+        made.join(members(architecture)[0])
+    assert made.members == []
+
+
+def test_an_optimizer_without_a_stacked_form_says_so() -> None:
+    with pytest.raises(NotStackable, match="optimizer adadelta has no stacked form; sgd, adam, adamw, rmsprop, adagrad have"):
+        stack("mlp").join(members("mlp", optimizer="adadelta")[0])
+    with pytest.raises(NotStackable, match="adam with amsgrad has no stacked form"):
+        stack("mlp").join(members("mlp", amsgrad=True)[0])
+
+
+@pytest.mark.parametrize("other", [
+    {"optimizer": "sgd"}, {"batch_size": 5}, {"architecture": "dropout_0"}, {"architecture": "scaled", "factor": 3.0}])
+def test_a_member_of_another_structure_is_refused(other: dict[str, Any]) -> None:
+    made = stack("scaled")
+    first, second = members("scaled", 2, factor=2.0)
+    made.join(first)
+    stranger = Member(number=9, seed=9, params=second.params | other)
+    with pytest.raises(NotStackable, match="its structure is not that of the stack"):
+        made.join(stranger)
+    made.join(second)
+    assert made.members == [first, second]
+
+
+def test_members_with_dropout_rates_of_their_own() -> None:
+    """In distribution: over many draws the mean output of each member is that without dropout, its spread by its rate."""
+    rates = [0.0, 0.25, 0.5]
+    made = VmapStack(Task(), INFO, CPU, 3, split("dropout", 8))
+    for member, rate in zip(members("dropout", 3), rates, strict=True):
+        made.join(Member(number=member.number, seed=0, params=member.params | {"rate": rate}))
+    torch.manual_seed(0)
+    for rate in rates:
+        dropout = RateDropout(rate)
+        x = torch.ones(200_000, dtype=torch.float64)
+        out = dropout(x)
+        assert out.mean().item() == pytest.approx(1.0, abs=0.01)
+        assert (out == 0).double().mean().item() == pytest.approx(rate, abs=0.01)
+        assert dropout.eval()(x).equal(x)
+    assert set(made.state(made.members[1])) == {"0.weight", "0.bias", "2.weight", "2.bias"}

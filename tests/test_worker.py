@@ -1,0 +1,245 @@
+"""A worker's share of a study: what becomes of each trial, and what storage, tracker, screen and disk hear of it."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from optuna.trial import TrialState
+
+from hpo.errors import Interrupted
+from hpo.plan import prepare
+from hpo.search import open_search
+from hpo.tracking import MemoryTracker
+from hpo.worker import Progress, work
+
+KINDS = ("params: {{kind: {{type: categorical, choices: [good, nan, oom]}}}}\n"
+         "start_with: [{}]\ntrials: {}\npruner: none\n")
+
+RISING = '''
+"""One weight that grows by learning_rate each epoch, and is best at 2: its curve falls, then rises."""
+
+import torch
+from torch import nn
+from torchmetrics.regression import MeanSquaredError
+
+from hpo.data import Data, Split
+from hpo.objective import Objective
+
+
+class Weight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return self.weight.expand(len(x), 1) * 1.0
+
+
+class Rising(Objective):
+    defaults = {"optimizer": "sgd", "learning_rate": 1.0, "batch_size": 8}
+
+    def data(self):
+        rows = Split(inputs={"x": torch.zeros(8, 1)}, targets=torch.full((8, 1), 2.0))
+        return Data(train=rows, valid=rows, test=rows)
+
+    def build(self, params, info):
+        return Weight()
+
+    def loss(self, outputs, targets, params):
+        return -outputs.mean()
+
+    def metrics(self):
+        return {"mse": MeanSquaredError()}
+'''
+
+
+class Screen(Progress):
+    """Writes down what a person would be shown; `during` is called after each epoch."""
+
+    def __init__(self, during=lambda number, epoch: None):
+        self.started, self.epochs, self.ended, self.notes, self._during = [], [], [], [], during
+
+    def trial_started(self, number, params):
+        self.started.append((number, dict(params)))
+
+    def epoch_ended(self, number, epoch, epochs, metrics):
+        self.epochs.append((number, epoch, epochs))
+        self._during(number, epoch)
+
+    def trial_ended(self, number, state, value, reason):
+        self.ended.append((number, state, value, reason))
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+class Run:
+    """One `hpo run` of a study file, without its command line."""
+
+    def __init__(self, path):
+        self.plan = prepare(path)
+        plan = self.plan
+        self.search = open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize)
+        self.tracker, self.screen = MemoryTracker(), Screen()
+
+    def work(self, **more):
+        try:
+            work(self.plan, self.plan.load_data(), self.search, self.tracker, self.screen, **more)
+        finally:
+            self.states = [trial.state.name for trial in self.search.study.get_trials()]
+            self.attrs = [trial.user_attrs for trial in self.search.study.get_trials()]
+        return self
+
+
+@pytest.fixture
+def run(study):
+    """Return a function that writes a study file and makes a `Run` of it."""
+    made = []
+    Path("rising.py").write_text(RISING)
+
+    def make(text=""):
+        made.append(Run(study(text)))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.search.close()
+
+
+def test_every_metric_of_every_epoch_reaches_storage_and_tracker(run):
+    done = run("trials: 2\nepochs: 3\npruner: none").work()
+    assert done.states == ["COMPLETE", "COMPLETE"]
+    for trial in done.search.study.get_trials():
+        curve = done.tracker.metrics[trial.number]
+        assert [step for step, _ in curve] == [0, 1, 2]
+        assert all(set(metrics) == {"train_loss", "valid_loss", "valid_r2"} for _, metrics in curve)
+        assert trial.intermediate_values == {step: metrics["valid_r2"] for step, metrics in curve}
+        best = max(range(3), key=lambda epoch: curve[epoch][1]["valid_r2"])
+        assert trial.value == curve[best][1]["valid_r2"]
+        assert trial.user_attrs["best_epoch"] == best
+        assert trial.user_attrs["metrics"] == curve[best][1]
+        assert trial.user_attrs["mlflow_run_id"] == f"run-{trial.number}"
+        assert done.tracker.ended[trial.number] == ("COMPLETE", None)
+        assert done.tracker.params[trial.number].items() >= {"kind": "good", "batch_size": 50, **trial.params}.items()
+    assert [(number, set(params)) for number, params in done.screen.started] == [(n, {"learning_rate"}) for n in (0, 1)]
+    assert done.screen.epochs == [(n, epoch, 3) for n in (0, 1) for epoch in (1, 2, 3)]
+    assert [(n, state) for n, state, _, _ in done.screen.ended] == [(0, "COMPLETE"), (1, "COMPLETE")]
+
+
+@pytest.mark.parametrize(("kind", "reason"), [
+    ("nan", "train_loss became nan in epoch 1"),
+    ("oom", "out of memory on cpu: "),
+])
+def test_a_trial_fails_alone_and_says_why(run, kind, reason):
+    done = run(KINDS.format(f"{{kind: good}}, {{kind: {kind}}}, {{kind: good}}", 3)).work()
+    assert done.states == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert done.attrs[1]["error"].startswith(reason)
+    assert done.tracker.ended[1] == ("FAIL", done.attrs[1]["error"])
+    assert done.screen.ended[1] == (1, "FAIL", None, done.attrs[1]["error"])
+    assert [epoch for n, epoch, _ in done.screen.epochs if n == 1] == [1]
+    alone = run("name: alone\n" + KINDS.format("{kind: good}, {kind: good}, {kind: good}", 3)).work()
+    assert [done.search.best(n).value for n in (0, 2)] == [alone.search.best(n).value for n in (0, 2)]
+
+
+def test_a_pruned_trial_is_pruned_everywhere(run):
+    done = run("trials: 1\nepochs: 5\npruner: {name: threshold, lower: 2.0, n_warmup_steps: 1}").work()
+    assert done.states == ["PRUNED"]
+    assert done.tracker.ended == {0: ("PRUNED", None)}
+    assert len(done.tracker.metrics[0]) == 2
+    ((_, state, value, reason),) = done.screen.ended
+    assert (state, reason) == ("PRUNED", None)
+    assert value == max(metrics["valid_r2"] for _, metrics in done.tracker.metrics[0])
+    assert not Path("mlruns/checkpoints/study/best.pt").exists()
+
+
+def test_after_its_last_epoch_a_trial_is_complete_whatever_the_pruner_says(run):
+    done = run("trials: 1\nepochs: 3\npruner: {name: threshold, lower: 2.0, n_warmup_steps: 2}").work()
+    assert done.states == ["COMPLETE"]
+
+
+@pytest.mark.parametrize(("which", "value", "epoch", "weight"), [("best", 0.0, 1, 2.0), ("last", 4.0, 3, 4.0)])
+def test_a_trials_value_and_its_kept_weights_are_those_of_its_best_or_last_epoch(run, which, value, epoch, weight):
+    done = run(f"objective: rising.py\ntrials: 1\nepochs: 4\npruner: none\nvalue: {which}").work()
+    best = done.search.best()
+    assert [m["valid_mse"] for _, m in done.tracker.metrics[0]] == [1.0, 0.0, 1.0, 4.0]
+    assert (best.value, best.epoch, best.metrics["valid_mse"]) == (value, epoch, value)
+    kept = torch.load("mlruns/checkpoints/study/best.pt", weights_only=True)
+    assert kept["model_state_dict"]["weight"].item() == weight
+    assert (kept["trial"], kept["value"], kept["epoch"]) == (0, value, epoch)
+    assert kept["model_hyperparameters"] == best.params
+
+
+@pytest.mark.parametrize(("rates", "number"), [((1.0, 0.3), 0), ((0.3, 1.0), 1), ((1.0, 2.0), 0)])
+def test_the_kept_weights_are_the_best_trials(run, rates, number):
+    starts = ", ".join(f"{{learning_rate: {rate}}}" for rate in rates)
+    done = run("objective: rising.py\ntrials: 2\nepochs: 4\npruner: none\n"
+               f"params: {{learning_rate: {{type: float, low: 0.1, high: 2}}}}\nstart_with: [{starts}]").work()
+    kept = torch.load("mlruns/checkpoints/study/best.pt", weights_only=True)
+    assert done.search.best().number == kept["trial"] == number
+    assert kept["model_state_dict"]["weight"].item() == 2.0
+    assert [path.name for path in Path("mlruns/checkpoints/study").iterdir()] == ["best.pt"]
+
+
+def test_when_the_time_is_over_the_running_trial_is_given_back_and_no_other_begun(run, monkeypatch):
+    monkeypatch.setenv("LINEAR_SECONDS", "0.02")
+    first = run("epochs: 1000\ntimeout: 0.5\npruner: none").work()
+    assert first.screen.ended == [(0, "INTERRUPTED", None, "the study's time was over")]
+    assert first.tracker.ended == {0: ("INTERRUPTED", "the study's time was over")}
+    note = "the study's time (0.5 s) is over: no new trial is begun; raise `timeout` to go on"
+    assert first.screen.notes == [note]
+    assert first.search.counts().waiting == 3
+
+    again = run("epochs: 1000\ntimeout: 0.5\npruner: none").work()
+    assert (again.screen.started, again.screen.notes) == ([], [note])
+
+
+def test_a_stop_gives_the_running_trial_back_with_its_params_and_seed(run):
+    stopped = run("trials: 2\npruner: none")
+    with pytest.raises(Interrupted, match="the running trial was given back, run the same command again to go on"):
+        stopped.work(stopping=lambda: len(stopped.screen.epochs) == 3)
+    assert stopped.tracker.ended == {0: ("COMPLETE", None), 1: ("INTERRUPTED", "interrupted")}
+    assert stopped.attrs[1]["error"] == "interrupted"
+    again = run("trials: 2\npruner: none").work()
+    assert again.states == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert again.tracker.params[2] == stopped.tracker.params[1]
+    assert again.tracker.metrics[2][0] == stopped.tracker.metrics[1][0]
+
+
+def test_a_stop_before_the_first_trial_begins_none(run):
+    stopped = run()
+    with pytest.raises(Interrupted, match="interrupted; run the same command again to go on"):
+        stopped.work(stopping=lambda: True)
+    assert (stopped.states, stopped.screen.started) == ([], [])
+
+
+def test_a_bug_is_raised_and_its_trial_given_back(run, monkeypatch):
+    monkeypatch.setenv("LINEAR_BUG", "1")
+    broken = run()
+    with pytest.raises(KeyError, match="a bug"):
+        broken.work()
+    assert broken.tracker.ended == {0: ("INTERRUPTED", "KeyError: 'a bug'")}
+    assert broken.search.counts().waiting == 3
+
+
+def test_a_trial_that_a_peer_took_over_is_let_go_and_the_study_goes_on(run):
+    mine = run("trials: 2\npruner: none\nepochs: 4")
+
+    def steal(number, epoch):
+        if (number, epoch) == (0, 2):
+            (trial,) = [t for t in mine.search.study.get_trials() if t.number == 0]
+            mine.search.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+
+    mine.screen = Screen(steal)
+    mine.work()
+    reason = "another worker took this trial over, since this one was not heard of for too long"
+    assert mine.tracker.ended == {0: ("FAIL", reason), 1: ("COMPLETE", None)}
+    assert [epoch for n, epoch, _ in mine.screen.epochs if n == 0] == [1, 2]
+    assert torch.load("mlruns/checkpoints/study/best.pt", weights_only=True)["trial"] == 1
+
+
+def test_a_finished_study_trains_nothing(run):
+    run("trials: 1").work()
+    again = run("trials: 1").work()
+    assert (again.screen.started, again.screen.notes, again.tracker.ended) == ([], [], {})
+    assert math.isfinite(again.search.best().value)
