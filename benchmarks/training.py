@@ -49,7 +49,9 @@ class OurOrder(Sampler[int]):
         return self.n_rows
 
 
-def documented(objective: Objective, info: DataInfo, train_split: Split, valid: Split, epochs: int) -> tuple[float, list[float]]:
+def documented(
+    objective: Objective, info: DataInfo, train_split: Split, valid: Split, epochs: int
+) -> tuple[float, list[float]]:
     """Return (seconds, validation MSE by epoch) of the documented loop."""
     torch.manual_seed(SEED)
     model: nn.Module = objective.build(PARAMS, info)
@@ -79,13 +81,23 @@ def documented(objective: Objective, info: DataInfo, train_split: Split, valid: 
     return time.perf_counter() - start, curve
 
 
-def ours(objective: Objective, info: DataInfo, train_split: Split, valid: Split, epochs: int) -> tuple[float, list[float]]:
+def ours(
+    objective: Objective, info: DataInfo, train_split: Split, valid: Split, epochs: int
+) -> tuple[float, list[float]]:
     """Return (seconds, validation MSE by epoch) of `hpo.training.train`."""
     member = Member(number=0, seed=SEED, params=PARAMS)
     stack, queue = LoopStack(objective, info, torch.device("cpu")), [member]
     start = time.perf_counter()
-    train(stack, train_split, valid, batch_size=64, epochs=epochs, seed=SEED,
-          ask=lambda n: [queue.pop()] if queue and n else [], report=lambda member, metrics: True)
+    train(
+        stack,
+        train_split,
+        valid,
+        batch_size=64,
+        epochs=epochs,
+        seed=SEED,
+        ask=lambda n: [queue.pop()] if queue and n else [],
+        report=lambda member, metrics: True,
+    )
     return time.perf_counter() - start, [row["valid_loss"] for row in member.history]
 
 
@@ -111,18 +123,27 @@ def main() -> None:
         torch.set_num_threads(default_threads)
         c = documented(objective, data.info, *splits, arguments.epochs)
         rounds.append((a, b, c))
-    names = ["documented loop, 1 thread", "hpo, one trial, 1 thread", f"documented loop, {default_threads} threads (torch's default)"]
-    table = Table("loop", "ms per epoch (median)", "min .. max", "times faster than the documented loop (median of pairs)")
+    names = [
+        "documented loop, 1 thread",
+        "hpo, one trial, 1 thread",
+        f"documented loop, {default_threads} threads (torch's default)",
+    ]
+    table = Table(
+        "loop", "ms per epoch (median)", "min .. max", "times faster than the documented loop (median of pairs)"
+    )
     for index, name in enumerate(names):
         ms = [1000 * each[index][0] / arguments.epochs for each in rounds]
         ratio = statistics.median(each[0][0] / each[index][0] for each in rounds)
         table.add_row(name, f"{statistics.median(ms):.1f}", f"{min(ms):.1f} .. {max(ms):.1f}", f"{ratio:.2f}")
-    curves = [[each[index][1] for each in rounds][0] for index in (0, 1)]
+    curves = [next(each[index][1] for each in rounds) for index in (0, 1)]
     difference = max(abs(x - y) / x for x, y in zip(*curves, strict=True))
     out = Console(width=140)
-    out.print(f"{date.today()}, {platform.machine()}, {torch.get_num_threads()} cores, torch {torch.__version__}, "
-              f"Python {platform.python_version()}; {len(splits[0])} x 8, batch 64, Adam 1e-3, {arguments.epochs} epochs, "
-              f"{arguments.repeats} rounds", highlight=False)
+    out.print(
+        f"{date.today()}, {platform.machine()}, {torch.get_num_threads()} cores, torch {torch.__version__}, "
+        f"Python {platform.python_version()}; {len(splits[0])} x 8, batch 64, Adam 1e-3, {arguments.epochs} epochs, "
+        f"{arguments.repeats} rounds",
+        highlight=False,
+    )
     out.print(table)
     out.print(f"validation MSE by epoch, documented: {' '.join(f'{x:.4f}' for x in curves[0])}", highlight=False)
     out.print(f"validation MSE by epoch, hpo:        {' '.join(f'{x:.4f}' for x in curves[1])}", highlight=False)

@@ -91,6 +91,9 @@ def _check(draft: Draft, spec: StudySpec, folder: Path) -> tuple[Plan | None, li
     faults += more
     _, more = make_sampler(spec.sampler, spec.seed, space)
     faults += more
+    if spec.sampler.name == "grid" and spec.start_with:
+        message = "the grid tries every configuration anyway; remove start_with, or use another sampler"
+        faults.append(Fault(path=("start_with",), message=message))
     notes = []
     size = space.size()
     if spec.sampler.name in ("grid", "brute_force") and not faults and size is not None and size < spec.trials:
@@ -235,7 +238,7 @@ def _train_once(plan: Plan, module: nn.Module, optimizer: Any, batch: Split, par
     _guarded(plan, "loss.backward", loss.backward)
     _guarded(plan, f"a step of optimizer {params['optimizer']}", optimizer.step)
     for name, metric in plan.objective.metrics().items():
-        _guarded(plan, f"metric {name}", lambda metric=metric: metric.update(outputs.detach(), batch.targets))
+        _guarded(plan, f"metric {name}", lambda metric=metric: metric(outputs.detach(), batch.targets))
 
 
 def _guarded(plan: Plan, what: str, call: Any) -> Any:

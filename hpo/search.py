@@ -115,8 +115,9 @@ class Search:
             surplus = len(places) - self.spec.trials
             waiting = [trial for trial in places if trial.state == TrialState.WAITING]
             for trial in reversed(waiting[-surplus:] if surplus > 0 else []):
-                self.storage.set_trial_user_attr(trial._trial_id, "withdrawn", True)
-                self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+                with suppress(UpdateFinishedTrialError):  # claimed and finished by a peer just now
+                    self.storage.set_trial_user_attr(trial._trial_id, "withdrawn", True)
+                    self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
     def _enqueue(self, config: Mapping[str, Any], attrs: Mapping[str, Any]) -> None:
         """Queue a trial that has the params of `config`; the others are sampled when it is claimed."""
@@ -234,7 +235,7 @@ class Search:
     # What is known of the study.
 
     def best(self, number: int | None = None) -> Best | None:
-        """Return the best complete trial (the first of equals), or the complete trial `number`; None if there is none."""
+        """Return the best complete trial (the first of equals), or the complete trial `number`; None: there is none."""
         done = [trial for trial in self.trials() if trial.state == TrialState.COMPLETE]
         if number is not None:
             done = [trial for trial in done if trial.number == number]
@@ -287,7 +288,7 @@ class Search:
 def open_search(spec: StudySpec, space: Space, metric: str, *, maximize: bool, make: bool = True) -> Search | None:
     """Return the study in its storage, made if it is not there (None with `make=False`).
 
-    Raises StorageError where the storage cannot be opened, InputError where it has a study of that name that is another.
+    Raises StorageError where the storage cannot be opened, InputError where its study of that name is another one.
     """
     if not make and not exists(spec.storage):
         return None

@@ -26,8 +26,11 @@ HYPERPARAMETERS: Mapping[str, Mapping[str, float]] = {
 }
 """The hyperparameters of each optimizer and torch.optim's defaults; a member that names any other is not stacked."""
 _STATE = {
-    "sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq"), "adamw": ("exp_avg", "exp_avg_sq"),
-    "rmsprop": ("square_avg", "momentum_buffer"), "adagrad": ("sum",),
+    "sgd": ("momentum_buffer",),
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "rmsprop": ("square_avg", "momentum_buffer"),
+    "adagrad": ("sum",),
 }
 
 

@@ -49,7 +49,7 @@ def sklearn_cached(name: str, file: str, fetch: Callable[..., Any]) -> Any:
 
 
 def torchvision_arrays(name: str, dataset: Callable[..., Any], *, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the images (N, H, W) in uint8 and the classes (N,) of a torchvision data set in `<data home>/torchvision`."""
+    """Return the images (N, H, W), uint8, and classes (N,) of a torchvision data set in `<data home>/torchvision`."""
     folder = data_home() / "torchvision"
     made = _from(
         name, folder, folder / name / "raw", lambda download: dataset(str(folder), train=train, download=download)

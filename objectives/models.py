@@ -27,7 +27,7 @@ class MLP(nn.Module):
 
 
 class Standardize(nn.Module):
-    """(x - mean) / std by feature: (B, F) -> (B, F). Mean and deviation are those of `train` (N, F), kept as buffers."""
+    """(x - mean) / std by feature: (B, F) -> (B, F). Mean and deviation of `train` (N, F) are kept as buffers."""
 
     def __init__(self, train: Tensor) -> None:
         super().__init__()

@@ -89,8 +89,11 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
 def start_hpo(*arguments: object, **environ: str) -> "subprocess.Popen[str]":
     """Start `python -m hpo ...` in the current folder as a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "hpo", *map(str, arguments)], env=os.environ | environ, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-m", "hpo", *map(str, arguments)],
+        env=os.environ | environ,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 

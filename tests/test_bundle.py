@@ -68,16 +68,27 @@ def _seeded():
 
 def held_out(*shapes, n=130):
     names = ("features", "other")
-    return Split(inputs={name: torch.randn(n, *shape) for name, shape in zip(names, shapes, strict=False)},
-                 targets=torch.zeros(n))
+    return Split(
+        inputs={name: torch.randn(n, *shape) for name, shape in zip(names, shapes, strict=False)},
+        targets=torch.zeros(n),
+    )
 
 
 def model(network, rows, preprocess=None, head=None):
-    info = DataInfo(inputs={name: tuple(x.shape[1:]) for name, x in rows.inputs.items()},
-                    input_dtypes={name: str(x.dtype).removeprefix("torch.") for name, x in rows.inputs.items()},
-                    feature_names=("a", "b"), class_names=("no", "yes"))
-    return Model(preprocess=preprocess or nn.Identity(), network=network, head=head or nn.Identity(),
-                 params=PARAMS, info=info, about=ABOUT)
+    info = DataInfo(
+        inputs={name: tuple(x.shape[1:]) for name, x in rows.inputs.items()},
+        input_dtypes={name: str(x.dtype).removeprefix("torch.") for name, x in rows.inputs.items()},
+        feature_names=("a", "b"),
+        class_names=("no", "yes"),
+    )
+    return Model(
+        preprocess=preprocess or nn.Identity(),
+        network=network,
+        head=head or nn.Identity(),
+        params=PARAMS,
+        info=info,
+        about=ABOUT,
+    )
 
 
 def tabular(rows):
@@ -119,9 +130,16 @@ def test_torch_alone_loads_it_and_predicts_the_same(folder):
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     assert seen["difference"] <= TOLERANCE
-    assert seen["keys"] == sorted([
-        "preprocess.mean", "preprocess.std", "network.layers.hidden1.weight", "network.layers.hidden1.bias",
-        "network.layers.output.weight", "network.layers.output.bias"])
+    assert seen["keys"] == sorted(
+        [
+            "preprocess.mean",
+            "preprocess.std",
+            "network.layers.hidden1.weight",
+            "network.layers.hidden1.bias",
+            "network.layers.output.weight",
+            "network.layers.output.bias",
+        ]
+    )
     assert seen["hyperparameters"] == PARAMS | {"input_shapes": {"features": [4]}, "n_classes": 2}
     assert seen["trial"] == 3
 
@@ -216,8 +234,10 @@ def contents(folder):
 
 def test_what_differs_from_the_measured_model_is_refused_and_nothing_changes(folder, existing):
     rows = held_out((4,))
-    message = (r"^model.torchscript.pt is not the model that was measured: its predictions differ by up to 0.01 "
-               r"\(allowed: 1e-05\); nothing was exported$")
+    message = (
+        r"^model.torchscript.pt is not the model that was measured: its predictions differ by up to 0.01 "
+        r"\(allowed: 1e-05\); nothing was exported$"
+    )
     with pytest.raises(ExportError, match=message):
         export(model(Shifted(4, 2), rows), rows, folder)
     assert contents(folder) == existing

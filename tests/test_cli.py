@@ -68,14 +68,22 @@ def test_an_exit_status_for_each_end(study: Write) -> None:
     assert run_hpo("run", path, "--nonsense").returncode == 2
     failing = run_hpo("run", path, "--set", "params.kind=nan", "--set", "name=nan", "--json")
     assert failing.returncode == 1
-    assert ("hpo: study 'nan' has no complete trial to choose from: 0 pruned, 3 failed, 0 not begun; "
-            "the last one failed: train_loss became nan in epoch 1") in failing.stderr
+    assert (
+        "hpo: study 'nan' has no complete trial to choose from: 0 pruned, 3 failed, 0 not begun; "
+        "the last one failed: train_loss became nan in epoch 1"
+    ) in failing.stderr
     assert "Traceback" not in failing.stderr
 
 
 def test_check_shows_space_model_and_data_and_leaves_no_study(study: Write) -> None:
     output = invoke("check", study())
-    for text in ("0.001 .. 0.1, log", "5 parameters", "(the network) │ Linear │ 5", "(200, 4) float32", "nothing is wrong"):
+    for text in (
+        "0.001 .. 0.1, log",
+        "5 parameters",
+        "(the network) │ Linear │ 5",
+        "(200, 4) float32",
+        "nothing is wrong",
+    ):
         assert text in output
     with sqlite3.connect("mlruns/optuna.db") as db:
         assert db.execute("select count(*) from studies").fetchone() == (0,)
@@ -98,7 +106,10 @@ def test_export_any_trial_and_refuse_what_is_none(study: Write) -> None:
     invoke("run", path)
     invoke("export", path, "--trial", 1, "--out", "one")
     assert json.loads(Path("one/bundle.json").read_text())["trial"] == 1
-    assert refused("export", path, "--trial", 9) == "--trial 9: is no complete trial of study 'study'; complete are: 0, 1, 2"
+    assert (
+        refused("export", path, "--trial", 9)
+        == "--trial 9: is no complete trial of study 'study'; complete are: 0, 1, 2"
+    )
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("years of work")
     assert "is not empty and holds no bundle" in refused("export", path, "--out", "mine")
@@ -126,27 +137,52 @@ def test_tracking_off_needs_no_mlflow(study: Write) -> None:
     assert "pip install mlflow, or set tracking: off" in done.stderr
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("trials: 0", "study.yaml:4: trials: must be greater than or equal to 1, but got 0"),
-    ("trails: 3", 'trails: unknown key; did you mean "trials"?'),
-    ("params: {learning_rate: {type: float, low: 1, high: 0.1}}", "low < high must hold, but got low=1.0 and high=0.1"),
-    ("params: {learning_rate: {type: float, low: 0, high: 1, log: true}}", "low > 0 must hold with log: true, but got low=0.0"),
-    ("params: {kind: {type: categorical, choices: []}}", "params.kind.choices: must name at least one choice, but got []"),
-    ("params: {learning_rate: {type: float, low: 1, high: 2, when: {kid: good}}}",
-     "params.learning_rate.when.kid: there is no parameter 'kid'; did you mean \"kind\"?"),
-    ("params: {learning_rate: {type: float, low: 1, high: 2, when: {kind: bad}}}",
-     "params.learning_rate.when.kind: kind cannot be 'bad'; it is fixed to 'good'"),
-    ("metric: r3", "metric: the objective has no metric 'r3'; known: r2, loss"),
-    ("device: cuda:9", "device: there is no device 'cuda:9' here; available: auto"),
-    ("objective: nothing", "objective: there is no module objectives.nothing; known: breast_cancer"),
-    ("objective: gone.py", "objective: no such file: "),
-    ("sampler: {name: tpe, n_startup: 3}", 'sampler.n_startup: unknown key of Optuna\'s TPESampler; did you mean "n_startup_trials"?'),
-    ("tracking: ./mlruns", "tracking: './mlruns' must be off, a server (http://host:5000) or a database"),
-    ("storage: nonsense", "storage nonsense: is no database address; write sqlite:///path/to/file.db"),
-    ("storage: sqlite:////no/where/x.db", "cannot be opened: there is no folder /no/where; make it, or give another"),
-    ("storage: 'sqlite://'", "names no file, so nothing would be kept"),
-    ("start_with: [{learning_rate: 5}]", "start_with[0].learning_rate: 5 is outside of the space: 0.001 .. 0.1, log"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trials: 0", "study.yaml:4: trials: must be greater than or equal to 1, but got 0"),
+        ("trails: 3", 'trails: unknown key; did you mean "trials"?'),
+        (
+            "params: {learning_rate: {type: float, low: 1, high: 0.1}}",
+            "low < high must hold, but got low=1.0 and high=0.1",
+        ),
+        (
+            "params: {learning_rate: {type: float, low: 0, high: 1, log: true}}",
+            "low > 0 must hold with log: true, but got low=0.0",
+        ),
+        (
+            "params: {kind: {type: categorical, choices: []}}",
+            "params.kind.choices: must name at least one choice, but got []",
+        ),
+        (
+            "params: {learning_rate: {type: float, low: 1, high: 2, when: {kid: good}}}",
+            "params.learning_rate.when.kid: there is no parameter 'kid'; did you mean \"kind\"?",
+        ),
+        (
+            "params: {learning_rate: {type: float, low: 1, high: 2, when: {kind: bad}}}",
+            "params.learning_rate.when.kind: kind cannot be 'bad'; it is fixed to 'good'",
+        ),
+        ("metric: r3", "metric: the objective has no metric 'r3'; known: r2, loss"),
+        ("device: cuda:9", "device: there is no device 'cuda:9' here; available: auto"),
+        ("objective: nothing", "objective: there is no module objectives.nothing; known: breast_cancer"),
+        ("objective: gone.py", "objective: no such file: "),
+        (
+            "sampler: {name: tpe, n_startup: 3}",
+            'sampler.n_startup: unknown key of Optuna\'s TPESampler; did you mean "n_startup_trials"?',
+        ),
+        ("tracking: ./mlruns", "tracking: './mlruns' must be off, a server (http://host:5000) or a database"),
+        ("storage: nonsense", "storage nonsense: is no database address; write sqlite:///path/to/file.db"),
+        (
+            "storage: sqlite:////no/where/x.db",
+            "cannot be opened: there is no folder /no/where; make it, or give another",
+        ),
+        ("storage: 'sqlite://'", "names no file, so nothing would be kept"),
+        (
+            "start_with: [{learning_rate: 5}]",
+            "start_with[0].learning_rate: 5 is outside of the space: 0.001 .. 0.1, log",
+        ),
+    ],
+)
 @pytest.mark.parametrize("command", ["run", "check"])
 def test_bad_input_has_one_clear_message(study: Write, command: str, text: str, message: str) -> None:
     assert message in refused(command, study(text))
@@ -200,7 +236,8 @@ def test_data_with_nan_and_data_that_changed(study: Write, monkeypatch: pytest.M
     monkeypatch.setenv("LINEAR_DATA", "nan")
     for command in ("run", "check"):
         assert "in its train split, features holds NaN or infinity in 1 of 200 rows (the first: row 7)" in refused(
-            command, study())
+            command, study()
+        )
     monkeypatch.delenv("LINEAR_DATA")
     invoke("run", study())
     monkeypatch.setenv("LINEAR_DATA", "other")
@@ -227,7 +264,10 @@ def test_unknown_objective_data_says_what_is_missing(tmp_path: Path, monkeypatch
     monkeypatch.setattr("urllib.request.urlopen", _offline)
     Path("c.yaml").write_text("objective: california_housing\n")
     message = refused("check", "c.yaml")
-    assert f"california_housing: not in {tmp_path}/data/sklearn/cal_housing_py3.pkz, and it could not be downloaded" in message
+    assert (
+        f"california_housing: not in {tmp_path}/data/sklearn/cal_housing_py3.pkz, and it could not be downloaded"
+        in message
+    )
     assert "point HPO_DATA_HOME at the folder that holds sklearn/" in message
 
 

@@ -35,17 +35,30 @@ def clock(monkeypatch):
     return clock
 
 
-@pytest.mark.parametrize(("seconds", "text"), [
-    (0, "0.0 s"), (0.44, "0.4 s"), (9.9, "9.9 s"), (12.3, "12 s"), (99, "99 s"), (100, "2 min"), (179, "3 min"),
-    (3569, "59 min"), (3600, "1 h 0 min"), (4800, "1 h 20 min"), (90_000, "25 h 0 min"),
-])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0.0 s"),
+        (0.44, "0.4 s"),
+        (9.9, "9.9 s"),
+        (12.3, "12 s"),
+        (99, "99 s"),
+        (100, "2 min"),
+        (179, "3 min"),
+        (3569, "59 min"),
+        (3600, "1 h 0 min"),
+        (4800, "1 h 20 min"),
+        (90_000, "25 h 0 min"),
+    ],
+)
 def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
 def test_params_are_shown_in_few_digits():
     assert shown({"learning_rate": 0.0123456, "n_hidden": 24, "optimizer": "adam", "bias": True}) == (
-        "learning_rate=0.01235 n_hidden=24 optimizer=adam bias=True")
+        "learning_rate=0.01235 n_hidden=24 optimizer=adam bias=True"
+    )
 
 
 class TestBoard:
@@ -90,14 +103,19 @@ class TestPlain:
         clock.now += 12
         plain.next = (counts(complete=1), best(0, 0.5))
         plain.trial_ended(0, "COMPLETE", 0.5, None)
-        assert lines == ["[1/4] trial 0 complete: accuracy 0.5000; learning_rate=0.01; 12 s; "
-                         "best accuracy 0.5000 (trial 0); about 36 s left"]
+        assert lines == [
+            "[1/4] trial 0 complete: accuracy 0.5000; learning_rate=0.01; 12 s; "
+            "best accuracy 0.5000 (trial 0); about 36 s left"
+        ]
 
-    @pytest.mark.parametrize(("state", "value", "reason", "text"), [
-        ("FAIL", None, "train_loss became nan in epoch 1", "failed: train_loss became nan in epoch 1"),
-        ("PRUNED", 0.25, None, "pruned: accuracy 0.2500"),
-        ("INTERRUPTED", None, "interrupted", "interrupted: interrupted"),
-    ])
+    @pytest.mark.parametrize(
+        ("state", "value", "reason", "text"),
+        [
+            ("FAIL", None, "train_loss became nan in epoch 1", "failed: train_loss became nan in epoch 1"),
+            ("PRUNED", 0.25, None, "pruned: accuracy 0.2500"),
+            ("INTERRUPTED", None, "interrupted", "interrupted: interrupted"),
+        ],
+    )
     def test_what_became_of_it(self, plain, lines, state, value, reason, text):
         plain.trial_started(3, {"a": 1})
         plain.next = (counts(), None)
@@ -109,8 +127,10 @@ class TestPlain:
         for epoch in range(1, 8):
             clock.now += 5
             plain.epoch_ended(0, epoch, 7, {"train_loss": 0.5, "valid_accuracy": epoch / 10})
-        assert lines == ["trial 0: epoch 3/7, accuracy 0.3000, train loss 0.5000",
-                         "trial 0: epoch 6/7, accuracy 0.6000, train loss 0.5000"]
+        assert lines == [
+            "trial 0: epoch 3/7, accuracy 0.3000, train loss 0.5000",
+            "trial 0: epoch 6/7, accuracy 0.6000, train loss 0.5000",
+        ]
 
     def test_an_epoch_without_the_metric_shows_its_loss(self, plain, lines, clock):
         plain.trial_started(0, {})

@@ -19,8 +19,13 @@ def split(n, start=0.0):
 
 @pytest.fixture
 def data():
-    return Data(train=split(4), valid=split(3, 100.0), test=split(2, 200.0),
-                feature_names=("a", "b"), class_names=("no", "yes", "maybe"))
+    return Data(
+        train=split(4),
+        valid=split(3, 100.0),
+        test=split(2, 200.0),
+        feature_names=("a", "b"),
+        class_names=("no", "yes", "maybe"),
+    )
 
 
 def with_value(data, name, column, value):
@@ -38,14 +43,21 @@ def test_good_data_passes_its_check(data):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize(("name", "column", "n_rows"), [
-    ("train", "x", 4), ("valid", "code", 3), ("test", "targets", 2),
-])
+@pytest.mark.parametrize(
+    ("name", "column", "n_rows"),
+    [
+        ("train", "x", 4),
+        ("valid", "code", 3),
+        ("test", "targets", 2),
+    ],
+)
 def test_nan_and_infinity_are_refused(data, name, column, n_rows, value):
     with pytest.raises(DataError) as caught:
         with_value(data, name, column, value).checked("mine")
-    assert str(caught.value) == (f"objective mine: in its {name} split, {column} holds NaN or infinity in 1 of "
-                                 f"{n_rows} rows (the first: row 1); drop or impute them")
+    assert str(caught.value) == (
+        f"objective mine: in its {name} split, {column} holds NaN or infinity in 1 of "
+        f"{n_rows} rows (the first: row 1); drop or impute them"
+    )
 
 
 def test_a_row_with_several_nan_is_counted_once(data):
@@ -70,8 +82,12 @@ def test_columns_of_unequal_lengths_are_refused(data):
 
 
 def test_info_says_what_a_network_must_know(data):
-    assert data.info == DataInfo(inputs={"x": (2,), "code": (3, 1)}, input_dtypes={"x": "float32", "code": "int64"},
-                                 feature_names=("a", "b"), class_names=("no", "yes", "maybe"))
+    assert data.info == DataInfo(
+        inputs={"x": (2,), "code": (3, 1)},
+        input_dtypes={"x": "float32", "code": "int64"},
+        feature_names=("a", "b"),
+        class_names=("no", "yes", "maybe"),
+    )
     assert (data.info.n_features, data.info.n_classes) == (2, 3)
 
 
@@ -97,11 +113,15 @@ def test_a_fingerprint_changes_with_any_tensor(data, name, column):
     assert with_value(data, name, column, 77).fingerprint() != data.fingerprint()
 
 
-@pytest.mark.parametrize("change", [
-    lambda x: x.view(torch.int32),
-    lambda x: x.reshape(2, 4),
-    lambda x: x.flip(0),
-], ids=["dtype", "shape", "order"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.view(torch.int32),
+        lambda x: x.reshape(2, 4),
+        lambda x: x.flip(0),
+    ],
+    ids=["dtype", "shape", "order"],
+)
 def test_a_fingerprint_sees_more_than_the_values(data, change):
     inputs = {**data.train.inputs, "x": change(data.train.inputs["x"])}
     changed = replace(data, train=replace(data.train, inputs=inputs))

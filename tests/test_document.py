@@ -25,12 +25,31 @@ def shown(document):
     return document.render(document.faults)
 
 
-@pytest.mark.parametrize(("text", "value"), [
-    ("1e-5", 1e-5), ("1E5", 1e5), ("-2.5e+3", -2500.0), (".5", 0.5), ("1.", 1.0), ("1_000", 1000), ("-3", -3),
-    (".inf", math.inf), ("-.inf", -math.inf), ("true", True), ("FALSE", False), ("null", None),
-    ("off", "off"), ("yes", "yes"), ("no", "no"), ("on", "on"), ("e5", "e5"), ("1e", "1e"), ('"1e-5"', "1e-5"),
-    ("2024-01-01", "2024-01-01"),
-])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-5", 1e-5),
+        ("1E5", 1e5),
+        ("-2.5e+3", -2500.0),
+        (".5", 0.5),
+        ("1.", 1.0),
+        ("1_000", 1000),
+        ("-3", -3),
+        (".inf", math.inf),
+        ("-.inf", -math.inf),
+        ("true", True),
+        ("FALSE", False),
+        ("null", None),
+        ("off", "off"),
+        ("yes", "yes"),
+        ("no", "no"),
+        ("on", "on"),
+        ("e5", "e5"),
+        ("1e", "1e"),
+        ('"1e-5"', "1e-5"),
+        ("2024-01-01", "2024-01-01"),
+    ],
+)
 def test_a_scalar_is_read_as_yaml_1_2_does(document, text, value):
     read_value = document(f"x: {text}").values["x"]
     assert (type(read_value), read_value) == (type(value), value)
@@ -40,18 +59,21 @@ def test_nan_is_a_number(document):
     assert math.isnan(document("x: .nan").values["x"])
 
 
-@pytest.mark.parametrize(("text", "environ", "value"), [
-    ("${N}", {"N": "7"}, 7),
-    ("${N}", {"N": "1e-3"}, 1e-3),
-    ("${N}", {"N": "true"}, True),
-    ("${N}", {"N": "seven"}, "seven"),
-    ("${N}", {"N": "[1, 2]"}, "[1, 2]"),
-    ("${N:-9}", {}, 9),
-    ("${N:-9}", {"N": "7"}, 7),
-    ("${N:-}", {}, ""),
-    ("a-${N}-${M:-z}", {"N": "7"}, "a-7-z"),
-    ("$N", {"N": "7"}, "$N"),
-])
+@pytest.mark.parametrize(
+    ("text", "environ", "value"),
+    [
+        ("${N}", {"N": "7"}, 7),
+        ("${N}", {"N": "1e-3"}, 1e-3),
+        ("${N}", {"N": "true"}, True),
+        ("${N}", {"N": "seven"}, "seven"),
+        ("${N}", {"N": "[1, 2]"}, "[1, 2]"),
+        ("${N:-9}", {}, 9),
+        ("${N:-9}", {"N": "7"}, 7),
+        ("${N:-}", {}, ""),
+        ("a-${N}-${M:-z}", {"N": "7"}, "a-7-z"),
+        ("$N", {"N": "7"}, "$N"),
+    ],
+)
 def test_a_variable_comes_from_the_environment(document, text, environ, value):
     read_document = document(f"x: [{{y: '{text}'}}]", **environ)
     read_value = read_document.values["x"][0]["y"]
@@ -72,16 +94,19 @@ def test_every_key_that_is_written_twice_is_a_fault(document):
     ]
 
 
-@pytest.mark.parametrize(("overrides", "values"), [
-    ({"a": "2"}, {"a": 2, "b": {"c": 1}}),
-    ({"b.c": "1e-5"}, {"a": 1, "b": {"c": 1e-5}}),
-    ({"b.d": "off"}, {"a": 1, "b": {"c": 1, "d": "off"}}),
-    ({"new.deep.key": "[1, x]"}, {"a": 1, "b": {"c": 1}, "new": {"deep": {"key": [1, "x"]}}}),
-    ({"b": "{c: 3}"}, {"a": 1, "b": {"c": 3}}),
-    ({"a": ""}, {"a": None, "b": {"c": 1}}),
-    ({"a": "${V}"}, {"a": 5, "b": {"c": 1}}),
-    ({"a": "2", "b.c": "3"}, {"a": 2, "b": {"c": 3}}),
-])
+@pytest.mark.parametrize(
+    ("overrides", "values"),
+    [
+        ({"a": "2"}, {"a": 2, "b": {"c": 1}}),
+        ({"b.c": "1e-5"}, {"a": 1, "b": {"c": 1e-5}}),
+        ({"b.d": "off"}, {"a": 1, "b": {"c": 1, "d": "off"}}),
+        ({"new.deep.key": "[1, x]"}, {"a": 1, "b": {"c": 1}, "new": {"deep": {"key": [1, "x"]}}}),
+        ({"b": "{c: 3}"}, {"a": 1, "b": {"c": 3}}),
+        ({"a": ""}, {"a": None, "b": {"c": 1}}),
+        ({"a": "${V}"}, {"a": 5, "b": {"c": 1}}),
+        ({"a": "2", "b.c": "3"}, {"a": 2, "b": {"c": 3}}),
+    ],
+)
 def test_set_replaces_or_adds_a_value(document, overrides, values):
     read_document = document("a: 1\nb: {c: 1}\n", overrides, V="5")
     assert read_document.values == values
@@ -97,25 +122,31 @@ def test_set_changes_one_use_of_an_alias_only(document):
     assert values == {"a": {"low": 5}, "b": {"low": 1}}
 
 
-@pytest.mark.parametrize(("key", "text", "message"), [
-    ("a.b", "1", "--set a.b=1: a is no mapping, so nothing can be set in it"),
-    ("c.0", "1", "--set c.0=1: c is no mapping, so nothing can be set in it"),
-    ("a", "[1", "--set a=[1: the value is not YAML: while parsing a flow sequence"),
-    ("a.b", "mysql://me:pw@host", "--set a.b=mysql://me:***@host: a is no mapping, so nothing can be set in it"),
-])
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("a.b", "1", "--set a.b=1: a is no mapping, so nothing can be set in it"),
+        ("c.0", "1", "--set c.0=1: c is no mapping, so nothing can be set in it"),
+        ("a", "[1", "--set a=[1: the value is not YAML: while parsing a flow sequence"),
+        ("a.b", "mysql://me:pw@host", "--set a.b=mysql://me:***@host: a is no mapping, so nothing can be set in it"),
+    ],
+)
 def test_set_refuses_what_cannot_be_set(document, key, text, message):
     with pytest.raises(InputError) as caught:
         document("a: 1\nc: [1]\n", {key: text})
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("", "study.yaml: a study file is a mapping (`objective: breast_cancer`), but it holds nothing"),
-    ("- a\n", "study.yaml: a study file is a mapping (`objective: breast_cancer`), but it holds list"),
-    ("a: 1\nb: [1\n", "study.yaml:3: not YAML: expected ',' or ']', but got '<stream end>'"),
-    ("a: !shell ls\n", "study.yaml:1: not YAML: could not determine a constructor for the tag '!shell'"),
-    ("a: &x {b: *x}\n", "study.yaml: not YAML: a.b holds itself"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "study.yaml: a study file is a mapping (`objective: breast_cancer`), but it holds nothing"),
+        ("- a\n", "study.yaml: a study file is a mapping (`objective: breast_cancer`), but it holds list"),
+        ("a: 1\nb: [1\n", "study.yaml:3: not YAML: expected ',' or ']', but got '<stream end>'"),
+        ("a: !shell ls\n", "study.yaml:1: not YAML: could not determine a constructor for the tag '!shell'"),
+        ("a: &x {b: *x}\n", "study.yaml: not YAML: a.b holds itself"),
+    ],
+)
 def test_a_text_that_is_no_study_is_refused(document, text, message):
     with pytest.raises(InputError) as caught:
         document(text)
@@ -132,11 +163,19 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
         read(tmp_path / "latin.yaml")
 
 
-@pytest.mark.parametrize(("path", "where"), [
-    (("a",), "study.yaml:2"), (("b", "c"), "study.yaml:4"), (("b", "c", 1), "study.yaml:6"),
-    (("b", "missing"), "study.yaml:3"), ((), "study.yaml:2"), (("b", "d"), "--set b.d"), (("b", "d", "e"), "--set b.d"),
-    (("f", "g"), "--set f"),
-])
+@pytest.mark.parametrize(
+    ("path", "where"),
+    [
+        (("a",), "study.yaml:2"),
+        (("b", "c"), "study.yaml:4"),
+        (("b", "c", 1), "study.yaml:6"),
+        (("b", "missing"), "study.yaml:3"),
+        ((), "study.yaml:2"),
+        (("b", "d"), "--set b.d"),
+        (("b", "d", "e"), "--set b.d"),
+        (("f", "g"), "--set f"),
+    ],
+)
 def test_a_value_is_known_by_its_line_or_its_override(document, path, where):
     text = "# a comment\na: 1\nb:\n  c:\n    - 1\n    - 2\n  d: 1\nf:\n  g: 1\n"
     assert document(text, {"b.d": "{e: 1}", "f": "{g: 2}"}).where(path) == where
@@ -145,7 +184,10 @@ def test_a_value_is_known_by_its_line_or_its_override(document, path, where):
 def test_faults_come_in_the_order_of_the_file_and_each_once(document):
     faults = [Fault(path=path, message="is odd") for path in [("c",), ("a", "x"), ("b",), (), ("c",)]]
     assert document("a: {x: 1}\nb: 1\nc: 1\n").render(faults) == [
-        "study.yaml:1: is odd", "study.yaml:1: a.x: is odd", "study.yaml:2: b: is odd", "study.yaml:3: c: is odd",
+        "study.yaml:1: is odd",
+        "study.yaml:1: a.x: is odd",
+        "study.yaml:2: b: is odd",
+        "study.yaml:3: c: is odd",
     ]
 
 

@@ -19,15 +19,18 @@ from hpo.errors import (
 ERRORS = [(HpoError, 1), (InputError, 2), (DataError, 2), (StorageError, 2), (ExportError, 1), (Interrupted, 130)]
 
 
-@pytest.mark.parametrize(("text", "shown"), [
-    ("postgresql://me:pw@host/db", "postgresql://me:***@host/db"),
-    ("postgresql+psycopg2://me:p@ss/w:rd@host:5432/db", "postgresql+psycopg2://me:***@host:5432/db"),
-    ("redis://:pw@host", "redis://:***@host"),
-    ("cannot open 'https://me:pw@host/api'!", "cannot open 'https://me:***@host/api'!"),
-    ("http://a:1@b and http://c:2@d", "http://a:***@b and http://c:***@d"),
-    ("postgresql://host/db?password=pw&x=1", "postgresql://host/db?password=***&x=1"),
-    ("http://host/?x=1&Token=pw", "http://host/?x=1&Token=***"),
-])
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql://me:pw@host/db", "postgresql://me:***@host/db"),
+        ("postgresql+psycopg2://me:p@ss/w:rd@host:5432/db", "postgresql+psycopg2://me:***@host:5432/db"),
+        ("redis://:pw@host", "redis://:***@host"),
+        ("cannot open 'https://me:pw@host/api'!", "cannot open 'https://me:***@host/api'!"),
+        ("http://a:1@b and http://c:2@d", "http://a:***@b and http://c:***@d"),
+        ("postgresql://host/db?password=pw&x=1", "postgresql://host/db?password=***&x=1"),
+        ("http://host/?x=1&Token=pw", "http://host/?x=1&Token=***"),
+    ],
+)
 def test_a_password_is_masked(text, shown):
     assert masked(text) == shown
 
@@ -58,11 +61,14 @@ def test_a_spec_error_is_all_of_its_lines_masked():
     assert error.exit_status == 2
 
 
-@pytest.mark.parametrize(("name", "known", "hint"), [
-    ("trails", ["epochs", "trials"], '; did you mean "trials"?'),
-    ("zzz", ["epochs", "trials"], "; known: epochs, trials"),
-    ("zzz", [], "; known: none"),
-    (7, iter(["epochs"]), "; known: epochs"),
-])
+@pytest.mark.parametrize(
+    ("name", "known", "hint"),
+    [
+        ("trails", ["epochs", "trials"], '; did you mean "trials"?'),
+        ("zzz", ["epochs", "trials"], "; known: epochs, trials"),
+        ("zzz", [], "; known: none"),
+        (7, iter(["epochs"]), "; known: epochs"),
+    ],
+)
 def test_the_hint_is_the_nearest_name_or_all_of_them(name, known, hint):
     assert did_you_mean(name, known) == hint

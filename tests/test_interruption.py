@@ -35,8 +35,11 @@ def states() -> list[tuple[int, str]]:
 
 def attribute(number: int, key: str) -> object:
     with sqlite3.connect("mlruns/optuna.db") as db:
-        row = db.execute("select value_json from trial_user_attributes a join trials t using (trial_id) "
-                         "where number = ? and key = ?", (number, key)).fetchone()
+        row = db.execute(
+            "select value_json from trial_user_attributes a join trials t using (trial_id) "
+            "where number = ? and key = ?",
+            (number, key),
+        ).fetchone()
     return None if row is None else json.loads(row[0])
 
 

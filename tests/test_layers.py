@@ -13,9 +13,33 @@ from hpo.spec import KEYS
 from tests.conftest import ROOT
 
 LAYERS = {
-    "errors": 0, "seeds": 0, "document": 1, "catalog": 1, "spec": 2, "data": 2, "tracking": 2, "objective": 3,
-    "space": 3, "optim": 3, "budget": 3, "samplers": 4, "storage": 4, "lease": 4, "stack": 4, "bundle": 4, "search": 5,
-    "training": 5, "plan": 5, "worker": 6, "selection": 6, "console": 7, "commands": 8, "__main__": 9, "__init__": 0,
+    "errors": 0,
+    "seeds": 0,
+    "stacked_optim": 0,
+    "document": 1,
+    "catalog": 1,
+    "spec": 2,
+    "data": 2,
+    "tracking": 2,
+    "objective": 3,
+    "space": 3,
+    "optim": 3,
+    "budget": 3,
+    "samplers": 4,
+    "storage": 4,
+    "lease": 4,
+    "stack": 4,
+    "bundle": 4,
+    "search": 5,
+    "vmap_stack": 5,
+    "training": 5,
+    "plan": 5,
+    "worker": 6,
+    "selection": 6,
+    "console": 7,
+    "commands": 8,
+    "__main__": 9,
+    "__init__": 0,
 }
 HOMES = {
     "optuna": {"space", "samplers", "storage", "budget", "lease", "search"},
@@ -74,10 +98,12 @@ def test_mlflow_is_imported_only_when_first_used() -> None:
 
 @pytest.mark.parametrize("command", [[], ["run"], ["check"], ["status"], ["export"], ["objectives"]])
 def test_help_imports_nothing_heavy_and_has_an_example(command: list[str]) -> None:
-    code = ("import sys; from hpo.__main__ import main; sys.argv[0] = 'hpo'\n"
-            "try: main()\nexcept SystemExit as e: status = e.code\n"
-            "heavy = {'torch', 'mlflow', 'optuna', 'pandas', 'sklearn'} & set(sys.modules)\n"
-            "sys.exit(f'imported {heavy}' if heavy else status)")
+    code = (
+        "import sys; from hpo.__main__ import main; sys.argv[0] = 'hpo'\n"
+        "try: main()\nexcept SystemExit as e: status = e.code\n"
+        "heavy = {'torch', 'mlflow', 'optuna', 'pandas', 'sklearn'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else status)"
+    )
     done = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Example: hpo" in done.stdout
@@ -94,12 +120,28 @@ def test_help_answers_within_half_a_second() -> None:
 
 def test_the_surface_is_frozen() -> None:
     assert KEYS == (
-        "name", "objective", "options", "metric", "value", "epochs", "trials", "timeout", "seed", "sampler", "pruner",
-        "params", "start_with", "storage", "tracking", "device",
+        "name",
+        "objective",
+        "options",
+        "metric",
+        "value",
+        "epochs",
+        "trials",
+        "timeout",
+        "seed",
+        "sampler",
+        "pruner",
+        "params",
+        "start_with",
+        "storage",
+        "tracking",
+        "device",
     )
     options = {}
     for command in ("run", "check", "status", "export", "objectives"):
-        done = subprocess.run([sys.executable, "-m", "hpo", command, "--help"], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "hpo", command, "--help"], capture_output=True, text=True, check=True
+        )
         options[command] = set(re.findall(r"^  (--[a-z]+)", done.stdout, re.M)) - {"--help"}
     assert options == {
         "run": {"--trials", "--storage", "--tracking", "--device", "--set", "--json"},

@@ -137,7 +137,8 @@ def test_a_lease_is_renewed_even_after_an_error(opened, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "tell", [lambda s, n: s.complete(n, 1.0), lambda s, n: s.prune(n), lambda s, n: s.fail(n, "x")])
+    "tell", [lambda s, n: s.complete(n, 1.0), lambda s, n: s.prune(n), lambda s, n: s.fail(n, "x")]
+)
 def test_telling_a_trial_that_a_peer_took_over_says_so_and_changes_nothing(opened, tell):
     slow, peer = opened(trials=1), opened(trials=1)
     number = slow.ask().number

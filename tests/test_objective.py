@@ -104,14 +104,22 @@ def test_options_reach_the_objective(folder):
     assert (made.options.kind, made.options.n_rows) == ("big", 10)
 
 
-@pytest.mark.parametrize(("options", "faults"), [
-    ({"n_row": 5}, [("options.n_row", 'unknown option; did you mean "n_rows"?')]),
-    ({"kind": "huge"}, [("options.kind", "must be 'big' or 'small', but got 'huge'")]),
-    ({"n_rows": 1.5, "zzz": 0}, [("options.zzz", "unknown option; known: kind, n_rows"),
-                                 ("options.n_rows", "must be an integer, but got 1.5")]),
-    ({"n_rows": "ten"}, [("options.n_rows", "must be an integer, but got 'ten'")]),
-    ({"n_rows": 7}, [("options", "n_rows must be divisible by 5, but got {'n_rows': 7}")]),
-])
+@pytest.mark.parametrize(
+    ("options", "faults"),
+    [
+        ({"n_row": 5}, [("options.n_row", 'unknown option; did you mean "n_rows"?')]),
+        ({"kind": "huge"}, [("options.kind", "must be 'big' or 'small', but got 'huge'")]),
+        (
+            {"n_rows": 1.5, "zzz": 0},
+            [
+                ("options.zzz", "unknown option; known: kind, n_rows"),
+                ("options.n_rows", "must be an integer, but got 1.5"),
+            ],
+        ),
+        ({"n_rows": "ten"}, [("options.n_rows", "must be an integer, but got 'ten'")]),
+        ({"n_rows": 7}, [("options", "n_rows must be divisible by 5, but got {'n_rows': 7}")]),
+    ],
+)
 def test_options_are_checked_by_their_annotations(folder, options, faults):
     write(folder / "a.py", GOOD)
     assert refused("a.py", folder, options) == faults
@@ -123,24 +131,30 @@ def test_an_objective_without_options_takes_none(folder):
     assert load("a.py", {}, folder)[0].options == NoOptions()
 
 
-@pytest.mark.parametrize(("where", "text"), [
-    ("breast_cancr", 'there is no module objectives.breast_cancr; did you mean "breast_cancer"?'),
-    ("zzz", "there is no module objectives.zzz; known: breast_cancer, california_housing, fashion_mnist"),
-    ("no.such", "there is no module no.such"),
-    ("a.py", "no such file: {folder}/sub/a.py nor a.py"),
-    ("{folder}/a.py", "no such file: {folder}/a.py"),
-])
+@pytest.mark.parametrize(
+    ("where", "text"),
+    [
+        ("breast_cancr", 'there is no module objectives.breast_cancr; did you mean "breast_cancer"?'),
+        ("zzz", "there is no module objectives.zzz; known: breast_cancer, california_housing, fashion_mnist"),
+        ("no.such", "there is no module no.such"),
+        ("a.py", "no such file: {folder}/sub/a.py nor a.py"),
+        ("{folder}/a.py", "no such file: {folder}/a.py"),
+    ],
+)
 def test_what_is_not_there_is_named(folder, where, text):
     assert message(where.format(folder=folder), folder / "sub") == text.format(folder=folder)
 
 
-@pytest.mark.parametrize(("code", "shown"), [
-    ("import torch\n\nimport no_such_module\n", "ModuleNotFoundError: No module named 'no_such_module' ({file}:3)"),
-    ("from torch import no_such_name\n", "ImportError: cannot import name 'no_such_name' from 'torch'"),
-    ("x = 1\ny = x / 0\n", "ZeroDivisionError: division by zero ({file}:2)"),
-    ("def f():\n    return nothing\n\nf()\n", "NameError: name 'nothing' is not defined ({file}:2)"),
-    ("x = (1\n", "SyntaxError: '(' was never closed"),
-])
+@pytest.mark.parametrize(
+    ("code", "shown"),
+    [
+        ("import torch\n\nimport no_such_module\n", "ModuleNotFoundError: No module named 'no_such_module' ({file}:3)"),
+        ("from torch import no_such_name\n", "ImportError: cannot import name 'no_such_name' from 'torch'"),
+        ("x = 1\ny = x / 0\n", "ZeroDivisionError: division by zero ({file}:2)"),
+        ("def f():\n    return nothing\n\nf()\n", "NameError: name 'nothing' is not defined ({file}:2)"),
+        ("x = (1\n", "SyntaxError: '(' was never closed"),
+    ],
+)
 def test_an_error_while_importing_is_shown_with_file_and_line(folder, code, shown):
     file = folder / "mine_broken.py"
     write(file, code)
@@ -153,7 +167,8 @@ def test_a_module_that_imports_what_is_not_there_is_not_taken_for_missing(folder
     write(folder / "mine_pkg" / "__init__.py", "")
     write(folder / "mine_pkg" / "a.py", "import mine_pkg.b\n")
     assert message("mine_pkg.a", folder) == (
-        f"mine_pkg.a cannot be imported: ModuleNotFoundError: No module named 'mine_pkg.b' ({folder}/mine_pkg/a.py:1)")
+        f"mine_pkg.a cannot be imported: ModuleNotFoundError: No module named 'mine_pkg.b' ({folder}/mine_pkg/a.py:1)"
+    )
 
 
 def test_a_method_that_is_missing_is_named(folder):
@@ -165,9 +180,11 @@ def test_a_file_must_say_which_objective_is_meant(folder):
     write(folder / "none.py", "from hpo.objective import Objective\n")
     write(folder / "two.py", GOOD + "\n    class Other(Mine): ...\n")
     assert message("none.py", folder) == (
-        "none.py must hold exactly one objective, but holds 0; subclass hpo.objective.Objective")
+        "none.py must hold exactly one objective, but holds 0; subclass hpo.objective.Objective"
+    )
     assert message("two.py", folder) == (
-        "two.py must hold exactly one objective, but holds 2; write two.py:Name with one of Mine, Other")
+        "two.py must hold exactly one objective, but holds 2; write two.py:Name with one of Mine, Other"
+    )
     assert message("two.py:Othr", folder) == "two.py has no objective 'Othr'; did you mean \"Other\"?"
     assert message("none.py:X", folder) == "none.py has no objective 'X'; known: none"
 
@@ -182,8 +199,11 @@ def test_the_example_of_the_module_is_an_objective(folder):
     """Its docstring is what a user copies; only the `...` in it are filled in."""
     text = dedent(sys.modules["hpo.objective"].__doc__.split("A whole one:")[1])
     text = text.replace("nn.ReLU(), ...", "nn.ReLU()")
-    write(folder / "iris.py", "from torch import nn\nfrom torch.nn import functional as F\n"
-          "from torchmetrics.classification import MulticlassAccuracy\nfrom hpo.objective import Objective\n" + text)
+    write(
+        folder / "iris.py",
+        "from torch import nn\nfrom torch.nn import functional as F\n"
+        "from torchmetrics.classification import MulticlassAccuracy\nfrom hpo.objective import Objective\n" + text,
+    )
     made, faults = load("iris.py", {}, Path(folder))
     assert not faults
     assert made.build({"n_hidden": 7}, None)(torch.zeros(2, 4)).shape == (2, 7)

@@ -17,10 +17,18 @@ def messages(**values):
     return [(fault.path, fault.message) for fault in optim.faults({**GOOD, **values})]
 
 
-@pytest.mark.parametrize(("name", "cls"), [
-    ("adam", torch.optim.Adam), ("AdamW", torch.optim.AdamW), ("ADAMW", torch.optim.AdamW), ("sgd", torch.optim.SGD),
-    ("SGD", torch.optim.SGD), ("rmsprop", torch.optim.RMSprop), ("NAdam", torch.optim.NAdam),
-])
+@pytest.mark.parametrize(
+    ("name", "cls"),
+    [
+        ("adam", torch.optim.Adam),
+        ("AdamW", torch.optim.AdamW),
+        ("ADAMW", torch.optim.AdamW),
+        ("sgd", torch.optim.SGD),
+        ("SGD", torch.optim.SGD),
+        ("rmsprop", torch.optim.RMSprop),
+        ("NAdam", torch.optim.NAdam),
+    ],
+)
 def test_an_optimizer_is_found_in_any_case(name, cls):
     assert optim.optimizer_class(name) is cls
     assert type(made(optimizer=name)) is cls
@@ -34,7 +42,8 @@ def test_what_is_no_optimizer_is_not_found(name):
 
 def test_an_unknown_optimizer_is_a_fault_with_a_hint():
     assert messages(optimizer=["adam", "AdamV"]) == [
-        (("params", "optimizer"), "there is no torch.optim class 'AdamV'; did you mean \"adam\"?")]
+        (("params", "optimizer"), "there is no torch.optim class 'AdamV'; did you mean \"adam\"?")
+    ]
     [(_, message)] = messages(optimizer=["zzz"])
     assert message.startswith("there is no torch.optim class 'zzz'; known: ")
     assert "adamw" in message
@@ -45,7 +54,8 @@ def test_an_argument_that_no_optimizer_takes_is_a_fault():
     assert messages(momentum=[0.9]) == [(("params", "momentum"), f"adam takes no momentum; {hint}")]
     assert messages(optimizer=["adam", "adamw"], momentum=[0, 0.9], rho=[0.9]) == [
         (("params", "momentum"), f"adam and adamw takes no momentum; {hint}"),
-        (("params", "rho"), f"adam and adamw takes no rho; {hint}")]
+        (("params", "rho"), f"adam and adamw takes no rho; {hint}"),
+    ]
     assert messages(optimizer=["sgd"], beta1=[0.9]) == [(("params", "beta1"), f"sgd takes no betas; {hint}")]
 
 
@@ -61,18 +71,21 @@ def test_a_param_of_the_objective_is_not_judged():
     assert not messages(n_hidden=[-3], dropout=["lots"])
 
 
-@pytest.mark.parametrize(("name", "value", "rule"), [
-    ("batch_size", 0, "a whole number of at least 1"),
-    ("batch_size", 1.5, "a whole number of at least 1"),
-    ("batch_size", True, "a whole number of at least 1"),
-    ("learning_rate", 0, "a number above 0"),
-    ("learning_rate", "1e-3x", "a number above 0"),
-    ("learning_rate", float("nan"), "a number above 0"),
-    ("weight_decay", -0.1, "a number of at least 0"),
-    ("momentum", -1, "a number of at least 0"),
-    ("beta1", 1, "a number in [0, 1)"),
-    ("beta2", -0.5, "a number in [0, 1)"),
-])
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("batch_size", 0, "a whole number of at least 1"),
+        ("batch_size", 1.5, "a whole number of at least 1"),
+        ("batch_size", True, "a whole number of at least 1"),
+        ("learning_rate", 0, "a number above 0"),
+        ("learning_rate", "1e-3x", "a number above 0"),
+        ("learning_rate", float("nan"), "a number above 0"),
+        ("weight_decay", -0.1, "a number of at least 0"),
+        ("momentum", -1, "a number of at least 0"),
+        ("beta1", 1, "a number in [0, 1)"),
+        ("beta2", -0.5, "a number in [0, 1)"),
+    ],
+)
 def test_a_value_out_of_bounds_is_a_fault(name, value, rule):
     found = messages(optimizer=["adam", "sgd"], **{name: [0.5 if name != "batch_size" else 1, value]})
     assert found == [(("params", name), f"must be {rule}, but got {value!r}")]
@@ -89,10 +102,15 @@ def test_params_become_the_optimizers_arguments():
     assert (group["lr"], group["weight_decay"], group["momentum"], group["nesterov"]) == (0.1, 0.01, 0.9, True)
 
 
-@pytest.mark.parametrize(("params", "betas"), [
-    ({}, (0.9, 0.999)), ({"beta1": 0.5}, (0.5, 0.999)), ({"beta2": 0.99}, (0.9, 0.99)),
-    ({"beta1": 0.5, "beta2": 0.99}, (0.5, 0.99)),
-])
+@pytest.mark.parametrize(
+    ("params", "betas"),
+    [
+        ({}, (0.9, 0.999)),
+        ({"beta1": 0.5}, (0.5, 0.999)),
+        ({"beta2": 0.99}, (0.9, 0.99)),
+        ({"beta1": 0.5, "beta2": 0.99}, (0.5, 0.99)),
+    ],
+)
 def test_betas_are_two_params(params, betas):
     assert made(optimizer="adam", **params).param_groups[0]["betas"] == betas
 
@@ -123,6 +141,7 @@ def test_weights_that_are_not_floating_are_not_fused():
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "adagrad"])
 def test_a_fused_step_is_torchs_plain_step(name):
     """The plain implementation is the slow obvious version; the fused one must match it."""
+
     def weight_after(make):
         weight = nn.Parameter(torch.linspace(-1, 1, 6))
         optimizer = make([weight])

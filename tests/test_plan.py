@@ -92,7 +92,12 @@ class TestParams:
     def test_the_file_goes_before_the_objective_and_the_objective_before_the_engine(self, planned):
         plan = planned("params: {n_hidden: 16, optimizer: sgd}")
         assert plan.space.fixed == {
-            "optimizer": "sgd", "learning_rate": 1e-3, "batch_size": 4, "n_hidden": 16, "fault": "none"}
+            "optimizer": "sgd",
+            "learning_rate": 1e-3,
+            "batch_size": 4,
+            "n_hidden": 16,
+            "fault": "none",
+        }
         assert [d.name for d in plan.space.dimensions] == ["momentum"]
 
     def test_default_ranges_that_the_file_made_unreachable_are_dropped(self, planned):
@@ -111,14 +116,17 @@ class TestParams:
         assert plan.space.fixed["optimizer"] == "adam"
 
     def test_every_fault_is_told_at_once_with_its_line(self, planned):
-        lines = faults(planned, """
+        lines = faults(
+            planned,
+            """
             params:
               n_hiden: 3
               momentum: 0.5
             sampler: {name: tpe, n_startup: 5}
             metric: maen
             device: cuda:99
-        """)
+        """,
+        )
         text = "\n".join(lines)
         assert all("/study.yaml:" in line for line in lines)
         assert len(lines) == 4
@@ -130,16 +138,18 @@ class TestParams:
 
 
 class TestMetric:
-    @pytest.mark.parametrize(("text", "name", "maximize"), [
-        ("", "r2", True), ("metric: r2", "r2", True), ("metric: loss", "loss", False)])
+    @pytest.mark.parametrize(
+        ("text", "name", "maximize"), [("", "r2", True), ("metric: r2", "r2", True), ("metric: loss", "loss", False)]
+    )
     def test_its_direction_is_its_own(self, planned, text, name, maximize):
         plan = planned(text)
         assert (plan.metric, plan.maximize, plan.metric_key) == (name, maximize, f"valid_{name}")
 
     def test_one_without_a_direction_cannot_be_searched_for(self, planned):
         (line,) = faults(planned, "metric: mean")
-        assert line.endswith("metric: mean does not say in which direction it is better (higher_is_better); "
-                             "choose one of r2, mean, loss")
+        assert line.endswith(
+            "metric: mean does not say in which direction it is better (higher_is_better); choose one of r2, mean, loss"
+        )
 
 
 class TestTrials:
@@ -162,14 +172,17 @@ class TestDevice:
     @pytest.fixture
     def has(self, monkeypatch):
         """Return a function that says which devices this machine is to have."""
+
         def make(n_cuda=0, mps=False):
             monkeypatch.setattr(torch.cuda, "is_available", lambda: n_cuda > 0)
             monkeypatch.setattr(torch.cuda, "device_count", lambda: n_cuda)
             monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
         return make
 
-    @pytest.mark.parametrize(("n_cuda", "mps", "expected"), [
-        (2, False, "cuda:0"), (0, True, "mps"), (0, False, "cpu"), (1, True, "cuda:0")])
+    @pytest.mark.parametrize(
+        ("n_cuda", "mps", "expected"), [(2, False, "cuda:0"), (0, True, "mps"), (0, False, "cpu"), (1, True, "cuda:0")]
+    )
     def test_auto_is_the_fastest_there_is(self, has, n_cuda, mps, expected):
         has(n_cuda, mps)
         assert find_device("auto") == (torch.device(expected), [])
@@ -195,14 +208,20 @@ class TestTryOut:
         assert sum(p.numel() for p in network.parameters()) == 4 * 4 + 5
         assert network.training
 
-    @pytest.mark.parametrize(("fault", "text"), [
-        ("vector", r"loss must return one number \(a tensor of no dimensions\), but got a tensor of shape \(8,\); "
-                   r"take its mean"),
-        ("number", r"loss must return one number \(a tensor of no dimensions\), but got 0.5; take its mean"),
-        ("build", r"build with .*n_hidden=64.* failed: ValueError: 64 is too wide \(.*choosy.py:\d+\)"),
-        ("forward", r"forward.* failed: RuntimeError: .*mat1 and mat2 shapes cannot be multiplied"),
-        ("loss", r"loss.* failed: KeyError: 'no_such' \(.*choosy.py:\d+\)"),
-    ])
+    @pytest.mark.parametrize(
+        ("fault", "text"),
+        [
+            (
+                "vector",
+                r"loss must return one number \(a tensor of no dimensions\), but got a tensor of shape \(8,\); "
+                r"take its mean",
+            ),
+            ("number", r"loss must return one number \(a tensor of no dimensions\), but got 0.5; take its mean"),
+            ("build", r"build with .*n_hidden=64.* failed: ValueError: 64 is too wide \(.*choosy.py:\d+\)"),
+            ("forward", r"forward.* failed: RuntimeError: .*mat1 and mat2 shapes cannot be multiplied"),
+            ("loss", r"loss.* failed: KeyError: 'no_such' \(.*choosy.py:\d+\)"),
+        ],
+    )
     def test_what_would_fail_in_training_fails_here(self, planned, fault, text):
         plan = planned(f"params: {{fault: {fault}}}")
         with pytest.raises(InputError, match=f"^objective choosy.py: {text}"):

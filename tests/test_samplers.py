@@ -85,7 +85,8 @@ def test_a_restart_does_not_repeat_its_draws():
     storage, seen = optuna.storages.InMemoryStorage(), []
     for _ in range(4):
         study = optuna.create_study(
-            storage=storage, study_name="s", load_if_exists=True, sampler=sampler("random", 1, ENDLESS))
+            storage=storage, study_name="s", load_if_exists=True, sampler=sampler("random", 1, ENDLESS)
+        )
         seen = [params["x"] for params in drawn(study, 1, ENDLESS)]
     assert len(set(seen)) == 4
 
@@ -145,15 +146,27 @@ def test_an_error_after_a_trial_is_shown_unless_it_is_optunas_own_stop():
         drawn(study, 1)
 
 
-@pytest.mark.parametrize(("name", "keys", "faults"), [
-    ("tpe", {"n_startup_trial": 3},
-     [("n_startup_trial", 'unknown key of Optuna\'s TPESampler; did you mean "n_startup_trials"?')]),
-    ("random", {"zzz": 3}, [("zzz", "unknown key of Optuna's RandomSampler; known: seed")]),
-    ("tpe", {"n_startup_trials": "many", "constant_liar": 1, "seed": 1.5}, [
-        ("n_startup_trials", "must be int, but got 'many'"), ("constant_liar", "must be bool, but got 1"),
-        ("seed", "must be int | None, but got 1.5")]),
-    ("tpe", {"n_ei_candidates": True}, [("n_ei_candidates", "must be int, but got True")]),
-])
+@pytest.mark.parametrize(
+    ("name", "keys", "faults"),
+    [
+        (
+            "tpe",
+            {"n_startup_trial": 3},
+            [("n_startup_trial", 'unknown key of Optuna\'s TPESampler; did you mean "n_startup_trials"?')],
+        ),
+        ("random", {"zzz": 3}, [("zzz", "unknown key of Optuna's RandomSampler; known: seed")]),
+        (
+            "tpe",
+            {"n_startup_trials": "many", "constant_liar": 1, "seed": 1.5},
+            [
+                ("n_startup_trials", "must be int, but got 'many'"),
+                ("constant_liar", "must be bool, but got 1"),
+                ("seed", "must be int | None, but got 1.5"),
+            ],
+        ),
+        ("tpe", {"n_ei_candidates": True}, [("n_ei_candidates", "must be int, but got True")]),
+    ],
+)
 def test_a_key_that_is_not_optunas_is_a_fault(name, keys, faults):
     assert sampler_faults(name, **keys) == [(("sampler", key), message) for key, message in faults]
 
@@ -165,10 +178,13 @@ def test_what_optuna_itself_refuses_is_a_fault():
     assert "sobel" in message
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("grid", "grid needs a step or choices, but x has neither"),
-    ("brute_force", "brute_force needs a step or choices for every parameter, but x, n has none"),
-])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("grid", "grid needs a step or choices, but x has neither"),
+        ("brute_force", "brute_force needs a step or choices for every parameter, but x, n has none"),
+    ],
+)
 def test_a_search_of_everything_needs_a_space_that_ends(name, message):
     assert sampler_faults(name) == [(("sampler",), message)]
 
@@ -188,10 +204,16 @@ def test_every_pruner_can_be_made_and_asked(name):
         study.tell(trial, value)
 
 
-@pytest.mark.parametrize(("keys", "epochs", "pruned"), [
-    ({}, 20, (10, 4)), ({}, 3, (10, 1)), ({}, 50, (10, 10)),
-    ({"n_startup_trials": 2}, 20, (2, 4)), ({"n_warmup_steps": 0}, 20, (10, 0)),
-])
+@pytest.mark.parametrize(
+    ("keys", "epochs", "pruned"),
+    [
+        ({}, 20, (10, 4)),
+        ({}, 3, (10, 1)),
+        ({}, 50, (10, 10)),
+        ({"n_startup_trials": 2}, 20, (2, 4)),
+        ({"n_warmup_steps": 0}, 20, (10, 0)),
+    ],
+)
 def test_median_waits_ten_trials_and_a_fifth_of_the_epochs(keys, epochs, pruned):
     """A trial worse than all before is pruned at the first step after the warm-up, once there were enough trials."""
     made, _ = make_pruner(Plugin(name="median", **keys), epochs)
@@ -226,26 +248,46 @@ def test_patient_waits_before_it_asks_the_pruner_in_it():
     assert asked == [False, False, False, False, True]
 
 
-@pytest.mark.parametrize(("name", "keys", "faults"), [
-    ("median", {"n_warmup": 3}, [
-        ("n_warmup", 'unknown key of Optuna\'s MedianPruner; did you mean "n_warmup_steps"?')]),
-    ("median", {"n_startup_trials": 1.5}, [("n_startup_trials", "must be int, but got 1.5")]),
-    ("none", {"patience": 3}, [("patience", "none takes no keys")]),
-    ("patient", {"patience": 1, "wrapped_pruner": {"name": "median", "n_min_trial": 1}}, [
-        ("wrapped_pruner.n_min_trial", 'unknown key of Optuna\'s MedianPruner; did you mean "n_min_trials"?')]),
-    ("patient", {"patience": 1, "wrapped_pruner": "best"}, [
-        ("wrapped_pruner", "must be a pruner, `{name: median}`, one of median, percentile, successive_halving, "
-                           "hyperband, patient, threshold, wilcoxon, none, but got {'name': 'best'}")]),
-])
+@pytest.mark.parametrize(
+    ("name", "keys", "faults"),
+    [
+        (
+            "median",
+            {"n_warmup": 3},
+            [("n_warmup", 'unknown key of Optuna\'s MedianPruner; did you mean "n_warmup_steps"?')],
+        ),
+        ("median", {"n_startup_trials": 1.5}, [("n_startup_trials", "must be int, but got 1.5")]),
+        ("none", {"patience": 3}, [("patience", "none takes no keys")]),
+        (
+            "patient",
+            {"patience": 1, "wrapped_pruner": {"name": "median", "n_min_trial": 1}},
+            [("wrapped_pruner.n_min_trial", 'unknown key of Optuna\'s MedianPruner; did you mean "n_min_trials"?')],
+        ),
+        (
+            "patient",
+            {"patience": 1, "wrapped_pruner": "best"},
+            [
+                (
+                    "wrapped_pruner",
+                    "must be a pruner, `{name: median}`, one of median, percentile, successive_halving, "
+                    "hyperband, patient, threshold, wilcoxon, none, but got {'name': 'best'}",
+                )
+            ],
+        ),
+    ],
+)
 def test_a_pruners_key_that_is_wrong_is_a_fault(name, keys, faults):
     assert pruner_faults(name, **keys) == [(("pruner", *key.split(".")), message) for key, message in faults]
 
 
-@pytest.mark.parametrize(("name", "keys", "said"), [
-    ("patient", {}, "missing 1 required positional argument: 'patience'"),
-    ("threshold", {}, "Either lower or upper must be specified."),
-    ("percentile", {"percentile": 200}, "Percentile must be between 0 and 100 inclusive"),
-])
+@pytest.mark.parametrize(
+    ("name", "keys", "said"),
+    [
+        ("patient", {}, "missing 1 required positional argument: 'patience'"),
+        ("threshold", {}, "Either lower or upper must be specified."),
+        ("percentile", {"percentile": 200}, "Percentile must be between 0 and 100 inclusive"),
+    ],
+)
 def test_what_optuna_refuses_of_a_pruner_is_a_fault(name, keys, said):
     [(path, message)] = pruner_faults(name, **keys)
     assert path == ("pruner",)

@@ -222,13 +222,16 @@ class TestWhatIsKnown:
         assert opened(make=False) is None
         assert list(tmp_path.iterdir()) == []
 
-    @pytest.mark.parametrize(("change", "text"), [
-        ({"objective": "other"}, "objective is 'other' here, 'o' there"),
-        ({"epochs": 7, "seed": 3}, "epochs is 7 here, 3 there\n  seed is 3 here, 42 there"),
-        ({"params": PARAMS | {"batch_size": 32}}, "params.batch_size is 32 here, 16 there"),
-        ({"params": PARAMS | {"beta1": 0.5}}, "params.beta1 is 0.5 here, absent there"),
-        ({"maximize": False}, "it goes to minimize here, the other way there"),
-    ])
+    @pytest.mark.parametrize(
+        ("change", "text"),
+        [
+            ({"objective": "other"}, "objective is 'other' here, 'o' there"),
+            ({"epochs": 7, "seed": 3}, "epochs is 7 here, 3 there\n  seed is 3 here, 42 there"),
+            ({"params": PARAMS | {"batch_size": 32}}, "params.batch_size is 32 here, 16 there"),
+            ({"params": PARAMS | {"beta1": 0.5}}, "params.beta1 is 0.5 here, absent there"),
+            ({"maximize": False}, "it goes to minimize here, the other way there"),
+        ],
+    )
     def test_a_study_of_that_name_that_is_another_is_refused(self, opened, change, text):
         opened()
         with pytest.raises(InputError) as caught:

@@ -83,8 +83,10 @@ def test_the_best_params_are_trained_on_train_and_validation_for_the_best_epochs
         outputs = expected(data.test.inputs["features"])
     residual = (outputs - data.test.targets).square()
     variance = (data.test.targets - data.test.targets.mean()).square().sum()
-    assert done.test == {"loss": pytest.approx(residual.mean().item(), rel=1e-3),
-                         "r2": pytest.approx(1 - (residual.sum() / variance).item(), abs=1e-4)}
+    assert done.test == {
+        "loss": pytest.approx(residual.mean().item(), rel=1e-3),
+        "r2": pytest.approx(1 - (residual.sum() / variance).item(), abs=1e-4),
+    }
     assert ending.notes[0] == f"training the params of trial 1 anew on train + validation, {epochs} epochs"
     about = json.loads((done.bundle / "bundle.json").read_text())
     assert (about["epochs"], about["trial"], about["trained_on"]) == (epochs, 1, ["train", "valid"])
@@ -150,7 +152,8 @@ def test_an_interrupted_refit_leaves_nothing_and_reads_no_test(told):
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"), [("nan", "train_loss became nan in epoch 1"), ("oom", "out of memory on cpu: ")])
+    ("kind", "reason"), [("nan", "train_loss became nan in epoch 1"), ("oom", "out of memory on cpu: ")]
+)
 def test_a_refit_that_fails_says_so_and_reads_no_test(told, tmp_path, kind, reason):
     params = f"params: {{kind: {kind}, learning_rate: {{type: float, low: 0.01, high: 0.1}}}}\n"
     plan, data, search = told([(0.05, 0.9, 1)], EPOCHS + params)

@@ -64,9 +64,14 @@ def test_a_parameter_is_asked_for_only_under_its_condition():
     assert len(seen) == 3
 
 
-@pytest.mark.parametrize(("low", "high", "step", "value"), [
-    (0, 0.5, 0.1, 0.3), (0, 22, 1.1, 13.2), (-0.3, 0.3, 0.1, 0),
-])
+@pytest.mark.parametrize(
+    ("low", "high", "step", "value"),
+    [
+        (0, 0.5, 0.1, 0.3),
+        (0, 22, 1.1, 13.2),
+        (-0.3, 0.3, 0.1, 0),
+    ],
+)
 def test_a_condition_on_a_step_holds_though_floats_are_rounded(low, high, step, value):
     space = space_of(a=floats(low, high, step=step), b=choices(1, 2, when={"a": value}))
     assert {round(params["a"], 6) for params, _ in suggestions(space, 99) if "b" in params} == {value}
@@ -79,15 +84,21 @@ def test_a_branch_is_exactly_its_value_or_one_from_the_range():
     assert all(value == 0 or 1e-6 <= value <= 1e-1 for value in drawn)
 
 
-@pytest.mark.parametrize(("params", "faults"), [
-    ({"a": ints(1, 3, when={"bb": 1}), "b": 1}, [("a", "bb", 'there is no parameter \'bb\'; did you mean "b"?')]),
-    ({"a": ints(1, 3, when={"a": 1}), "b": 1}, [("a", "a", "there is no parameter 'a'; known: b")]),
-    ({"a": ints(1, 3, when={"b": ["x", "z"]}), "b": choices("x", "y")}, [("a", "b", "b cannot be 'z'; it is x | y")]),
-    ({"a": ints(1, 3, when={"b": 0.5}), "b": floats(1, 2)}, [("a", "b", "b cannot be 0.5; it is 1 .. 2")]),
-    ({"a": ints(1, 3, when={"b": True}), "b": choices(1, 2)}, [("a", "b", "b cannot be True; it is 1 | 2")]),
-    ({"a": ints(1, 3, when={"b": "x"}), "b": "y"}, [("a", "b", "b cannot be 'x'; it is fixed to 'y'")]),
-    ({"a": ints(1, 3, when={"b": 1}), "b": True}, [("a", "b", "b cannot be 1; it is fixed to True")]),
-])
+@pytest.mark.parametrize(
+    ("params", "faults"),
+    [
+        ({"a": ints(1, 3, when={"bb": 1}), "b": 1}, [("a", "bb", "there is no parameter 'bb'; did you mean \"b\"?")]),
+        ({"a": ints(1, 3, when={"a": 1}), "b": 1}, [("a", "a", "there is no parameter 'a'; known: b")]),
+        (
+            {"a": ints(1, 3, when={"b": ["x", "z"]}), "b": choices("x", "y")},
+            [("a", "b", "b cannot be 'z'; it is x | y")],
+        ),
+        ({"a": ints(1, 3, when={"b": 0.5}), "b": floats(1, 2)}, [("a", "b", "b cannot be 0.5; it is 1 .. 2")]),
+        ({"a": ints(1, 3, when={"b": True}), "b": choices(1, 2)}, [("a", "b", "b cannot be True; it is 1 | 2")]),
+        ({"a": ints(1, 3, when={"b": "x"}), "b": "y"}, [("a", "b", "b cannot be 'x'; it is fixed to 'y'")]),
+        ({"a": ints(1, 3, when={"b": 1}), "b": True}, [("a", "b", "b cannot be 1; it is fixed to True")]),
+    ],
+)
 def test_a_condition_that_cannot_be_met_is_a_fault(params, faults):
     found = [(*path[1:2], path[-1], message) for path, message in messages(params) if "circle" not in message]
     assert found == faults
@@ -98,31 +109,44 @@ def test_conditions_in_a_circle_are_a_fault():
     assert messages({**params, "d": choices(1, 2)}) == [(("params", "a", "when"), "goes in a circle: a -> b -> c")]
 
 
-START = {"lr": floats(1e-4, 1, log=True), "n": ints(1, 9, step=4), "decay": floats(1e-3, 1, **{"or": 0}),
-         "act": choices("relu", None), "deep": ints(1, 2, when={"act": "relu"}), "fixed": 3}
+START = {
+    "lr": floats(1e-4, 1, log=True),
+    "n": ints(1, 9, step=4),
+    "decay": floats(1e-3, 1, **{"or": 0}),
+    "act": choices("relu", None),
+    "deep": ints(1, 2, when={"act": "relu"}),
+    "fixed": 3,
+}
 
 
-@pytest.mark.parametrize(("entry", "message"), [
-    ({"lr": 2}, "2 is outside of the space: 0.0001 .. 1, log"),
-    ({"n": 6}, "6 is outside of the space: 1 .. 9, step 4"),
-    ({"n": math.inf}, "inf is outside of the space: 1 .. 9, step 4"),
-    ({"n": True}, "True is outside of the space: 1 .. 9, step 4"),
-    ({"deep": 1.5}, "1.5 is outside of the space: 1 .. 2  when act is relu"),
-    ({"decay": "0"}, "'0' is outside of the space: 0.001 .. 1, or 0"),
-    ({"act": "tanh"}, "'tanh' is outside of the space: relu | None"),
-    ({"fixed": 4}, "fixed is fixed to 3, so it cannot start with 4"),
-    ({"lrr": 1}, 'there is no parameter \'lrr\'; did you mean "lr"?'),
-])
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"lr": 2}, "2 is outside of the space: 0.0001 .. 1, log"),
+        ({"n": 6}, "6 is outside of the space: 1 .. 9, step 4"),
+        ({"n": math.inf}, "inf is outside of the space: 1 .. 9, step 4"),
+        ({"n": True}, "True is outside of the space: 1 .. 9, step 4"),
+        ({"deep": 1.5}, "1.5 is outside of the space: 1 .. 2  when act is relu"),
+        ({"decay": "0"}, "'0' is outside of the space: 0.001 .. 1, or 0"),
+        ({"act": "tanh"}, "'tanh' is outside of the space: relu | None"),
+        ({"fixed": 4}, "fixed is fixed to 3, so it cannot start with 4"),
+        ({"lrr": 1}, "there is no parameter 'lrr'; did you mean \"lr\"?"),
+    ],
+)
 def test_a_start_outside_of_the_space_is_a_fault(entry, message):
     [name] = entry
     assert messages(START, {}, entry) == [(("start_with", 1, name), message)]
 
 
-@pytest.mark.parametrize("entry", [
-    {"lr": 0.5, "n": 5, "decay": 0, "act": None, "fixed": 3},
-    {"lr": 1, "n": 9.0, "decay": 0.25, "act": "relu", "deep": 2},
-    {"decay": 0.001}, {},
-])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"lr": 0.5, "n": 5, "decay": 0, "act": None, "fixed": 3},
+        {"lr": 1, "n": 9.0, "decay": 0.25, "act": "relu", "deep": 2},
+        {"decay": 0.001},
+        {},
+    ],
+)
 def test_a_start_in_the_space_is_what_the_next_trial_has(entry):
     assert not messages(START, entry)
     space, study = space_of(**START), optuna.create_study()
@@ -138,12 +162,18 @@ def test_a_grid_has_every_value_of_every_parameter():
     assert space.size() == 18
 
 
-@pytest.mark.parametrize(("params", "message"), [
-    ({"a": floats(0, 1)}, "grid needs a step or choices, but a has neither"),
-    ({"a": ints(1, 9, log=True)}, "grid needs a step or choices, but a has neither"),
-    ({"a": ints(1, 9, **{"or": 0})}, "grid takes neither `when` nor `or`, but a has one; use brute_force"),
-    ({"a": ints(1, 9, when={"b": 1}), "b": 1}, "grid takes neither `when` nor `or`, but a has one; use brute_force"),
-])
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"a": floats(0, 1)}, "grid needs a step or choices, but a has neither"),
+        ({"a": ints(1, 9, log=True)}, "grid needs a step or choices, but a has neither"),
+        ({"a": ints(1, 9, **{"or": 0})}, "grid takes neither `when` nor `or`, but a has one; use brute_force"),
+        (
+            {"a": ints(1, 9, when={"b": 1}), "b": 1},
+            "grid takes neither `when` nor `or`, but a has one; use brute_force",
+        ),
+    ],
+)
 def test_a_grid_needs_values_that_end_and_no_conditions(params, message):
     with pytest.raises(InputError) as caught:
         space_of(**params).grid()
@@ -169,7 +199,8 @@ def test_corners_are_the_ends_that_can_be_reached():
     space = space_of(a=ints(1, 8, step=3), b=choices("x", "y", "z"), c=floats(0, 1, when={"b": "y"}), d=5)
     corners = space.corners()
     assert [(p["a"], p["b"], p.get("c")) for p in corners] == [
-        (a, b, c) for a in (1, 7) for b, c in (("x", None), ("y", 0), ("y", 1), ("z", None))]
+        (a, b, c) for a in (1, 7) for b, c in (("x", None), ("y", 0), ("y", 1), ("z", None))
+    ]
     assert all(p["d"] == 5 for p in corners)
     assert space.corners(most=3) == corners[:3]
 
@@ -191,14 +222,27 @@ def entry_of(draw, discrete):
     low, width = draw(st.integers(1, 5)), draw(st.integers(1, 4))
     branch = draw(st.sampled_from([{}, {"or": 0}, {"or": -1}]))
     step = draw(st.sampled_from([0.1, 0.25, 0.3, 1]))
-    endless = [floats(low, low + width, **branch), floats(low, low + width, log=True, **branch),
-               ints(low, low + width, log=True, **branch)]
-    return draw(st.sampled_from([
-        floats(low / 10, round(low / 10 + width * step, 2), step=step, **branch), ints(low, low + width, **branch),
-        ints(low, low + width, step=draw(st.integers(1, width)), **branch),
-        choices(*draw(st.lists(st.sampled_from(["x", "y", None, True, 2, 0.5]), min_size=1, max_size=3, unique=True))),
-        draw(st.sampled_from(["x", 3, None])), *([] if discrete else endless),
-    ]))
+    endless = [
+        floats(low, low + width, **branch),
+        floats(low, low + width, log=True, **branch),
+        ints(low, low + width, log=True, **branch),
+    ]
+    return draw(
+        st.sampled_from(
+            [
+                floats(low / 10, round(low / 10 + width * step, 2), step=step, **branch),
+                ints(low, low + width, **branch),
+                ints(low, low + width, step=draw(st.integers(1, width)), **branch),
+                choices(
+                    *draw(
+                        st.lists(st.sampled_from(["x", "y", None, True, 2, 0.5]), min_size=1, max_size=3, unique=True)
+                    )
+                ),
+                draw(st.sampled_from(["x", 3, None])),
+                *([] if discrete else endless),
+            ]
+        )
+    )
 
 
 def values_of(name, entry):

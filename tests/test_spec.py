@@ -45,26 +45,36 @@ PARAMS = [
     ("{type: float, low: 1, high: 0.1}", "params.p: low < high must hold, but got low=1.0 and high=0.1"),
     ("{type: int, low: 3, high: 3}", "params.p: low < high must hold, but got low=3 and high=3"),
     ("{type: float, low: -1, high: 1, log: true}", "params.p: low > 0 must hold with log: true, but got low=-1.0"),
-    ("{type: int, low: 0, high: 3, log: true}",
-     "params.p: low > 0 must hold with log: true, but got low=0; for exactly 0 or a log range write `or: 0`"),
+    (
+        "{type: int, low: 0, high: 3, log: true}",
+        "params.p: low > 0 must hold with log: true, but got low=0; for exactly 0 or a log range write `or: 0`",
+    ),
     ("{type: float, low: 0, high: 1, step: 2}", "params.p: 0 < step <= high - low must hold, but got step=2.0"),
     ("{type: int, low: 0, high: 9, step: 0}", "params.p: 0 < step <= high - low must hold, but got step=0"),
     ("{type: int, low: 0, high: 9, step: -1}", "params.p: 0 < step <= high - low must hold, but got step=-1"),
     ("{type: float, low: 0.4, high: 0.5, step: 0.11}", "params.p: 0 < step <= high - low must hold, but got step=0.11"),
     ("{type: categorical, choices: []}", "params.p.choices: must name at least one choice, but got []"),
-    ("{type: categorical, choices: [a, b, a]}",
-     "params.p.choices: must name each choice once, but got ['a', 'b', 'a']"),
+    (
+        "{type: categorical, choices: [a, b, a]}",
+        "params.p.choices: must name each choice once, but got ['a', 'b', 'a']",
+    ),
     ("{type: categorical, choices: [true, 1]}", "params.p.choices: must name each choice once, but got [True, 1]"),
-    ("{type: categorical, choices: [[1]]}",
-     "params.p.choices[0]: must be one value: a number, a text, true, false or null, but got [1]"),
+    (
+        "{type: categorical, choices: [[1]]}",
+        "params.p.choices[0]: must be one value: a number, a text, true, false or null, but got [1]",
+    ),
     ("{low: 1, high: 2}", "params.p: type is missing; write type: float, int or categorical"),
-    ("{type: flaot, low: 1}",
-     "params.p: type must be float, int or categorical, but got 'flaot'; did you mean \"float\"?"),
+    (
+        "{type: flaot, low: 1}",
+        "params.p: type must be float, int or categorical, but got 'flaot'; did you mean \"float\"?",
+    ),
     ("{type: uniform, low: 1}", "params.p: type must be float, int or categorical, but got 'uniform'"),
     ("{type: float, low: 1}", "params.p.high: is missing"),
     ("{type: float, low: 1, high: 2, setp: 1}", 'params.p.setp: unknown key; did you mean "step"?'),
-    ("{type: float, low: 1, high: 2, zzz: 1}",
-     "params.p.zzz: unknown key; known: when, type, low, high, log, step, or"),
+    (
+        "{type: float, low: 1, high: 2, zzz: 1}",
+        "params.p.zzz: unknown key; known: when, type, low, high, log, step, or",
+    ),
     ("{type: categorical, choices: [1], low: 2}", "params.p.low: unknown key; known: when, type, choices"),
     ("{type: float, low: small, high: 2}", "params.p.low: must be a number, but got 'small'"),
     ("{type: float, low: 1, high: .inf}", "params.p.high: must be a finite number, but got inf"),
@@ -93,9 +103,11 @@ def test_a_step_may_be_the_whole_range(draft):
 
 
 def test_params_are_ranges_or_fixed_values(draft):
-    read = draft("params:\n  lr: {type: float, low: 1e-5, high: 1, log: true, or: 0}\n"
-                 "  n: {type: int, low: 1, high: 3, when: {act: relu, on: [true, 1]}}\n"
-                 "  act: {type: categorical, choices: [relu, null, 1e-5]}\n  on: off\n")
+    read = draft(
+        "params:\n  lr: {type: float, low: 1e-5, high: 1, log: true, or: 0}\n"
+        "  n: {type: int, low: 1, high: 3, when: {act: relu, on: [true, 1]}}\n"
+        "  act: {type: categorical, choices: [relu, null, 1e-5]}\n  on: off\n"
+    )
     assert not read.faults
     assert read.spec.params == {
         "lr": FloatRange(type="float", low=1e-5, high=1, log=True, **{"or": 0}),
@@ -114,12 +126,19 @@ KEYS = [
     ("metric: 4", "metric: must be a string, but got 4"),
     ("params: 3", "params: must be a mapping of names, but got 3"),
     ("trails: 3", 'trails: unknown key; did you mean "trials"?'),
-    ("start_with: [{lr: [1]}]",
-     "start_with[0].lr: must be one value: a number, a text, true, false or null, but got [1]"),
-    ("sampler: tpee", "sampler: must be one of tpe, gp, cmaes, qmc, random, grid, brute_force, but got 'tpee'; "
-                      'did you mean "tpe"?'),
-    ("pruner: {name: best}", "pruner: must be one of median, percentile, successive_halving, hyperband, patient, "
-                             "threshold, wilcoxon, none, but got 'best'"),
+    (
+        "start_with: [{lr: [1]}]",
+        "start_with[0].lr: must be one value: a number, a text, true, false or null, but got [1]",
+    ),
+    (
+        "sampler: tpee",
+        "sampler: must be one of tpe, gp, cmaes, qmc, random, grid, brute_force, but got 'tpee'; did you mean \"tpe\"?",
+    ),
+    (
+        "pruner: {name: best}",
+        "pruner: must be one of median, percentile, successive_halving, hyperband, patient, "
+        "threshold, wilcoxon, none, but got 'best'",
+    ),
     ("sampler: {seed: 3}", "sampler.name: is missing"),
     ("timeout: soon", "timeout: must be a length of time such as 90s, 45m, 2h, 1h30m or 1d, but got 'soon'"),
     ("timeout: 2h later", "timeout: must be a length of time such as 90s, 45m, 2h, 1h30m or 1d, but got '2h later'"),
@@ -144,10 +163,20 @@ def test_a_spec_error_shows_no_password(faults):
     assert str(error) == "study.yaml:2: storage: must be a string, but got ['mysql://me:***@host/db']"
 
 
-@pytest.mark.parametrize(("text", "seconds"), [
-    ("2h", 7200), ("90s", 90), ("1h30m", 5400), ("1h 30m", 5400), ("1.5h", 5400), ("1d", 86400), ("45", 45),
-    ("0.5", 0.5), ("null", None),
-])
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("2h", 7200),
+        ("90s", 90),
+        ("1h30m", 5400),
+        ("1h 30m", 5400),
+        ("1.5h", 5400),
+        ("1d", 86400),
+        ("45", 45),
+        ("0.5", 0.5),
+        ("null", None),
+    ],
+)
 def test_a_timeout_is_a_length_of_time_or_seconds(draft, text, seconds):
     assert draft(f"timeout: {text}\n").spec.timeout == seconds
 
@@ -169,8 +198,11 @@ def test_plugins_keep_their_keys(draft):
 
 def test_all_faults_come_at_once_each_with_its_line(faults, monkeypatch):
     monkeypatch.delenv("UNSET", raising=False)
-    assert faults("trials: 0\nepochs: ${UNSET}\nparams:\n  lr:\n    type: float\n    low: 2\n    high: 1\n  n:\n"
-                  "    type: int\n    low: a\n    high: 3\nsede: 1\ntrials: 2\n", {"value": "worst"}) == [
+    assert faults(
+        "trials: 0\nepochs: ${UNSET}\nparams:\n  lr:\n    type: float\n    low: 2\n    high: 1\n  n:\n"
+        "    type: int\n    low: a\n    high: 3\nsede: 1\ntrials: 2\n",
+        {"value": "worst"},
+    ) == [
         "--set value: value: must be 'best' or 'last', but got 'worst'",
         "study.yaml:3: epochs: the environment variable UNSET is not set; set it, or write ${UNSET:-default}",
         "study.yaml:5: params.lr: low < high must hold, but got low=2.0 and high=1.0",
@@ -187,7 +219,8 @@ def test_what_is_at_fault_is_left_out_of_the_spec(draft):
 
 def test_without_an_objective_there_is_no_spec(draft, faults):
     assert faults("objectiv: x\n", head="") == [
-        "study.yaml:1: objective: is missing", 'study.yaml:1: objectiv: unknown key; did you mean "objective"?',
+        "study.yaml:1: objective: is missing",
+        'study.yaml:1: objectiv: unknown key; did you mean "objective"?',
     ]
     assert draft("objectiv: x\n", head="").spec is None
 
@@ -195,25 +228,30 @@ def test_without_an_objective_there_is_no_spec(draft, faults):
 def test_a_fault_in_an_override_is_not_the_files(faults):
     text = "params:\n  lr: {type: float, low: 1, high: 2}\n"
     assert faults(text, {"params.lr": "{type: float, low: x, high: 2}"}) == [
-        "--set params.lr: params.lr.low: must be a number, but got 'x'"]
+        "--set params.lr: params.lr.low: must be a number, but got 'x'"
+    ]
     assert faults(text, {"trials": "0"}) == ["--set trials: trials: must be greater than or equal to 1, but got 0"]
 
 
 def test_more_starts_than_trials_is_a_fault(faults):
     assert faults("trials: 1\nstart_with: [{a: 1}, {a: 2}]\n") == [
-        "study.yaml:3: start_with: names 2 configurations, but trials is 1; raise trials"]
+        "study.yaml:3: start_with: names 2 configurations, but trials is 1; raise trials"
+    ]
 
 
 RANGE = "{type: int, low: 1, high: 2}"
 
 
-@pytest.mark.parametrize(("text", "overrides", "own"), [
-    ("", {}, False),
-    ("params: {a: 1}\n", {}, False),
-    (f"params: {{a: {RANGE}}}\n", {}, True),
-    (f"params: {{a: {RANGE}}}\n", {"params.a": "3"}, True),
-    ("params: {a: 1}\n", {"params.a": RANGE}, True),
-    ("", {"params.a": "3"}, False),
-])
+@pytest.mark.parametrize(
+    ("text", "overrides", "own"),
+    [
+        ("", {}, False),
+        ("params: {a: 1}\n", {}, False),
+        (f"params: {{a: {RANGE}}}\n", {}, True),
+        (f"params: {{a: {RANGE}}}\n", {"params.a": "3"}, True),
+        ("params: {a: 1}\n", {"params.a": RANGE}, True),
+        ("", {"params.a": "3"}, False),
+    ],
+)
 def test_the_space_is_the_files_own_once_the_file_or_an_override_names_a_range(draft, text, overrides, own):
     assert draft(text, overrides).own_space is own

@@ -20,16 +20,26 @@ TOLERANCE = 1e-12
 N_ROWS, BATCH_SIZE, N_EPOCHS = 40, 16, 4
 
 OPTIMIZERS = {
-    "sgd": ({"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.01},
-            lambda weights, lr: torch.optim.SGD(weights, lr=lr, momentum=0.9, weight_decay=0.01)),
-    "nesterov": ({"optimizer": "sgd", "momentum": 0.8, "nesterov": True},
-                 lambda weights, lr: torch.optim.SGD(weights, lr=lr, momentum=0.8, nesterov=True)),
-    "adam": ({"optimizer": "adam", "beta1": 0.8, "weight_decay": 0.01},
-             lambda weights, lr: torch.optim.Adam(weights, lr=lr, betas=(0.8, 0.999), weight_decay=0.01)),
-    "adamw": ({"optimizer": "adamw", "weight_decay": 0.1},
-              lambda weights, lr: torch.optim.AdamW(weights, lr=lr, weight_decay=0.1)),
-    "rmsprop": ({"optimizer": "rmsprop", "alpha": 0.9, "momentum": 0.5},
-                lambda weights, lr: torch.optim.RMSprop(weights, lr=lr, alpha=0.9, momentum=0.5)),
+    "sgd": (
+        {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.01},
+        lambda weights, lr: torch.optim.SGD(weights, lr=lr, momentum=0.9, weight_decay=0.01),
+    ),
+    "nesterov": (
+        {"optimizer": "sgd", "momentum": 0.8, "nesterov": True},
+        lambda weights, lr: torch.optim.SGD(weights, lr=lr, momentum=0.8, nesterov=True),
+    ),
+    "adam": (
+        {"optimizer": "adam", "beta1": 0.8, "weight_decay": 0.01},
+        lambda weights, lr: torch.optim.Adam(weights, lr=lr, betas=(0.8, 0.999), weight_decay=0.01),
+    ),
+    "adamw": (
+        {"optimizer": "adamw", "weight_decay": 0.1},
+        lambda weights, lr: torch.optim.AdamW(weights, lr=lr, weight_decay=0.1),
+    ),
+    "rmsprop": (
+        {"optimizer": "rmsprop", "alpha": 0.9, "momentum": 0.5},
+        lambda weights, lr: torch.optim.RMSprop(weights, lr=lr, alpha=0.9, momentum=0.5),
+    ),
 }
 
 
@@ -85,15 +95,19 @@ def split(seed=0, n=N_ROWS):
 
 
 def member(number, learning_rate=0.01, optimizer="adam", **params):
-    return Member(number=number, seed=100 + number,
-                  params={"learning_rate": learning_rate} | OPTIMIZERS[optimizer][0] | params)
+    return Member(
+        number=number, seed=100 + number, params={"learning_rate": learning_rate} | OPTIMIZERS[optimizer][0] | params
+    )
 
 
 def run(stack, rounds):
     """Train the stack's members for these rounds; return the losses of each step."""
     data = split()
-    return [stack.step(inputs, targets)
-            for r in rounds for inputs, targets in batches(data, BATCH_SIZE, order(N_ROWS, 7, r))]
+    return [
+        stack.step(inputs, targets)
+        for r in rounds
+        for inputs, targets in batches(data, BATCH_SIZE, order(N_ROWS, 7, r))
+    ]
 
 
 def alone(member, optimizer, rounds):
@@ -117,7 +131,8 @@ def assert_same(state, expected):
     assert state.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(
-            state[name], tensor, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
+            state[name], tensor, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 class TestContract:
@@ -213,13 +228,16 @@ class TestContract:
             stack.join(member(1))
 
 
-@pytest.mark.parametrize(("error", "expected"), [
-    (torch.OutOfMemoryError("x"), True),
-    (MemoryError(), True),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
-    (RuntimeError("not enough memory: you tried to allocate 4 bytes"), True),
-    (RuntimeError("shapes"), False),
-    (KeyError("not enough memory"), False),
-])
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("x"), True),
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("not enough memory: you tried to allocate 4 bytes"), True),
+        (RuntimeError("shapes"), False),
+        (KeyError("not enough memory"), False),
+    ],
+)
 def test_what_out_of_memory_looks_like(error, expected):
     assert is_out_of_memory(error) is expected

@@ -7,8 +7,13 @@ from hpo import stacked_optim
 from hpo.optim import make
 
 MEMBERS = {
-    "sgd": [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"weight_decay": 0.1},
-            {"momentum": 0.5, "dampening": 0.3, "weight_decay": 0.01}],
+    "sgd": [
+        {},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "nesterov": True},
+        {"weight_decay": 0.1},
+        {"momentum": 0.5, "dampening": 0.3, "weight_decay": 0.01},
+    ],
     "adam": [{}, {"beta1": 0.8}, {"beta2": 0.9, "eps": 1e-6}, {"weight_decay": 0.1}],
     "adamw": [{}, {"beta1": 0.8}, {"beta2": 0.9, "eps": 1e-6}, {"weight_decay": 0.1}, {"weight_decay": 0.0}],
     "rmsprop": [{}, {"alpha": 0.9}, {"momentum": 0.9}, {"weight_decay": 0.1, "eps": 1e-5}],
@@ -21,8 +26,13 @@ def test_equal_to_torch_optim_member_by_member(optimizer: str) -> None:
     torch.manual_seed(0)
     members = [{"optimizer": optimizer, "learning_rate": 0.01 * (i + 1), **m} for i, m in enumerate(MEMBERS[optimizer])]
     k = len(members)
-    alone = [{"a": torch.nn.Parameter(torch.randn(3, 4, dtype=torch.float64)),
-              "b": torch.nn.Parameter(torch.randn(4, dtype=torch.float64))} for _ in members]
+    alone = [
+        {
+            "a": torch.nn.Parameter(torch.randn(3, 4, dtype=torch.float64)),
+            "b": torch.nn.Parameter(torch.randn(4, dtype=torch.float64)),
+        }
+        for _ in members
+    ]
     stacked = {name: torch.stack([each[name].detach().clone() for each in alone]) for name in ("a", "b")}
     reference = [make(m, list(each.values())) for m, each in zip(members, alone, strict=True)]
     each_hyper = [stacked_optim.hyperparameters(optimizer, m) for m in members]
@@ -45,7 +55,8 @@ def test_a_member_with_nan_touches_no_other() -> None:
     hyper = {key: torch.full((3,), value) for key, value in stacked_optim.hyperparameters("adam", {}).items()}
     gradients = {"w": torch.tensor([[1.0, 1.0], [float("nan"), 1.0], [1.0, 1.0]])}
     new, _ = stacked_optim.step(
-        "adam", weights, gradients, stacked_optim.initial_state("adam", weights), hyper, torch.ones(3))
+        "adam", weights, gradients, stacked_optim.initial_state("adam", weights), hyper, torch.ones(3)
+    )
     assert torch.isfinite(new["w"][[0, 2]]).all()
     assert torch.isnan(new["w"][1, 0])
 

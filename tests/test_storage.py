@@ -51,8 +51,13 @@ def peers(tmp_path_factory):
     """Let processes open one fresh database at the same moment, then claim its queue; return what each said."""
     url = f"sqlite:///{tmp_path_factory.mktemp('peers')}/optuna.db"
     processes = [
-        subprocess.Popen([sys.executable, "-c", PEER, url], text=True, stdin=subprocess.PIPE,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-c", PEER, url],
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         for _ in range(N_PROCESSES)
     ]
     started = [process.stdout.readline() for process in processes]
@@ -165,7 +170,9 @@ def test_a_folder_where_the_file_should_be_is_refused(tmp_path):
 
 @pytest.mark.parametrize("url", ["sqlite:///:memory:", "sqlite://"])
 def test_a_database_in_memory_is_refused(url):
-    with pytest.raises(StorageError, match=r"names no file, so nothing would be kept; write sqlite:///mlruns/optuna.db"):
+    with pytest.raises(
+        StorageError, match=r"names no file, so nothing would be kept; write sqlite:///mlruns/optuna.db"
+    ):
         open_storage(url)
 
 

@@ -30,7 +30,9 @@ def tell(tracker: Tracker) -> None:
     for trial in range(3):
         tracker.start_trial(trial, {"lr": 0.1, "n": trial})
         for epoch in range(4):
-            tracker.log_metrics(trial, epoch, {"train_loss": 1.0 / (epoch + 1), "valid_loss": math.nan if trial == 2 else 0.5})
+            tracker.log_metrics(
+                trial, epoch, {"train_loss": 1.0 / (epoch + 1), "valid_loss": math.nan if trial == 2 else 0.5}
+            )
     tracker.end_trial(0, "COMPLETE")
     tracker.end_trial(1, "PRUNED")
     tracker.end_trial(2, "FAIL", "train_loss became nan; see postgresql://bob:s3cret@h/d")
@@ -75,23 +77,32 @@ def query(sql: str) -> list[tuple]:
 def test_states_curves_params_and_parents_in_mlflows_tables(mlflow: MlflowTracker) -> None:
     tell(mlflow)
     assert query("select name, status from runs order by name") == [
-        ("s", "FINISHED"), ("trial 0", "FINISHED"), ("trial 1", "KILLED"), ("trial 2", "FAILED")]
+        ("s", "FINISHED"),
+        ("trial 0", "FINISHED"),
+        ("trial 1", "KILLED"),
+        ("trial 2", "FAILED"),
+    ]
     tags = dict(query("select name, value from tags join runs using (run_uuid) where key = 'hpo.state'"))
     assert tags == {"s": "COMPLETE", "trial 0": "COMPLETE", "trial 1": "PRUNED", "trial 2": "FAIL"}
     (parent,) = query("select run_uuid from runs where name = 's'")
     parents = query("select distinct value from tags where key = 'mlflow.parentRunId'")
     assert parents == [parent]
     assert query("select key, value from params join runs using (run_uuid) where name = 'trial 1' order by key") == [
-        ("lr", "0.1"), ("n", "1")]
-    curve = query("select step, value from metrics join runs using (run_uuid) where name = 'trial 0' and key = 'train_loss' "
-                  "order by step")
+        ("lr", "0.1"),
+        ("n", "1"),
+    ]
+    curve = query(
+        "select step, value from metrics join runs using (run_uuid) where name = 'trial 0' and key = 'train_loss' "
+        "order by step"
+    )
     assert curve == [(0, 1.0), (1, 0.5), (2, pytest.approx(1 / 3)), (3, 0.25)]
 
 
 def test_an_error_is_kept_without_its_password(mlflow: MlflowTracker) -> None:
     tell(mlflow)
     assert query("select value from tags where key = 'hpo.error'") == [
-        ("train_loss became nan; see postgresql://bob:***@h/d",)]
+        ("train_loss became nan; see postgresql://bob:***@h/d",)
+    ]
 
 
 def test_told_twice_there_is_one_run_each(mlflow: MlflowTracker) -> None:
@@ -124,7 +135,9 @@ class _Server(MlflowTracker):
         super()._connect()
 
 
-def test_a_tracker_that_fails_says_it_once_and_sends_everything_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_fails_says_it_once_and_sends_everything_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     warnings: list[str] = []
     tell(_Server("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", warnings.append))
@@ -137,7 +150,11 @@ def test_a_tracker_that_fails_says_it_once_and_sends_everything_later(tmp_path: 
     later.start_study({}, {})
     later.end_study("COMPLETE")
     assert query("select name, status from runs order by name") == [
-        ("s", "FINISHED"), ("trial 0", "FINISHED"), ("trial 1", "KILLED"), ("trial 2", "FAILED")]
+        ("s", "FINISHED"),
+        ("trial 0", "FINISHED"),
+        ("trial 1", "KILLED"),
+        ("trial 2", "FAILED"),
+    ]
     assert query("select count(*) from metrics") == [(24,)]
     assert not (tmp_path / "unsent/s.jsonl").exists()
 
@@ -171,7 +188,9 @@ def test_a_tracker_that_comes_back_midway_says_so(tmp_path: Path, monkeypatch: p
     assert {("s",), ("trial 0",), ("trial 1",)} <= set(query("select name from runs"))
 
 
-def test_an_outbox_cut_short_by_a_kill_is_read_as_far_as_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outbox_cut_short_by_a_kill_is_read_as_far_as_it_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "unsent").mkdir()
     (tmp_path / "unsent/s.jsonl").write_text('{"do": "start", "trial": null, "time": 1}\n{"do": "sta')
@@ -179,7 +198,9 @@ def test_an_outbox_cut_short_by_a_kill_is_read_as_far_as_it_goes(tmp_path: Path,
     assert query("select name from runs") == [("s",)]
 
 
-@pytest.mark.parametrize("address", ["off", "sqlite:///mlruns/mlflow.db", "http://host:5000", "postgresql://h/d", "databricks"])
+@pytest.mark.parametrize(
+    "address", ["off", "sqlite:///mlruns/mlflow.db", "http://host:5000", "postgresql://h/d", "databricks"]
+)
 def test_addresses_that_can_work(address: str) -> None:
     check_address(address)
 

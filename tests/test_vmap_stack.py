@@ -73,7 +73,13 @@ ARCHITECTURES: dict[str, Callable[[Any], nn.Module]] = {
     "mlp": mlp,
     "wide_and_deep": lambda p: Wide(),
     "conv_batchnorm": lambda p: nn.Sequential(
-        nn.Unflatten(1, (1, 8)), nn.Conv1d(1, 3, 3, bias=False), nn.BatchNorm1d(3), nn.ReLU(), nn.Flatten(), nn.Linear(18, 1)),
+        nn.Unflatten(1, (1, 8)),
+        nn.Conv1d(1, 3, 3, bias=False),
+        nn.BatchNorm1d(3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(18, 1),
+    ),
     "layernorm": lambda p: nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 1)),
     "dropout_0": lambda p: nn.Sequential(nn.Linear(8, 6), nn.Dropout(0.0), nn.ReLU(), nn.Linear(6, 1)),
     "lstm": lambda p: Sequence_(),
@@ -116,8 +122,9 @@ def stack(architecture: str, capacity: int = 4, how: str = "eager") -> VmapStack
     return VmapStack(Task(), INFO, CPU, capacity, split(architecture, 8), how)
 
 
-def fit(stack: Stack, everyone: Sequence[Member], architecture: str, stop_after: dict[int, int] | None = None
-        ) -> dict[int, dict[str, Tensor]]:
+def fit(
+    stack: Stack, everyone: Sequence[Member], architecture: str, stop_after: dict[int, int] | None = None
+) -> dict[int, dict[str, Tensor]]:
     """Train `everyone`, each member up to `stop_after[number]` epochs; return the last weights by number."""
     waiting, weights = list(everyone), {}
 
@@ -129,8 +136,16 @@ def fit(stack: Stack, everyone: Sequence[Member], architecture: str, stop_after:
         weights[member.number] = stack.state(member)
         return member.epoch < (stop_after or {}).get(member.number, N_EPOCHS)
 
-    train(stack, split(architecture), split(architecture, 30, seed=1), batch_size=BATCH_SIZE, epochs=N_EPOCHS, seed=7,
-          ask=ask, report=report)
+    train(
+        stack,
+        split(architecture),
+        split(architecture, 30, seed=1),
+        batch_size=BATCH_SIZE,
+        epochs=N_EPOCHS,
+        seed=7,
+        ask=ask,
+        report=report,
+    )
     return weights
 
 
@@ -182,10 +197,13 @@ def test_nan_in_one_member_touches_no_other() -> None:
     assert_equal(got, expected, got_weights, weights)
 
 
-@pytest.mark.parametrize(("architecture", "reason"), [
-    ("lstm", "torch.func cannot batch it"),
-    ("branch", "torch.func cannot batch it"),
-])
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("lstm", "torch.func cannot batch it"),
+        ("branch", "torch.func cannot batch it"),
+    ],
+)
 def test_what_cannot_be_stacked_says_why(architecture: str, reason: str) -> None:
     made = stack(architecture, how="graph")
     with pytest.raises(NotStackable, match=reason):
@@ -194,14 +212,18 @@ def test_what_cannot_be_stacked_says_why(architecture: str, reason: str) -> None
 
 
 def test_an_optimizer_without_a_stacked_form_says_so() -> None:
-    with pytest.raises(NotStackable, match="optimizer adadelta has no stacked form; sgd, adam, adamw, rmsprop, adagrad have"):
+    with pytest.raises(
+        NotStackable, match="optimizer adadelta has no stacked form; sgd, adam, adamw, rmsprop, adagrad have"
+    ):
         stack("mlp").join(members("mlp", optimizer="adadelta")[0])
     with pytest.raises(NotStackable, match="adam with amsgrad has no stacked form"):
         stack("mlp").join(members("mlp", amsgrad=True)[0])
 
 
-@pytest.mark.parametrize("other", [
-    {"optimizer": "sgd"}, {"batch_size": 5}, {"architecture": "dropout_0"}, {"architecture": "scaled", "factor": 3.0}])
+@pytest.mark.parametrize(
+    "other",
+    [{"optimizer": "sgd"}, {"batch_size": 5}, {"architecture": "dropout_0"}, {"architecture": "scaled", "factor": 3.0}],
+)
 def test_a_member_of_another_structure_is_refused(other: dict[str, Any]) -> None:
     made = stack("scaled")
     first, second = members("scaled", 2, factor=2.0)

@@ -13,8 +13,9 @@ from hpo.search import open_search
 from hpo.tracking import MemoryTracker
 from hpo.worker import Progress, work
 
-KINDS = ("params: {{kind: {{type: categorical, choices: [good, nan, oom]}}}}\n"
-         "start_with: [{}]\ntrials: {}\npruner: none\n")
+KINDS = (
+    "params: {{kind: {{type: categorical, choices: [good, nan, oom]}}}}\nstart_with: [{}]\ntrials: {}\npruner: none\n"
+)
 
 RISING = '''
 """One weight that grows by learning_rate each epoch, and is best at 2: its curve falls, then rises."""
@@ -127,10 +128,13 @@ def test_every_metric_of_every_epoch_reaches_storage_and_tracker(run):
     assert [(n, state) for n, state, _, _ in done.screen.ended] == [(0, "COMPLETE"), (1, "COMPLETE")]
 
 
-@pytest.mark.parametrize(("kind", "reason"), [
-    ("nan", "train_loss became nan in epoch 1"),
-    ("oom", "out of memory on cpu: "),
-])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("nan", "train_loss became nan in epoch 1"),
+        ("oom", "out of memory on cpu: "),
+    ],
+)
 def test_a_trial_fails_alone_and_says_why(run, kind, reason):
     done = run(KINDS.format(f"{{kind: good}}, {{kind: {kind}}}, {{kind: good}}", 3)).work()
     assert done.states == ["COMPLETE", "FAIL", "COMPLETE"]
@@ -173,8 +177,10 @@ def test_a_trials_value_and_its_kept_weights_are_those_of_its_best_or_last_epoch
 @pytest.mark.parametrize(("rates", "number"), [((1.0, 0.3), 0), ((0.3, 1.0), 1), ((1.0, 2.0), 0)])
 def test_the_kept_weights_are_the_best_trials(run, rates, number):
     starts = ", ".join(f"{{learning_rate: {rate}}}" for rate in rates)
-    done = run("objective: rising.py\ntrials: 2\nepochs: 4\npruner: none\n"
-               f"params: {{learning_rate: {{type: float, low: 0.1, high: 2}}}}\nstart_with: [{starts}]").work()
+    done = run(
+        "objective: rising.py\ntrials: 2\nepochs: 4\npruner: none\n"
+        f"params: {{learning_rate: {{type: float, low: 0.1, high: 2}}}}\nstart_with: [{starts}]"
+    ).work()
     kept = torch.load("mlruns/checkpoints/study/best.pt", weights_only=True)
     assert done.search.best().number == kept["trial"] == number
     assert kept["model_state_dict"]["weight"].item() == 2.0

@@ -32,8 +32,12 @@ def _options(name):
     module = importlib.import_module(f"objectives.{name}")
     options = getattr(module, "Options", None)
     hints = typing.get_type_hints(options) if options else {}
-    choices = [{key: value} for key, hint in hints.items() for value in typing.get_args(hint)
-               if typing.get_origin(hint) is typing.Literal]
+    choices = [
+        {key: value}
+        for key, hint in hints.items()
+        for value in typing.get_args(hint)
+        if typing.get_origin(hint) is typing.Literal
+    ]
     return choices or [{}]
 
 
@@ -177,8 +181,16 @@ def test_it_learns_something(case):
     params = case.corners[-1] | {"batch_size": 32}
     member = Member(number=0, seed=0, params=params)
     stack, queue = LoopStack(case.objective, case.data.info, CPU), [member]
-    train(stack, rows, None, batch_size=32, epochs=5, seed=0, ask=lambda n: [queue.pop()] if queue and n else [],
-          report=lambda member, metrics: True)
+    train(
+        stack,
+        rows,
+        None,
+        batch_size=32,
+        epochs=5,
+        seed=0,
+        ask=lambda n: [queue.pop()] if queue and n else [],
+        report=lambda member, metrics: True,
+    )
     losses = [metrics["train_loss"] for metrics in member.history]
     assert member.fault is None
     assert losses == sorted(losses, reverse=True)
@@ -187,8 +199,14 @@ def test_it_learns_something(case):
 
 def test_it_is_exported_with_parity_and_takes_raw_inputs(case, tmp_path):
     params, held_out = case.corners[-1], case.some(300, "test")
-    model = Model(preprocess=case.preprocess, network=case.network(params), head=case.objective.head(), params=params,
-                  info=case.data.info, about={"study": case.name})
+    model = Model(
+        preprocess=case.preprocess,
+        network=case.network(params),
+        head=case.objective.head(),
+        params=params,
+        info=case.data.info,
+        about={"study": case.name},
+    )
     about = export(model, held_out, tmp_path / "bundle")
     assert max(result["max_difference"] for result in about["parity"].values()) <= TOLERANCE
     predictor: nn.Module = torch.jit.load(tmp_path / "bundle/model.torchscript.pt")
