@@ -27,6 +27,7 @@ Trials = Annotated[int | None, typer.Option(help="How many trials in all, over a
 Storage = Annotated[str | None, typer.Option(help="Optuna's storage, e.g. sqlite:///mlruns/optuna.db.")]
 Tracking = Annotated[str | None, typer.Option(help="MLflow's address, e.g. http://host:5000, or off.")]
 Device = Annotated[str | None, typer.Option(help="auto, cuda, cuda:1, mps or cpu.")]
+Stack = Annotated[int | None, typer.Option(help="How many trials to train at once, as one stack.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Lay a value over the file's; repeatable.")
 ]
@@ -40,6 +41,7 @@ def run(
     storage: Storage = None,
     tracking: Tracking = None,
     device: Device = None,
+    stack: Stack = None,
     set_: Set = None,
     json_: Json = False,
 ) -> None:
@@ -49,7 +51,7 @@ def run(
     """
     from hpo import commands
 
-    overrides = _overrides(set_, trials=trials, storage=storage, tracking=tracking, device=device)
+    overrides = _overrides(set_, trials=trials, storage=storage, tracking=tracking, device=device, stack=stack)
     _finish(commands.run(study, overrides), json_)
 
 

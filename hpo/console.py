@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.budget import Counts
+from hpo.progress import Progress
 from hpo.search import Best
-from hpo.worker import Progress
 
 
 class Board:
@@ -51,11 +51,13 @@ class PlainProgress(Progress):
         self, board: Board, refresh: Callable[[], None], write: Callable[[str], None], epoch_seconds: float = 15.0
     ):
         self._board, self._refresh, self._write, self._epoch_seconds = board, refresh, write, epoch_seconds
-        self._said_at = self._trial_at = time.monotonic()
+        self._said_at = time.monotonic()
+        self._running: dict[int, tuple[float, str]] = {}
 
     def trial_started(self, number: int, params: Mapping[str, Any]) -> None:
-        self._said_at = self._trial_at = time.monotonic()
-        self._params = shown(params)
+        if not self._running:
+            self._said_at = time.monotonic()
+        self._running[number] = time.monotonic(), shown(params)
 
     def epoch_ended(self, number: int, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
         if time.monotonic() - self._said_at >= self._epoch_seconds:
@@ -66,11 +68,11 @@ class PlainProgress(Progress):
         self._refresh()
         board = self._board
         what = f"{board.metric} {value:.4f}" if value is not None else reason or ""
-        seconds = duration(time.monotonic() - self._trial_at)
+        started, params = self._running.pop(number)
         parts = [
             f"[{board.counts.finished}/{board.trials}] trial {number} {_STATES[state]}: {what}",
-            self._params,
-            seconds,
+            params,
+            duration(time.monotonic() - started),
             board.best_text(),
             board.left_text(),
         ]

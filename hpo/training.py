@@ -43,7 +43,7 @@ def train(
         if not stack.members:
             return
         losses, sizes = [], []
-        for inputs, targets in batches(train_split, batch_size, order(len(train_split), seed, rounds)):
+        for inputs, targets in batches(train_split, batch_size, order(len(train_split), seed, rounds % epochs)):
             if stopping():
                 raise Interrupted("interrupted")
             losses.append(stack.step(inputs, targets))
@@ -66,7 +66,11 @@ def _mean(losses: Sequence[Tensor], sizes: Sequence[int]) -> list[float]:
 
 
 def order(n_rows: int, seed: int, rounds: int) -> Tensor:
-    """Return the permutation (N,) of the training rows in one round: the same for all members of a stack."""
+    """Return the permutation (N,) of the training rows in one round: the same for all members of a stack.
+
+    Rounds repeat after a trial's length, so that a trial that begins with a stack, or takes the place of one that ran
+    to its end, sees the batches in the order in which it would have seen them alone.
+    """
     generator = torch.Generator().manual_seed(derive(seed, "order", rounds))
     return torch.randperm(n_rows, generator=generator)
 

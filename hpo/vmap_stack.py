@@ -153,8 +153,13 @@ class VmapStack(Stack):
         """What a member must have in common with those that are in; None before the first."""
         return self._signature
 
+    def admit(self, member: Member) -> None:
+        """Raise NotStackable where `member` could not join: its structure is another, or torch.func cannot batch it."""
+        self.join(member)
+        self.leave(member)
+
     def join(self, member: Member) -> None:
-        """Raises NotStackable for a member of another signature."""
+        """Raises NotStackable, see `admit`."""
         torch.manual_seed(member.seed)
         module = stackable(self._objective.build(member.params, self._info).to(self._device))
         outputs, reads = self._loss_reads(module, member.params)

@@ -2,44 +2,23 @@
 
 import math
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from collections.abc import Callable
 
 from hpo.data import Data, Split
 from hpo.errors import Interrupted
-from hpo.plan import OUTPUT, Plan
-from hpo.search import Claim, Search
-from hpo.stack import LoopStack, Member, Stack
+from hpo.plan import Plan
+from hpo.progress import Progress
+from hpo.search import Search
+from hpo.stack import LoopStack, Member, Stack, is_out_of_memory
 from hpo.tracking import Tracker
 from hpo.training import train
+from hpo.trial import TrialRun
+from hpo.vmap_stack import How, NotStackable, VmapStack
 
 WAIT_SECONDS = 1.0
 """How often to look again while all that is left of a study is with other workers."""
-
-
-class Progress(ABC):
-    """What a person is shown of a study that runs (`hpo.console`)."""
-
-    @abstractmethod
-    def trial_started(self, number: int, params: Mapping[str, Any]) -> None:
-        """A trial was claimed; `params` are those that were searched."""
-
-    @abstractmethod
-    def epoch_ended(self, number: int, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
-        """A trial has `epoch` of its `epochs` behind it."""
-
-    @abstractmethod
-    def trial_ended(self, number: int, state: str, value: float | None, reason: str | None) -> None:
-        """A trial is COMPLETE, PRUNED, FAIL, or INTERRUPTED."""
-
-    @abstractmethod
-    def note(self, text: str) -> None:
-        """Something is to be said once."""
+WORTH_COMPILING = 20_000
+"""How many steps of a stack pay for compiling it: that takes some 10 s, and saves about half a millisecond a step."""
 
 
 def work(
@@ -52,39 +31,34 @@ def work(
 ) -> None:
     """Train trials until the budget or the time is spent. Raises Interrupted as soon as `stopping` says so.
 
-    A trial's own fault (NaN, out of memory) fails that trial; any other error gives the trial back and is raised.
+    A trial's own fault (NaN, out of memory) fails that trial; any other error gives the trials back and is raised.
     """
-    preprocess = plan.objective.preprocess(data.train)
-    train_split, valid_split = (split.through(preprocess).to(plan.device) for split in (data.train, data.valid))
     deadline = _deadline(plan, search)
 
     def out_of_time() -> bool:
         return time.monotonic() >= deadline
 
+    worker = _Worker(plan, data, search, tracker, progress, lambda: stopping() or out_of_time())
     while not out_of_time():
         if stopping():
             raise Interrupted("interrupted; run the same command again to go on")
-        claim = search.ask()
-        for number, reason in search.drain_lost():
-            tracker.end_trial(number, "FAIL", reason)
-            progress.note(f"trial {number} is taken up anew: {reason}")
-        if claim is None:
+        first = worker.next()
+        if first is None:
             if search.counts().running == 0:
                 return
             time.sleep(WAIT_SECONDS)  # others still train; should they die, their trials are ours to take up
             continue
-        trial = _Trial(plan, claim, LoopStack(plan.objective, data.info, plan.device), search, tracker, progress)
         try:
-            trial.run(train_split, valid_split, lambda: stopping() or out_of_time())
+            worker.train_with(first)
         except Interrupted:
             if stopping():
-                trial.give_back("interrupted")
+                worker.give_back("interrupted")
                 raise Interrupted(
                     "interrupted; the running trial was given back, run the same command again to go on"
                 ) from None
-            trial.give_back("the study's time was over")
+            worker.give_back("the study's time was over")
         except BaseException as error:
-            trial.give_back(f"{type(error).__name__}: {error}")
+            worker.give_back(f"{type(error).__name__}: {error}")
             raise
     progress.note(
         f"the study's time ({plan.spec.timeout:g} s) is over: no new trial is begun; raise `timeout` to go on"
@@ -97,106 +71,124 @@ def _deadline(plan: Plan, search: Search) -> float:
     return time.monotonic() + plan.spec.timeout - search.seconds_used()
 
 
-class _Trial:
-    """One claimed trial: trains it as a stack of its own, and tells storage, tracker and progress of it."""
+class _Worker:
+    """The trials that this process has claimed: those in the stack that is trained, and those held for a later one."""
 
     def __init__(
-        self, plan: Plan, claim: Claim, stack: Stack, search: Search, tracker: Tracker, progress: Progress
+        self,
+        plan: Plan,
+        data: Data,
+        search: Search,
+        tracker: Tracker,
+        progress: Progress,
+        stopping: Callable[[], bool],
     ) -> None:
-        self._plan, self._claim, self._stack, self._search = plan, claim, stack, search
-        self._tracker, self._progress = tracker, progress
-        self._member = Member(number=claim.number, seed=claim.seed, params=claim.params)
-        self._best: tuple[float, int, dict[str, float]] | None = None
-        self._kept: dict[str, Tensor] = {}
-        self._pruned = False
+        self._plan, self._info, self._stopping = plan, data.info, stopping
+        self._search, self._tracker, self._progress = search, tracker, progress
+        preprocess = plan.objective.preprocess(data.train)
+        self._train, self._valid = (split.through(preprocess).to(plan.device) for split in (data.train, data.valid))
+        self._capacity = plan.spec.stack
+        self._active: dict[int, TrialRun] = {}
+        self._held: list[TrialRun] = []
+        self._said: set[str] = set()
 
-    def run(self, train_split: Split, valid_split: Split, stopping: Callable[[], bool]) -> None:
-        """Train the trial to its end and tell the outcome."""
-        number, plan = self._claim.number, self._plan
-        run_id = self._tracker.start_trial(number, self._claim.params)
-        if run_id is not None:
-            self._search.annotate(number, mlflow_run_id=run_id)
-        self._progress.trial_started(number, plan.space.searched(self._claim.params))
-        queue = [self._member]
-        train(
-            self._stack,
-            train_split,
-            valid_split,
-            batch_size=self._claim.params["batch_size"],
-            epochs=plan.spec.epochs,
-            seed=plan.spec.seed,
-            ask=lambda n: [queue.pop()] if queue and n else [],
-            report=self._report,
-            stopping=stopping,
-        )
-        self._tell()
+    def next(self) -> TrialRun | None:
+        """Return a trial to begin a stack with: one that was held, else a new claim; None where there is none."""
+        return self._held.pop(0) if self._held else self._claim()
 
-    def _report(self, member: Member, metrics: dict[str, float]) -> bool:
-        """Take one epoch's metrics; return whether the trial goes on."""
-        plan, number, epoch = self._plan, member.number, member.epoch - 1
-        value = metrics.get(plan.metric_key, math.nan)
-        self._tracker.log_metrics(number, epoch, metrics)
-        self._progress.epoch_ended(number, member.epoch, plan.spec.epochs, metrics)
-        for name, number_ in (("train_loss", metrics["train_loss"]), (plan.metric_key, value)):
-            if member.fault is None and not math.isfinite(number_):
-                member.fault = f"{name} became {number_} in epoch {member.epoch}"
-        if member.fault is not None:
-            return False
-        if self._best is None or plan.spec.value == "last" or self._better(value, self._best[0]):
-            self._best = (value, epoch, dict(metrics))
-            self._kept = self._stack.state(member)
-        go_on = self._search.report(number, epoch, value)
-        self._pruned = not go_on and member.epoch < plan.spec.epochs  # after the last epoch nothing is left to save
-        return go_on
+    def _claim(self) -> TrialRun | None:
+        claim = self._search.ask()
+        for number, reason in self._search.drain_lost():
+            self._tracker.end_trial(number, "FAIL", reason)
+            self._progress.note(f"trial {number} is taken up anew: {reason}")
+        return None if claim is None else TrialRun(self._plan, claim, self._search, self._tracker, self._progress)
 
-    def _better(self, value: float, than: float) -> bool:
-        return value > than if self._plan.maximize else value < than
+    def train_with(self, first: TrialRun) -> None:
+        """Train a stack that begins with `first`, refilled with trials of its kind as others leave, until it is empty.
 
-    def _tell(self) -> None:
-        number, fault = self._claim.number, self._member.fault
-        value = None
-        if fault is not None:
-            state, ours = "FAIL", self._search.fail(number, fault)
-        else:
-            assert self._best is not None
-            value, epoch, metrics = self._best
-            self._search.annotate(number, best_epoch=epoch, metrics=metrics)
-            if self._pruned:
-                state, ours = "PRUNED", self._search.prune(number)
+        Where the device has no memory for it, its trials are given back and stacks are half as large from then on.
+        """
+        self._active[first.member.number] = first
+        stack = self._stack_for(first.member)
+        joining = [first]
+
+        def ask(n: int) -> list[Member]:
+            joining.extend(self._more(stack, n - len(joining)))
+            members = [trial.member for trial in joining]
+            joining.clear()
+            return members
+
+        def report(member: Member, metrics: dict[str, float]) -> bool:
+            go_on = self._active[member.number].report(stack, metrics)
+            if not go_on:
+                del self._active[member.number]
+            return go_on
+
+        try:
+            train(
+                stack,
+                self._train,
+                self._valid,
+                batch_size=first.member.params["batch_size"],
+                epochs=self._plan.spec.epochs,
+                seed=self._plan.spec.seed,
+                ask=ask,
+                report=report,
+                stopping=self._stopping,
+            )
+        except (RuntimeError, MemoryError) as error:
+            if self._capacity == 1 or not is_out_of_memory(error):
+                raise
+            self._capacity //= 2
+            self._say(f"out of memory: from now on {self._capacity} trials a stack, and those in this one begin anew")
+            self.give_back(f"out of memory in a stack of {2 * self._capacity}")
+
+    def _stack_for(self, member: Member) -> Stack:
+        plan = self._plan
+        if self._capacity > 1:
+            example = Split(inputs={n: x[:8] for n, x in self._train.inputs.items()}, targets=self._train.targets[:8])
+            stack = VmapStack(plan.objective, self._info, plan.device, self._capacity, example, self._how(member))
+            try:
+                stack.admit(member)
+            except NotStackable as error:
+                self._say(f"trials like trial {member.number} are trained one at a time: {error}")
             else:
-                state, ours = "COMPLETE", self._search.complete(number, value)
-        if not ours:
-            state, fault = "FAIL", "another worker took this trial over, since this one was not heard of for too long"
-        if state == "COMPLETE":
-            self._keep_if_best()
-        self._tracker.end_trial(number, state, fault)
-        self._progress.trial_ended(number, state, value, fault)
+                return stack
+        return LoopStack(plan.objective, self._info, plan.device)
 
-    def _keep_if_best(self) -> None:
-        """Keep the weights of the study's best trial, those of its best epoch, in place of the one before."""
-        best = self._search.best()
-        if best is None or best.number != self._claim.number:
-            return
-        folder = checkpoints(self._plan)
-        folder.mkdir(parents=True, exist_ok=True)
-        content = {
-            "model_state_dict": {name: x.cpu() for name, x in self._kept.items()},
-            "model_hyperparameters": dict(best.params),
-            "trial": best.number,
-            "value": best.value,
-            "epoch": best.epoch,
-        }
-        unfinished = folder / "best.pt.part"
-        torch.save(content, unfinished)
-        unfinished.replace(folder / "best.pt")
+    def _how(self, member: Member) -> How:
+        epochs = self._plan.spec.epochs * math.ceil(self._search.counts().waiting / self._capacity)
+        steps = epochs * math.ceil(len(self._train) / member.params["batch_size"])
+        return "compiled" if steps >= WORTH_COMPILING else "graph"
+
+    def _more(self, stack: Stack, n: int) -> list[TrialRun]:
+        """Return up to `n` trials that may join `stack`, of those held and then of new claims; hold what may not."""
+        if not isinstance(stack, VmapStack):
+            return []
+        held, self._held = self._held, []
+        taken: list[TrialRun] = []
+        while len(taken) < n and len(self._held) < self._capacity:
+            trial = held.pop(0) if held else self._claim()
+            if trial is None:
+                break
+            try:
+                stack.admit(trial.member)
+            except NotStackable:
+                self._held.append(trial)
+            else:
+                taken.append(trial)
+                self._active[trial.member.number] = trial
+        self._held += held
+        return taken
 
     def give_back(self, reason: str) -> None:
-        """End the trial, and queue a successor for it."""
-        self._search.give_back(self._claim.number, reason)
-        self._tracker.end_trial(self._claim.number, "INTERRUPTED", reason)
-        self._progress.trial_ended(self._claim.number, "INTERRUPTED", None, reason)
+        """End all trials that are not done, and queue a successor for each."""
+        for trial in [*self._active.values(), *self._held]:
+            trial.give_back(reason)
+        self._active.clear()
+        self._held.clear()
 
-
-def checkpoints(plan: Plan) -> Path:
-    """Return the study's folder of weights: `best.pt` holds those of the best trial's best epoch."""
-    return OUTPUT / "checkpoints" / plan.spec.name
+    def _say(self, text: str) -> None:
+        if text.partition(": ")[2] not in self._said:
+            self._said.add(text.partition(": ")[2])
+            self._progress.note(text)

@@ -13,33 +13,35 @@ from hpo.spec import KEYS
 from tests.conftest import ROOT
 
 LAYERS = {
+    "__init__": 0,
     "errors": 0,
     "seeds": 0,
+    "progress": 0,
     "stacked_optim": 0,
     "document": 1,
     "catalog": 1,
+    "budget": 1,
     "spec": 2,
     "data": 2,
     "tracking": 2,
+    "optim": 2,
     "objective": 3,
     "space": 3,
-    "optim": 3,
-    "budget": 3,
+    "storage": 3,
+    "lease": 3,
+    "bundle": 3,
     "samplers": 4,
-    "storage": 4,
-    "lease": 4,
     "stack": 4,
-    "bundle": 4,
-    "search": 5,
     "vmap_stack": 5,
     "training": 5,
     "plan": 5,
-    "worker": 6,
+    "search": 5,
+    "trial": 6,
     "selection": 6,
+    "worker": 7,
     "console": 7,
     "commands": 8,
     "__main__": 9,
-    "__init__": 0,
 }
 HOMES = {
     "optuna": {"space", "samplers", "storage", "budget", "lease", "search"},
@@ -136,6 +138,7 @@ def test_the_surface_is_frozen() -> None:
         "storage",
         "tracking",
         "device",
+        "stack",
     )
     options = {}
     for command in ("run", "check", "status", "export", "objectives"):
@@ -144,7 +147,7 @@ def test_the_surface_is_frozen() -> None:
         )
         options[command] = set(re.findall(r"^  (--[a-z]+)", done.stdout, re.M)) - {"--help"}
     assert options == {
-        "run": {"--trials", "--storage", "--tracking", "--device", "--set", "--json"},
+        "run": {"--trials", "--storage", "--tracking", "--device", "--stack", "--set", "--json"},
         "check": {"--storage", "--tracking", "--device", "--set"},
         "status": {"--trials", "--storage", "--set", "--json"},
         "export": {"--trial", "--out", "--storage", "--tracking", "--device", "--set", "--json"},

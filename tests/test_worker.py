@@ -9,9 +9,10 @@ from optuna.trial import TrialState
 
 from hpo.errors import Interrupted
 from hpo.plan import prepare
+from hpo.progress import Progress
 from hpo.search import open_search
 from hpo.tracking import MemoryTracker
-from hpo.worker import Progress, work
+from hpo.worker import work
 
 KINDS = (
     "params: {{kind: {{type: categorical, choices: [good, nan, oom]}}}}\nstart_with: [{}]\ntrials: {}\npruner: none\n"
