@@ -149,7 +149,7 @@ def _write_torchscript(eager: nn.Module, held_out: Split, path: Path) -> dict[st
         torch.jit.load(path)(*example)
         how["optimized_for_inference"] = True
     except RuntimeError as error:
-        # With convolutions it puts tensors into the graph that are saved but not loaded ("attribute 'value' is undefined")
+        # With convolutions it makes a file that torch.jit.load refuses ("attribute 'value' is undefined")
         torch.jit.freeze(script).save(str(path))
         how |= {"optimized_for_inference": False, "not_optimized": str(error).strip().splitlines()[-1][:200]}
     return how

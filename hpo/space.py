@@ -204,18 +204,20 @@ class Space:
 
     def corners(self, most: int = 16) -> list[dict[str, Any]]:
         """Return configurations at the ends of every range, at most `most`, to try whether each can be built."""
-        return list(islice(self._corners(dict(self.fixed), 0), most))
+        highs = next(self._corners(dict(self.fixed), 0, last=True))
+        corners = [corner for corner in islice(self._corners(dict(self.fixed), 0), most) if corner != highs]
+        return [*corners[:1], highs, *corners[1:]][:most]  # that with every high is among them, however many there are
 
-    def _corners(self, params: dict[str, Any], index: int) -> Iterator[dict[str, Any]]:
+    def _corners(self, params: dict[str, Any], index: int, last: bool = False) -> Iterator[dict[str, Any]]:
         if index == len(self.dimensions):
             yield params
             return
         dimension = self.dimensions[index]
         if not dimension.applies(params):
-            yield from self._corners(params, index + 1)
+            yield from self._corners(params, index + 1, last)
             return
-        for value in _ends(dimension.searched):
-            yield from self._corners(params | {dimension.name: value}, index + 1)
+        for value in _ends(dimension.searched)[-1 if last else 0 :]:
+            yield from self._corners(params | {dimension.name: value}, index + 1, last)
 
     def identity(self) -> dict[str, Any]:
         """Return the space as plain values, equal for equal spaces, to be stored with the study."""

@@ -28,7 +28,7 @@ class TrialRun:
         progress.trial_started(claim.number, plan.space.searched(claim.params))
 
     def report(self, stack: Stack, metrics: dict[str, float]) -> bool:
-        """Take the metrics of the epoch that has ended; return whether the trial goes on. Where not, its end is told."""
+        """Take the metrics of the epoch that has ended; return whether the trial goes on. If not, its end is told."""
         plan, member = self._plan, self.member
         epoch, value = member.epoch - 1, metrics.get(plan.metric_key, math.nan)
         self._tracker.log_metrics(member.number, epoch, metrics)

@@ -13,7 +13,7 @@ from hpo.stack import LoopStack, Member, Stack, is_out_of_memory
 from hpo.tracking import Tracker
 from hpo.training import train
 from hpo.trial import TrialRun
-from hpo.vmap_stack import How, NotStackable, VmapStack
+from hpo.vmap_stack import How, NotStackable, Padding, VmapStack, padding, stackable
 
 WAIT_SECONDS = 1.0
 """How often to look again while all that is left of a study is with other workers."""
@@ -88,6 +88,10 @@ class _Worker:
         preprocess = plan.objective.preprocess(data.train)
         self._train, self._valid = (split.through(preprocess).to(plan.device) for split in (data.train, data.valid))
         self._capacity = plan.spec.stack
+        self._widest: Padding = {}
+        if self._capacity > 1:
+            corners = plan.space.corners()
+            self._widest = padding([stackable(plan.objective.build(params, data.info)) for params in corners])
         self._active: dict[int, TrialRun] = {}
         self._held: list[TrialRun] = []
         self._said: set[str] = set()
@@ -147,7 +151,8 @@ class _Worker:
         plan = self._plan
         if self._capacity > 1:
             example = Split(inputs={n: x[:8] for n, x in self._train.inputs.items()}, targets=self._train.targets[:8])
-            stack = VmapStack(plan.objective, self._info, plan.device, self._capacity, example, self._how(member))
+            how = self._how(member)
+            stack = VmapStack(plan.objective, self._info, plan.device, self._capacity, example, how, self._widest)
             try:
                 stack.admit(member)
             except NotStackable as error:

@@ -5,13 +5,13 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets import FashionMNIST as TorchvisionFashionMNIST
 
 from hpo.data import Data, Split
 from hpo.objective import Objective
 from objectives.datasets import torchvision_arrays
+from objectives.losses import cross_entropy
 from objectives.models import MLP, ScalePixels
 
 CLASSES = (
@@ -70,7 +70,7 @@ class FashionMNIST(Objective):
         return MLP(info.n_features, [params["n_hidden1"], params["n_hidden2"]], info.n_classes)
 
     def loss(self, outputs, targets, params):
-        return F.cross_entropy(outputs, targets, label_smoothing=params["label_smoothing"])
+        return cross_entropy(outputs, targets, label_smoothing=params["label_smoothing"])
 
     def metrics(self):
         return {"accuracy": MulticlassAccuracy(len(CLASSES), average="micro")}

@@ -1,4 +1,4 @@
-"""Ctrl-C, kill -9 and bugs in real processes: the running trial is marked, a second run goes on, the budget is exact."""
+"""Ctrl-C, kill -9 and bugs in real processes: the trial is marked, a second run goes on, the budget is exact."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""The house's rules, held by its own imports: layers, one home for each library, a frozen surface, a true README tree."""
+"""The house's rules, held by its own imports: layers, a home for each library, a frozen surface, README's tree."""
 
 import ast
 import re
