@@ -1,0 +1,148 @@
+"""A worker with `stack: K`: the same study, each trial with the params and the value that it has one at a time."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hpo.plan import prepare
+from hpo.search import open_search
+from hpo.tracking import MemoryTracker
+from hpo.vmap_stack import VmapStack
+from hpo.worker import work
+from tests.test_worker import Screen
+
+NETWORK = '''
+"""Small networks of widths of their own, in double precision."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchmetrics.regression import MeanSquaredError
+
+from hpo.data import Data, Split
+from hpo.objective import Objective
+
+
+class Network(Objective):
+    defaults = {"optimizer": "adam", "learning_rate": 1e-2, "batch_size": 32, "width": 8, "kind": "mlp"}
+    space = {
+        "learning_rate": {"type": "float", "low": 1e-3, "high": 1e-1, "log": True},
+        "width": {"type": "int", "low": 4, "high": 40},
+    }
+
+    def data(self):
+        x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        y = x.sum(1, keepdim=True) + x[:, :1] ** 2
+        parts = [slice(0, 120), slice(120, 160), slice(160, 200)]
+        train, valid, test = (Split(inputs={"x": x[p]}, targets=y[p]) for p in parts)
+        return Data(train=train, valid=valid, test=test)
+
+    def build(self, params, info):
+        if params["kind"] == "lstm":
+            class Last(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.lstm, self.output = nn.LSTM(4, 3), nn.Linear(3, 1)
+
+                def forward(self, x):
+                    return self.output(self.lstm(x.unsqueeze(0))[0][0])
+
+            return Last().double()
+        w = params["width"]
+        return nn.Sequential(nn.Linear(4, w), nn.ReLU(), nn.Linear(w, 1)).double()
+
+    def loss(self, outputs, targets, params):
+        loss = F.mse_loss(outputs, targets)
+        return loss * float("nan") if params["kind"] == "nan" else loss
+
+    def metrics(self):
+        return {"mse": MeanSquaredError().set_dtype(torch.float64)}
+'''
+
+
+def values(study, name: str, text: str, screen: Screen | None = None) -> dict[int, tuple[str, dict, list[float]]]:
+    """Run a study; return each trial's state, params and curve."""
+    Path("network.py").write_text(NETWORK)
+    plan = prepare(study(f"objective: network.py\nname: {name}\n{text}"))
+    search = open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize)
+    try:
+        work(plan, plan.load_data(), search, MemoryTracker(), screen or Screen())
+        return {
+            t.number: (t.state.name, t.params, [v for _, v in sorted(t.intermediate_values.items())])
+            for t in search.study.get_trials()
+        }
+    finally:
+        search.close()
+
+
+HONEST = "sampler: random\npruner: none\ntrials: 14\nepochs: 3\n"
+
+
+@pytest.mark.parametrize("stack", [4, 16])
+def test_the_same_study_with_another_stack_has_the_same_params_and_values(study, stack: int) -> None:
+    alone = values(study, "alone", HONEST)
+    stacked = values(study, "stacked", f"{HONEST}stack: {stack}\n")
+    assert set(alone) == set(stacked) == set(range(14))
+    for number, (state, params, curve) in alone.items():
+        assert stacked[number][:2] == (state, params)
+        assert stacked[number][2] == pytest.approx(curve, abs=1e-9)
+
+
+def test_optimizers_batch_sizes_and_widths_divide_a_study_into_stacks(study) -> None:
+    space = """
+params:
+  optimizer: {type: categorical, choices: [adam, sgd, adadelta]}
+  batch_size: {type: categorical, choices: [32, 60]}
+  width: {type: int, low: 4, high: 40}
+  learning_rate: 0.01
+"""
+    screen = Screen()
+    alone = values(study, "alone", HONEST + space)
+    stacked = values(study, "stacked", HONEST + space + "stack: 4\n", screen)
+    assert {n: t[:2] for n, t in alone.items()} == {n: t[:2] for n, t in stacked.items()}
+    said = [note for note in screen.notes if "one at a time" in note]
+    assert len(said) == 1
+    assert "are trained one at a time: optimizer adadelta has no stacked form" in said[0]
+
+
+def test_members_that_are_pruned_leave_and_others_take_their_place(study) -> None:
+    pruner = "pruner: {name: median, n_startup_trials: 3, n_warmup_steps: 1}\n"
+    text = f"sampler: random\ntrials: 20\nepochs: 6\nstack: 4\n{pruner}"
+    states = [state for state, _, _ in values(study, "pruned", text).values()]
+    assert len(states) == 20
+    assert set(states) == {"COMPLETE", "PRUNED"}
+
+
+def test_a_network_that_cannot_be_stacked_runs_alone_and_says_why_once(study) -> None:
+    screen = Screen()
+    done = values(study, "lstm", "params: {kind: lstm}\ntrials: 4\nstack: 3\n", screen)
+    assert [state for state, _, _ in done.values()] == ["COMPLETE"] * 4
+    said = [note for note in screen.notes if "one at a time" in note]
+    assert len(said) == 1
+    assert "torch.func cannot batch it" in said[0]
+
+
+def test_a_stack_that_does_not_fit_is_halved_and_loses_no_trial(study, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = VmapStack.step
+
+    def step(self: VmapStack, inputs, targets):
+        if self.capacity > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, inputs, targets)
+
+    monkeypatch.setattr(VmapStack, "step", step)
+    screen = Screen()
+    done = values(study, "oom", "trials: 6\nepochs: 2\nstack: 8\nsampler: random\n", screen)
+    assert sorted(state for state, _, _ in done.values()).count("COMPLETE") == 6
+    assert "out of memory: from now on 4 trials a stack, and those in this one begin anew" in screen.notes
+    assert "out of memory: from now on 2 trials a stack, and those in this one begin anew" in screen.notes
+    curves = {str(params): curve for state, params, curve in done.values() if state == "COMPLETE"}
+    alone = values(study, "alone", "trials: 6\nepochs: 2\nsampler: random\n")
+    assert set(curves) == {str(params) for _, params, _ in alone.values()}
+
+
+def test_a_nan_fails_alone_in_a_stack(study) -> None:
+    space = "params: {kind: {type: categorical, choices: [mlp, nan]}, learning_rate: 0.01}\n"
+    done = values(study, "nan", f"trials: 8\nepochs: 2\nstack: 4\nsampler: random\npruner: none\n{space}")
+    assert {params["kind"]: state for state, params, _ in done.values()} == {"mlp": "COMPLETE", "nan": "FAIL"}
