@@ -27,7 +27,7 @@ Trials = Annotated[int | None, typer.Option(help="How many trials in all, over a
 Storage = Annotated[str | None, typer.Option(help="Optuna's storage, e.g. sqlite:///mlruns/optuna.db.")]
 Tracking = Annotated[str | None, typer.Option(help="MLflow's address, e.g. http://host:5000, or off.")]
 Device = Annotated[str | None, typer.Option(help="auto, cuda, cuda:1, mps or cpu.")]
-Stack = Annotated[int | None, typer.Option(help="How many trials to train at once, as one stack.")]
+Stack = Annotated[str | None, typer.Option(help="auto, or how many trials to train at once, as one stack.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Lay a value over the file's; repeatable.")
 ]
@@ -121,7 +121,8 @@ def _overrides(pairs: list[str] | None, **options: object) -> dict[str, str]:
         if not equals or not key.strip(".") or "" in key.split("."):
             raise typer.BadParameter(f"write KEY=VALUE (params.batch_size=64), but got {pair!r}", param_hint="--set")
         overrides[key] = value
-    return overrides | {key: json.dumps(value) for key, value in options.items() if value is not None}
+    plain = {key: value if key == "stack" else json.dumps(value) for key, value in options.items() if value is not None}
+    return overrides | plain
 
 
 def _finish(summary: dict[str, object], as_json: bool) -> None:

@@ -23,7 +23,7 @@ from hpo import stacked_optim
 from hpo.data import DataInfo, Split
 from hpo.objective import Objective, Params
 from hpo.optim import ARGUMENTS, optimizer_class
-from hpo.stack import EVALUATION_ROWS, Member, Stack, measure
+from hpo.stack import EVALUATION_ROWS, Member, Stack, is_out_of_memory, measure
 
 How = Literal["eager", "graph", "compiled"]
 
@@ -326,7 +326,18 @@ class VmapStack(Stack):
         if self._how == "eager":
             return self._step
         graph = self._capture(inputs, targets)
-        return torch.compile(graph, dynamic=False) if self._how == "compiled" else graph
+        if self._how != "compiled":
+            return graph
+        compiled = torch.compile(graph, dynamic=False)
+        try:
+            with torch.no_grad():
+                compiled(*torch.utils._pytree.tree_map(torch.clone, (*self._arguments(), list(inputs), targets)))
+        except Exception as error:  # a compiler that does not work here: its errors have no common base
+            if is_out_of_memory(error):
+                raise
+            self._how = "graph"
+            return graph
+        return compiled
 
     def _capture(self, inputs: Sequence[Tensor], targets: Tensor) -> Callable[..., Any]:
         """Return the step as a graph of plain operations, for batches of this size."""

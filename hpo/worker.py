@@ -9,16 +9,19 @@ from hpo.errors import Interrupted
 from hpo.plan import Plan
 from hpo.progress import Progress
 from hpo.search import Search
+from hpo.sizing import Choice, choose
 from hpo.stack import LoopStack, Member, Stack, is_out_of_memory
 from hpo.tracking import Tracker
-from hpo.training import train
+from hpo.training import batches, order, train
 from hpo.trial import TrialRun
 from hpo.vmap_stack import How, NotStackable, Padding, VmapStack, padding, stackable
 
 WAIT_SECONDS = 1.0
 """How often to look again while all that is left of a study is with other workers."""
-WORTH_COMPILING = 20_000
-"""How many steps of a stack pay for compiling it: that takes some 10 s, and saves about half a millisecond a step."""
+WORTH_COMPILING = 10_000
+"""How many steps of a stack pay for compiling it: that takes some 5 s, and saves about half a millisecond a step."""
+ROUNDS = 4
+"""Into how many rounds `stack: auto` divides a study at the least whose sampler learns from the trials before."""
 
 
 def work(
@@ -87,11 +90,13 @@ class _Worker:
         self._search, self._tracker, self._progress = search, tracker, progress
         preprocess = plan.objective.preprocess(data.train)
         self._train, self._valid = (split.through(preprocess).to(plan.device) for split in (data.train, data.valid))
-        self._capacity = plan.spec.stack
+        self._example = Split(inputs={n: x[:8] for n, x in self._train.inputs.items()}, targets=self._train.targets[:8])
+        self._capacity = 0 if plan.spec.stack == "auto" else plan.spec.stack
         self._widest: Padding = {}
-        if self._capacity > 1:
+        if plan.spec.stack != 1:
             corners = plan.space.corners()
             self._widest = padding([stackable(plan.objective.build(params, data.info)) for params in corners])
+        self._stackable = plan.spec.stack not in ("auto", 1)
         self._active: dict[int, TrialRun] = {}
         self._held: list[TrialRun] = []
         self._said: set[str] = set()
@@ -148,18 +153,45 @@ class _Worker:
             self.give_back(f"out of memory in a stack of {2 * self._capacity}")
 
     def _stack_for(self, member: Member) -> Stack:
-        plan = self._plan
-        if self._capacity > 1:
-            example = Split(inputs={n: x[:8] for n, x in self._train.inputs.items()}, targets=self._train.targets[:8])
-            how = self._how(member)
-            stack = VmapStack(plan.objective, self._info, plan.device, self._capacity, example, how, self._widest)
+        if self._capacity == 0:
+            choice = self._choose(member)
+            self._capacity = choice.capacity
+            self._progress.note(f"stack: {choice.why}")
+            self._search.remember("hpo:stack", choice.why)
+            self._stackable = choice.stack is not None
+            if choice.stack is not None:
+                return choice.stack
+        if self._stackable:
+            stack = self._vmap_stack(self._capacity, self._how(member))
             try:
                 stack.admit(member)
             except NotStackable as error:
                 self._say(f"trials like trial {member.number} are trained one at a time: {error}")
             else:
                 return stack
-        return LoopStack(plan.objective, self._info, plan.device)
+        return self._loop_stack()
+
+    def _choose(self, member: Member) -> Choice:
+        """Measure which size of stack trains trials like `member` fastest."""
+        spec = self._plan.spec
+        batch_size, n_trials = member.params["batch_size"], self._search.counts().waiting + 1
+        batch = next(batches(self._train, batch_size, order(len(self._train), spec.seed, 0)))
+        most = n_trials if spec.sampler.name in ("random", "grid", "qmc", "brute_force") else n_trials // ROUNDS
+        return choose(
+            lambda k: self._vmap_stack(k, "compiled"),
+            self._loop_stack(),
+            member,
+            (list(batch[0]), batch[1]),
+            n_steps=n_trials * spec.epochs * math.ceil(len(self._train) / batch_size),
+            most=most,
+        )
+
+    def _loop_stack(self) -> LoopStack:
+        return LoopStack(self._plan.objective, self._info, self._plan.device)
+
+    def _vmap_stack(self, capacity: int, how: How) -> VmapStack:
+        plan = self._plan
+        return VmapStack(plan.objective, self._info, plan.device, capacity, self._example, how, self._widest)
 
     def _how(self, member: Member) -> How:
         epochs = self._plan.spec.epochs * math.ceil(self._search.counts().waiting / self._capacity)

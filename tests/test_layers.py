@@ -33,6 +33,7 @@ LAYERS = {
     "samplers": 4,
     "stack": 4,
     "vmap_stack": 5,
+    "sizing": 6,
     "training": 5,
     "plan": 5,
     "search": 5,
