@@ -12,13 +12,14 @@ import torch
 from rich.console import Console
 
 from hpo import console as view
+from hpo.bundle import FILES, finite
 from hpo.data import Data
 from hpo.errors import HpoError, InputError, Interrupted, masked
 from hpo.plan import OUTPUT, Plan, prepare, try_out
 from hpo.search import Best, Search, open_search
 from hpo.selection import Outcome, bundle_folder, conclude, finish, outcome
 from hpo.storage import open_storage
-from hpo.tracking import open_tracker
+from hpo.tracking import open_tracker, send_unsent
 from hpo.worker import work
 
 _DATA = "hpo:data"
@@ -35,6 +36,7 @@ def run(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
         best, done = search.best(), None
         if search.counts().waiting + search.counts().running == 0:
             done = outcome(search, best)
+            send_unsent(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)
             out.print(f"{plan.spec.name}: all {plan.spec.trials} trials are done")
         if done is None:
             stopping = stack.enter_context(_signals())
@@ -179,14 +181,25 @@ def export(path: Path, overrides: Mapping[str, str], number: int | None, folder:
         best = search.best(number)
         if best is None:
             raise InputError(_no_such_trial(search, number))
-        if folder is not None and folder.exists() and any(folder.iterdir()) and not (folder / "bundle.json").is_file():
-            raise InputError(f"--out {folder}: is not empty and holds no bundle; give a folder that may be replaced")
+        if folder is not None:
+            _refuse_foreign(folder)
         data = _load(plan, search)
         stopping = stack.enter_context(_signals())
         default = bundle_folder(plan) if number is None else OUTPUT / "bundles" / f"{plan.spec.name}-trial-{number}"
         done = finish(plan, data, search, best, folder or default, stopping, out.print)
         _print_result(plan, search, best, done, out)
         return _summary(plan, search, best, done)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raise InputError where an export to `folder` would take the place of anything but a bundle."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder}: is a file; give a folder")
+    foreign = sorted({file.name for file in folder.iterdir()} - set(FILES)) if folder.exists() else []
+    if foreign:
+        raise InputError(
+            f"--out {folder}: is to be replaced by the bundle, but holds {foreign[0]}; give another folder"
+        )
 
 
 def _no_such_trial(search: Search, number: int | None) -> str:
@@ -275,7 +288,7 @@ def _print_result(plan: Plan, search: Search, best: Best | None, done: Outcome |
 def _summary(plan: Plan, search: Search, best: Best | None, done: Outcome | None) -> dict[str, Any]:
     """Return what `--json` prints; scripts rely on its keys."""
     counts = search.counts()
-    return {
+    summary = {
         "study": plan.spec.name,
         "storage": masked(plan.spec.storage),
         "trials": {key: getattr(counts, key) for key in ("complete", "pruned", "failed", "running", "waiting")},
@@ -283,6 +296,7 @@ def _summary(plan: Plan, search: Search, best: Best | None, done: Outcome | None
         "test": None if done is None else dict(done.test),
         "bundle": None if done is None else str(done.bundle),
     }
+    return finite(summary)
 
 
 def _console() -> Console:

@@ -14,6 +14,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial
 
 from hpo.budget import LEASE_KEY, utc
+from hpo.processes import alive
 
 LEASE_SECONDS = 60
 
@@ -27,17 +28,7 @@ def is_dead(trial: FrozenTrial, now: float) -> bool:
     if lease["until"] < now:
         return True
     place, _, pid = lease["worker"].rpartition(":")
-    return place == _place() and not _alive(int(pid))
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+    return place == _place() and not alive(int(pid))
 
 
 def _place() -> str:

@@ -184,4 +184,4 @@ def origin(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         own = [(str(error.filename), error.lineno)]
     place = f" ({own[-1][0]}:{own[-1][1]})" if own else ""
-    return f"{type(error).__name__}: {error}{place}"
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}{place}"

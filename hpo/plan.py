@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchmetrics import Metric
 
 from hpo import objective as objectives
 from hpo import optim
@@ -50,7 +51,10 @@ class Plan:
 
     def load_data(self) -> Data:
         """Return the objective's data, checked. Raises DataError."""
-        return self.objective.data().checked(self.spec.objective)
+        data = _guarded(self, "data", self.objective.data)
+        if not isinstance(data, Data):
+            raise InputError(f"objective {self.spec.objective}: data must return hpo.data.Data, but got {data!r:.100}")
+        return data.checked(self.spec.objective)
 
 
 def prepare(path: Path, overrides: Mapping[str, str] | None = None) -> Plan:
@@ -114,6 +118,9 @@ def _check(draft: Draft, spec: StudySpec, folder: Path) -> tuple[Plan | None, li
 def _metric(objective: Objective, wanted: str | None) -> tuple[str, bool, list[Fault]]:
     """Return the study's metric and whether more of it is better."""
     metrics = dict(objective.metrics())
+    if wrong := [name for name, metric in metrics.items() if not isinstance(metric, Metric)]:
+        message = f"the objective's metrics must be TorchMetrics objects, but {wrong[0]} is {metrics[wrong[0]]!r:.100}"
+        return "loss", False, [Fault(path=("objective",), message=message)]
     known = [*metrics, "loss"]
     name = known[0] if wanted is None else wanted
     if name not in known:
@@ -238,7 +245,8 @@ def _train_once(plan: Plan, module: nn.Module, optimizer: Any, batch: Split, par
     _guarded(plan, "loss.backward", loss.backward)
     _guarded(plan, f"a step of optimizer {params['optimizer']}", optimizer.step)
     for name, metric in plan.objective.metrics().items():
-        _guarded(plan, f"metric {name}", lambda metric=metric: metric(outputs.detach(), batch.targets))
+        _guarded(plan, f"metric {name}", lambda metric=metric: float(metric(outputs.detach(), batch.targets)))
+    _guarded(plan, "head", lambda: plan.objective.head()(outputs.detach()))
 
 
 def _guarded(plan: Plan, what: str, call: Any) -> Any:

@@ -40,7 +40,7 @@ _ONE_STREAM = ("qmc", "grid")
 
 
 class PerTrialSampler(BaseSampler):
-    """A sampler that is made anew for each trial, seeded by the trial's number.
+    """A sampler that is made anew for each trial, seeded by the trial's place in the budget.
 
     So draws do not repeat after a restart or on another worker, as they do with one seed for every process, and a
     study that was interrupted goes on as it would have without. Optuna's samplers keep what they have learned in the
@@ -55,7 +55,7 @@ class PerTrialSampler(BaseSampler):
         if trial.number not in self._current:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                self._current[trial.number] = self._make(trial.number)
+                self._current[trial.number] = self._make(trial.user_attrs.get("place", trial.number))
         return self._current[trial.number]
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:

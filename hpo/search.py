@@ -108,10 +108,10 @@ class Search:
             places = self.trials()
             started = {trial.user_attrs.get("start_with") for trial in places}
             starts = [i for i in range(len(self.spec.start_with)) if i not in started]
-            for _ in range(min(self.spec.trials - len(places), _QUEUE_CHUNK)):
+            for place in range(len(places), min(self.spec.trials, len(places) + _QUEUE_CHUNK)):
                 start = starts.pop(0) if starts else None
                 config = {} if start is None else self.space.queued(self.spec.start_with[start])
-                self._enqueue(config, {} if start is None else {"start_with": start})
+                self._enqueue(config, {"place": place} | ({} if start is None else {"start_with": start}))
             surplus = len(places) - self.spec.trials
             waiting = [trial for trial in places if trial.state == TrialState.WAITING]
             for trial in reversed(waiting[-surplus:] if surplus > 0 else []):
@@ -139,7 +139,7 @@ class Search:
         """End `trial` as FAIL and queue its successor; the successor first, so that a crash between loses nothing."""
         if attempt < MAX_ATTEMPTS:
             attrs = {"retry_of": trial.number, "attempt": attempt + 1}
-            attrs |= {key: trial.user_attrs[key] for key in ("seed", "start_with") if key in trial.user_attrs}
+            attrs |= {key: trial.user_attrs[key] for key in ("place", "seed", "start_with") if key in trial.user_attrs}
             self._enqueue(trial.params, attrs)
         with suppress(UpdateFinishedTrialError):  # a peer was faster
             self.storage.set_trial_user_attr(trial._trial_id, "error", reason)
@@ -175,7 +175,9 @@ class Search:
         self.study.get_trials(deepcopy=False)  # or Optuna's cache knows no trial that another process queued: KeyError
         trial = Trial(self.study, frozen._trial_id)  # what Study.ask does, without making a trial beyond the budget
         self._claimed[trial.number] = trial
-        seed = frozen.user_attrs.get("seed", derive(self.spec.seed, "init", trial.number))
+        seed = frozen.user_attrs.get(
+            "seed", derive(self.spec.seed, "init", frozen.user_attrs.get("place", trial.number))
+        )
         trial.set_user_attr("seed", seed)
         return Claim(number=trial.number, seed=seed, params=self.space.suggest(trial), attempt=attempt)
 
@@ -209,15 +211,21 @@ class Search:
         self.annotate(number, error=reason)
         return self._finish(number, TrialState.FAIL)
 
-    def give_back(self, number: int, reason: str) -> None:
-        """End a trial that was interrupted; a successor with its params and seed is queued in its place."""
-        trial = self._claimed[number]
+    def give_back(self, number: int, reason: str) -> bool:
+        """End a trial that was interrupted; a successor with its params and seed is queued in its place.
+
+        Return False, and do nothing, for one whose end was told already.
+        """
+        trial = self._claimed.get(number)
+        if trial is None:
+            return False
         with exclusive(self.spec.storage):
             frozen = self.storage.get_trial(trial._trial_id)
             if frozen.state == TrialState.RUNNING:
                 self._replace(frozen, reason, attempt=0)  # an interruption is nobody's fault: it costs no attempt
         self._lease.drop(trial._trial_id)
         del self._claimed[number]
+        return True
 
     def _finish(self, number: int, state: TrialState, value: float | None = None) -> bool:
         trial = self._claimed.pop(number)

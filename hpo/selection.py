@@ -8,7 +8,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from hpo.bundle import Model, export
+from hpo.bundle import FILES, Model, export
 from hpo.data import Data
 from hpo.errors import ExportError
 from hpo.plan import OUTPUT, Plan
@@ -41,7 +41,7 @@ def outcome(search: Search, best: Best | None) -> Outcome | None:
     if stored is None or best is None or stored["number"] != best.number:
         return None
     folder = Path(stored["bundle"])
-    if not (folder / "bundle.json").is_file():
+    if not all((folder / file).is_file() for file in FILES):
         return None
     return Outcome(number=best.number, test=stored["test"], bundle=folder, parity=stored["parity"])
 
@@ -149,7 +149,7 @@ def _about(
         "epochs": refit_epochs,
         "seed": best.seed,
         "trained_on": ["train", "valid"],
-        "metrics": {**best.metrics, **{f"test_{name}": value for name, value in test.items()}},
+        "metrics": {"of_the_trial": dict(best.metrics), "test": dict(test)},
         "n_test_evaluations": len(search.attrs.get(_TESTS, [])),
         "data_fingerprint": data.fingerprint(),
     }

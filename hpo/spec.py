@@ -216,7 +216,7 @@ class StudySpec(_Frozen):
     storage: str = "sqlite:///mlruns/optuna.db"
     tracking: Annotated[str, BeforeValidator(_off)] = "sqlite:///mlruns/mlflow.db"
     device: str = "auto"
-    stack: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    stack: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
     """How many trials are trained at once on the device, as one stack, where their structure allows; auto: measured."""
 
     @field_validator("name")

@@ -16,13 +16,14 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from filelock import FileLock
 
 from hpo.errors import InputError, masked
+from hpo.processes import alive
 
 STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED", "INTERRUPTED": "KILLED"}
 """Optuna's state of a trial (and ours of a study) -> MLflow's status of its run."""
@@ -111,7 +112,8 @@ class MlflowTracker(Tracker):
     """MLflow through `MlflowClient` and run ids: the fluent API has one active run for the whole process.
 
     What is told goes into an outbox that a thread empties, since one call can take minutes (MLflow tries to connect to
-    a database for 100 s). While sending fails, the outbox is also a file.
+    a database for 100 s). The outbox is also a file, so that what a kill leaves unsent is sent by the next run; each
+    item may be sent twice without harm.
     """
 
     FLUSH_SECONDS = 5.0
@@ -127,14 +129,17 @@ class MlflowTracker(Tracker):
     def __init__(self, uri: str, study: str, outbox: Path, warn: Callable[[str], None]) -> None:
         self._uri, self._study = uri, study
         self._warn = lambda text: warn(masked(text))
-        self._file = outbox / f"{study}.jsonl"
+        self._file = outbox / f"{study}.{os.getpid()}.jsonl"
         self._client: Any = None
         self._experiment = ""
         self._runs: dict[int | None, str] = {}
-        self._outbox = deque(_read_lines(self._file))
+        self._log: TextIO | None = None
+        self._outbox = deque(_adopt(outbox, study))
+        if self._outbox:
+            self._write_file()
         self._changed = threading.Condition()  # guards all that follows, and the outbox
         self._thread: threading.Thread | None = None
-        self._due = self._closing = self._sending = self._failing = False
+        self._due = self._closing = self._sending = self._failing = self._slow = False
         self._retry_at = 0.0
 
     def start_study(self, tags: Mapping[str, str], texts: Mapping[str, str]) -> None:
@@ -147,7 +152,8 @@ class MlflowTracker(Tracker):
 
     def _wait_for_run(self, trial: int | None, seconds: float) -> str | None:
         with self._changed:
-            self._changed.wait_for(lambda: trial in self._runs or self._failing, seconds)
+            if not self._slow:  # whoever waited in vain once is not made to wait again
+                self._slow = not self._changed.wait_for(lambda: trial in self._runs or self._failing, seconds)
             return self._runs.get(trial)
 
     def log_metrics(self, trial: int | None, step: int, metrics: Mapping[str, float]) -> None:
@@ -157,6 +163,7 @@ class MlflowTracker(Tracker):
             last = self._outbox[-1] if open_ else {"do": "nothing"}
             if last["do"] == "metrics" and last["trial"] == trial and len(last["rows"]) < 900:
                 last["rows"] += rows  # one batch: MLflow takes at most 1,000 metrics in a call
+                self._append({**last, "rows": rows})
                 return
         self._put("metrics", trial, due=False, rows=rows)
 
@@ -171,13 +178,28 @@ class MlflowTracker(Tracker):
         self._put("end", None, status=STATUS[state], tags={"hpo.state": state})
         self.close()
 
+    def send(self) -> None:
+        """Send the outbox as it is, with nothing new in it."""
+        self._start_thread()
+        self.close()
+
+    def _start_thread(self) -> None:
+        if self._thread is None or not self._thread.is_alive():
+            self._closing = False
+            self._thread = threading.Thread(target=self._run, name="hpo-mlflow", daemon=True)
+            self._thread.start()
+
     def close(self) -> None:
         """Send what is left, if it can be sent; the outbox's file keeps it where not."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         end = time.monotonic() + self.CLOSE_SECONDS
-        while self._thread is not None and self._thread.is_alive() and (not self._failing or time.monotonic() < end):
+        while (
+            self._thread is not None
+            and self._thread.is_alive()
+            and (not (self._failing or self._slow) or time.monotonic() < end)
+        ):
             self._thread.join(0.1)
         with self._changed:
             if self._outbox:
@@ -188,14 +210,17 @@ class MlflowTracker(Tracker):
         with self._changed:
             self._outbox.append(item)
             self._due |= due
-            if self._failing:
-                with self._file.open("a") as file:
-                    file.write(json.dumps(item) + "\n")
-            if self._thread is None or not self._thread.is_alive():
-                self._closing = False
-                self._thread = threading.Thread(target=self._run, name="hpo-mlflow", daemon=True)
-                self._thread.start()
+            self._append(item)
+            self._start_thread()
             self._changed.notify_all()
+
+    def _append(self, item: Mapping[str, Any]) -> None:
+        with suppress(OSError):  # a full disk must not stop training either
+            if self._log is None:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                self._log = self._file.open("a")
+            self._log.write(json.dumps(item) + "\n")
+            self._log.flush()
 
     def _run(self) -> None:
         """Send whenever something is due, in batches, until the tracker is closed."""
@@ -217,13 +242,14 @@ class MlflowTracker(Tracker):
             with self._changed:
                 self._sending = bool(self._outbox)
                 if not self._outbox:
+                    self._forget()
                     break
                 item = self._outbox[0]
             getattr(self, f"_send_{item['do']}")(item)
             with self._changed:
                 self._outbox.popleft()
+                self._slow = False
                 self._changed.notify_all()
-        self._file.unlink(missing_ok=True)
         if self._failing:
             self._failing = False
             self._warn(f"tracking: {self._uri} is back; everything that was kept has been sent")
@@ -241,9 +267,18 @@ class MlflowTracker(Tracker):
                 f"is kept in {self._file} and sent later"
             )
 
+    def _forget(self) -> None:
+        """Remove the outbox's file, since everything in it was sent."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+        self._file.unlink(missing_ok=True)
+
     def _write_file(self) -> None:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        self._file.write_text("".join(json.dumps(item) + "\n" for item in self._outbox))
+        with suppress(OSError):
+            self._forget()
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.write_text("".join(json.dumps(item) + "\n" for item in self._outbox))
 
     def _connect(self) -> None:
         if self._client is not None:
@@ -338,6 +373,14 @@ def open_tracker(uri: str, study: str, outbox: Path, warn: Callable[[str], None]
     return MlflowTracker(uri, study, outbox, warn)
 
 
+def send_unsent(uri: str, study: str, outbox: Path, warn: Callable[[str], None]) -> None:
+    """Send what an earlier run of `study` could not, if there is anything."""
+    if uri != "off" and _left_behind(outbox, study):
+        tracker = open_tracker(uri, study, outbox, warn)
+        assert isinstance(tracker, MlflowTracker)
+        tracker.send()
+
+
 def check_address(uri: str) -> None:
     """Raise InputError where `uri` is no address that MLflow can track to."""
     scheme = uri.partition(":")[0]
@@ -358,14 +401,24 @@ def _now() -> int:
     return int(time.time() * 1000)
 
 
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    """Return what an earlier run could not send; a line that a kill cut short is left out."""
+def _left_behind(outbox: Path, study: str) -> list[Path]:
+    """Return the outbox files of `study` whose process is gone (or is this one): `<study>.<process id>.jsonl`."""
+    found = []
+    for file in sorted(outbox.glob("*.jsonl")):
+        name, _, pid = file.stem.rpartition(".")
+        if name == study and pid.isdigit() and (int(pid) == os.getpid() or not alive(int(pid))):
+            found.append(file)
+    return found
+
+
+def _adopt(outbox: Path, study: str) -> list[dict[str, Any]]:
+    """Return what earlier runs could not send, and remove their files; a line that a kill cut short is left out."""
     items = []
-    for line in file.read_text().splitlines() if file.is_file() else []:
-        try:
-            items.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+    for file in _left_behind(outbox, study):
+        for line in file.read_text().splitlines():
+            with suppress(json.JSONDecodeError):
+                items.append(json.loads(line))
+        file.unlink(missing_ok=True)
     return items
 
 

@@ -80,7 +80,13 @@ def batches(split: Split, batch_size: int, rows: Tensor) -> Iterator[tuple[Seque
 
     All rows are put in order at once: slicing them afterwards copies nothing.
     """
+    sizes = [batch_size] * (len(rows) // batch_size)
+    rest = len(rows) - sum(sizes)
+    if rest == 1 and sizes:
+        sizes[-1] += 1  # BatchNorm cannot train on one row: the one that is left over joins the batch before it
+    elif rest:
+        sizes.append(rest)
     rows = rows.to(split.targets.device)
-    columns = [x[rows].split(batch_size) for x in (*split.inputs.values(), split.targets)]
+    columns = [x[rows].split(sizes) for x in (*split.inputs.values(), split.targets)]
     for *inputs, targets in zip(*columns, strict=True):
         yield inputs, targets

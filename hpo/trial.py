@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hpo.errors import HpoError
 from hpo.plan import OUTPUT, Plan
 from hpo.progress import Progress
 from hpo.search import Claim, Search
@@ -33,7 +34,12 @@ class TrialRun:
         epoch, value = member.epoch - 1, metrics.get(plan.metric_key, math.nan)
         self._tracker.log_metrics(member.number, epoch, metrics)
         self._progress.epoch_ended(member.number, member.epoch, plan.spec.epochs, metrics)
-        for name, each in (("train_loss", metrics["train_loss"]), (plan.metric_key, value)):
+        told = {
+            "train_loss": metrics["train_loss"],
+            "valid_loss": metrics.get("valid_loss", math.nan),
+            plan.metric_key: value,
+        }
+        for name, each in told.items():
             if member.fault is None and not math.isfinite(each):
                 member.fault = f"{name} became {each} in epoch {member.epoch}"
         if member.fault is not None:
@@ -77,7 +83,6 @@ class TrialRun:
         if best is None or best.number != self._claim.number:
             return
         folder = checkpoints(self._plan)
-        folder.mkdir(parents=True, exist_ok=True)
         content = {
             "model_state_dict": {name: x.cpu() for name, x in self._kept.items()},
             "model_hyperparameters": dict(best.params),
@@ -85,13 +90,18 @@ class TrialRun:
             "value": best.value,
             "epoch": best.epoch,
         }
-        unfinished = folder / "best.pt.part"
-        torch.save(content, unfinished)
-        unfinished.replace(folder / "best.pt")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            unfinished = folder / "best.pt.part"
+            torch.save(content, unfinished)
+            unfinished.replace(folder / "best.pt")
+        except (OSError, RuntimeError) as error:  # torch.save: a full disk is a RuntimeError
+            raise HpoError(f"{folder} cannot be written ({str(error).splitlines()[0]}); no trial is lost") from error
 
     def give_back(self, reason: str) -> None:
         """End the trial, and queue a successor for it."""
-        self._search.give_back(self._claim.number, reason)
+        if not self._search.give_back(self._claim.number, reason):
+            return  # its end was told already
         self._tracker.end_trial(self._claim.number, "INTERRUPTED", reason)
         self._progress.trial_ended(self._claim.number, "INTERRUPTED", None, reason)
 

@@ -112,8 +112,10 @@ def test_export_any_trial_and_refuse_what_is_none(study: Write) -> None:
     )
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("years of work")
-    assert "is not empty and holds no bundle" in refused("export", path, "--out", "mine")
+    message = "--out mine: is to be replaced by the bundle, but holds thesis.txt; give another folder"
+    assert refused("export", path, "--out", "mine") == message
     assert Path("mine/thesis.txt").read_text() == "years of work"
+    assert refused("export", path, "--out", "mine/thesis.txt") == "--out mine/thesis.txt: is a file; give a folder"
 
 
 def test_objectives_lists_one_line_each() -> None:
@@ -286,3 +288,47 @@ def test_a_corrupted_data_file_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     message = refused("run", "f.yaml")
     assert f"FashionMNIST: {raw} cannot be read" in message
     assert "a file in it is corrupted or incomplete; delete it to have it downloaded again" in message
+
+
+def test_what_could_not_be_sent_is_sent_by_a_run_of_the_finished_study(study: Write) -> None:
+    path = study("tracking: sqlite:///mlruns/mlflow.db")
+    done = run_hpo("run", path, "--tracking", "http://127.0.0.1:9/")
+    assert done.returncode == 0, done.stderr
+    assert list(Path("mlruns/unsent").iterdir())
+    assert "all 3 trials are done" in run_hpo("run", path).stdout
+    assert not list(Path("mlruns/unsent").iterdir())
+    with sqlite3.connect("mlruns/mlflow.db") as db:
+        assert db.execute("select name, status from runs order by name").fetchall() == [
+            ("study", "FINISHED"),
+            *[(f"trial {i}", "FINISHED") for i in range(3)],
+        ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("return Data(train=train, valid=valid, test=test)", "return 5"), "data must return hpo.data.Data, but got 5"),
+        (("x = torch.randn", "raise OSError('gone')\n        x = torch.randn"), "data failed: OSError: gone ("),
+        (('return {"r2": R2Score()}', 'return {"r2": max}'), "must be TorchMetrics objects, but r2 is <built-in"),
+        (("return nn.Linear(info.n_features, 1)", "return None"), "failed: AttributeError: 'NoneType' object has no"),
+        (
+            ("return loss\n", "return loss.expand(3)\n"),
+            "loss must return one number (a tensor of no dimensions), but got",
+        ),
+    ],
+)
+def test_an_objective_that_breaks_the_contract_is_told_so_before_anything_runs(
+    study: Write, change: tuple[str, str], message: str
+) -> None:
+    path = study("objective: odd.py")
+    text = Path("linear.py").read_text()
+    assert change[0] in text
+    Path("odd.py").write_text(text.replace(*change))
+    for command in ("check", "run"):
+        assert message in refused(command, path)
+
+
+def test_a_pipe_that_closes_early_gives_no_traceback(study: Write) -> None:
+    command = f"python -m hpo run {study()} | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr, done.stderr

@@ -17,6 +17,7 @@ LAYERS = {
     "errors": 0,
     "seeds": 0,
     "progress": 0,
+    "processes": 0,
     "stacked_optim": 0,
     "document": 1,
     "catalog": 1,

@@ -90,7 +90,7 @@ def test_the_best_params_are_trained_on_train_and_validation_for_the_best_epochs
     assert ending.notes[0] == f"training the params of trial 1 anew on train + validation, {epochs} epochs"
     about = json.loads((done.bundle / "bundle.json").read_text())
     assert (about["epochs"], about["trial"], about["trained_on"]) == (epochs, 1, ["train", "valid"])
-    assert about["metrics"] == {"valid_r2": 0.9, "test_loss": done.test["loss"], "test_r2": done.test["r2"]}
+    assert about["metrics"] == {"of_the_trial": {"valid_r2": 0.9}, "test": dict(done.test)}
 
 
 def test_the_test_set_is_read_once_and_counted_however_often_a_study_is_concluded(told):
