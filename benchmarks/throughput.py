@@ -4,9 +4,9 @@
 
 Side by side in one run, on one thread, at equal params, batches and data: (a) the documented loop of
 `benchmarks/training.py`; (b) ours one trial at a time (LoopStack, K = 1); (c) ours stacked (VmapStack), captured as a
-graph and compiled, for every K. `california` is 8-24-24-1, batch 64; `widths` the same with both widths drawn from 20 to
-300, so that members are padded to their bucket (compared with one-at-a-time training of those very networks); `fashion`
-is 784-300-100-10, batch 32. Compilation is not counted (its seconds are shown); nor is search, storage, tracking.
+graph and compiled, for every K. `california` is 8-24-24-1, batch 64; `widths` the same with both widths drawn from 129
+to 256, one bucket of padding; `fashion` is 784-300-100-10, batch 32. Compilation is not counted (its seconds are
+shown); nor is search, storage, tracking.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def documented(objective: Objective, info: object, split: Split, params: dict, s
 
 
 def stacked(stack: Stack, split: Split, members: list[Member], seconds: float) -> tuple[float, float]:
-    """Return milliseconds per epoch and model of training `members` in `stack`, and the seconds before the first step."""
+    """Return milliseconds per epoch and model of training `members` in `stack`, and the seconds before that."""
     begun = time.perf_counter()
     for member in members:
         stack.join(member)
@@ -101,7 +101,8 @@ def main() -> None:
     torch.set_num_threads(1)
     out = Console(width=130)
     out.print(
-        f"{date.today()}, {platform.machine()}, 1 thread, torch {torch.__version__}, Python {platform.python_version()}; "
+        f"{date.today()}, {platform.machine()}, 1 thread, torch {torch.__version__}, "
+        f"Python {platform.python_version()}; "
         "GPU: not measured",
         highlight=False,
     )

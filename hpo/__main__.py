@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from hpo.errors import HpoError, SpecError
+from hpo.errors import HpoError, SpecError, masked
 
 app = typer.Typer(
     name="hpo",
@@ -138,6 +138,14 @@ def main() -> None:
     except HpoError as error:
         print(error if isinstance(error, SpecError) else f"hpo: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
+    except Exception as error:
+        if not type(error).__module__.startswith(("optuna.", "sqlalchemy.")):
+            raise
+        lines = [line for e in (error.__cause__, error) if e is not None for line in str(e).splitlines()[:1]]
+        print(
+            f"hpo: the storage failed: {masked('; '.join(lines))}; run the same command again to go on", file=sys.stderr
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         print("hpo: interrupted", file=sys.stderr)
         sys.exit(130)

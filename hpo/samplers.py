@@ -148,13 +148,16 @@ def _wrapped(inner: Any, epochs: int, at: tuple[str, ...]) -> tuple[BasePruner |
     return None, [Fault(path=at, message=message)]
 
 
+_FILLED_IN = ("wrapped_pruner", "search_space")
+"""Keys that Optuna requires and that have a default here."""
 _KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 
 
 def _key_faults(cls: type, keys: Mapping[str, Any], at: tuple[str, ...]) -> list[Fault]:
     """Return the keys that Optuna's `cls` has not, and those whose plain type is another than its annotation says."""
     known = {n: p for n, p in inspect.signature(cls).parameters.items() if n not in ("args", "kwargs")}
-    faults = []
+    required = [name for name, p in known.items() if p.default is p.empty and name not in _FILLED_IN]
+    faults = [Fault(path=(*at, name), message="is missing") for name in required if name not in keys]
     for key, value in keys.items():
         if key not in known:
             message = f"unknown key of Optuna's {cls.__name__}{did_you_mean(key, known)}"

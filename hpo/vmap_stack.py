@@ -10,6 +10,7 @@ Shapes: K members, B rows of a batch; a weight (K, ...), a loss (K,).
 """
 
 import inspect
+import logging
 import shutil
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal
@@ -328,6 +329,7 @@ class VmapStack(Stack):
         graph = self._capture(inputs, targets)
         if self._how != "compiled":
             return graph
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
         compiled = torch.compile(graph, dynamic=False)
         try:
             with torch.no_grad():
