@@ -44,6 +44,7 @@ def work(
     worker = _Worker(plan, data, search, tracker, progress, lambda: stopping() or out_of_time())
     while not out_of_time():
         if stopping():
+            worker.give_back("interrupted")
             raise Interrupted("interrupted; run the same command again to go on")
         first = worker.next()
         if first is None:
@@ -63,6 +64,7 @@ def work(
         except BaseException as error:
             worker.give_back(f"{type(error).__name__}: {error}")
             raise
+    worker.give_back("the study's time was over")
     progress.note(
         f"the study's time ({plan.spec.timeout:g} s) is over: no new trial is begun; raise `timeout` to go on"
     )
@@ -118,7 +120,6 @@ class _Worker:
         Where the device has no memory for it, its trials are given back and stacks are half as large from then on.
         """
         self._active[first.member.number] = first
-        stack = self._stack_for(first.member)
         joining = [first]
 
         def ask(n: int) -> list[Member]:
@@ -134,6 +135,7 @@ class _Worker:
             return go_on
 
         try:
+            stack = self._stack_for(first.member)
             train(
                 stack,
                 self._train,
@@ -146,11 +148,12 @@ class _Worker:
                 stopping=self._stopping,
             )
         except (RuntimeError, MemoryError) as error:
-            if self._capacity == 1 or not is_out_of_memory(error):
+            if not (self._stackable and is_out_of_memory(error)):
                 raise
-            self._capacity //= 2
+            self.give_back(f"out of memory in a stack of {self._capacity}")
+            self._stackable = self._capacity > 1  # not even one: what is out of memory alone, fails alone
+            self._capacity = max(1, self._capacity // 2)
             self._say(f"out of memory: from now on {self._capacity} trials a stack, and those in this one begin anew")
-            self.give_back(f"out of memory in a stack of {2 * self._capacity}")
 
     def _stack_for(self, member: Member) -> Stack:
         if self._capacity == 0:
@@ -208,13 +211,13 @@ class _Worker:
             trial = held.pop(0) if held else self._claim()
             if trial is None:
                 break
+            self._active[trial.member.number] = trial
             try:
                 stack.admit(trial.member)
             except NotStackable:
-                self._held.append(trial)
+                self._held.append(self._active.pop(trial.member.number))
             else:
                 taken.append(trial)
-                self._active[trial.member.number] = trial
         self._held += held
         return taken
 

@@ -283,7 +283,6 @@ def test_a_pruners_key_that_is_wrong_is_a_fault(name, keys, faults):
 @pytest.mark.parametrize(
     ("name", "keys", "said"),
     [
-        ("patient", {}, "missing 1 required positional argument: 'patience'"),
         ("threshold", {}, "Either lower or upper must be specified."),
         ("percentile", {"percentile": 200}, "Percentile must be between 0 and 100 inclusive"),
     ],
@@ -293,3 +292,8 @@ def test_what_optuna_refuses_of_a_pruner_is_a_fault(name, keys, said):
     assert path == ("pruner",)
     assert message.startswith(f"Optuna refuses these keys of {name}: ")
     assert said in message
+
+
+@pytest.mark.parametrize(("name", "key"), [("patient", "patience"), ("percentile", "percentile")])
+def test_a_key_that_a_pruner_requires_is_missed(name, key):
+    assert pruner_faults(name) == [(("pruner", key), "is missing")]
