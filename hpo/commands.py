@@ -162,7 +162,8 @@ def status(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
         open_trials = counts.running + counts.waiting
         left = used / counts.finished * open_trials if counts.finished and open_trials else None
         if plan.spec.timeout is not None and open_trials:
-            left = max(0.0, min(plan.spec.timeout - used, plan.spec.timeout if left is None else left))
+            over = search.seconds_left(plan.spec.timeout)
+            left = over if left is None else min(over, left)
         out.print(
             f"time used {view.duration(used)}" + (f", about {view.duration(left)} left" if left is not None else "")
         )

@@ -32,6 +32,8 @@ MAX_ATTEMPTS = 3
 """How often a trial whose worker dies is tried in all: it may be the trial that kills it."""
 _QUEUE_CHUNK = 100
 _IDENTITY = "hpo:identity"
+TIMED_OUT = "hpo:timed_out"
+"""The study's attribute that holds the `timeout` that has ended it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +278,12 @@ class Search:
     def seconds_used(self) -> float:
         """Return for how long at least one trial was running, over all workers and restarts."""
         return seconds_used(self.storage.get_all_trials(self._study_id, deepcopy=False))
+
+    def seconds_left(self, timeout: float) -> float:
+        """Return what is left of `timeout`: nothing once it has ended the study, however the pauses are counted."""
+        if self.attrs.get(TIMED_OUT, 0.0) >= timeout:
+            return 0.0
+        return max(0.0, timeout - self.seconds_used())
 
     @property
     def attrs(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from hpo.data import Data, Split
 from hpo.errors import Interrupted
 from hpo.plan import Plan
 from hpo.progress import Progress
-from hpo.search import Search
+from hpo.search import TIMED_OUT, Search
 from hpo.sizing import Choice, choose
 from hpo.stack import LoopStack, Member, Stack, is_out_of_memory
 from hpo.tracking import Tracker
@@ -65,6 +65,7 @@ def work(
             worker.give_back(f"{type(error).__name__}: {error}")
             raise
     worker.give_back("the study's time was over")
+    search.remember(TIMED_OUT, plan.spec.timeout)
     progress.note(
         f"the study's time ({plan.spec.timeout:g} s) is over: no new trial is begun; raise `timeout` to go on"
     )
@@ -73,7 +74,7 @@ def work(
 def _deadline(plan: Plan, search: Search) -> float:
     if plan.spec.timeout is None:
         return math.inf
-    return time.monotonic() + plan.spec.timeout - search.seconds_used()
+    return time.monotonic() + search.seconds_left(plan.spec.timeout)
 
 
 class _Worker:

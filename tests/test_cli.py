@@ -60,6 +60,10 @@ def test_timeout_ends_the_study_and_says_so(study: Write) -> None:
     assert "the study's time (0.5 s) is over: no new trial is begun; raise `timeout` to go on" in output
     assert 0 < summary(output)["trials"]["complete"] < 300
     assert summary(output)["bundle"] is not None
+    done = summary(output)["trials"]
+    assert summary(invoke("run", path, "--json"))["trials"] == done  # and what is over stays over
+    assert "about 0.0 s left" in invoke("status", path)
+    assert summary(invoke("run", path, "--json", "--set", "timeout=1.0"))["trials"]["complete"] > done["complete"]
 
 
 def test_an_exit_status_for_each_end(study: Write) -> None:
