@@ -109,7 +109,7 @@ def load(where: str, options: Mapping[str, Any], folder: Path) -> tuple[Objectiv
         module = _import(target, folder)
     except _NotFound as error:
         return None, [Fault(path=at, message=str(error))]
-    except Exception as error:  # the user's own code: whatever it raises is theirs to see
+    except (Exception, SystemExit) as error:  # the user's own code: whatever it raises is theirs to see
         return None, [Fault(path=at, message=f"{target} cannot be imported: {origin(error)}")]
     classes = {
         key: value

@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from hpo.bundle import FILES, Model, export
 from hpo.data import Data
-from hpo.errors import ExportError
+from hpo.errors import ExportError, HpoError
 from hpo.plan import OUTPUT, Plan
 from hpo.search import Best, Search
 from hpo.stack import LoopStack, Member, evaluate
@@ -54,7 +54,10 @@ def conclude(
     Of several workers on this machine that come here at once, one does it and the others take its outcome.
     """
     folder = bundle_folder(plan)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HpoError(f"{folder.parent} cannot be made ({error.strerror}); no trial is lost, run it again") from error
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         best = search.best()
         done = outcome(search, best)

@@ -336,3 +336,34 @@ def test_a_pipe_that_closes_early_gives_no_traceback(study: Write) -> None:
     command = f"python -m hpo run {study()} | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_folder_of_output_that_is_a_file_costs_no_trial(study: Write) -> None:
+    Path("mlruns").mkdir()
+    for name in ("checkpoints", "bundles"):
+        Path("mlruns", name).write_text("in the way")
+        with pytest.raises(HpoError, match=f"mlruns/{name}.* cannot be (made|written).*no trial is lost"):
+            invoke("run", study())
+        Path("mlruns", name).unlink()
+    assert summary(invoke("run", study(), "--json"))["trials"]["complete"] == 3
+
+
+def test_a_head_that_is_none_and_an_objective_that_exits_are_found_before_anything_runs(study: Write) -> None:
+    text = Path("linear.py").read_text()
+    Path("odd.py").write_text(text + "\n    def head(self):\n        return None\n")
+    assert "head failed: TypeError: 'NoneType' object is not callable" in refused("run", study("objective: odd.py"))
+    Path("gone.py").write_text("import sys\nsys.exit(3)\n")
+    assert "gone.py cannot be imported: SystemExit: 3" in refused("run", study("objective: gone.py"))
+
+
+def test_a_corrupted_database_is_said_in_one_line(study: Write) -> None:
+    path = study()
+    invoke("run", path)
+    database = Path("mlruns/optuna.db")
+    content = bytearray(database.read_bytes())
+    content[4096:40960] = b"\x7f" * (40960 - 4096)
+    database.write_bytes(content)
+    done = run_hpo("status", path)
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
+    assert "malformed" in done.stderr
