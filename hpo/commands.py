@@ -15,11 +15,11 @@ from hpo import console as view
 from hpo.bundle import FILES, finite
 from hpo.data import Data
 from hpo.errors import HpoError, InputError, Interrupted, masked
+from hpo.mlflow_tracker import open_tracker, send_unsent
 from hpo.plan import OUTPUT, Plan, prepare, try_out
 from hpo.search import Best, Search, open_search
 from hpo.selection import Outcome, bundle_folder, conclude, finish, outcome
 from hpo.storage import open_storage
-from hpo.tracking import open_tracker, send_unsent
 from hpo.worker import work
 
 _DATA = "hpo:data"

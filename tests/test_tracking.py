@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from hpo.errors import InputError
-from hpo.tracking import MemoryTracker, MlflowTracker, NullTracker, Tracker, check_address, open_tracker
+from hpo.mlflow_tracker import MlflowTracker, open_tracker
+from hpo.tracking import MemoryTracker, NullTracker, Tracker, check_address
 
 
 @pytest.fixture(params=["null", "memory", "mlflow"])
