@@ -85,9 +85,8 @@ def identity(spec: StudySpec, space: Space, metric: str) -> dict[str, Any]:
 class Search:
     """One study in its storage. Make it with `open_search`."""
 
-    def __init__(self, study: optuna.Study, storage: RDBStorage, spec: StudySpec, space: Space, metric: str) -> None:
+    def __init__(self, study: optuna.Study, storage: RDBStorage, spec: StudySpec, space: Space) -> None:
         self.study, self.storage, self.spec, self.space = study, storage, spec, space
-        self.metric = metric
         self.maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
         self._study_id = storage.get_study_id_from_name(study.study_name)
         self._claimed: dict[int, Trial] = {}
@@ -158,18 +157,17 @@ class Search:
 
     def ask(self) -> Claim | None:
         """Claim the next trial of the budget and sample its params; None where there is none left to claim."""
-        waiting = self._waiting()
-        if not waiting or len(self.trials()) > self.spec.trials:
+        taken = self.trials()  # one reading of the storage: it is what a claim of a large study costs
+        if len(taken) > self.spec.trials or all(trial.state != TrialState.WAITING for trial in taken):
             self._fill_queue()
-            waiting = self._waiting()
-        for frozen in waiting:
+            taken = self.trials()
+        for frozen in taken:
+            if frozen.state != TrialState.WAITING:
+                continue
             with suppress(UpdateFinishedTrialError):
                 if self.storage.set_trial_state_values(frozen._trial_id, TrialState.RUNNING):
                     return self._claim(frozen)
         return None
-
-    def _waiting(self) -> list[FrozenTrial]:
-        return [trial for trial in self.trials() if trial.state == TrialState.WAITING]
 
     def _claim(self, frozen: FrozenTrial) -> Claim:
         attempt = frozen.user_attrs.get("attempt", 1)
@@ -335,7 +333,7 @@ def open_search(spec: StudySpec, space: Space, metric: str, *, maximize: bool, m
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study.set_metric_names([metric])  # the dashboard's axis
-    return Search(study, storage, spec, space, metric)
+    return Search(study, storage, spec, space)
 
 
 def _compare(spec: StudySpec, attrs: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

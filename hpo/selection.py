@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from torch import nn
 
 from hpo.bundle import FILES, Model, export
-from hpo.data import Data
+from hpo.data import Data, DataInfo, Split
 from hpo.errors import ExportError, HpoError
 from hpo.plan import OUTPUT, Plan
 from hpo.search import Best, Search
@@ -88,12 +89,38 @@ def finish(
 
     Every reading of the test set is counted in the study's attributes. Raises ExportError, Interrupted.
     """
-    refit_epochs = best.epoch + 1 if plan.spec.value == "best" else plan.spec.epochs
-    note(f"training the params of trial {best.number} anew on train + validation, {refit_epochs} epochs")
+    epochs = best.epoch + 1 if plan.spec.value == "best" else plan.spec.epochs
+    note(f"training the params of trial {best.number} anew on train + validation, {epochs} epochs")
     data_refit = data.for_refit()
     preprocess = plan.objective.preprocess(data_refit.train)
+    network = _refit(plan, best, data.info, data_refit.train.through(preprocess).to(plan.device), epochs, stopping)
+    metrics = {name: metric.to(plan.device) for name, metric in plan.objective.metrics().items()}
+    test_split = data.test.through(preprocess).to(plan.device)
+    test = evaluate(plan.objective, network, test_split, best.params, metrics)
+    search.remember(_TESTS, [*search.attrs.get(_TESTS, []), {"number": best.number, "test": test}])
+    note("exporting, and comparing what was exported with the model that was measured")
+    written = export(
+        Model(
+            preprocess=preprocess,
+            network=network,
+            head=plan.objective.head(),
+            params=best.params,
+            info=data.info,
+            about=_about(plan, data, search, best, epochs, test),
+        ),
+        data.test,
+        folder,
+    )
+    parity = max(result["max_difference"] for result in written["parity"].values())
+    return Outcome(number=best.number, test=test, bundle=folder, parity=parity)
+
+
+def _refit(
+    plan: Plan, best: Best, info: DataInfo, train_split: Split, epochs: int, stopping: Callable[[], bool]
+) -> nn.Module:
+    """Return a network of `best`'s params and seed, trained on `train_split` for so many epochs."""
     member = Member(number=best.number, seed=best.seed, params=best.params)
-    stack = LoopStack(plan.objective, data_refit.info, plan.device)
+    stack = LoopStack(plan.objective, info, plan.device)
     queue = [member]
     network = None
 
@@ -107,10 +134,10 @@ def finish(
 
     train(
         stack,
-        data_refit.train.through(preprocess).to(plan.device),
+        train_split,
         None,
         batch_size=best.params["batch_size"],
-        epochs=refit_epochs,
+        epochs=epochs,
         seed=plan.spec.seed,
         ask=lambda n: [queue.pop()] if queue and n else [],
         report=report,
@@ -118,29 +145,11 @@ def finish(
     )
     if member.fault is not None or network is None:
         raise ExportError(f"trial {best.number}, trained anew on train + validation, failed: {member.fault}")
-    metrics = {name: metric.to(plan.device) for name, metric in plan.objective.metrics().items()}
-    test_split = data.test.through(preprocess).to(plan.device)
-    test = evaluate(plan.objective, network, test_split, best.params, metrics)
-    search.remember(_TESTS, [*search.attrs.get(_TESTS, []), {"number": best.number, "test": test}])
-    note("exporting, and comparing what was exported with the model that was measured")
-    written = export(
-        Model(
-            preprocess=preprocess,
-            network=network,
-            head=plan.objective.head(),
-            params=best.params,
-            info=data.info,
-            about=_about(plan, data, search, best, refit_epochs, test),
-        ),
-        data.test,
-        folder,
-    )
-    parity = max(result["max_difference"] for result in written["parity"].values())
-    return Outcome(number=best.number, test=test, bundle=folder, parity=parity)
+    return network
 
 
 def _about(
-    plan: Plan, data: Data, search: Search, best: Best, refit_epochs: int, test: Mapping[str, float]
+    plan: Plan, data: Data, search: Search, best: Best, epochs: int, test: Mapping[str, float]
 ) -> dict[str, Any]:
     return {
         "study": plan.spec.name,
@@ -149,7 +158,7 @@ def _about(
         "trial": best.number,
         "metric": plan.metric,
         "value": best.value,
-        "epochs": refit_epochs,
+        "epochs": epochs,
         "seed": best.seed,
         "trained_on": ["train", "valid"],
         "metrics": {"of_the_trial": dict(best.metrics), "test": dict(test)},
