@@ -1,6 +1,6 @@
 """Seconds per epoch of our single-trial training against the documented `DataLoader` loop, on California Housing.
 
-    python benchmarks/training.py [--epochs 10] [--repeats 3]
+    python benchmarks/training.py [--epochs 10] [--repeats 5]
 
 Both train the same network (8-24-24-1) from the same initial weights on the same batches in the same order, with Adam
 1e-3 and batch 64, and both measure MSE and R2 on validation after each epoch: side by side, in turn, on one thread.
@@ -26,8 +26,9 @@ from torchmetrics.regression import R2Score
 
 from hpo import objective as objectives
 from hpo.data import Data, DataInfo, Split
+from hpo.feed import Feed
 from hpo.objective import Objective
-from hpo.stack import LoopStack, Member
+from hpo.stack import LoopStack, Member, One, Task
 from hpo.training import order, train
 
 SEED = 42
@@ -85,18 +86,18 @@ def ours(
     objective: Objective, info: DataInfo, train_split: Split, valid: Split, epochs: int
 ) -> tuple[float, list[float]]:
     """Return (seconds, validation MSE by epoch) of `hpo.training.train`."""
-    member = Member(number=0, seed=SEED, params=PARAMS)
-    stack, queue = LoopStack(objective, info, torch.device("cpu")), [member]
+    device, member = torch.device("cpu"), Member(number=0, seed=SEED, params=PARAMS)
+    task = Task(objective=objective, info=info, device=device, n_rows=len(train_split), epochs=epochs)
+    queue = [member]
     start = time.perf_counter()
     train(
-        stack,
-        train_split,
-        valid,
-        batch_size=64,
+        One(LoopStack(task)),
+        Feed(train_split, device),
+        Feed(valid, device),
         epochs=epochs,
         seed=SEED,
         ask=lambda n: [queue.pop()] if queue and n else [],
-        report=lambda member, metrics: True,
+        report=lambda stack, member, metrics: True,
     )
     return time.perf_counter() - start, [row["valid_loss"] for row in member.history]
 

@@ -1,8 +1,10 @@
 """What the commands do: each prints for a person and returns the summary that `--json` prints."""
 
+import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,10 +18,11 @@ from hpo.bundle import FILES, finite
 from hpo.data import Data
 from hpo.errors import HpoError, InputError, Interrupted, masked
 from hpo.mlflow_tracker import open_tracker, send_unsent
-from hpo.plan import OUTPUT, Plan, prepare, try_out
+from hpo.plan import OUTPUT, Plan, prepare
 from hpo.search import Best, Search, open_search
 from hpo.selection import Outcome, bundle_folder, conclude, finish, outcome
 from hpo.storage import open_storage
+from hpo.tryout import try_out
 from hpo.worker import work
 
 _DATA = "hpo:data"
@@ -310,8 +313,18 @@ def _console() -> Console:
 def _progress(plan: Plan, search: Search, out: Console) -> Iterator[Any]:
     board = view.Board(search.counts(), search.best(), plan.spec.trials, plan.metric)
 
-    def refresh() -> None:
+    looked, cost = -math.inf, 0.0
+
+    def refresh(state: str, value: float | None) -> None:
+        """Read the numbers anew, or, where that is dear and many trials end together, count this one trial."""
+        nonlocal looked, cost
+        begun = time.monotonic()
+        if begun - looked < 20 * cost and not (value is not None and search.may_be_best(value)):
+            board.add(state)
+            return
         board.counts, board.best = search.counts(), search.best()
+        looked = time.monotonic()
+        cost = looked - begun
 
     if out.is_terminal:
         with view.LiveProgress(board, refresh, out) as progress:

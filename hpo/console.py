@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console, Group
@@ -15,13 +16,21 @@ from hpo.budget import Counts
 from hpo.progress import Progress
 from hpo.search import Best
 
+Refresh = Callable[[str, float | None], None]
+
 
 class Board:
-    """The numbers that both views show; `refresh` reads the counts and the best trial from the storage."""
+    """The numbers that both views show; `refresh(state, value)` has them read anew when a trial has ended."""
 
     def __init__(self, counts: Counts, best: Best | None, trials: int, metric: str) -> None:
         self.counts, self.best, self.trials, self.metric = counts, best, trials, metric
         self._started, self._done_before = time.monotonic(), counts.finished
+
+    def add(self, state: str) -> None:
+        """Count one more trial that has ended."""
+        field = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}.get(state)
+        if field is not None:
+            self.counts = replace(self.counts, **{field: getattr(self.counts, field) + 1})
 
     def seconds_left(self) -> float | None:
         """Return how long the rest will take at the pace so far, or None before the first trial has ended."""
@@ -47,9 +56,7 @@ class Board:
 class PlainProgress(Progress):
     """One line a trial, and one every `epoch_seconds` while a long one runs."""
 
-    def __init__(
-        self, board: Board, refresh: Callable[[], None], write: Callable[[str], None], epoch_seconds: float = 15.0
-    ):
+    def __init__(self, board: Board, refresh: Refresh, write: Callable[[str], None], epoch_seconds: float = 15.0):
         self._board, self._refresh, self._write, self._epoch_seconds = board, refresh, write, epoch_seconds
         self._said_at = time.monotonic()
         self._running: dict[int, tuple[float, str]] = {}
@@ -65,7 +72,7 @@ class PlainProgress(Progress):
             self._write(f"trial {number}: epoch {epoch}/{epochs}, {_metric(self._board, metrics)}")
 
     def trial_ended(self, number: int, state: str, value: float | None, reason: str | None) -> None:
-        self._refresh()
+        self._refresh(state, value)
         board = self._board
         what = f"{board.metric} {value:.4f}" if value is not None else reason or ""
         started, params = self._running.pop(number)
@@ -85,7 +92,7 @@ class PlainProgress(Progress):
 class LiveProgress(Progress):
     """A bar of all trials, and under it each running trial's epoch and metric."""
 
-    def __init__(self, board: Board, refresh: Callable[[], None], console: Console) -> None:
+    def __init__(self, board: Board, refresh: Refresh, console: Console) -> None:
         self._board, self._refresh, self._console = board, refresh, console
         self._all = Bar(
             TextColumn("[bold]trials[/]"),
@@ -123,7 +130,7 @@ class LiveProgress(Progress):
         self._running.update(self._tasks[number], total=epochs, completed=epoch, text=_metric(self._board, metrics))
 
     def trial_ended(self, number: int, state: str, value: float | None, reason: str | None) -> None:
-        self._refresh()
+        self._refresh(state, value)
         self._running.remove_task(self._tasks.pop(number))
         text = ", ".join(part for part in (self._board.best_text(), self._board.left_text()) if part)
         self._all.update(self._task, completed=self._board.counts.finished, text=text)

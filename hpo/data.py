@@ -44,6 +44,20 @@ class Split:
         return replace(self, inputs=dict(zip(names, columns, strict=True)))
 
 
+def batch_sizes(n_rows: int, batch_size: int) -> list[int]:
+    """Return how many rows each batch of an epoch has: the last may be smaller.
+
+    BatchNorm cannot train on one row: one that would be left over joins the batch before it.
+    """
+    sizes = [batch_size] * (n_rows // batch_size)
+    rest = n_rows - sum(sizes)
+    if rest == 1 and sizes:
+        sizes[-1] += 1
+    elif rest:
+        sizes.append(rest)
+    return sizes
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataInfo:
     """What a network must know of the data: shapes without the batch axis, and the names of the classes."""

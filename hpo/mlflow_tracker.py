@@ -34,7 +34,7 @@ class MlflowTracker(Tracker):
     item may be sent twice without harm.
     """
 
-    FLUSH_SECONDS = 5.0
+    FLUSH_SECONDS = 10.0
     """How long metrics may wait for others to be sent with."""
     RETRY_SECONDS = 30.0
     CONNECT_SECONDS = 20.0
@@ -55,6 +55,7 @@ class MlflowTracker(Tracker):
         self._outbox = deque(_adopt(outbox, study))
         if self._outbox:
             self._write_file()
+        self._open: dict[int | None, dict[str, Any]] = {}  # of each trial, the metrics that more may be added to
         self._changed = threading.Condition()  # guards all that follows, and the outbox
         self._thread: threading.Thread | None = None
         self._due = self._closing = self._sending = self._failing = self._slow = False
@@ -77,13 +78,12 @@ class MlflowTracker(Tracker):
     def log_metrics(self, trial: int | None, step: int, metrics: Mapping[str, float]) -> None:
         rows = [[key, value, _now(), step] for key, value in metrics.items()]
         with self._changed:
-            open_ = len(self._outbox) > self._sending and not self._failing  # the first one may be on its way
-            last = self._outbox[-1] if open_ else {"do": "nothing"}
-            if last["do"] == "metrics" and last["trial"] == trial and len(last["rows"]) < 900:
-                last["rows"] += rows  # one batch: MLflow takes at most 1,000 metrics in a call
-                self._append({**last, "rows": rows})
+            item = self._open.get(trial)
+            if item is not None and len(item["rows"]) < 900 and not self._failing:
+                item["rows"] += rows  # one batch: MLflow takes at most 1,000 metrics in a call
+                self._append({**item, "rows": rows})
                 return
-        self._put("metrics", trial, due=False, rows=rows)
+            self._open[trial] = self._put("metrics", trial, due=False, rows=rows)
 
     def end_trial(self, trial: int, state: str, error: str | None = None) -> None:
         tags = {"hpo.state": state} | ({"hpo.error": masked(error)[:5000]} if error else {})
@@ -123,7 +123,7 @@ class MlflowTracker(Tracker):
             if self._outbox:
                 self._write_file()
 
-    def _put(self, do: str, trial: int | None, due: bool = True, **what: Any) -> None:
+    def _put(self, do: str, trial: int | None, due: bool = True, **what: Any) -> dict[str, Any]:
         item = {"do": do, "trial": trial, "time": _now(), **what}
         with self._changed:
             self._outbox.append(item)
@@ -131,6 +131,7 @@ class MlflowTracker(Tracker):
             self._append(item)
             self._start_thread()
             self._changed.notify_all()
+        return item
 
     def _append(self, item: Mapping[str, Any]) -> None:
         with suppress(OSError):  # a full disk must not stop training either
@@ -163,6 +164,8 @@ class MlflowTracker(Tracker):
                     self._forget()
                     break
                 item = self._outbox[0]
+                if item is self._open.get(item["trial"]):
+                    del self._open[item["trial"]]
             getattr(self, f"_send_{item['do']}")(item)
             with self._changed:
                 self._outbox.popleft()

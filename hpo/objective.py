@@ -49,10 +49,11 @@ class Objective(ABC):
 
     Options: ClassVar[type] = NoOptions
     """A frozen dataclass; study.yaml's `options` are validated by its annotations."""
-    defaults: ClassVar[Mapping[str, Any]] = {}
+    defaults: Mapping[str, Any] = {}
     """Every hyperparameter that `build` and `loss` read, and the engine's own (`optimizer`, `learning_rate`,
-    `batch_size`, ...) where they differ from its defaults, each with the value it has when it is not searched."""
-    space: ClassVar[Mapping[str, Any]] = {}
+    `batch_size`, ...) where they differ from its defaults, each with the value it has when it is not searched. A
+    property where it depends on the options; so may `space` be."""
+    space: Mapping[str, Any] = {}
     """The default search space, as in study.yaml's `params`; used where the study names no range of its own."""
 
     def __init__(self, options: Any = None) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hpo import schedules
 from hpo.errors import Fault, did_you_mean
 
 DEFAULTS: Mapping[str, Any] = {"optimizer": "adam", "learning_rate": 1e-3, "batch_size": 64}
@@ -26,7 +27,9 @@ ARGUMENTS: Mapping[str, str] = {
     "centered": "centered",
 }
 """Names of the optimizer's hyperparameters, and the argument of torch.optim's class each one is."""
-NAMES = (*DEFAULTS, *(name for name in ARGUMENTS if name not in DEFAULTS))
+MAX_GRAD_NORM = "max_grad_norm"
+"""The largest norm of all gradients together (torch.nn.utils.clip_grad_norm_); 0, or not named: no clipping."""
+NAMES = (*dict.fromkeys([*DEFAULTS, *ARGUMENTS, *schedules.DEFAULTS, MAX_GRAD_NORM]),)
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer] | None:
@@ -82,7 +85,13 @@ def faults(values: Mapping[str, list[Any]]) -> list[Fault]:
         if argument and accepted and argument not in accepted:
             message = f"{' and '.join(optimizers)} takes no {argument}; remove it, or choose an optimizer that does"
             found.append(Fault(path=("params", name), message=message))
+    known_schedules = ", ".join(schedules.NAMES)
     rules = {
+        "schedule": (lambda v: v in schedules.NAMES, f"one of {known_schedules}"),
+        "schedule_pct_start": (lambda v: _number(v) and 0 < v < 1, "a number in (0, 1)"),
+        "schedule_step_size": (lambda v: _number(v) and v > 0, "a number of epochs above 0"),
+        "schedule_gamma": (lambda v: _number(v) and v > 0, "a number above 0"),
+        MAX_GRAD_NORM: (lambda v: _number(v) and v >= 0, "a number of at least 0 (0: no clipping)"),
         "batch_size": (lambda v: type(v) is int and v >= 1, "a whole number of at least 1"),
         "learning_rate": (lambda v: _number(v) and v > 0, "a number above 0"),
         "weight_decay": (lambda v: _number(v) and v >= 0, "a number of at least 0"),

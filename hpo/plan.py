@@ -1,8 +1,8 @@
 """A study made ready to run: everything that can be wrong is found here, before anything runs.
 
 `prepare` reads the file, loads the objective, merges its default space, checks sampler, pruner and device, and reports
-all faults of the file at once. `load_data` and `try_out` then look at the data and at a network for every corner of the
-space. Nothing here touches the storage or the tracker.
+all faults of the file at once. `load_data` then looks at the data, `hpo.tryout` at networks. Nothing here touches the
+storage or the tracker.
 """
 
 from collections.abc import Mapping
@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torchmetrics import Metric
 
 from hpo import objective as objectives
 from hpo import optim
 from hpo import space as spaces
 from hpo import spec as specs
-from hpo.data import Data, Split
+from hpo.data import Data, DataInfo
 from hpo.document import Document
 from hpo.errors import Fault, HpoError, InputError, SpecError, did_you_mean
 from hpo.objective import Objective
 from hpo.samplers import make_pruner, make_sampler
 from hpo.space import Space
 from hpo.spec import Draft, StudySpec
+from hpo.stack import Task
 from hpo.tracking import check_address
 
 OUTPUT = Path("mlruns")
@@ -49,9 +49,20 @@ class Plan:
         """The metric's name among those that `hpo.training.train` reports."""
         return f"valid_{self.metric}"
 
+    def task(self, info: DataInfo, n_rows: int) -> Task:
+        """Return what the members of this study share, when they are trained on so many rows."""
+        return Task(
+            objective=self.objective,
+            info=info,
+            device=self.device,
+            n_rows=n_rows,
+            epochs=self.spec.epochs,
+            precision=self.spec.precision,
+        )
+
     def load_data(self) -> Data:
         """Return the objective's data, checked. Raises DataError."""
-        data = _guarded(self, "data", self.objective.data)
+        data = guarded(self, "data", self.objective.data)
         if not isinstance(data, Data):
             raise InputError(f"objective {self.spec.objective}: data must return hpo.data.Data, but got {data!r:.100}")
         return data.checked(self.spec.objective)
@@ -205,51 +216,8 @@ def find_device(name: str) -> tuple[torch.device, list[Fault]]:
     return torch.device(wanted), []
 
 
-def try_out(plan: Plan, data: Data) -> nn.Module:
-    """Build a network and its optimizer for every corner of the space, and train the first on one batch.
-
-    Return the first. Raises InputError for what cannot be built, or a loss that is not one number.
-    """
-    objective = plan.objective
-    preprocess = _guarded(plan, "preprocess", lambda: objective.preprocess(data.train))
-    head = Split(inputs={n: x[:8] for n, x in data.train.inputs.items()}, targets=data.train.targets[:8])
-    batch = _guarded(plan, "preprocess", lambda: head.through(preprocess))
-    first = None
-    for params in plan.space.corners():
-        shown = (
-            ", ".join(f"{name}={value}" for name, value in plan.space.searched(params).items()) or "its fixed params"
-        )
-        module = _guarded(plan, f"build with {shown}", lambda params=params: objective.build(params, data.info))
-        optimizer = _guarded(
-            plan,
-            f"optimizer {params['optimizer']} with {shown}",
-            lambda params=params, module=module: optim.make(params, module.parameters()),
-        )
-        if first is None:
-            first = module
-            _train_once(plan, module, optimizer, batch, params)
-    assert first is not None
-    return first
-
-
-def _train_once(plan: Plan, module: nn.Module, optimizer: Any, batch: Split, params: Mapping[str, Any]) -> None:
-    module.train()
-    outputs = _guarded(plan, "forward", lambda: module(*batch.inputs.values()))
-    loss = _guarded(plan, "loss", lambda: plan.objective.loss(outputs, batch.targets, params))
-    if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
-        came = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
-        raise InputError(
-            f"objective {plan.spec.objective}: loss must return one number (a tensor of no dimensions), "
-            f"but got {came}; take its mean"
-        )
-    _guarded(plan, "loss.backward", loss.backward)
-    _guarded(plan, f"a step of optimizer {params['optimizer']}", optimizer.step)
-    for name, metric in plan.objective.metrics().items():
-        _guarded(plan, f"metric {name}", lambda metric=metric: float(metric(outputs.detach(), batch.targets)))
-    _guarded(plan, "head", lambda: plan.objective.head()(outputs.detach()))
-
-
-def _guarded(plan: Plan, what: str, call: Any) -> Any:
+def guarded(plan: Plan, what: str, call: Any) -> Any:
+    """Return what `call`, a part of the user's objective, gives; raise InputError that says where it failed."""
     try:
         return call()
     except HpoError:

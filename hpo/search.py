@@ -9,6 +9,7 @@ successor that names it (`retry_of`) takes over its place in the budget. Params 
 import json
 import time
 import warnings
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ def identity(spec: StudySpec, space: Space, metric: str) -> dict[str, Any]:
         "metric": metric,
         "value": spec.value,
         "epochs": spec.epochs,
+        "patience": spec.patience,
+        "precision": spec.precision,
         "seed": spec.seed,
         "params": space.identity(),
     }
@@ -89,7 +92,10 @@ class Search:
         self.study, self.storage, self.spec, self.space = study, storage, spec, space
         self.maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
         self._study_id = storage.get_study_id_from_name(study.study_name)
+        self._cached = study._storage  # Optuna's own cache: it reads finished trials once
         self._claimed: dict[int, Trial] = {}
+        self._waiting: deque[FrozenTrial] = deque()
+        self._best: float | None = None
         self._lost: list[tuple[int, str]] = []
         self._lease = LeaseKeeper(storage)
 
@@ -97,7 +103,7 @@ class Search:
 
     def trials(self) -> list[FrozenTrial]:
         """Return the trials that take a place in the budget, in the order of their numbers."""
-        return places(self.storage.get_all_trials(self._study_id, deepcopy=False))
+        return places(self._cached.get_all_trials(self._study_id, deepcopy=False))
 
     def counts(self) -> Counts:
         return count(self.trials(), self.spec.trials)
@@ -157,22 +163,28 @@ class Search:
 
     def ask(self) -> Claim | None:
         """Claim the next trial of the budget and sample its params; None where there is none left to claim."""
-        taken = self.trials()  # one reading of the storage: it is what a claim of a large study costs
-        if len(taken) > self.spec.trials or all(trial.state != TrialState.WAITING for trial in taken):
-            self._fill_queue()
-            taken = self.trials()
-        for frozen in taken:
-            if frozen.state != TrialState.WAITING:
-                continue
+        if not self._waiting:
+            self._look_for_waiting()
+        while self._waiting:
+            frozen = self._waiting.popleft()
             with suppress(UpdateFinishedTrialError):
                 if self.storage.set_trial_state_values(frozen._trial_id, TrialState.RUNNING):
                     return self._claim(frozen)
+            if not self._waiting:  # peers were faster; there may be more
+                self._look_for_waiting()
         return None
+
+    def _look_for_waiting(self) -> None:
+        """Read which trials wait, and queue more where there are none; reading is what claims of a large study cost."""
+        taken = self.trials()
+        if len(taken) > self.spec.trials or all(trial.state != TrialState.WAITING for trial in taken):
+            self._fill_queue()
+            taken = self.trials()
+        self._waiting = deque(trial for trial in taken if trial.state == TrialState.WAITING)
 
     def _claim(self, frozen: FrozenTrial) -> Claim:
         attempt = frozen.user_attrs.get("attempt", 1)
         self._lease.add(frozen._trial_id, attempt)
-        self.study.get_trials(deepcopy=False)  # or Optuna's cache knows no trial that another process queued: KeyError
         trial = Trial(self.study, frozen._trial_id)  # what Study.ask does, without making a trial beyond the budget
         self._claimed[trial.number] = trial
         seed = frozen.user_attrs.get(
@@ -201,6 +213,11 @@ class Search:
     def complete(self, number: int, value: float) -> bool:
         """Tell that a trial is done; return False where a peer has taken it over."""
         return self._finish(number, TrialState.COMPLETE, value)
+
+    def may_be_best(self, value: float) -> bool:
+        """Whether no trial that this process knows of is better; cheap, where `best` reads the storage."""
+        sign = -1 if self.maximize else 1
+        return self._best is None or sign * value <= sign * self._best
 
     def prune(self, number: int) -> bool:
         """Tell that a trial was pruned; return False where a peer has taken it over."""
@@ -252,6 +269,8 @@ class Search:
         sign = -1 if self.maximize else 1
         trial = min(done, key=lambda t: (sign * (t.value or 0.0), t.number))
         assert trial.value is not None
+        if number is None:
+            self._best = trial.value
         return Best(
             number=trial.number,
             value=trial.value,
@@ -342,7 +361,7 @@ def _compare(spec: StudySpec, attrs: Mapping[str, Any], wanted: Mapping[str, Any
     if stored is None:
         raise _is_another(spec, ["it was not made by hpo"])
     differences = []
-    for key in ("objective", "options", "metric", "value", "epochs", "seed"):
+    for key in ("objective", "options", "metric", "value", "epochs", "patience", "precision", "seed"):
         if stored.get(key) != wanted[key]:
             differences.append(f"{key} is {wanted[key]!r} here, {stored.get(key)!r} there")
     here, there = wanted["params"], stored.get("params", {})

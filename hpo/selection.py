@@ -10,11 +10,12 @@ from filelock import FileLock
 from torch import nn
 
 from hpo.bundle import FILES, Model, export
-from hpo.data import Data, DataInfo, Split
+from hpo.data import Data
 from hpo.errors import ExportError, HpoError
+from hpo.feed import Feed, feed
 from hpo.plan import OUTPUT, Plan
 from hpo.search import Best, Search
-from hpo.stack import LoopStack, Member, evaluate
+from hpo.stack import LoopStack, Member, One, Stack, Task, evaluate
 from hpo.tracking import Tracker
 from hpo.training import train
 
@@ -93,10 +94,10 @@ def finish(
     note(f"training the params of trial {best.number} anew on train + validation, {epochs} epochs")
     data_refit = data.for_refit()
     preprocess = plan.objective.preprocess(data_refit.train)
-    network = _refit(plan, best, data.info, data_refit.train.through(preprocess).to(plan.device), epochs, stopping)
+    task = plan.task(data.info, len(data_refit.train))
+    network = _refit(plan, task, best, feed(data_refit.train, preprocess, plan.device), epochs, stopping)
     metrics = {name: metric.to(plan.device) for name, metric in plan.objective.metrics().items()}
-    test_split = data.test.through(preprocess).to(plan.device)
-    test = evaluate(plan.objective, network, test_split, best.params, metrics)
+    test = evaluate(task, network, feed(data.test, preprocess, plan.device), best.params, metrics)
     search.remember(_TESTS, [*search.attrs.get(_TESTS, []), {"number": best.number, "test": test}])
     note("exporting, and comparing what was exported with the model that was measured")
     written = export(
@@ -116,15 +117,14 @@ def finish(
 
 
 def _refit(
-    plan: Plan, best: Best, info: DataInfo, train_split: Split, epochs: int, stopping: Callable[[], bool]
+    plan: Plan, task: Task, best: Best, train_feed: Feed, epochs: int, stopping: Callable[[], bool]
 ) -> nn.Module:
-    """Return a network of `best`'s params and seed, trained on `train_split` for so many epochs."""
+    """Return a network of `best`'s params and seed, trained on `train_feed` for so many epochs."""
     member = Member(number=best.number, seed=best.seed, params=best.params)
-    stack = LoopStack(plan.objective, info, plan.device)
     queue = [member]
     network = None
 
-    def report(member: Member, metrics: Mapping[str, float]) -> bool:
+    def report(stack: Stack, member: Member, metrics: Mapping[str, float]) -> bool:
         nonlocal network
         if member.fault is None and not math.isfinite(metrics["train_loss"]):
             member.fault = f"train_loss became {metrics['train_loss']} in epoch {member.epoch}"
@@ -133,10 +133,9 @@ def _refit(
         return member.fault is None
 
     train(
-        stack,
-        train_split,
+        One(LoopStack(task)),
+        train_feed,
         None,
-        batch_size=best.params["batch_size"],
         epochs=epochs,
         seed=plan.spec.seed,
         ask=lambda n: [queue.pop()] if queue and n else [],

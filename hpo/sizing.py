@@ -1,89 +1,200 @@
-"""How many trials to train at once: measured, since it depends on the network, the data and the machine.
+"""How many trials to train at once, and with how many threads: measured, since it depends on networks, data, machine.
 
-On a CPU a stack must stay inside the cache; on a GPU it must fill it. So sizes are tried for a few steps each, from
-small to large, until the time per trial no longer falls. What is too short to be worth the trying is not tried.
+On a CPU a stack must stay inside the cache; on a GPU it must fill it. Trials of other kinds (another batch size, sizes
+of another bucket) are other stacks, so what a stack gains depends on how many of a study's trials are of one kind too:
+that is seen on configurations drawn from its space. What is too short to be worth the measuring is not measured.
 """
 
-import itertools
+import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from hpo.stack import Member, Stack, is_out_of_memory
-from hpo.vmap_stack import NotStackable
+from hpo.data import Split
+from hpo.feed import Batch, Feed
+from hpo.frames import Frames, Grain
+from hpo.memory import free_bytes
+from hpo.pool import WORTH_COMPILING
+from hpo.stack import LoopStack, Member, Stack, Task, is_out_of_memory
+from hpo.vmap_stack import Candidate, How, NotStackable, VmapStack, candidate
 
 SIZES = (1, 4, 16, 64, 256)
 SHORT_SECONDS = 20.0
 """What takes no longer than this one at a time is trained so: to measure and to compile takes about as long."""
+_SHARE = 0.1
+"""How much of the time that a study takes one at a time may go into measuring."""
+_ROOM = 0.7
+"""How much of the free memory a stack may take, by an estimate."""
 _WARM_UP, _STEPS = 3, 12
-
-Batch = tuple[list[Tensor], Tensor]
+_ALONE = 8
+"""How many of the drawn configurations are measured one at a time."""
+_LARGE_STEP = 2e-3
+"""Seconds of a step above which more threads may help; smaller operations only wait for each other."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The `capacity` to use, and why. `stack` is the one that was measured, empty again; None: train one at a time."""
+    """`capacity` trials at once, padded by `grain`, with so many `threads`; and why. `stacked`: as a VmapStack."""
 
-    capacity: int
+    capacity: int = 1
+    stacked: bool = False
+    grain: Grain = "fine"
+    shared: float = 1.0
+    """Of the trials in training, so many are of one kind on average."""
+    threads: int | None = None
     why: str
-    stack: Stack | None = None
 
 
-def choose(make: Callable[[int], Stack], alone: Stack, member: Member, batch: Batch, n_steps: int, most: int) -> Choice:
-    """Return the size of stack with the least time per trial.
+@dataclass(frozen=True, kw_only=True)
+class Sizing:
+    """What is measured: `draws` are params as the study will have them, `n_trials` are still to come."""
 
-    `make` gives a stack of a capacity, `alone` is the one for one trial at a time; `member` and `batch` are tried in
-    them. `n_steps` are still to do, counted one trial at a time; no stack is larger than `most`.
-    """
-    base = seconds_per_step(alone, [member], batch)
-    if base * n_steps < SHORT_SECONDS:
-        return Choice(capacity=1, why=f"one trial at a time: all of it takes about {base * n_steps:.0f} s")
-    best, times = Choice(capacity=1, why=""), {1: base}
-    for k in itertools.takewhile(lambda size: size <= most, SIZES):
+    task: Task
+    feed: Feed
+    example: Split
+    frames: Callable[[Grain], Frames]
+    draws: Sequence[Mapping[str, Any]]
+    n_trials: int
+    most: int
+    """No stack is larger: a sampler that learns from the trials before must have some rounds."""
+
+    def room(self) -> int:
+        """Return how many of the largest trials fit into the device's memory at once, and at least 1."""
+        largest = 0
+        for params in self.draws:
+            with suppress(NotStackable):
+                member = Member(number=-1, seed=0, params=params)
+                each = candidate(self.task, member, self.frames("coarse")[0], self.example)
+                largest = max(largest, each.bytes_in_a_stack())
+        return max(1, int(_ROOM * free_bytes(self.task.device) / largest)) if largest else 1
+
+    def choose(self) -> Choice:
+        """Return what gives the most trials per hour."""
+        members = [Member(number=-1 - i, seed=i, params=params) for i, params in enumerate(self.draws)]
+        some = members[:: max(1, len(members) // _ALONE)][:_ALONE]
+        alone = sum(self._seconds_alone(member) for member in some) / len(some)
+        total = alone * self.n_trials
+        if total < SHORT_SECONDS:
+            return Choice(why=f"one trial at a time: all of it takes about {total:.0f} s")
+        deadline, room = time.monotonic() + _SHARE * total, self.room()
+        best, best_gain, reasons = Choice(why="one trial at a time"), 1.0, []
+        for grain in ("fine", "coarse"):
+            try:
+                for choice, gain in self._gains(members, grain, total, min(self.most, room), deadline):
+                    if gain > best_gain:
+                        best, best_gain = choice, gain
+            except NotStackable as error:
+                reasons.append(str(error))
+        if best.stacked:
+            width = "" if best.grain == "fine" else ", all padded to the largest"
+            how_fast = f"{best_gain:.1f} times as fast as one after the other (measured)"
+            why = f"{best.capacity} trials at once{width}: {how_fast}"
+        else:
+            why = f"one trial at a time: {reasons[0] if reasons else 'no stack is faster (measured)'}"
+        return self._with_threads(replace(best, why=why), members)
+
+    def _gains(
+        self, members: Sequence[Member], grain: Grain, total: float, most: int, deadline: float
+    ) -> Iterator[tuple[Choice, float]]:
+        """Yield choices and how many times as fast as one at a time they are; until more members gain no more.
+
+        One at a time the study takes `total` seconds. Making a stack of each kind is counted too: compiling takes long.
+        """
+        frames = self.frames(grain)
+        kinds: dict[Any, list[Candidate]] = {}
+        for member in members:
+            each = candidate(self.task, member, frames[0], self.example)
+            kinds.setdefault(each.signature, []).append(each)
+        common = max(kinds.values(), key=len)
+        # of K trials at once, so many are of one kind on average, from a trial's point of view
+        shared = sum((n / len(members)) ** 2 for n in Counter({k: len(v) for k, v in kinds.items()}).values())
+        alone = sum(self._seconds_alone(each.member) for each in common[:_ALONE]) / len(common[:_ALONE])
+        before, measured = 0.0, 0
+        for k in SIZES:
+            n = max(1, round(k * shared))
+            if k > most or time.monotonic() > deadline:
+                return
+            if n == measured:
+                continue
+            took = self._seconds_stacked([common[i % len(common)] for i in range(n)], frames, k, shared)
+            if took is None:
+                return
+            to_begin, seconds = took
+            gain, measured = total / (len(kinds) * to_begin + total * seconds / n / alone), n
+            yield Choice(capacity=k, stacked=True, grain=grain, shared=shared, why=""), gain
+            if gain < 1.1 * before:
+                return
+            before = gain
+
+    def _seconds_alone(self, member: Member) -> float:
+        """Return the time of a whole trial, one at a time."""
+        stack = LoopStack(self.task)
+        stack.join(member)
+        return self._seconds_per_step(stack) * self._n_steps(member.params)
+
+    def _seconds_stacked(
+        self, group: Sequence[Candidate], frames: Frames, capacity: int, shared: float
+    ) -> tuple[float, float] | None:
+        """Return the time to make a stack of `group`, and that of all its trials; None where there is no memory."""
+        params = group[0].member.params
+        rounds = max(1, round(self.n_trials / capacity))
+        how: How = "compiled" if rounds * shared * self._n_steps(params) >= WORTH_COMPILING else "graph"
+        slots = 1 << (len(group) - 1).bit_length()
+        begun = time.perf_counter()
         try:
-            stack = make(k)
-            seconds = seconds_per_step(stack, [_copy(member, i) for i in range(k)], batch) / k
-        except NotStackable as error:
-            return Choice(capacity=1, why=f"one trial at a time: {error}")
+            stack = VmapStack(self.task, slots, self.example, how, frames[0])
+            reason = stack.open(group[0])
+            copies = [replace(each, member=replace(each.member, number=-1 - i)) for i, each in enumerate(group)]
+            reason = reason or next(iter(stack.take(copies).values()), None)
+            if reason is not None:
+                raise NotStackable(reason)
+            stack.step(*self._batch(params["batch_size"]))
+            begun = time.perf_counter() - begun
+            return begun, self._seconds_per_step(stack) * self._n_steps(params)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            break
-        if k > 1 and seconds > 0.9 * times[best.capacity]:
-            break
-        if seconds < times[best.capacity]:
-            times[k] = seconds
-            best = Choice(capacity=k, why="", stack=stack)
-    ratio = base / times[best.capacity]
-    why = (
-        f"{best.capacity} trials at once: {ratio:.1f} times as fast as one at a time without a compiled step (measured)"
-    )
-    return Choice(capacity=best.capacity, why=why, stack=best.stack)
+            return None
 
+    def _n_steps(self, params: Mapping[str, Any]) -> int:
+        return self.task.epochs * self.task.steps_per_epoch(params)
 
-def seconds_per_step(stack: Stack, members: list[Member], batch: Batch) -> float:
-    """Return the time of one step of `stack` with `members`, who leave it again."""
-    for member in members:
-        stack.join(member)
-    try:
+    def _seconds_per_step(self, stack: Stack) -> float:
+        inputs, targets = self._batch(stack.members[0].params["batch_size"])
         for _ in range(_WARM_UP):
-            stack.step(*batch)
+            stack.step(inputs, targets)
         _synchronize()
         start = time.perf_counter()
         for _ in range(_STEPS):
-            stack.step(*batch)
+            stack.step(inputs, targets)
         _synchronize()
         return (time.perf_counter() - start) / _STEPS
-    finally:
-        for member in members:
-            stack.leave(member)
 
+    def _batch(self, batch_size: int) -> Batch:
+        return next(self.feed.batches(batch_size, torch.arange(min(batch_size, len(self.feed)))))
 
-def _copy(member: Member, index: int) -> Member:
-    return Member(number=-1 - index, seed=member.seed, params=member.params)
+    def _with_threads(self, choice: Choice, members: Sequence[Member]) -> Choice:
+        """Return `choice` with as many threads as there are cores, where large steps are faster so."""
+        n_cores, now = os.cpu_count() or 1, torch.get_num_threads()
+        if self.task.device.type != "cpu" or n_cores == now or "OMP_NUM_THREADS" in os.environ:
+            return choice
+        member = members[0]
+        one = self._seconds_alone(member)
+        if one / self._n_steps(member.params) < _LARGE_STEP:
+            return choice
+        torch.set_num_threads(n_cores)
+        several = self._seconds_alone(member)
+        torch.set_num_threads(now)
+        if several > 0.8 * one:
+            return choice
+        return replace(
+            choice, threads=n_cores, why=f"{choice.why}; {n_cores} threads: {one / several:.1f} times as fast as {now}"
+        )
 
 
 def _synchronize() -> None:

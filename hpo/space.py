@@ -11,12 +11,14 @@ from decimal import Decimal
 from itertools import islice
 from typing import Any
 
+from optuna import create_study
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
     FloatDistribution,
     IntDistribution,
 )
+from optuna.samplers import RandomSampler
 from optuna.trial import Trial
 
 from hpo.errors import Fault, InputError, did_you_mean
@@ -207,6 +209,34 @@ class Space:
         highs = next(self._corners(dict(self.fixed), 0, last=True))
         corners = [corner for corner in islice(self._corners(dict(self.fixed), 0), most) if corner != highs]
         return [*corners[:1], highs, *corners[1:]][:most]  # that with every high is among them, however many there are
+
+    def extremes(self, most: int = 64) -> list[dict[str, Any]]:
+        """Return configurations that show what each parameter alone changes: all at their highest, but one at an end.
+
+        At most `most`; first that with every parameter at its highest, then that with every one at its lowest.
+        """
+        lows, highs = (next(self._corners(dict(self.fixed), 0, last=last)) for last in (False, True))
+        varied = [
+            self.completed(highs | {d.name: value})
+            for d in self.dimensions
+            if d.name in highs
+            for value in _ends(d.searched)
+        ]
+        unique = {repr(sorted(each.items())): each for each in (highs, lows, *varied)}
+        return list(unique.values())[:most]
+
+    def completed(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return `params` without what does not apply, and with what does but is not there at its highest."""
+        result = dict(self.fixed)
+        for d in self.dimensions:
+            if d.applies(result):
+                result[d.name] = params[d.name] if d.name in params else _ends(d.searched)[-1]
+        return result
+
+    def draw(self, n: int, seed: int) -> list[dict[str, Any]]:
+        """Return `n` configurations at random, as the random sampler would draw them."""
+        study = create_study(sampler=RandomSampler(seed))
+        return [self.suggest(study.ask()) for _ in range(n)]
 
     def _corners(self, params: dict[str, Any], index: int, last: bool = False) -> Iterator[dict[str, Any]]:
         if index == len(self.dimensions):

@@ -202,6 +202,8 @@ class StudySpec(_Frozen):
     value: Literal["best", "last"] = "best"
     """A trial's value is its best epoch's, or its last one's."""
     epochs: int = Field(default=20, ge=1)
+    patience: int | None = Field(default=None, ge=1)
+    """A trial ends when its metric has not improved for so many epochs; None: it has all its epochs."""
     trials: int = Field(default=50, ge=1)
     """Exactly so many, over all workers and all restarts."""
     timeout: Annotated[Finite, Field(gt=0), BeforeValidator(_seconds)] | None = None
@@ -216,7 +218,9 @@ class StudySpec(_Frozen):
     storage: str = "sqlite:///mlruns/optuna.db"
     tracking: Annotated[str, BeforeValidator(_off)] = "sqlite:///mlruns/mlflow.db"
     device: str = "auto"
-    stack: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
+    precision: Literal["float32", "tf32", "bf16"] = "float32"
+    """How networks compute: as they are; with TF32 in matrix products (CUDA); under autocast to bfloat16."""
+    stack: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """How many trials are trained at once on the device, as one stack, where their structure allows; auto: measured."""
 
     @field_validator("name")

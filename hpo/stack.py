@@ -5,29 +5,63 @@ after the other. It is the reference that every faster stack must match, and the
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
-from hpo import optim
-from hpo.data import DataInfo, Split
-from hpo.objective import Objective
+from hpo import optim, schedules
+from hpo.data import DataInfo, batch_sizes
+from hpo.feed import Feed
+from hpo.objective import Objective, Params
 
 EVALUATION_ROWS = 8192
 """How many rows go through a network at once where no gradient is kept; metrics are of all rows all the same."""
+Precision = Literal["float32", "tf32", "bf16"]
+"""How a network computes: as it is; with TF32 in its matrix products (CUDA); under torch's autocast to bfloat16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What all members of a study share: what they learn, from how many rows, for how many epochs, where, and how."""
+
+    objective: Objective
+    info: DataInfo
+    device: torch.device
+    n_rows: int
+    epochs: int
+    precision: Precision = "float32"
+
+    def build(self, member: "Member") -> nn.Module:
+        """Return `member`'s network, its weights drawn from its seed."""
+        torch.manual_seed(member.seed)
+        return self.objective.build(member.params, self.info).to(self.device)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which networks are run."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+
+    def steps_per_epoch(self, params: Params) -> int:
+        """Return how many optimizer steps an epoch has."""
+        return len(batch_sizes(self.n_rows, params["batch_size"]))
 
 
 @dataclass(eq=False, kw_only=True)
 class Member:
-    """One trial in training. `epoch` counts its finished epochs; `fault` is why it cannot go on."""
+    """One trial in training. `epoch` counts its finished epochs; `fault` is why it cannot go on.
+
+    `joined` is the round of its stack in which it began: 0, unless it took the slot of one that left early.
+    """
 
     number: int
     seed: int
     params: Mapping[str, Any]
     epoch: int = 0
+    joined: int = 0
     fault: str | None = None
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -59,27 +93,64 @@ class Stack(ABC):
         """Do one optimizer step of every member on one batch (B, ...); return their losses, (K,), without gradient."""
 
     @abstractmethod
-    def evaluate(self, split: Split) -> list[dict[str, float]]:
-        """Return each member's `loss` and metrics over the whole of `split`; empty for a member with a fault."""
+    def evaluate(self, feed: Feed) -> list[dict[str, float]]:
+        """Return each member's `loss` and metrics over the whole of `feed`; empty for a member with a fault."""
 
     @abstractmethod
     def module(self, member: Member) -> nn.Module:
-        """Return `member`'s network: the very one, not a copy."""
+        """Return `member`'s network: the very one, or one with the same weights."""
 
     def state(self, member: Member) -> dict[str, Tensor]:
         """Return a copy of the weights and buffers of `member`'s network."""
         return {name: tensor.detach().clone() for name, tensor in self.module(member).state_dict().items()}
 
 
+class Stacks(ABC):
+    """The stacks that are trained side by side, an epoch of each in turn, and which of them takes a new member."""
+
+    @property
+    @abstractmethod
+    def free(self) -> int:
+        """How many more members may join."""
+
+    @abstractmethod
+    def join(self, members: Iterable[Member]) -> None:
+        """Take in new members, each in a stack of its kind."""
+
+    @property
+    @abstractmethod
+    def active(self) -> Sequence[Stack]:
+        """The stacks that have members."""
+
+
+class One(Stacks):
+    """A single stack, for members that are all of its kind."""
+
+    def __init__(self, stack: Stack) -> None:
+        self._stack = stack
+
+    @property
+    def free(self) -> int:
+        return self._stack.capacity - len(self._stack.members)
+
+    def join(self, members: Iterable[Member]) -> None:
+        for member in members:
+            self._stack.join(member)
+
+    @property
+    def active(self) -> Sequence[Stack]:
+        return [self._stack] if self._stack.members else []
+
+
 class LoopStack(Stack):
     """K plain modules, K optimizers of torch.optim, one loop over them."""
 
-    def __init__(self, objective: Objective, info: DataInfo, device: torch.device, capacity: int = 1) -> None:
+    def __init__(self, task: Task, capacity: int = 1) -> None:
         self.capacity = capacity
-        self._objective, self._info, self._device = objective, info, device
+        self._task = task
         self._slots: dict[Member, _Slot] = {}
-        self._nan = torch.full((), torch.nan, device=device)
-        self._metrics = {name: metric.to(device) for name, metric in objective.metrics().items()}
+        self._nan = torch.full((), torch.nan, device=task.device)
+        self._metrics = {name: metric.to(task.device) for name, metric in task.objective.metrics().items()}
 
     @property
     def members(self) -> Sequence[Member]:
@@ -87,10 +158,9 @@ class LoopStack(Stack):
 
     def join(self, member: Member) -> None:
         assert len(self._slots) < self.capacity
-        self._slots[member] = slot = _Slot()
+        self._slots[member] = slot = _Slot(self._task)
         try:
-            torch.manual_seed(member.seed)
-            slot.fill(self._objective.build(member.params, self._info).to(self._device), member.params)
+            slot.fill(self._task.build(member), member.params)
         except (RuntimeError, MemoryError) as error:
             self._note_fault(member, error)
 
@@ -103,19 +173,19 @@ class LoopStack(Stack):
             loss = self._nan
             if member.fault is None:
                 try:
-                    loss = slot.step(self._objective, inputs, targets, member.params)
+                    loss = slot.step(inputs, targets)
                 except (RuntimeError, MemoryError) as error:
                     self._note_fault(member, error)
             losses.append(loss)
         return torch.stack(losses)
 
-    def evaluate(self, split: Split) -> list[dict[str, float]]:
+    def evaluate(self, feed: Feed) -> list[dict[str, float]]:
         results = []
         for member, slot in self._slots.items():
             result: dict[str, float] = {}
             if member.fault is None:
                 try:
-                    result = evaluate(self._objective, slot.module, split, member.params, self._metrics)
+                    result = evaluate(self._task, slot.module, feed, member.params, self._metrics)
                 except (RuntimeError, MemoryError) as error:
                     self._note_fault(member, error)
                 slot.module.train()
@@ -129,27 +199,41 @@ class LoopStack(Stack):
         """Take running out of memory, the one fault that is a member's own; raise any other error again."""
         if not is_out_of_memory(error):
             raise error
-        member.fault = f"out of memory on {self._device}: {str(error).splitlines()[0]}"
+        member.fault = f"out of memory on {self._task.device}: {str(error).splitlines()[0]}"
 
 
 class _Slot:
-    """One member's module and optimizer, once it is filled with them."""
+    """One member's module, optimizer and schedule, once it is filled with them."""
 
     module: nn.Module
 
-    def fill(self, module: nn.Module, params: Mapping[str, Any]) -> None:
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def fill(self, module: nn.Module, params: Params) -> None:
         """Take in a module that is on its device already: the optimizer is made after that."""
-        self.module = module.train()
+        self.module, self._params = module.train(), params
         self._weights = [w for w in module.parameters() if w.requires_grad]
         self._optimizer = optim.make(params, self._weights)
+        self._max_norm = params.get(optim.MAX_GRAD_NORM, 0)
+        self._factors: list[float] = []
+        if params.get("schedule", "constant") != "constant":
+            self._factors = schedules.table(params, self._task.steps_per_epoch(params), self._task.epochs)
+        self._t = 0
 
-    def step(
-        self, objective: Objective, inputs: Sequence[Tensor], targets: Tensor, params: Mapping[str, Any]
-    ) -> Tensor:
+    def step(self, inputs: Sequence[Tensor], targets: Tensor) -> Tensor:
         for weight in self._weights:  # what Optimizer.zero_grad does, at half its time
             weight.grad = None
-        loss = objective.loss(self.module(*inputs), targets, params)
+        with self._task.autocast():
+            outputs = self.module(*inputs)
+        loss = self._task.objective.loss(in_full(outputs), targets, self._params)
         loss.backward()
+        if self._max_norm:
+            nn.utils.clip_grad_norm_(self._weights, self._max_norm)
+        if self._factors:
+            for group in self._optimizer.param_groups:
+                group["lr"] = self._params["learning_rate"] * self._factors[self._t]
+        self._t += 1
         self._optimizer.step()
         return loss.detach()
 
@@ -162,29 +246,40 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def in_full(outputs: Any) -> Any:
+    """Return outputs that autocast left in bfloat16 in float32: losses and metrics are not to be rounded."""
+    return tree_map(lambda x: x.float() if x.dtype == torch.bfloat16 else x, outputs)
+
+
+def prediction(outputs: Any) -> Tensor:
+    """Return what metrics and head see of a network's outputs: of several (a tuple, a dict), the first."""
+    return outputs if isinstance(outputs, Tensor) else tree_leaves(outputs)[0]
+
+
+def joined(parts: Sequence[Any], dim: int = 0) -> Any:
+    """Return the outputs of several batches as one."""
+    return tree_map(lambda *tensors: torch.cat(tensors, dim), *parts) if len(parts) > 1 else parts[0]
+
+
 @torch.no_grad()
-def evaluate(
-    objective: Objective, module: nn.Module, split: Split, params: Mapping[str, Any], metrics: Mapping[str, Any]
-) -> dict[str, float]:
-    """Return `module`'s `loss` and `metrics` over the whole of `split`; the module is left in evaluation mode.
+def evaluate(task: Task, module: nn.Module, feed: Feed, params: Params, metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return `module`'s `loss` and `metrics` over the whole of `feed`; the module is left in evaluation mode.
 
     Never a mean of batches' own metrics: the RMSE of a set is not the mean of its batches' RMSEs.
     """
     module.eval()
-    parts = [
-        module(*(x[start : start + EVALUATION_ROWS] for x in split.inputs.values()))
-        for start in range(0, len(split), EVALUATION_ROWS)
-    ]
-    return measure(objective, torch.cat(parts), split.targets, params, metrics)
+    with task.autocast():
+        parts = [module(*inputs) for inputs, _ in feed.chunks(EVALUATION_ROWS)]
+    return measure(task.objective, in_full(joined(parts)), feed.targets, params, metrics)
 
 
 def measure(
-    objective: Objective, outputs: Tensor, targets: Tensor, params: Mapping[str, Any], metrics: Mapping[str, Any]
+    objective: Objective, outputs: Any, targets: Tensor, params: Params, metrics: Mapping[str, Any]
 ) -> dict[str, float]:
     """Return the `loss` and the metrics of `outputs` (N, ...) against `targets`."""
     result = {"loss": float(objective.loss(outputs, targets, params))}
     for name, metric in metrics.items():
         metric.reset()
-        metric.update(outputs, targets)
+        metric.update(prediction(outputs), targets)
         result[name] = float(metric.compute())
     return result

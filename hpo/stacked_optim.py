@@ -25,18 +25,19 @@ HYPERPARAMETERS: Mapping[str, Mapping[str, float]] = {
     "adagrad": {"learning_rate": 1e-2, "eps": 1e-10, "weight_decay": 0.0},
 }
 """The hyperparameters of each optimizer and torch.optim's defaults; a member that names any other is not stacked."""
-_STATE = {
+STATE: Mapping[str, tuple[str, ...]] = {
     "sgd": ("momentum_buffer",),
     "adam": ("exp_avg", "exp_avg_sq"),
     "adamw": ("exp_avg", "exp_avg_sq"),
     "rmsprop": ("square_avg", "momentum_buffer"),
     "adagrad": ("sum",),
 }
+"""What each optimizer keeps of every weight."""
 
 
 def initial_state(optimizer: str, weights: Mapping[str, Tensor]) -> dict[str, State]:
     """Return the state of `optimizer` before its first step, for every weight: all zeros."""
-    return {name: {key: torch.zeros_like(w) for key in _STATE[optimizer]} for name, w in weights.items()}
+    return {name: {key: torch.zeros_like(w) for key in STATE[optimizer]} for name, w in weights.items()}
 
 
 def hyperparameters(optimizer: str, params: Mapping[str, Any]) -> dict[str, float]:
@@ -102,3 +103,13 @@ def _adagrad(w: Tensor, g: Tensor, s: State, h: Mapping[str, Tensor], t: Tensor)
 
 
 _RULES: Mapping[str, Rule] = {"sgd": _sgd, "adam": _adam, "adamw": _adamw, "rmsprop": _rmsprop, "adagrad": _adagrad}
+
+
+def clipped(gradients: Mapping[str, Tensor], max_norm: Tensor) -> dict[str, Tensor]:
+    """Return each member's gradients scaled to a norm of at most `max_norm` (K,); 0: as they are.
+
+    As torch.nn.utils.clip_grad_norm_: the norm is that of all of a member's gradients together.
+    """
+    norm = sum(g.flatten(1).square().sum(1) for g in gradients.values()).sqrt()  # type: ignore[union-attr]
+    scale = torch.where(max_norm > 0, (max_norm / (norm + 1e-6)).clamp(max=1.0), torch.ones_like(norm))
+    return {name: g * scale.view((-1,) + (1,) * (g.ndim - 1)) for name, g in gradients.items()}

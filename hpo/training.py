@@ -1,62 +1,76 @@
 """THE epoch loop. It serves search, refit and whatever else trains, and knows neither Optuna nor MLflow.
 
 It asks for members and reports on them through two callables: `ask(n)` gives up to n new members, and
-`report(member, metrics)` says whether a member goes on.
+`report(stack, member, metrics)` says whether a member goes on.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from hpo.data import Split
 from hpo.errors import Interrupted
+from hpo.feed import Feed
 from hpo.seeds import derive
-from hpo.stack import Member, Stack
+from hpo.stack import Member, Stack, Stacks
 
 Ask = Callable[[int], Iterable[Member]]
-Report = Callable[[Member, dict[str, float]], bool]
+Report = Callable[[Stack, Member, dict[str, float]], bool]
 
 
 def train(
-    stack: Stack,
-    train_split: Split,
-    valid_split: Split | None,
+    stacks: Stacks,
+    train_feed: Feed,
+    valid_feed: Feed | None,
     *,
-    batch_size: int,
     epochs: int,
     seed: int,
     ask: Ask,
     report: Report,
     stopping: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Train whatever `ask` gives, `epochs` epochs each, until it gives nothing and the stack is empty.
+    """Train whatever `ask` gives, `epochs` epochs each, until it gives nothing and the stacks are empty.
 
     After each epoch `report` gets the member and its metrics over the whole validation split: `train_loss` (the mean
-    over the epoch's batches), `valid_loss`, `valid_<metric>`. The splits are on the stack's device, preprocessed.
-    Raises Interrupted, between two batches, as soon as `stopping` says so.
+    over the epoch's batches), `valid_loss`, `valid_<metric>`. Raises Interrupted, between two batches, as soon as
+    `stopping` says so.
     """
-    rounds = 0
+    rounds: dict[Stack, int] = {}
     while True:
-        for member in ask(stack.capacity - len(stack.members)):
-            stack.join(member)
-        if not stack.members:
+        stacks.join(ask(stacks.free))
+        if not stacks.active:
             return
-        losses, sizes = [], []
-        for inputs, targets in batches(train_split, batch_size, order(len(train_split), seed, rounds % epochs)):
-            if stopping():
-                raise Interrupted("interrupted")
-            losses.append(stack.step(inputs, targets))
-            sizes.append(len(targets))
-        train_losses = _mean(losses, sizes)
-        valid = stack.evaluate(valid_split) if valid_split is not None else [{} for _ in train_losses]
-        for member, train_loss, metrics in zip(list(stack.members), train_losses, valid, strict=True):
-            result = {"train_loss": train_loss} | {f"valid_{name}": value for name, value in metrics.items()}
-            member.history.append(result)
-            member.epoch += 1
-            if not report(member, result) or member.epoch >= epochs or member.fault is not None:
-                stack.leave(member)
-        rounds += 1
+        for stack in stacks.active:
+            fresh = [member for member in stack.members if member.epoch == 0]
+            rounds[stack] = 0 if len(fresh) == len(stack.members) else rounds[stack] + 1
+            for member in fresh:
+                member.joined = rounds[stack]
+            results = _epoch(
+                stack, train_feed, valid_feed, order(len(train_feed), seed, rounds[stack] % epochs), stopping
+            )
+            for member, result in zip(list(stack.members), results, strict=True):
+                member.history.append(result)
+                member.epoch += 1
+                if not report(stack, member, result) or member.epoch >= epochs or member.fault is not None:
+                    stack.leave(member)
+
+
+def _epoch(
+    stack: Stack, train_feed: Feed, valid_feed: Feed | None, rows: Tensor, stopping: Callable[[], bool]
+) -> list[dict[str, float]]:
+    """Train every member of `stack` on all batches of `rows` (N,); return their metrics."""
+    losses, sizes = [], []
+    for inputs, targets in train_feed.batches(stack.members[0].params["batch_size"], rows):
+        if stopping():
+            raise Interrupted("interrupted")
+        losses.append(stack.step(inputs, targets))
+        sizes.append(len(targets))
+    train_losses = _mean(losses, sizes)
+    valid = stack.evaluate(valid_feed) if valid_feed is not None else [{} for _ in train_losses]
+    return [
+        {"train_loss": train_loss} | {f"valid_{name}": value for name, value in metrics.items()}
+        for train_loss, metrics in zip(train_losses, valid, strict=True)
+    ]
 
 
 def _mean(losses: Sequence[Tensor], sizes: Sequence[int]) -> list[float]:
@@ -73,20 +87,3 @@ def order(n_rows: int, seed: int, rounds: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(derive(seed, "order", rounds))
     return torch.randperm(n_rows, generator=generator)
-
-
-def batches(split: Split, batch_size: int, rows: Tensor) -> Iterator[tuple[Sequence[Tensor], Tensor]]:
-    """Yield (inputs, targets) of `batch_size` rows each, in the order of `rows` (N,); the last batch may be smaller.
-
-    All rows are put in order at once: slicing them afterwards copies nothing.
-    """
-    sizes = [batch_size] * (len(rows) // batch_size)
-    rest = len(rows) - sum(sizes)
-    if rest == 1 and sizes:
-        sizes[-1] += 1  # BatchNorm cannot train on one row: the one that is left over joins the batch before it
-    elif rest:
-        sizes.append(rest)
-    rows = rows.to(split.targets.device)
-    columns = [x[rows].split(sizes) for x in (*split.inputs.values(), split.targets)]
-    for *inputs, targets in zip(*columns, strict=True):
-        yield inputs, targets

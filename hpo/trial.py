@@ -23,6 +23,8 @@ class TrialRun:
         self.member = Member(number=claim.number, seed=claim.seed, params=claim.params)
         self._best: tuple[float, int, dict[str, float]] | None = None
         self._kept: dict[str, Tensor] = {}
+        self._peak: float | None = None
+        self._improved = 0
         run_id = tracker.start_trial(claim.number, claim.params)
         if run_id is not None:
             search.annotate(claim.number, mlflow_run_id=run_id)
@@ -45,11 +47,14 @@ class TrialRun:
         if member.fault is not None:
             self._tell(pruned=False)
             return False
-        if self._best is None or plan.spec.value == "last" or self._better(value, self._best[0]):
+        if self._peak is None or self._better(value, self._peak):
+            self._peak, self._improved = value, epoch
+        if self._best is None or plan.spec.value == "last" or self._improved == epoch:
             self._best = (value, epoch, dict(metrics))
             self._kept = stack.state(member)
         go_on = self._search.report(member.number, epoch, value)
-        last = member.epoch >= plan.spec.epochs
+        patience = plan.spec.patience
+        last = member.epoch >= plan.spec.epochs or (patience is not None and epoch - self._improved >= patience)
         if last or not go_on:
             self._tell(pruned=not last)  # after the last epoch pruning would save nothing
         return go_on and not last
@@ -66,6 +71,8 @@ class TrialRun:
             assert self._best is not None
             value, epoch, metrics = self._best
             self._search.annotate(number, best_epoch=epoch, metrics=metrics)
+            if self.member.joined:  # the round whose data order its first epoch had
+                self._search.annotate(number, joined=self.member.joined)
             if pruned:
                 state, ours = "PRUNED", self._search.prune(number)
             else:
@@ -73,12 +80,14 @@ class TrialRun:
         if not ours:
             state, fault = "FAIL", "another worker took this trial over, since this one was not heard of for too long"
         if state == "COMPLETE":
-            self._keep_if_best()
+            self._keep_if_best(value)
         self._tracker.end_trial(number, state, fault)
         self._progress.trial_ended(number, state, value, fault)
 
-    def _keep_if_best(self) -> None:
+    def _keep_if_best(self, value: float) -> None:
         """Keep the weights of the study's best trial, those of its best epoch, in place of the one before."""
+        if not self._search.may_be_best(value):
+            return
         best = self._search.best()
         if best is None or best.number != self._claim.number:
             return

@@ -1,27 +1,35 @@
 """Ask, train, tell, until the budget is spent: one process's share of a study."""
 
 import math
+import platform
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 
-from hpo.data import Data, Split
+import torch
+
+from hpo.data import Data
 from hpo.errors import Interrupted
+from hpo.feed import feed
+from hpo.frames import Frames, Grain
 from hpo.plan import Plan
+from hpo.pool import Pool
 from hpo.progress import Progress
 from hpo.search import TIMED_OUT, Search
-from hpo.sizing import Choice, choose
-from hpo.stack import LoopStack, Member, Stack, is_out_of_memory
+from hpo.sizing import Choice, Sizing
+from hpo.stack import LoopStack, Member, One, Stack, Stacks, is_out_of_memory
 from hpo.tracking import Tracker
-from hpo.training import batches, order, train
+from hpo.training import train
 from hpo.trial import TrialRun
-from hpo.vmap_stack import How, NotStackable, Padding, VmapStack, padding, stackable
 
 WAIT_SECONDS = 1.0
 """How often to look again while all that is left of a study is with other workers."""
-WORTH_COMPILING = 10_000
-"""How many steps of a stack pay for compiling it: that takes some 5 s, and saves about half a millisecond a step."""
 ROUNDS = 4
 """Into how many rounds `stack: auto` divides a study at the least whose sampler learns from the trials before."""
+_EXAMPLE_ROWS = 8
+_DRAWS = 64
+CHOICE = "hpo:stack"
+"""The study's attribute that says what `stack: auto` has chosen, why, and on which machine."""
 
 
 def work(
@@ -36,35 +44,30 @@ def work(
 
     A trial's own fault (NaN, out of memory) fails that trial; any other error gives the trials back and is raised.
     """
-    deadline = _deadline(plan, search)
+    deadline = math.inf
 
     def out_of_time() -> bool:
         return time.monotonic() >= deadline
 
     worker = _Worker(plan, data, search, tracker, progress, lambda: stopping() or out_of_time())
+    deadline = _deadline(plan, search)
     while not out_of_time():
-        if stopping():
-            worker.give_back("interrupted")
-            raise Interrupted("interrupted; run the same command again to go on")
-        first = worker.next()
-        if first is None:
-            if search.counts().running == 0:
-                return
-            time.sleep(WAIT_SECONDS)  # others still train; should they die, their trials are ours to take up
-            continue
         try:
-            worker.train_with(first)
+            worker.train()
         except Interrupted:
             if stopping():
                 worker.give_back("interrupted")
                 raise Interrupted(
-                    "interrupted; the running trial was given back, run the same command again to go on"
+                    "interrupted; the running trials were given back, run the same command again to go on"
                 ) from None
             worker.give_back("the study's time was over")
+            break
         except BaseException as error:
             worker.give_back(f"{type(error).__name__}: {error}")
             raise
-    worker.give_back("the study's time was over")
+        if search.counts().running == 0:
+            return
+        time.sleep(WAIT_SECONDS)  # others still train; should they die, their trials are ours to take up
     search.remember(TIMED_OUT, plan.spec.timeout)
     progress.note(
         f"the study's time ({plan.spec.timeout:g} s) is over: no new trial is begun; raise `timeout` to go on"
@@ -78,7 +81,7 @@ def _deadline(plan: Plan, search: Search) -> float:
 
 
 class _Worker:
-    """The trials that this process has claimed: those in the stack that is trained, and those held for a later one."""
+    """The trials that this process has claimed, and the stacks that they are trained in."""
 
     def __init__(
         self,
@@ -89,145 +92,133 @@ class _Worker:
         progress: Progress,
         stopping: Callable[[], bool],
     ) -> None:
-        self._plan, self._info, self._stopping = plan, data.info, stopping
+        self._plan, self._stopping = plan, stopping
         self._search, self._tracker, self._progress = search, tracker, progress
+        self._task = plan.task(data.info, len(data.train))
         preprocess = plan.objective.preprocess(data.train)
-        self._train, self._valid = (split.through(preprocess).to(plan.device) for split in (data.train, data.valid))
-        self._example = Split(inputs={n: x[:8] for n, x in self._train.inputs.items()}, targets=self._train.targets[:8])
-        self._capacity = 0 if plan.spec.stack == "auto" else plan.spec.stack
-        self._widest: Padding = {}
-        if plan.spec.stack != 1:
-            corners = plan.space.corners()
-            self._widest = padding([stackable(plan.objective.build(params, data.info)) for params in corners])
-        self._stackable = plan.spec.stack not in ("auto", 1)
+        self._train, self._valid = (feed(split, preprocess, plan.device) for split in (data.train, data.valid))
+        self._example = self._train.head(_EXAMPLE_ROWS)
         self._active: dict[int, TrialRun] = {}
-        self._held: list[TrialRun] = []
         self._said: set[str] = set()
+        if plan.spec.precision == "tf32" and plan.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.allow_tf32 = True
+        self._choice = self._choose()
 
-    def next(self) -> TrialRun | None:
-        """Return a trial to begin a stack with: one that was held, else a new claim; None where there is none."""
-        return self._held.pop(0) if self._held else self._claim()
+    def train(self) -> None:
+        """Train until there is no trial left to claim. Raises Interrupted.
 
-    def _claim(self) -> TrialRun | None:
-        claim = self._search.ask()
-        for number, reason in self._search.drain_lost():
-            self._tracker.end_trial(number, "FAIL", reason)
-            self._progress.note(f"trial {number} is taken up anew: {reason}")
-        return None if claim is None else TrialRun(self._plan, claim, self._search, self._tracker, self._progress)
-
-    def train_with(self, first: TrialRun) -> None:
-        """Train a stack that begins with `first`, refilled with trials of its kind as others leave, until it is empty.
-
-        Where the device has no memory for it, its trials are given back and stacks are half as large from then on.
+        Where the device has no memory for a stack, its trials are given back and stacks are half as large from then on.
         """
-        self._active[first.member.number] = first
-        joining = [first]
-
-        def ask(n: int) -> list[Member]:
-            joining.extend(self._more(stack, n - len(joining)))
-            members = [trial.member for trial in joining]
-            joining.clear()
-            return members
-
-        def report(member: Member, metrics: dict[str, float]) -> bool:
-            go_on = self._active[member.number].report(stack, metrics)
-            if not go_on:
-                del self._active[member.number]
-            return go_on
-
-        try:
-            stack = self._stack_for(first.member)
-            train(
-                stack,
-                self._train,
-                self._valid,
-                batch_size=first.member.params["batch_size"],
-                epochs=self._plan.spec.epochs,
-                seed=self._plan.spec.seed,
-                ask=ask,
-                report=report,
-                stopping=self._stopping,
-            )
-        except (RuntimeError, MemoryError) as error:
-            if not (self._stackable and is_out_of_memory(error)):
-                raise
-            self.give_back(f"out of memory in a stack of {self._capacity}")
-            self._stackable = self._capacity > 1  # not even one: what is out of memory alone, fails alone
-            self._capacity = max(1, self._capacity // 2)
-            self._say(f"out of memory: from now on {self._capacity} trials a stack, and those in this one begin anew")
-
-    def _stack_for(self, member: Member) -> Stack:
-        if self._capacity == 0:
-            choice = self._choose(member)
-            self._capacity = choice.capacity
-            self._progress.note(f"stack: {choice.why}")
-            self._search.remember("hpo:stack", choice.why)
-            self._stackable = choice.stack is not None
-            if choice.stack is not None:
-                return choice.stack
-        if self._stackable:
-            stack = self._vmap_stack(self._capacity, self._how(member))
+        while True:
             try:
-                stack.admit(member)
-            except NotStackable as error:
-                self._say(f"trials like trial {member.number} are trained one at a time: {error}")
-            else:
-                return stack
-        return self._loop_stack()
+                train(
+                    self._stacks(),
+                    self._train,
+                    self._valid,
+                    epochs=self._plan.spec.epochs,
+                    seed=self._plan.spec.seed,
+                    ask=self._ask,
+                    report=self._report,
+                    stopping=self._stopping,
+                )
+                return
+            except (RuntimeError, MemoryError) as error:
+                if not (self._choice.stacked and is_out_of_memory(error)):
+                    raise
+                self._halve()
 
-    def _choose(self, member: Member) -> Choice:
-        """Measure which size of stack trains trials like `member` fastest."""
-        spec = self._plan.spec
-        batch_size, n_trials = member.params["batch_size"], self._search.counts().waiting + 1
-        batch = next(batches(self._train, batch_size, order(len(self._train), spec.seed, 0)))
-        most = n_trials if spec.sampler.name in ("random", "grid", "qmc", "brute_force") else n_trials // ROUNDS
-        return choose(
-            lambda k: self._vmap_stack(k, "compiled"),
-            self._loop_stack(),
-            member,
-            (list(batch[0]), batch[1]),
-            n_steps=n_trials * spec.epochs * math.ceil(len(self._train) / batch_size),
-            most=most,
+    def _ask(self, n: int) -> list[Member]:
+        """Claim up to `n` trials."""
+        if self._stopping():
+            raise Interrupted("interrupted")
+        members: list[Member] = []
+        while len(members) < n:
+            claim = self._search.ask()
+            for number, reason in self._search.drain_lost():
+                self._tracker.end_trial(number, "FAIL", reason)
+                self._progress.note(f"trial {number} is taken up anew: {reason}")
+            if claim is None:
+                break
+            trial = TrialRun(self._plan, claim, self._search, self._tracker, self._progress)
+            self._active[claim.number] = trial
+            members.append(trial.member)
+        return members
+
+    def _report(self, stack: Stack, member: Member, metrics: dict[str, float]) -> bool:
+        go_on = self._active[member.number].report(stack, metrics)
+        if not go_on:
+            del self._active[member.number]
+        return go_on
+
+    def _stacks(self) -> Stacks:
+        """Return new, empty stacks of the size that was chosen."""
+        if not self._choice.stacked:
+            return One(LoopStack(self._task))
+        return Pool(
+            self._task,
+            self._choice.capacity,
+            self._example,
+            self._frames(self._choice.grain),
+            say=self._say,
+            ahead=lambda: self._search.counts().waiting,
+            shared=self._choice.shared,
         )
 
-    def _loop_stack(self) -> LoopStack:
-        return LoopStack(self._plan.objective, self._info, self._plan.device)
+    def _frames(self, grain: Grain) -> Frames:
+        return Frames(self._plan.space, lambda params: self._plan.objective.build(params, self._task.info), grain)
 
-    def _vmap_stack(self, capacity: int, how: How) -> VmapStack:
-        plan = self._plan
-        return VmapStack(plan.objective, self._info, plan.device, capacity, self._example, how, self._widest)
+    def _choose(self) -> Choice:
+        """Return the size of the stacks, measured where the study says `auto`."""
+        spec = self._plan.spec
+        n_trials = self._search.counts().waiting
+        if spec.stack == 1 or n_trials == 0:
+            return Choice(why="as the study says")
+        learns = spec.sampler.name not in ("random", "grid", "qmc", "brute_force")
+        sizing = Sizing(
+            task=self._task,
+            feed=self._train,
+            example=self._example,
+            frames=self._frames,
+            draws=self._plan.space.draw(min(_DRAWS, n_trials), spec.seed),
+            n_trials=n_trials,
+            most=max(1, n_trials // ROUNDS) if learns else n_trials,
+        )
+        if spec.stack != "auto":
+            room = sizing.room()
+            if room < min(spec.stack, n_trials):
+                self._progress.note(f"stack: {room} trials at once, not {spec.stack}: memory is free for no more")
+            return Choice(capacity=min(spec.stack, room), stacked=True, why="as the study says")
+        where = f"{platform.node()} {self._plan.device}"
+        before = self._search.attrs.get(CHOICE, {})
+        if before.get("where") == where:  # a study that goes on, goes on as it began
+            return self._chosen(Choice(**before["choice"]))
+        choice = sizing.choose()
+        self._search.remember(CHOICE, {"where": where, "choice": asdict(choice)})
+        return self._chosen(choice)
 
-    def _how(self, member: Member) -> How:
-        epochs = self._plan.spec.epochs * math.ceil(self._search.counts().waiting / self._capacity)
-        steps = epochs * math.ceil(len(self._train) / member.params["batch_size"])
-        return "compiled" if steps >= WORTH_COMPILING else "graph"
+    def _chosen(self, choice: Choice) -> Choice:
+        if choice.threads is not None:
+            torch.set_num_threads(choice.threads)
+        self._progress.note(f"stack: {choice.why}")
+        return choice
 
-    def _more(self, stack: Stack, n: int) -> list[TrialRun]:
-        """Return up to `n` trials that may join `stack`, of those held and then of new claims; hold what may not."""
-        if not isinstance(stack, VmapStack):
-            return []
-        held, self._held = self._held, []
-        taken: list[TrialRun] = []
-        while len(taken) < n and len(self._held) < self._capacity:
-            trial = held.pop(0) if held else self._claim()
-            if trial is None:
-                break
-            self._active[trial.member.number] = trial
-            try:
-                stack.admit(trial.member)
-            except NotStackable:
-                self._held.append(self._active.pop(trial.member.number))
-            else:
-                taken.append(trial)
-        self._held += held
-        return taken
+    def _halve(self) -> None:
+        """Give the trials back, and go on with stacks half as large; after those of one, without stacks."""
+        capacity = self._choice.capacity
+        self.give_back(f"out of memory in a stack of {capacity}")
+        self._choice = Choice(
+            capacity=max(1, capacity // 2), stacked=capacity > 1, grain=self._choice.grain, why="out of memory"
+        )
+        self._say(
+            f"out of memory: from now on {self._choice.capacity} trials at once, and those in training begin anew"
+        )
 
     def give_back(self, reason: str) -> None:
         """End all trials that are not done, and queue a successor for each."""
-        for trial in [*self._active.values(), *self._held]:
+        for trial in self._active.values():
             trial.give_back(reason)
         self._active.clear()
-        self._held.clear()
 
     def _say(self, text: str) -> None:
         if text.partition(": ")[2] not in self._said:

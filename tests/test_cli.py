@@ -55,7 +55,7 @@ def test_run_then_run_again_then_more_trials(study: Write) -> None:
 
 
 def test_timeout_ends_the_study_and_says_so(study: Write) -> None:
-    path = study("timeout: 0.5\ntrials: 300")
+    path = study("timeout: 0.5\ntrials: 300\nstack: 1")
     output = invoke("run", path, "--json")
     assert "the study's time (0.5 s) is over: no new trial is begun; raise `timeout` to go on" in output
     assert 0 < summary(output)["trials"]["complete"] < 300

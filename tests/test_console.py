@@ -77,6 +77,12 @@ class TestBoard:
         board.counts = counts(complete=2)
         assert board.left_text() == ""
 
+    def test_a_trial_that_ended_is_counted_without_looking(self):
+        board = Board(counts(running=4, waiting=1), None, 5, "accuracy")
+        for state in ("COMPLETE", "PRUNED", "FAIL", "COMPLETE", "INTERRUPTED"):
+            board.add(state)
+        assert board.counts == counts(complete=2, pruned=1, failed=1, running=4, waiting=1)
+
     def test_the_best_so_far(self):
         assert Board(counts(), None, 5, "accuracy").best_text() == "no trial yet"
         assert Board(counts(), best(), 5, "accuracy").best_text() == "best accuracy 0.9890 (trial 7)"
@@ -89,10 +95,11 @@ class TestPlain:
 
     @pytest.fixture
     def plain(self, clock, lines):
-        """Return a progress whose `refresh` takes what `plain.next` says, as the storage would."""
+        """Return a progress whose `refresh` takes what `plain.next` says, as the storage would, and notes its calls."""
         board = Board(counts(), None, 4, "accuracy")
 
-        def refresh():
+        def refresh(state, value):
+            made.told = (state, value)
             board.counts, board.best = made.next
 
         made = PlainProgress(board, refresh, lines.append, epoch_seconds=15.0)
@@ -120,6 +127,7 @@ class TestPlain:
         plain.trial_started(3, {"a": 1})
         plain.next = (counts(), None)
         plain.trial_ended(3, state, value, reason)
+        assert plain.told == (state, value)
         assert lines == [f"[0/4] trial 3 {text}; a=1; 0.0 s; no trial yet"]
 
     def test_a_long_trial_is_heard_of_now_and_then(self, plain, lines, clock):
@@ -148,7 +156,7 @@ def test_the_live_view_ends_with_the_counts_the_best_and_every_reason():
     console = Console(file=out, force_terminal=True, width=150, no_color=True)
     board = Board(counts(), None, 2, "accuracy")
 
-    def refresh():
+    def refresh(state, value):
         board.counts, board.best = counts(complete=1, failed=1), best(0, 0.5)
 
     with LiveProgress(board, refresh, console) as progress:

@@ -84,10 +84,19 @@ def test_a_param_of_the_objective_is_not_judged():
         ("momentum", -1, "a number of at least 0"),
         ("beta1", 1, "a number in [0, 1)"),
         ("beta2", -0.5, "a number in [0, 1)"),
+        ("schedule", "cosin", "one of constant, cosine, one_cycle, step"),
+        ("schedule", None, "one of constant, cosine, one_cycle, step"),
+        ("schedule_pct_start", 0, "a number in (0, 1)"),
+        ("schedule_pct_start", 1, "a number in (0, 1)"),
+        ("schedule_step_size", 0, "a number of epochs above 0"),
+        ("schedule_gamma", 0, "a number above 0"),
+        ("max_grad_norm", -1, "a number of at least 0 (0: no clipping)"),
+        ("max_grad_norm", "none", "a number of at least 0 (0: no clipping)"),
     ],
 )
 def test_a_value_out_of_bounds_is_a_fault(name, value, rule):
-    found = messages(optimizer=["adam", "sgd"], **{name: [0.5 if name != "batch_size" else 1, value]})
+    good = {"batch_size": 1, "schedule": "cosine"}.get(name, 0.5)
+    found = messages(optimizer=["adam", "sgd"], **{name: [good, value]})
     assert found == [(("params", name), f"must be {rule}, but got {value!r}")]
 
 

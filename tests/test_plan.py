@@ -1,5 +1,6 @@
 """A study made ready: what comes from where, and everything that can be wrong before anything runs."""
 
+import random
 from pathlib import Path
 from textwrap import dedent
 
@@ -8,10 +9,13 @@ import torch
 from torchmetrics import Metric
 
 from hpo.errors import InputError, SpecError
-from hpo.plan import find_device, prepare, try_out
+from hpo.plan import find_device, prepare
+from hpo.tryout import try_out
 
 CHOOSY = '''
 """An objective with conditions in its default space, and faults on demand."""
+
+import random
 
 import torch
 from torch import nn
@@ -37,6 +41,12 @@ class Choosy(Objective):
         return Data(train=parts[0], valid=parts[1], test=parts[2])
 
     def build(self, params, info):
+        if params["fault"] == "dice":
+            return nn.Linear(3, 1) if random.random() < 0.5 else nn.Sequential(nn.Linear(3, 1))
+        if params["fault"] == "seed":
+            torch.manual_seed(7)
+        if params["fault"] == "dtype":
+            torch.set_default_dtype(torch.float64)
         if params["fault"] == "build" and params["n_hidden"] == 64:
             raise ValueError("64 is too wide")
         return nn.Sequential(nn.Linear(4 if params["fault"] == "forward" else 3, params["n_hidden"]),
@@ -226,6 +236,25 @@ class TestTryOut:
         plan = planned(f"params: {{fault: {fault}}}")
         with pytest.raises(InputError, match=f"^objective choosy.py: {text}"):
             try_out(plan, plan.load_data())
+
+    @pytest.mark.parametrize(
+        ("fault", "text"),
+        [
+            ("dice", "build gives another network each time for the same params and seed"),
+            ("seed", "build sets torch's seed itself, so all trials would begin with the same weights"),
+            ("dtype", "build changes torch's default dtype from torch.float32 to torch.float64; set it back"),
+        ],
+    )
+    def test_code_that_reaches_beyond_its_own_trial_is_refused(self, planned, fault, text):
+        random.seed(0)  # whose next numbers are 0.84 and 0.76, 0.42: the second network is another one
+        random.random()
+        random.random()
+        plan = planned(f"params: {{fault: {fault}}}")
+        try:
+            with pytest.raises(InputError, match=f"^objective choosy.py: {text}"):
+                try_out(plan, plan.load_data())
+        finally:
+            torch.set_default_dtype(torch.float32)
 
     def test_a_metric_that_cannot_take_the_outputs_is_refused(self, planned):
         plan = planned()

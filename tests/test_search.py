@@ -227,6 +227,8 @@ class TestWhatIsKnown:
         [
             ({"objective": "other"}, "objective is 'other' here, 'o' there"),
             ({"epochs": 7, "seed": 3}, "epochs is 7 here, 3 there\n  seed is 3 here, 42 there"),
+            ({"patience": 2}, "patience is 2 here, None there"),
+            ({"precision": "bf16"}, "precision is 'bf16' here, 'float32' there"),
             ({"params": PARAMS | {"batch_size": 32}}, "params.batch_size is 32 here, 16 there"),
             ({"params": PARAMS | {"beta1": 0.5}}, "params.beta1 is 0.5 here, absent there"),
             ({"maximize": False}, "it goes to minimize here, the other way there"),

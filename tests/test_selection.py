@@ -93,6 +93,34 @@ def test_the_best_params_are_trained_on_train_and_validation_for_the_best_epochs
     assert about["metrics"] == {"of_the_trial": {"valid_r2": 0.9}, "test": dict(done.test)}
 
 
+def test_a_trial_that_ended_early_by_patience_is_trained_anew_for_as_long_as_it_was(told):
+    """With `value: last` too: its value is that of its last epoch, of which it had fewer than `epochs`."""
+    plan, data, search = told([(0.05, 0.9, 2)], EPOCHS + "value: last\npatience: 1\n")
+    ending = Ending(plan, data, search)
+    ending()
+    assert ending.notes[0] == "training the params of trial 0 anew on train + validation, 3 epochs"
+
+
+class Two(nn.Module):
+    """A prediction, and something beside it that only the loss takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.output, self.aside = nn.Linear(4, 1), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.output(x), self.aside(x)
+
+
+def test_of_several_outputs_the_bundle_predicts_the_first(told):
+    plan, data, search = told([(0.05, 0.9, 1)])
+    plan.objective.build = lambda params, info: Two()
+    plan.objective.loss = lambda outputs, targets, params: F.mse_loss(outputs[0], targets) + outputs[1].square().mean()
+    done = Ending(plan, data, search)()
+    predictions = torch.jit.load(done.bundle / "model.torchscript.pt")(data.test.inputs["features"])
+    assert predictions.shape == data.test.targets.shape
+
+
 def test_the_test_set_is_read_once_and_counted_however_often_a_study_is_concluded(told):
     plan, data, search = told([(0.05, 0.9, 1)])
     first = Ending(plan, data, search)

@@ -206,6 +206,36 @@ def test_corners_are_the_ends_that_can_be_reached():
     assert space.corners(most=3) == corners[:3]
 
 
+def test_extremes_are_the_highest_and_the_lowest_and_each_parameter_alone_at_its_ends():
+    space = space_of(a=ints(1, 8, step=3), b=choices("x", "y", "z"), c=floats(0, 1, when={"b": "y"}), d=5)
+    assert space.extremes() == [
+        {"a": 7, "b": "z", "d": 5},
+        {"a": 1, "b": "x", "d": 5},
+        {"a": 1, "b": "z", "d": 5},
+        {"a": 7, "b": "x", "d": 5},
+        {"a": 7, "b": "y", "c": 1.0, "d": 5},  # what now applies is at its highest
+    ]
+    assert space.extremes(most=2) == space.extremes()[:2]
+    assert space_of(d=5).extremes() == [{"d": 5}]
+
+
+def test_extremes_are_few_however_many_parameters_there_are():
+    space = space_of(**{f"x{i}": ints(0, 9) for i in range(20)}, kind=choices(*"abcde"))
+    assert len(space.extremes()) == 2 + 20 + 4
+    assert len(space_of(**{f"x{i}": ints(0, 9) for i in range(100)}).extremes()) == 64
+
+
+def test_completed_is_what_applies_and_the_highest_of_what_is_missing():
+    space = space_of(**CONDITIONAL)
+    assert space.completed({"optimizer": "adam", "momentum": 0.8, "more": 1}) == {"optimizer": "adam", "plain": False}
+    assert space.completed({"optimizer": "sgd"}) == {
+        "optimizer": "sgd",
+        "plain": False,
+        "momentum": 0.9,
+        "nesterov": False,
+    }
+
+
 def test_searched_leaves_out_what_is_fixed_or_not_asked_for():
     space = space_of(**CONDITIONAL)
     params = {"optimizer": "adam", "momentum": 0.9, "plain": False}
@@ -297,3 +327,14 @@ def test_every_value_and_every_corner_is_one_the_parameter_takes(space):
         assert all(dimension.takes(value) for value in values or ())
     for corner in space.corners():
         assert all(d.takes(corner[d.name]) for d in space.dimensions if d.name in corner)
+
+
+@given(spaces(), st.integers(0, 999))
+@settings(max_examples=50, deadline=None)
+def test_extremes_and_draws_are_configurations_of_the_space(space, seed):
+    drawn = space.draw(5, seed)
+    assert drawn == space.draw(5, seed) == [params for params, _ in suggestions(space, 5, seed)]
+    for params in (*drawn, *space.extremes()):
+        assert set(params) == set(space.fixed) | {d.name for d in space.dimensions if d.applies(params)}
+        assert all(d.takes(params[d.name]) for d in space.dimensions if d.name in params)
+        assert space.completed(params) == params

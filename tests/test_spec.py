@@ -39,6 +39,7 @@ def test_the_objective_is_enough(draft):
     assert (spec.name, spec.objective, spec.value, spec.metric, spec.timeout) == ("study", "x", "best", None, None)
     assert (spec.epochs, spec.trials, spec.seed, spec.device) == (20, 50, 42, "auto")
     assert (spec.sampler.name, spec.pruner.name) == ("tpe", "median")
+    assert (spec.patience, spec.precision, spec.stack) == (None, "float32", "auto")
 
 
 PARAMS = [
@@ -121,6 +122,10 @@ KEYS = [
     ("trials: 0", "trials: must be greater than or equal to 1, but got 0"),
     ("epochs: 1.5", "epochs: must be an integer, but got 1.5"),
     ("epochs: many", "epochs: must be an integer, but got 'many'"),
+    ("patience: 0", "patience: must be greater than or equal to 1, but got 0"),
+    ("patience: 1.5", "patience: must be an integer, but got 1.5"),
+    ("precision: fp16", "precision: must be 'float32', 'tf32' or 'bf16', but got 'fp16'"),
+    ("precision: 16", "precision: must be 'float32', 'tf32' or 'bf16', but got 16"),
     ("seed: -1", "seed: must be greater than or equal to 0, but got -1"),
     ("value: worst", "value: must be 'best' or 'last', but got 'worst'"),
     ("metric: 4", "metric: must be a string, but got 4"),
@@ -184,6 +189,13 @@ def test_a_timeout_is_a_length_of_time_or_seconds(draft, text, seconds):
 @pytest.mark.parametrize(("text", "name"), [("my-study_1.2", "my-study_1.2"), ("7", "7"), ("größe", "größe")])
 def test_a_name_that_can_be_a_folder_is_taken(draft, text, name):
     assert draft(f"name: {text}\n").spec.name == name
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_patience_and_precision_are_taken(draft, precision):
+    spec = draft(f"patience: 3\nprecision: {precision}\n").spec
+    assert (spec.patience, spec.precision) == (3, precision)
+    assert draft("patience: null\n").spec.patience is None
 
 
 @pytest.mark.parametrize("text", ["off", "false", "null"])

@@ -1,6 +1,7 @@
 """Stacks: the contract that every one of them keeps, held against plain loops of torch.optim written here."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from torchmetrics.regression import MeanSquaredError
 
 from hpo import stack as stacks
 from hpo.data import DataInfo, Split
+from hpo.feed import Feed
 from hpo.objective import Objective
-from hpo.stack import LoopStack, Member, is_out_of_memory
-from hpo.training import batches, order
+from hpo.stack import LoopStack, Member, Task, is_out_of_memory
+from hpo.training import order
+from hpo.vmap_stack import VmapStack
 
 CPU = torch.device("cpu")
 INFO = DataInfo(inputs={"x": (3,), "z": (2,)}, input_dtypes={"x": "float64", "z": "float64"})
@@ -85,7 +88,11 @@ class Regression(Objective):
 @pytest.fixture(params=[LoopStack])
 def make(request):
     """Return a function that makes a stack; one more of the params holds another implementation to the contract."""
-    return lambda capacity=4: request.param(Regression(), INFO, CPU, capacity)
+    return lambda capacity=4, **keys: request.param(task(**keys), capacity)
+
+
+def task(**keys):
+    return Task(objective=Regression(), info=INFO, device=CPU, n_rows=N_ROWS, epochs=N_EPOCHS, **keys)
 
 
 def split(seed=0, n=N_ROWS):
@@ -95,18 +102,15 @@ def split(seed=0, n=N_ROWS):
 
 
 def member(number, learning_rate=0.01, optimizer="adam", **params):
-    return Member(
-        number=number, seed=100 + number, params={"learning_rate": learning_rate} | OPTIMIZERS[optimizer][0] | params
-    )
+    base = {"learning_rate": learning_rate, "batch_size": BATCH_SIZE}
+    return Member(number=number, seed=100 + number, params=base | OPTIMIZERS[optimizer][0] | params)
 
 
 def run(stack, rounds):
     """Train the stack's members for these rounds; return the losses of each step."""
-    data = split()
+    data = Feed(split(), CPU)
     return [
-        stack.step(inputs, targets)
-        for r in rounds
-        for inputs, targets in batches(data, BATCH_SIZE, order(N_ROWS, 7, r))
+        stack.step(inputs, targets) for r in rounds for inputs, targets in data.batches(BATCH_SIZE, order(N_ROWS, 7, r))
     ]
 
 
@@ -122,6 +126,8 @@ def alone(member, optimizer, rounds):
             optimizer.zero_grad()
             loss = F.mse_loss(network(data.inputs["x"][batch], data.inputs["z"][batch]), data.targets[batch])
             loss.backward()
+            if "max_grad_norm" in member.params:
+                nn.utils.clip_grad_norm_(network.parameters(), member.params["max_grad_norm"])
             optimizer.step()
             losses.append(loss.item())
     return network.state_dict(), losses
@@ -150,6 +156,18 @@ class TestContract:
             assert losses[:, k].tolist() == pytest.approx(expected, rel=1e-10)
         assert not torch.equal(stack.state(members[0])["output.weight"], stack.state(members[1])["output.weight"])
 
+    def test_each_members_gradients_are_clipped_to_a_norm_of_its_own(self, make):
+        stack, members = make(), [member(n, 0.05, "sgd", max_grad_norm=norm) for n, norm in enumerate((0.05, 0.5))]
+        members.append(member(2, 0.05, "sgd"))
+        never = member(3, 0.05, "sgd", max_grad_norm=0)
+        for each in (*members, never):
+            stack.join(each)
+        run(stack, range(2))
+        for each in members:
+            assert_same(stack.state(each), alone(each, "sgd", range(2))[0])
+        del (plain := member(3, 0.05, "sgd", max_grad_norm=0)).params["max_grad_norm"]
+        assert_same(stack.state(never), alone(plain, "sgd", range(2))[0])
+
     def test_who_joins_and_who_leaves_changes_nobody_else(self, make):
         stack, (first, second, third) = make(), [member(n, 0.01 * (n + 1)) for n in range(3)]
         stack.join(first)
@@ -168,7 +186,7 @@ class TestContract:
         stack.join(each)
         for r in range(3):
             run(stack, [r])
-            stack.evaluate(split(1))
+            stack.evaluate(Feed(split(1), CPU))
         assert_same(stack.state(each), alone(each, "adam", range(3))[0])
 
     def test_metrics_are_of_the_whole_set_in_evaluation_mode(self, make, monkeypatch):
@@ -177,7 +195,7 @@ class TestContract:
         for each in members:
             stack.join(each)
         run(stack, [0, 1])
-        for each, result in zip(members, stack.evaluate(valid), strict=True):
+        for each, result in zip(members, stack.evaluate(Feed(valid, CPU)), strict=True):
             network = Network()
             network.load_state_dict(stack.state(each))
             with torch.no_grad():
@@ -194,7 +212,7 @@ class TestContract:
         for each in (first, greedy, last):
             stack.join(each)
         losses = run(stack, [0, 1])[-1]
-        results = stack.evaluate(split(1))
+        results = stack.evaluate(Feed(split(1), CPU))
         assert greedy.fault == "out of memory on cpu: CUDA out of memory. Tried to allocate 2.00 GiB"
         assert [bool(result) for result in results] == [True, False, True]
         assert torch.isfinite(losses).tolist() == [True, where == "evaluate", True]
@@ -210,7 +228,7 @@ class TestContract:
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # noqa: PT012
             stack.join(broken)
             run(stack, [0])
-            stack.evaluate(split(1))
+            stack.evaluate(Feed(split(1), CPU))
         assert broken.fault is None
 
     def test_a_state_is_a_copy_and_a_module_is_not(self, make):
@@ -226,6 +244,40 @@ class TestContract:
         stack.join(member(0))
         with pytest.raises(AssertionError):
             stack.join(member(1))
+
+
+class Plain(Regression):
+    """The same in single precision; its loss says in which precision it was given the outputs."""
+
+    def build(self, params, info):
+        return nn.Linear(3, 1)
+
+    def loss(self, outputs, targets, params):
+        assert outputs.dtype == torch.float32
+        return F.mse_loss(outputs, targets)
+
+    def metrics(self):
+        return {"rmse": MeanSquaredError(squared=False)}
+
+
+@pytest.mark.parametrize("kind", [LoopStack, lambda task, capacity: VmapStack(task, capacity, single(8))])
+def test_bf16_rounds_what_networks_compute_and_nothing_else(kind):
+    losses, results = {}, {}
+    for precision in ("float32", "bf16"):
+        stack, each = kind(replace(task(precision=precision), objective=Plain()), 2), member(0)
+        stack.join(each)
+        losses[precision] = stack.step(list(single().inputs.values()), single().targets)
+        assert all(weight.dtype == torch.float32 for weight in stack.state(each).values())
+        (results[precision],) = stack.evaluate(Feed(single(), CPU))
+    assert losses["bf16"].dtype == torch.float32
+    assert losses["bf16"].item() != losses["float32"].item()
+    assert losses["bf16"].item() == pytest.approx(losses["float32"].item(), rel=2e-2)
+    assert results["bf16"] == pytest.approx(results["float32"], rel=2e-2)
+
+
+def single(n=N_ROWS):
+    rows = split(n=n)
+    return Split(inputs={"x": rows.inputs["x"].float()}, targets=rows.targets.float())
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import torch
 from hpo import stacked_optim
 from hpo.optim import make
 
+SHAPES = {"a": (3, 4), "b": (4,), "c": ()}
 MEMBERS = {
     "sgd": [
         {},
@@ -48,6 +49,24 @@ def test_equal_to_torch_optim_member_by_member(optimizer: str) -> None:
     for index, each in enumerate(alone):
         for name, weight in each.items():
             torch.testing.assert_close(stacked[name][index], weight.detach(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 1e3])
+def test_clipping_is_torchs_member_by_member(spread: float) -> None:
+    """By the norm of all of a member's gradients together; 0 leaves them as they are, and so does a NaN's neighbour."""
+    torch.manual_seed(0)
+    norms = torch.tensor([0.0, 0.1, 1.0, 5.0, 1.0], dtype=torch.float64)
+    gradients = {name: spread * torch.randn(5, *shape, dtype=torch.float64) for name, shape in SHAPES.items()}
+    gradients["a"][4, 0, 0] = torch.nan
+    got = stacked_optim.clipped(gradients, norms)
+    for k, norm in enumerate(norms.tolist()):
+        weights = [torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in SHAPES.values()]
+        for name, weight in zip(SHAPES, weights, strict=True):
+            weight.grad = gradients[name][k].clone()
+        if norm:
+            torch.nn.utils.clip_grad_norm_(weights, norm)
+        for name, weight in zip(SHAPES, weights, strict=True):
+            torch.testing.assert_close(got[name][k], weight.grad, rtol=1e-12, atol=0, equal_nan=True)
 
 
 def test_a_member_with_nan_touches_no_other() -> None:

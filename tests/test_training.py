@@ -8,8 +8,9 @@ from torch import nn
 
 from hpo.data import Split
 from hpo.errors import Interrupted
-from hpo.stack import Member, Stack
-from hpo.training import batches, order, train
+from hpo.feed import Feed
+from hpo.stack import Member, One, Stack, Stacks
+from hpo.training import order, train
 
 N_ROWS, BATCH_SIZE = 10, 4
 
@@ -36,8 +37,8 @@ class Notebook(Stack):
         self.rounds.append((tuple(m.number for m in self._members), inputs[0].tolist(), targets.tolist()))
         return torch.tensor([targets.mean() * m.number for m in self._members])
 
-    def evaluate(self, split):
-        self.evaluated.append(split)
+    def evaluate(self, feed):
+        self.evaluated.append(feed)
         if self._fault_at is not None:
             for member in self._members:
                 member.fault = "out of memory" if (member.number, member.epoch) == self._fault_at else member.fault
@@ -47,12 +48,13 @@ class Notebook(Stack):
         return nn.Identity()
 
 
-def split(n=N_ROWS):
-    return Split(inputs={"x": torch.arange(n), "y": -torch.arange(n)}, targets=torch.arange(n, dtype=torch.float32))
+def rows(n=N_ROWS):
+    targets = torch.arange(n, dtype=torch.float32)
+    return Feed(Split(inputs={"x": torch.arange(n), "y": -torch.arange(n)}, targets=targets), torch.device("cpu"))
 
 
-def members(*numbers):
-    return [Member(number=n, seed=n, params={}) for n in numbers]
+def members(*numbers, batch_size=BATCH_SIZE):
+    return [Member(number=n, seed=n, params={"batch_size": batch_size}) for n in numbers]
 
 
 class Queue:
@@ -65,14 +67,21 @@ class Queue:
         self.asked.append(n)
         return [self.waiting.pop(0) for _ in range(min(n, len(self.waiting)))]
 
-    def report(self, member, metrics):
+    def report(self, stack, member, metrics):
+        assert member in stack.members
         self.reports.append((member.number, member.epoch, metrics))
         return (member.number, member.epoch) not in self.drop
 
 
 def go(stack, queue, valid=None, epochs=3, seed=0, **more):
-    more |= {"batch_size": BATCH_SIZE, "epochs": epochs, "seed": seed}
-    train(stack, split(), valid, ask=queue.ask, report=queue.report, **more)
+    stacks = stack if isinstance(stack, Stacks) else One(stack)
+    train(stacks, rows(), valid, epochs=epochs, seed=seed, ask=queue.ask, report=queue.report, **more)
+
+
+def orders_of(stack):
+    """Return the rows of each of a notebook's rounds, as they came."""
+    taken = [row for _, x, _ in stack.rounds for row in x]
+    return [taken[start : start + N_ROWS] for start in range(0, len(taken), N_ROWS)]
 
 
 def epochs_of(queue, number):
@@ -103,7 +112,7 @@ def test_who_is_dropped_leaves_at_once_and_the_next_takes_its_place():
 
 def test_a_member_with_a_fault_is_reported_once_and_leaves():
     stack, queue = Notebook(capacity=2, fault_at=(1, 1)), Queue(members(1, 2))
-    go(stack, queue, split(3))
+    go(stack, queue, rows(3))
     assert epochs_of(queue, 1) == [1, 2]
     assert epochs_of(queue, 2) == [1, 2, 3]
     assert [set(metrics) for n, epoch, metrics in queue.reports if (n, epoch) == (1, 2)] == [{"train_loss"}]
@@ -116,7 +125,7 @@ def test_nothing_to_train_is_nothing_done():
 
 
 def test_metrics_are_of_the_validation_split_and_kept_in_the_members_history():
-    stack, (only,), valid = Notebook(), members(4), split(3)
+    stack, (only,), valid = Notebook(), members(4), rows(3)
     queue = Queue([only])
     go(stack, queue, valid, epochs=2)
     assert all(each is valid for each in stack.evaluated)
@@ -144,9 +153,9 @@ def test_train_loss_is_the_mean_over_rows_not_over_batches():
 def test_every_round_goes_over_each_row_once_in_an_order_of_its_own():
     stack = Notebook()
     go(stack, Queue(members(1)), epochs=3)
-    rows = [[row for _, x, _ in stack.rounds[start : start + 3] for row in x] for start in (0, 3, 6)]
-    assert [sorted(each) for each in rows] == [list(range(N_ROWS))] * 3
-    assert len({tuple(each) for each in rows}) == 3
+    orders = orders_of(stack)
+    assert [sorted(each) for each in orders] == [list(range(N_ROWS))] * 3
+    assert len({tuple(each) for each in orders}) == 3
     assert all(x == targets for _, x, targets in stack.rounds)
 
 
@@ -166,6 +175,54 @@ def test_it_stops_between_two_batches():
     assert epochs_of(queue, 1) == [1]
 
 
+def test_rounds_repeat_after_a_trials_length_and_members_note_in_which_they_joined():
+    """Who takes the place of one that ran to its end sees the batches that it would see alone; no other does."""
+    stack, waiting = Notebook(capacity=2), members(1, 2, 3, 4, 5)
+    go(stack, Queue(waiting, drop={(2, 1)}), epochs=3)
+    alone = [order(N_ROWS, 0, r).tolist() for r in range(3)]
+    assert orders_of(stack) == [alone[r % 3] for r in range(7)]
+    present = [numbers for numbers, _, _ in stack.rounds[::3]]
+    assert present == [(1, 2), (1, 3), (1, 3), (3, 4), (4, 5), (4, 5), (5,)]
+    assert [member.joined for member in waiting] == [0, 0, 1, 3, 4]
+
+
+def test_a_stack_that_was_empty_begins_with_the_first_round():
+    stack, waiting = Notebook(capacity=1), members(1, 2)
+    go(stack, Queue(waiting, drop={(1, 2)}), epochs=3)
+    assert [member.joined for member in waiting] == [0, 0]
+    assert orders_of(stack) == [order(N_ROWS, 0, r).tolist() for r in (0, 1, 0, 1, 2)]
+
+
+class Pair(Stacks):
+    """Two notebooks, for odd and for even members, that are trained side by side."""
+
+    def __init__(self):
+        self.both = {1: Notebook(), 0: Notebook()}
+
+    @property
+    def free(self):
+        return 3 - sum(len(stack.members) for stack in self.active)
+
+    def join(self, members):
+        for member in members:
+            self.both[member.number % 2].join(member)
+
+    @property
+    def active(self):
+        return [stack for stack in self.both.values() if stack.members]
+
+
+def test_stacks_side_by_side_have_batch_sizes_and_rounds_of_their_own():
+    pair = Pair()
+    queue = Queue([member for n in (1, 2, 3, 4, 6) for member in members(n, batch_size=4 + (n + 1) % 2)], drop={(2, 1)})
+    go(pair, queue, epochs=2)
+    odd, even = pair.both[1], pair.both[0]
+    assert [len(targets) for _, _, targets in odd.rounds] == [4, 4, 2] * 2
+    assert [numbers for numbers, _, _ in even.rounds[::2]] == [(2,), (4,), (4, 6), (6,)]
+    assert orders_of(odd) == [order(N_ROWS, 0, r).tolist() for r in (0, 1)]
+    assert [epochs_of(queue, n) for n in (1, 2, 3, 4, 6)] == [[1, 2], [1], [1, 2], [1, 2], [1, 2]]
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 300), st.integers(0, 1000), st.integers(0, 50))
 def test_an_order_is_a_permutation_that_seed_and_round_decide(n, seed, rounds):
@@ -179,18 +236,3 @@ def test_orders_of_other_rounds_and_seeds_differ_and_leave_torchs_own_stream_alo
     seen = {tuple(order(50, seed, r).tolist()) for seed in range(10) for r in range(10)}
     assert len(seen) == 100
     assert torch.equal(state, torch.get_rng_state())
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 100), st.integers(1, 40))
-def test_batches_cover_each_row_once_and_keep_inputs_and_targets_together(n, batch_size):
-    rows = order(n, 0, 0)
-    made = list(batches(split(n), batch_size, rows))
-    assert torch.cat([targets for _, targets in made]).tolist() == rows.tolist()
-    for inputs, targets in made:
-        assert torch.equal(inputs[0], targets.long())
-        assert torch.equal(inputs[1], -targets.long())
-    assert [len(targets) for _, targets in made[:-1]] == [batch_size] * (len(made) - 1)
-    last = len(made[-1][1])
-    assert 1 <= last <= batch_size + 1
-    assert last > 1 or n == 1 or batch_size == 1  # BatchNorm cannot train on one row

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.regression import MeanSquaredError
 
-from hpo import vmap_stack
 from hpo.data import DataInfo, Split
+from hpo.feed import Feed
+from hpo.frames import Fit, as_it_is
 from hpo.objective import Objective
-from hpo.stack import LoopStack, Member, Stack
+from hpo.stack import LoopStack, Member, One, Stack, Task
+from hpo.structure import RateDropout, frame_of
 from hpo.training import train
-from hpo.vmap_stack import NotStackable, RateDropout, VmapStack, padded, padding
+from hpo.vmap_stack import NotStackable, VmapStack
 from objectives.losses import cross_entropy
 
 CPU = torch.device("cpu")
@@ -92,7 +94,7 @@ ARCHITECTURES: dict[str, Callable[[Any], nn.Module]] = {
 STACKS = ("mlp", "wide_and_deep", "conv_batchnorm", "layernorm", "dropout_0")
 
 
-class Task(Objective):
+class Regression(Objective):
     """Any of the architectures on one small regression, in double precision."""
 
     def data(self):
@@ -120,8 +122,16 @@ def members(architecture: str, n: int = 4, **params: Any) -> list[Member]:
     return [Member(number=i, seed=i, params=base | {"learning_rate": 0.003 * (i + 1)} | params) for i in range(n)]
 
 
-def stack(architecture: str, capacity: int = 4, how: str = "eager") -> VmapStack:
-    return VmapStack(Task(), INFO, CPU, capacity, split(architecture, 8), how)
+def task(objective: Objective | None = None, **keys: Any) -> Task:
+    return Task(objective=objective or Regression(), info=INFO, device=CPU, n_rows=N_ROWS, epochs=N_EPOCHS, **keys)
+
+
+def stack(architecture: str, capacity: int = 4, how: str = "eager", fit: Fit = as_it_is) -> VmapStack:
+    return VmapStack(task(), capacity, split(architecture, 8), how, fit)
+
+
+def loop(capacity: int = 1, objective: Objective | None = None) -> LoopStack:
+    return LoopStack(task(objective), capacity)
 
 
 def fit(
@@ -134,15 +144,14 @@ def fit(
         taken, waiting[:] = waiting[:n], waiting[n:]
         return taken
 
-    def report(member: Member, metrics: dict[str, float]) -> bool:
+    def report(stack: Stack, member: Member, metrics: dict[str, float]) -> bool:
         weights[member.number] = stack.state(member)
         return member.epoch < (stop_after or {}).get(member.number, N_EPOCHS)
 
     train(
-        stack,
-        split(architecture),
-        split(architecture, 30, seed=1),
-        batch_size=BATCH_SIZE,
+        One(stack),
+        Feed(split(architecture), CPU),
+        Feed(split(architecture, 30, seed=1), CPU),
         epochs=N_EPOCHS,
         seed=7,
         ask=ask,
@@ -169,7 +178,7 @@ def test_members_have_the_curves_they_would_have_alone(architecture: str, how: s
     got_weights = fit(stack(architecture, how=how), got, architecture)
     alone = {}
     for member in expected:
-        alone |= fit(LoopStack(Task(), INFO, CPU), [member], architecture)
+        alone |= fit(loop(), [member], architecture)
     assert_equal(got, expected, got_weights, alone)
 
 
@@ -178,7 +187,7 @@ def test_members_have_the_curves_they_would_have_alone(architecture: str, how: s
 def test_the_compiled_step_is_the_same(architecture: str) -> None:
     got, expected = members(architecture), members(architecture)
     got_weights = fit(stack(architecture, how="compiled"), got, architecture)
-    assert_equal(got, expected, got_weights, fit(LoopStack(Task(), INFO, CPU, 4), expected, architecture))
+    assert_equal(got, expected, got_weights, fit(loop(4), expected, architecture))
 
 
 def test_a_slot_that_is_left_is_taken_by_the_next_member() -> None:
@@ -186,14 +195,14 @@ def test_a_slot_that_is_left_is_taken_by_the_next_member() -> None:
     stops = {1: 1, 3: 2}
     got, expected = members("mlp", 5), members("mlp", 5)
     got_weights = fit(stack("mlp", 2), got, "mlp", stops)
-    assert_equal(got, expected, got_weights, fit(LoopStack(Task(), INFO, CPU, 2), expected, "mlp", stops))
+    assert_equal(got, expected, got_weights, fit(loop(2), expected, "mlp", stops))
 
 
 def test_nan_in_one_member_touches_no_other() -> None:
     got, expected = members("mlp"), members("mlp")
     got[1] = Member(number=1, seed=1, params=got[1].params | {"learning_rate": 1e200, "optimizer": "adam"})
     got_weights = fit(stack("mlp"), got, "mlp")
-    weights = fit(LoopStack(Task(), INFO, CPU, 4), expected, "mlp")
+    weights = fit(loop(4), expected, "mlp")
     assert not math.isfinite(got[1].history[-1]["train_loss"])
     del got[1], expected[1]
     assert_equal(got, expected, got_weights, weights)
@@ -240,7 +249,7 @@ def test_a_member_of_another_structure_is_refused(other: dict[str, Any]) -> None
 def test_members_with_dropout_rates_of_their_own() -> None:
     """In distribution: over many draws the mean output is that without dropout, the share of zeros is the rate."""
     rates = [0.0, 0.25, 0.5]
-    made = VmapStack(Task(), INFO, CPU, 3, split("dropout", 8))
+    made = stack("dropout", 3)
     for member, rate in zip(members("dropout", 3), rates, strict=True):
         made.join(Member(number=member.number, seed=0, params=member.params | {"rate": rate}))
     torch.manual_seed(0)
@@ -266,22 +275,11 @@ def wide(params: Any) -> nn.Module:
 ARCHITECTURES["wide"] = wide
 
 
-def test_padding_is_read_off_the_extremes() -> None:
-    widest = padding([wide({"widths": (20, 20)}), wide({"widths": (300, 300)})])
-    assert widest["0.weight"] == (300, None)
-    assert widest["3.weight"] == (300, 300)
-    assert widest["5.weight"] == (None, 300)
-    assert "5.bias" not in widest
-    assert padded("0.weight", (20, 8), widest) == (32, 8)
-    assert padded("0.weight", (257, 8), widest) == (300, 8)
-    assert padded("5.bias", (1,), widest) == (1,)
-
-
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "adamw", "rmsprop", "adagrad"])
-def test_members_of_widths_20_to_300_share_a_stack(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A narrow network in a wide one's corner has the curve it has alone; here in one bucket, the widest."""
-    monkeypatch.setattr(vmap_stack, "_BUCKETS", (300,))
-    widest = padding([wide({"widths": (20, 20)}), wide({"widths": (300, 300)})])
+def test_members_of_widths_20_to_300_share_a_stack(optimizer: str) -> None:
+    """A narrow network in a wide one's corner has the curve it has alone; here all are padded to the widest."""
+    frame = frame_of([wide({"widths": (20, 20)}), wide({"widths": (300, 300)})])
+    shapes = frame.shapes_of(wide({"widths": (300, 300)}))
 
     def everyone() -> list[Member]:
         base = members("wide", len(WIDTHS), optimizer=optimizer, weight_decay=0.01)
@@ -292,23 +290,13 @@ def test_members_of_widths_20_to_300_share_a_stack(optimizer: str, monkeypatch: 
         ]
 
     got, expected = everyone(), everyone()
-    made = VmapStack(Task(), INFO, CPU, len(WIDTHS), split("wide", 8), "eager", widest)
+    made = stack("wide", len(WIDTHS), fit=lambda module, params: frame.fit(module, shapes))
     got_weights = fit(made, got, "wide")
-    weights = fit(LoopStack(Task(), INFO, CPU, len(WIDTHS)), expected, "wide")
+    weights = fit(loop(len(WIDTHS)), expected, "wide")
     assert_equal(got, expected, got_weights, weights)
 
 
-def test_widths_of_another_bucket_are_refused() -> None:
-    widest = padding([wide({"widths": (20, 20)}), wide({"widths": (300, 300)})])
-    made = VmapStack(Task(), INFO, CPU, 4, split("wide", 8), "eager", widest)
-    base = members("wide", 1)[0].params
-    made.join(Member(number=0, seed=0, params=base | {"widths": (20, 30)}))
-    made.join(Member(number=1, seed=1, params=base | {"widths": (32, 17)}))
-    with pytest.raises(NotStackable, match="its structure is not that of the stack"):
-        made.join(Member(number=2, seed=2, params=base | {"widths": (33, 17)}))
-
-
-class Classes(Task):
+class Classes(Regression):
     """Three classes, with a label smoothing that `loss` takes as a tensor, or (`plain`) as a number only."""
 
     def __init__(self, plain: bool) -> None:
@@ -339,15 +327,15 @@ def test_members_with_label_smoothings_of_their_own() -> None:
         ]
 
     got, expected = everyone(), everyone()
-    got_weights = fit(VmapStack(Classes(False), INFO, CPU, 3, split("mlp", 8)), got, "mlp")
+    got_weights = fit(VmapStack(task(Classes(False)), 3, split("mlp", 8)), got, "mlp")
     weights = {}
     for member in expected:  # alone, and with torch's own cross-entropy
-        weights |= fit(LoopStack(Classes(True), INFO, CPU), [member], "mlp")
+        weights |= fit(loop(objective=Classes(True)), [member], "mlp")
     assert_equal(got, expected, got_weights, weights)
 
 
 def test_a_loss_that_takes_numbers_only_divides_members_by_them() -> None:
-    made = VmapStack(Classes(True), INFO, CPU, 3, split("mlp", 8))
+    made = VmapStack(task(Classes(True)), 3, split("mlp", 8))
     base = members("mlp", 1)[0].params
     made.join(Member(number=0, seed=0, params=base | {"smoothing": 0.1}))
     made.join(Member(number=1, seed=1, params=base | {"smoothing": 0.1}))

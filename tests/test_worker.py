@@ -175,6 +175,31 @@ def test_a_trials_value_and_its_kept_weights_are_those_of_its_best_or_last_epoch
     assert kept["model_hyperparameters"] == best.params
 
 
+@pytest.mark.parametrize(("patience", "epochs"), [(1, 3), (2, 4), (4, 6), (6, 7)])
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_a_trial_ends_complete_once_its_patience_is_over(run, which, patience, epochs):
+    """Its curve is 1, 0, 1, 4, 9, ...: the second epoch is the best, and the last that improves anything."""
+    text = f"objective: rising.py\ntrials: 1\nepochs: 7\npruner: none\nvalue: {which}\npatience: {patience}"
+    done = run(text).work()
+    best = done.search.best()
+    assert done.states == ["COMPLETE"]
+    assert done.tracker.ended == {0: ("COMPLETE", None)}
+    assert [m["valid_mse"] for _, m in done.tracker.metrics[0]] == [1.0, 0.0, 1.0, 4.0, 9.0, 16.0, 25.0][:epochs]
+    expected = (0.0, 1) if which == "best" else ((epochs - 2.0) ** 2, epochs - 1)
+    assert (best.value, best.epoch) == expected
+    kept = torch.load("mlruns/checkpoints/study/best.pt", weights_only=True)
+    assert kept["model_state_dict"]["weight"].item() == best.epoch + 1
+
+
+def test_without_patience_and_while_it_improves_a_trial_has_all_its_epochs(run):
+    rising = run("objective: rising.py\ntrials: 1\nepochs: 7\npruner: none").work()
+    assert len(rising.tracker.metrics[0]) == 7
+    better = run("name: better\ntrials: 1\nepochs: 7\npruner: none\npatience: 1").work()  # r2 is maximized
+    curve = [metrics["valid_r2"] for _, metrics in better.tracker.metrics[0]]
+    assert curve == sorted(curve)
+    assert len(curve) == 7
+
+
 @pytest.mark.parametrize(("rates", "number"), [((1.0, 0.3), 0), ((0.3, 1.0), 1), ((1.0, 2.0), 0)])
 def test_the_kept_weights_are_the_best_trials(run, rates, number):
     starts = ", ".join(f"{{learning_rate: {rate}}}" for rate in rates)
@@ -190,20 +215,20 @@ def test_the_kept_weights_are_the_best_trials(run, rates, number):
 
 def test_when_the_time_is_over_the_running_trial_is_given_back_and_no_other_begun(run, monkeypatch):
     monkeypatch.setenv("LINEAR_SECONDS", "0.02")
-    first = run("epochs: 1000\ntimeout: 0.5\npruner: none").work()
+    first = run("epochs: 1000\ntimeout: 0.5\npruner: none\nstack: 1").work()
     assert first.screen.ended == [(0, "INTERRUPTED", None, "the study's time was over")]
     assert first.tracker.ended == {0: ("INTERRUPTED", "the study's time was over")}
     note = "the study's time (0.5 s) is over: no new trial is begun; raise `timeout` to go on"
     assert first.screen.notes == [note]
     assert first.search.counts().waiting == 3
 
-    again = run("epochs: 1000\ntimeout: 0.5\npruner: none").work()
+    again = run("epochs: 1000\ntimeout: 0.5\npruner: none\nstack: 1").work()
     assert (again.screen.started, again.screen.notes) == ([], [note])
 
 
 def test_a_stop_gives_the_running_trial_back_with_its_params_and_seed(run):
     stopped = run("trials: 2\npruner: none")
-    with pytest.raises(Interrupted, match="the running trial was given back, run the same command again to go on"):
+    with pytest.raises(Interrupted, match="the running trials were given back, run the same command again to go on"):
         stopped.work(stopping=lambda: len(stopped.screen.epochs) == 3)
     assert stopped.tracker.ended == {0: ("COMPLETE", None), 1: ("INTERRUPTED", "interrupted")}
     assert stopped.attrs[1]["error"] == "interrupted"
@@ -215,14 +240,16 @@ def test_a_stop_gives_the_running_trial_back_with_its_params_and_seed(run):
 
 def test_a_stop_before_the_first_trial_begins_none(run):
     stopped = run()
-    with pytest.raises(Interrupted, match="interrupted; run the same command again to go on"):
+    with pytest.raises(
+        Interrupted, match="interrupted; the running trials were given back, run the same command again to go on"
+    ):
         stopped.work(stopping=lambda: True)
     assert (stopped.states, stopped.screen.started) == ([], [])
 
 
 def test_a_bug_is_raised_and_its_trial_given_back(run, monkeypatch):
     monkeypatch.setenv("LINEAR_BUG", "1")
-    broken = run()
+    broken = run("stack: 1")  # with `auto`, a bug shows while it is measured, before there is a trial
     with pytest.raises(KeyError, match="a bug"):
         broken.work()
     assert broken.tracker.ended == {0: ("INTERRUPTED", "KeyError: 'a bug'")}
@@ -245,8 +272,9 @@ def test_a_trial_that_a_peer_took_over_is_let_go_and_the_study_goes_on(run):
     assert torch.load("mlruns/checkpoints/study/best.pt", weights_only=True)["trial"] == 1
 
 
-def test_a_finished_study_trains_nothing(run):
-    run("trials: 1").work()
-    again = run("trials: 1").work()
+@pytest.mark.parametrize("stack", [1, 4, "auto"])
+def test_a_finished_study_trains_nothing(run, stack):
+    run(f"trials: 1\nstack: {stack}").work()
+    again = run(f"trials: 1\nstack: {stack}").work()
     assert (again.screen.started, again.screen.notes, again.tracker.ended) == ([], [], {})
     assert math.isfinite(again.search.best().value)

@@ -133,12 +133,13 @@ def test_a_stack_that_does_not_fit_is_halved_and_loses_no_trial(study, monkeypat
 
     monkeypatch.setattr(VmapStack, "step", step)
     screen = Screen()
-    done = values(study, "oom", "trials: 6\nepochs: 2\nstack: 8\nsampler: random\n", screen)
+    text = "trials: 6\nepochs: 2\nsampler: random\nparams: {learning_rate: {type: float, low: 0.01, high: 0.1}}\n"
+    done = values(study, "oom", f"{text}stack: 8\n", screen)
     assert sorted(state for state, _, _ in done.values()).count("COMPLETE") == 6
-    assert "out of memory: from now on 4 trials a stack, and those in this one begin anew" in screen.notes
-    assert "out of memory: from now on 2 trials a stack, and those in this one begin anew" in screen.notes
+    assert "out of memory: from now on 4 trials at once, and those in training begin anew" in screen.notes
+    assert "out of memory: from now on 2 trials at once, and those in training begin anew" in screen.notes
     curves = {str(params): curve for state, params, curve in done.values() if state == "COMPLETE"}
-    alone = values(study, "alone", "trials: 6\nepochs: 2\nsampler: random\n")
+    alone = values(study, "alone", text)
     assert set(curves) == {str(params) for _, params, _ in alone.values()}
 
 

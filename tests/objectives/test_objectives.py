@@ -13,10 +13,11 @@ from torch import nn
 from hpo import catalog, optim
 from hpo.bundle import TOLERANCE, Model, export
 from hpo.data import Split, data_home
+from hpo.feed import Feed
 from hpo.objective import load
 from hpo.space import build
 from hpo.spec import parse_param
-from hpo.stack import LoopStack, Member
+from hpo.stack import LoopStack, Member, One, Task
 from hpo.training import train
 
 FILES = {
@@ -180,16 +181,16 @@ def test_it_learns_something(case):
     rows = case.some(512).through(case.preprocess)
     params = case.corners[-1] | {"batch_size": 32}
     member = Member(number=0, seed=0, params=params)
-    stack, queue = LoopStack(case.objective, case.data.info, CPU), [member]
+    task = Task(objective=case.objective, info=case.data.info, device=CPU, n_rows=len(rows), epochs=5)
+    queue = [member]
     train(
-        stack,
-        rows,
+        One(LoopStack(task)),
+        Feed(rows, CPU),
         None,
-        batch_size=32,
         epochs=5,
         seed=0,
         ask=lambda n: [queue.pop()] if queue and n else [],
-        report=lambda member, metrics: True,
+        report=lambda stack, member, metrics: True,
     )
     losses = [metrics["train_loss"] for metrics in member.history]
     assert member.fault is None

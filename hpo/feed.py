@@ -1,0 +1,140 @@
+"""A split on its way into the networks: prepared, in batches, on the device, as fast as its size allows.
+
+What fits on the device lies there and is sliced, never loaded. Data that the preprocessing would blow up (images of
+bytes that become floats) lies there as it is, and is prepared batch by batch. What does not fit streams from the
+machine's memory through a `DataLoader`, so that one batch, once it has arrived, serves all members of a stack.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from hpo.data import Split, batch_sizes
+from hpo.memory import free_bytes
+
+Batch = tuple[Sequence[Tensor], Tensor]
+_SHARE = 0.5
+"""How much of the device's free memory data may take; the rest is for networks and what lies between their layers."""
+
+
+class Feed:
+    """Gives a split's rows to the networks. Its `targets` are on the device, whatever its inputs are."""
+
+    def __init__(
+        self, split: Split, device: torch.device, preprocess: nn.Module | None = None, resident: bool = True
+    ) -> None:
+        """`preprocess` is applied to each batch; None: the split is prepared already.
+
+        `resident`: the whole split lies on the device; otherwise it streams.
+        """
+        self._device, self._resident = device, resident
+        self._split = split.to(device) if resident else split
+        self._preprocess = None if preprocess is None else preprocess.to(device)
+        self.targets = split.targets.to(device)
+        self._loader: DataLoader[Any] | None = None
+        self._order = _Order()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def head(self, n: int) -> Split:
+        """Return the first `n` rows, prepared, on the device."""
+        inputs, targets = next(self.chunks(n))
+        return Split(inputs=dict(zip(self._split.inputs, inputs, strict=True)), targets=targets)
+
+    def chunks(self, size: int) -> Iterator[Batch]:
+        """Yield all rows in their own order, `size` at a time."""
+        for start in range(0, len(self), size):
+            rows = slice(start, start + size)
+            yield self._prepared([x[rows] for x in self._split.inputs.values()]), self.targets[rows]
+
+    def batches(self, batch_size: int, rows: Tensor) -> Iterator[Batch]:
+        """Yield batches of `batch_size` rows (see `hpo.data.batch_sizes`), in the order of `rows` (N,)."""
+        sizes = batch_sizes(len(rows), batch_size)
+        if not self._resident:
+            yield from self._stream(rows.split(sizes))
+            return
+        rows = rows.to(self._device)
+        # all rows are put in order at once: slicing them afterwards copies nothing
+        columns = [x[rows].split(sizes) for x in (*self._split.inputs.values(), self.targets)]
+        for *inputs, targets in zip(*columns, strict=True):
+            yield self._prepared(inputs), targets
+
+    def _stream(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
+        if self._loader is None:
+            pinned = self._device.type == "cuda"
+            n_workers = min(4, max(0, (os.cpu_count() or 1) - 1)) if pinned else 0
+            self._loader = DataLoader(
+                _Rows(self._split),
+                batch_sampler=self._order,  # type: ignore[arg-type]
+                collate_fn=_as_it_is,
+                pin_memory=pinned,
+                num_workers=n_workers,
+                persistent_workers=n_workers > 0,
+                prefetch_factor=4 if n_workers else None,
+            )
+        self._order.batches = batches
+        for *inputs, targets in self._loader:
+            moved = [x.to(self._device, non_blocking=True) for x in inputs]
+            yield self._prepared(moved), targets.to(self._device, non_blocking=True)
+
+    def _prepared(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        if not self._resident:
+            inputs = [x.to(self._device, non_blocking=True) for x in inputs]
+        if self._preprocess is None:
+            return inputs
+        with torch.no_grad():
+            out = self._preprocess(*inputs)
+        return (out,) if isinstance(out, Tensor) else tuple(out)
+
+
+def feed(split: Split, preprocess: nn.Module, device: torch.device) -> Feed:
+    """Return the feed of `split` through `preprocess` on `device` that its size allows."""
+    preprocess = preprocess.eval()
+    if device.type == "cpu":
+        return Feed(split.through(preprocess), device)
+    some = replace(split, inputs={n: x[:8] for n, x in split.inputs.items()}, targets=split.targets[:8])
+    raw, prepared = _bytes_per_row(some), _bytes_per_row(some.through(preprocess))
+    if device.type == "cuda" and min(raw, prepared) * len(split) > _SHARE * free_bytes(device):
+        return Feed(split, device, preprocess, resident=False)
+    if raw < prepared:
+        return Feed(split, device, preprocess)
+    return Feed(split.through(preprocess), device)
+
+
+def _bytes_per_row(split: Split) -> float:
+    return sum(x.element_size() * x.numel() for x in split.inputs.values()) / len(split)
+
+
+class _Order:
+    """A batch sampler whose order is set anew for each epoch, so that the loader's workers may live on."""
+
+    batches: Sequence[Tensor] = ()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (batch.tolist() for batch in self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class _Rows(Dataset[Any]):
+    """A split's rows, a batch at a time."""
+
+    def __init__(self, split: Split) -> None:
+        self._columns = [*split.inputs.values(), split.targets]
+
+    def __len__(self) -> int:
+        return len(self._columns[0])
+
+    def __getitems__(self, rows: list[int]) -> list[Tensor]:
+        return [column[rows] for column in self._columns]
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,90 @@
+"""The frames that a study's networks are tried in, and how much larger than itself a network may be made to fit.
+
+Widths are padded by building, for the same params, a network whose widths are rounded up: so its shapes agree with each
+other whatever the objective's code does with a width (adds to it, concatenates). Which params are widths, and which
+change how many layers there are, is seen on networks at the ends of the space.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import nn
+
+from hpo.objective import Params
+from hpo.space import Space
+from hpo.spec import IntRange
+from hpo.structure import Frame, Framed, frame_of, tensors
+
+Fit = Callable[[nn.Module, Params], Framed]
+"""Puts a network, built with those params, into a frame."""
+Grain = Literal["fine", "coarse"]
+"""Widths are rounded up to the next power of two, or to the study's largest: one stack for all."""
+_SMALLEST = 16
+
+
+def as_it_is(module: nn.Module, params: Params) -> Framed:
+    """Put a network into a frame that turns nothing but dropout rates into tensors."""
+    return Frame().fit(module)
+
+
+class Frames:
+    """From what stacks most to what fits all: layers and widths may differ, only widths, neither."""
+
+    def __init__(self, space: Space, build: Callable[[Params], nn.Module], grain: Grain = "fine") -> None:
+        self._space, self._build, self._grain = space, build, grain
+        self._made: list[Fit] = []
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, level: int) -> Fit:
+        if not self._made:
+            self._made = self._make()
+        return self._made[level]
+
+    def _make(self) -> list[Fit]:
+        highs, *others = self._space.extremes()
+        widths, depths = self._sizes(highs)
+        everything = [highs, *others]
+
+        def fit_in(frame: Frame, to_highest: Sequence[str]) -> Fit:
+            known: dict[str, Mapping[str, tuple[int, ...]]] = {}
+
+            def fit(module: nn.Module, params: Params) -> Framed:
+                larger = {name: self._rounded(params[name], highs[name]) for name in widths if name in params}
+                larger |= {name: highs[name] for name in to_highest if name in params}
+                if all(params[name] == value for name, value in larger.items()):
+                    return frame.fit(module)
+                structural = {n: v for n, v in {**params, **larger}.items() if not isinstance(v, float)}
+                key = repr(sorted(structural.items()))
+                if key not in known:
+                    try:
+                        known[key] = frame.shapes_of(self._build(self._space.completed({**params, **larger})))
+                    except Exception:  # user's code: a width that is rounded up may be one that it does not take
+                        known[key] = {}
+                return frame.fit(module, known[key])
+
+            return fit
+
+        layers = frame_of([self._build(params) for params in everything])
+        sizes = frame_of([self._build(params) for params in everything], sizes_only=True)
+        return [fit_in(layers, depths), fit_in(sizes, ()), as_it_is]
+
+    def _sizes(self, highs: Params) -> tuple[list[str], list[str]]:
+        """Return the names of the params that change the layers' sizes, and of those that change how many there are."""
+        shapes = {n: t.shape for n, t in tensors(self._build(highs)).items()}
+        widths, depths = [], []
+        for dimension in self._space.dimensions:
+            if isinstance(dimension.searched, IntRange) and dimension.name in highs:
+                lower = self._space.completed({**highs, dimension.name: dimension.searched.low})
+                other = {n: t.shape for n, t in tensors(self._build(lower)).items()}
+                if other.keys() != shapes.keys():
+                    depths.append(dimension.name)
+                elif other != shapes:
+                    widths.append(dimension.name)
+        return widths, depths
+
+    def _rounded(self, size: Any, highest: int) -> int:
+        if self._grain == "coarse" or size > highest:
+            return max(size, highest)
+        return min(highest, max(_SMALLEST, 1 << (size - 1).bit_length()))

@@ -1,0 +1,346 @@
+"""What the networks of one study have in common: a `Frame` into which those fit that a stack trains as one.
+
+Members of a stack run the same code, so what makes their networks differ is turned into tensors: a dropout's rate, the
+place of an activation among several, whether a layer is there at all, how much of a padded weight is used. Nothing is
+declared for that: a frame is read off some networks of the study that show its extremes. What it cannot turn into
+tensors stays in a network's signature, and members share a stack if theirs are equal.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class RateDropout(nn.Module):
+    """nn.Dropout with its rate in a buffer."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.register_buffer("rate", torch.tensor(float(rate)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        keep = 1 - self.rate
+        # rate 1 keeps nothing, and nothing over nothing is no number
+        return torch.where(torch.rand_like(x) < keep, x / keep.clamp(min=1e-7), torch.zeros_like(x))
+
+
+class Choice(nn.Module):
+    """One of several modules that have no weights (activations, say); which one is in a buffer."""
+
+    def __init__(self, options: Sequence[nn.Module], chosen: int) -> None:
+        super().__init__()
+        self.options = nn.ModuleList(options)
+        self.register_buffer("chosen", torch.tensor(chosen))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.options[0](x)
+        for place, option in enumerate(self.options[1:], start=1):
+            out = torch.where(self.chosen == place, option(x), out)
+        return out
+
+
+class Gated(nn.Sequential):
+    """A sequence of which the modules from `first` to `last` may be left out; which ones are is in a buffer."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], first: int, last: int, used: int) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self.first, self.last = first, last
+        self.register_buffer("used", torch.tensor(used))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for place, module in enumerate(self):
+            y = module(x)
+            if self.first <= place < self.last:
+                if y.shape != x.shape:
+                    raise ValueError(f"a layer that may be left out changes the shape {tuple(x.shape)}")
+                y = torch.where(self.used > place - self.first, y, x)
+            x = y
+        return x
+
+
+_CONTROLS = {RateDropout: "rate", Choice: "chosen", Gated: "used"}
+"""The buffers that a frame adds to a network: no part of its own state."""
+_SIZES = ("in_features", "out_features", "num_features", "in_channels", "out_channels")
+"""Attributes of torch.nn's own modules that say what the shapes say, and that their forward does not use."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Framed:
+    """A network in a frame. `names` are the frame's names by the network's own, for all that its state_dict has.
+
+    `shapes` are what its tensors have in the stack, by the frame's names; `varied` those that are not the same in all
+    networks of the study, `left_out` those of layers that it has not.
+    """
+
+    module: nn.Module
+    names: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    varied: frozenset[str]
+    left_out: frozenset[str]
+    signature: Hashable
+    """Equal for networks that only the numbers in their tensors tell apart."""
+
+    def filled(self) -> dict[str, Tensor]:
+        """Return the tensors of the frame that this network fills, with their own shapes; the others stay zero."""
+        return {name: tensor for name, tensor in tensors(self.module).items() if name not in self.left_out}
+
+
+@dataclass(frozen=True)
+class _Optional:
+    """Of a sequence of `modules`, those from `first` to `last` may be left out."""
+
+    modules: tuple[tuple[str, nn.Module], ...]
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """See the module's docstring. `Frame()` turns nothing but dropout into tensors."""
+
+    optional: Mapping[str, _Optional] = field(default_factory=dict)
+    choices: Mapping[str, tuple[nn.Module, ...]] = field(default_factory=dict)
+    varied: frozenset[str] = frozenset()
+    """The tensors whose sizes are not the same in all networks of the study."""
+
+    def fit(self, module: nn.Module, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Framed:
+        """Return `module`, which is changed, in this frame, to be stacked with those `shapes` or else its own.
+
+        `shapes` are those of a network at least as large, see `shapes_of`.
+        """
+        module = _tensor_dropout(module)
+        first_names = {id(tensor): name for name, tensor in tensors(module).items()}  # a tied weight has several
+        kept = {key: first_names[id(tensor)] for key, tensor in module.state_dict(keep_vars=True).items()}
+        own = {key: name for key, name in kept.items() if not _is_control(module, name)}
+        module, renamed = self._put(module)
+        every = tensors(module)
+        names = {key: _renamed(name, renamed) for key, name in own.items()}
+        present = {_renamed(name, renamed) for name in first_names.values()}
+        left_out = frozenset(name for name in every if name not in present and not _is_control(module, name))
+        shapes = {name: (shapes or {}).get(name, tuple(tensor.shape)) for name, tensor in every.items()}
+        frozen = tuple(n for n, w in module.named_parameters() if not w.requires_grad)
+        parts = tuple((n, type(m), _attributes(m)) for n, m in module.named_modules())
+        kinds = tuple((n, shapes[n], t.dtype) for n, t in every.items())
+        return Framed(
+            module=module,
+            names=names,
+            shapes=shapes,
+            varied=self.varied,
+            left_out=left_out,
+            signature=(kinds, frozen, parts),
+        )
+
+    def shapes_of(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all tensors of `module`, which is changed, in this frame."""
+        module, _ = self._put(_tensor_dropout(module))
+        return {name: tuple(tensor.shape) for name, tensor in tensors(module).items()}
+
+    def _put(self, module: nn.Module) -> tuple[nn.Module, list[tuple[str, str]]]:
+        """Return `module` with the frame's layers and choices, and (old, new) beginnings of names."""
+        renamed: list[tuple[str, str]] = []
+        for path, optional in self.optional.items():
+            module, more = _gate(module, path, optional)
+            renamed += more
+        for path, options in self.choices.items():
+            module = _choose(module, path, options)
+        return module, renamed
+
+
+def frame_of(modules: Sequence[nn.Module], sizes_only: bool = False) -> Frame:
+    """Return the frame that some networks of a study have in common; they are changed.
+
+    `sizes_only`: only the sizes of layers may differ, not which there are.
+    """
+    modules = [_tensor_dropout(module) for module in modules]
+    if sizes_only:
+        return Frame(varied=_varied(modules))
+    optional = {}
+    for path in _sequences(modules):
+        lists = [list(module.get_submodule(path).named_children()) for module in modules]
+        found = _optional(lists)
+        if found is not None and not any(path == p or path.startswith(f"{p}.") or p == "" for p in optional):
+            optional[path] = found
+    gated = []
+    for module in modules:
+        for path, each in optional.items():
+            module, _ = _gate(module, path, each)
+        gated.append(module)
+    choices: dict[str, dict[str, nn.Module]] = {}
+    for module in gated:
+        for path, leaf in module.named_modules():
+            if not list(leaf.children()) and not tensors(leaf) and path:
+                choices.setdefault(path, {})[f"{type(leaf).__qualname__}{_attributes(leaf)}"] = leaf
+    return Frame(
+        optional=optional,
+        choices={path: tuple(each.values()) for path, each in choices.items() if len(each) > 1},
+        varied=_varied(gated),
+    )
+
+
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and buffers by name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def own_state(module: nn.Module) -> Hashable:
+    """Return what a network holds outside of tensors, torch's own modules aside: running it must not change that."""
+    return tuple(
+        (name, _attributes(each))
+        for name, each in module.named_modules()
+        if not type(each).__module__.startswith("torch.")
+    )
+
+
+def _is_control(module: nn.Module, name: str) -> bool:
+    path, _, last = name.rpartition(".")
+    return _CONTROLS.get(type(module.get_submodule(path))) == last
+
+
+def _tensor_dropout(module: nn.Module) -> nn.Module:
+    """Return `module` with each nn.Dropout in it replaced by a RateDropout; the module given is changed."""
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Dropout:
+                setattr(parent, name, RateDropout(child.p))
+    return RateDropout(module.p) if type(module) is nn.Dropout else module
+
+
+def _sequences(modules: Sequence[nn.Module]) -> list[str]:
+    """Return the paths at which every module has an nn.Sequential."""
+    paths = [{p for p, m in module.named_modules() if type(m) is nn.Sequential} for module in modules]
+    return [path for path, m in modules[0].named_modules() if all(path in each for each in paths)]
+
+
+Children = Sequence[tuple[str, nn.Module]]
+
+
+def _optional(lists: Sequence[Children]) -> _Optional | None:
+    """Return which modules of the longest of these sequences the shorter ones lack, if it is one run of them.
+
+    Of the ways to lay a shorter sequence on the longest, that is the right one in which all their tensors have the same
+    shapes: networks of the same widths, but another depth, are among those that a frame is read off.
+    """
+    longest = max(lists, key=len)
+    shortest = min(map(len, lists))
+    if shortest == len(longest):
+        return None
+    for short in (each for each in lists if len(each) == shortest):
+        for tail in (*range(1, shortest + 1), 0):
+            head = shortest - tail
+            last = len(longest) - tail
+            laid = [*zip(short[:head], longest[:head], strict=True), *zip(short[head:], longest[last:], strict=True)]
+            if all(_alike(a, b) for (_, a), (_, b) in laid):
+                return _Optional(tuple((name, deepcopy(module)) for name, module in longest), head, last)
+    return None
+
+
+def _alike(a: nn.Module, b: nn.Module) -> bool:
+    return _kind(a) == _kind(b) and [t.shape for t in tensors(a).values()] == [t.shape for t in tensors(b).values()]
+
+
+def _kind(module: nn.Module) -> Hashable:
+    """Return what a layer is, apart from its sizes; all that has no weights is of one kind (see `Choice`)."""
+    has_tensors = bool(tensors(module))
+    return type(module) if has_tensors else None
+
+
+def _gate(module: nn.Module, path: str, optional: _Optional) -> tuple[nn.Module, list[tuple[str, str]]]:
+    """Return `module` with the sequence at `path` filled up to the frame's, and (old, new) beginnings of names."""
+    try:
+        sequence = module.get_submodule(path)
+    except AttributeError:
+        return module, []
+    own = list(sequence.named_children())
+    n, tail = len(optional.modules), len(optional.modules) - optional.last
+    used = len(own) - optional.first - tail
+    if type(sequence) is not nn.Sequential or not 0 <= used <= optional.last - optional.first:
+        return module, []
+    places = [*range(optional.first + used), *range(optional.last, n)]
+    if any(_kind(child) != _kind(optional.modules[place][1]) for (_, child), place in zip(own, places, strict=True)):
+        return module, []
+    begin = f"{path}." if path else ""
+    filled = dict.fromkeys(name for name, _ in optional.modules)
+    renamed = []
+    for (name, child), place in zip(own, places, strict=True):
+        frame_name = optional.modules[place][0]
+        filled[frame_name] = child
+        renamed.append((f"{begin}{name}.", f"{begin}{frame_name}."))
+    left_out = {name: deepcopy(each) for name, each in optional.modules if filled[name] is None}
+    with torch.no_grad():
+        for each in left_out.values():
+            for tensor in tensors(each).values():
+                tensor.zero_()
+    device = next((t.device for t in tensors(module).values()), None)
+    gated = Gated(filled | left_out, optional.first, optional.last, used).to(device)
+    return _replaced(module, path, gated.train(module.training)), renamed
+
+
+def _choose(module: nn.Module, path: str, options: Sequence[nn.Module]) -> nn.Module:
+    """Return `module` with the one at `path` replaced by a Choice; unchanged where it is none of the options."""
+    try:
+        child = module.get_submodule(path)
+    except AttributeError:
+        return module
+    for place, option in enumerate(options):
+        if type(child) is type(option) and _attributes(child) == _attributes(option):
+            device = next((t.device for t in tensors(module).values()), None)
+            return _replaced(module, path, Choice(options, place).to(device).train(module.training))
+    return module
+
+
+def _replaced(module: nn.Module, path: str, by: nn.Module) -> nn.Module:
+    if not path:
+        return by
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, by)
+    return module
+
+
+def _renamed(name: str, renamed: Sequence[tuple[str, str]]) -> str:
+    for old, new in renamed:
+        if name.startswith(old):
+            return new + name[len(old) :]
+    return name
+
+
+def _varied(modules: Sequence[nn.Module]) -> frozenset[str]:
+    shapes: dict[str, set[torch.Size]] = {}
+    for module in modules:
+        for name, tensor in tensors(module).items():
+            shapes.setdefault(name, set()).add(tensor.shape)
+    return frozenset(name for name, each in shapes.items() if len(each) > 1)
+
+
+_INTERNAL = set(vars(nn.Module()))
+
+
+def _attributes(module: nn.Module) -> Hashable:
+    """Return a module's own attributes that are no tensors: what its forward may branch on or compute with.
+
+    Of torch's own modules, not what they derive from others (`_flat_weights`), nor sizes, which their shapes have.
+    """
+    own = {key: value for key, value in vars(module).items() if key not in _INTERNAL}
+    if type(module).__module__.startswith("torch.nn"):
+        own = {key: value for key, value in own.items() if key not in _SIZES and not key.startswith("_")}
+    return tuple(sorted((key, _plain(value)) for key, value in own.items()))
+
+
+def _plain(value: Any) -> str:
+    """Return text that is equal for equal plain values; for anything else, text that no other object has."""
+    if isinstance(value, list | tuple):
+        return f"{type(value).__name__}[{','.join(map(_plain, value))}]"
+    if isinstance(value, dict):
+        return f"dict[{','.join(f'{key!r}:{_plain(item)}' for key, item in value.items())}]"
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.Size):
+        return repr(value)
+    if callable(value) and getattr(value, "__closure__", None) is None and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return f"{type(value).__name__}@{id(value)}"

@@ -1,0 +1,196 @@
+"""A split's way into the networks: the same batches whether it lies on the device, prepared or raw, or streams."""
+
+from itertools import islice
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from hpo.data import DataInfo, Split, batch_sizes
+from hpo.feed import Feed, feed
+from hpo.objective import Objective
+from hpo.stack import LoopStack, Member, One, Task
+from hpo.training import order, train
+
+CPU = torch.device("cpu")
+N_ROWS = 41
+
+
+class Prepare(nn.Module):
+    """Bytes to floats, and the second input, if there is one, scaled by what was learned; other in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(255.0))
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, pixels, extra=None):
+        x = self.dropout(pixels.to(self.scale.dtype) / self.scale)
+        return x if extra is None else (x, extra * 2)
+
+
+def raw(n_inputs: int = 2, n: int = N_ROWS) -> Split:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (n, 3, 2), dtype=torch.uint8, generator=generator)
+    inputs = {"pixels": pixels, "extra": torch.randn(n, 4, generator=generator)}
+    targets = pixels.float().mean((1, 2)).unsqueeze(1) / 255
+    return Split(inputs=dict(islice(inputs.items(), n_inputs)), targets=targets)
+
+
+def ways(split: Split) -> dict[str, Feed]:
+    """Return the same rows in every way that they may reach the networks."""
+    prepare = Prepare().eval()
+    return {
+        "as a CPU has it": feed(split, Prepare().train(), CPU),
+        "resident, prepared": Feed(split.through(prepare), CPU),
+        "resident, raw": Feed(split, CPU, prepare),
+        "streamed, prepared": Feed(split.through(prepare), CPU, resident=False),
+        "streamed, raw": Feed(split, CPU, prepare, resident=False),
+    }
+
+
+WAYS = list(ways(raw()))
+
+
+def assert_same(got, expected) -> None:
+    got, expected = list(got), list(expected)
+    assert len(got) == len(expected)
+    for (inputs, targets), (own_inputs, own_targets) in zip(got, expected, strict=True):
+        for a, b in zip([*inputs, targets], [*own_inputs, own_targets], strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+
+
+def plainly(split: Split, parts) -> list:
+    """Return the batches of these rows, each prepared by hand."""
+    prepare, made = Prepare().eval(), []
+    for rows in parts:
+        out = prepare(*(x[rows] for x in split.inputs.values()))
+        made.append(([out] if isinstance(out, torch.Tensor) else list(out), split.targets[rows]))
+    return made
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("n_inputs", [1, 2])
+@pytest.mark.parametrize("batch_size", [1, 5, 8, 40, 41, 100])
+def test_batches_are_the_rows_in_their_order(way: str, n_inputs: int, batch_size: int) -> None:
+    split, rows = raw(n_inputs), order(N_ROWS, 3, 0)
+    got = ways(split)[way].batches(batch_size, rows)
+    assert_same(got, plainly(split, rows.split(batch_sizes(N_ROWS, batch_size))))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_epoch_has_an_order_of_its_own_and_one_that_was_broken_off_leaves_nothing(way: str) -> None:
+    split = raw()
+    given = ways(split)[way]
+    next(iter(given.batches(8, order(N_ROWS, 3, 5))))
+    for r in range(3):
+        rows = order(N_ROWS, 3, r)
+        assert_same(given.batches(8, rows), plainly(split, rows.split(batch_sizes(N_ROWS, 8))))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_chunks_are_all_rows_in_their_own_order_and_head_the_first_of_them(way: str) -> None:
+    split = raw()
+    given, rows = ways(split)[way], torch.arange(N_ROWS)
+    assert_same(given.chunks(7), plainly(split, rows.split(7)))  # the last has fewer, be it only one
+    head = given.head(5)
+    assert list(head.inputs) == list(split.inputs)
+    assert_same([(list(head.inputs.values()), head.targets)], plainly(split, [rows[:5]]))
+    assert len(given) == N_ROWS
+    assert torch.equal(given.targets, split.targets)
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "batch_size", "sizes"),
+    [
+        (10, 4, [4, 4, 2]),
+        (9, 4, [4, 5]),  # BatchNorm cannot train on one row
+        (8, 4, [4, 4]),
+        (5, 4, [5]),
+        (3, 4, [3]),
+        (1, 4, [1]),
+        (3, 1, [1, 1, 1]),
+    ],
+)
+def test_a_row_that_would_be_left_over_joins_the_batch_before(n_rows: int, batch_size: int, sizes: list[int]) -> None:
+    assert batch_sizes(n_rows, batch_size) == sizes
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 100), st.integers(1, 40), st.booleans())
+def test_batches_cover_each_row_once_and_keep_inputs_and_targets_together(n, batch_size, resident):
+    rows = order(n, 0, 0)
+    split = Split(inputs={"x": torch.arange(n), "y": -torch.arange(n)}, targets=torch.arange(n, dtype=torch.float32))
+    made = list(Feed(split, CPU, resident=resident).batches(batch_size, rows))
+    assert torch.cat([targets for _, targets in made]).tolist() == rows.tolist()
+    for inputs, targets in made:
+        assert torch.equal(inputs[0], targets.long())
+        assert torch.equal(inputs[1], -targets.long())
+    assert [len(targets) for _, targets in made[:-1]] == [batch_size] * (len(made) - 1)
+    last = len(made[-1][1])
+    assert 1 <= last <= batch_size + 1
+    assert last > 1 or n == 1 or batch_size == 1  # BatchNorm cannot train on one row
+
+
+class Brightness(Objective):
+    """The mean of an image, from its pixels."""
+
+    def data(self):
+        raise AssertionError("a stack is given its data")
+
+    def build(self, params, info):
+        return nn.Sequential(nn.Flatten(), nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
+
+    def loss(self, outputs, targets, params):
+        return F.mse_loss(outputs, targets)
+
+    def metrics(self):
+        return {}
+
+
+def curve(way: str) -> list[dict[str, float]]:
+    """Return what each epoch of a training run reports whose data come in that way."""
+    task = Task(objective=Brightness(), info=DataInfo(inputs={}, input_dtypes={}), device=CPU, n_rows=N_ROWS, epochs=3)
+    params = {"optimizer": "adam", "learning_rate": 0.01, "batch_size": 8}
+    member, given = Member(number=0, seed=0, params=params), ways(raw(1))[way]
+    queue = [member]
+    train(
+        One(LoopStack(task)),
+        given,
+        ways(raw(1, 20))[way],
+        epochs=3,
+        seed=1,
+        ask=lambda n: [queue.pop()] if queue and n else [],
+        report=lambda stack, member, metrics: True,
+    )
+    return member.history
+
+
+def test_a_training_run_has_the_same_curve_in_every_way() -> None:
+    curves = [curve(way) for way in WAYS]
+    assert len(curves[0]) == 3
+    assert all(each == curves[0] for each in curves)
+
+
+def test_what_preprocessing_would_blow_up_stays_as_it_is_on_another_device() -> None:
+    """On `meta`, a device without memory: bytes that become floats are prepared batch by batch, floats once."""
+    meta = torch.device("meta")
+    pixels, floats = raw(1), raw(1).through(Prepare().eval())
+    grows, stays = feed(pixels, Prepare(), meta), feed(floats, nn.Identity(), meta)
+    assert next(iter(grows._split.inputs.values())).dtype == torch.uint8
+    assert next(iter(stays._split.inputs.values())).dtype == torch.float32
+    for each in (grows, stays):
+        (x,), targets = next(each.batches(8, order(N_ROWS, 0, 0)))
+        assert (x.dtype, x.device, targets.device) == (torch.float32, meta, meta)
+
+
+def test_one_preprocessing_serves_all_splits_wherever_they_lie() -> None:
+    """Train, validation and test go through the same module, and the bundle holds it afterwards."""
+    prepare, meta = Prepare(), torch.device("meta")
+    for n in (N_ROWS, 20):
+        assert len(feed(raw(1, n), prepare, meta)) == n
+    assert prepare.scale.device == CPU

@@ -1,0 +1,191 @@
+"""Loss and metrics of all members at once against `hpo.stack.measure`, member by member."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric
+from torchmetrics.classification import (
+    BinaryAccuracy,
+    BinaryAUROC,
+    BinaryF1Score,
+    MulticlassAccuracy,
+    MulticlassAUROC,
+    MulticlassF1Score,
+)
+from torchmetrics.regression import (
+    ExplainedVariance,
+    MeanAbsoluteError,
+    MeanAbsolutePercentageError,
+    MeanSquaredError,
+    PearsonCorrCoef,
+    R2Score,
+    RelativeSquaredError,
+)
+
+from hpo import measuring
+from hpo.measuring import Measuring
+from hpo.objective import Objective
+from hpo.stack import measure
+from objectives.losses import cross_entropy
+
+CPU = torch.device("cpu")
+N, CLASSES = 60, 4
+NUMBERS: dict[str, Callable[[], Metric]] = {
+    "mse": MeanSquaredError,
+    "rmse": lambda: MeanSquaredError(squared=False),
+    "mae": MeanAbsoluteError,
+    "r2": R2Score,
+    "explained variance": ExplainedVariance,
+    "pearson": PearsonCorrCoef,
+    "mape": MeanAbsolutePercentageError,
+    "relative squared error": RelativeSquaredError,
+}
+OF_CLASSES: dict[str, Callable[[], Metric]] = {
+    "micro": lambda: MulticlassAccuracy(CLASSES, average="micro"),
+    "macro": lambda: MulticlassAccuracy(CLASSES, average="macro"),
+    "top 2": lambda: MulticlassAccuracy(CLASSES, top_k=2),
+    "f1": lambda: MulticlassF1Score(CLASSES),
+    "auroc of classes": lambda: MulticlassAUROC(CLASSES),
+}
+OF_TWO: dict[str, Callable[[], Metric]] = {
+    "accuracy": BinaryAccuracy,
+    "binary f1": BinaryF1Score,
+    "auroc": BinaryAUROC,
+}
+METRICS = NUMBERS | OF_CLASSES | OF_TWO
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    **dict.fromkeys(NUMBERS, lambda outputs, targets, params: F.mse_loss(outputs, targets)),
+    **dict.fromkeys(OF_CLASSES, lambda outputs, targets, params: cross_entropy(outputs, targets, params["smoothing"])),
+    **dict.fromkeys(
+        OF_TWO, lambda outputs, targets, params: F.binary_cross_entropy_with_logits(outputs, targets.float())
+    ),
+}
+
+
+class Measured(Objective):
+    """Any of the metrics, with a loss that goes with it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def data(self):
+        raise AssertionError("there is none")
+
+    def build(self, params, info):
+        raise AssertionError("there is none")
+
+    def loss(self, outputs, targets, params):
+        return LOSSES[self.name](outputs, targets, params)
+
+    def metrics(self):
+        return {self.name: METRICS[self.name]()}
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def targets(name: str) -> Tensor:
+    if name in OF_CLASSES:
+        return random(N).mul(10).long().remainder(CLASSES)
+    return (random(N, 1) > 0).long() if name in OF_TWO else random(N, 1)
+
+
+def outputs(name: str, k: int, seed: int = 1) -> Tensor:
+    """Return the outputs of `k` members (K, N, ...), some closer to the targets than others."""
+    if name in OF_CLASSES:
+        return F.one_hot(targets(name), CLASSES) + random(k, N, CLASSES, seed=seed)
+    return targets(name) + random(k, N, 1, seed=seed) * torch.arange(1, k + 1).view(k, 1, 1)
+
+
+def params(k: int) -> list[dict[str, Any]]:
+    return [{"smoothing": 0.1 * n, "batch_size": 8} for n in range(k)]
+
+
+def assert_each_as_alone(measuring: Measuring, name: str, outputs: Any, targets: Tensor, k: int) -> None:
+    """Hold what the members are told at once against each one's own `measure`."""
+    objective, everyone = Measured(name), params(k)
+    numbers = {"smoothing": torch.tensor([each["smoothing"] for each in everyone])} if name in OF_CLASSES else {}
+    got = measuring(outputs, targets, everyone, numbers)
+    assert len(got) == k
+    for number, each in enumerate(got):
+        expected = measure(objective, outputs[number], targets, everyone[number], objective.metrics())
+        assert each.keys() == expected.keys() == {"loss", name}
+        assert each == pytest.approx(expected, rel=1e-4, abs=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (5, 5), (1, 5), (5, 1), (4, 2, 3)], ids=str)
+@pytest.mark.parametrize("name", METRICS)
+def test_each_member_has_what_it_has_alone_at_first_and_later(name: str, sizes: tuple[int, ...]) -> None:
+    """The first call tries which way a metric allows, the others go it, with as many members as there are then."""
+    made = Measuring(Measured(name), CPU)
+    for seed, k in enumerate(sizes, start=1):
+        assert_each_as_alone(made, name, outputs(name, k, seed), targets(name), k)
+
+
+@pytest.mark.filterwarnings("ignore:The variance of predictions")
+@pytest.mark.parametrize("first", [True, False], ids=["in the first epoch", "in a later one"])
+@pytest.mark.parametrize("name", METRICS)
+def test_a_member_with_nan_touches_no_other(name: str, first: bool) -> None:
+    made, given = Measuring(Measured(name), CPU), outputs(name, 4)
+    if not first:
+        assert_each_as_alone(made, name, given, targets(name), 4)
+    given[2] = torch.nan
+    assert_each_as_alone(made, name, given, targets(name), 4)
+    assert_each_as_alone(made, name, outputs(name, 4, seed=2), targets(name), 4)
+
+
+@pytest.mark.parametrize("name", ["mse", "rmse", "mae", "r2"])
+def test_members_are_columns_of_a_regression_metric(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it is known that a metric allows it, there is no loop over the members."""
+    made = Measuring(Measured(name), CPU)
+    made(outputs(name, 5), targets(name), params(5), {})
+    monkeypatch.setattr(measuring, "_one_by_one", None)
+    calls, real = [], METRICS[name]().__class__.update
+
+    def update(self: Metric, *given: Tensor) -> None:
+        calls.append(given[0].shape)
+        real(self, *given)
+
+    monkeypatch.setattr(METRICS[name]().__class__, "update", update)
+    assert_each_as_alone(made, name, outputs(name, 5, seed=2), targets(name), 5)
+    assert calls[0] == (N, 5)
+    assert calls[1:] == [(N, 1)] * 5  # those of the reference
+
+
+def test_several_targets_are_no_columns_of_their_own() -> None:
+    given, expected = random(3, N, 2), random(N, 2, seed=4)
+    made = Measuring(Measured("r2"), CPU)
+    for seed in (0, 1):
+        assert_each_as_alone(made, "r2", given + seed, expected, 3)
+
+
+def test_several_outputs_are_measured_by_the_first() -> None:
+    """The loss sees them all."""
+
+    class Two(Measured):
+        def loss(self, outputs, targets, params):
+            return F.mse_loss(outputs["mean"], targets) + outputs["spread"].square().mean()
+
+    objective = Two("rmse")
+    everything = {"mean": outputs("rmse", 3), "spread": random(3, N, 1, seed=7)}
+    got = Measuring(objective, CPU)(everything, targets("rmse"), params(3), {})
+    for number, each in enumerate(got):
+        alone = {name: x[number] for name, x in everything.items()}
+        expected = measure(objective, alone, targets("rmse"), {}, objective.metrics())
+        assert each == pytest.approx(expected, rel=1e-5)
+
+
+def test_members_with_label_smoothings_of_their_own_have_losses_of_their_own() -> None:
+    same = outputs("micro", 1).expand(3, N, CLASSES)
+    everyone = params(3)
+    numbers = {"smoothing": torch.tensor([each["smoothing"] for each in everyone])}
+    got = Measuring(Measured("micro"), CPU)(same, targets("micro"), everyone, numbers)
+    torchs = [F.cross_entropy(same[0], targets("micro"), label_smoothing=0.1 * n).item() for n in range(3)]
+    assert [each["loss"] for each in got] == pytest.approx(torchs, rel=1e-5)
+    assert len({each["micro"] for each in got}) == 1

@@ -1,0 +1,285 @@
+"""The pool: members divided into stacks by kind, each as it is alone, and never more of them than there is room for."""
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hpo.data import DataInfo, Split
+from hpo.feed import Feed
+from hpo.frames import Frames
+from hpo.objective import Objective
+from hpo.pool import WORTH_STACKING, Pool
+from hpo.space import build as build_space
+from hpo.spec import parse_param
+from hpo.stack import LoopStack, Member, One, Stack, Stacks, Task
+from hpo.training import train
+from hpo.vmap_stack import VmapStack
+
+CPU = torch.device("cpu")
+N_ROWS, N_EPOCHS = 40, 3
+SPACE = {
+    "optimizer": "adam",
+    "learning_rate": 0.01,
+    "batch_size": 12,
+    "kind": "mlp",
+    "loss": "key",
+    "scale": 1.0,
+    "width": {"type": "int", "low": 4, "high": 40},
+}
+
+
+class Last(nn.Module):
+    """The last output of an LSTM: torch.func has no rule for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.output = nn.LSTM(1, 3, batch_first=True), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.lstm(x.unsqueeze(-1))[0][:, -1])
+
+
+def local() -> nn.Module:
+    """A network whose class is made anew for each."""
+
+    class Local(nn.Sequential):
+        pass
+
+    return Local(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1))
+
+
+def mlp(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(6, width), nn.Sigmoid(), nn.BatchNorm1d(width), nn.Linear(width, 1))
+
+
+def heads(width: int) -> nn.Module:
+    if width % 6:
+        raise ValueError(f"{width} does not divide into six heads")
+    return mlp(width)
+
+
+LOSSES: dict[str, Callable[[Any], Any]] = {
+    "key": lambda params: params["scale"],
+    "get": lambda params: params.get("scale", 2.0),
+    "namespace": lambda params: SimpleNamespace(**params).scale,
+    "items": lambda params: dict(params.items())["scale"],
+    "copy": lambda params: (params | {"more": 1})["scale"],
+    "not there": lambda params: params.get("no such", 2.0),
+}
+
+
+class Small(Objective):
+    """A small regression in double precision; `loss` says in which way the loss reads its params."""
+
+    def data(self):
+        raise AssertionError("a stack is given its data")
+
+    def build(self, params, info):
+        made = {"mlp": mlp, "heads": heads, "lstm": lambda width: Last(), "local": lambda width: local()}
+        return made[params["kind"]](params["width"]).double()
+
+    def loss(self, outputs, targets, params):
+        return F.mse_loss(outputs, targets) * LOSSES[params["loss"]](params)
+
+    def metrics(self):
+        return {}
+
+
+def rows(n: int, seed: int = 0) -> Split:
+    x = torch.randn(n, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return Split(inputs={"x": x}, targets=x.sum(1, keepdim=True).sin())
+
+
+TASK = Task(objective=Small(), info=DataInfo(inputs={}, input_dtypes={}), device=CPU, n_rows=N_ROWS, epochs=N_EPOCHS)
+
+
+def pool(capacity: int, said: list[str] | None = None, **params: Any) -> Pool:
+    """Return a pool whose space has these params beside or in place of SPACE's."""
+    space, faults = build_space({name: parse_param(entry) for name, entry in {**SPACE, **params}.items()}, ())
+    assert not faults
+    frames = Frames(space, lambda params: TASK.objective.build(params, TASK.info))
+    return Pool(TASK, capacity, rows(8), frames, say=(said if said is not None else []).append)
+
+
+def members(*several: dict[str, Any]) -> list[Member]:
+    base = {**SPACE, "width": 8}
+    return [
+        Member(number=n, seed=n, params={**base, "learning_rate": 0.002 * (n + 1), **params})
+        for n, params in enumerate(several)
+    ]
+
+
+def fit(
+    stacks: Stacks,
+    everyone: Sequence[Member],
+    stops: dict[int, int] | None = None,
+    seen: Callable[[Stack, Member], None] = lambda stack, member: None,
+) -> None:
+    """Train `everyone`, each up to `stops[number]` epochs; `seen` is told of every epoch."""
+    waiting = list(everyone)
+
+    def ask(n: int) -> list[Member]:
+        taken, waiting[:] = waiting[:n], waiting[n:]
+        return taken
+
+    def report(stack: Stack, member: Member, metrics: dict[str, float]) -> bool:
+        seen(stack, member)
+        return member.epoch < (stops or {}).get(member.number, N_EPOCHS)
+
+    train(stacks, Feed(rows(N_ROWS), CPU), Feed(rows(20, 1), CPU), epochs=N_EPOCHS, seed=7, ask=ask, report=report)
+
+
+def assert_same(got: Sequence[Member], expected: Sequence[Member]) -> None:
+    for a, b in zip(got, expected, strict=True):
+        assert len(a.history) == len(b.history) > 0
+        for epoch, reference in zip(a.history, b.history, strict=True):
+            assert epoch == pytest.approx(reference, abs=1e-9), a.params
+
+
+def alone(*several: dict[str, Any]) -> list[Member]:
+    """Return the members, each trained in a loop of its own."""
+    everyone = members(*several)
+    for member in everyone:
+        fit(One(LoopStack(TASK)), [member])
+    return everyone
+
+
+def test_members_of_several_kinds_are_trained_side_by_side_each_as_alone() -> None:
+    several = [
+        {"optimizer": optimizer, "batch_size": batch_size, "width": width}
+        for optimizer, batch_size in (("adam", 12), ("sgd", 12), ("adam", 7))
+        for width in (5, 9, 16, 30)
+    ]
+    kinds: dict[Stack, list[dict[str, Any]]] = {}
+    got = members(*several)
+    fit(pool(12), got, seen=lambda stack, member: kinds.setdefault(stack, []).append(member.params))
+    assert_same(got, alone(*several))
+    together = [{(p["optimizer"], p["batch_size"]) for p in each} for each in kinds.values()]
+    assert all(len(kind) == 1 for stack, kind in zip(kinds, together, strict=True) if isinstance(stack, VmapStack))
+    stacked = [p["width"] for stack, each in kinds.items() if isinstance(stack, VmapStack) for p in each]
+    assert sorted(stacked) == sorted([5, 9, 16] * 3 * N_EPOCHS)  # of those up to 32 there are too few
+
+
+def test_fewer_than_are_worth_a_stack_train_alone_one_at_a_time() -> None:
+    made, few = pool(8), members(*[{}] * (WORTH_STACKING - 1))
+    made.join(few)
+    (stack,) = made.active
+    assert isinstance(stack, LoopStack)
+    assert stack.members == few[:1]  # the other waits, and has its place
+    assert made.free == 8 - len(few)
+    fit(made, [])
+    assert_same(few, alone(*[{}] * len(few)))
+
+
+def test_few_of_a_kind_join_a_stack_of_their_kind_that_is_there() -> None:
+    made, everyone = pool(8), members(*[{}] * (WORTH_STACKING + 1))
+    made.join(everyone[:-1])
+    made.join(everyone[-1:])
+    (stack,) = made.active
+    assert stack.members == everyone
+    assert stack.capacity == 4
+
+
+@pytest.mark.parametrize(
+    ("params", "reason"),
+    [
+        ({"optimizer": "adadelta"}, "optimizer adadelta has no stacked form; sgd, adam, adamw, rmsprop, adagrad have"),
+        ({"kind": "lstm"}, "torch.func cannot batch it ("),
+    ],
+)
+def test_what_cannot_be_stacked_says_why_and_is_trained_one_at_a_time(params: dict[str, Any], reason: str) -> None:
+    said: list[str] = []
+    several, stacks = [params, params, {}, params, {}, {}], set()
+    got = members(*several)
+    fit(pool(6, said, **params), got, seen=lambda stack, member: stacks.add((type(stack), member.params == {})))
+    assert {text.partition(": ")[0] for text in said} <= {
+        f"trials like trial {n} are trained one at a time" for n in (0, 1, 3)
+    }
+    (why,) = {text.partition(": ")[2] for text in said}
+    assert why.startswith(reason)
+    assert {kind for kind, _ in stacks} == {LoopStack, VmapStack}
+    assert_same(got, alone(*several))
+
+
+def test_a_stack_is_as_large_as_its_members_need() -> None:
+    """Eight begin, seven leave, one more joins; then there is none, then three. A loop of slots has the same rounds."""
+    stops = dict.fromkeys(range(1, 8), 1)
+    got, expected, sizes = members(*[{}] * 9), members(*[{}] * 9), []
+    made = pool(8)
+    fit(made, got, stops, lambda stack, member: sizes.append(stack.capacity))
+    fit(One(LoopStack(TASK, 8)), expected, stops)
+    assert_same(got, expected)
+    assert [m.joined for m in got] == [m.joined for m in expected] == [0] * 8 + [1]
+    assert sizes == [8] * 8 + [2] * (len(sizes) - 8)
+
+    late, sizes = members(*[{}] * 3), []
+    fit(made, late, seen=lambda stack, member: sizes.append(stack.capacity))
+    assert set(sizes) == {4}
+    assert_same(late, alone(*[{}] * 3))
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 5])
+def test_never_more_than_its_capacity_are_in_it(capacity: int) -> None:
+    """Whether they are in a stack, alone, or wait to be trained alone."""
+    made, running, waiting = pool(capacity, optimizer="adam"), set(), members(*[{}, {"optimizer": "adadelta"}] * 6)
+    most = []
+
+    def ask(n: int) -> list[Member]:
+        assert 0 <= n == capacity - len(running)
+        taken, waiting[:] = waiting[:n], waiting[n:]
+        running.update(taken)
+        most.append(len(running))
+        return taken
+
+    def report(stack: Stack, member: Member, metrics: dict[str, float]) -> bool:
+        if member.epoch == 1 + member.number % N_EPOCHS:
+            running.remove(member)
+            return False
+        return True
+
+    feed = Feed(rows(N_ROWS), CPU)
+    train(made, feed, None, epochs=N_EPOCHS, seed=0, ask=ask, report=report)
+    assert not waiting
+    assert not running
+    assert max(most) == capacity
+    assert made.free == capacity
+
+
+def test_running_out_of_memory_on_the_way_in_is_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    def take(self: VmapStack, candidates: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    said: list[str] = []
+    monkeypatch.setattr(VmapStack, "take", take)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        pool(4, said).join(members({}, {}, {}))
+    assert not said
+
+
+@pytest.mark.parametrize("way", LOSSES)
+def test_members_that_differ_in_what_the_loss_reads_have_losses_of_their_own(way: str) -> None:
+    """In whatever way it reads it; a number that it cannot be given as a tensor divides members into stacks."""
+    several = [{"loss": way, "scale": scale} for scale in (0.5, 1.0, 2.0)]
+    got = members(*several)
+    fit(pool(3, loss=way, scale={"type": "float", "low": 0.5, "high": 2.0}), got)
+    assert_same(got, alone(*several))
+
+
+def test_a_width_that_cannot_be_rounded_up_is_no_fault() -> None:
+    """Rounding 18 up to 32 asks for a network that is outside of the study's space."""
+    several = [{"kind": "heads", "width": width} for width in (18, 24, 30)]
+    got = members(*several)
+    fit(pool(3, kind="heads", width={"type": "int", "low": 6, "high": 60, "step": 6}), got)
+    assert_same(got, alone(*several))
+
+
+def test_networks_of_a_class_made_anew_each_time_are_stacked_or_it_is_said_why_not() -> None:
+    said: list[str] = []
+    made = pool(4, said, kind="local")
+    made.join(members(*[{"kind": "local"}] * 4))
+    assert said or any(isinstance(stack, VmapStack) for stack in made.active)

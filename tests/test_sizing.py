@@ -1,0 +1,290 @@
+"""How many trials at once: the fastest of what was measured, and nothing measured where that would not pay."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hpo import sizing
+from hpo.data import DataInfo, Split
+from hpo.errors import Interrupted
+from hpo.feed import Feed
+from hpo.frames import Frames
+from hpo.objective import Objective
+from hpo.plan import prepare
+from hpo.search import open_search
+from hpo.sizing import Choice, Sizing
+from hpo.space import build as build_space
+from hpo.spec import parse_param
+from hpo.stack import Task
+from hpo.tracking import MemoryTracker
+from hpo.vmap_stack import VmapStack
+from hpo.worker import CHOICE, work
+from tests.test_worker import Screen
+
+CPU = torch.device("cpu")
+ROWS = Split(inputs={"x": torch.randn(40, 4)}, targets=torch.zeros(40, 1))
+
+
+class Line(Objective):
+    """A hidden layer, if any, and a line."""
+
+    def data(self):
+        raise AssertionError("what is sized is given its data")
+
+    def build(self, params, info):
+        return nn.Sequential(nn.Linear(4, params["width"]), nn.Tanh(), nn.Linear(params["width"], 1))
+
+    def loss(self, outputs, targets, params):
+        return F.mse_loss(outputs, targets)
+
+    def metrics(self):
+        return {}
+
+
+def sized(n_trials: int = 1000, most: int = 1000, **params: Any) -> Sizing:
+    """Return a Sizing of this many trials of a space with these params beside or in place of the usual ones."""
+    entries = {"optimizer": "adam", "learning_rate": 0.01, "batch_size": 8, "width": 8, **params}
+    space, faults = build_space({name: parse_param(entry) for name, entry in entries.items()}, ())
+    assert not faults
+    task = Task(objective=Line(), info=DataInfo(inputs={}, input_dtypes={}), device=CPU, n_rows=40, epochs=2)
+    feed = Feed(ROWS, CPU)
+    frames = {g: Frames(space, lambda params: task.objective.build(params, task.info), g) for g in ("fine", "coarse")}
+    return Sizing(
+        task=task,
+        feed=feed,
+        example=feed.head(8),
+        frames=frames.__getitem__,
+        draws=space.draw(min(64, n_trials), 0),
+        n_trials=n_trials,
+        most=most,
+    )
+
+
+class Clock:
+    """Stands for the measuring: a trial alone takes `alone` seconds, in a stack of K one takes alone / gains[K].
+
+    To begin a stack takes `to_begin` seconds.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, gains: Any, alone: float = 100.0, to_begin: float = 0) -> None:
+        self.asked: list[tuple[str, int]] = []
+        self.groups: list[int] = []
+
+        def stacked(given: Sizing, group: Any, frames: Frames, capacity: int, shared: float) -> Any:
+            grain = "fine" if frames is given.frames("fine") else "coarse"
+            self.asked.append((grain, capacity))
+            self.groups.append(len(group))
+            gain = gains.get(grain, gains).get(capacity)
+            return None if gain is None else (to_begin, len(group) * alone / gain)
+
+        monkeypatch.setattr(Sizing, "_seconds_alone", lambda given, member: alone)
+        monkeypatch.setattr(Sizing, "_seconds_stacked", stacked)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Clock]:
+    return lambda gains, **more: Clock(monkeypatch, gains, **more)
+
+
+@pytest.mark.parametrize(
+    ("gains", "capacity", "last", "why"),
+    [
+        ({1: 0.9, 4: 3, 16: 8, 64: 4}, 16, 64, "16 trials at once: 8.0 times as fast as one after the other (meas"),
+        ({1: 1.1, 4: 4, 16: 9, 64: 40, 256: 90}, 256, 256, "256 trials at once: 90.0 times as fast"),
+        ({1: 0.5, 4: 0.9, 16: 0.8}, 1, 16, "one trial at a time: no stack is faster (measured)"),
+        ({1: 2.0, 4: 2.1, 16: 9}, 4, 4, "4 trials at once: 2.1 times"),  # 5% more is not worth going on
+        ({1: 1.0, 4: 2.0, 16: None, 64: 9}, 4, 16, "4 trials at once: 2.0 times"),  # no memory
+        ({1: None}, 1, 1, "one trial at a time: no stack is faster (measured)"),
+    ],
+)
+def test_the_fastest_size_is_chosen(clock, gains: Any, capacity: int, last: int, why: str) -> None:
+    measuring = clock(gains)
+    choice = sized().choose()
+    assert (choice.capacity, choice.stacked, choice.threads) == (capacity, capacity > 1, None)
+    assert choice.why.startswith(why)
+    assert max(size for _, size in measuring.asked) == last
+
+
+def test_padding_all_to_the_largest_is_chosen_where_that_is_faster(clock) -> None:
+    clock({"fine": {1: 1, 4: 1.5, 16: 1.5}, "coarse": {1: 1, 4: 2, 16: 5, 64: 4}})
+    choice = sized(width={"type": "int", "low": 4, "high": 200}).choose()
+    assert (choice.capacity, choice.grain) == (16, "coarse")
+    assert choice.why == (
+        "16 trials at once, all padded to the largest: 5.0 times as fast as one after the other (measured)"
+    )
+
+
+def test_of_k_trials_so_many_share_a_stack_as_are_of_one_kind(clock) -> None:
+    """What a stack gains is measured at the size that it will have, not at that of all trials at once."""
+    same = clock({1: 1, 4: 2, 16: 4, 64: 8, 256: 9})
+    sized().choose()
+    assert same.groups[:5] == [1, 4, 16, 64, 256]
+    mixed = clock({1: 1, 4: 2, 16: 4, 64: 8, 256: 9})
+    sized(optimizer={"type": "categorical", "choices": ["adam", "sgd"]}).choose()
+    fine = [n for n, (grain, _) in zip(mixed.groups, mixed.asked, strict=True) if grain == "fine"]
+    assert fine == pytest.approx([1, 2, 8, 32, 128], rel=0.1)
+
+
+def test_what_it_takes_to_begin_a_stack_of_each_kind_is_counted(clock) -> None:
+    """A thousand trials take 100,000 s alone and 25,000 s in stacks, of which there are four, one a batch size."""
+    several = {"type": "categorical", "choices": [4, 8, 12, 16]}
+    clock({1: 1.0, 16: 4.0}, to_begin=200.0)
+    assert sized(batch_size=several, most=16).choose().why.startswith("16 trials at once: 3.9 times as fast")
+    clock({1: 1.0, 16: 4.0}, to_begin=20_000.0)
+    assert not sized(batch_size=several, most=16).choose().stacked
+
+
+def test_a_short_study_is_not_measured(clock) -> None:
+    measuring = clock({}, alone=0.019)
+    assert sized().choose() == Choice(why="one trial at a time: all of it takes about 19 s")
+    assert measuring.asked == []
+    assert clock({1: 1, 4: 2}, alone=0.021).asked == []
+    assert sized().choose().capacity == 4
+
+
+def test_a_network_that_cannot_be_stacked_says_why(clock) -> None:
+    clock({1: 9, 4: 9})
+    choice = sized(optimizer="adadelta").choose()
+    assert choice == Choice(
+        why="one trial at a time: optimizer adadelta has no stacked form; sgd, adam, adamw, rmsprop, adagrad have"
+    )
+
+
+@pytest.mark.parametrize(("most", "capacity"), [(1, 1), (15, 4), (16, 16), (100, 64)])
+def test_no_stack_is_larger_than_the_sampler_allows(clock, most: int, capacity: int) -> None:
+    measuring = clock({1: 1.0, 4: 4.0, 16: 16.0, 64: 64.0, 256: 256.0})
+    assert sized(most=most).choose().capacity == capacity
+    assert max(size for _, size in measuring.asked) <= most
+
+
+def test_no_stack_is_larger_than_the_memory_allows(clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock({1: 1.0, 4: 4.0, 16: 16.0, 64: 64.0, 256: 256.0})
+    given = sized()
+    monkeypatch.setattr(sizing, "free_bytes", lambda device: 100_000_000)
+    several = given.room()
+    monkeypatch.setattr(sizing, "free_bytes", lambda device: 100_000_000 * 17 // several)
+    assert given.room() in (16, 17)
+    assert given.choose().capacity == 16
+    monkeypatch.setattr(sizing, "free_bytes", lambda device: 1)
+    assert given.room() == 1
+    assert sized(optimizer="adadelta").room() == 1
+
+
+def test_measuring_takes_no_more_than_its_share_of_the_study(clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "_SHARE", 0.0)
+    measuring = clock({1: 1.0, 4: 4.0})
+    assert not sized().choose().stacked
+    assert measuring.asked == []
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let everything be measured in earnest, however short it is."""
+    monkeypatch.setattr(sizing, "SHORT_SECONDS", 0.0)
+    monkeypatch.setattr(sizing, "_SHARE", 1e9)
+    monkeypatch.setattr(sizing, "SIZES", (1, 4))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "one_cycle"])
+def test_what_is_measured_in_earnest_gives_a_choice(measured, schedule: str) -> None:
+    """A study of fewer steps than the measuring does is no fault, whatever its learning rate does."""
+    choice = sized(n_trials=8, schedule=schedule).choose()
+    assert choice.capacity in (1, 4)
+    assert choice.why.endswith("(measured)")
+
+
+def test_no_memory_for_a_stack_is_no_fault_and_any_other_error_is(measured, monkeypatch: pytest.MonkeyPatch) -> None:
+    def strike(error: Exception) -> None:
+        def step(self: VmapStack, inputs: Any, targets: Any) -> Any:
+            raise error
+
+        monkeypatch.setattr(VmapStack, "step", step)
+
+    strike(torch.OutOfMemoryError("CUDA out of memory"))
+    assert sized().choose() == Choice(why="one trial at a time: no stack is faster (measured)")
+    strike(RuntimeError("shapes"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        sized().choose()
+
+
+TEXT = "trials: 6\nepochs: 2\nsampler: random\npruner: none\nstack: auto\n"
+
+
+def run(study: Callable[..., Any], text: str = TEXT, **more: Any) -> tuple[Screen, Any, list[float]]:
+    """Run a study; return what was shown, what it remembers of its stacks, and its trials' values."""
+    plan = prepare(study(text))
+    search = open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize)
+    screen = Screen()
+    try:
+        work(plan, plan.load_data(), search, MemoryTracker(), screen, **more)
+        return screen, search.attrs.get(CHOICE), [trial.value for trial in search.study.get_trials()]
+    finally:
+        search.close()
+
+
+def test_a_run_says_and_remembers_what_it_has_chosen(study, measured) -> None:
+    screen, remembered, values = run(study)
+    assert remembered["choice"]["why"].endswith("(measured)")
+    assert screen.notes == [f"stack: {remembered['choice']['why']}"]
+    alone, nothing, expected = run(study, TEXT.replace("auto", "1") + "name: alone\n")
+    assert (alone.notes, nothing) == ([], None)
+    assert values == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_short_run_is_not_measured_and_says_so(study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sizing, "_seconds_stacked", None)
+    screen, remembered, _ = run(study)
+    assert remembered["choice"] == asdict(Choice(why="one trial at a time: all of it takes about 0 s"))
+    assert screen.notes == [f"stack: {remembered['choice']['why']}"]
+
+
+@pytest.mark.parametrize("text", ["timeout: 0.5\n", ""])
+def test_measuring_ends_with_the_studys_time_and_where_it_is_to_stop(study, monkeypatch, text: str) -> None:
+    """Each step takes 20 ms: to measure all takes seconds."""
+    monkeypatch.setenv("LINEAR_SECONDS", "0.02")
+    begun, stop = time.monotonic(), (lambda: time.monotonic() - begun > 0.5) if not text else (lambda: False)
+    with contextlib.suppress(Interrupted):
+        run(study, TEXT.replace("epochs: 2", "epochs: 1000") + text, stopping=stop)
+    assert time.monotonic() - begun < 3
+
+
+def test_a_run_trains_in_stacks_of_the_size_that_was_chosen(study, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, real = [], VmapStack.step
+
+    def step(self: VmapStack, inputs: Any, targets: Any) -> Any:
+        sizes.append(len(self.members))
+        return real(self, inputs, targets)
+
+    monkeypatch.setattr(VmapStack, "step", step)
+    monkeypatch.setattr(Sizing, "choose", lambda self: Choice(capacity=3, stacked=True, why="because"))
+    screen, remembered, values = run(study)
+    assert (screen.notes, remembered["choice"]["capacity"], len(values)) == (["stack: because"], 3, 6)
+    assert set(sizes) == {3}
+
+
+def test_a_study_that_goes_on_goes_on_as_it_began(study, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = Choice(capacity=3, stacked=True, grain="coarse", shared=0.5, why="because")
+    monkeypatch.setattr(Sizing, "choose", lambda self: chosen)
+    first, remembered, _ = run(study)
+    monkeypatch.setattr(Sizing, "choose", None)
+    again, unchanged, values = run(study, TEXT.replace("trials: 6", "trials: 9"))
+    assert unchanged == remembered
+    assert remembered["choice"] == asdict(chosen)
+    assert (again.notes, len(values)) == (first.notes, 9)
+
+
+@pytest.mark.parametrize(("sampler", "most"), [("random", 40), ("tpe", 10), ("gp", 10), ("qmc", 40)])
+def test_a_sampler_that_learns_has_some_rounds(study, monkeypatch, sampler: str, most: int) -> None:
+    seen = []
+    monkeypatch.setattr(Sizing, "choose", lambda self: seen.append(self) or Choice(why="because"))
+    text = TEXT.replace("random", sampler).replace("trials: 6", "trials: 40").replace("epochs: 2", "epochs: 1")
+    with pytest.raises(Interrupted):
+        run(study, text, stopping=lambda: bool(seen))
+    assert [(each.most, each.n_trials, len(each.draws)) for each in seen] == [(most, 40, 40)]
