@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpo.data import DataInfo, Split
+from hpo.data import DataInfo, Split, prediction
 from hpo.errors import ExportError
 
 TOLERANCE = 1e-5
@@ -49,17 +49,25 @@ class Model:
 
     def predictor(self) -> nn.Module:
         """Return raw inputs -> predictions, in evaluation mode, as a module of its own on the CPU."""
-        parts = deepcopy([self.preprocess, self.network, self.head])
+        parts = [part.cpu().eval() for part in deepcopy([self.preprocess, self.network, self.head])]
         names = ("preprocess", "network", "head")
-        module = _Named(*parts) if len(self.info.inputs) > 1 else nn.Sequential()
+        several = len(self.info.inputs) > 1 or self._gives_several(parts)
+        module = _Named(*parts) if several else nn.Sequential()
         if isinstance(module, nn.Sequential):
             for name, part in zip(names, parts, strict=True):
                 module.add_module(name, part)
         return module.cpu().eval().requires_grad_(False)
 
+    def _gives_several(self, parts: Sequence[nn.Module]) -> bool:
+        """Whether the network gives several outputs, the first of which is the prediction."""
+        dtype = getattr(torch, next(iter(self.info.input_dtypes.values())))
+        with torch.no_grad():
+            x = torch.zeros(2, *next(iter(self.info.inputs.values())), dtype=dtype)
+            return not isinstance(parts[1](parts[0](x)), Tensor)
+
 
 class _Named(nn.Module):
-    """preprocess, network and head for several inputs; traced, since TorchScript cannot script `*inputs`."""
+    """preprocess, network and head for several inputs or outputs; traced: TorchScript cannot script `*inputs`."""
 
     def __init__(self, preprocess: nn.Module, network: nn.Module, head: nn.Module) -> None:
         super().__init__()
@@ -67,7 +75,8 @@ class _Named(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         prepared = inputs if isinstance(self.preprocess, nn.Identity) else self.preprocess(*inputs)
-        return self.head(self.network(*prepared))
+        prepared = (prepared,) if isinstance(prepared, Tensor) else prepared
+        return self.head(prediction(self.network(*prepared)))
 
 
 def export(model: Model, held_out: Split, folder: Path) -> dict[str, Any]:

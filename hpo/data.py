@@ -5,9 +5,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from hpo.errors import DataError
 
@@ -56,6 +58,11 @@ def batch_sizes(n_rows: int, batch_size: int) -> list[int]:
     elif rest:
         sizes.append(rest)
     return sizes
+
+
+def prediction(outputs: Any) -> Tensor:
+    """Return what metrics and head see of a network's outputs: of several (a tuple, a dict), the first."""
+    return outputs if isinstance(outputs, Tensor) else tree_leaves(outputs)[0]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ machine's memory through a `DataLoader`, so that one batch, once it has arrived,
 
 import os
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +35,7 @@ class Feed:
         """
         self._device, self._resident = device, resident
         self._split = split.to(device) if resident else split
-        self._preprocess = None if preprocess is None else preprocess.to(device)
+        self._preprocess = None if preprocess is None else deepcopy(preprocess).to(device)
         self.targets = split.targets.to(device)
         self._loader: DataLoader[Any] | None = None
         self._order = _Order()

@@ -15,8 +15,8 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
+from hpo.data import prediction
 from hpo.objective import Objective, Params
-from hpo.stack import prediction
 
 Way = Callable[[Metric, Tensor, Tensor], Tensor]
 """Takes a metric, the members' predictions (K, N, ...) and the targets (N, ...); returns K values."""
@@ -54,6 +54,8 @@ class Measuring:
         way = self._ways.get(name)
         if way is not None:
             return way(metric, predictions, targets)
+        if len(predictions) == 1:  # it would tell nothing of several
+            return _one_by_one(metric, predictions, targets)
         expected = _one_by_one(metric, predictions, targets)
         self._ways[name] = _one_by_one
         for way in (_as_columns, _batched):

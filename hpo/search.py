@@ -362,8 +362,9 @@ def _compare(spec: StudySpec, attrs: Mapping[str, Any], wanted: Mapping[str, Any
         raise _is_another(spec, ["it was not made by hpo"])
     differences = []
     for key in ("objective", "options", "metric", "value", "epochs", "patience", "precision", "seed"):
-        if stored.get(key) != wanted[key]:
-            differences.append(f"{key} is {wanted[key]!r} here, {stored.get(key)!r} there")
+        there = stored.get(key, _LATER_KEYS.get(key))
+        if there != wanted[key]:
+            differences.append(f"{key} is {wanted[key]!r} here, {there!r} there")
     here, there = wanted["params"], stored.get("params", {})
     for name in sorted({*here, *there}):
         if here.get(name, _ABSENT) != there.get(name, _ABSENT):
@@ -373,6 +374,8 @@ def _compare(spec: StudySpec, attrs: Mapping[str, Any], wanted: Mapping[str, Any
 
 
 _ABSENT = "absent"
+_LATER_KEYS: Mapping[str, Any] = {"precision": "float32"}
+"""What a key meant in studies that were stored before there was one."""
 
 
 def _is_another(spec: StudySpec, differences: list[str]) -> InputError:

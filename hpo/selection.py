@@ -90,7 +90,8 @@ def finish(
 
     Every reading of the test set is counted in the study's attributes. Raises ExportError, Interrupted.
     """
-    epochs = best.epoch + 1 if plan.spec.value == "best" else plan.spec.epochs
+    whole = plan.spec.value == "last" and plan.spec.patience is None
+    epochs = plan.spec.epochs if whole else best.epoch + 1
     note(f"training the params of trial {best.number} anew on train + validation, {epochs} epochs")
     data_refit = data.for_refit()
     preprocess = plan.objective.preprocess(data_refit.train)

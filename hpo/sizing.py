@@ -5,6 +5,7 @@ of another bucket) are other stacks, so what a stack gains depends on how many o
 that is seen on configurations drawn from its space. What is too short to be worth the measuring is not measured.
 """
 
+import math
 import os
 import time
 from collections import Counter
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from hpo.data import Split
+from hpo.errors import Interrupted
 from hpo.feed import Batch, Feed
 from hpo.frames import Frames, Grain
 from hpo.memory import free_bytes
@@ -30,7 +32,9 @@ _SHARE = 0.1
 """How much of the time that a study takes one at a time may go into measuring."""
 _ROOM = 0.7
 """How much of the free memory a stack may take, by an estimate."""
-_WARM_UP, _STEPS = 3, 12
+_WARM_UP, _STEPS = 2, 12
+_ENOUGH_SECONDS = 0.25
+"""Steps that take longer than this together are told apart by fewer of them."""
 _ALONE = 8
 """How many of the drawn configurations are measured one at a time."""
 _LARGE_STEP = 2e-3
@@ -62,6 +66,9 @@ class Sizing:
     n_trials: int
     most: int
     """No stack is larger: a sampler that learns from the trials before must have some rounds."""
+    seconds: float = math.inf
+    """How long the study may take."""
+    stopping: Callable[[], bool] = lambda: False
 
     def room(self) -> int:
         """Return how many of the largest trials fit into the device's memory at once, and at least 1."""
@@ -74,14 +81,16 @@ class Sizing:
         return max(1, int(_ROOM * free_bytes(self.task.device) / largest)) if largest else 1
 
     def choose(self) -> Choice:
-        """Return what gives the most trials per hour."""
+        """Return what gives the most trials per hour. Raises Interrupted as soon as `stopping` says so."""
+        if self.seconds < SHORT_SECONDS:
+            return Choice(why=f"one trial at a time: the study has only {self.seconds:.0f} s")
         members = [Member(number=-1 - i, seed=i, params=params) for i, params in enumerate(self.draws)]
         some = members[:: max(1, len(members) // _ALONE)][:_ALONE]
         alone = sum(self._seconds_alone(member) for member in some) / len(some)
         total = alone * self.n_trials
         if total < SHORT_SECONDS:
             return Choice(why=f"one trial at a time: all of it takes about {total:.0f} s")
-        deadline, room = time.monotonic() + _SHARE * total, self.room()
+        deadline, room = time.monotonic() + _SHARE * min(total, self.seconds), self.room()
         best, best_gain, reasons = Choice(why="one trial at a time"), 1.0, []
         for grain in ("fine", "coarse"):
             try:
@@ -107,10 +116,17 @@ class Sizing:
         """
         frames = self.frames(grain)
         kinds: dict[Any, list[Candidate]] = {}
+        reasons = []
         for member in members:
-            each = candidate(self.task, member, frames[0], self.example)
-            kinds.setdefault(each.signature, []).append(each)
+            try:
+                each = candidate(self.task, member, frames[0], self.example)
+                kinds.setdefault(each.signature, []).append(each)
+            except NotStackable as error:
+                reasons.append(error)
+        if not kinds:
+            raise reasons[0]
         common = max(kinds.values(), key=len)
+        stacked = total * sum(map(len, kinds.values())) / len(members)  # the others train one at a time
         # of K trials at once, so many are of one kind on average, from a trial's point of view
         shared = sum((n / len(members)) ** 2 for n in Counter({k: len(v) for k, v in kinds.items()}).values())
         alone = sum(self._seconds_alone(each.member) for each in common[:_ALONE]) / len(common[:_ALONE])
@@ -125,7 +141,8 @@ class Sizing:
             if took is None:
                 return
             to_begin, seconds = took
-            gain, measured = total / (len(kinds) * to_begin + total * seconds / n / alone), n
+            will_take = total - stacked + len(kinds) * to_begin + stacked * seconds / n / alone
+            gain, measured = total / will_take, n
             yield Choice(capacity=k, stacked=True, grain=grain, shared=shared, why=""), gain
             if gain < 1.1 * before:
                 return
@@ -169,11 +186,14 @@ class Sizing:
         for _ in range(_WARM_UP):
             stack.step(inputs, targets)
         _synchronize()
-        start = time.perf_counter()
-        for _ in range(_STEPS):
+        start, n = time.perf_counter(), 0
+        while n < _STEPS and (n == 0 or time.perf_counter() - start < _ENOUGH_SECONDS):
+            if self.stopping():
+                raise Interrupted("interrupted")
             stack.step(inputs, targets)
+            n += 1
         _synchronize()
-        return (time.perf_counter() - start) / _STEPS
+        return (time.perf_counter() - start) / n
 
     def _batch(self, batch_size: int) -> Batch:
         return next(self.feed.batches(batch_size, torch.arange(min(batch_size, len(self.feed)))))

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from hpo import optim, schedules
-from hpo.data import DataInfo, batch_sizes
+from hpo.data import DataInfo, batch_sizes, prediction
 from hpo.feed import Feed
 from hpo.objective import Objective, Params
 
@@ -232,7 +232,7 @@ class _Slot:
             nn.utils.clip_grad_norm_(self._weights, self._max_norm)
         if self._factors:
             for group in self._optimizer.param_groups:
-                group["lr"] = self._params["learning_rate"] * self._factors[self._t]
+                group["lr"] = self._params["learning_rate"] * self._factors[min(self._t, len(self._factors) - 1)]
         self._t += 1
         self._optimizer.step()
         return loss.detach()
@@ -249,11 +249,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 def in_full(outputs: Any) -> Any:
     """Return outputs that autocast left in bfloat16 in float32: losses and metrics are not to be rounded."""
     return tree_map(lambda x: x.float() if x.dtype == torch.bfloat16 else x, outputs)
-
-
-def prediction(outputs: Any) -> Tensor:
-    """Return what metrics and head see of a network's outputs: of several (a tuple, a dict), the first."""
-    return outputs if isinstance(outputs, Tensor) else tree_leaves(outputs)[0]
 
 
 def joined(parts: Sequence[Any], dim: int = 0) -> Any:

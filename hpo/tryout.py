@@ -12,10 +12,9 @@ import torch
 from torch import nn
 
 from hpo import optim
-from hpo.data import Data, Split
+from hpo.data import Data, Split, prediction
 from hpo.errors import InputError
 from hpo.plan import Plan, guarded
-from hpo.stack import prediction
 
 
 def try_out(plan: Plan, data: Data) -> nn.Module:

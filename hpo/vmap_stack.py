@@ -242,20 +242,24 @@ class VmapStack(Stack):
 
     def resize(self, capacity: int) -> None:
         """Change the number of slots to `capacity`, at least as many as there are members, who move together."""
-        kept = [slot for slot, member in enumerate(self._slots) if member is not None]
-        rows = torch.tensor(kept, dtype=torch.long, device=self._task.device)
+        kept, n = self._live(), len(self.members)
 
         def moved(tensor: Tensor) -> Tensor:
             new = tensor.new_zeros((capacity, *tensor.shape[1:]))
-            new[: len(kept)] = tensor[rows]
+            new[:n] = tensor[kept]
             return new
 
         if self._template is not None:
             self._weights, self._buffers, self._state, self._t, self._hyper, self._loss_hyper, self._masks = tree_map(
                 moved, self._arguments()
             )
-        self._slots = [self._slots[slot] for slot in kept] + [None] * (capacity - len(kept))
+        self._slots = [*self.members, *[None] * (capacity - n)]
         self.capacity = capacity
+
+    def _live(self) -> Tensor:
+        """Return the slots that have a member, (n,)."""
+        slots = [slot for slot, member in enumerate(self._slots) if member is not None]
+        return torch.tensor(slots, dtype=torch.long, device=self._task.device)
 
     def leave(self, member: Member) -> None:
         self._slots[self._slots.index(member)] = None
@@ -370,7 +374,7 @@ class VmapStack(Stack):
             run = self._steps[key] = self._prepare(inputs, targets)
         with torch.no_grad():
             self._weights, self._buffers, self._state, self._t, losses = run(*self._arguments(), inputs, targets)
-        return losses[[slot for slot, member in enumerate(self._slots) if member is not None]]
+        return losses if None not in self._slots else losses[self._live()]
 
     def _arguments(self) -> tuple[Any, ...]:
         return self._weights, self._buffers, self._state, self._t, self._hyper, self._loss_hyper, self._masks
@@ -441,8 +445,8 @@ class VmapStack(Stack):
     def evaluate(self, feed: Feed) -> list[dict[str, float]]:
         rows = max(256, EVALUATION_ROWS // self.capacity)
         outputs = joined([self._forward(inputs) for inputs, _ in feed.chunks(rows)], dim=1)
-        slots = [slot for slot, member in enumerate(self._slots) if member is not None]
-        outputs, numbers = tree_map(lambda x: x[slots], (outputs, self._loss_hyper))
+        live = self._live()
+        outputs, numbers = tree_map(lambda x: x[live], (outputs, self._loss_hyper))
         return self._measuring(outputs, feed.targets, [member.params for member in self.members], numbers)
 
     def _forward(self, inputs: Sequence[Tensor]) -> Any:

@@ -4,7 +4,7 @@ import math
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -183,6 +183,8 @@ class _Worker:
             draws=self._plan.space.draw(min(_DRAWS, n_trials), spec.seed),
             n_trials=n_trials,
             most=max(1, n_trials // ROUNDS) if learns else n_trials,
+            seconds=math.inf if spec.timeout is None else self._search.seconds_left(spec.timeout),
+            stopping=self._stopping,
         )
         if spec.stack != "auto":
             room = sizing.room()
@@ -207,9 +209,7 @@ class _Worker:
         """Give the trials back, and go on with stacks half as large; after those of one, without stacks."""
         capacity = self._choice.capacity
         self.give_back(f"out of memory in a stack of {capacity}")
-        self._choice = Choice(
-            capacity=max(1, capacity // 2), stacked=capacity > 1, grain=self._choice.grain, why="out of memory"
-        )
+        self._choice = replace(self._choice, capacity=max(1, capacity // 2), stacked=capacity > 1)
         self._say(
             f"out of memory: from now on {self._choice.capacity} trials at once, and those in training begin anew"
         )

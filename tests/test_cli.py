@@ -55,15 +55,15 @@ def test_run_then_run_again_then_more_trials(study: Write) -> None:
 
 
 def test_timeout_ends_the_study_and_says_so(study: Write) -> None:
-    path = study("timeout: 0.5\ntrials: 300\nstack: 1")
+    path = study("timeout: 2\ntrials: 300\nstack: 1")
     output = invoke("run", path, "--json")
-    assert "the study's time (0.5 s) is over: no new trial is begun; raise `timeout` to go on" in output
+    assert "the study's time (2 s) is over: no new trial is begun; raise `timeout` to go on" in output
     assert 0 < summary(output)["trials"]["complete"] < 300
     assert summary(output)["bundle"] is not None
     done = summary(output)["trials"]
     assert summary(invoke("run", path, "--json"))["trials"] == done  # and what is over stays over
     assert "about 0.0 s left" in invoke("status", path)
-    assert summary(invoke("run", path, "--json", "--set", "timeout=1.0"))["trials"]["complete"] > done["complete"]
+    assert summary(invoke("run", path, "--json", "--set", "timeout=4"))["trials"]["complete"] > done["complete"]
 
 
 def test_an_exit_status_for_each_end(study: Write) -> None:

@@ -157,9 +157,7 @@ MEMBER = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])  # to shrink takes minutes
-@given(drawn=st.lists(MEMBER, min_size=3, max_size=7), same=st.booleans(), grain=st.sampled_from(["fine", "coarse"]))
-def test_any_mixture_of_members_is_what_each_is_alone(drawn: list[dict[str, Any]], same: bool, grain: str) -> None:
+def check(drawn: list[dict[str, Any]], same: bool, grain: str) -> None:
     if same:  # all of one kind of optimizer and batch size, so that they share stacks
         drawn = [params | {"optimizer": drawn[0]["optimizer"], "batch_size": 12} for params in drawn]
     got, expected = members(drawn), members(drawn)
@@ -173,6 +171,27 @@ def test_any_mixture_of_members_is_what_each_is_alone(drawn: list[dict[str, Any]
             torch.testing.assert_close(
                 weights[one.number][name], weight, rtol=0, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
             )
+
+
+MIXTURE = {
+    "drawn": st.lists(MEMBER, min_size=3, max_size=6),
+    "same": st.booleans(),
+    "grain": st.sampled_from(["fine", "coarse"]),
+}
+TELLING = settings(deadline=None, derandomize=True, phases=[Phase.generate])  # to shrink takes minutes
+
+
+@settings(TELLING, max_examples=3)
+@given(**MIXTURE)
+def test_any_mixture_of_members_is_what_each_is_alone(drawn: list[dict[str, Any]], same: bool, grain: str) -> None:
+    check(drawn, same, grain)
+
+
+@pytest.mark.slow
+@settings(TELLING, max_examples=40)
+@given(**MIXTURE)
+def test_many_mixtures(drawn: list[dict[str, Any]], same: bool, grain: str) -> None:
+    check(drawn, same, grain)
 
 
 KINDS = [{"depth": d, "width": w, "activation": a} for d, w, a in [(0, 7, "relu"), (1, 20, "tanh"), (4, 40, "silu")]]
