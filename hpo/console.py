@@ -90,7 +90,7 @@ class PlainProgress(Progress):
 
 
 class LiveProgress(Progress):
-    """A bar of all trials, and under it each running trial's epoch and metric."""
+    """A bar of all trials, and under it the epoch and metric of the first few that run."""
 
     def __init__(self, board: Board, refresh: Refresh, console: Console) -> None:
         self._board, self._refresh, self._console = board, refresh, console
@@ -112,7 +112,8 @@ class LiveProgress(Progress):
             console=console,
         )
         self._tasks: dict[int, TaskID] = {}
-        self._live = Live(Group(self._all, self._running), console=console, refresh_per_second=8)
+        self._more = Text()
+        self._live = Live(Group(self._all, self._running, self._more), console=console, refresh_per_second=8)
 
     def __enter__(self) -> "LiveProgress":
         self._live.start()
@@ -124,7 +125,9 @@ class LiveProgress(Progress):
         self._live.stop()
 
     def trial_started(self, number: int, params: Mapping[str, Any]) -> None:
-        self._tasks[number] = self._running.add_task(f"trial {number}", total=None, text=shown(params))
+        visible = len(self._tasks) < _SHOWN
+        self._tasks[number] = self._running.add_task(f"trial {number}", total=None, text=shown(params), visible=visible)
+        self._show_more()
 
     def epoch_ended(self, number: int, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
         self._running.update(self._tasks[number], total=epochs, completed=epoch, text=_metric(self._board, metrics))
@@ -132,15 +135,24 @@ class LiveProgress(Progress):
     def trial_ended(self, number: int, state: str, value: float | None, reason: str | None) -> None:
         self._refresh(state, value)
         self._running.remove_task(self._tasks.pop(number))
+        for task in list(self._tasks.values())[:_SHOWN]:
+            self._running.update(task, visible=True)
+        self._show_more()
         text = ", ".join(part for part in (self._board.best_text(), self._board.left_text()) if part)
         self._all.update(self._task, completed=self._board.counts.finished, text=text)
         if reason is not None:
             self._console.print(Text(f"trial {number} {_STATES[state]}: {reason}", style="yellow"))
 
+    def _show_more(self) -> None:
+        more = len(self._tasks) - _SHOWN
+        self._more.plain = f"  and {more} more in training" if more > 0 else ""
+
     def note(self, text: str) -> None:
         self._console.print(Text(text))
 
 
+_SHOWN = 8
+"""How many of a stack's trials have a line of their own."""
 _STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "INTERRUPTED": "interrupted"}
 
 
