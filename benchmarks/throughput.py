@@ -172,6 +172,7 @@ def train_ours(name: str, device: str, n: int, seconds: float, grain: str | None
     if grain is not None:
         stacks: Stacks = Pool(bench.task, n, feed.head(8), Frames(bench.space, bench.build, grain), ahead=lambda: 10**9)
     stacks.join(members)
+    assert sum(len(stack.members) for stack in stacks.active) == n, "some wait to be trained alone"
     (inputs, targets), last = next(iter(batches())), len(feed) % size or size
     for stack in stacks.active:
         for rows in (size, size, last):
@@ -420,7 +421,7 @@ def main() -> None:
     given = parser.parse_args()
     gpu = torch.cuda.is_available()
     device = ("cuda" if gpu else "cpu") if given.device == "auto" else given.device
-    out = Console(width=130, highlight=False)
+    out = Console(width=150, highlight=False)
     out.print(
         f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, {given.cores} used, 1 thread a process unless "
         f"said otherwise, torch {torch.__version__}, Python {platform.python_version()}"

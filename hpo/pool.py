@@ -79,12 +79,11 @@ class Pool(Stacks):
                 refused.append((member, level, str(error)))
         for stack, group in kinds.items():
             if not self._worth_stacking(stack, len(group)):
-                self._say(
-                    f"trials of a kind that fewer than {WORTH_STACKING} share are trained alone: a stack is no faster"
-                )
+                if self.capacity > 1:
+                    self._say(f"trials of a kind that fewer than {WORTH_STACKING} share are trained alone: as fast")
                 self._queue += [each.member for _, each in group]
                 continue
-            if stack.free < len(group):
+            if stack.free < len(group) or not stack.members:
                 self._resize(stack, len(stack.members) + len(group))
             reasons = stack.take([each for _, each in group])
             for level, each in group:
@@ -123,14 +122,15 @@ class Pool(Stacks):
 
     def _resize(self, stack: VmapStack, n_members: int) -> None:
         capacity = 1 << (n_members - 1).bit_length() if n_members else 0
-        if capacity == stack.capacity:
-            return
-        stack.resize(capacity)
+        if capacity != stack.capacity:
+            stack.resize(capacity)
         if capacity:
             stack.how = self._how(stack, n_members, capacity)
 
     def _how(self, stack: VmapStack, n_members: int, capacity: int) -> How:
-        """Return whether the steps that a stack of that size has still to do pay for compiling it."""
+        """Return whether the steps that a stack of that size has still to do pay for compiling it, or it is done."""
+        if stack.is_compiled(capacity):
+            return "compiled"
         share = min(self._shared, n_members / max(n_members, self.capacity - self.free))
         rounds = 1 + math.floor(self._ahead() * share / capacity)
         n_steps = rounds * self._task.epochs * stack.steps_per_epoch

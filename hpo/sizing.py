@@ -8,9 +8,7 @@ that is seen on configurations drawn from its space. What is too short to be wor
 import math
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +26,7 @@ from hpo.vmap_stack import Candidate, How, NotStackable, VmapStack, candidate
 SIZES = (1, 4, 16, 64, 256)
 SHORT_SECONDS = 20.0
 """What takes no longer than this one at a time is trained so: to measure and to compile takes about as long."""
+AS_GIVEN = "as the study says"
 _SHARE = 0.1
 """How much of the time that a study takes one at a time may go into measuring."""
 _ROOM = 0.7
@@ -72,13 +71,44 @@ class Sizing:
 
     def room(self) -> int:
         """Return how many of the largest trials fit into the device's memory at once, and at least 1."""
-        largest = 0
-        for params in self.draws:
-            with suppress(NotStackable):
-                member = Member(number=-1, seed=0, params=params)
-                each = candidate(self.task, member, self.frames("coarse")[0], self.example)
-                largest = max(largest, each.bytes_in_a_stack())
+        kinds, _ = self._kinds("coarse")
+        largest = max((each.bytes_in_a_stack() for group in kinds.values() for each in group), default=0)
         return max(1, int(_ROOM * free_bytes(self.task.device) / largest)) if largest else 1
+
+    def given(self, capacity: int) -> Choice:
+        """Return what the study asks for: so many trials at once, or as many as memory has room for.
+
+        One at a time is a stack of one where the study's steps pay for compiling it, since that is faster.
+        """
+        n_steps = self.n_trials * self._n_steps(self.draws[0])
+        if capacity == 1 and n_steps < WORTH_COMPILING:
+            return Choice(why=AS_GIVEN)
+        kinds = self._kinds("fine")[0]
+        shared = self._shared(kinds)
+        if capacity == 1:
+            return Choice(stacked=n_steps * shared >= WORTH_COMPILING, shared=shared, why=AS_GIVEN)
+        room = self.room()
+        why = AS_GIVEN
+        if room < min(capacity, self.n_trials):
+            why = f"{room} trials at once, not {capacity}: memory is free for no more"
+        return Choice(capacity=min(capacity, room), stacked=True, shared=shared or 1.0, why=why)
+
+    def _kinds(self, grain: Grain) -> tuple[dict[Any, list[Candidate]], list[str]]:
+        """Return those of the drawn trials that can be stacked, by their kind, and why others cannot."""
+        fit = self.frames(grain)[0]
+        kinds: dict[Any, list[Candidate]] = {}
+        reasons = []
+        for i, params in enumerate(self.draws):
+            try:
+                each = candidate(self.task, Member(number=-1 - i, seed=i, params=params), fit, self.example)
+                kinds.setdefault(each.signature, []).append(each)
+            except NotStackable as error:
+                reasons.append(str(error))
+        return kinds, reasons
+
+    def _shared(self, kinds: Mapping[Any, Sequence[Candidate]]) -> float:
+        """Return which share of the other trials is of a trial's own kind, on average."""
+        return sum((len(group) / len(self.draws)) ** 2 for group in kinds.values())
 
     def choose(self) -> Choice:
         """Return what gives the most trials per hour. Raises Interrupted as soon as `stopping` says so."""
@@ -115,20 +145,13 @@ class Sizing:
         One at a time the study takes `total` seconds. Making a stack of each kind is counted too: compiling takes long.
         """
         frames = self.frames(grain)
-        kinds: dict[Any, list[Candidate]] = {}
-        reasons = []
-        for member in members:
-            try:
-                each = candidate(self.task, member, frames[0], self.example)
-                kinds.setdefault(each.signature, []).append(each)
-            except NotStackable as error:
-                reasons.append(error)
+        kinds, reasons = self._kinds(grain)
         if not kinds:
-            raise reasons[0]
+            raise NotStackable(reasons[0])
         common = max(kinds.values(), key=len)
         stacked = total * sum(map(len, kinds.values())) / len(members)  # the others train one at a time
         # of K trials at once, so many are of one kind on average, from a trial's point of view
-        shared = sum((n / len(members)) ** 2 for n in Counter({k: len(v) for k, v in kinds.items()}).values())
+        shared = self._shared(kinds)
         alone = sum(self._seconds_alone(each.member) for each in common[:_ALONE]) / len(common[:_ALONE])
         before, measured = 0.0, 0
         for k in SIZES:

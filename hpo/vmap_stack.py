@@ -198,6 +198,10 @@ class VmapStack(Stack):
         """How many steps an epoch of its members has."""
         return self._task.steps_per_epoch(self._params)
 
+    def is_compiled(self, capacity: int) -> bool:
+        """Whether there is a compiled step for so many slots."""
+        return (capacity, self._params["batch_size"], "compiled") in self._steps
+
     def suits(self, candidate: Candidate) -> bool:
         """Whether `candidate` is of this stack's kind."""
         return self._template is not None and self._kind_of(candidate) == self._signature

@@ -16,7 +16,7 @@ from hpo.plan import Plan
 from hpo.pool import Pool
 from hpo.progress import Progress
 from hpo.search import TIMED_OUT, Search
-from hpo.sizing import Choice, Sizing
+from hpo.sizing import AS_GIVEN, Choice, Sizing
 from hpo.stack import LoopStack, Member, One, Stack, Stacks, is_out_of_memory
 from hpo.tracking import Tracker
 from hpo.training import train
@@ -28,6 +28,7 @@ ROUNDS = 4
 """Into how many rounds `stack: auto` divides a study at the least whose sampler learns from the trials before."""
 _EXAMPLE_ROWS = 8
 _DRAWS = 64
+_INTERRUPTED = "interrupted; the running trials were given back, run the same command again to go on"
 CHOICE = "hpo:stack"
 """The study's attribute that says what `stack: auto` has chosen, why, and on which machine."""
 
@@ -50,16 +51,18 @@ def work(
         return time.monotonic() >= deadline
 
     worker = _Worker(plan, data, search, tracker, progress, lambda: stopping() or out_of_time())
-    deadline = _deadline(plan, search)
+    try:
+        worker.choose()
+    except Interrupted:
+        raise Interrupted(_INTERRUPTED) from None
+    deadline = _deadline(plan, search)  # measuring is not counted: no trial runs
     while not out_of_time():
         try:
             worker.train()
         except Interrupted:
             if stopping():
                 worker.give_back("interrupted")
-                raise Interrupted(
-                    "interrupted; the running trials were given back, run the same command again to go on"
-                ) from None
+                raise Interrupted(_INTERRUPTED) from None
             worker.give_back("the study's time was over")
             break
         except BaseException as error:
@@ -103,7 +106,6 @@ class _Worker:
         if plan.spec.precision == "tf32" and plan.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
             torch.backends.cudnn.allow_tf32 = True
-        self._choice = self._choose()
 
     def train(self) -> None:
         """Train until there is no trial left to claim. Raises Interrupted.
@@ -168,12 +170,19 @@ class _Worker:
     def _frames(self, grain: Grain) -> Frames:
         return Frames(self._plan.space, lambda params: self._plan.objective.build(params, self._task.info), grain)
 
-    def _choose(self) -> Choice:
-        """Return the size of the stacks, measured where the study says `auto`."""
+    def choose(self) -> None:
+        """Choose the size of the stacks, measured where the study says `auto`. Raises Interrupted."""
+        self._choice = self._chosen_size()
+        if self._choice.threads is not None:
+            torch.set_num_threads(self._choice.threads)
+        if self._choice.why != AS_GIVEN:
+            self._progress.note(f"stack: {self._choice.why}")
+
+    def _chosen_size(self) -> Choice:
         spec = self._plan.spec
         n_trials = self._search.counts().waiting
-        if spec.stack == 1 or n_trials == 0:
-            return Choice(why="as the study says")
+        if n_trials == 0:
+            return Choice(why=AS_GIVEN)
         learns = spec.sampler.name not in ("random", "grid", "qmc", "brute_force")
         sizing = Sizing(
             task=self._task,
@@ -187,22 +196,13 @@ class _Worker:
             stopping=self._stopping,
         )
         if spec.stack != "auto":
-            room = sizing.room()
-            if room < min(spec.stack, n_trials):
-                self._progress.note(f"stack: {room} trials at once, not {spec.stack}: memory is free for no more")
-            return Choice(capacity=min(spec.stack, room), stacked=True, why="as the study says")
+            return sizing.given(spec.stack)
         where = f"{platform.node()} {self._plan.device}"
         before = self._search.attrs.get(CHOICE, {})
         if before.get("where") == where:  # a study that goes on, goes on as it began
-            return self._chosen(Choice(**before["choice"]))
+            return Choice(**before["choice"])
         choice = sizing.choose()
         self._search.remember(CHOICE, {"where": where, "choice": asdict(choice)})
-        return self._chosen(choice)
-
-    def _chosen(self, choice: Choice) -> Choice:
-        if choice.threads is not None:
-            torch.set_num_threads(choice.threads)
-        self._progress.note(f"stack: {choice.why}")
         return choice
 
     def _halve(self) -> None:
