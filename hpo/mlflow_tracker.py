@@ -65,6 +65,9 @@ class MlflowTracker(Tracker):
         self._put("start", None, tags=dict(tags), texts=dict(texts))
         self._wait_for_run(None, self.CONNECT_SECONDS)
 
+    def tag_study(self, tags: Mapping[str, str]) -> None:
+        self._put("start", None, due=False, tags=dict(tags))
+
     def start_trial(self, trial: int, params: Mapping[str, Any]) -> str | None:
         self._put("start", trial, params={key: str(value)[:6000] for key, value in params.items()})
         return self._wait_for_run(trial, self.START_SECONDS)

@@ -37,6 +37,9 @@ class Tracker(ABC):
     def log_folder(self, folder: Path, name: str) -> None:
         """Keep the files of `folder` with the study's run, under `name`."""
 
+    def tag_study(self, tags: Mapping[str, str]) -> None:
+        """Say more of the study that goes on: what was chosen for it, and why."""
+
     @abstractmethod
     def end_study(self, state: str) -> None:
         """End the study's run, and send all that is left to send."""
@@ -72,9 +75,13 @@ class MemoryTracker(Tracker):
         self.metrics: dict[int | None, list[tuple[int, dict[str, float]]]] = {}
         self.ended: dict[int | None, tuple[str, str | None]] = {}
         self.folders: list[Path] = []
+        self.tags: dict[str, str] = {}
 
     def start_study(self, tags: Mapping[str, str], texts: Mapping[str, str]) -> None:
         self.ended.pop(None, None)
+
+    def tag_study(self, tags: Mapping[str, str]) -> None:
+        self.tags |= tags
 
     def start_trial(self, trial: int, params: Mapping[str, Any]) -> str | None:
         self.params[trial] = dict(params)

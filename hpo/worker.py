@@ -177,6 +177,7 @@ class _Worker:
             torch.set_num_threads(self._choice.threads)
         if self._choice.why != AS_GIVEN:
             self._progress.note(f"stack: {self._choice.why}")
+            self._tracker.tag_study({"hpo.stack": self._choice.why})
 
     def _chosen_size(self) -> Choice:
         spec = self._plan.spec

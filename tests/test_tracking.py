@@ -28,6 +28,7 @@ def _no_warning(text: str) -> None:
 def tell(tracker: Tracker) -> None:
     """A whole study of three trials: one complete, one pruned, one failed."""
     tracker.start_study({"hpo.objective": "o"}, {"study.yaml": "objective: o\n"})
+    tracker.tag_study({"hpo.stack": "one trial at a time"})
     for trial in range(3):
         tracker.start_trial(trial, {"lr": 0.1, "n": trial})
         for epoch in range(4):
@@ -85,6 +86,8 @@ def test_states_curves_params_and_parents_in_mlflows_tables(mlflow: MlflowTracke
     ]
     tags = dict(query("select name, value from tags join runs using (run_uuid) where key = 'hpo.state'"))
     assert tags == {"s": "COMPLETE", "trial 0": "COMPLETE", "trial 1": "PRUNED", "trial 2": "FAIL"}
+    chosen = query("select name, value from tags join runs using (run_uuid) where key = 'hpo.stack'")
+    assert chosen == [("s", "one trial at a time")]
     (parent,) = query("select run_uuid from runs where name = 's'")
     parents = query("select distinct value from tags where key = 'mlflow.parentRunId'")
     assert parents == [parent]
