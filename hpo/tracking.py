@@ -37,6 +37,7 @@ class Tracker(ABC):
     def log_folder(self, folder: Path, name: str) -> None:
         """Keep the files of `folder` with the study's run, under `name`."""
 
+    @abstractmethod
     def tag_study(self, tags: Mapping[str, str]) -> None:
         """Say more of the study that goes on: what was chosen for it, and why."""
 
@@ -49,6 +50,9 @@ class NullTracker(Tracker):
     """`tracking: off`."""
 
     def start_study(self, tags: Mapping[str, str], texts: Mapping[str, str]) -> None:
+        pass
+
+    def tag_study(self, tags: Mapping[str, str]) -> None:
         pass
 
     def start_trial(self, trial: int, params: Mapping[str, Any]) -> str | None:
