@@ -188,6 +188,12 @@ def _off(value: Any) -> Any:
     return "off" if value is False or value is None else value
 
 
+def _stack(value: Any) -> Any:
+    if value != "auto" and not (type(value) is int and value >= 1):
+        raise ValueError(f"must be auto, or a whole number of at least 1, but got {value!r}")
+    return value
+
+
 class StudySpec(_Frozen):
     """All of a study, as study.yaml says it. Defaults are those of the README's table."""
 
@@ -220,7 +226,7 @@ class StudySpec(_Frozen):
     device: str = "auto"
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     """How networks compute: as they are; with TF32 in matrix products (CUDA); under autocast to bfloat16."""
-    stack: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    stack: Annotated[Literal["auto"] | int, BeforeValidator(_stack)] = "auto"
     """How many trials are trained at once on the device, as one stack, where their structure allows; auto: measured."""
 
     @field_validator("name")
