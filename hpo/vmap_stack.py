@@ -32,7 +32,7 @@ from hpo.measuring import Measuring
 from hpo.objective import Params
 from hpo.optim import ARGUMENTS, MAX_GRAD_NORM, optimizer_class
 from hpo.stack import EVALUATION_ROWS, Member, Stack, Task, in_full, is_out_of_memory, joined
-from hpo.structure import Framed, own_state
+from hpo.structure import Framed, RateDropout, own_state
 
 How = Literal["eager", "graph", "compiled"]
 
@@ -402,8 +402,28 @@ class VmapStack(Stack):
                     raise
                 run = graph
         if self._task.device.type == "cuda":
-            return CudaReplay(run, self._arguments(), inputs, targets)
+            return self._recorded(run, inputs, targets)
         return run
+
+    def _recorded(self, run: Callable[..., Any], inputs: Sequence[Tensor], targets: Tensor) -> Callable[..., Any]:
+        """Return `run` recorded as a CUDA graph; as it is, where that fails or does not give what `run` gives."""
+        state = self._arguments()[:4]
+        before = tree_map(torch.clone, state)
+        try:
+            replay = CudaReplay(run, self._arguments(), inputs, targets)
+            with torch.no_grad():
+                losses = run(*tree_map(torch.clone, self._arguments()), inputs, targets)[-1]
+                replayed = replay(*self._arguments(), inputs, targets)[-1]
+            random = any(isinstance(module, RateDropout) for module in self._template.modules())
+            good = random or torch.allclose(losses, replayed, rtol=1e-3, atol=1e-5, equal_nan=True)
+        except Exception as error:  # whatever CUDA cannot record
+            if is_out_of_memory(error):
+                raise
+            good = False
+        with torch.no_grad():
+            for now, then in zip(tree_leaves(state), tree_leaves(before), strict=True):
+                now.copy_(then)  # nothing was trained yet
+        return replay if good else run
 
     def _capture(self, inputs: Sequence[Tensor], targets: Tensor) -> Callable[..., Any]:
         """Return the step as a graph of plain operations, for batches of this size."""

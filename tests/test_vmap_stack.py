@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 from torchmetrics.regression import MeanSquaredError
 
 from hpo.data import DataInfo, Split
@@ -341,3 +342,40 @@ def test_a_loss_that_takes_numbers_only_divides_members_by_them() -> None:
     made.join(Member(number=1, seed=1, params=base | {"smoothing": 0.1}))
     with pytest.raises(NotStackable, match="its structure is not that of the stack"):
         made.join(Member(number=2, seed=2, params=base | {"smoothing": 0.2}))
+
+
+class Replay:
+    """As CudaReplay is to be: changes the tensors it was made for in place. `fault` makes it another thing."""
+
+    fault = ""
+
+    def __init__(self, run: Any, arguments: Any, inputs: Any, targets: Any) -> None:
+        if self.fault == "raises":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self._run, self._arguments = run, arguments
+
+    def __call__(self, *arguments: Any) -> Any:
+        with torch.no_grad():
+            *new, losses = self._run(*self._arguments, *arguments[-2:])
+            for own, now in zip(tree_leaves(self._arguments[:4]), tree_leaves(new), strict=True):
+                own.copy_(now)
+        return *self._arguments[:4], losses * (2 if self.fault == "wrong" else 1)
+
+
+@pytest.mark.parametrize("fault", ["", "raises", "wrong"])
+def test_a_recorded_step_is_used_if_it_gives_what_the_step_gives(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """Without a GPU: what is recorded is a stand-in, what is done with it is not."""
+    monkeypatch.setattr("hpo.vmap_stack.CudaReplay", Replay)
+    monkeypatch.setattr(Replay, "fault", fault)
+    made = []
+    real = VmapStack._prepare
+
+    def prepare(self: VmapStack, inputs: Any, targets: Any) -> Any:
+        made.append(self._recorded(real(self, inputs, targets), inputs, targets))
+        return made[-1]
+
+    monkeypatch.setattr(VmapStack, "_prepare", prepare)
+    got, expected = members("conv_batchnorm"), members("conv_batchnorm")
+    got_weights = fit(stack("conv_batchnorm"), got, "conv_batchnorm")
+    assert {isinstance(each, Replay) for each in made} == {not fault}
+    assert_equal(got, expected, got_weights, fit(loop(4), expected, "conv_batchnorm"))
