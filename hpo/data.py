@@ -73,6 +73,8 @@ class DataInfo:
     input_dtypes: Mapping[str, str]
     feature_names: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
+    class_counts: tuple[int, ...] = ()
+    """How many of the training rows have each class."""
 
     @property
     def n_features(self) -> int:
@@ -93,6 +95,8 @@ class Data:
     test: Split
     feature_names: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
+    missing: bool = False
+    """Whether NaN in the inputs is a missing value, which `preprocess` fills in; else it is refused."""
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -100,12 +104,13 @@ class Data:
 
     @property
     def info(self) -> DataInfo:
-        inputs = self.train.inputs
+        inputs, n = self.train.inputs, len(self.class_names)
         return DataInfo(
             inputs={name: tuple(x.shape[1:]) for name, x in inputs.items()},
             input_dtypes={name: str(x.dtype).removeprefix("torch.") for name, x in inputs.items()},
             feature_names=self.feature_names,
             class_names=self.class_names,
+            class_counts=tuple(torch.bincount(self.train.targets.long().ravel(), minlength=n).tolist()) if n else (),
         )
 
     def checked(self, objective: str) -> "Data":
@@ -119,6 +124,8 @@ class Data:
                         f"objective {objective}: in its {name} split, {column} has {len(tensor)} rows, "
                         f"but targets has {len(split)}"
                     )
+                if self.missing and column != "targets":
+                    continue
                 if tensor.is_floating_point() and not (finite := torch.isfinite(tensor)).all():
                     bad = (~finite.reshape(len(tensor), -1)).any(1).nonzero()[:, 0]
                     raise DataError(

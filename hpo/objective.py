@@ -17,26 +17,47 @@ no MLflow; the engine has those. A whole one:
 
 import importlib
 import importlib.util
+import inspect
 import sys
 import sysconfig
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from hpo import catalog
+from hpo import catalog, losses
 from hpo.data import Data, DataInfo, Split
 from hpo.errors import Fault, did_you_mean
 from hpo.spec import validate
 
 Params = Mapping[str, Any]
 """One trial's hyperparameters by name: those that were sampled and those that are fixed."""
+
+
+class Report(Protocol):
+    """What an objective's own `train` is given: the data, and where to report after each epoch.
+
+    `train` and `valid` are prepared by the objective's `preprocess`. When the best params are trained anew, `train`
+    has the validation rows too, and what is reported of them is not used.
+    """
+
+    train: Split
+    valid: Split
+    epochs: int
+    seed: int
+    """What weights are to be drawn from."""
+
+    def __call__(self, metrics: Mapping[str, float]) -> bool:
+        """Report one epoch's metrics on `valid` by name, and return whether to go on; after False, return.
+
+        Names beginning with `train_` are logged as they are.
+        """
 
 
 @dataclass(frozen=True)
@@ -55,6 +76,10 @@ class Objective(ABC):
     property where it depends on the options; so may `space` be."""
     space: Mapping[str, Any] = {}
     """The default search space, as in study.yaml's `params`; used where the study names no range of its own."""
+    info: DataInfo = DataInfo(inputs={}, input_dtypes={})
+    """What the data is; set as soon as the engine has loaded it."""
+    own_losses: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {}
+    """The losses that the study gives by import path; set by the engine."""
 
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options
@@ -63,16 +88,23 @@ class Objective(ABC):
     def data(self) -> Data:
         """Return the data, the same at every call. Raises DataError where it cannot be had."""
 
-    @abstractmethod
     def build(self, params: Params, info: DataInfo) -> nn.Module:
         """Return a new network for `params`, on the CPU, initialised from torch's global generator.
 
-        It takes the preprocessed inputs in their order, each (B, ...), and gives what `loss` and `metrics` take.
+        It takes the preprocessed inputs in their order, each (B, ...), and gives what `loss` and `metrics` take; of
+        several outputs (a tuple) `loss` takes all, metrics and `head` the first.
         """
+        raise NotImplementedError
 
-    @abstractmethod
-    def loss(self, outputs: Tensor, targets: Tensor, params: Params) -> Tensor:
-        """Return the mean loss of a batch, a tensor of no dimensions."""
+    def loss(self, outputs: Any, targets: Tensor, params: Params) -> Tensor:
+        """Return the mean loss of a batch, a tensor of no dimensions.
+
+        Unless it is overridden, it is the one that the param `loss` names: see `hpo.losses`, or an import path.
+        """
+        name = params["loss"]
+        if name in self.own_losses:
+            return self.own_losses[name](outputs, targets)
+        return losses.BY_NAME[name](outputs, targets, params, self.info.class_counts)
 
     @abstractmethod
     def metrics(self) -> Mapping[str, Metric]:
@@ -81,6 +113,10 @@ class Objective(ABC):
         They take (outputs, targets). A metric's own `higher_is_better` says in which direction the search goes.
         The engine adds `loss`.
         """
+
+    train: Callable[[Params, Report], nn.Module | None] | None = None
+    """In place of `build` and `loss`: an objective's own training of one trial's params, in whatever way. It calls
+    `report` after each epoch until that says no, and returns a network to be tested and exported, or None."""
 
     def preprocess(self, train: Split) -> nn.Module:
         """Return a module without parameters that takes raw inputs to what the network takes.
@@ -98,48 +134,110 @@ class Objective(ABC):
         return nn.Identity()
 
 
-def load(where: str, options: Mapping[str, Any], folder: Path) -> tuple[Objective | None, list[Fault]]:
-    """Return the objective that `where` names, made with `options`, or the faults that keep it from being made.
+class Function:
+    """A plain Optuna objective, `f(trial) -> float`: it suggests its own params, reports and prunes itself."""
+
+    def __init__(self, call: Callable[[Any], Any]) -> None:
+        self.call = call
+
+
+def load(
+    where: str, options: Mapping[str, Any], folder: Path
+) -> tuple[Objective | None, list[Fault]] | tuple[Function, list[Fault]]:
+    """Return what `where` names, an objective made with `options` or a function, or the faults that keep it from that.
 
     `where` is the name of a module in `objectives/`, or `package.module[:Name]`, or `path/to/file.py[:Name]`, the
-    path from `folder` (where the study file lies), else from the current one.
+    path from `folder` (where the study file lies), else from the current one. `:name` may be a function.
     """
     target, _, name = where.partition(":")
     at = ("objective",)
-    try:
-        module = _import(target, folder)
-    except _NotFound as error:
-        return None, [Fault(path=at, message=str(error))]
-    except (Exception, SystemExit) as error:  # the user's own code: whatever it raises is theirs to see
-        return None, [Fault(path=at, message=f"{target} cannot be imported: {origin(error)}")]
+    module, faults = _module(target, folder, at)
+    if module is None:
+        return None, faults
     classes = {
         key: value
         for key, value in vars(module).items()
         if isinstance(value, type) and issubclass(value, Objective) and value.__module__ == module.__name__
     }
+    found = getattr(module, name, None) if name else None
+    if callable(found) and not isinstance(found, type):
+        unknown = [Fault(path=("options", key), message="a function has no options") for key in options]
+        return Function(found), unknown
     if name and name not in classes:
-        return None, [Fault(path=at, message=f"{target} has no objective {name!r}{did_you_mean(name, classes)}")]
+        known = [*classes, *(key for key, value in vars(module).items() if inspect.isfunction(value))]
+        message = f"{target} has no objective and no function {name!r}{did_you_mean(name, known)}"
+        return None, [Fault(path=at, message=message)]
     if not name and len(classes) != 1:
         which = (
-            f"write {target}:Name with one of {', '.join(classes)}" if classes else "subclass hpo.objective.Objective"
+            f"write {target}:Name with one of {', '.join(classes)}"
+            if classes
+            else f"subclass hpo.objective.Objective, or write {target}:function for a plain Optuna objective"
         )
         return None, [
             Fault(path=at, message=f"{target} must hold exactly one objective, but holds {len(classes)}; {which}")
         ]
     cls = classes[name] if name else next(iter(classes.values()))
-    if missing := sorted(cls.__abstractmethods__):
-        return None, [Fault(path=at, message=f"{target}:{cls.__name__} does not define {', '.join(missing)}")]
+    called = f"{target}:{cls.__name__}"
+    if missing := _missing(cls):
+        return None, [Fault(path=at, message=f"{called} does not define {', '.join(missing)}")]
     if not is_dataclass(cls.Options):
-        return None, [
-            Fault(path=at, message=f"{target}:{cls.__name__}.Options must be a dataclass, but is {cls.Options!r}")
-        ]
+        return None, [Fault(path=at, message=f"{called}.Options must be a dataclass, but is {cls.Options!r}")]
     made, faults = validate(cls.Options, options, ("options",))
     if faults:
         return None, faults
     try:
-        return cls(made), []
+        objective = cls(_beside(made, folder))
+        without_loss = cls.loss is Objective.loss and "loss" not in objective.defaults and cls.train is None
     except Exception as error:
-        return None, [Fault(path=at, message=f"{target}:{cls.__name__} cannot be made: {origin(error)}")]
+        return None, [Fault(path=at, message=f"{called} cannot be made: {origin(error)}")]
+    if without_loss:
+        message = f"{called} does not define loss; or let its defaults name one: " + ", ".join(losses.BY_NAME)
+        return None, [Fault(path=at, message=message)]
+    return objective, []
+
+
+def load_function(where: str, folder: Path, at: tuple[str, ...]) -> tuple[Callable[..., Any] | None, list[Fault]]:
+    """Return the function (or a class made without arguments) that `module:name` or `file.py:name` is, or why not."""
+    target, _, name = where.partition(":")
+    module, faults = _module(target, folder, at)
+    if module is None:
+        return None, faults
+    found = getattr(module, name, None)
+    try:
+        found = found() if isinstance(found, type) else found
+    except Exception as error:
+        return None, [Fault(path=at, message=f"{where} cannot be made: {origin(error)}")]
+    if not callable(found):
+        known = [key for key, value in vars(module).items() if callable(value)]
+        return None, [Fault(path=at, message=f"{target} has no function {name!r}{did_you_mean(name, known)}")]
+    return found, []
+
+
+def _missing(cls: type[Objective]) -> list[str]:
+    """Return the names of what an objective must define and `cls` does not."""
+    missing = sorted(cls.__abstractmethods__)
+    if cls.build is Objective.build and cls.train is None:
+        missing.append("build (or train)")
+    return missing
+
+
+def _beside(options: Any, folder: Path) -> Any:
+    """Return `options` with its relative paths as they are from `folder`, where the study file lies, if there."""
+    found = {f.name: folder / getattr(options, f.name) for f in fields(options) if _is_path(getattr(options, f.name))}
+    return replace(options, **{name: path for name, path in found.items() if path.exists()})
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, Path)
+
+
+def _module(target: str, folder: Path, at: tuple[str, ...]) -> tuple[ModuleType | None, list[Fault]]:
+    try:
+        return _import(target, folder), []
+    except _NotFound as error:
+        return None, [Fault(path=at, message=str(error))]
+    except (Exception, SystemExit) as error:  # the user's own code: whatever it raises is theirs to see
+        return None, [Fault(path=at, message=f"{target} cannot be imported: {origin(error)}")]
 
 
 class _NotFound(Exception):

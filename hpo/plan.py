@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torchmetrics import Metric
 
+from hpo import losses, optim
 from hpo import objective as objectives
-from hpo import optim
 from hpo import space as spaces
 from hpo import spec as specs
 from hpo.data import Data, DataInfo
@@ -65,7 +65,8 @@ class Plan:
         data = guarded(self, "data", self.objective.data)
         if not isinstance(data, Data):
             raise InputError(f"objective {self.spec.objective}: data must return hpo.data.Data, but got {data!r:.100}")
-        return data.checked(self.spec.objective)
+        self.objective.info = data.checked(self.spec.objective).info
+        return data
 
 
 def prepare(path: Path, overrides: Mapping[str, str] | None = None) -> Plan:
@@ -100,6 +101,7 @@ def _check(draft: Draft, spec: StudySpec, folder: Path) -> tuple[Plan | None, li
     faults += more
     params, more = _params(objective, draft, spec)
     faults += more
+    faults += _name_losses(objective, params, folder)
     space, more = spaces.build(params, spec.start_with)
     if any(fault.path[:1] == ("params",) for fault in draft.faults):  # its own faults come first: mend those
         more = [fault for fault in more if fault.path[0] != "start_with"]
@@ -176,6 +178,22 @@ def _params(objective: Objective, draft: Draft, spec: StudySpec) -> tuple[dict[s
             params[str(fault.path[1])] = None
     values = {name: _span(value) for name, value in params.items() if value is not None}
     return params, faults + optim.faults(values)
+
+
+def _name_losses(objective: Objective, params: Mapping[str, Any], folder: Path) -> list[Fault]:
+    """Give the objective the losses that its params name by import path; return what is wrong with the losses' own."""
+    faults, own = [], {}
+    for name in _span(params["loss"]) if "loss" in objective.defaults else []:
+        at = ("params", "loss")
+        if ":" in str(name):
+            function, more = objectives.load_function(str(name), folder, at)
+            faults += more
+            own |= {str(name): function} if function is not None else {}
+        elif name not in losses.BY_NAME:
+            message = f"there is no loss {name!r}{did_you_mean(str(name), losses.BY_NAME)}; or name your own, file.py:f"
+            faults.append(Fault(path=at, message=message))
+    objective.own_losses = own
+    return faults + losses.faults({name: _span(value) for name, value in params.items()})
 
 
 def _reachable(entry: Any, params: Mapping[str, Any]) -> bool:

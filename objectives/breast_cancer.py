@@ -6,7 +6,6 @@ from typing import Literal
 import torch
 from sklearn.datasets import load_breast_cancer
 from torch import nn
-from torch.nn import functional as F
 from torchmetrics.classification import BinaryAccuracy, BinaryAUROC
 
 from hpo.objective import Objective
@@ -26,11 +25,14 @@ class BreastCancer(Objective):
 
     Options = Options
     defaults = {
+        "loss": "bce",
         "optimizer": "adam",
         "learning_rate": 1e-3,
         "weight_decay": 0.0,
         "batch_size": 64,
         "n_hidden": 24,
+        "label_smoothing": 0.0,
+        "class_weights": "none",
     }
     space = {
         "learning_rate": {"type": "float", "low": 3e-4, "high": 5e-3, "log": True},
@@ -54,9 +56,6 @@ class BreastCancer(Objective):
 
     def build(self, params, info):
         return MLP(info.n_features, [params["n_hidden"]] * 2, 1)
-
-    def loss(self, outputs, targets, params):
-        return F.binary_cross_entropy_with_logits(outputs, targets)
 
     def metrics(self):
         return {"accuracy": BinaryAccuracy(), "auroc": BinaryAUROC()}

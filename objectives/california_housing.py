@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from sklearn.datasets import fetch_california_housing
-from torch.nn import functional as F
 from torchmetrics.regression import MeanSquaredError, R2Score
 
 from hpo.objective import Objective
@@ -25,7 +24,7 @@ class Options:
     scaling: Literal["standard", "quantile"] = "standard"
 
 
-ENGINE = {"optimizer": "adam", "learning_rate": 1e-3, "weight_decay": 0.0, "batch_size": 64}
+ENGINE = {"loss": "mse", "optimizer": "adam", "learning_rate": 1e-3, "weight_decay": 0.0, "batch_size": 64}
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "mlp": {"n_hidden1": 24, "n_hidden2": 24},
     "deep": {"n_layers": 3, "n_hidden": 128, "dropout": 0.0},
@@ -72,9 +71,6 @@ class CaliforniaHousing(Objective):
         if self.options.model == "mlp":
             return MLP(info.n_features, [params["n_hidden1"], params["n_hidden2"]], 1)
         return MLP(info.n_features, [params["n_hidden"]] * params["n_layers"], 1, dropout=params["dropout"])
-
-    def loss(self, outputs, targets, params):
-        return F.mse_loss(outputs, targets)
 
     def metrics(self):
         return {"r2": R2Score(), "rmse": MeanSquaredError(squared=False)}

@@ -11,7 +11,6 @@ from torchvision.datasets import FashionMNIST as TorchvisionFashionMNIST
 from hpo.data import Data, Split
 from hpo.objective import Objective
 from objectives.datasets import torchvision_arrays
-from objectives.losses import cross_entropy
 from objectives.models import MLP, ScalePixels
 
 CLASSES = (
@@ -40,12 +39,14 @@ class FashionMNIST(Objective):
 
     Options = Options
     defaults = {
+        "loss": "cross_entropy",
         "optimizer": "sgd",
         "learning_rate": 0.05,
         "batch_size": 32,
         "n_hidden1": 300,
         "n_hidden2": 100,
         "label_smoothing": 0.0,
+        "class_weights": "none",
     }
     space = {
         "learning_rate": {"type": "float", "low": 1e-3, "high": 0.3, "log": True},
@@ -68,9 +69,6 @@ class FashionMNIST(Objective):
 
     def build(self, params, info):
         return MLP(info.n_features, [params["n_hidden1"], params["n_hidden2"]], info.n_classes)
-
-    def loss(self, outputs, targets, params):
-        return cross_entropy(outputs, targets, label_smoothing=params["label_smoothing"])
 
     def metrics(self):
         return {"accuracy": MulticlassAccuracy(len(CLASSES), average="micro")}

@@ -87,6 +87,7 @@ def test_info_says_what_a_network_must_know(data):
         input_dtypes={"x": "float32", "code": "int64"},
         feature_names=("a", "b"),
         class_names=("no", "yes", "maybe"),
+        class_counts=(2, 2, 0),
     )
     assert (data.info.n_features, data.info.n_classes) == (2, 3)
 

@@ -24,6 +24,7 @@ LAYERS = {
     "structure": 0,
     "document": 1,
     "catalog": 1,
+    "losses": 1,
     "budget": 1,
     "spec": 2,
     "data": 2,

@@ -13,13 +13,13 @@ from torchmetrics.classification import MulticlassAccuracy
 from hpo.data import DataInfo, Split
 from hpo.feed import Feed
 from hpo.frames import Frames
+from hpo.losses import cross_entropy
 from hpo.objective import Objective
 from hpo.pool import Pool
 from hpo.space import build
 from hpo.spec import parse_param
 from hpo.stack import LoopStack, Member, One, Stack, Stacks, Task
 from hpo.training import train
-from objectives.losses import cross_entropy
 
 CPU = torch.device("cpu")
 N_EPOCHS = 3

@@ -173,20 +173,21 @@ def test_a_module_that_imports_what_is_not_there_is_not_taken_for_missing(folder
 
 def test_a_method_that_is_missing_is_named(folder):
     write(folder / "a.py", "from hpo.objective import Objective\nclass Half(Objective):\n    def data(self): ...\n")
-    assert message("a.py", folder) == "a.py:Half does not define build, loss, metrics"
+    assert message("a.py", folder) == "a.py:Half does not define metrics, build (or train)"
 
 
 def test_a_file_must_say_which_objective_is_meant(folder):
     write(folder / "none.py", "from hpo.objective import Objective\n")
     write(folder / "two.py", GOOD + "\n    class Other(Mine): ...\n")
     assert message("none.py", folder) == (
-        "none.py must hold exactly one objective, but holds 0; subclass hpo.objective.Objective"
+        "none.py must hold exactly one objective, but holds 0; subclass hpo.objective.Objective, "
+        "or write none.py:function for a plain Optuna objective"
     )
     assert message("two.py", folder) == (
         "two.py must hold exactly one objective, but holds 2; write two.py:Name with one of Mine, Other"
     )
-    assert message("two.py:Othr", folder) == "two.py has no objective 'Othr'; did you mean \"Other\"?"
-    assert message("none.py:X", folder) == "none.py has no objective 'X'; known: none"
+    assert message("two.py:Othr", folder) == "two.py has no objective and no function 'Othr'; did you mean \"Other\"?"
+    assert message("none.py:X", folder) == "none.py has no objective and no function 'X'; known: none"
 
 
 def test_an_objective_that_cannot_be_made_says_where(folder):

@@ -14,12 +14,12 @@ from torchmetrics.regression import MeanSquaredError
 from hpo.data import DataInfo, Split
 from hpo.feed import Feed
 from hpo.frames import Fit, as_it_is
+from hpo.losses import cross_entropy
 from hpo.objective import Objective
 from hpo.stack import LoopStack, Member, One, Stack, Task
 from hpo.structure import RateDropout, frame_of
 from hpo.training import train
 from hpo.vmap_stack import NotStackable, VmapStack
-from objectives.losses import cross_entropy
 
 CPU = torch.device("cpu")
 INFO = DataInfo(inputs={}, input_dtypes={})
