@@ -18,6 +18,7 @@ from hpo.bundle import FILES, finite
 from hpo.data import Data
 from hpo.errors import HpoError, InputError, Interrupted, masked
 from hpo.mlflow_tracker import open_tracker, send_unsent
+from hpo.objective import Function
 from hpo.plan import OUTPUT, Plan, prepare
 from hpo.search import Best, Search, open_search
 from hpo.selection import Outcome, bundle_folder, conclude, finish, outcome
@@ -37,11 +38,12 @@ def run(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
     with ExitStack() as stack:
         stack.callback(search.close)
         best, done = search.best(), None
-        if search.counts().waiting + search.counts().running == 0:
+        over = search.counts().waiting + search.counts().running == 0
+        if over:
             done = outcome(search, best)
             send_unsent(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)
             out.print(f"{plan.spec.name}: all {plan.spec.trials} trials are done")
-        if done is None:
+        if done is None and not (over and best is not None and isinstance(plan.objective, Function)):
             stopping = stack.enter_context(_signals())
             done = _run(plan, search, stopping, out)
         best = search.best()
@@ -49,20 +51,18 @@ def run(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
         return _summary(plan, search, best, done)
 
 
-def _run(plan: Plan, search: Search, stopping: Callable[[], bool], out: Console) -> Outcome:
+def _run(plan: Plan, search: Search, stopping: Callable[[], bool], out: Console) -> Outcome | None:
     data = _load(plan, search)
     tracker = open_tracker(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)
-    out.print(
-        f"{plan.spec.name}: {plan.spec.trials} trials of {plan.spec.epochs} epochs on {plan.device}, "
-        f"{len(data.train)} rows; {masked(plan.spec.storage)}"
-    )
+    of_what = f"of {plan.spec.epochs} epochs on {plan.device}, {len(data.train)} rows" if data else "of a function"
+    out.print(f"{plan.spec.name}: {plan.spec.trials} trials {of_what}; {masked(plan.spec.storage)}")
     state = "FAIL"
     try:
         tracker.start_study(_tags(plan), {"study.yaml": masked(Path(plan.document.name).read_text(encoding="utf-8"))})
         with _progress(plan, search, out) as progress:
             work(plan, data, search, tracker, progress, stopping)
-        ended = conclude(plan, data, search, tracker, stopping, out.print)
-        if ended is None:
+        ended = conclude(plan, data, search, tracker, stopping, out.print) if data else None
+        if search.best() is None:
             raise HpoError(_why_no_best(search))
         state = "COMPLETE" if search.counts().waiting == 0 else "INTERRUPTED"
         return ended
@@ -87,17 +87,15 @@ def check(path: Path, overrides: Mapping[str, str]) -> None:
             break
     try:
         data = plan.load_data()
-        model = try_out(plan, data)
+        model = try_out(plan, data) if data else None
     except InputError as error:
         problems.append(error)
     if problems:
         raise InputError("\n".join(str(problem) for problem in problems))
-    assert data is not None
-    assert model is not None
     _print_check(plan, data, model, out)
 
 
-def _print_check(plan: Plan, data: Data, model: torch.nn.Module, out: Console) -> None:
+def _print_check(plan: Plan, data: Data | None, model: torch.nn.Module | None, out: Console) -> None:
     direction = "highest" if plan.maximize else "lowest"
     out.print(
         view.table(
@@ -105,9 +103,22 @@ def _print_check(plan: Plan, data: Data, model: torch.nn.Module, out: Console) -
             f"{plan.spec.epochs} epochs",
             ["parameter", "values"],
             [[d.name, d.describe()] for d in plan.space.dimensions]
-            + [[name, f"{value} (fixed)"] for name, value in plan.space.fixed.items()],
+            + [[name, f"{value} (fixed)"] for name, value in plan.space.fixed.items()]
+            + ([["(any)", "the function suggests its own"]] if isinstance(plan.objective, Function) else []),
         )
     )
+    if model is not None:
+        _print_model(model, out)
+    if data is not None:
+        _print_data(data, out)
+    out.print(
+        f"\nsampler {plan.spec.sampler.name}, pruner {plan.spec.pruner.name}, device {plan.device}, "
+        f"storage {masked(plan.spec.storage)}, tracking {masked(plan.spec.tracking)}"
+    )
+    out.print("nothing is wrong")
+
+
+def _print_model(model: torch.nn.Module, out: Console) -> None:
     rows = [
         [
             name or "(the network)",
@@ -126,6 +137,9 @@ def _print_check(plan: Plan, data: Data, model: torch.nn.Module, out: Console) -
             rows,
         )
     )
+
+
+def _print_data(data: Data, out: Console) -> None:
     shapes = [
         [
             name,
@@ -137,11 +151,6 @@ def _print_check(plan: Plan, data: Data, model: torch.nn.Module, out: Console) -
     ]
     out.print()
     out.print(view.table("data", ["split", "rows", "inputs", "targets"], shapes))
-    out.print(
-        f"\nsampler {plan.spec.sampler.name}, pruner {plan.spec.pruner.name}, device {plan.device}, "
-        f"storage {masked(plan.spec.storage)}, tracking {masked(plan.spec.tracking)}"
-    )
-    out.print("nothing is wrong")
 
 
 def status(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
@@ -188,6 +197,8 @@ def export(path: Path, overrides: Mapping[str, str], number: int | None, folder:
         if folder is not None:
             _refuse_foreign(folder)
         data = _load(plan, search)
+        if data is None:
+            raise InputError(f"objective {plan.spec.objective} is a function: it has no model to export")
         stopping = stack.enter_context(_signals())
         default = bundle_folder(plan) if number is None else OUTPUT / "bundles" / f"{plan.spec.name}-trial-{number}"
         done = finish(plan, data, search, best, folder or default, stopping, out.print)
@@ -219,6 +230,9 @@ def _prepare(path: Path, overrides: Mapping[str, str], out: Console) -> Plan:
     plan = prepare(path, overrides)
     if plan.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
+    if plan.spec.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA's matrix products need for it
+        torch.use_deterministic_algorithms(True)
     for text in plan.notes:
         out.print(text)
     return plan
@@ -236,9 +250,11 @@ def _open_existing(plan: Plan, path: Path) -> Search:
     return search
 
 
-def _load(plan: Plan, search: Search) -> Data:
+def _load(plan: Plan, search: Search) -> Data | None:
     """Return the data, which must be the same for all of a study's trials, and see that networks can be built of it."""
     data = plan.load_data()
+    if data is None:
+        return None
     fingerprint, before = data.fingerprint(), search.attrs.get(_DATA)
     if before not in (None, fingerprint):
         raise InputError(
@@ -278,14 +294,15 @@ def _print_result(plan: Plan, search: Search, best: Best | None, done: Outcome |
     counts = search.counts()
     rows = [
         ["trials", f"{counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed"],
-        ["best", f"{plan.metric} {best.value:.4f} on validation (trial {best.number}, epoch {best.epoch + 1})"],
+        ["best", f"{plan.metric} {best.value:.4f} on validation (trial {best.number}, epoch {best.epoch + 1})"]
+        if not isinstance(plan.objective, Function)
+        else ["best", f"{plan.metric} {best.value:.6g} (trial {best.number})"],
         ["params", view.shown(plan.space.searched(best.params)) or "all fixed"],
     ]
     if done is not None:
-        rows += [
-            ["test", ", ".join(f"{name} {value:.4f}" for name, value in done.test.items())],
-            ["bundle", f"{done.bundle} (differs from the measured model by at most {done.parity:.1e})"],
-        ]
+        rows += [["test", ", ".join(f"{name} {value:.4f}" for name, value in done.test.items())]] if done.test else []
+        if done.bundle is not None:
+            rows += [["bundle", f"{done.bundle} (differs from the measured model by at most {done.parity:.1e})"]]
     out.print(view.pairs(plan.spec.name, rows))
 
 
@@ -298,7 +315,7 @@ def _summary(plan: Plan, search: Search, best: Best | None, done: Outcome | None
         "trials": {key: getattr(counts, key) for key in ("complete", "pruned", "failed", "running", "waiting")},
         "best": None if best is None else {"number": best.number, "value": best.value, "params": dict(best.params)},
         "test": None if done is None else dict(done.test),
-        "bundle": None if done is None else str(done.bundle),
+        "bundle": None if done is None or done.bundle is None else str(done.bundle),
     }
     return finite(summary)
 

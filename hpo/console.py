@@ -74,10 +74,10 @@ class PlainProgress(Progress):
     def trial_ended(self, number: int, state: str, value: float | None, reason: str | None) -> None:
         self._refresh(state, value)
         board = self._board
-        what = f"{board.metric} {value:.4f}" if value is not None else reason or ""
+        what = f": {board.metric} {value:.4f}" if value is not None else f": {reason}" if reason else ""
         started, params = self._running.pop(number)
         parts = [
-            f"[{board.counts.finished}/{board.trials}] trial {number} {_STATES[state]}: {what}",
+            f"[{board.counts.finished}/{board.trials}] trial {number} {_STATES[state]}{what}",
             params,
             duration(time.monotonic() - started),
             board.best_text(),

@@ -17,7 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from hpo.data import Split, batch_sizes
 from hpo.memory import free_bytes
+from hpo.spec import Loading
 
+AS_IT_FITS = Loading()
 Batch = tuple[Sequence[Tensor], Tensor]
 _SHARE = 0.5
 """How much of the device's free memory data may take; the rest is for networks and what lies between their layers."""
@@ -27,12 +29,18 @@ class Feed:
     """Gives a split's rows to the networks. Its `targets` are on the device, whatever its inputs are."""
 
     def __init__(
-        self, split: Split, device: torch.device, preprocess: nn.Module | None = None, resident: bool = True
+        self,
+        split: Split,
+        device: torch.device,
+        preprocess: nn.Module | None = None,
+        resident: bool = True,
+        loading: Loading = AS_IT_FITS,
     ) -> None:
         """`preprocess` is applied to each batch; None: the split is prepared already.
 
-        `resident`: the whole split lies on the device; otherwise it streams.
+        `resident`: the whole split lies on the device; otherwise it streams, as `loading` says.
         """
+        self._loading = loading
         self._device, self._resident = device, resident
         self._split = split.to(device) if resident else split
         self._preprocess = None if preprocess is None else deepcopy(preprocess).to(device)
@@ -68,25 +76,31 @@ class Feed:
 
     def _stream(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
         if self._loader is None:
-            pinned = self._device.type == "cuda"
-            n_workers = min(4, max(0, (os.cpu_count() or 1) - 1)) if pinned else 0
+            said, gpu = self._loading, self._device.type == "cuda"
+            pinned = gpu if said.pin_memory is None else said.pin_memory
+            n_workers = said.num_workers
+            if n_workers is None:
+                n_workers = min(4, max(0, (os.cpu_count() or 1) - 1)) if gpu else 0
             self._loader = DataLoader(
                 _Rows(self._split),
                 batch_sampler=self._order,  # type: ignore[arg-type]
                 collate_fn=_as_it_is,
                 pin_memory=pinned,
                 num_workers=n_workers,
-                persistent_workers=n_workers > 0,
-                prefetch_factor=4 if n_workers else None,
+                persistent_workers=said.persistent_workers and n_workers > 0,
+                prefetch_factor=said.prefetch_factor or 4 if n_workers else None,
             )
         self._order.batches = batches
         for *inputs, targets in self._loader:
-            moved = [x.to(self._device, non_blocking=True) for x in inputs]
-            yield self._prepared(moved), targets.to(self._device, non_blocking=True)
+            moved = [self._moved(x) for x in (*inputs, targets)]
+            yield self._prepared(moved[:-1]), moved[-1]
+
+    def _moved(self, x: Tensor) -> Tensor:
+        return x.to(self._device, non_blocking=self._loading.non_blocking)
 
     def _prepared(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         if not self._resident:
-            inputs = [x.to(self._device, non_blocking=True) for x in inputs]
+            inputs = [self._moved(x) for x in inputs]
         if self._preprocess is None:
             return inputs
         with torch.no_grad():
@@ -94,15 +108,21 @@ class Feed:
         return (out,) if isinstance(out, Tensor) else tuple(out)
 
 
-def feed(split: Split, preprocess: nn.Module, device: torch.device) -> Feed:
-    """Return the feed of `split` through `preprocess` on `device` that its size allows."""
+def feed(split: Split, preprocess: nn.Module, device: torch.device, loading: Loading = AS_IT_FITS) -> Feed:
+    """Return the feed of `split` through `preprocess` on `device` that its size, or else `loading`, allows."""
     preprocess = preprocess.eval()
+    if loading.resident is False:
+        return Feed(split, device, preprocess, resident=False, loading=loading)
     if device.type == "cpu":
         return Feed(split.through(preprocess), device)
     some = replace(split, inputs={n: x[:8] for n, x in split.inputs.items()}, targets=split.targets[:8])
     raw, prepared = _bytes_per_row(some), _bytes_per_row(some.through(preprocess))
-    if device.type == "cuda" and min(raw, prepared) * len(split) > _SHARE * free_bytes(device):
-        return Feed(split, device, preprocess, resident=False)
+    if (
+        loading.resident == "auto"
+        and device.type == "cuda"
+        and min(raw, prepared) * len(split) > _SHARE * free_bytes(device)
+    ):
+        return Feed(split, device, preprocess, resident=False, loading=loading)
     if raw < prepared:
         return Feed(split, device, preprocess)
     return Feed(split.through(preprocess), device)

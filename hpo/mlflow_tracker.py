@@ -69,8 +69,11 @@ class MlflowTracker(Tracker):
         self._put("start", None, due=False, tags=dict(tags))
 
     def start_trial(self, trial: int, params: Mapping[str, Any]) -> str | None:
-        self._put("start", trial, params={key: str(value)[:6000] for key, value in params.items()})
+        self._put("start", trial, params=_texts(params))
         return self._wait_for_run(trial, self.START_SECONDS)
+
+    def log_params(self, trial: int, params: Mapping[str, Any]) -> None:
+        self._put("start", trial, due=False, params=_texts(params))
 
     def _wait_for_run(self, trial: int | None, seconds: float) -> str | None:
         with self._changed:
@@ -308,6 +311,11 @@ def send_unsent(uri: str, study: str, outbox: Path, warn: Callable[[str], None])
 def sqlite_path(uri: str) -> Path | None:
     """Return the file of a `sqlite:///` address; None for any other."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def _texts(params: Mapping[str, Any]) -> dict[str, str]:
+    """Return params as MLflow takes them."""
+    return {key: str(value)[:6000] for key, value in params.items()}
 
 
 def _now() -> int:

@@ -126,6 +126,10 @@ class Objective(ABC):
         """
         return nn.Identity()
 
+    def about(self) -> Mapping[str, Any]:
+        """Return what a user of the exported model must know to prepare its inputs: plain values, for bundle.json."""
+        return {}
+
     def head(self) -> nn.Module:
         """Return a module without parameters that takes the network's outputs to predictions (a softmax, say).
 
@@ -136,6 +140,8 @@ class Objective(ABC):
 
 class Function:
     """A plain Optuna objective, `f(trial) -> float`: it suggests its own params, reports and prunes itself."""
+
+    train = None
 
     def __init__(self, call: Callable[[Any], Any]) -> None:
         self.call = call

@@ -29,7 +29,9 @@ ARGUMENTS: Mapping[str, str] = {
 """Names of the optimizer's hyperparameters, and the argument of torch.optim's class each one is."""
 MAX_GRAD_NORM = "max_grad_norm"
 """The largest norm of all gradients together (torch.nn.utils.clip_grad_norm_); 0, or not named: no clipping."""
-NAMES = (*dict.fromkeys([*DEFAULTS, *ARGUMENTS, *schedules.DEFAULTS, MAX_GRAD_NORM]),)
+ACCUMULATION = "accumulation_steps"
+"""How many batches make one optimizer step: their gradients are those of all their rows at once."""
+NAMES = (*dict.fromkeys([*DEFAULTS, *ARGUMENTS, *schedules.DEFAULTS, MAX_GRAD_NORM, ACCUMULATION]),)
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer] | None:
@@ -93,6 +95,7 @@ def faults(values: Mapping[str, list[Any]]) -> list[Fault]:
         "schedule_gamma": (lambda v: _number(v) and v > 0, "a number above 0"),
         MAX_GRAD_NORM: (lambda v: _number(v) and v >= 0, "a number of at least 0 (0: no clipping)"),
         "batch_size": (lambda v: type(v) is int and v >= 1, "a whole number of at least 1"),
+        ACCUMULATION: (lambda v: type(v) is int and v >= 1, "a whole number of at least 1"),
         "learning_rate": (lambda v: _number(v) and v > 0, "a number above 0"),
         "weight_decay": (lambda v: _number(v) and v >= 0, "a number of at least 0"),
         "momentum": (lambda v: _number(v) and v >= 0, "a number of at least 0"),

@@ -20,9 +20,9 @@ from hpo import spec as specs
 from hpo.data import Data, DataInfo
 from hpo.document import Document
 from hpo.errors import Fault, HpoError, InputError, SpecError, did_you_mean
-from hpo.objective import Objective
+from hpo.objective import Function, Objective
 from hpo.samplers import make_pruner, make_sampler
-from hpo.space import Space
+from hpo.space import FreeSpace, Space
 from hpo.spec import Draft, StudySpec
 from hpo.stack import Task
 from hpo.tracking import check_address
@@ -37,7 +37,7 @@ class Plan:
 
     spec: StudySpec
     document: Document
-    objective: Objective
+    objective: Objective | Function
     space: Space
     metric: str
     maximize: bool
@@ -46,8 +46,8 @@ class Plan:
 
     @property
     def metric_key(self) -> str:
-        """The metric's name among those that `hpo.training.train` reports."""
-        return f"valid_{self.metric}"
+        """The metric's name among those that are reported of an epoch."""
+        return self.metric if isinstance(self.objective, Function) else f"valid_{self.metric}"
 
     def task(self, info: DataInfo, n_rows: int) -> Task:
         """Return what the members of this study share, when they are trained on so many rows."""
@@ -60,8 +60,10 @@ class Plan:
             precision=self.spec.precision,
         )
 
-    def load_data(self) -> Data:
-        """Return the objective's data, checked. Raises DataError."""
+    def load_data(self) -> Data | None:
+        """Return the objective's data, checked; None: a function has none that is known. Raises DataError."""
+        if isinstance(self.objective, Function):
+            return None
         data = guarded(self, "data", self.objective.data)
         if not isinstance(data, Data):
             raise InputError(f"objective {self.spec.objective}: data must return hpo.data.Data, but got {data!r:.100}")
@@ -97,12 +99,18 @@ def _check(draft: Draft, spec: StudySpec, folder: Path) -> tuple[Plan | None, li
     faults += more
     if objective is None:
         return None, faults
-    metric, maximize, more = _metric(objective, spec.metric)
-    faults += more
-    params, more = _params(objective, draft, spec)
-    faults += more
-    faults += _name_losses(objective, params, folder)
-    space, more = spaces.build(params, spec.start_with)
+    if isinstance(objective, Function):
+        metric, maximize = spec.metric or "value", spec.direction == "maximize"
+        message = "a function suggests its own params; remove this"
+        faults += [Fault(path=("params", name), message=message) for name in spec.params]
+        space, more = FreeSpace(fixed={}, dimensions=()), []
+    else:
+        metric, maximize, more = _metric(objective, spec)
+        faults += more
+        params, more = _params(objective, draft, spec)
+        faults += more
+        faults += _name_losses(objective, params, folder)
+        space, more = spaces.build(params, spec.start_with)
     if any(fault.path[:1] == ("params",) for fault in draft.faults):  # its own faults come first: mend those
         more = [fault for fault in more if fault.path[0] != "start_with"]
     faults += more
@@ -128,8 +136,9 @@ def _check(draft: Draft, spec: StudySpec, folder: Path) -> tuple[Plan | None, li
     ), faults
 
 
-def _metric(objective: Objective, wanted: str | None) -> tuple[str, bool, list[Fault]]:
+def _metric(objective: Objective, spec: StudySpec) -> tuple[str, bool, list[Fault]]:
     """Return the study's metric and whether more of it is better."""
+    wanted = spec.metric
     metrics = dict(objective.metrics())
     if wrong := [name for name, metric in metrics.items() if not isinstance(metric, Metric)]:
         message = f"the objective's metrics must be TorchMetrics objects, but {wrong[0]} is {metrics[wrong[0]]!r:.100}"
@@ -142,15 +151,18 @@ def _metric(objective: Objective, wanted: str | None) -> tuple[str, bool, list[F
             False,
             [Fault(path=("metric",), message=f"the objective has no metric {name!r}{did_you_mean(name, known)}")],
         )
-    if name == "loss":
-        return name, False, []
-    better = metrics[name].higher_is_better
-    if better is None:
+    better = False if name == "loss" else metrics[name].higher_is_better
+    if better is None and spec.direction is None:
         message = (
-            f"{name} does not say in which direction it is better (higher_is_better); choose one of {', '.join(known)}"
+            f"{name} does not say in which direction it is better (higher_is_better); write a `direction`, or choose "
+            f"one of {', '.join(known)}"
         )
         return name, False, [Fault(path=("metric",), message=message)]
-    return name, bool(better), []
+    maximize = spec.direction == "maximize" if better is None else bool(better)
+    if spec.direction not in (None, "maximize" if maximize else "minimize"):
+        message = f"of {name} {'more' if maximize else 'less'} is better; remove `direction`"
+        return name, maximize, [Fault(path=("direction",), message=message)]
+    return name, maximize, []
 
 
 def _params(objective: Objective, draft: Draft, spec: StudySpec) -> tuple[dict[str, Any], list[Fault]]:
@@ -158,8 +170,9 @@ def _params(objective: Objective, draft: Draft, spec: StudySpec) -> tuple[dict[s
 
     The objective's default space is used where the file names no range of its own.
     """
-    params = {**optim.DEFAULTS, **objective.defaults}
-    known = list(dict.fromkeys([*params, *optim.NAMES, *objective.space]))
+    engine, names = (optim.DEFAULTS, optim.NAMES) if objective.train is None else ({}, ())
+    params = {**engine, **objective.defaults}
+    known = list(dict.fromkeys([*params, *names, *objective.space]))
     faults = [
         Fault(
             path=("params", name),
@@ -177,7 +190,7 @@ def _params(objective: Objective, draft: Draft, spec: StudySpec) -> tuple[dict[s
         if fault.path[:1] == ("params",) and len(fault.path) > 1 and fault.path[1] not in params:
             params[str(fault.path[1])] = None
     values = {name: _span(value) for name, value in params.items() if value is not None}
-    return params, faults + optim.faults(values)
+    return params, faults + (optim.faults(values) if objective.train is None else [])
 
 
 def _name_losses(objective: Objective, params: Mapping[str, Any], folder: Path) -> list[Fault]:

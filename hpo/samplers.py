@@ -95,8 +95,7 @@ def make_sampler(plugin: Plugin, seed: int, space: Space) -> tuple[BaseSampler, 
             keys.setdefault("search_space", space.grid())
         except InputError as error:
             faults.append(Fault(path=("sampler",), message=str(error)))
-    if plugin.name == "brute_force" and space.size() is None:
-        endless = ", ".join(d.name for d in space.dimensions if d.n_values is None)
+    if plugin.name == "brute_force" and (endless := ", ".join(d.name for d in space.dimensions if d.n_values is None)):
         message = f"brute_force needs a step or choices for every parameter, but {endless} has none"
         faults.append(Fault(path=("sampler",), message=message))
     if plugin.name in ("gp", "cmaes", "qmc"):

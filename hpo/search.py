@@ -10,7 +10,7 @@ import json
 import time
 import warnings
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +69,16 @@ class Best:
     metrics: Mapping[str, float]
 
 
+class _Trial(Trial):
+    """Optuna's trial, which tells what a plain Optuna objective reports."""
+
+    told: Callable[[int, float], None] = staticmethod(lambda step, value: None)
+
+    def report(self, value: float, step: int) -> None:
+        super().report(value, step)
+        self.told(step, float(value))
+
+
 def identity(spec: StudySpec, space: Space, metric: str) -> dict[str, Any]:
     """Return what must not change while a study goes on, as plain values: its trials would not compare."""
     plain = {
@@ -79,6 +89,7 @@ def identity(spec: StudySpec, space: Space, metric: str) -> dict[str, Any]:
         "epochs": spec.epochs,
         "patience": spec.patience,
         "precision": spec.precision,
+        "deterministic": spec.deterministic,
         "seed": spec.seed,
         "params": space.identity(),
     }
@@ -93,7 +104,7 @@ class Search:
         self.maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
         self._study_id = storage.get_study_id_from_name(study.study_name)
         self._cached = study._storage  # Optuna's own cache: it reads finished trials once
-        self._claimed: dict[int, Trial] = {}
+        self._claimed: dict[int, _Trial] = {}
         self._waiting: deque[FrozenTrial] = deque()
         self._best: float | None = None
         self._lost: list[tuple[int, str]] = []
@@ -185,7 +196,7 @@ class Search:
     def _claim(self, frozen: FrozenTrial) -> Claim:
         attempt = frozen.user_attrs.get("attempt", 1)
         self._lease.add(frozen._trial_id, attempt)
-        trial = Trial(self.study, frozen._trial_id)  # what Study.ask does, without making a trial beyond the budget
+        trial = _Trial(self.study, frozen._trial_id)  # what Study.ask does, without making a trial beyond the budget
         self._claimed[trial.number] = trial
         seed = frozen.user_attrs.get(
             "seed", derive(self.spec.seed, "init", frozen.user_attrs.get("place", trial.number))
@@ -203,6 +214,26 @@ class Search:
             trial.report(value, step=epoch)
             return not trial.should_prune()
         return False
+
+    def call(
+        self, number: int, function: Callable[[Trial], Any], told: Callable[[int, float], None]
+    ) -> tuple[Mapping[str, Any], float | None]:
+        """Return the params that `function`, a plain Optuna objective, asked for, and its value; None: it pruned.
+
+        `told` is given each step and value that it reports. Raises InputError where it returns no number.
+        """
+        trial = self._claimed[number]
+        trial.told = told
+        try:
+            value = function(trial)
+        except optuna.TrialPruned:
+            return trial.params, None
+        try:
+            return trial.params, float(value)
+        except (TypeError, ValueError):
+            raise InputError(
+                f"objective {self.spec.objective}: must return one number, a trial's value, but returned {value!r:.100}"
+            ) from None
 
     def annotate(self, number: int, **attrs: Any) -> None:
         """Set the trial's `user_attrs`."""
@@ -361,7 +392,7 @@ def _compare(spec: StudySpec, attrs: Mapping[str, Any], wanted: Mapping[str, Any
     if stored is None:
         raise _is_another(spec, ["it was not made by hpo"])
     differences = []
-    for key in ("objective", "options", "metric", "value", "epochs", "patience", "precision", "seed"):
+    for key in ("objective", "options", "metric", "value", "epochs", "patience", "precision", "deterministic", "seed"):
         there = stored.get(key, _LATER_KEYS.get(key))
         if there != wanted[key]:
             differences.append(f"{key} is {wanted[key]!r} here, {there!r} there")
@@ -374,7 +405,7 @@ def _compare(spec: StudySpec, attrs: Mapping[str, Any], wanted: Mapping[str, Any
 
 
 _ABSENT = "absent"
-_LATER_KEYS: Mapping[str, Any] = {"precision": "float32"}
+_LATER_KEYS: Mapping[str, Any] = {"precision": "float32", "deterministic": False}
 """What a key meant in studies that were stored before there was one."""
 
 

@@ -11,8 +11,9 @@ from torch import nn
 
 from hpo.bundle import FILES, Model, export
 from hpo.data import Data
-from hpo.errors import ExportError, HpoError
+from hpo.errors import ExportError, HpoError, Interrupted
 from hpo.feed import Feed, feed
+from hpo.own import Reporting, train_own
 from hpo.plan import OUTPUT, Plan
 from hpo.search import Best, Search
 from hpo.stack import LoopStack, Member, One, Stack, Task, evaluate
@@ -28,8 +29,9 @@ class Outcome:
 
     number: int
     test: Mapping[str, float]
-    bundle: Path
-    parity: float
+    bundle: Path | None
+    """None where there is no network to export: an objective's own `train` gave none."""
+    parity: float | None
 
 
 def bundle_folder(plan: Plan) -> Path:
@@ -42,8 +44,8 @@ def outcome(search: Search, best: Best | None) -> Outcome | None:
     stored = search.attrs.get(_RESULT)
     if stored is None or best is None or stored["number"] != best.number:
         return None
-    folder = Path(stored["bundle"])
-    if not all((folder / file).is_file() for file in FILES):
+    folder = stored["bundle"] and Path(stored["bundle"])
+    if folder is not None and not all((folder / file).is_file() for file in FILES):
         return None
     return Outcome(number=best.number, test=stored["test"], bundle=folder, parity=stored["parity"])
 
@@ -66,14 +68,16 @@ def conclude(
         if best is None or done is not None:
             return done
         done = finish(plan, data, search, best, folder, stopping, note)
-        stored = {"number": done.number, "test": dict(done.test), "bundle": str(folder), "parity": done.parity}
+        bundle = done.bundle and str(done.bundle)
+        stored = {"number": done.number, "test": dict(done.test), "bundle": bundle, "parity": done.parity}
         search.remember(_RESULT, stored)
     tracker.log_metrics(
         None,
         best.number,
         {f"test_{name}": value for name, value in done.test.items()} | {f"best_{plan.metric_key}": best.value},
     )
-    tracker.log_folder(folder, "bundle")
+    if done.bundle is not None:
+        tracker.log_folder(done.bundle, "bundle")
     return done
 
 
@@ -96,9 +100,16 @@ def finish(
     data_refit = data.for_refit()
     preprocess = plan.objective.preprocess(data_refit.train)
     task = plan.task(data.info, len(data_refit.train))
-    network = _refit(plan, task, best, feed(data_refit.train, preprocess, plan.device), epochs, stopping)
+    if plan.objective.train is not None:
+        network = _refit_own(plan, best, data_refit, preprocess, epochs, stopping)
+        if network is None:
+            note("train returned no network: there is nothing to test or to export")
+            return Outcome(number=best.number, test={}, bundle=None, parity=None)
+    else:
+        rows = feed(data_refit.train, preprocess, plan.device, plan.spec.loading)
+        network = _refit(plan, task, best, rows, epochs, stopping)
     metrics = {name: metric.to(plan.device) for name, metric in plan.objective.metrics().items()}
-    test = evaluate(task, network, feed(data.test, preprocess, plan.device), best.params, metrics)
+    test = evaluate(task, network, feed(data.test, preprocess, plan.device, plan.spec.loading), best.params, metrics)
     search.remember(_TESTS, [*search.attrs.get(_TESTS, []), {"number": best.number, "test": test}])
     note("exporting, and comparing what was exported with the model that was measured")
     written = export(
@@ -148,6 +159,24 @@ def _refit(
     return network
 
 
+def _refit_own(
+    plan: Plan, best: Best, data: Data, preprocess: nn.Module, epochs: int, stopping: Callable[[], bool]
+) -> nn.Module | None:
+    """Return the network that the objective's own `train` makes of `best`'s params in so many epochs, if any."""
+    train_split, valid = (split.through(preprocess).to(plan.device) for split in (data.train, data.valid))
+    done = 0
+
+    def told(metrics: dict[str, float]) -> bool:
+        nonlocal done
+        if stopping():
+            raise Interrupted("interrupted")
+        done += 1
+        return done < epochs
+
+    network = train_own(plan, best.params, Reporting(plan, train_split, valid, epochs, best.seed, told))
+    return network if network is None else network.to(plan.device)
+
+
 def _about(
     plan: Plan, data: Data, search: Search, best: Best, epochs: int, test: Mapping[str, float]
 ) -> dict[str, Any]:
@@ -164,4 +193,5 @@ def _about(
         "metrics": {"of_the_trial": dict(best.metrics), "test": dict(test)},
         "n_test_evaluations": len(search.attrs.get(_TESTS, [])),
         "data_fingerprint": data.fingerprint(),
+        "about_the_data": dict(plan.objective.about()),
     }

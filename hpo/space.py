@@ -258,6 +258,25 @@ class Space:
         return {**self.fixed, **searched}
 
 
+class FreeSpace(Space):
+    """The space of a plain Optuna objective, which suggests its params itself."""
+
+    def resolve(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(asked)
+
+    def searched(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(params)
+
+    def queued(self, configuration: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(configuration)
+
+    def grid(self) -> dict[str, list[Any]]:
+        raise InputError("grid needs all values in advance, but a function suggests its own; use brute_force")
+
+    def size(self) -> int | None:
+        return None
+
+
 def _top(searched: FloatRange | IntRange) -> float:
     """Return the largest value that steps from `low` reach; Optuna takes it itself, but warns each time."""
     if not searched.step:

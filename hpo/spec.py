@@ -194,6 +194,20 @@ def _stack(value: Any) -> Any:
     return value
 
 
+class Loading(_Frozen):
+    """How data gets to the device. What does not lie there streams through a `DataLoader`, with torch's own keys."""
+
+    resident: Literal["auto"] | bool = "auto"
+    """Whether data lies on the device as a whole; auto: where it fits."""
+    num_workers: Annotated[int | None, Field(ge=0)] = None
+    """None: up to 4 beside a GPU, else none."""
+    prefetch_factor: Annotated[int | None, Field(ge=1)] = None
+    persistent_workers: bool = True
+    pin_memory: bool | None = None
+    """None: beside a GPU."""
+    non_blocking: bool = True
+
+
 class StudySpec(_Frozen):
     """All of a study, as study.yaml says it. Defaults are those of the README's table."""
 
@@ -205,6 +219,8 @@ class StudySpec(_Frozen):
     """The objective's own options; `hpo.objective` validates them against its `Options`."""
     metric: str | None = None
     """One of the objective's metrics; None: the objective's own first choice."""
+    direction: Literal["minimize", "maximize"] | None = None
+    """Whether less of the metric is better, or more; None: as the metric says, of a function's value less."""
     value: Literal["best", "last"] = "best"
     """A trial's value is its best epoch's, or its last one's."""
     epochs: int = Field(default=20, ge=1)
@@ -226,6 +242,9 @@ class StudySpec(_Frozen):
     device: str = "auto"
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     """How networks compute: as they are; with TF32 in matrix products (CUDA); under autocast to bfloat16."""
+    deterministic: bool = False
+    """Whether torch uses deterministic algorithms only, and refuses those that are not."""
+    loading: Loading = Loading()
     stack: Annotated[Literal["auto"] | int, BeforeValidator(_stack)] = "auto"
     """How many trials are trained at once on the device, as one stack, where their structure allows; auto: measured."""
 

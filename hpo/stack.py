@@ -47,7 +47,13 @@ class Task:
 
     def steps_per_epoch(self, params: Params) -> int:
         """Return how many optimizer steps an epoch has."""
-        return len(batch_sizes(self.n_rows, params["batch_size"]))
+        return -(-len(batch_sizes(self.n_rows, params["batch_size"])) // params.get(optim.ACCUMULATION, 1))
+
+    def shares(self, params: Params) -> list[float]:
+        """Return of each batch of an epoch what share its rows are of those of its optimizer step."""
+        sizes, n = batch_sizes(self.n_rows, params["batch_size"]), params.get(optim.ACCUMULATION, 1)
+        groups = [sizes[start : start + n] for start in range(0, len(sizes), n)]
+        return [size / sum(group) for group in groups for size in group]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -220,14 +226,34 @@ class _Slot:
         if params.get("schedule", "constant") != "constant":
             self._factors = schedules.table(params, self._task.steps_per_epoch(params), self._task.epochs)
         self._t = 0
+        self._shares = self._task.shares(params) if params.get(optim.ACCUMULATION, 1) > 1 else []
+        self._batch, self._gathered = 0, 0.0
 
     def step(self, inputs: Sequence[Tensor], targets: Tensor) -> Tensor:
-        for weight in self._weights:  # what Optimizer.zero_grad does, at half its time
-            weight.grad = None
+        if not self._gathered:
+            for weight in self._weights:  # what Optimizer.zero_grad does, at half its time
+                weight.grad = None
         with self._task.autocast():
             outputs = self.module(*inputs)
         loss = self._task.objective.loss(in_full(outputs), targets, self._params)
+        if self._shares:
+            return self._gather(loss)
         loss.backward()
+        self._update()
+        return loss.detach()
+
+    def _gather(self, loss: Tensor) -> Tensor:
+        """Add one batch's part of a step's gradient; with the last of its batches, do the step."""
+        share = self._shares[self._batch % len(self._shares)]
+        (loss * share).backward()
+        self._batch += 1
+        self._gathered += share
+        if self._gathered > 1 - 1e-6:
+            self._update()
+            self._gathered = 0.0
+        return loss.detach()
+
+    def _update(self) -> None:
         if self._max_norm:
             nn.utils.clip_grad_norm_(self._weights, self._max_norm)
         if self._factors:
@@ -235,7 +261,6 @@ class _Slot:
                 group["lr"] = self._params["learning_rate"] * self._factors[min(self._t, len(self._factors) - 1)]
         self._t += 1
         self._optimizer.step()
-        return loss.detach()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -272,7 +297,7 @@ def measure(
     objective: Objective, outputs: Any, targets: Tensor, params: Params, metrics: Mapping[str, Any]
 ) -> dict[str, float]:
     """Return the `loss` and the metrics of `outputs` (N, ...) against `targets`."""
-    result = {"loss": float(objective.loss(outputs, targets, params))}
+    result = {} if objective.train is not None else {"loss": float(objective.loss(outputs, targets, params))}
     for name, metric in metrics.items():
         metric.reset()
         metric.update(prediction(outputs), targets)

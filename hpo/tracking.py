@@ -26,6 +26,10 @@ class Tracker(ABC):
         """Begin a trial's run; return its id where the tracker gives one."""
 
     @abstractmethod
+    def log_params(self, trial: int, params: Mapping[str, Any]) -> None:
+        """Log params of a trial that were not known when it began."""
+
+    @abstractmethod
     def log_metrics(self, trial: int | None, step: int, metrics: Mapping[str, float]) -> None:
         """Log metrics at an epoch (counted from 0)."""
 
@@ -57,6 +61,9 @@ class NullTracker(Tracker):
 
     def start_trial(self, trial: int, params: Mapping[str, Any]) -> str | None:
         return None
+
+    def log_params(self, trial: int, params: Mapping[str, Any]) -> None:
+        pass
 
     def log_metrics(self, trial: int | None, step: int, metrics: Mapping[str, float]) -> None:
         pass
@@ -90,6 +97,9 @@ class MemoryTracker(Tracker):
     def start_trial(self, trial: int, params: Mapping[str, Any]) -> str | None:
         self.params[trial] = dict(params)
         return f"run-{trial}"
+
+    def log_params(self, trial: int, params: Mapping[str, Any]) -> None:
+        self.params[trial] |= params
 
     def log_metrics(self, trial: int | None, step: int, metrics: Mapping[str, float]) -> None:
         self.metrics.setdefault(trial, []).append((step, dict(metrics)))

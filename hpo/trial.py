@@ -1,6 +1,7 @@
-"""One claimed trial in training: what its epochs are reported to, and how its end is told."""
+"""The claimed trials of a worker: what their epochs are reported to, and how their end is told."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from hpo.errors import HpoError
 from hpo.plan import OUTPUT, Plan
 from hpo.progress import Progress
 from hpo.search import Claim, Search
-from hpo.stack import Member, Stack
+from hpo.stack import Member
 from hpo.tracking import Tracker
 
 
@@ -24,65 +25,77 @@ class TrialRun:
         self._best: tuple[float, int, dict[str, float]] | None = None
         self._kept: dict[str, Tensor] = {}
         self._peak: float | None = None
+        self.ended = False
         self._improved = 0
         run_id = tracker.start_trial(claim.number, claim.params)
         if run_id is not None:
             search.annotate(claim.number, mlflow_run_id=run_id)
         progress.trial_started(claim.number, plan.space.searched(claim.params))
 
-    def report(self, stack: Stack, metrics: dict[str, float]) -> bool:
-        """Take the metrics of the epoch that has ended; return whether the trial goes on. If not, its end is told."""
+    def report(self, metrics: dict[str, float], state: Callable[[], dict[str, Tensor]]) -> bool:
+        """Take the metrics of the epoch that has ended; return whether the trial goes on. If not, its end is told.
+
+        `state` gives a copy of the network's weights as they are now.
+        """
         plan, member = self._plan, self.member
         epoch, value = member.epoch - 1, metrics.get(plan.metric_key, math.nan)
-        self._tracker.log_metrics(member.number, epoch, metrics)
-        self._progress.epoch_ended(member.number, member.epoch, plan.spec.epochs, metrics)
-        told = {
-            "train_loss": metrics["train_loss"],
-            "valid_loss": metrics.get("valid_loss", math.nan),
-            plan.metric_key: value,
-        }
-        for name, each in told.items():
+        self.log(epoch, metrics)
+        for name in dict.fromkeys(["train_loss", "valid_loss", plan.metric_key]):
+            each = metrics.get(name, math.nan if plan.objective.train is None else 0.0)
             if member.fault is None and not math.isfinite(each):
                 member.fault = f"{name} became {each} in epoch {member.epoch}"
         if member.fault is not None:
-            self._tell(pruned=False)
+            self.end("FAIL", fault=member.fault)
             return False
         if self._peak is None or self._better(value, self._peak):
             self._peak, self._improved = value, epoch
         if self._best is None or plan.spec.value == "last" or self._improved == epoch:
             self._best = (value, epoch, dict(metrics))
-            self._kept = stack.state(member)
+            self._kept = state()
         go_on = self._search.report(member.number, epoch, value)
         patience = plan.spec.patience
         last = member.epoch >= plan.spec.epochs or (patience is not None and epoch - self._improved >= patience)
         if last or not go_on:
-            self._tell(pruned=not last)  # after the last epoch pruning would save nothing
+            self.conclude(pruned=not last)  # after the last epoch pruning would save nothing
         return go_on and not last
 
-    def _better(self, value: float, than: float) -> bool:
-        return value > than if self._plan.maximize else value < than
+    def log(self, epoch: int, metrics: dict[str, float]) -> None:
+        """Log and show metrics at an epoch (counted from 0)."""
+        self._tracker.log_metrics(self.member.number, epoch, metrics)
+        self._progress.epoch_ended(self.member.number, epoch + 1, self._plan.spec.epochs, metrics)
 
-    def _tell(self, pruned: bool) -> None:
-        number, fault = self._claim.number, self.member.fault
-        value = None
-        if fault is not None:
-            state, ours = "FAIL", self._search.fail(number, fault)
+    def conclude(self, pruned: bool = False) -> None:
+        """Tell that the trial has ended, with the best (or the last) that was reported of it."""
+        assert self._best is not None
+        value, epoch, metrics = self._best
+        self._search.annotate(self.member.number, best_epoch=epoch, metrics=metrics)
+        if self.member.joined:  # the round whose data order its first epoch had
+            self._search.annotate(self.member.number, joined=self.member.joined)
+        self.end("PRUNED" if pruned else "COMPLETE", value)
+
+    @property
+    def has_reported(self) -> bool:
+        """Whether there is an epoch to conclude the trial with."""
+        return self._best is not None
+
+    def end(self, state: str, value: float | None = None, fault: str | None = None) -> None:
+        """Tell that the trial is COMPLETE with that `value`, PRUNED, or FAIL with that `fault`."""
+        number, search = self.member.number, self._search
+        self.ended = True
+        if state == "COMPLETE":
+            assert value is not None
+            ours = search.complete(number, value)
         else:
-            assert self._best is not None
-            value, epoch, metrics = self._best
-            self._search.annotate(number, best_epoch=epoch, metrics=metrics)
-            if self.member.joined:  # the round whose data order its first epoch had
-                self._search.annotate(number, joined=self.member.joined)
-            if pruned:
-                state, ours = "PRUNED", self._search.prune(number)
-            else:
-                state, ours = "COMPLETE", self._search.complete(number, value)
+            ours = search.prune(number) if state == "PRUNED" else search.fail(number, str(fault))
         if not ours:
             state, fault = "FAIL", "another worker took this trial over, since this one was not heard of for too long"
-        if state == "COMPLETE":
+        if state == "COMPLETE" and self._kept:
             self._keep_if_best(value)
         self._tracker.end_trial(number, state, fault)
         self._progress.trial_ended(number, state, value, fault)
+
+    def _better(self, value: float, than: float) -> bool:
+        return value > than if self._plan.maximize else value < than
 
     def _keep_if_best(self, value: float) -> None:
         """Keep the weights of the study's best trial, those of its best epoch, in place of the one before."""
@@ -113,6 +126,39 @@ class TrialRun:
             return  # its end was told already
         self._tracker.end_trial(self._claim.number, "INTERRUPTED", reason)
         self._progress.trial_ended(self._claim.number, "INTERRUPTED", None, reason)
+
+
+class Trials:
+    """The trials that this process has claimed and that are not done."""
+
+    def __init__(self, plan: Plan, search: Search, tracker: Tracker, progress: Progress) -> None:
+        self._plan, self._search, self._tracker, self._progress = plan, search, tracker, progress
+        self._active: dict[int, TrialRun] = {}
+
+    def __getitem__(self, number: int) -> TrialRun:
+        return self._active[number]
+
+    def claim(self) -> TrialRun | None:
+        """Claim the next trial; None where there is none left."""
+        claim = self._search.ask()
+        for number, reason in self._search.drain_lost():
+            self._tracker.end_trial(number, "FAIL", reason)
+            self._progress.note(f"trial {number} is taken up anew: {reason}")
+        if claim is None:
+            return None
+        trial = TrialRun(self._plan, claim, self._search, self._tracker, self._progress)
+        self._active[claim.number] = trial
+        return trial
+
+    def done(self, number: int) -> None:
+        """Forget a trial whose end was told."""
+        del self._active[number]
+
+    def give_back(self, reason: str) -> None:
+        """End all trials that are not done, and queue a successor for each."""
+        for trial in self._active.values():
+            trial.give_back(reason)
+        self._active.clear()
 
 
 def checkpoints(plan: Plan) -> Path:

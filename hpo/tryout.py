@@ -17,12 +17,14 @@ from hpo.errors import InputError
 from hpo.plan import Plan, guarded
 
 
-def try_out(plan: Plan, data: Data) -> nn.Module:
+def try_out(plan: Plan, data: Data) -> nn.Module | None:
     """Build a network and its optimizer for every corner of the space, and train the first on one batch.
 
-    Return the first. Raises InputError.
+    Return the first; None where the objective trains in its own way. Raises InputError.
     """
     objective = plan.objective
+    if objective.train is not None:
+        return None
     preprocess = guarded(plan, "preprocess", lambda: objective.preprocess(data.train))
     head = Split(inputs={n: x[:8] for n, x in data.train.inputs.items()}, targets=data.train.targets[:8])
     batch = guarded(plan, "preprocess", lambda: head.through(preprocess))

@@ -30,7 +30,7 @@ from hpo.feed import Feed
 from hpo.frames import Fit, as_it_is
 from hpo.measuring import Measuring
 from hpo.objective import Params
-from hpo.optim import ARGUMENTS, MAX_GRAD_NORM, optimizer_class
+from hpo.optim import ACCUMULATION, ARGUMENTS, MAX_GRAD_NORM, optimizer_class
 from hpo.stack import EVALUATION_ROWS, Member, Stack, Task, in_full, is_out_of_memory, joined
 from hpo.structure import Framed, RateDropout, own_state
 
@@ -149,6 +149,8 @@ def _require_stacked_form(params: Params) -> None:
     name = str(params["optimizer"]).lower()
     if name not in stacked_optim.HYPERPARAMETERS:
         raise NotStackable(f"optimizer {name} has no stacked form; {', '.join(stacked_optim.HYPERPARAMETERS)} have")
+    if params.get(ACCUMULATION, 1) > 1:
+        raise NotStackable("its gradients are gathered over several batches, to save memory")
     cls = optimizer_class(name)
     assert cls is not None
     takes = inspect.signature(cls).parameters

@@ -5,6 +5,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import takewhile
 
 import torch
 
@@ -12,6 +13,7 @@ from hpo.data import Data
 from hpo.errors import Interrupted
 from hpo.feed import feed
 from hpo.frames import Frames, Grain
+from hpo.own import Own
 from hpo.plan import Plan
 from hpo.pool import Pool
 from hpo.progress import Progress
@@ -20,7 +22,7 @@ from hpo.sizing import AS_GIVEN, Choice, Sizing
 from hpo.stack import LoopStack, Member, One, Stack, Stacks, is_out_of_memory
 from hpo.tracking import Tracker
 from hpo.training import train
-from hpo.trial import TrialRun
+from hpo.trial import Trials
 
 WAIT_SECONDS = 1.0
 """How often to look again while all that is left of a study is with other workers."""
@@ -35,7 +37,7 @@ CHOICE = "hpo:stack"
 
 def work(
     plan: Plan,
-    data: Data,
+    data: Data | None,
     search: Search,
     tracker: Tracker,
     progress: Progress,
@@ -50,7 +52,15 @@ def work(
     def out_of_time() -> bool:
         return time.monotonic() >= deadline
 
-    worker = _Worker(plan, data, search, tracker, progress, lambda: stopping() or out_of_time())
+    def ending() -> bool:
+        return stopping() or out_of_time()
+
+    trials = Trials(plan, search, tracker, progress)
+    worker: _Worker | Own
+    if data is None or plan.objective.train is not None:
+        worker = Own(plan, data, search, tracker, trials, ending)
+    else:
+        worker = _Worker(plan, data, search, tracker, progress, trials, ending)
     try:
         worker.choose()
     except Interrupted:
@@ -61,12 +71,12 @@ def work(
             worker.train()
         except Interrupted:
             if stopping():
-                worker.give_back("interrupted")
+                trials.give_back("interrupted")
                 raise Interrupted(_INTERRUPTED) from None
-            worker.give_back("the study's time was over")
+            trials.give_back("the study's time was over")
             break
         except BaseException as error:
-            worker.give_back(f"{type(error).__name__}: {error}")
+            trials.give_back(f"{type(error).__name__}: {error}")
             raise
         if search.counts().running == 0:
             return
@@ -93,15 +103,18 @@ class _Worker:
         search: Search,
         tracker: Tracker,
         progress: Progress,
+        trials: Trials,
         stopping: Callable[[], bool],
     ) -> None:
         self._plan, self._stopping = plan, stopping
         self._search, self._tracker, self._progress = search, tracker, progress
         self._task = plan.task(data.info, len(data.train))
         preprocess = plan.objective.preprocess(data.train)
-        self._train, self._valid = (feed(split, preprocess, plan.device) for split in (data.train, data.valid))
+        self._train, self._valid = (
+            feed(split, preprocess, plan.device, plan.spec.loading) for split in (data.train, data.valid)
+        )
         self._example = self._train.head(_EXAMPLE_ROWS)
-        self._active: dict[int, TrialRun] = {}
+        self._trials = trials
         self._said: set[str] = set()
         if plan.spec.precision == "tf32" and plan.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
@@ -134,23 +147,13 @@ class _Worker:
         """Claim up to `n` trials."""
         if self._stopping():
             raise Interrupted("interrupted")
-        members: list[Member] = []
-        while len(members) < n:
-            claim = self._search.ask()
-            for number, reason in self._search.drain_lost():
-                self._tracker.end_trial(number, "FAIL", reason)
-                self._progress.note(f"trial {number} is taken up anew: {reason}")
-            if claim is None:
-                break
-            trial = TrialRun(self._plan, claim, self._search, self._tracker, self._progress)
-            self._active[claim.number] = trial
-            members.append(trial.member)
-        return members
+        claimed = (self._trials.claim() for _ in range(n))
+        return [trial.member for trial in takewhile(lambda trial: trial is not None, claimed)]
 
     def _report(self, stack: Stack, member: Member, metrics: dict[str, float]) -> bool:
-        go_on = self._active[member.number].report(stack, metrics)
+        go_on = self._trials[member.number].report(metrics, lambda: stack.state(member))
         if not go_on:
-            del self._active[member.number]
+            self._trials.done(member.number)
         return go_on
 
     def _stacks(self) -> Stacks:
@@ -209,17 +212,11 @@ class _Worker:
     def _halve(self) -> None:
         """Give the trials back, and go on with stacks half as large; after those of one, without stacks."""
         capacity = self._choice.capacity
-        self.give_back(f"out of memory in a stack of {capacity}")
+        self._trials.give_back(f"out of memory in a stack of {capacity}")
         self._choice = replace(self._choice, capacity=max(1, capacity // 2), stacked=capacity > 1)
         self._say(
             f"out of memory: from now on {self._choice.capacity} trials at once, and those in training begin anew"
         )
-
-    def give_back(self, reason: str) -> None:
-        """End all trials that are not done, and queue a successor for each."""
-        for trial in self._active.values():
-            trial.give_back(reason)
-        self._active.clear()
 
     def _say(self, text: str) -> None:
         if text.partition(": ")[2] not in self._said:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from hpo.data import DataInfo, Split, batch_sizes
 from hpo.feed import Feed, feed
 from hpo.objective import Objective
+from hpo.spec import Loading
 from hpo.stack import LoopStack, Member, One, Task
 from hpo.training import order, train
 
@@ -194,3 +195,23 @@ def test_one_preprocessing_serves_all_splits_wherever_they_lie() -> None:
     for n in (N_ROWS, 20):
         assert len(feed(raw(1, n), prepare, meta)) == n
     assert prepare.scale.device == CPU
+
+
+@pytest.mark.parametrize(
+    "loading",
+    [
+        Loading(resident=False),
+        Loading(resident=False, num_workers=1, prefetch_factor=3, persistent_workers=False),
+        Loading(resident=False, num_workers=1, non_blocking=False),
+    ],
+)
+def test_however_it_is_loaded_the_batches_are_the_same(loading: Loading) -> None:
+    split = Split(inputs={"x": torch.arange(40.0).reshape(20, 2)}, targets=torch.arange(20))
+    rows = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    plain, streamed = (feed(split, nn.Identity(), CPU, each) for each in (Loading(), loading))
+    for _ in range(2):
+        pairs = list(zip(plain.batches(6, rows), streamed.batches(6, rows), strict=True))
+        assert len(pairs) == 4
+        for (one, target), (other, other_target) in pairs:
+            assert torch.equal(one[0], other[0])
+            assert torch.equal(target, other_target)

@@ -49,7 +49,8 @@ LAYERS = {
     "tryout": 6,
     "search": 5,
     "trial": 6,
-    "selection": 6,
+    "own": 7,
+    "selection": 8,
     "worker": 9,
     "console": 7,
     "commands": 10,
@@ -140,6 +141,7 @@ def test_the_surface_is_frozen() -> None:
         "objective",
         "options",
         "metric",
+        "direction",
         "value",
         "epochs",
         "patience",
@@ -154,6 +156,8 @@ def test_the_surface_is_frozen() -> None:
         "tracking",
         "device",
         "precision",
+        "deterministic",
+        "loading",
         "stack",
     )
     options = {}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from hpo import catalog
 from hpo.objective import NoOptions, load
 
 GOOD = """
@@ -135,7 +136,7 @@ def test_an_objective_without_options_takes_none(folder):
     ("where", "text"),
     [
         ("breast_cancr", 'there is no module objectives.breast_cancr; did you mean "breast_cancer"?'),
-        ("zzz", "there is no module objectives.zzz; known: breast_cancer, california_housing, fashion_mnist"),
+        ("zzz", "there is no module objectives.zzz; known: " + ", ".join(catalog.names())),
         ("no.such", "there is no module no.such"),
         ("a.py", "no such file: {folder}/sub/a.py nor a.py"),
         ("{folder}/a.py", "no such file: {folder}/a.py"),

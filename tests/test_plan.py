@@ -158,8 +158,15 @@ class TestMetric:
     def test_one_without_a_direction_cannot_be_searched_for(self, planned):
         (line,) = faults(planned, "metric: mean")
         assert line.endswith(
-            "metric: mean does not say in which direction it is better (higher_is_better); choose one of r2, mean, loss"
+            "metric: mean does not say in which direction it is better (higher_is_better); write a `direction`, or "
+            "choose one of r2, mean, loss"
         )
+        assert planned("metric: mean\ndirection: maximize\n").maximize
+        assert not planned("metric: mean\ndirection: minimize\n").maximize
+
+    def test_a_direction_that_the_metric_contradicts_is_a_fault(self, planned):
+        (line,) = faults(planned, "metric: r2\ndirection: minimize\n")
+        assert line.endswith("direction: of r2 more is better; remove `direction`")
 
 
 class TestTrials:
@@ -274,3 +281,63 @@ class TestTryOut:
         plan.objective.preprocess = lambda train: torch.nn.Linear(7, 7)
         with pytest.raises(InputError, match=r"^objective choosy.py: preprocess failed: RuntimeError: "):
             try_out(plan, plan.load_data())
+
+
+class TestLosses:
+    @pytest.fixture
+    def named(self, tmp_path):
+        """Return a function that plans a study of an objective that leaves its loss to its params."""
+        (tmp_path / "named.py").write_text(NAMED)
+
+        def plan(text):
+            path = tmp_path / "study.yaml"
+            path.write_text(f"objective: named.py\n{text}")
+            return prepare(path)
+
+        return plan
+
+    def test_a_name_or_several_to_search(self, named):
+        assert named("").space.fixed["loss"] == "mse"
+        plan = named("params: {loss: {type: categorical, choices: [l1, 'named.py:cubic']}}\n")
+        assert set(plan.objective.own_losses) == {"named.py:cubic"}
+        outputs, targets = torch.tensor([2.0]), torch.tensor([0.0])
+        assert plan.objective.loss(outputs, targets, {"loss": "named.py:cubic"}) == 8
+        assert plan.objective.loss(outputs, targets, {"loss": "l1"}) == 2
+
+    @pytest.mark.parametrize(
+        ("params", "said"),
+        [
+            ("{loss: mes}", "params.loss: there is no loss 'mes'; did you mean \"mse\"?"),
+            ("{loss: 'named.py:cubik'}", "params.loss: named.py has no function 'cubik'; did you mean \"cubic\"?"),
+            ("{loss: 'nam.py:cubic'}", "params.loss: no such file"),
+            ("{class_weights: even}", "params.class_weights: must be none, balanced, or a number"),
+            ("{label_smoothing: {type: float, low: 0, high: 1}}", "params.label_smoothing: must be a number in [0, 1)"),
+            ("{accumulation_steps: 0}", "params.accumulation_steps: must be a whole number of at least 1"),
+        ],
+    )
+    def test_what_is_wrong_is_said(self, named, params, said):
+        with pytest.raises(SpecError) as caught:
+            named(f"params: {params}\n")
+        assert said in str(caught.value)
+
+    def test_one_that_is_nowhere_is_said(self, tmp_path):
+        (tmp_path / "named.py").write_text(NAMED.replace('"loss": "mse", ', ""))
+        (tmp_path / "s.yaml").write_text("objective: named.py")
+        with pytest.raises(SpecError, match="does not define loss; or let its defaults name one: l1, mse"):
+            prepare(tmp_path / "s.yaml")
+
+
+NAMED = """
+from torch import nn
+from torchmetrics.regression import R2Score
+from hpo.objective import Objective
+
+def cubic(outputs, targets):
+    return (outputs - targets).abs().pow(3).mean()
+
+class Named(Objective):
+    defaults = {"loss": "mse", "label_smoothing": 0.0, "class_weights": "none"}
+    def data(self): ...
+    def build(self, params, info): return nn.Linear(2, 1)
+    def metrics(self): return {"r2": R2Score()}
+"""

@@ -15,7 +15,7 @@ from hpo.feed import Feed
 from hpo.objective import Objective
 from hpo.stack import LoopStack, Member, Task, is_out_of_memory
 from hpo.training import order
-from hpo.vmap_stack import VmapStack
+from hpo.vmap_stack import NotStackable, VmapStack
 
 CPU = torch.device("cpu")
 INFO = DataInfo(inputs={"x": (3,), "z": (2,)}, input_dtypes={"x": "float64", "z": "float64"})
@@ -293,3 +293,35 @@ def single(n=N_ROWS):
 )
 def test_what_out_of_memory_looks_like(error, expected):
     assert is_out_of_memory(error) is expected
+
+
+class WithoutNorm(Regression):
+    """A plain network: batch normalisation sees other batches when gradients are gathered over several."""
+
+    def build(self, params, info):
+        module = Network()
+        module.norm = nn.Identity()
+        return module
+
+
+@pytest.mark.parametrize("schedule", [{}, {"schedule": "cosine", "max_grad_norm": 0.1}])
+@pytest.mark.parametrize(("batch_size", "n"), [(4, 4), (8, 2), (6, 3), (40, 5), (3, 100)])
+def test_gathered_gradients_are_those_of_all_rows_at_once(batch_size, n, schedule):
+    def states(**params):
+        stack = LoopStack(Task(objective=WithoutNorm(), info=INFO, device=CPU, n_rows=N_ROWS, epochs=3))
+        each = member(0, **params, **schedule)
+        stack.join(each)
+        feed = Feed(split(), CPU)
+        for epoch in range(3):
+            for inputs, targets in feed.batches(params["batch_size"], order(N_ROWS, 0, epoch)):
+                stack.step(inputs, targets)
+        return stack.state(each)
+
+    gathered = states(batch_size=batch_size, accumulation_steps=n)
+    assert_same(gathered, states(batch_size=min(batch_size * n, N_ROWS)))
+
+
+def test_gathering_members_are_not_stacked():
+    stack = VmapStack(task(), 2, single(8))
+    with pytest.raises(NotStackable, match="gathered over several batches"):
+        stack.join(member(0, accumulation_steps=2))

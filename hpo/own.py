@@ -1,0 +1,118 @@
+"""Trials that are not trained by the engine's loop: an objective's own `train`, and a plain Optuna objective."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from hpo.data import Data, Split
+from hpo.errors import InputError, Interrupted
+from hpo.objective import Function, Params
+from hpo.plan import Plan
+from hpo.search import Search
+from hpo.tracking import Tracker
+from hpo.trial import TrialRun, Trials
+
+
+class Reporting:
+    """What an objective's own `train` is given (`hpo.objective.Report`). `told` takes an epoch's metrics."""
+
+    def __init__(
+        self, plan: Plan, train: Split, valid: Split, epochs: int, seed: int, told: Callable[[dict[str, float]], bool]
+    ) -> None:
+        self.train, self.valid, self.epochs, self.seed = train, valid, epochs, seed
+        self._plan, self._told, self._over = plan, told, False
+
+    def __call__(self, metrics: Mapping[str, float]) -> bool:
+        where = f"objective {self._plan.spec.objective}: train"
+        if self._over:
+            raise InputError(f"{where} went on after report had said no; return when it gives False")
+        try:
+            named = {n if n.startswith("train_") else f"valid_{n}": float(value) for n, value in metrics.items()}
+        except (AttributeError, TypeError, ValueError):
+            raise InputError(f"{where} must report numbers by name, but reported {metrics!r:.200}") from None
+        if self._plan.metric_key not in named:
+            raise InputError(
+                f"{where} reported {', '.join(metrics) or 'nothing'}, but the study's metric is {self._plan.metric}"
+            )
+        self._over = not self._told(named)
+        return not self._over
+
+
+class Own:
+    """One process's share of a study whose trials train themselves, one after the other."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        data: Data | None,
+        search: Search,
+        tracker: Tracker,
+        trials: Trials,
+        stopping: Callable[[], bool],
+    ) -> None:
+        self._plan, self._search, self._tracker, self._trials = plan, search, tracker, trials
+        self._stopping = stopping
+        if data is not None:
+            preprocess = plan.objective.preprocess(data.train)
+            self._train, self._valid = (x.through(preprocess).to(plan.device) for x in (data.train, data.valid))
+
+    def choose(self) -> None:
+        """There is nothing to choose: such trials are never stacked."""
+
+    def train(self) -> None:
+        """Train until there is no trial left to claim. Raises Interrupted."""
+        while not self._stop() and (trial := self._trials.claim()) is not None:
+            if isinstance(self._plan.objective, Function):
+                self._call(self._plan.objective, trial)
+            else:
+                self._train_one(trial)
+            self._trials.done(trial.member.number)
+
+    def _stop(self) -> bool:
+        if self._stopping():
+            raise Interrupted("interrupted")
+        return False
+
+    def _train_one(self, trial: TrialRun) -> None:
+        plan, member = self._plan, trial.member
+
+        def told(metrics: dict[str, float]) -> bool:
+            self._stop()
+            member.epoch += 1
+            return trial.report(metrics, dict)
+
+        report = Reporting(plan, self._train, self._valid, plan.spec.epochs, member.seed, told)
+        train_own(plan, member.params, report)
+        if not trial.has_reported:
+            raise InputError(f"objective {plan.spec.objective}: train returned without having called report")
+        if not trial.ended:
+            trial.conclude()  # it had enough before its epochs were over
+
+    def _call(self, function: Function, trial: TrialRun) -> None:
+        plan, number = self._plan, trial.member.number
+
+        def told(step: int, value: float) -> None:
+            trial.log(step, {plan.metric: value})
+            self._stop()
+
+        params, value = self._search.call(number, function.call, told)
+        self._tracker.log_params(number, params)
+        if value is None:
+            trial.end("PRUNED")
+        elif math.isfinite(value):
+            trial.end("COMPLETE", value)
+        else:
+            trial.end("FAIL", fault=f"{plan.metric} became {value}")
+
+
+def train_own(plan: Plan, params: Params, report: Reporting) -> nn.Module | None:
+    """Return the network that the objective's own `train` gives, if any."""
+    assert plan.objective.train is not None
+    torch.manual_seed(report.seed)
+    network = plan.objective.train(params, report)
+    if network is not None and not isinstance(network, nn.Module):
+        where = f"objective {plan.spec.objective}"
+        raise InputError(f"{where}: train must return a network (nn.Module) or None, but got {network!r:.100}")
+    return network

@@ -1,0 +1,204 @@
+"""An objective's own `train`, and plain Optuna objectives, through the command line."""
+
+import json
+import sqlite3
+
+import pytest
+import torch
+
+from hpo.errors import HpoError
+from tests.cli import invoke, refused, summary
+
+OWN = """
+import torch
+from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
+from hpo.objective import Objective
+from hpo.data import Data, Split
+
+class Own(Objective):
+    '''Classes of the sign of a sum, learned by scikit-learn.'''
+
+    defaults = {"alpha": 1e-4, "learning_rate": 0.1}
+    space = {"alpha": {"type": "float", "low": 1e-5, "high": 1.0, "log": True}}
+
+    def data(self):
+        x = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
+        y = (x.sum(1) > 0).long()
+        parts = [Split(inputs={"x": x[i:j]}, targets=y[i:j]) for i, j in ((0, 200), (200, 250), (250, 300))]
+        return Data(train=parts[0], valid=parts[1], test=parts[2], class_names=("minus", "plus"))
+
+    def metrics(self):
+        return {"accuracy": MulticlassAccuracy(2, average="micro")}
+
+    def train(self, params, report):
+        from sklearn.linear_model import SGDClassifier
+        model = SGDClassifier(alpha=params["alpha"], learning_rate="constant", eta0=params["learning_rate"],
+                              random_state=report.seed % 2**32)
+        x, y = report.train.inputs["x"].numpy(), report.train.targets.numpy()
+        for _ in range(report.epochs):
+            model.partial_fit(x, y, classes=[0, 1])
+            accuracy = model.score(report.valid.inputs["x"].numpy(), report.valid.targets.numpy())
+            if not report({"accuracy": accuracy, "train_rows": len(y)}):
+                break
+        network = nn.Linear(4, 2)
+        with torch.no_grad():
+            network.weight.copy_(torch.tensor(model.coef_).float() * torch.tensor([[-1.0], [1.0]]))
+            network.bias.copy_(torch.tensor(model.intercept_).float() * torch.tensor([-1.0, 1.0]))
+        return network
+"""
+FUNCTION = """
+import optuna
+
+def f(trial):
+    x = trial.suggest_float("x", -10, 10)
+    for step in range(4):
+        trial.report(abs(x - 2) + 4 - step, step)
+        if trial.should_prune():
+            raise optuna.TrialPruned()
+    return abs(x - 2)
+
+def pair(trial):
+    return 1, 2
+
+def endless(trial):
+    return float("nan")
+
+def best_is_one(trial):
+    return trial.suggest_int("n", 0, 1)
+"""
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """Return a function that writes a study and runs a command on it; it returns what that printed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "f.py").write_text(FUNCTION)
+
+    def run(text, command="run", call=invoke):
+        (tmp_path / "s.yaml").write_text(text)
+        return call(command, "s.yaml", *(["--json"] if command == "run" else []))
+
+    return run
+
+
+class TestOwnTraining:
+    TEXT = "objective: own.py\nepochs: 5\ntrials: 6\npruner: {name: median, n_startup_trials: 2, n_warmup_steps: 0}\n"
+
+    def test_it_is_searched_tested_and_exported(self, study, tmp_path):
+        result = summary(study(self.TEXT))
+        assert sum(result["trials"].values()) == 6
+        assert result["test"].keys() == {"accuracy"}
+        assert result["test"]["accuracy"] > 0.9
+        model = torch.jit.load(tmp_path / result["bundle"] / "model.torchscript.pt")
+        assert model(torch.tensor([[1.0, 1, 1, 1], [-1, -1, -1, -1]])).argmax(1).tolist() == [1, 0]
+        about = json.loads((tmp_path / result["bundle"] / "bundle.json").read_text())
+        assert about["trained_on"] == ["train", "valid"]
+        runs = sqlite3.connect(tmp_path / "mlruns/mlflow.db").execute(
+            "select count(distinct step), max(value) from metrics where key = 'train_rows'"
+        )
+        assert runs.fetchone() == (5, 200)
+
+    def test_a_second_run_costs_nothing(self, study):
+        study(self.TEXT)
+        assert "all 6 trials are done" in study(self.TEXT)
+
+    def test_engine_params_are_not_known_to_it(self, study):
+        done = study(self.TEXT + "params: {batch_size: 3}\n", call=refused)
+        assert "params.batch_size: neither the engine nor the objective has this parameter" in done
+
+    @pytest.mark.parametrize(
+        ("old", "new", "said"),
+        [
+            ('report({"accuracy"', 'report({"acc"', "reported acc, train_rows, but the study's metric is accuracy"),
+            ("if not report(", "if [] is report(", "went on after report had said no; return when it"),
+            ("for _ in", "return None\n        for _ in", "train returned without having called report"),
+            ("return network", "return 3", "train must return a network (nn.Module) or None, but got 3"),
+            ('"accuracy": accuracy', '"accuracy": "high"', "must report numbers by name"),
+        ],
+    )  # fmt: skip
+    def test_what_it_does_wrong_is_said(self, study, tmp_path, old, new, said):
+        assert old in OWN
+        (tmp_path / "own.py").write_text(OWN.replace(old, new))
+        assert said in study(self.TEXT, call=refused)
+
+    def test_one_that_returns_early_is_complete(self, study, tmp_path):
+        (tmp_path / "own.py").write_text(OWN.replace("range(report.epochs)", "range(2)"))
+        result = summary(study(self.TEXT + "start_with: [{alpha: 0.001}]\n"))
+        assert result["trials"]["complete"] >= 1
+        assert sum(result["trials"].values()) == 6
+
+    def test_without_a_network_there_is_nothing_to_test_or_export(self, study, tmp_path):
+        (tmp_path / "own.py").write_text(OWN.replace("return network", "return None"))
+        done = study(self.TEXT)
+        assert "train returned no network" in done
+        assert (summary(done)["test"], summary(done)["bundle"]) == ({}, None)
+        assert "all 6 trials are done" in study(self.TEXT)
+
+    def test_a_bug_costs_no_trial(self, study, tmp_path):
+        (tmp_path / "own.py").write_text(OWN.replace("network = nn.Linear(4, 2)", "raise KeyError('mine')"))
+        with pytest.raises(KeyError, match="mine"):
+            study(self.TEXT)
+        (tmp_path / "own.py").write_text(OWN)
+        assert sum(summary(study(self.TEXT))["trials"].values()) == 6
+
+    def test_an_objective_without_build_or_train_is_refused(self, study, tmp_path):
+        (tmp_path / "own.py").write_text(OWN.replace("def train(", "def fit("))
+        assert "own.py:Own does not define build (or train)" in study(self.TEXT, call=refused)
+
+
+class TestFunction:
+    TEXT = "objective: f.py:f\ntrials: 12\npruner: {name: median, n_startup_trials: 3, n_warmup_steps: 0}\n"
+
+    def test_it_runs_as_it_is_with_pruning_tracking_and_an_exact_budget(self, study, tmp_path):
+        result = summary(study(self.TEXT + "start_with: [{x: 2.5}]\n"))
+        assert result["trials"]["complete"] + result["trials"]["pruned"] == 12
+        assert result["trials"]["pruned"] > 0
+        assert result["best"]["value"] <= 0.5
+        assert result["best"]["params"].keys() == {"x"}
+        database = sqlite3.connect(tmp_path / "mlruns/mlflow.db")
+        assert database.execute("select count(*) from params where key = 'x'").fetchone() == (12,)
+        assert database.execute("select max(step) from metrics where key = 'value'").fetchone() == (3,)
+
+    def test_it_goes_on_to_more_trials(self, study):
+        study(self.TEXT)
+        assert sum(summary(study(self.TEXT.replace("12", "14")))["trials"].values()) == 14
+
+    def test_its_direction_is_the_studys(self, study):
+        text = "objective: f.py:best_is_one\ntrials: 6\ntracking: off\n"
+        assert summary(study(text + "direction: maximize\n"))["best"]["value"] == 1
+        assert summary(study(text + "name: other\n"))["best"]["value"] == 0
+
+    @pytest.mark.parametrize("sampler", ["random", "brute_force", "qmc"])
+    def test_it_takes_other_samplers(self, study, sampler):
+        text = f"objective: f.py:best_is_one\ntrials: 2\ntracking: off\nsampler: {sampler}\n"
+        assert sum(summary(study(text))["trials"].values()) == 2
+
+    def test_check_and_status_know_it(self, study):
+        assert "the function suggests its own" in study(self.TEXT, "check")
+        study(self.TEXT)
+        assert "12 of 12 trials done" in study(self.TEXT, "status")
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("objective: f.py:pair", "must return one number, a trial's value, but returned (1, 2)"),
+            ("objective: f.py:ff", "f.py has no objective and no function 'ff'; did you mean \"f\"?"),
+            ("objective: f.py", "or write f.py:function for a plain Optuna objective"),
+            ("objective: f.py:f\nparams: {x: 1}", "params.x: a function suggests its own params; remove this"),
+            ("objective: f.py:f\noptions: {a: 1}", "options.a: a function has no options"),
+            ("objective: f.py:f\nsampler: grid", "a function suggests its own; use brute_force"),
+        ],
+    )
+    def test_bad_input_is_said(self, study, text, said):
+        assert said in study(text, call=refused)
+
+    def test_nan_fails_the_trial(self, study):
+        with pytest.raises(HpoError, match="value became nan"):
+            study("objective: f.py:endless\ntrials: 2\ntracking: off\n")
+
+    def test_there_is_no_model_to_export(self, study):
+        study(self.TEXT)
+        done = study(self.TEXT, "export", call=refused)
+        assert "is a function: it has no model to export" in done
