@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from inspect import Parameter, Signature
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ class Model:
         parts = [part.cpu().eval() for part in deepcopy([self.preprocess, self.network, self.head])]
         names = ("preprocess", "network", "head")
         several = len(self.info.inputs) > 1 or self._gives_several(parts)
-        module = _Named(*parts) if several else nn.Sequential()
+        module = _Named(list(self.info.inputs), *parts) if several else nn.Sequential()
         if isinstance(module, nn.Sequential):
             for name, part in zip(names, parts, strict=True):
                 module.add_module(name, part)
@@ -67,16 +69,24 @@ class Model:
 
 
 class _Named(nn.Module):
-    """preprocess, network and head for several inputs or outputs; traced: TorchScript cannot script `*inputs`."""
+    """preprocess, network and head for several inputs or outputs; traced: TorchScript cannot script `*inputs`.
 
-    def __init__(self, preprocess: nn.Module, network: nn.Module, head: nn.Module) -> None:
+    What is traced takes its inputs by their names too, as far as Python allows them.
+    """
+
+    def __init__(self, names: Sequence[str], preprocess: nn.Module, network: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.preprocess, self.network, self.head = preprocess, network, head
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        prepared = inputs if isinstance(self.preprocess, nn.Identity) else self.preprocess(*inputs)
-        prepared = (prepared,) if isinstance(prepared, Tensor) else prepared
-        return self.head(prediction(self.network(*prepared)))
+        def forward(*inputs: Tensor) -> Tensor:
+            prepared = inputs if isinstance(preprocess, nn.Identity) else preprocess(*inputs)
+            prepared = (prepared,) if isinstance(prepared, Tensor) else prepared
+            return head(prediction(network(*prepared)))
+
+        plain = [n if n.isidentifier() and not iskeyword(n) else f"input{place}" for place, n in enumerate(names)]
+        parameters = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in plain]
+        forward.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  # the tracer reads names here
+        self.forward = forward
 
 
 def export(model: Model, held_out: Split, folder: Path) -> dict[str, Any]:

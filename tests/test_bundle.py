@@ -207,6 +207,7 @@ def test_several_named_inputs(folder, preprocess):
     with torch.no_grad():
         expected = (made.network.linear(prepared[0]) + prepared[1]).sigmoid()
     torch.testing.assert_close(predictions(loaded, rows), expected, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(loaded(other=right, features=left), expected, atol=TOLERANCE, rtol=0)
 
 
 def test_both_ways_of_a_branch_are_exported(folder):
