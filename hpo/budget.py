@@ -36,17 +36,23 @@ def count(places: Sequence[FrozenTrial], trials: int) -> Counts:
 
 
 def places(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """Return those of `trials` that take a place in the budget: not withdrawn, not replaced, not a second successor."""
+    """Return those of `trials` that take a place in the budget: not withdrawn, not replaced, nobody's double.
+
+    Of several that were queued for one place, or to succeed one trial, the first counts: two workers may have queued
+    at the same time.
+    """
     replaced: set[int] = set()
+    taken: set[int] = set()
     counted = []
     for trial in sorted(trials, key=lambda t: t.number):
-        before = trial.user_attrs.get("retry_of")
-        if before is not None and before in replaced:
+        before, place = trial.user_attrs.get("retry_of"), trial.user_attrs.get("place")
+        if before in replaced or (before is None and place is not None and place in taken):
             continue
         if before is not None:
             replaced.add(before)
         if not trial.user_attrs.get("withdrawn"):  # a withdrawn successor takes its predecessor's place with it
             counted.append(trial)
+            taken |= {place} - {None}
     return [trial for trial in counted if trial.number not in replaced]
 
 

@@ -2,10 +2,9 @@
 
 import math
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from hpo.objective import Function
 from hpo.plan import OUTPUT, Plan, prepare
 from hpo.search import Best, Search, open_search
 from hpo.selection import Outcome, bundle_folder, conclude, finish, outcome
-from hpo.storage import open_storage
+from hpo.stopping import Stop, signals
+from hpo.storage import close_storage, open_storage
 from hpo.tryout import try_out
 from hpo.worker import work
 
@@ -44,14 +44,14 @@ def run(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
             send_unsent(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)
             out.print(f"{plan.spec.name}: all {plan.spec.trials} trials are done")
         if done is None and not (over and best is not None and isinstance(plan.objective, Function)):
-            stopping = stack.enter_context(_signals())
+            stopping = stack.enter_context(signals())
             done = _run(plan, search, stopping, out)
         best = search.best()
         _print_result(plan, search, best, done, out)
         return _summary(plan, search, best, done)
 
 
-def _run(plan: Plan, search: Search, stopping: Callable[[], bool], out: Console) -> Outcome | None:
+def _run(plan: Plan, search: Search, stopping: Stop, out: Console) -> Outcome | None:
     data = _load(plan, search)
     tracker = open_tracker(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)
     of_what = f"of {plan.spec.epochs} epochs on {plan.device}, {len(data.train)} rows" if data else "of a function"
@@ -60,7 +60,7 @@ def _run(plan: Plan, search: Search, stopping: Callable[[], bool], out: Console)
     try:
         tracker.start_study(_tags(plan), {"study.yaml": masked(Path(plan.document.name).read_text(encoding="utf-8"))})
         with _progress(plan, search, out) as progress:
-            work(plan, data, search, tracker, progress, stopping)
+            work(plan, data, search, tracker, progress, stopping, stopping.overdue)
         ended = conclude(plan, data, search, tracker, stopping, out.print) if data else None
         if search.best() is None:
             raise HpoError(_why_no_best(search))
@@ -79,7 +79,7 @@ def check(path: Path, overrides: Mapping[str, str]) -> None:
     plan = _prepare(path, overrides, out)
     problems = []
     data = model = None
-    for look in (lambda: _open(plan, make=False), lambda: open_storage(plan.spec.storage).engine.dispose()):
+    for look in (lambda: _open(plan, make=False), lambda: close_storage(open_storage(plan.spec.storage))):
         try:
             look()
         except InputError as error:
@@ -199,7 +199,7 @@ def export(path: Path, overrides: Mapping[str, str], number: int | None, folder:
         data = _load(plan, search)
         if data is None:
             raise InputError(f"objective {plan.spec.objective} is a function: it has no model to export")
-        stopping = stack.enter_context(_signals())
+        stopping = stack.enter_context(signals())
         default = bundle_folder(plan) if number is None else OUTPUT / "bundles" / f"{plan.spec.name}-trial-{number}"
         done = finish(plan, data, search, best, folder or default, stopping, out.print)
         _print_result(plan, search, best, done, out)
@@ -348,21 +348,3 @@ def _progress(plan: Plan, search: Search, out: Console) -> Iterator[Any]:
             yield progress
     else:
         yield view.PlainProgress(board, refresh, lambda text: out.print(masked(text)))
-
-
-@contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
-    """Have Ctrl-C and SIGTERM ask the loop to stop, between two batches; a second one stops at once."""
-    asked: list[int] = []
-
-    def ask(number: int, frame: object) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

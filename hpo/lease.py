@@ -10,21 +10,19 @@ import threading
 import time
 from contextlib import suppress
 
-from optuna.storages import RDBStorage
+from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial
 
 from hpo.budget import LEASE_KEY, utc
 from hpo.processes import alive
 
-LEASE_SECONDS = 60
 
-
-def is_dead(trial: FrozenTrial, now: float) -> bool:
+def is_dead(trial: FrozenTrial, now: float, grace: float) -> bool:
     """Whether nobody trains this RUNNING trial any more: its lease ran out, or its process on this machine is gone."""
     lease = trial.system_attrs.get(LEASE_KEY)
     if lease is None:  # killed between the claim and the lease
         started = trial.datetime_start
-        return started is None or now - utc(started).timestamp() > LEASE_SECONDS
+        return started is None or now - utc(started).timestamp() > grace
     if lease["until"] < now:
         return True
     place, _, pid = lease["worker"].rpartition(":")
@@ -41,8 +39,8 @@ def _place() -> str:
 class LeaseKeeper:
     """Renews the leases of the trials that this process trains, from a thread of its own that survives errors."""
 
-    def __init__(self, storage: RDBStorage) -> None:
-        self._storage = storage
+    def __init__(self, storage: BaseStorage, grace: float) -> None:
+        self._storage, self._grace = storage, grace
         self._attempts: dict[int, int] = {}
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -63,12 +61,13 @@ class LeaseKeeper:
             self._thread.join(timeout=5)
 
     def _run(self) -> None:
-        while not self._stopped.wait(LEASE_SECONDS / 4):
+        while not self._stopped.wait(self._grace / 4):
             for trial_id, attempt in list(self._attempts.items()):
                 with suppress(Exception):  # a database that is away for a moment must not cost the trial its lease
                     self._renew(trial_id, attempt)
-        self._storage.remove_session()
+        if isinstance(self._storage, RDBStorage):
+            self._storage.remove_session()
 
     def _renew(self, trial_id: int, attempt: int) -> None:
-        lease = {"worker": f"{_place()}:{os.getpid()}", "until": time.time() + LEASE_SECONDS, "attempt": attempt}
+        lease = {"worker": f"{_place()}:{os.getpid()}", "until": time.time() + self._grace, "attempt": attempt}
         self._storage.set_trial_system_attr(trial_id, LEASE_KEY, lease)

@@ -81,7 +81,7 @@ class Own:
         def told(metrics: dict[str, float]) -> bool:
             self._stop()
             member.epoch += 1
-            return trial.report(metrics, dict)
+            return trial.report(metrics, None)
 
         report = Reporting(plan, self._train, self._valid, plan.spec.epochs, member.seed, told)
         train_own(plan, member.params, report)

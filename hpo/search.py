@@ -6,18 +6,20 @@ trials; a claim is the storage's own compare-and-set WAITING -> RUNNING; a lease
 successor that names it (`retry_of`) takes over its place in the budget. Params are sampled when a trial is claimed.
 """
 
+import itertools
 import json
+import math
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.storages import RDBStorage
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from hpo.budget import LEASE_KEY, Counts, count, places, seconds_used
@@ -27,10 +29,8 @@ from hpo.samplers import make_pruner, make_sampler
 from hpo.seeds import derive
 from hpo.space import Space
 from hpo.spec import StudySpec
-from hpo.storage import exclusive, exists, open_storage
+from hpo.storage import close_storage, exclusive, exists, open_storage
 
-MAX_ATTEMPTS = 3
-"""How often a trial whose worker dies is tried in all: it may be the trial that kills it."""
 _QUEUE_CHUNK = 100
 _IDENTITY = "hpo:identity"
 TIMED_OUT = "hpo:timed_out"
@@ -45,6 +45,10 @@ class Claim:
     seed: int
     params: Mapping[str, Any]
     attempt: int
+    place: int
+    """Its place in the budget, which its successors take over."""
+    is_retry: bool
+    """Whether it succeeds a trial that was interrupted or whose worker died."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +103,7 @@ def identity(spec: StudySpec, space: Space, metric: str) -> dict[str, Any]:
 class Search:
     """One study in its storage. Make it with `open_search`."""
 
-    def __init__(self, study: optuna.Study, storage: RDBStorage, spec: StudySpec, space: Space) -> None:
+    def __init__(self, study: optuna.Study, storage: BaseStorage, spec: StudySpec, space: Space) -> None:
         self.study, self.storage, self.spec, self.space = study, storage, spec, space
         self.maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
         self._study_id = storage.get_study_id_from_name(study.study_name)
@@ -108,7 +112,7 @@ class Search:
         self._waiting: deque[FrozenTrial] = deque()
         self._best: float | None = None
         self._lost: list[tuple[int, str]] = []
-        self._lease = LeaseKeeper(storage)
+        self._lease = LeaseKeeper(storage, spec.grace)
 
     # The budget: which trials count, and which are still to come.
 
@@ -123,15 +127,17 @@ class Search:
         """Queue trials up to the budget (a chunk at a time), or withdraw those that are queued beyond it."""
         with exclusive(self.spec.storage):
             self._reclaim()
-            places = self.trials()
-            started = {trial.user_attrs.get("start_with") for trial in places}
+            taken = self.trials()
+            started = {trial.user_attrs.get("start_with") for trial in taken}
             starts = [i for i in range(len(self.spec.start_with)) if i not in started]
-            for place in range(len(places), min(self.spec.trials, len(places) + _QUEUE_CHUNK)):
+            numbers = {trial.user_attrs.get("place", index) for index, trial in enumerate(taken)}
+            free = (number for number in itertools.count() if number not in numbers)
+            for _ in range(min(self.spec.trials - len(taken), _QUEUE_CHUNK)):
                 start = starts.pop(0) if starts else None
                 config = {} if start is None else self.space.queued(self.spec.start_with[start])
-                self._enqueue(config, {"place": place} | ({} if start is None else {"start_with": start}))
-            surplus = len(places) - self.spec.trials
-            waiting = [trial for trial in places if trial.state == TrialState.WAITING]
+                self._enqueue(config, {"place": next(free)} | ({} if start is None else {"start_with": start}))
+            surplus = len(taken) - self.spec.trials
+            waiting = [trial for trial in taken if trial.state == TrialState.WAITING]
             for trial in reversed(waiting[-surplus:] if surplus > 0 else []):
                 with suppress(UpdateFinishedTrialError):  # claimed and finished by a peer just now
                     self.storage.set_trial_user_attr(trial._trial_id, "withdrawn", True)
@@ -148,14 +154,15 @@ class Search:
         everything = self.storage.get_all_trials(self._study_id, deepcopy=False)
         with_place = {trial.number for trial in places(everything)}
         for trial in everything:
-            if trial.state == TrialState.RUNNING and trial.number not in self._claimed and is_dead(trial, now):
+            running = trial.state == TrialState.RUNNING and trial.number not in self._claimed
+            if running and is_dead(trial, now, self.spec.grace):
                 lease = trial.system_attrs.get(LEASE_KEY, {})
-                attempt = lease.get("attempt", 1) if trial.number in with_place else MAX_ATTEMPTS  # it has a successor
+                attempt = lease.get("attempt", 1) if trial.number in with_place else math.inf  # it has a successor
                 self._replace(trial, f"worker {lease.get('worker', 'unknown')} died", attempt)
 
-    def _replace(self, trial: FrozenTrial, reason: str, attempt: int) -> None:
+    def _replace(self, trial: FrozenTrial, reason: str, attempt: float) -> None:
         """End `trial` as FAIL and queue its successor; the successor first, so that a crash between loses nothing."""
-        if attempt < MAX_ATTEMPTS:
+        if attempt <= self.spec.retries:
             attrs = {"retry_of": trial.number, "attempt": attempt + 1}
             attrs |= {key: trial.user_attrs[key] for key in ("place", "seed", "start_with") if key in trial.user_attrs}
             self._enqueue(trial.params, attrs)
@@ -198,11 +205,23 @@ class Search:
         self._lease.add(frozen._trial_id, attempt)
         trial = _Trial(self.study, frozen._trial_id)  # what Study.ask does, without making a trial beyond the budget
         self._claimed[trial.number] = trial
-        seed = frozen.user_attrs.get(
-            "seed", derive(self.spec.seed, "init", frozen.user_attrs.get("place", trial.number))
-        )
+        place = frozen.user_attrs.get("place", trial.number)
+        seed = frozen.user_attrs.get("seed", derive(self.spec.seed, "init", place))
         trial.set_user_attr("seed", seed)
-        return Claim(number=trial.number, seed=seed, params=self.space.suggest(trial), attempt=attempt)
+        return Claim(
+            number=trial.number,
+            seed=seed,
+            params=self.space.suggest(trial),
+            attempt=attempt,
+            place=place,
+            is_retry="retry_of" in frozen.user_attrs,
+        )
+
+    def repeat(self, number: int, values: Sequence[float]) -> None:
+        """Report what a trial's predecessor had reported in its epochs."""
+        for epoch, value in enumerate(values):
+            with suppress(UpdateFinishedTrialError):
+                self._claimed[number].report(value, step=epoch)
 
     def report(self, number: int, epoch: int, value: float) -> bool:
         """Report a trial's value at an epoch (counted from 0); return whether it is to go on.
@@ -345,8 +364,7 @@ class Search:
     def close(self) -> None:
         """Stop renewing leases and let the database go."""
         self._lease.stop()
-        self.storage.remove_session()
-        self.storage.engine.dispose()
+        close_storage(self.storage)
 
 
 def open_search(spec: StudySpec, space: Space, metric: str, *, maximize: bool, make: bool = True) -> Search | None:

@@ -194,6 +194,9 @@ def _stack(value: Any) -> Any:
     return value
 
 
+_Time = Annotated[Finite, Field(gt=0), BeforeValidator(_seconds)]
+
+
 class Loading(_Frozen):
     """How data gets to the device. What does not lie there streams through a `DataLoader`, with torch's own keys."""
 
@@ -228,7 +231,7 @@ class StudySpec(_Frozen):
     """A trial ends when its metric has not improved for so many epochs; None: it has all its epochs."""
     trials: int = Field(default=50, ge=1)
     """Exactly so many, over all workers and all restarts."""
-    timeout: Annotated[Finite, Field(gt=0), BeforeValidator(_seconds)] | None = None
+    timeout: _Time | None = None
     """Seconds, for the whole study."""
     seed: int = Field(default=42, ge=0)
     sampler: Annotated[Plugin, BeforeValidator(_named), _one_of(SAMPLERS)] = Plugin(name="tpe")
@@ -245,6 +248,14 @@ class StudySpec(_Frozen):
     deterministic: bool = False
     """Whether torch uses deterministic algorithms only, and refuses those that are not."""
     loading: Loading = Loading()
+    checkpoint_every: _Time = 60.0
+    """Seconds, at the least, between two checkpoints of a trial; they are made at the end of epochs."""
+    grace: _Time = 60.0
+    """Seconds without a sign of life after which a worker counts as dead and its trials are taken up by others."""
+    retries: int = Field(default=2, ge=0)
+    """How often a trial whose worker died is begun again: it may be the trial that kills it."""
+    outage: _Time = 600.0
+    """Seconds for which the storage may be away before a worker stops."""
     stack: Annotated[Literal["auto"] | int, BeforeValidator(_stack)] = "auto"
     """How many trials are trained at once on the device, as one stack, where their structure allows; auto: measured."""
 

@@ -70,6 +70,8 @@ class Member:
     joined: int = 0
     fault: str | None = None
     history: list[dict[str, float]] = field(default_factory=list)
+    resume: Mapping[str, Any] | None = None
+    """What it goes on from (`Stack.checkpoint`), where it is not at its beginning."""
 
 
 class Stack(ABC):
@@ -105,6 +107,14 @@ class Stack(ABC):
     @abstractmethod
     def module(self, member: Member) -> nn.Module:
         """Return `member`'s network: the very one, or one with the same weights."""
+
+    @abstractmethod
+    def checkpoint(self, member: Member) -> dict[str, Any]:
+        """Return all that `member`'s training goes on from, on the CPU: tensors and plain numbers.
+
+        `model` and `optimizer` by the network's own names, so that a stack of any kind takes it; `steps`, done so far;
+        `random`, the state of torch's generators, where they are this member's own.
+        """
 
     def state(self, member: Member) -> dict[str, Tensor]:
         """Return a copy of the weights and buffers of `member`'s network."""
@@ -167,6 +177,8 @@ class LoopStack(Stack):
         self._slots[member] = slot = _Slot(self._task)
         try:
             slot.fill(self._task.build(member), member.params)
+            if member.resume is not None:
+                slot.restore(member.resume)
         except (RuntimeError, MemoryError) as error:
             self._note_fault(member, error)
 
@@ -200,6 +212,9 @@ class LoopStack(Stack):
 
     def module(self, member: Member) -> nn.Module:
         return self._slots[member].module
+
+    def checkpoint(self, member: Member) -> dict[str, Any]:
+        return self._slots[member].checkpoint() | {"random": random_states(self._task.device)}
 
     def _note_fault(self, member: Member, error: Exception) -> None:
         """Take running out of memory, the one fault that is a member's own; raise any other error again."""
@@ -242,6 +257,27 @@ class _Slot:
         self._update()
         return loss.detach()
 
+    def checkpoint(self) -> dict[str, Any]:
+        """Return what `restore` takes."""
+        state = {
+            name: {key: _kept(value) for key, value in self._optimizer.state.get(weight, {}).items()}
+            for name, weight in self.module.named_parameters()
+        }
+        model = {name: _kept(tensor) for name, tensor in self.module.state_dict().items()}
+        return {"model": model, "optimizer": state, "steps": self._t}
+
+    def restore(self, resume: Mapping[str, Any]) -> None:
+        """Go on from where a checkpoint was made, right after an epoch's end."""
+        self.module.load_state_dict(resume["model"])
+        device = self._task.device
+        for name, weight in self.module.named_parameters():
+            state = {key: _moved(value, device) for key, value in resume["optimizer"].get(name, {}).items()}
+            if state:
+                self._optimizer.state[weight] = state
+        self._t = resume["steps"]
+        if resume.get("random") is not None:
+            set_random_states(resume["random"])
+
     def _gather(self, loss: Tensor) -> Tensor:
         """Add one batch's part of a step's gradient; with the last of its batches, do the step."""
         share = self._shares[self._batch % len(self._shares)]
@@ -261,6 +297,27 @@ class _Slot:
                 group["lr"] = self._params["learning_rate"] * self._factors[min(self._t, len(self._factors) - 1)]
         self._t += 1
         self._optimizer.step()
+
+
+def _kept(value: Any) -> Any:
+    return value.detach().cpu().clone() if isinstance(value, Tensor) else value
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device, copy=True) if isinstance(value, Tensor) else value
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of torch's generators that code on `device` draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_states(states: Mapping[str, Tensor]) -> None:
+    """Take up the states that `random_states` gave."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,4 +1,9 @@
-"""Optuna's storage, opened so that several processes can use it at once (see also `hpo.search`).
+"""Optuna's storages by address, opened so that several processes can use them at once (see also `hpo.search`).
+
+    sqlite:///path.db            one machine; refused on a network file system
+    postgresql://host/database   many machines
+    journal:///path.log          Optuna's journal file
+    grpc://host:port             a server that `hpo serve` runs, for hundreds of workers
 
 SQLite as it comes hands one queued trial to several workers; with WAL and `BEGIN IMMEDIATE` it does not. The schema is
 made once, under a lock: processes that start together on a fresh database would crash all but one of them
@@ -8,60 +13,95 @@ made once, under a lock: processes that start together on a fresh database would
 import hashlib
 import sqlite3
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import optuna
+import psutil
 from filelock import FileLock
-from optuna.storages import RDBStorage
+from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
 from sqlalchemy import create_engine, event, inspect, make_url
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from hpo.errors import StorageError, masked
 
 BUSY_SECONDS = 60
-"""How long SQLite waits for another process's transaction."""
+"""How long to wait for another process's transaction, or its lock."""
+CONNECT_SECONDS = 5
+"""How long to wait for a server before it counts as away."""
+_NETWORK = ("nfs", "cifs", "smb", "afs", "lustre", "gpfs", "beegfs", "ceph", "fuse.glusterfs", "fuse.sshfs")
 
 
-def open_storage(url: str) -> RDBStorage:
-    """Return the storage at `url`, its schema made if the database is new.
+def open_storage(url: str) -> BaseStorage:
+    """Return the storage at `url`, its schema made if the database is new. Give it to `close_storage` at the end.
 
     Raises StorageError where it cannot be opened, or holds another program's tables.
     """
-    parsed = _parse(url)
-    _make_folder(parsed, url)
+    kind = _kind(url)
     try:
-        with exclusive(url):
-            _refuse_other_programs(parsed, url)
-            storage = RDBStorage(url, engine_kwargs=_engine_arguments(parsed))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            if kind == "grpc":
+                return _open_grpc(url)
+            if kind == "journal":
+                path = _journal(url)
+                _make_folder(path, url)
+                return JournalStorage(JournalFileBackend(str(path)))
+        return _open_database(url)
     except StorageError:
         raise
     except ImportError as error:
         raise StorageError(f"storage {url}: its driver is not installed ({error}); pip install it") from error
     except RuntimeError as error:  # Optuna's own: a schema of a newer or older version
         raise StorageError(f"storage {url}: {error}") from error
-    except (SQLAlchemyError, OSError) as error:
+    except (SQLAlchemyError, OSError, ValueError) as error:
         raise StorageError(f"storage {url} cannot be opened: {_first_line(error)}") from error
-    if parsed.get_backend_name() == "sqlite":
-        _serialise_writers(storage.engine)
-    return storage
+
+
+def close_storage(storage: BaseStorage) -> None:
+    """Let the database, the file or the connection go."""
+    if isinstance(storage, RDBStorage):
+        storage.remove_session()
+        storage.engine.dispose()
+    elif isinstance(storage, GrpcStorageProxy):
+        storage.close()
 
 
 def exists(url: str) -> bool:
     """Whether there is a database at `url` to look into, so that looking does not make one."""
+    kind = _kind(url)
+    if kind == "journal":
+        return _journal(url).is_file()
+    if kind == "grpc":
+        return True
     parsed = _parse(url)
     return parsed.get_backend_name() != "sqlite" or (parsed.database is not None and Path(parsed.database).is_file())
 
 
 @contextmanager
 def exclusive(url: str) -> Iterator[None]:
-    """Hold the lock of the storage at `url` against every other process of this machine."""
-    parsed = make_url(url)
-    if parsed.get_backend_name() == "sqlite" and parsed.database:
-        path = Path(f"{parsed.database}.lock")
-    else:
+    """Hold the lock of the storage at `url` against every other process that uses it.
+
+    Behind gRPC there is none: what is done under it is harmless when done twice, only not as quick.
+    """
+    kind = _kind(url)
+    if kind == "grpc":
+        yield
+        return
+    if kind == "postgresql":
+        with _advisory_lock(url):
+            yield
+        return
+    if kind in ("sqlite", "journal"):
+        path = Path(f"{_journal(url) if kind == 'journal' else make_url(url).database}.lock")
+    else:  # another database that SQLAlchemy knows: of this machine's processes at least
         path = Path(tempfile.gettempdir()) / f"hpo-{hashlib.sha256(url.encode()).hexdigest()[:16]}.lock"
     try:
         lock = FileLock(path, timeout=BUSY_SECONDS)
@@ -76,13 +116,88 @@ def exclusive(url: str) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def _advisory_lock(url: str) -> Iterator[None]:
+    """Hold PostgreSQL's lock of that database; it ends with its connection, so a killed process frees it."""
+    key = int.from_bytes(hashlib.sha256(b"hpo").digest()[:7])
+    engine = _engine(_parse(url), poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    try:
+        connection = engine.connect()
+        connection.exec_driver_sql(f"SET lock_timeout = '{BUSY_SECONDS}s'")
+        connection.exec_driver_sql(f"SELECT pg_advisory_lock({key})")
+    except SQLAlchemyError as error:
+        raise StorageError(f"storage {url} cannot be opened: {_first_line(error)}") from error
+    try:
+        yield
+    finally:
+        connection.close()
+        engine.dispose()
+
+
+def _kind(url: str) -> str:
+    """Return `grpc`, `journal`, or the name of a database. Raises StorageError."""
+    scheme = url.partition(":")[0]
+    return scheme if scheme in ("grpc", "journal") else _parse(url).get_backend_name()
+
+
+def _journal(url: str) -> Path:
+    """Return the path of `journal:///relative` or `journal:////absolute`."""
+    scheme, _, path = url.partition(":///")
+    if scheme != "journal" or not path:
+        raise StorageError(f"storage {url}: names no file; write journal:///mlruns/journal.log")
+    return Path(path)
+
+
+def _open_grpc(url: str) -> BaseStorage:
+    parts = urlsplit(url)
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if host is None or port is None or parts.path not in ("", "/"):
+        raise StorageError(f"storage {url}: is no address of a server; write grpc://host:port")
+    storage = GrpcStorageProxy(host=host, port=port)
+    try:
+        storage.wait_server_ready(timeout=CONNECT_SECONDS)
+    except ConnectionError as error:
+        raise StorageError(
+            f"storage {url} cannot be opened: no server answers there; start one: hpo serve STUDY --port {port}"
+        ) from error
+    return storage
+
+
+def _open_database(url: str) -> BaseStorage:
+    parsed = _parse(url)
+    if parsed.get_backend_name() == "sqlite":
+        path = Path(str(parsed.database))
+        _make_folder(path, url)
+        _refuse_network(path, url)
+    with exclusive(url):
+        _refuse_other_programs(parsed, url)
+        storage = RDBStorage(_text(parsed), engine_kwargs=_engine_arguments(parsed))
+    if parsed.get_backend_name() == "sqlite":
+        _serialise_writers(storage.engine)
+    return storage
+
+
+def _engine(parsed: URL, **arguments: Any) -> Engine:
+    own = {key: value for key, value in _engine_arguments(parsed).items() if not key.startswith("pool_")}
+    return create_engine(parsed, **own, **arguments)
+
+
+def _text(parsed: URL) -> str:
+    return parsed.render_as_string(hide_password=False)
+
+
 def _parse(url: str) -> URL:
     """Return `url` taken apart. Raises StorageError where it is no address of a database that we can use."""
     try:
         parsed = make_url(url)
-        parsed.get_dialect()
+        if parsed.drivername in ("postgresql", "postgres"):
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        parsed.get_dialect().import_dbapi()
     except (ArgumentError, NoSuchModuleError, ValueError) as error:
-        hint = "write sqlite:///path/to/file.db, or another address that SQLAlchemy knows"
+        hint = "write sqlite:///path/to/file.db, postgresql://..., journal:///path, grpc://host:port"
         raise StorageError(f"storage {url}: is no database address; {hint}") from error
     except ImportError as error:
         raise StorageError(f"storage {url}: its driver is not installed ({error}); pip install it") from error
@@ -91,11 +206,9 @@ def _parse(url: str) -> URL:
     return parsed
 
 
-def _make_folder(parsed: URL, url: str) -> None:
-    """Make the folder of a relative SQLite path, which is output of ours; an absolute one must be there."""
-    if parsed.get_backend_name() != "sqlite":
-        return
-    folder = Path(str(parsed.database)).parent
+def _make_folder(path: Path, url: str) -> None:
+    """Make the folder of a relative path, which is output of ours; an absolute one must be there."""
+    folder = path.parent
     if not folder.is_absolute():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -105,17 +218,36 @@ def _make_folder(parsed: URL, url: str) -> None:
         raise StorageError(f"storage {url} cannot be opened: there is no folder {folder}; make it, or give another")
 
 
-def _engine_arguments(url: URL) -> dict[str, object]:
-    return (
-        {"connect_args": {"timeout": BUSY_SECONDS}} if url.get_backend_name() == "sqlite" else {"pool_pre_ping": True}
-    )
+def _refuse_network(path: Path, url: str) -> None:
+    """Raise StorageError for a file on a network file system, whose locks SQLite cannot trust."""
+    where = path.parent.resolve()
+    mounts = [m for m in psutil.disk_partitions(all=True) if where.is_relative_to(m.mountpoint)]
+    kind = max(mounts, key=lambda m: len(m.mountpoint)).fstype if mounts else ""
+    if kind.lower().startswith(_NETWORK):
+        raise StorageError(
+            f"storage {url}: lies on a network file system ({kind}), where SQLite loses data; "
+            "write postgresql://..., or a path on a disk of this machine"
+        )
+
+
+def _engine_arguments(parsed: URL) -> dict[str, Any]:
+    if parsed.get_backend_name() == "sqlite":
+        return {"connect_args": {"timeout": BUSY_SECONDS}}
+    if parsed.drivername != "postgresql+psycopg":
+        return {"pool_pre_ping": True}
+    alive = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 20_000}
+    return {
+        "pool_pre_ping": True,
+        "pool_size": 2,  # one for training, one for the leases
+        "connect_args": {"connect_timeout": CONNECT_SECONDS, **alive},
+    }
 
 
 def _refuse_other_programs(parsed: URL, url: str) -> None:
     """Raise StorageError where the database has tables, but not Optuna's: ours would be mixed with them."""
     if not exists(url):
         return
-    engine = create_engine(url, **_engine_arguments(parsed))  # type: ignore[arg-type]
+    engine = _engine(parsed)
     try:
         tables = inspect(engine).get_table_names()
     except (DBAPIError, sqlite3.DatabaseError) as error:

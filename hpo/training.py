@@ -36,15 +36,17 @@ def train(
     `stopping` says so.
     """
     rounds: dict[Stack, int] = {}
+    known: set[Member] = set()
     while True:
         stacks.join(ask(stacks.free))
         if not stacks.active:
             return
         for stack in stacks.active:
-            fresh = [member for member in stack.members if member.epoch == 0]
-            rounds[stack] = 0 if len(fresh) == len(stack.members) else rounds[stack] + 1
-            for member in fresh:
-                member.joined = rounds[stack]
+            new = [member for member in stack.members if member not in known]
+            known.update(new)
+            rounds[stack] = _round(new) if len(new) == len(stack.members) else rounds[stack] + 1
+            for member in new:
+                member.joined = (rounds[stack] - member.epoch) % epochs if member.epoch else rounds[stack]
             results = _epoch(
                 stack, train_feed, valid_feed, order(len(train_feed), seed, rounds[stack] % epochs), stopping
             )
@@ -53,6 +55,13 @@ def train(
                 member.epoch += 1
                 if not report(stack, member, result) or member.epoch >= epochs or member.fault is not None:
                     stack.leave(member)
+                    known.discard(member)
+
+
+def _round(members: Sequence[Member]) -> int:
+    """Return the round in which a stack of new members begins: those that go on from a checkpoint, where they were."""
+    rounds = {member.joined + member.epoch for member in members}
+    return rounds.pop() if len(rounds) == 1 else 0
 
 
 def _epoch(

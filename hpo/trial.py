@@ -1,8 +1,10 @@
 """The claimed trials of a worker: what their epochs are reported to, and how their end is told."""
 
 import math
-from collections.abc import Callable
+import os
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from hpo.errors import HpoError
 from hpo.plan import OUTPUT, Plan
 from hpo.progress import Progress
 from hpo.search import Claim, Search
-from hpo.stack import Member
+from hpo.stack import Member, Stack
 from hpo.tracking import Tracker
 
 
@@ -27,15 +29,67 @@ class TrialRun:
         self._peak: float | None = None
         self.ended = False
         self._improved = 0
+        self._file = checkpoints(plan) / f"place-{claim.place}.pt"
+        self._checkpointed = time.monotonic()
         run_id = tracker.start_trial(claim.number, claim.params)
         if run_id is not None:
             search.annotate(claim.number, mlflow_run_id=run_id)
         progress.trial_started(claim.number, plan.space.searched(claim.params))
+        if claim.is_retry:
+            self._resume()
 
-    def report(self, metrics: dict[str, float], state: Callable[[], dict[str, Tensor]]) -> bool:
+    def _resume(self) -> None:
+        """Go on from the checkpoint of the trial that this one succeeds, if it can be reached; else from the start."""
+        claim, member = self._claim, self.member
+        try:
+            kept = torch.load(self._file, weights_only=True)
+            if (kept["seed"], kept["params"]) != (claim.seed, dict(claim.params)):
+                return
+            member.resume, member.epoch, member.joined = kept["training"], kept["epoch"], kept["joined"]
+            member.history[:] = kept["history"]
+            self._best, self._kept = kept["best"], kept["kept"]
+            self._peak, self._improved = kept["peak"], kept["improved"]
+        except FileNotFoundError:
+            return
+        except Exception as error:  # torch.load raises a dozen kinds for a file that is damaged
+            why = f"{self._file} cannot be read ({type(error).__name__})"
+            self._progress.note(f"{why}: trial {claim.number} begins anew")
+            return
+        self._progress.note(f"trial {claim.number} goes on after epoch {member.epoch}")
+        self._search.repeat(claim.number, [epoch[self._plan.metric_key] for epoch in member.history])
+        for epoch, metrics in enumerate(member.history):
+            self._tracker.log_metrics(claim.number, epoch, metrics)
+
+    def checkpoint(self, stack: Stack) -> None:
+        """Write all that the trial goes on from, whole or not at all. A disk that is full costs the checkpoint only."""
+        member = self.member
+        content = {
+            "seed": self._claim.seed,
+            "params": dict(self._claim.params),
+            "epoch": member.epoch,
+            "joined": member.joined,
+            "history": member.history,
+            "best": self._best,
+            "kept": {name: x.cpu() for name, x in self._kept.items()},
+            "peak": self._peak,
+            "improved": self._improved,
+            "training": stack.checkpoint(member),
+        }
+        self._checkpointed = time.monotonic()
+        try:
+            _write(self._file, content)
+        except HpoError as error:
+            self._progress.note(f"no checkpoint: {error}")
+
+    @property
+    def checkpoint_is_due(self) -> bool:
+        """Whether the last checkpoint, or the trial's beginning, is `checkpoint_every` ago."""
+        return time.monotonic() - self._checkpointed >= self._plan.spec.checkpoint_every
+
+    def report(self, metrics: dict[str, float], stack: Stack | None) -> bool:
         """Take the metrics of the epoch that has ended; return whether the trial goes on. If not, its end is told.
 
-        `state` gives a copy of the network's weights as they are now.
+        `stack` is the one that the trial's member is in; None where an objective trains in its own way.
         """
         plan, member = self._plan, self.member
         epoch, value = member.epoch - 1, metrics.get(plan.metric_key, math.nan)
@@ -51,7 +105,7 @@ class TrialRun:
             self._peak, self._improved = value, epoch
         if self._best is None or plan.spec.value == "last" or self._improved == epoch:
             self._best = (value, epoch, dict(metrics))
-            self._kept = state()
+            self._kept = {} if stack is None else stack.state(member)
         go_on = self._search.report(member.number, epoch, value)
         patience = plan.spec.patience
         last = member.epoch >= plan.spec.epochs or (patience is not None and epoch - self._improved >= patience)
@@ -91,6 +145,8 @@ class TrialRun:
             state, fault = "FAIL", "another worker took this trial over, since this one was not heard of for too long"
         if state == "COMPLETE" and self._kept:
             self._keep_if_best(value)
+        if ours:
+            self._file.unlink(missing_ok=True)
         self._tracker.end_trial(number, state, fault)
         self._progress.trial_ended(number, state, value, fault)
 
@@ -112,13 +168,7 @@ class TrialRun:
             "value": best.value,
             "epoch": best.epoch,
         }
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            unfinished = folder / "best.pt.part"
-            torch.save(content, unfinished)
-            unfinished.replace(folder / "best.pt")
-        except (OSError, RuntimeError) as error:  # torch.save: a full disk is a RuntimeError
-            raise HpoError(f"{folder} cannot be written ({str(error).splitlines()[0]}); no trial is lost") from error
+        _write(folder / "best.pt", content)
 
     def give_back(self, reason: str) -> None:
         """End the trial, and queue a successor for it."""
@@ -161,6 +211,20 @@ class Trials:
         self._active.clear()
 
 
+def _write(file: Path, content: dict[str, Any]) -> None:
+    """Write `content`, whole or not at all. Raises HpoError."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_name(f"{file.name}.{os.getpid()}.part")
+        torch.save(content, unfinished)
+        unfinished.replace(file)
+    except (OSError, RuntimeError) as error:  # torch.save: a full disk is a RuntimeError
+        raise HpoError(f"{file} cannot be written ({str(error).splitlines()[0]}); no trial is lost") from error
+
+
 def checkpoints(plan: Plan) -> Path:
-    """Return the study's folder of weights: `best.pt` holds those of the best trial's best epoch."""
+    """Return the study's folder of weights: `best.pt` holds those of the best trial's best epoch.
+
+    `place-N.pt` is what the trial that has that place in the budget goes on from.
+    """
     return OUTPUT / "checkpoints" / plan.spec.name

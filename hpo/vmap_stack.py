@@ -241,6 +241,8 @@ class VmapStack(Stack):
         wrong = self._wrong({slot: each.outputs for each, slot in slots.items()})
         for each, slot in slots.items():
             self._fill(slot, each.member, each.framed)
+            if each.member.resume is not None:
+                self._restore(slot, each.member, each.member.resume)
             if slot in wrong:
                 refused[each.member] = wrong[slot]
                 self.leave(each.member)
@@ -497,6 +499,29 @@ class VmapStack(Stack):
     def state(self, member: Member) -> dict[str, Tensor]:
         slot, rows = self._slots.index(member), {**self._weights, **self._buffers}
         return {own: rows[name][slot][corner].clone() for own, (name, corner) in self._corners[member].items()}
+
+    def checkpoint(self, member: Member) -> dict[str, Any]:
+        slot, t = self._slots.index(member), self._t[self._slots.index(member)]
+        step = {} if self._optimizer == "sgd" else {"step": t.float().cpu().clone()}  # as torch.optim keeps it
+        optimizer = {
+            own: step | {key: rows[slot][corner].cpu().clone() for key, rows in self._state[name].items()}
+            for own, (name, corner) in self._corners[member].items()
+            if name in self._state
+        }
+        model = {name: tensor.cpu() for name, tensor in self.state(member).items()}
+        return {"model": model, "optimizer": optimizer, "steps": int(t)}
+
+    def _restore(self, slot: int, member: Member, resume: Mapping[str, Any]) -> None:
+        """Have the member in `slot` go on from a checkpoint."""
+        with torch.no_grad():
+            for own, (name, corner) in self._corners[member].items():
+                rows = self._weights if name in self._weights else self._buffers
+                rows[name][slot][corner] = resume["model"][own].to(self._task.device)
+                kept = resume["optimizer"].get(own, {})
+                for key, states in self._state.get(name, {}).items():
+                    if kept.get(key) is not None:  # torch's SGD has no buffer before its first step
+                        states[slot][corner] = kept[key].to(self._task.device)
+            self._t[slot] = resume["steps"]
 
 
 class CudaReplay:

@@ -42,8 +42,12 @@ def work(
     tracker: Tracker,
     progress: Progress,
     stopping: Callable[[], bool] = lambda: False,
+    overdue: Callable[[], bool] | None = None,
 ) -> None:
-    """Train trials until the budget or the time is spent. Raises Interrupted as soon as `stopping` says so.
+    """Train trials until the budget or the time is spent.
+
+    Raises Interrupted once `stopping` says so: at the end of the epoch, with a checkpoint of every trial, or, when
+    `overdue` says so, between two batches.
 
     A trial's own fault (NaN, out of memory) fails that trial; any other error gives the trials back and is raised.
     """
@@ -55,12 +59,15 @@ def work(
     def ending() -> bool:
         return stopping() or out_of_time()
 
+    def at_once() -> bool:
+        return (overdue or stopping)() or out_of_time()
+
     trials = Trials(plan, search, tracker, progress)
     worker: _Worker | Own
     if data is None or plan.objective.train is not None:
         worker = Own(plan, data, search, tracker, trials, ending)
     else:
-        worker = _Worker(plan, data, search, tracker, progress, trials, ending)
+        worker = _Worker(plan, data, search, tracker, progress, trials, ending, at_once)
     try:
         worker.choose()
     except Interrupted:
@@ -105,8 +112,9 @@ class _Worker:
         progress: Progress,
         trials: Trials,
         stopping: Callable[[], bool],
+        at_once: Callable[[], bool],
     ) -> None:
-        self._plan, self._stopping = plan, stopping
+        self._plan, self._stopping, self._at_once = plan, stopping, at_once
         self._search, self._tracker, self._progress = search, tracker, progress
         self._task = plan.task(data.info, len(data.train))
         preprocess = plan.objective.preprocess(data.train)
@@ -127,15 +135,16 @@ class _Worker:
         """
         while True:
             try:
+                self._stacks = self._new_stacks()
                 train(
-                    self._stacks(),
+                    self._stacks,
                     self._train,
                     self._valid,
                     epochs=self._plan.spec.epochs,
                     seed=self._plan.spec.seed,
                     ask=self._ask,
                     report=self._report,
-                    stopping=self._stopping,
+                    stopping=self._at_once,
                 )
                 return
             except (RuntimeError, MemoryError) as error:
@@ -144,19 +153,25 @@ class _Worker:
                 self._halve()
 
     def _ask(self, n: int) -> list[Member]:
-        """Claim up to `n` trials."""
+        """Claim up to `n` trials; all stacks are at the end of an epoch then."""
         if self._stopping():
+            for stack in self._stacks.active:
+                for member in stack.members:
+                    self._trials[member.number].checkpoint(stack)
             raise Interrupted("interrupted")
         claimed = (self._trials.claim() for _ in range(n))
         return [trial.member for trial in takewhile(lambda trial: trial is not None, claimed)]
 
     def _report(self, stack: Stack, member: Member, metrics: dict[str, float]) -> bool:
-        go_on = self._trials[member.number].report(metrics, lambda: stack.state(member))
+        trial = self._trials[member.number]
+        go_on = trial.report(metrics, stack)
         if not go_on:
             self._trials.done(member.number)
+        elif trial.checkpoint_is_due:
+            trial.checkpoint(stack)
         return go_on
 
-    def _stacks(self) -> Stacks:
+    def _new_stacks(self) -> Stacks:
         """Return new, empty stacks of the size that was chosen."""
         if not self._choice.stacked:
             return One(LoopStack(self._task))

@@ -1,5 +1,6 @@
 """What the tests of `hpo.search` and `hpo.lease` share: opening one study several times, as workers do."""
 
+from hpo.progress import Progress
 from hpo.search import open_search
 from hpo.space import build
 from hpo.spec import Plugin, StudySpec, parse_param
@@ -51,3 +52,22 @@ def claims(search):
 def stored(search, number):
     """Return a trial as the storage has it, whether it has a place in the budget or not."""
     return next(t for t in search.study.get_trials() if t.number == number)
+
+
+class Quiet(Progress):
+    """Counts the epochs of all trials and keeps the notes."""
+
+    def __init__(self):
+        self.epochs, self.notes = 0, []
+
+    def trial_started(self, number, params):
+        pass
+
+    def epoch_ended(self, number, epoch, epochs, metrics):
+        self.epochs += 1
+
+    def trial_ended(self, number, state, value, reason):
+        pass
+
+    def note(self, text):
+        self.notes.append(text)

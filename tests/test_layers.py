@@ -18,6 +18,7 @@ LAYERS = {
     "seeds": 0,
     "progress": 0,
     "processes": 0,
+    "stopping": 0,
     "stacked_optim": 0,
     "schedules": 0,
     "memory": 0,
@@ -158,6 +159,10 @@ def test_the_surface_is_frozen() -> None:
         "precision",
         "deterministic",
         "loading",
+        "checkpoint_every",
+        "grace",
+        "retries",
+        "outage",
         "stack",
     )
     options = {}

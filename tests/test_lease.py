@@ -8,11 +8,12 @@ import time
 import pytest
 from optuna.trial import TrialState
 
-from hpo import lease as leases
 from hpo.budget import LEASE_KEY
-from hpo.lease import LEASE_SECONDS, is_dead
-from hpo.search import MAX_ATTEMPTS
+from hpo.lease import is_dead
 from tests.searches import Opener, claims, stored
+
+ATTEMPTS, GRACE = 3, 60
+"""A study's defaults: two retries, a minute."""
 
 
 @pytest.fixture
@@ -67,13 +68,13 @@ def test_a_live_workers_trial_is_left_alone(opened):
 
 def test_a_trial_that_kills_its_workers_is_given_up(opened):
     attempts = []
-    for _ in range(MAX_ATTEMPTS):
+    for _ in range(ATTEMPTS):
         search = opened(trials=1)
         claim = search.ask()
         attempts.append(claim.attempt)
         abandon(search, claim.number, until=0.0)
     last = opened(trials=1)
-    assert attempts == list(range(1, MAX_ATTEMPTS + 1))
+    assert attempts == list(range(1, ATTEMPTS + 1))
     assert last.ask() is None
     assert (last.counts().failed, last.counts().running, last.counts().waiting) == (1, 0, 0)
 
@@ -104,21 +105,20 @@ def test_a_claim_without_a_lease_yet_is_given_time(opened):
     claim = search.ask()
     trial = stored(search, claim.number)
     trial.system_attrs.pop(LEASE_KEY)
-    assert not is_dead(trial, time.time())
-    assert is_dead(trial, time.time() + LEASE_SECONDS + 1)
+    assert not is_dead(trial, time.time(), GRACE)
+    assert is_dead(trial, time.time() + GRACE + 1, GRACE)
 
 
 def test_a_process_of_another_machine_is_judged_by_its_lease_alone(opened):
     search = opened()
     trial = stored(search, search.ask().number)
     trial.system_attrs[LEASE_KEY] = {"worker": f"elsewhere:1:{gone_pid()}", "until": time.time() + 30, "attempt": 1}
-    assert not is_dead(trial, time.time())
-    assert is_dead(trial, time.time() + 31)
+    assert not is_dead(trial, time.time(), GRACE)
+    assert is_dead(trial, time.time() + 31, GRACE)
 
 
 def test_a_lease_is_renewed_even_after_an_error(opened, monkeypatch):
-    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.2)
-    search = opened()
+    search = opened(grace=0.2)
     write, failures = search.storage.set_trial_system_attr, []
 
     def fails_twice(*arguments):

@@ -5,8 +5,10 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
+import psutil
 import pytest
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
@@ -178,7 +180,7 @@ def test_a_database_in_memory_is_refused(url):
 
 @pytest.mark.parametrize("url", ["optuna.db", "nosuch://host/db", ""])
 def test_what_is_no_address_is_refused(url):
-    with pytest.raises(StorageError, match=r"is no database address; write sqlite:///path/to/file.db, or another"):
+    with pytest.raises(StorageError, match=r"is no database address; write sqlite:///path/to/file.db, postgr"):
         open_storage(url)
 
 
@@ -215,10 +217,26 @@ def test_the_lock_keeps_others_out_and_says_for_how_long(tmp_path, monkeypatch):
         assert (tmp_path / "optuna.db.lock").exists()
 
 
-def test_databases_on_servers_have_locks_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(storages, "BUSY_SECONDS", 0.1)
-    with exclusive("postgresql://h/a"), exclusive("postgresql://h/b"):
-        pass
-    url = "postgresql://h/a"
-    with exclusive(url), pytest.raises(StorageError, match="another process held"), exclusive(url):
-        raise AssertionError("two hold the lock")
+@pytest.mark.parametrize(
+    "url", ["journal://path", "journal:///", "grpc://host", "grpc://", "grpc://h:port", "grpc://h:1/x"]
+)
+def test_what_is_no_address_of_a_file_or_server_is_refused(url):
+    with pytest.raises(
+        StorageError, match=r"names no file; write journal:///|is no address of a server; write grpc://"
+    ):
+        open_storage(url)
+
+
+def test_a_server_that_is_not_there_is_said(monkeypatch):
+    monkeypatch.setattr(storages, "CONNECT_SECONDS", 0.2)
+    with pytest.raises(StorageError, match="no server answers there; start one: hpo serve STUDY --port 1"):
+        open_storage("grpc://127.0.0.1:1")
+    with pytest.raises(StorageError, match="cannot be opened"):
+        open_storage("postgresql://127.0.0.1:1/db")
+
+
+def test_sqlite_on_a_network_file_system_is_refused(tmp_path, monkeypatch):
+    mounts = [SimpleNamespace(mountpoint="/", fstype="ext4"), SimpleNamespace(mountpoint=str(tmp_path), fstype="nfs4")]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
+    with pytest.raises(StorageError, match=r"lies on a network file system \(nfs4\), where SQLite loses data"):
+        open_storage(f"sqlite:///{tmp_path}/optuna.db")

@@ -12,6 +12,7 @@ from hpo.feed import Feed
 from hpo.stack import Member, One, Stack, Stacks
 from hpo.training import order, train
 
+CPU = torch.device("cpu")
 N_ROWS, BATCH_SIZE = 10, 4
 
 
@@ -36,6 +37,9 @@ class Notebook(Stack):
     def step(self, inputs, targets):
         self.rounds.append((tuple(m.number for m in self._members), inputs[0].tolist(), targets.tolist()))
         return torch.tensor([targets.mean() * m.number for m in self._members])
+
+    def checkpoint(self, member):
+        raise AssertionError("the loop keeps nothing")
 
     def evaluate(self, feed):
         self.evaluated.append(feed)
@@ -236,3 +240,32 @@ def test_orders_of_other_rounds_and_seeds_differ_and_leave_torchs_own_stream_alo
     seen = {tuple(order(50, seed, r).tolist()) for seed in range(10) for r in range(10)}
     assert len(seen) == 100
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_members_that_go_on_see_the_rounds_that_they_would_have_seen():
+    targets = torch.arange(6.0)
+    feed = Feed(Split(inputs={"x": targets.unsqueeze(1)}, targets=targets), CPU)
+
+    def rounds(members, epochs=4):
+        queue, notebook = list(members), Notebook(capacity=2)
+        train(
+            One(notebook),
+            feed,
+            None,
+            epochs=epochs,
+            seed=3,
+            ask=lambda n: [queue.pop(0) for _ in range(min(n, len(queue)))],
+            report=lambda stack, member, metrics: True,
+        )
+        return [tuple(targets) for _, _, targets in notebook.rounds]
+
+    def member(number, epoch=0, joined=0):
+        return Member(number=number, seed=0, params={"batch_size": 6}, epoch=epoch, joined=joined)
+
+    whole = rounds([member(1), member(2)])
+    assert len(whole) == 4
+    assert rounds([member(1, epoch=2), member(2, epoch=2)]) == whole[2:]
+    assert rounds([member(1, epoch=1, joined=2)]) == [whole[3], whole[0], whole[1]]
+    late = member(2, epoch=3, joined=0)  # its stack begins with round 0, since they do not agree
+    assert rounds([member(1), late]) == whole
+    assert late.joined == 1
