@@ -42,6 +42,7 @@ def run(
     tracking: Tracking = None,
     device: Device = None,
     stack: Stack = None,
+    workers: Annotated[str, typer.Option(metavar="N", help="Local processes; auto: one a GPU, or one a core.")] = "1",
     set_: Set = None,
     json_: Json = False,
 ) -> None:
@@ -52,7 +53,70 @@ def run(
     from hpo import commands
 
     overrides = _overrides(set_, trials=trials, storage=storage, tracking=tracking, device=device, stack=stack)
-    _finish(commands.run(study, overrides), json_)
+    _finish(commands.run(study, overrides, _count(workers)), json_)
+
+
+def _count(workers: str) -> int | None:
+    if workers == "auto":
+        return None
+    if not workers.isdecimal() or int(workers) < 1:
+        raise typer.BadParameter(
+            f"must be auto, or a number of at least 1, but got {workers!r}", param_hint="--workers"
+        )
+    return int(workers)
+
+
+@app.command()
+def worker(
+    study: Annotated[Path | None, typer.Argument(metavar="[STUDY]", help="The study file; or give --study.")] = None,
+    name: Annotated[
+        str | None, typer.Option("--study", help="A study that the storage knows, in place of a file.")
+    ] = None,
+    storage: Storage = None,
+    tracking: Tracking = None,
+    device: Device = None,
+    stack: Stack = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Join a study from any machine: train its trials until there are none left. `hpo run` ends it.
+
+    Example: hpo worker studies/breast_cancer.yaml --storage postgresql://host/hpo
+    """
+    from hpo import commands
+
+    overrides = _overrides(set_, storage=storage, tracking=tracking, device=device, stack=stack)
+    _finish(commands.worker(study, name, overrides), json_)
+
+
+@app.command()
+def repair(
+    study: Study, storage: Storage = None, tracking: Tracking = None, set_: Set = None, json_: Json = False
+) -> None:
+    """Free the places of trials whose workers died, and end the MLflow runs that they left open.
+
+    Example: hpo repair studies/breast_cancer.yaml --storage postgresql://host/hpo
+    """
+    from hpo import commands
+
+    _finish(commands.repair(study, _overrides(set_, storage=storage, tracking=tracking)), json_)
+
+
+@app.command()
+def serve(
+    study: Study,
+    port: Annotated[int, typer.Option(help="The port to listen on.")] = 13000,
+    host: Annotated[str, typer.Option(help="The address to listen on; there is no login.")] = "127.0.0.1",
+    storage: Storage = None,
+    set_: Set = None,
+) -> None:
+    """Serve the study's database to hundreds of workers, as grpc://host:port.
+
+    Example: hpo serve studies/breast_cancer.yaml --port 13000 --host 0.0.0.0
+    """
+    from hpo import commands
+
+    commands.serve(study, _overrides(set_, storage=storage), host, port)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,24 +14,30 @@ import torch
 from rich.console import Console
 
 from hpo import console as view
+from hpo import objective as objectives
 from hpo.bundle import FILES, finite
+from hpo.console import Notes
 from hpo.data import Data
 from hpo.errors import HpoError, InputError, Interrupted, masked
+from hpo.launch import LAUNCHED, Watch, Workers, how_many
 from hpo.mlflow_tracker import open_tracker, send_unsent
 from hpo.objective import Function
 from hpo.plan import OUTPUT, Plan, prepare
-from hpo.search import Best, Search, open_search
+from hpo.progress import Progress
+from hpo.search import STUDY_FILE, Best, Search, open_search, stored_file
 from hpo.selection import Outcome, bundle_folder, conclude, finish, outcome
 from hpo.stopping import Stop, signals
-from hpo.storage import close_storage, open_storage
+from hpo.storage import close_storage, open_storage, serve_storage
 from hpo.tryout import try_out
-from hpo.worker import work
+from hpo.worker import INTERRUPTED, work
 
-_DATA = "hpo:data"
+_DATA, _CODE = "hpo:data", "hpo:code"
+_LOOK_SECONDS = 1.0
+"""How often to look what other processes have done."""
 
 
-def run(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
-    """`hpo run`."""
+def run(path: Path, overrides: Mapping[str, str], workers: int | None = 1) -> dict[str, Any]:
+    """`hpo run`; `workers` None: as many as there are GPUs, or cores."""
     out = _console()
     plan = _prepare(path, overrides, out)
     search = _open(plan)
@@ -45,22 +52,34 @@ def run(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
             out.print(f"{plan.spec.name}: all {plan.spec.trials} trials are done")
         if done is None and not (over and best is not None and isinstance(plan.objective, Function)):
             stopping = stack.enter_context(signals())
-            done = _run(plan, search, stopping, out)
+            done = _run(plan, search, stopping, out, overrides, workers)
         best = search.best()
         _print_result(plan, search, best, done, out)
         return _summary(plan, search, best, done)
 
 
-def _run(plan: Plan, search: Search, stopping: Stop, out: Console) -> Outcome | None:
+def _run(
+    plan: Plan, search: Search, stopping: Stop, out: Console, overrides: Mapping[str, str], workers: int | None
+) -> Outcome | None:
     data = _load(plan, search)
     tracker = open_tracker(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)
     of_what = f"of {plan.spec.epochs} epochs on {plan.device}, {len(data.train)} rows" if data else "of a function"
     out.print(f"{plan.spec.name}: {plan.spec.trials} trials {of_what}; {masked(plan.spec.storage)}")
+    if code_differs(plan, search):
+        out.print("the objective's code has changed since the study began: its earlier trials may not compare")
+        search.remember(_CODE, objectives.code_of(plan.objective))
+    search.remember(STUDY_FILE, plan.document.as_json(without=("storage",)))
     state = "FAIL"
     try:
         tracker.start_study(_tags(plan), {"study.yaml": masked(Path(plan.document.name).read_text(encoding="utf-8"))})
-        with _progress(plan, search, out) as progress:
-            work(plan, data, search, tracker, progress, stopping, stopping.overdue)
+        n = how_many(workers, plan.device)
+        with _progress(plan, search, out, alone=n == 1) as progress:
+            if n == 1:
+                work(plan, data, search, tracker, progress, stopping, stopping.overdue)
+            else:
+                _work_together(plan, search, progress, stopping, overrides, n)
+        if search.counts().running == 0:
+            tracker.reconcile(search.ends())
         ended = conclude(plan, data, search, tracker, stopping, out.print) if data else None
         if search.best() is None:
             raise HpoError(_why_no_best(search))
@@ -71,6 +90,94 @@ def _run(plan: Plan, search: Search, stopping: Stop, out: Console) -> Outcome | 
         raise
     finally:
         tracker.end_study(state)
+
+
+def _work_together(
+    plan: Plan, search: Search, progress: Progress, stopping: Stop, overrides: Mapping[str, str], n: int
+) -> None:
+    """Have `n` processes train, show what they do, until they are done. Raises Interrupted when asked to stop."""
+    sets = [part for key, value in overrides.items() for part in ("--set", f"{key}={value}")]
+    workers = Workers(["worker", plan.document.name, *sets], n, plan.device, progress.note)
+    watch = Watch(plan, search, progress)
+    workers.start()
+    try:
+        while workers.look(lambda: search.counts().waiting + search.counts().running > 0):
+            if stopping():
+                raise Interrupted(INTERRUPTED)
+            watch.look()
+            time.sleep(_LOOK_SECONDS)
+    finally:
+        workers.stop()
+        watch.look()
+
+
+def worker(path: Path | None, study: str | None, overrides: Mapping[str, str]) -> dict[str, Any]:
+    """`hpo worker`: of a study file, or of a `study` that the storage knows."""
+    out = _console()
+    with ExitStack() as stack:
+        if path is None:
+            path = stack.enter_context(_stored_study(study, overrides.get("storage")))
+        plan = _prepare(path, overrides, out)
+        search = _open(plan)
+        assert search is not None
+        stack.callback(search.close)
+        if code_differs(plan, search):
+            raise InputError(
+                f"the code of objective {plan.spec.objective} is not what study {plan.spec.name!r} began with: its "
+                "trials would not compare; bring that code here, or give another `name`"
+            )
+        stopping = stack.enter_context(signals())
+        data = _load(plan, search)
+        tracker = open_tracker(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)
+        stack.callback(tracker.close)
+        launched = LAUNCHED in os.environ
+        with Notes(out.print) if launched else _progress(plan, search, out) as progress:
+            work(plan, data, search, tracker, progress, stopping, stopping.overdue)
+        return _summary(plan, search, search.best(), None)
+
+
+@contextmanager
+def _stored_study(name: str | None, storage: str | None) -> Iterator[Path]:
+    """Give the study file that the storage keeps of a study, as a file."""
+    url = (storage or "").strip('"')
+    if not name or not url:
+        raise InputError("give a study file, or --study NAME and --storage URL of a study that was begun")
+    text = stored_file(url, name)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.yaml"
+        path.write_text(text, encoding="utf-8")
+        yield path
+
+
+def repair(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
+    """`hpo repair`."""
+    out = _console()
+    plan = prepare(path, overrides)
+    search = _open_existing(plan, path)
+    with ExitStack() as stack:
+        stack.callback(search.close)
+        search.repair()
+        for number, reason in search.drain_lost():
+            out.print(f"trial {number} is ended: {reason}; its place is free again")
+        tracker = open_tracker(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)
+        tracker.reconcile(search.ends())
+        tracker.close()
+        counts = search.counts()
+        out.print(
+            f"{plan.spec.name}: {counts.finished} of {plan.spec.trials} trials done, {counts.running} running, "
+            f"{counts.waiting} waiting; the runs in {masked(plan.spec.tracking)} say the same"
+        )
+        return _summary(plan, search, search.best(), None)
+
+
+def serve(path: Path, overrides: Mapping[str, str], host: str, port: int) -> None:
+    """`hpo serve`."""
+    out = _console()
+    plan = prepare(path, overrides)
+    if host not in ("localhost", "127.0.0.1", "::1"):
+        out.print(f"whoever reaches {host}:{port} can read and change the study: there is no login")
+    out.print(f"{masked(plan.spec.storage)} is served; workers: --storage grpc://{host}:{port}; Ctrl-C ends it")
+    serve_storage(plan.spec.storage, host, port)
 
 
 def check(path: Path, overrides: Mapping[str, str]) -> None:
@@ -267,6 +374,14 @@ def _load(plan: Plan, search: Search) -> Data | None:
     return data
 
 
+def code_differs(plan: Plan, search: Search) -> bool:
+    """Whether the objective's source is not that of the study, which is that of the first who asks."""
+    code, before = objectives.code_of(plan.objective), search.attrs.get(_CODE)
+    if before is None:
+        search.remember(_CODE, code)
+    return before not in (None, code)
+
+
 def _tags(plan: Plan) -> dict[str, str]:
     return {
         "hpo.objective": plan.spec.objective,
@@ -327,7 +442,7 @@ def _console() -> Console:
 
 
 @contextmanager
-def _progress(plan: Plan, search: Search, out: Console) -> Iterator[Any]:
+def _progress(plan: Plan, search: Search, out: Console, alone: bool = True) -> Iterator[Any]:
     board = view.Board(search.counts(), search.best(), plan.spec.trials, plan.metric)
 
     looked, cost = -math.inf, 0.0
@@ -336,7 +451,7 @@ def _progress(plan: Plan, search: Search, out: Console) -> Iterator[Any]:
         """Read the numbers anew, or, where that is dear and many trials end together, count this one trial."""
         nonlocal looked, cost
         begun = time.monotonic()
-        if begun - looked < 20 * cost and not (value is not None and search.may_be_best(value)):
+        if alone and begun - looked < 20 * cost and not (value is not None and search.may_be_best(value)):
             board.add(state)
             return
         board.counts, board.best = search.counts(), search.best()

@@ -89,6 +89,31 @@ class PlainProgress(Progress):
         self._write(text)
 
 
+class Notes(Progress):
+    """Says only what is to be said once: what a worker does is shown by the process that has started it."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+
+    def __enter__(self) -> "Notes":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def trial_started(self, number: int, params: Mapping[str, Any]) -> None:
+        pass
+
+    def epoch_ended(self, number: int, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def trial_ended(self, number: int, state: str, value: float | None, reason: str | None) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        self._write(text)
+
+
 class LiveProgress(Progress):
     """A bar of all trials, and under it the epoch and metric of the first few that run."""
 
@@ -157,9 +182,10 @@ _STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "INTERR
 
 
 def _metric(board: Board, metrics: Mapping[str, float]) -> str:
-    value = metrics.get(f"valid_{board.metric}")
-    loss = f"train loss {metrics['train_loss']:.4f}"
-    return loss if value is None else f"{board.metric} {value:.4f}, {loss}"
+    """Return what is shown of an epoch's metrics: not every trial has all of them."""
+    known = {board.metric: metrics.get(f"valid_{board.metric}", metrics.get(board.metric))}
+    known["train loss"] = metrics.get("train_loss")
+    return ", ".join(f"{name} {value:.4f}" for name, value in known.items() if value is not None)
 
 
 def shown(params: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ takes `${NAME}` and `${NAME:-default}` from the environment, refuses a key writt
 replace or add a value. `yaml` is imported here and nowhere else.
 """
 
+import json
 import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from hpo.errors import Fault, InputError
+from hpo.errors import Fault, InputError, masked
 
 Path_ = tuple[str | int, ...]
 
@@ -67,6 +68,11 @@ class Document:
             if path[:end] in self.lines:
                 return f"{self.name}:{self.lines[path[:end]]}"
         return f"{self.name}:{self.lines.get((), 1)}"
+
+    def as_json(self, without: Sequence[str]) -> str:
+        """Return the values as JSON, which is YAML too, but for the keys `without` and addresses with a password."""
+        kept = {key: value for key, value in self.values.items() if key not in without}
+        return json.dumps({key: value for key, value in kept.items() if masked(str(value)) == str(value)})
 
     def render(self, faults: Sequence[Fault]) -> list[str]:
         """Return `faults` as `file:line: path: message`, in the order of the file."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from hpo.memory import networks_at_once
 from hpo.objective import Params
 from hpo.space import Space
 from hpo.spec import IntRange
@@ -43,7 +44,8 @@ class Frames:
         return self._made[level]
 
     def _make(self) -> list[Fit]:
-        highs, *others = self._space.extremes()
+        largest = self._build(next(iter(self._space.extremes(1))))
+        highs, *others = self._space.extremes(min(64, networks_at_once(largest)))
         widths, depths = self._sizes(highs)
         everything = [highs, *others]
 

@@ -98,6 +98,9 @@ class MlflowTracker(Tracker):
     def log_folder(self, folder: Path, name: str) -> None:
         self._put("folder", None, folder=str(folder.resolve()), name=name)
 
+    def reconcile(self, ends: Mapping[int, tuple[str, str | None]]) -> None:
+        self._put("reconcile", None, ends={str(trial): end for trial, end in ends.items()})
+
     def end_study(self, state: str) -> None:
         self._put("end", None, status=STATUS[state], tags={"hpo.state": state})
         self.close()
@@ -272,11 +275,28 @@ class MlflowTracker(Tracker):
             self._client.log_batch(run, metrics=metrics[start : start + 1000])
 
     def _send_end(self, item: Mapping[str, Any]) -> None:
+        self._end(self._run_of(item["trial"], item), item["status"], item["tags"], item["time"])
+
+    def _end(self, run: str, status: str, tags: Mapping[str, str], time: int) -> None:
         from mlflow.entities import RunTag
 
-        run = self._run_of(item["trial"], item)
-        self._client.log_batch(run, tags=[RunTag(key, value) for key, value in item["tags"].items()])
-        self._client.set_terminated(run, item["status"], end_time=item["time"])
+        self._client.log_batch(run, tags=[RunTag(key, value) for key, value in tags.items()])
+        self._client.set_terminated(run, status, end_time=time)
+
+    def _send_reconcile(self, item: Mapping[str, Any]) -> None:
+        token = None
+        while True:
+            page = self._client.search_runs(
+                [self._experiment], "attributes.status = 'RUNNING'", max_results=1000, page_token=token
+            )
+            for run in page:
+                state, error = item["ends"].get(run.data.tags.get("hpo.trial"), (None, None))
+                if state is not None:
+                    tags = {"hpo.state": state} | ({"hpo.error": masked(error)[:5000]} if error else {})
+                    self._end(run.info.run_id, STATUS[state], tags, item["time"])
+            token = page.token
+            if not token:
+                return
 
     def _send_folder(self, item: Mapping[str, Any]) -> None:
         if Path(item["folder"]).is_dir():

@@ -15,6 +15,7 @@ no MLflow; the engine has those. A whole one:
         def metrics(self): return {"accuracy": MulticlassAccuracy(3, average="micro")}
 """
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -200,6 +201,12 @@ def load(
         message = f"{called} does not define loss; or let its defaults name one: " + ", ".join(losses.BY_NAME)
         return None, [Fault(path=at, message=message)]
     return objective, []
+
+
+def code_of(objective: "Objective | Function") -> str:
+    """Return the first 16 hex digits of a SHA-256 over the source file that the objective is written in."""
+    file = inspect.getsourcefile(objective.call if isinstance(objective, Function) else type(objective))
+    return hashlib.sha256(Path(file).read_bytes() if file else b"").hexdigest()[:16]
 
 
 def load_function(where: str, folder: Path, at: tuple[str, ...]) -> tuple[Callable[..., Any] | None, list[Fault]]:

@@ -12,19 +12,19 @@ import math
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from hpo.budget import LEASE_KEY, Counts, count, places, seconds_used
-from hpo.errors import InputError
+from hpo.errors import InputError, did_you_mean
 from hpo.lease import LeaseKeeper, is_dead
+from hpo.outage import Patient
 from hpo.samplers import make_pruner, make_sampler
 from hpo.seeds import derive
 from hpo.space import Space
@@ -33,6 +33,8 @@ from hpo.storage import close_storage, exclusive, exists, open_storage
 
 _QUEUE_CHUNK = 100
 _IDENTITY = "hpo:identity"
+STUDY_FILE = "hpo:study_file"
+"""The study's attribute that holds its study file, for workers that have none."""
 TIMED_OUT = "hpo:timed_out"
 """The study's attribute that holds the `timeout` that has ended it."""
 
@@ -103,29 +105,28 @@ def identity(spec: StudySpec, space: Space, metric: str) -> dict[str, Any]:
 class Search:
     """One study in its storage. Make it with `open_search`."""
 
-    def __init__(self, study: optuna.Study, storage: BaseStorage, spec: StudySpec, space: Space) -> None:
+    def __init__(self, study: optuna.Study, storage: Patient, spec: StudySpec, space: Space) -> None:
         self.study, self.storage, self.spec, self.space = study, storage, spec, space
         self.maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
         self._study_id = storage.get_study_id_from_name(study.study_name)
-        self._cached = study._storage  # Optuna's own cache: it reads finished trials once
         self._claimed: dict[int, _Trial] = {}
         self._waiting: deque[FrozenTrial] = deque()
         self._best: float | None = None
         self._lost: list[tuple[int, str]] = []
-        self._lease = LeaseKeeper(storage, spec.grace)
+        self._lease = LeaseKeeper(storage.inner, spec.grace)
 
     # The budget: which trials count, and which are still to come.
 
     def trials(self) -> list[FrozenTrial]:
         """Return the trials that take a place in the budget, in the order of their numbers."""
-        return places(self._cached.get_all_trials(self._study_id, deepcopy=False))
+        return places(self.storage.get_all_trials(self._study_id, deepcopy=False))
 
     def counts(self) -> Counts:
         return count(self.trials(), self.spec.trials)
 
     def _fill_queue(self) -> None:
         """Queue trials up to the budget (a chunk at a time), or withdraw those that are queued beyond it."""
-        with exclusive(self.spec.storage):
+        with self._alone():
             self._reclaim()
             taken = self.trials()
             started = {trial.user_attrs.get("start_with") for trial in taken}
@@ -143,6 +144,13 @@ class Search:
                     self.storage.set_trial_user_attr(trial._trial_id, "withdrawn", True)
                     self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the storage's lock, waited for where the storage is away."""
+        with ExitStack() as stack:
+            self.storage.patiently(lambda: stack.enter_context(exclusive(self.spec.storage)))
+            yield
+
     def _enqueue(self, config: Mapping[str, Any], attrs: Mapping[str, Any]) -> None:
         """Queue a trial that has the params of `config`; the others are sampled when it is claimed."""
         system = {"fixed_params": dict(config)} if config else None  # grid samples nothing where it finds even {}
@@ -150,6 +158,8 @@ class Search:
 
     def _reclaim(self) -> None:
         """Give the places of trials whose worker died to successors. The storage's lock must be held."""
+        if time.monotonic() - self.storage.back_at < self.spec.grace / 2 and self.storage.back_at:
+            return  # it was away: others could not renew their leases either
         now = time.time()
         everything = self.storage.get_all_trials(self._study_id, deepcopy=False)
         with_place = {trial.number for trial in places(everything)}
@@ -171,6 +181,24 @@ class Search:
             self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
             if trial.number not in self._claimed:
                 self._lost.append((trial.number, reason))
+
+    def repair(self) -> None:
+        """Give the places of trials whose worker died to successors, as every worker does when it looks for work."""
+        with self._alone():
+            self._reclaim()
+
+    def ends(self) -> dict[int, tuple[str, str | None]]:
+        """Return how every trial that is over has ended (a key of `hpo.tracking.STATUS`), and why if it failed."""
+        everything = self.storage.get_all_trials(self._study_id, deepcopy=False)
+        counted = {trial.number for trial in places(everything)}
+        return {
+            trial.number: (
+                trial.state.name if trial.number in counted else "INTERRUPTED",
+                trial.user_attrs.get("error"),
+            )
+            for trial in everything
+            if trial.state.is_finished()
+        }
 
     def drain_lost(self) -> list[tuple[int, str]]:
         """Return the (number, reason) of other workers' trials that were ended here since the last call."""
@@ -231,7 +259,7 @@ class Search:
         trial = self._claimed[number]
         with suppress(UpdateFinishedTrialError):
             trial.report(value, step=epoch)
-            return not trial.should_prune()
+            return self.storage.away or not trial.should_prune()
         return False
 
     def call(
@@ -286,7 +314,7 @@ class Search:
         trial = self._claimed.get(number)
         if trial is None:
             return False
-        with exclusive(self.spec.storage):
+        with self._alone():
             frozen = self.storage.get_trial(trial._trial_id)
             if frozen.state == TrialState.RUNNING:
                 self._replace(frozen, reason, attempt=0)  # an interruption is nobody's fault: it costs no attempt
@@ -342,6 +370,19 @@ class Search:
             for trial in running
         ]
 
+    def params_of(self, number: int) -> dict[str, Any]:
+        """Return all params of any trial, as far as they were asked for."""
+        return self.space.resolve(self._trial(number).params)
+
+    def value_of(self, number: int) -> float | None:
+        """Return any trial's value; None where it has none."""
+        trial = self._trial(number)
+        return trial.value if trial.state == TrialState.COMPLETE else None
+
+    def _trial(self, number: int) -> FrozenTrial:
+        trial_id = self.storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+        return self.storage.get_trial(trial_id)
+
     def seconds_used(self) -> float:
         """Return for how long at least one trial was running, over all workers and restarts."""
         return seconds_used(self.storage.get_all_trials(self._study_id, deepcopy=False))
@@ -364,7 +405,7 @@ class Search:
     def close(self) -> None:
         """Stop renewing leases and let the database go."""
         self._lease.stop()
-        close_storage(self.storage)
+        close_storage(self.storage.inner)
 
 
 def open_search(spec: StudySpec, space: Space, metric: str, *, maximize: bool, make: bool = True) -> Search | None:
@@ -374,7 +415,7 @@ def open_search(spec: StudySpec, space: Space, metric: str, *, maximize: bool, m
     """
     if not make and not exists(spec.storage):
         return None
-    storage = open_storage(spec.storage)
+    storage = Patient(open_storage(spec.storage), spec.outage)
     direction = "maximize" if maximize else "minimize"
     sampler, _ = make_sampler(spec.sampler, spec.seed, space)
     pruner, _ = make_pruner(spec.pruner, spec.epochs)
@@ -402,6 +443,21 @@ def open_search(spec: StudySpec, space: Space, metric: str, *, maximize: bool, m
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study.set_metric_names([metric])  # the dashboard's axis
     return Search(study, storage, spec, space)
+
+
+def stored_file(url: str, name: str) -> str:
+    """Return the study file that the storage keeps of study `name`. Raises InputError, StorageError."""
+    storage = open_storage(url)
+    try:
+        studies = {study.study_name: study for study in storage.get_all_studies()}
+        text = studies[name].user_attrs.get(STUDY_FILE) if name in studies else None
+    finally:
+        close_storage(storage)
+    if name not in studies:
+        raise InputError(f"the storage {url} has no study {name!r}{did_you_mean(name, studies)}")
+    if text is None:
+        raise InputError(f"study {name!r} in {url} was not begun by `hpo run`; give its study file")
+    return text
 
 
 def _compare(spec: StudySpec, attrs: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

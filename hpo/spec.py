@@ -366,7 +366,8 @@ def _message(item: Any, here: Any, values: Any) -> str:
         return f"type must be float, int or categorical, but got {tag!r}{_near(tag, ('float', 'int', 'categorical'))}"
     if kind == "value_error":
         text = str(context["error"])
-        return text if "got" in text else f"{text}, but got {here!r}"
+        whole = here is values and isinstance(here, dict)
+        return text if "got" in text or whole else f"{text}, but got {here!r}"
     rule = (
         item["msg"].replace("Input should be", "must be").replace("a valid ", "a ").replace("a integer", "an integer")
     )

@@ -15,7 +15,7 @@ import sqlite3
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,7 +23,14 @@ from urllib.parse import urlsplit
 import optuna
 import psutil
 from filelock import FileLock
-from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
+from optuna.storages import (
+    BaseStorage,
+    GrpcStorageProxy,
+    JournalStorage,
+    RDBStorage,
+    get_storage,
+    run_grpc_proxy_server,
+)
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy import create_engine, event, inspect, make_url
 from sqlalchemy.engine import URL, Engine
@@ -74,6 +81,21 @@ def close_storage(storage: BaseStorage) -> None:
         storage.close()
 
 
+def serve_storage(url: str, host: str, port: int) -> None:
+    """Serve the database at `url` to `grpc://host:port`, until the process ends. Raises StorageError."""
+    storage = open_storage(url)
+    if not isinstance(storage, RDBStorage):
+        raise StorageError(f"storage {url}: only a database can be served, sqlite:/// or postgresql://")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        try:
+            run_grpc_proxy_server(get_storage(storage), host=host, port=port)
+        except RuntimeError as error:  # gRPC's own, whatever keeps it from listening
+            raise StorageError(f"{host}:{port} cannot be listened on ({_first_line(error)}); give another") from error
+        finally:
+            close_storage(storage)
+
+
 def exists(url: str) -> bool:
     """Whether there is a database at `url` to look into, so that looking does not make one."""
     kind = _kind(url)
@@ -100,7 +122,8 @@ def exclusive(url: str) -> Iterator[None]:
             yield
         return
     if kind in ("sqlite", "journal"):
-        path = Path(f"{_journal(url) if kind == 'journal' else make_url(url).database}.lock")
+        # Optuna's journal has a `.lock` of its own
+        path = Path(f"{_journal(url)}.queue.lock" if kind == "journal" else f"{make_url(url).database}.lock")
     else:  # another database that SQLAlchemy knows: of this machine's processes at least
         path = Path(tempfile.gettempdir()) / f"hpo-{hashlib.sha256(url.encode()).hexdigest()[:16]}.lock"
     try:
@@ -121,17 +144,14 @@ def _advisory_lock(url: str) -> Iterator[None]:
     """Hold PostgreSQL's lock of that database; it ends with its connection, so a killed process frees it."""
     key = int.from_bytes(hashlib.sha256(b"hpo").digest()[:7])
     engine = _engine(_parse(url), poolclass=NullPool, isolation_level="AUTOCOMMIT")
-    try:
-        connection = engine.connect()
-        connection.exec_driver_sql(f"SET lock_timeout = '{BUSY_SECONDS}s'")
-        connection.exec_driver_sql(f"SELECT pg_advisory_lock({key})")
-    except SQLAlchemyError as error:
-        raise StorageError(f"storage {url} cannot be opened: {_first_line(error)}") from error
-    try:
+    with ExitStack() as stack:
+        try:
+            connection = stack.enter_context(engine.connect())
+            connection.exec_driver_sql(f"SET lock_timeout = '{BUSY_SECONDS}s'")
+            connection.exec_driver_sql(f"SELECT pg_advisory_lock({key})")
+        except SQLAlchemyError as error:
+            raise StorageError(f"storage {url} cannot be opened: {_first_line(error)}") from error
         yield
-    finally:
-        connection.close()
-        engine.dispose()
 
 
 def _kind(url: str) -> str:

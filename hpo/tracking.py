@@ -46,8 +46,19 @@ class Tracker(ABC):
         """Say more of the study that goes on: what was chosen for it, and why."""
 
     @abstractmethod
+    def reconcile(self, ends: Mapping[int, tuple[str, str | None]]) -> None:
+        """End the runs that are open of trials that have ended, as a killed worker leaves them.
+
+        `ends` has each trial's state, a key of STATUS, and its error.
+        """
+
+    @abstractmethod
     def end_study(self, state: str) -> None:
         """End the study's run, and send all that is left to send."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Send all that is left to send; the study's run goes on."""
 
 
 class NullTracker(Tracker):
@@ -74,7 +85,13 @@ class NullTracker(Tracker):
     def log_folder(self, folder: Path, name: str) -> None:
         pass
 
+    def reconcile(self, ends: Mapping[int, tuple[str, str | None]]) -> None:
+        pass
+
     def end_study(self, state: str) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 
@@ -110,8 +127,14 @@ class MemoryTracker(Tracker):
     def log_folder(self, folder: Path, name: str) -> None:
         self.folders.append(folder)
 
+    def reconcile(self, ends: Mapping[int, tuple[str, str | None]]) -> None:
+        self.ended |= {trial: end for trial, end in ends.items() if trial in self.params and trial not in self.ended}
+
     def end_study(self, state: str) -> None:
         self.ended[None] = (state, None)
+
+    def close(self) -> None:
+        pass
 
 
 def check_address(uri: str) -> None:

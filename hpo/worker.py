@@ -1,6 +1,7 @@
 """Ask, train, tell, until the budget is spent: one process's share of a study."""
 
 import math
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from hpo.data import Data
 from hpo.errors import Interrupted
 from hpo.feed import feed
 from hpo.frames import Frames, Grain
+from hpo.launch import LAUNCHED
+from hpo.memory import networks_at_once
+from hpo.outage import StorageAway
 from hpo.own import Own
 from hpo.plan import Plan
 from hpo.pool import Pool
@@ -30,7 +34,7 @@ ROUNDS = 4
 """Into how many rounds `stack: auto` divides a study at the least whose sampler learns from the trials before."""
 _EXAMPLE_ROWS = 8
 _DRAWS = 64
-_INTERRUPTED = "interrupted; the running trials were given back, run the same command again to go on"
+INTERRUPTED = "interrupted; the running trials were given back, run the same command again to go on"
 CHOICE = "hpo:stack"
 """The study's attribute that says what `stack: auto` has chosen, why, and on which machine."""
 
@@ -52,6 +56,7 @@ def work(
     A trial's own fault (NaN, out of memory) fails that trial; any other error gives the trials back and is raised.
     """
     deadline = math.inf
+    search.storage.say = progress.note
 
     def out_of_time() -> bool:
         return time.monotonic() >= deadline
@@ -71,7 +76,7 @@ def work(
     try:
         worker.choose()
     except Interrupted:
-        raise Interrupted(_INTERRUPTED) from None
+        raise Interrupted(INTERRUPTED) from None
     deadline = _deadline(plan, search)  # measuring is not counted: no trial runs
     while not out_of_time():
         try:
@@ -79,9 +84,11 @@ def work(
         except Interrupted:
             if stopping():
                 trials.give_back("interrupted")
-                raise Interrupted(_INTERRUPTED) from None
+                raise Interrupted(INTERRUPTED) from None
             trials.give_back("the study's time was over")
             break
+        except StorageAway:
+            raise  # nobody could be told
         except BaseException as error:
             trials.give_back(f"{type(error).__name__}: {error}")
             raise
@@ -154,10 +161,16 @@ class _Worker:
 
     def _ask(self, n: int) -> list[Member]:
         """Claim up to `n` trials; all stacks are at the end of an epoch then."""
-        if self._stopping():
+        away = self._search.storage.away_for_good
+        if self._stopping() or away:
             for stack in self._stacks.active:
                 for member in stack.members:
                     self._trials[member.number].checkpoint(stack)
+            if away:
+                raise StorageAway(
+                    f"the storage has been away for {self._plan.spec.outage:g} s: the running trials are kept in "
+                    "checkpoints; run the same command again to go on"
+                )
             raise Interrupted("interrupted")
         claimed = (self._trials.claim() for _ in range(n))
         return [trial.member for trial in takewhile(lambda trial: trial is not None, claimed)]
@@ -199,16 +212,18 @@ class _Worker:
 
     def _chosen_size(self) -> Choice:
         spec = self._plan.spec
-        n_trials = self._search.counts().waiting
+        n_trials = math.ceil(self._search.counts().waiting / int(os.environ.get(LAUNCHED, 1)))
         if n_trials == 0:
             return Choice(why=AS_GIVEN)
         learns = spec.sampler.name not in ("random", "grid", "qmc", "brute_force")
+        first = self._plan.space.draw(1, spec.seed)[0]
+        n_draws = min(_DRAWS, n_trials, networks_at_once(self._plan.objective.build(first, self._task.info)))
         sizing = Sizing(
             task=self._task,
             feed=self._train,
             example=self._example,
             frames=self._frames,
-            draws=self._plan.space.draw(min(_DRAWS, n_trials), spec.seed),
+            draws=self._plan.space.draw(n_draws, spec.seed),
             n_trials=n_trials,
             most=max(1, n_trials // ROUNDS) if learns else n_trials,
             seconds=math.inf if spec.timeout is None else self._search.seconds_left(spec.timeout),

@@ -36,6 +36,7 @@ LAYERS = {
     "space": 3,
     "storage": 3,
     "lease": 3,
+    "outage": 3,
     "bundle": 3,
     "samplers": 4,
     "feed": 3,
@@ -52,17 +53,18 @@ LAYERS = {
     "trial": 6,
     "own": 7,
     "selection": 8,
+    "launch": 8,
     "worker": 9,
     "console": 7,
     "commands": 10,
     "__main__": 11,
 }
 HOMES = {
-    "optuna": {"space", "samplers", "storage", "budget", "lease", "search"},
+    "optuna": {"space", "samplers", "storage", "budget", "lease", "outage", "search"},
     "mlflow": {"mlflow_tracker"},
     "yaml": {"document"},
     "pydantic": {"spec"},
-    "sqlalchemy": {"storage"},
+    "sqlalchemy": {"storage", "outage"},
     "rich": {"console", "commands"},
     "typer": {"__main__"},
 }
@@ -114,7 +116,10 @@ def test_mlflow_is_imported_only_when_first_used() -> None:
     ]
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["check"], ["status"], ["export"], ["objectives"]])
+COMMANDS = ("run", "check", "status", "export", "worker", "repair", "serve", "objectives")
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_imports_nothing_heavy_and_has_an_example(command: list[str]) -> None:
     code = (
         "import sys; from hpo.__main__ import main; sys.argv[0] = 'hpo'\n"
@@ -166,16 +171,19 @@ def test_the_surface_is_frozen() -> None:
         "stack",
     )
     options = {}
-    for command in ("run", "check", "status", "export", "objectives"):
+    for command in COMMANDS:
         done = subprocess.run(
             [sys.executable, "-m", "hpo", command, "--help"], capture_output=True, text=True, check=True
         )
         options[command] = set(re.findall(r"^  (--[a-z]+)", done.stdout, re.M)) - {"--help"}
     assert options == {
-        "run": {"--trials", "--storage", "--tracking", "--device", "--stack", "--set", "--json"},
+        "run": {"--trials", "--storage", "--tracking", "--device", "--stack", "--workers", "--set", "--json"},
         "check": {"--storage", "--tracking", "--device", "--set"},
         "status": {"--trials", "--storage", "--set", "--json"},
         "export": {"--trial", "--out", "--storage", "--tracking", "--device", "--set", "--json"},
+        "worker": {"--study", "--storage", "--tracking", "--device", "--stack", "--set", "--json"},
+        "repair": {"--storage", "--tracking", "--set", "--json"},
+        "serve": {"--port", "--host", "--storage", "--set"},
         "objectives": set(),
     }
 

@@ -119,7 +119,7 @@ def test_a_process_of_another_machine_is_judged_by_its_lease_alone(opened):
 
 def test_a_lease_is_renewed_even_after_an_error(opened, monkeypatch):
     search = opened(grace=0.2)
-    write, failures = search.storage.set_trial_system_attr, []
+    write, failures = search.storage.inner.set_trial_system_attr, []
 
     def fails_twice(*arguments):
         if len(failures) < 2 and threading.current_thread().name == "hpo-lease":
@@ -127,7 +127,7 @@ def test_a_lease_is_renewed_even_after_an_error(opened, monkeypatch):
             raise OSError("the database is away")
         write(*arguments)
 
-    monkeypatch.setattr(search.storage, "set_trial_system_attr", fails_twice)
+    monkeypatch.setattr(search.storage.inner, "set_trial_system_attr", fails_twice)
     number = search.ask().number
     first, end = stored(search, number).system_attrs[LEASE_KEY]["until"], time.monotonic() + 10
     while stored(search, number).system_attrs[LEASE_KEY]["until"] == first:

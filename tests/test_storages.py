@@ -1,0 +1,205 @@
+"""One contract for all four kinds of storage, against real servers: the budget is exact, whatever the workers do."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from optuna.trial import TrialState
+
+from hpo.budget import LEASE_KEY
+from hpo.errors import StorageError
+from hpo.outage import StorageAway
+from hpo.storage import close_storage, open_storage
+from tests.searches import PARAMS, Opener, claims, stored
+from tests.servers import grpc_server, postgres
+
+KINDS = ("sqlite", "postgresql", "journal", "grpc")
+PEER = f"""
+import sys
+from hpo.search import open_search
+from hpo.space import build
+from hpo.spec import Plugin, StudySpec, parse_param
+
+print("ready", flush=True)
+sys.stdin.readline()
+spec = StudySpec(name="s", objective="o", storage=sys.argv[1], trials=24, epochs=3, pruner=Plugin(name="none"))
+space, _ = build({{name: parse_param(entry) for name, entry in {PARAMS!r}.items()}}, ())
+search = open_search(spec, space, "accuracy", maximize=True)
+while (claim := search.ask()) is not None:
+    assert search.report(claim.number, 0, 0.5)
+    assert search.complete(claim.number, float(claim.number))
+    print(claim.place, claim.params["learning_rate"], flush=True)
+search.close()
+"""
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    with postgres(tmp_path_factory.mktemp("pg") / "data") as made:
+        yield made
+
+
+@pytest.fixture(params=KINDS)
+def url(request, tmp_path):
+    """Return the address of a new storage of each kind."""
+    if request.param == "grpc":
+        with grpc_server(f"sqlite:///{tmp_path}/s.db") as address:
+            yield address
+    elif request.param == "postgresql":
+        yield request.getfixturevalue("server").database()
+    else:
+        yield f"{request.param}:///{tmp_path}/s.db"
+
+
+@pytest.fixture
+def opened(url, tmp_path):
+    opener = Opener(tmp_path)
+    yield lambda **keys: opener(storage=url, **keys)
+    opener.close()
+
+
+def abandon(search, number):
+    """Leave a trial as a worker of another machine would that died."""
+    trial = stored(search, number)
+    lease = dict(trial.system_attrs[LEASE_KEY]) | {"worker": "elsewhere:1:1", "until": time.time() - 1}
+    search._lease.drop(trial._trial_id)
+    search.storage.set_trial_system_attr(trial._trial_id, LEASE_KEY, lease)
+
+
+def test_exactly_so_many_trials_by_turns_and_over_restarts(opened):
+    one, two = opened(trials=7), opened(trials=7)
+    done = []
+    while (claim := (one, two)[len(done) % 2].ask()) is not None:
+        assert (one, two)[len(done) % 2].complete(claim.number, 1.0)
+        done.append(claim.place)
+    assert sorted(done) == list(range(7))
+    assert claims(opened(trials=7)) == []
+    assert len(claims(opened(trials=9))) == 2
+
+
+def test_a_dead_workers_trial_is_taken_up_once_by_one_of_its_peers(opened):
+    dead, one, two = (opened(trials=2) for _ in range(3))
+    lost = dead.ask()
+    abandon(dead, lost.number)
+    for peer in (one, two):
+        peer.repair()
+    done = claims(one) + claims(two)
+    assert sorted(claim.place for claim in done) == [0, 1]
+    (again,) = [claim for claim in done if claim.place == lost.place]
+    assert (again.params, again.seed, again.is_retry) == (lost.params, lost.seed, True)
+    assert not dead.complete(lost.number, 1.0)
+    assert stored(one, lost.number).state == TrialState.FAIL
+    assert one.counts().complete == 2
+
+
+def test_what_is_given_back_goes_on_as_it_was(opened):
+    search = opened(trials=1)
+    first = search.ask()
+    search.report(first.number, 0, 0.25)
+    assert search.give_back(first.number, "interrupted")
+    again = search.ask()
+    assert (again.params, again.seed, again.place) == (first.params, first.seed, first.place)
+    search.repeat(again.number, [0.25])
+    search.report(again.number, 1, 0.5)
+    assert search.complete(again.number, 0.5)
+    assert stored(search, again.number).intermediate_values == {0: 0.25, 1: 0.5}
+    assert search.ends()[first.number] == ("INTERRUPTED", "interrupted")
+    assert search.ends()[again.number] == ("COMPLETE", None)
+
+
+def test_start_with_comes_first_and_once_whoever_asks(opened):
+    keys = {"trials": 3, "start_with": ({"n_hidden": 8, "learning_rate": 0.05},)}
+    one, two = opened(**keys), opened(**keys)
+    first, second = one.ask(), two.ask()
+    assert first.params["learning_rate"] == 0.05
+    assert second.params["learning_rate"] != 0.05
+
+
+def test_the_studys_attributes_are_kept(opened):
+    opened().remember("hpo:result", {"number": 1, "test": {"r2": 0.5}})
+    assert opened().attrs["hpo:result"] == {"number": 1, "test": {"r2": 0.5}}
+
+
+def test_workers_that_start_together_on_nothing_all_run_and_no_two_draw_the_same(url):
+    peers = [
+        subprocess.Popen([sys.executable, "-c", PEER, url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    for peer in peers:
+        assert peer.stdout.readline() == "ready\n"
+    for peer in peers:
+        peer.stdin.write("go\n")
+        peer.stdin.flush()
+    lines = [line.split() for peer in peers for line in peer.communicate(timeout=200)[0].splitlines()]
+    assert [peer.returncode for peer in peers] == [0] * 4
+    assert sorted(int(place) for place, _ in lines) == list(range(24))
+    assert len({rate for _, rate in lines}) == 24
+
+
+def test_postgresql_that_restarts_costs_a_wait_and_no_report(server, tmp_path):
+    opener = Opener(tmp_path)
+    search, said = opener(storage=server.database(), outage=30.0), []
+    search.storage.say = said.append
+    claim = search.ask()
+    server.stop()
+    try:
+        for epoch in range(3):
+            assert search.report(claim.number, epoch, epoch / 10)
+    finally:
+        server.start()
+    assert search.complete(claim.number, 0.2)
+    assert stored(search, claim.number).intermediate_values == {0: 0.0, 1: 0.1, 2: 0.2}
+    assert len(said) == 2
+    assert said[0].startswith("the storage does not answer (")
+    assert said[1].startswith("the storage is back after ")
+    opener.close()
+
+
+def test_postgresql_that_stays_away_is_given_up_in_time(server, tmp_path):
+    opener = Opener(tmp_path)
+    search = opener(storage=server.database(), outage=0.5)
+    claim = search.ask()
+    server.stop()
+    try:
+        assert search.report(claim.number, 0, 0.5)
+        time.sleep(0.6)
+        assert search.storage.away_for_good
+        with pytest.raises(StorageAway, match=r"away for 0.5 s .*; no trial is lost: run the same command again"):
+            search.complete(claim.number, 0.5)
+    finally:
+        server.start()
+    opener.close()
+
+
+def test_after_an_outage_nobody_is_taken_for_dead_at_once(server, tmp_path):
+    opener = Opener(tmp_path)
+    url = server.database()
+    cut, peer = opener(storage=url, trials=1), opener(storage=url, trials=1)
+    number = cut.ask().number
+    abandon(cut, number)
+    server.stop()
+    peer.storage.set_trial_intermediate_value(1, 0, 0.0)  # it sees that the storage is away
+    server.start()
+    peer.repair()
+    assert peer.storage.back_at > 0
+    assert peer.drain_lost() == []
+    peer.storage.back_at -= 60
+    peer.repair()
+    assert [lost for lost, _ in peer.drain_lost()] == [number]
+    opener.close()
+
+
+def test_only_a_database_can_be_served(tmp_path):
+    from hpo.storage import serve_storage
+
+    with pytest.raises(StorageError, match="only a database can be served"):
+        serve_storage(f"journal:///{tmp_path}/s.log", "127.0.0.1", 1)
+
+
+def test_a_password_is_not_shown(server):
+    url = server.database().replace("postgres@", "postgres:s3cret@").replace("test_", "other_")
+    with pytest.raises(StorageError) as caught:
+        close_storage(open_storage(url))
+    assert "s3cret" not in str(caught.value)
+    assert "***" in str(caught.value)
