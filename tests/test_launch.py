@@ -1,0 +1,173 @@
+"""Several workers of one study in real processes: the budget is exact, whoever is killed; what differs is refused."""
+
+import json
+import signal
+import sqlite3
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cli import invoke, refused, summary
+from tests.conftest import run_hpo, start_hpo
+
+
+def children(process: "subprocess.Popen[str]") -> list[int]:
+    """Return the ids of the workers that a `hpo run` has started."""
+    tasks = Path(f"/proc/{process.pid}/task")
+    return [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
+
+
+def query(statement: str, database: str = "mlruns/optuna.db") -> list[tuple]:
+    with sqlite3.connect(database, timeout=30) as db:
+        return db.execute(statement).fetchall()
+
+
+def wait_for(statement: str, n: int, seconds: float = 90) -> None:
+    """Wait until the study's database has at least `n` such rows."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if query(statement)[0][0] >= n:
+                return
+        except sqlite3.OperationalError:
+            pass
+        time.sleep(0.1)
+    raise AssertionError(f"{statement} did not come to {n}")
+
+
+RUNNING = (
+    "select count(distinct trial_id) from trial_intermediate_values join trials using (trial_id) "
+    "where state = 'RUNNING'"
+)
+OPEN_RUNS = "select count(*) from runs where status = 'RUNNING'"
+
+
+def test_two_workers_share_a_study_and_one_that_is_killed_is_replaced(study):
+    path = study("trials: 6\nepochs: 40\nstack: 1\ntracking: sqlite:///mlruns/mlflow.db\ncheckpoint_every: 0.5s")
+    process = start_hpo("run", path, "--workers", "2", "--json", LINEAR_SECONDS="0.02")
+    wait_for(RUNNING, 2)
+    killed = children(process)[0]
+    subprocess.run(["kill", "-9", str(killed)], check=True)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert "was killed (signal 9); another one takes its place" in out
+    assert summary(out)["trials"] == {"complete": 6, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
+    assert query("select count(*) from trials where state = 'RUNNING'") == [(0,)]
+    assert query(OPEN_RUNS, "mlruns/mlflow.db") == [(0,)]
+    assert not list(Path("mlruns/checkpoints/study").glob("place-*"))
+    places = query("select count(distinct value_json) from trial_user_attributes where key = 'place'")
+    assert places == [(6,)]
+
+
+def test_a_signal_stops_all_workers_and_a_second_run_goes_on_from_their_checkpoints(study):
+    path = study("trials: 3\nepochs: 60\nstack: 1")
+    process = start_hpo("run", path, "--workers", "2", LINEAR_SECONDS="0.02")
+    wait_for(RUNNING, 2)
+    workers = children(process)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert time.monotonic() - begun < 30
+    assert "run the same command again to go on" in err
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert len(list(Path("mlruns/checkpoints/study").glob("place-*.pt"))) == 2
+
+    done = run_hpo("run", path, "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("goes on after epoch") == 2
+    assert summary(done.stdout)["trials"]["complete"] == 3
+
+
+def test_a_bug_in_a_worker_stops_all_with_its_traceback(study):
+    path = study("stack: 1")
+    done = run_hpo("run", path, "--workers", "2", LINEAR_BUG="1")
+    assert done.returncode == 1
+    assert "KeyError: 'a bug'" in done.stderr
+
+
+def test_a_worker_joins_by_its_file_or_by_the_studys_name(study):
+    path = study("trials: 2")
+    invoke("run", path)
+    assert summary(invoke("worker", path, "--json"))["trials"]["complete"] == 2
+    study("trials: 4")
+    invoke("worker", path)
+    storage = "sqlite:///mlruns/optuna.db"
+    out = invoke("worker", "--study", "study", "--storage", storage, "--json")
+    assert summary(out)["trials"]["complete"] >= 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--study", "study"], "give a study file, or --study NAME and --storage URL"),
+        ([], "give a study file"),
+        (["--study", "studdy", "--storage", "sqlite:///mlruns/optuna.db"], "has no study 'studdy'; did you mean"),
+    ],
+)
+def test_a_worker_of_nothing_is_told_what_to_give(study, arguments, said):
+    invoke("run", study())
+    assert said in refused("worker", *arguments)
+
+
+def test_a_worker_with_another_spec_code_or_data_is_refused_saying_what_differs(study, monkeypatch):
+    path = study()
+    invoke("run", path)
+    assert "epochs is 9 here, 2 there" in refused("worker", path, "--set", "epochs=9")
+    monkeypatch.setenv("LINEAR_DATA", "other")
+    assert "is not what study 'study' began with (fingerprint" in refused("worker", path)
+    monkeypatch.delenv("LINEAR_DATA")
+    file = Path("linear.py")
+    file.write_text(file.read_text() + "\n# changed\n")
+    assert "the code of objective linear.py is not what study 'study' began with" in refused("worker", path)
+    assert "the objective's code has changed" in invoke("run", path, "--trials", 4)
+
+
+def test_repair_frees_places_and_ends_the_runs_that_were_left_open(study):
+    path = study("trials: 2\nepochs: 200\nstack: 1\ntracking: sqlite:///mlruns/mlflow.db")
+    process = start_hpo("run", path, LINEAR_SECONDS="0.02")
+    wait_for(RUNNING, 1)
+    process.kill()
+    process.communicate(timeout=30)
+    out = invoke("repair", path, "--json")
+    assert "trial 0 is ended: worker" in out
+    assert summary(out)["trials"] == {"complete": 0, "pruned": 0, "failed": 0, "running": 0, "waiting": 2}
+    assert query("select state from trials where number = 0") == [("FAIL",)]
+    runs = query("select status from runs where name = 'trial 0'", "mlruns/mlflow.db")
+    assert runs == [("KILLED",)]
+    again = invoke("repair", path)
+    assert "is ended" not in again
+
+
+def test_serve_says_that_there_is_no_login_and_workers_join_through_it(study):
+    path = study("trials: 3")
+    invoke("run", path, "--trials", 1)
+    from tests.servers import free_port, wait_for_port
+
+    port = free_port()
+    process = start_hpo("serve", path, "--port", port, "--host", "0.0.0.0")
+    try:
+        wait_for_port(port)
+        out = invoke("worker", path, "--storage", f"grpc://127.0.0.1:{port}", "--json")
+        assert summary(out)["trials"]["complete"] == 3
+    finally:
+        process.terminate()
+        out, _ = process.communicate(timeout=30)
+    assert "there is no login" in out
+
+
+def test_a_wrong_number_of_workers_is_refused(study):
+    done = run_hpo("run", study(), "--workers", "none")
+    assert done.returncode == 2
+    assert "must be auto, or a number of at least 1, but got 'none'" in done.stderr
+
+
+def test_the_studys_file_is_kept_without_its_passwords(study):
+    path = study("trials: 1")
+    invoke("run", path, "--set", "tracking=off")
+    (stored,) = query("select value_json from study_user_attributes where key = 'hpo:study_file'")
+    kept = json.loads(json.loads(stored[0]))
+    assert kept["objective"] == "linear.py"
+    assert "storage" not in kept
