@@ -43,6 +43,8 @@ def run(
     device: Device = None,
     stack: Stack = None,
     workers: Annotated[str, typer.Option(metavar="N", help="Local processes; auto: one a GPU, or one a core.")] = "1",
+    ray: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Workers on Ray: local, auto, an address.")] = None,
+    gpus_per_worker: Annotated[float, typer.Option(help="On Ray; 0.5: two workers share a GPU.")] = 0.0,
     set_: Set = None,
     json_: Json = False,
 ) -> None:
@@ -53,7 +55,8 @@ def run(
     from hpo import commands
 
     overrides = _overrides(set_, trials=trials, storage=storage, tracking=tracking, device=device, stack=stack)
-    _finish(commands.run(study, overrides, _count(workers)), json_)
+    several = commands.Several(workers=_count(workers), ray=ray, gpus_per_worker=gpus_per_worker)
+    _finish(commands.run(study, overrides, several), json_)
 
 
 def _count(workers: str) -> int | None:

@@ -7,6 +7,8 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from hpo.mlflow_tracker import open_tracker, send_unsent
 from hpo.objective import Function
 from hpo.plan import OUTPUT, Plan, prepare
 from hpo.progress import Progress
+from hpo.ray_workers import RayWorkers
 from hpo.search import STUDY_FILE, Best, Search, open_search, stored_file
 from hpo.selection import Outcome, bundle_folder, conclude, finish, outcome
 from hpo.stopping import Stop, signals
@@ -36,8 +39,17 @@ _LOOK_SECONDS = 1.0
 """How often to look what other processes have done."""
 
 
-def run(path: Path, overrides: Mapping[str, str], workers: int | None = 1) -> dict[str, Any]:
-    """`hpo run`; `workers` None: as many as there are GPUs, or cores."""
+@dataclass(frozen=True, kw_only=True)
+class Several:
+    """How many processes are to train: `workers` (None: as many as there are GPUs, or cores), here or on Ray."""
+
+    workers: int | None = 1
+    ray: str | None = None
+    gpus_per_worker: float = 0.0
+
+
+def run(path: Path, overrides: Mapping[str, str], several: Several | None = None) -> dict[str, Any]:
+    """`hpo run`."""
     out = _console()
     plan = _prepare(path, overrides, out)
     search = _open(plan)
@@ -45,21 +57,21 @@ def run(path: Path, overrides: Mapping[str, str], workers: int | None = 1) -> di
     with ExitStack() as stack:
         stack.callback(search.close)
         best, done = search.best(), None
-        over = search.counts().waiting + search.counts().running == 0
+        over = _open_trials(search) == 0
         if over:
             done = outcome(search, best)
             send_unsent(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)
             out.print(f"{plan.spec.name}: all {plan.spec.trials} trials are done")
         if done is None and not (over and best is not None and isinstance(plan.objective, Function)):
             stopping = stack.enter_context(signals())
-            done = _run(plan, search, stopping, out, overrides, workers)
+            done = _run(plan, search, stopping, out, overrides, several or Several())
         best = search.best()
         _print_result(plan, search, best, done, out)
         return _summary(plan, search, best, done)
 
 
 def _run(
-    plan: Plan, search: Search, stopping: Stop, out: Console, overrides: Mapping[str, str], workers: int | None
+    plan: Plan, search: Search, stopping: Stop, out: Console, overrides: Mapping[str, str], several: Several
 ) -> Outcome | None:
     data = _load(plan, search)
     tracker = open_tracker(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)
@@ -72,12 +84,12 @@ def _run(
     state = "FAIL"
     try:
         tracker.start_study(_tags(plan), {"study.yaml": masked(Path(plan.document.name).read_text(encoding="utf-8"))})
-        n = how_many(workers, plan.device)
-        with _progress(plan, search, out, alone=n == 1) as progress:
-            if n == 1:
+        alone = several.ray is None and how_many(several.workers, plan.device) == 1
+        with _progress(plan, search, out, alone) as progress:
+            if alone:
                 work(plan, data, search, tracker, progress, stopping, stopping.overdue)
             else:
-                _work_together(plan, search, progress, stopping, overrides, n)
+                _work_together(plan, search, progress, stopping, overrides, several)
         if search.counts().running == 0:
             tracker.reconcile(search.ends())
         ended = conclude(plan, data, search, tracker, stopping, out.print) if data else None
@@ -93,15 +105,23 @@ def _run(
 
 
 def _work_together(
-    plan: Plan, search: Search, progress: Progress, stopping: Stop, overrides: Mapping[str, str], n: int
+    plan: Plan, search: Search, progress: Progress, stopping: Stop, overrides: Mapping[str, str], several: Several
 ) -> None:
-    """Have `n` processes train, show what they do, until they are done. Raises Interrupted when asked to stop."""
-    sets = [part for key, value in overrides.items() for part in ("--set", f"{key}={value}")]
-    workers = Workers(["worker", plan.document.name, *sets], n, plan.device, progress.note)
+    """Have several processes train, show what they do, until they are done. Raises Interrupted when asked to stop."""
+    workers: Workers | RayWorkers
+    if several.ray is None:
+        sets = [part for key, value in overrides.items() for part in ("--set", f"{key}={value}")]
+        command = ["worker", plan.document.name, *sets]
+        n = how_many(several.workers, plan.device)
+        workers = Workers(command, n, plan.device, progress.note, lambda: _open_trials(search) > 0)
+    else:
+        share = partial(worker, None, plan.spec.name, {**overrides, "storage": plan.spec.storage})
+        n = several.workers or how_many(None, plan.device)
+        workers = RayWorkers(several.ray, n, several.gpus_per_worker, share)
     watch = Watch(plan, search, progress)
     workers.start()
     try:
-        while workers.look(lambda: search.counts().waiting + search.counts().running > 0):
+        while workers.look():
             if stopping():
                 raise Interrupted(INTERRUPTED)
             watch.look()
@@ -111,8 +131,15 @@ def _work_together(
         watch.look()
 
 
-def worker(path: Path | None, study: str | None, overrides: Mapping[str, str]) -> dict[str, Any]:
-    """`hpo worker`: of a study file, or of a `study` that the storage knows."""
+def _open_trials(search: Search) -> int:
+    counts = search.counts()
+    return counts.waiting + counts.running
+
+
+def worker(
+    path: Path | None, study: str | None, overrides: Mapping[str, str], stop: Stop | None = None
+) -> dict[str, Any]:
+    """`hpo worker`: of a study file, or of a `study` that the storage knows; until `stop`, else a signal, ends it."""
     out = _console()
     with ExitStack() as stack:
         if path is None:
@@ -126,7 +153,7 @@ def worker(path: Path | None, study: str | None, overrides: Mapping[str, str]) -
                 f"the code of objective {plan.spec.objective} is not what study {plan.spec.name!r} began with: its "
                 "trials would not compare; bring that code here, or give another `name`"
             )
-        stopping = stack.enter_context(signals())
+        stopping = stack.enter_context(signals()) if stop is None else stop
         data = _load(plan, search)
         tracker = open_tracker(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)
         stack.callback(tracker.close)

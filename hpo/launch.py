@@ -32,8 +32,16 @@ def how_many(wanted: int | None, device: torch.device) -> int:
 class Workers:
     """`n` processes of one command. On CUDA each sees one GPU, in turn."""
 
-    def __init__(self, command: Sequence[str], n: int, device: torch.device, say: Callable[[str], None]) -> None:
-        self._command, self._n, self._say = command, n, say
+    def __init__(
+        self,
+        command: Sequence[str],
+        n: int,
+        device: torch.device,
+        say: Callable[[str], None],
+        open_trials: Callable[[], bool],
+    ) -> None:
+        """`open_trials` says whether there is still something to do for one that takes a killed one's place."""
+        self._command, self._n, self._say, self._open_trials = command, n, say, open_trials
         self._gpus = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 0
         self._running: dict[int, _Process] = {}
 
@@ -47,8 +55,8 @@ class Workers:
             environ["CUDA_VISIBLE_DEVICES"] = _visible(place % self._gpus)
         self._running[place] = _Process(self._command, environ, lambda line: self._say(f"worker {place}: {line}"))
 
-    def look(self, open_trials: Callable[[], bool]) -> bool:
-        """Return whether any still works. One that was killed is begun again while there are `open_trials`.
+    def look(self) -> bool:
+        """Return whether any still works. One that was killed is begun again while there is something to do.
 
         Raises HpoError (or InputError) with what a worker said that has failed.
         """
@@ -57,7 +65,7 @@ class Workers:
             if status is None:
                 continue
             del self._running[place]
-            if status < 0 and open_trials():
+            if status < 0 and self._open_trials():
                 self._say(f"worker {place} was killed (signal {-status}); another one takes its place")
                 self._start(place)
             elif status > 0 and status != 130:

@@ -54,6 +54,7 @@ LAYERS = {
     "own": 7,
     "selection": 8,
     "launch": 8,
+    "ray_workers": 9,
     "worker": 9,
     "console": 7,
     "commands": 10,
@@ -67,6 +68,7 @@ HOMES = {
     "sqlalchemy": {"storage", "outage"},
     "rich": {"console", "commands"},
     "typer": {"__main__"},
+    "ray": {"ray_workers"},
 }
 
 
@@ -175,9 +177,20 @@ def test_the_surface_is_frozen() -> None:
         done = subprocess.run(
             [sys.executable, "-m", "hpo", command, "--help"], capture_output=True, text=True, check=True
         )
-        options[command] = set(re.findall(r"^  (--[a-z]+)", done.stdout, re.M)) - {"--help"}
+        options[command] = set(re.findall(r"^  (--[a-z-]+)", done.stdout, re.M)) - {"--help"}
     assert options == {
-        "run": {"--trials", "--storage", "--tracking", "--device", "--stack", "--workers", "--set", "--json"},
+        "run": {
+            "--trials",
+            "--storage",
+            "--tracking",
+            "--device",
+            "--stack",
+            "--workers",
+            "--ray",
+            "--gpus-per-worker",
+            "--set",
+            "--json",
+        },
         "check": {"--storage", "--tracking", "--device", "--set"},
         "status": {"--trials", "--storage", "--set", "--json"},
         "export": {"--trial", "--out", "--storage", "--tracking", "--device", "--set", "--json"},

@@ -1,0 +1,71 @@
+"""Workers on a Ray of this machine: one that is killed is begun again by Ray, and the budget is exact."""
+
+import os
+import signal
+
+import psutil
+import pytest
+
+from hpo import ray_workers
+from hpo.errors import HpoError, InputError
+from hpo.ray_workers import RayWorkers
+from tests.cli import refused, summary
+from tests.conftest import start_hpo
+from tests.test_launch import RUNNING, query, wait_for
+
+
+def actors(pid: int) -> list[int]:
+    """Return the processes of the actors that have been started by process `pid`'s Ray."""
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        if "_Actor" in " ".join(child.cmdline()):
+            found.append(child.pid)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_actor_is_begun_again_and_the_budget_is_exact(study):
+    path = study("trials: 6\nepochs: 60\nstack: 1\ncheckpoint_every: 0.5s")
+    process = start_hpo("run", path, "--ray", "local", "--workers", "2", "--json", LINEAR_SECONDS="0.02")
+    wait_for(RUNNING, 2, seconds=300)
+    os.kill(actors(process.pid)[0], signal.SIGKILL)
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err
+    assert summary(out)["trials"] == {"complete": 6, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
+    assert query("select count(*) from trials where state = 'RUNNING'") == [(0,)]
+    retried = query("select count(*) from trial_user_attributes where key = 'retry_of'")
+    assert retried[0][0] >= 1
+
+
+def test_a_cluster_that_is_not_there_is_said(study):
+    message = refused("run", study(), "--ray", "127.0.0.1:1", "--workers", 2)
+    assert "--ray 127.0.0.1:1: no cluster answers there (" in message
+
+
+def test_without_ray_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(InputError, match=r"--ray needs Ray: pip install 'hpo\[ray\]'"):
+        RayWorkers("local", 1, 0.0, lambda stop: None)
+
+
+@pytest.mark.parametrize("error", [InputError("the file is wrong"), HpoError("the disk is full")])
+def test_what_a_worker_says_is_said(error, monkeypatch):
+    class Wrapped(Exception):
+        cause = error
+
+    class FakeRay:
+        def init(self, **keys):
+            pass
+
+        def wait(self, references, num_returns, timeout):
+            return references, []
+
+        def get(self, reference):
+            raise Wrapped
+
+    monkeypatch.setitem(__import__("sys").modules, "ray", FakeRay())
+    workers = ray_workers.RayWorkers("auto", 2, 0.5, lambda stop: None)
+    workers._running = ["one"]
+    with pytest.raises(type(error), match=str(error)):
+        workers.look()
