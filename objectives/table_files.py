@@ -8,6 +8,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from io import StringIO
 from pathlib import Path
 
 import pandas as pd
@@ -83,9 +84,9 @@ def _read_text(file: Path) -> pd.DataFrame:
 
 def _parse(file: Path, head: bytes, encoding: str, errors: str) -> pd.DataFrame:
     cut = len(head) == _SAMPLE
-    lines = head.decode(encoding, "ignore" if cut else errors).splitlines(keepends=True)
-    separator = max(",;\t|", key=lambda mark: _n_columns(lines, mark))
-    rows = _rows(lines, separator)
+    text = head.decode(encoding, "ignore" if cut else errors)
+    separator = max(",;\t|", key=lambda mark: _n_columns(text, mark))
+    rows = _rows(text, separator)
     if not rows:
         raise DataError(f"{file}: is empty")
     header, *rows = [[value.strip() for value in row] for row in rows]
@@ -120,27 +121,26 @@ def _parse(file: Path, head: bytes, encoding: str, errors: str) -> pd.DataFrame:
         )
 
 
-def _rows(lines: Iterable[str], separator: str) -> list[list[str]]:
-    return [row for row in csv.reader(lines, delimiter=separator, skipinitialspace=True) if row]
+def _rows(text: str, separator: str) -> list[list[str]]:
+    return [row for row in csv.reader(StringIO(text, newline=""), delimiter=separator, skipinitialspace=True) if row]
 
 
-def _n_columns(lines: Sequence[str], separator: str) -> int:
+def _n_columns(text: str, separator: str) -> int:
     """Return how many columns there are if `separator` is between them; 0 where most rows have another number."""
-    rows = _rows(lines, separator)
+    rows = _rows(text, separator)
     n = len(rows[0]) if rows else 0
     return n if sum(len(row) == n for row in rows) >= 0.9 * len(rows) else 0
 
 
 def _marks(rows: Sequence[Sequence[str]], separator: str) -> tuple[str, str]:
-    """Return the marks of decimals and of thousands with which most columns are numbers; of equals, the first here."""
+    """Return the marks of decimals and of thousands with which most fields are numbers; of equals, the first here."""
     known = [(".", ""), (",", ""), (",", "."), (".", ",")]
     if separator == ",":  # numbers that hold a comma are in quotes, and it is the mark of thousands
         known = [(".", ""), (".", ","), (",", ""), (",", ".")]
-    columns = [[value for value in column if value] for column in zip(*rows, strict=False)]
 
     def n_numbers(marks: tuple[str, str]) -> int:
         number = _number(*marks)
-        return sum(all(number.fullmatch(value) for value in column) for column in columns)
+        return sum(number.fullmatch(value) is not None for row in rows for value in row)
 
     return max(known, key=n_numbers)
 

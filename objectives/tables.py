@@ -137,7 +137,8 @@ def _task(where: str, values: pd.Series, task: str) -> Task:
     """Return what kind of target it is; raise DataError where the study must say, or says what cannot be."""
     found = values.unique()
     number = types.is_numeric_dtype(values) and not types.is_bool_dtype(values)
-    some = listed(map(repr, sorted(found[:FEW].tolist(), key=None if number else str)))
+    some = listed(map(repr, sorted(found[:10].tolist(), key=None if number else str)))
+    some += ", ..." if len(found) > 10 else ""
     if len(found) == 1:
         raise DataError(f"{where} is {some} in every row: there is nothing to tell apart")
     if task == "regression":
@@ -147,7 +148,7 @@ def _task(where: str, values: pd.Series, task: str) -> Task:
             raise DataError(f"{where} holds infinity; remove these rows")
         return "regression"
     if task == "binary" and len(found) != 2:
-        raise DataError(f"{where} must have two values for task: binary, but it has {len(found)}, {some}")
+        raise DataError(f"{where} must have two values for task: binary, but it has {len(found)}: {some}")
     if task != "auto":
         return task
     if len(found) == 2:
