@@ -86,7 +86,11 @@ class Sizing:
         kinds = self._kinds("fine")[0]
         shared = self._shared(kinds)
         if capacity == 1:
-            return Choice(stacked=n_steps * shared >= WORTH_COMPILING, shared=shared, why=AS_GIVEN)
+            first = self.draws[0]
+            alone = self._seconds_alone(Member(number=-1, seed=0, params=first)) / self._n_steps(first)
+            # large steps are as fast as they can be, and inductor's are slower: measured, three times
+            pays = n_steps * shared >= WORTH_COMPILING and (alone < _LARGE_STEP or self.task.device.type == "cuda")
+            return Choice(stacked=pays, shared=shared, why=AS_GIVEN)
         room = self.room()
         why = AS_GIVEN
         if room < min(capacity, self.n_trials):
@@ -132,7 +136,8 @@ class Sizing:
         if best.stacked:
             width = "" if best.grain == "fine" else ", all padded to the largest"
             how_fast = f"{best_gain:.1f} times as fast as one after the other (measured)"
-            why = f"{best.capacity} trials at once{width}: {how_fast}"
+            n = "one trial at a time, compiled" if best.capacity == 1 else f"{best.capacity} trials at once"
+            why = f"{n}{width}: {how_fast}"
         else:
             why = f"one trial at a time: {reasons[0] if reasons else 'no stack is faster (measured)'}"
         return self._with_threads(replace(best, why=why), members)

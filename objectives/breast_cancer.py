@@ -6,10 +6,11 @@ from typing import Literal
 import torch
 from sklearn.datasets import load_breast_cancer
 from torch import nn
-from torchmetrics.classification import BinaryAccuracy, BinaryAUROC
+from torchmetrics.classification import BinaryAUROC
 
 from hpo.objective import Objective
 from objectives.datasets import tabular_splits
+from objectives.metrics import LogitAccuracy
 from objectives.models import MLP, Standardize
 
 
@@ -58,7 +59,7 @@ class BreastCancer(Objective):
         return MLP(info.n_features, [params["n_hidden"]] * 2, 1)
 
     def metrics(self):
-        return {"accuracy": BinaryAccuracy(), "auroc": BinaryAUROC()}
+        return {"accuracy": LogitAccuracy(), "auroc": BinaryAUROC()}
 
     def preprocess(self, train):
         return Standardize(train.inputs["features"])

@@ -6,10 +6,11 @@ from typing import Literal
 import torch
 from sklearn.datasets import make_circles, make_classification, make_moons
 from torch import nn
-from torchmetrics.classification import BinaryAccuracy, BinaryAUROC
+from torchmetrics.classification import BinaryAUROC
 
 from hpo.objective import Objective
 from objectives.datasets import tabular_splits
+from objectives.metrics import LogitAccuracy
 from objectives.models import BinaryClassifier
 
 
@@ -70,7 +71,7 @@ class SyntheticBinary(Objective):
         return BinaryClassifier([info.n_features, params["n_hidden1"], params["n_hidden2"], 1], self.options.activation)
 
     def metrics(self):
-        return {"accuracy": BinaryAccuracy(), "auroc": BinaryAUROC()}
+        return {"accuracy": LogitAccuracy(), "auroc": BinaryAUROC()}
 
     def head(self):
         return nn.Sigmoid()

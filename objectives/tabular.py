@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, MulticlassAccuracy
+from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
 from torchmetrics.regression import MeanSquaredError, R2Score
 
 from hpo.objective import Objective
@@ -25,6 +25,7 @@ from objectives.embeddings import (
     mean_of_odds,
     of_members,
 )
+from objectives.metrics import LogitAccuracy
 from objectives.models import QuantileNormal
 from objectives.tables import Table, TableOptions, table_of
 
@@ -104,7 +105,7 @@ class Tabular(Objective):
         if self.table.task == "regression":
             return {"r2": R2Score(), "rmse": RMSE(self.table.std)}
         if self.table.task == "binary":
-            return {"accuracy": BinaryAccuracy(), "auroc": BinaryAUROC()}
+            return {"accuracy": LogitAccuracy(), "auroc": BinaryAUROC()}
         n_classes = len(self.table.data.class_names)
         return {
             "accuracy": MulticlassAccuracy(n_classes, average="micro"),
