@@ -18,6 +18,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from hpo.errors import HpoError, StorageError
+from hpo.storage import reading
 
 T = TypeVar("T")
 RETRY_SECONDS = 2.0
@@ -81,6 +82,13 @@ class Patient(BaseStorage):
                 time.sleep(min(RETRY_SECONDS, self._seconds))
             else:
                 return result
+
+    def _read(self, call: Callable[[], T]) -> T:
+        def read() -> T:
+            with reading():
+                return call()
+
+        return self.patiently(read)
 
     def _send_kept_and(self, call: Callable[[], T]) -> T:
         while self._kept:
@@ -153,22 +161,22 @@ class Patient(BaseStorage):
         self.patiently(lambda: self._storage.set_study_system_attr(study_id, key, value))
 
     def get_study_id_from_name(self, study_name: str) -> int:
-        return self.patiently(lambda: self._storage.get_study_id_from_name(study_name))
+        return self._read(lambda: self._storage.get_study_id_from_name(study_name))
 
     def get_study_name_from_id(self, study_id: int) -> str:
-        return self.patiently(lambda: self._storage.get_study_name_from_id(study_id))
+        return self._read(lambda: self._storage.get_study_name_from_id(study_id))
 
     def get_study_directions(self, study_id: int) -> list[StudyDirection]:
-        return self.patiently(lambda: self._storage.get_study_directions(study_id))
+        return self._read(lambda: self._storage.get_study_directions(study_id))
 
     def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
-        return self.patiently(lambda: self._storage.get_study_user_attrs(study_id))
+        return self._read(lambda: self._storage.get_study_user_attrs(study_id))
 
     def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
-        return self.patiently(lambda: self._storage.get_study_system_attrs(study_id))
+        return self._read(lambda: self._storage.get_study_system_attrs(study_id))
 
     def get_all_studies(self) -> list[Any]:
-        return self.patiently(self._storage.get_all_studies)
+        return self._read(self._storage.get_all_studies)
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         return self.patiently(lambda: self._storage.create_new_trial(study_id, template_trial))
@@ -177,7 +185,7 @@ class Patient(BaseStorage):
         self.patiently(lambda: self._storage.set_trial_param(trial_id, param_name, param_value_internal, distribution))
 
     def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
-        return self.patiently(lambda: self._storage.get_trial_id_from_study_id_trial_number(study_id, trial_number))
+        return self._read(lambda: self._storage.get_trial_id_from_study_id_trial_number(study_id, trial_number))
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
         self.patiently(lambda: self._storage.set_trial_user_attr(trial_id, key, value))
@@ -186,10 +194,10 @@ class Patient(BaseStorage):
         self.patiently(lambda: self._storage.set_trial_system_attr(trial_id, key, value))
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
-        return self.patiently(lambda: self._storage.get_trial(trial_id))
+        return self._read(lambda: self._storage.get_trial(trial_id))
 
     def get_all_trials(self, study_id: int, deepcopy: bool = True, states: Any = None) -> list[FrozenTrial]:
-        return self.patiently(lambda: self._storage.get_all_trials(study_id, deepcopy=deepcopy, states=states))
+        return self._read(lambda: self._storage.get_all_trials(study_id, deepcopy=deepcopy, states=states))
 
     def remove_session(self) -> None:
         self._storage.remove_session()

@@ -31,8 +31,10 @@ from hpo.space import Space
 from hpo.spec import StudySpec
 from hpo.storage import close_storage, exclusive, exists, open_storage
 
-_QUEUE_CHUNK = 100
+_QUEUE_CHUNK = 16
+"""How many trials are queued at a time: whoever asks for all trials reads those that wait anew each time."""
 _IDENTITY = "hpo:identity"
+_MAKING_SECONDS = 5.0
 STUDY_FILE = "hpo:study_file"
 """The study's attribute that holds its study file, for workers that have none."""
 TIMED_OUT = "hpo:timed_out"
@@ -136,7 +138,9 @@ class Search:
             for _ in range(min(self.spec.trials - len(taken), _QUEUE_CHUNK)):
                 start = starts.pop(0) if starts else None
                 config = {} if start is None else self.space.queued(self.spec.start_with[start])
-                self._enqueue(config, {"place": next(free)} | ({} if start is None else {"start_with": start}))
+                place = next(free)
+                attrs = {"place": place, "seed": derive(self.spec.seed, "init", place)}
+                self._enqueue(config, attrs | ({} if start is None else {"start_with": start}))
             surplus = len(taken) - self.spec.trials
             waiting = [trial for trial in taken if trial.state == TrialState.WAITING]
             for trial in reversed(waiting[-surplus:] if surplus > 0 else []):
@@ -234,8 +238,10 @@ class Search:
         trial = _Trial(self.study, frozen._trial_id)  # what Study.ask does, without making a trial beyond the budget
         self._claimed[trial.number] = trial
         place = frozen.user_attrs.get("place", trial.number)
-        seed = frozen.user_attrs.get("seed", derive(self.spec.seed, "init", place))
-        trial.set_user_attr("seed", seed)
+        seed = frozen.user_attrs.get("seed")
+        if seed is None:  # queued by an older version
+            seed = derive(self.spec.seed, "init", place)
+            trial.set_user_attr("seed", seed)
         return Claim(
             number=trial.number,
             seed=seed,
@@ -426,7 +432,7 @@ def open_search(spec: StudySpec, space: Space, metric: str, *, maximize: bool, m
             return None
         if spec.name in names:
             study_id = storage.get_study_id_from_name(spec.name)
-            _compare(spec, storage.get_study_user_attrs(study_id), wanted)
+            _compare(spec, _attrs_of(storage, study_id), wanted)
             if storage.get_study_directions(study_id)[0].name.lower() != direction:
                 raise _is_another(spec, [f"it goes to {direction} here, the other way there"])
         study = optuna.create_study(
@@ -443,6 +449,16 @@ def open_search(spec: StudySpec, space: Space, metric: str, *, maximize: bool, m
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study.set_metric_names([metric])  # the dashboard's axis
     return Search(study, storage, spec, space)
+
+
+def _attrs_of(storage: Patient, study_id: int) -> dict[str, Any]:
+    """Return the study's attributes; a peer that makes it just now, where no lock keeps us out, is waited for."""
+    end = time.monotonic() + _MAKING_SECONDS
+    attrs = storage.get_study_user_attrs(study_id)
+    while _IDENTITY not in attrs and time.monotonic() < end and not storage.get_all_trials(study_id):
+        time.sleep(0.05)
+        attrs = storage.get_study_user_attrs(study_id)
+    return attrs
 
 
 def stored_file(url: str, name: str) -> str:

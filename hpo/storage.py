@@ -13,6 +13,7 @@ made once, under a lock: processes that start together on a fresh database would
 import hashlib
 import sqlite3
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -283,6 +284,20 @@ def _refuse_other_programs(parsed: URL, url: str) -> None:
         )
 
 
+_here = threading.local()
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Within this, the thread only reads: it waits for no writer, and lets none wait."""
+    before = getattr(_here, "reads", False)
+    _here.reads = True
+    try:
+        yield
+    finally:
+        _here.reads = before
+
+
 def _serialise_writers(engine: Engine) -> None:
     """Have SQLite take its write lock when a transaction begins, not midway, where two readers could both win it."""
 
@@ -294,7 +309,8 @@ def _serialise_writers(engine: Engine) -> None:
 
     @event.listens_for(engine, "begin")
     def _begin(connection: object) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")  # type: ignore[attr-defined]
+        how = "DEFERRED" if getattr(_here, "reads", False) else "IMMEDIATE"
+        connection.exec_driver_sql(f"BEGIN {how}")  # type: ignore[attr-defined]
 
     engine.dispose()  # what was opened before had no listeners
 

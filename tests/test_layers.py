@@ -36,7 +36,7 @@ LAYERS = {
     "space": 3,
     "storage": 3,
     "lease": 3,
-    "outage": 3,
+    "outage": 4,
     "bundle": 3,
     "samplers": 4,
     "feed": 3,

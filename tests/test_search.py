@@ -69,7 +69,7 @@ class TestBudget:
     def test_a_large_budget_is_queued_a_chunk_at_a_time(self, opened):
         search = opened(trials=250)
         search.ask()
-        assert len(search.study.get_trials()) == 100
+        assert len(search.study.get_trials()) == 16
         assert search.counts().waiting == 249
 
     def test_several_workers_share_one_budget(self, opened):
