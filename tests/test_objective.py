@@ -118,7 +118,7 @@ def test_options_reach_the_objective(folder):
             ],
         ),
         ({"n_rows": "ten"}, [("options.n_rows", "must be an integer, but got 'ten'")]),
-        ({"n_rows": 7}, [("options", "n_rows must be divisible by 5, but got {'n_rows': 7}")]),
+        ({"n_rows": 7}, [("options", "n_rows must be divisible by 5")]),
     ],
 )
 def test_options_are_checked_by_their_annotations(folder, options, faults):

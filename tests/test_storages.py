@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState
@@ -35,8 +37,9 @@ search.close()
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    with postgres(tmp_path_factory.mktemp("pg") / "data") as made:
+def server():
+    # not in pytest's own folder: that is for its owner only, and PostgreSQL is another user where we are root
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, postgres(Path(folder) / "data") as made:
         yield made
 
 
