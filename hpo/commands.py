@@ -364,9 +364,9 @@ def _prepare(path: Path, overrides: Mapping[str, str], out: Console) -> Plan:
     plan = prepare(path, overrides)
     if plan.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(plan.spec.deterministic)
     if plan.spec.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA's matrix products need for it
-        torch.use_deterministic_algorithms(True)
     for text in plan.notes:
         out.print(text)
     return plan

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from hpo import catalog
 from hpo.errors import HpoError
@@ -105,6 +106,14 @@ def test_objectives_lists_one_line_each() -> None:
     lines = invoke("objectives").splitlines()
     assert [line.split()[0] for line in lines] == list(catalog.names())
     assert {"breast_cancer", "iris", "tabular"} <= set(catalog.names())
+
+
+def test_determinism_on_request_and_only_then(study: Write) -> None:
+    invoke("run", study("deterministic: true\nname: strict"))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert "deterministic is False here, True there" in refused("run", study("name: strict"))
+    invoke("run", study())
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_three_lines_are_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
