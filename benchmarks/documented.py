@@ -7,9 +7,7 @@ them together some 30 minutes on one CPU core. `--picture FILE.png` draws row 11
 """
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +27,7 @@ from hpo.feed import Feed, feed
 from hpo.objective import Objective, load
 from hpo.stack import LoopStack, Member, One, Stack, Task, evaluate
 from hpo.training import train
+from studies import run_study
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -140,22 +139,6 @@ def fit(
         task=task,
         after=looked,
     )
-
-
-def study(path: Path, *sets: str, folder: Path) -> dict[str, Any]:
-    """Run a study in `folder`; return what `--json` prints."""
-    command = [sys.executable, "-m", "hpo", "run", str(path.resolve()), "--json", "--tracking", "off"]
-    done = subprocess.run(
-        command + [part for each in sets for part in ("--set", each)],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "HPO_DATA_HOME": str(data_home().resolve())},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 # The rows
@@ -343,7 +326,7 @@ def fashion_mnist() -> Iterator[Figure]:
 
 def fashion_study() -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as folder:
-        summary = study(ROOT / "studies/fashion_mnist_documented.yaml", folder=Path(folder))
+        summary = run_study("fashion_mnist_documented", Path(folder))
     params = summary["best"]["params"]
     yield Figure(name="best accuracy, validation", documented=0.8868, ours=summary["best"]["value"])
     yield Figure(name="  its learning_rate (documented 0.0853)", documented=None, ours=params["learning_rate"])
@@ -375,7 +358,7 @@ def fashion_512() -> Iterator[Figure]:
 
 def covertype() -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as folder:
-        summary = study(ROOT / "studies/covertype.yaml", folder=Path(folder))
+        summary = run_study("covertype", Path(folder))
     yield Figure(name="accuracy, test", documented=0.93, ours=summary["test"]["accuracy"], allowed=0.0)
 
 

@@ -9,16 +9,14 @@ its process. Data comes from HPO_DATA_HOME.
 
 import argparse
 import json
-import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpo.data import data_home
+from studies import run_study
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,20 +45,9 @@ BARS = (
 def run(bar: Bar, folder: Path) -> bool:
     """Run the study, print its line; return whether it reached its bar."""
     begun, cpu = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    path = ROOT / "studies" / f"{bar.study}.yaml"
-    done = subprocess.run(
-        [sys.executable, "-m", "hpo", "run", str(path), "--json", "--tracking", "off"],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "HPO_DATA_HOME": str(data_home().resolve())},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(f"{bar.study}: {done.stderr}")
+    summary = run_study(bar.study, folder)
     seconds, after = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu_seconds = after.ru_utime + after.ru_stime - cpu.ru_utime - cpu.ru_stime
-    summary = json.loads(done.stdout.splitlines()[-1])
     about = json.loads((folder / summary["bundle"] / "bundle.json").read_text())
     if about["n_test_evaluations"] != 1:
         raise SystemExit(f"{bar.study}: the test set was read {about['n_test_evaluations']} times")

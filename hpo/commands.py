@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -84,12 +84,13 @@ def _run(
     state = "FAIL"
     try:
         tracker.start_study(_tags(plan), {"study.yaml": masked(Path(plan.document.name).read_text(encoding="utf-8"))})
-        alone = several.ray is None and how_many(several.workers, plan.device) == 1
+        n = how_many(several.workers, plan.device)
+        alone = several.ray is None and n == 1
         with _progress(plan, search, out, alone) as progress:
             if alone:
                 work(plan, data, search, tracker, progress, stopping, stopping.overdue)
             else:
-                _work_together(plan, search, progress, stopping, overrides, several)
+                _work_together(plan, search, progress, stopping, overrides, several, n)
         if search.counts().running == 0:
             tracker.reconcile(search.ends())
         ended = conclude(plan, data, search, tracker, stopping, out.print) if data else None
@@ -105,18 +106,22 @@ def _run(
 
 
 def _work_together(
-    plan: Plan, search: Search, progress: Progress, stopping: Stop, overrides: Mapping[str, str], several: Several
+    plan: Plan,
+    search: Search,
+    progress: Progress,
+    stopping: Stop,
+    overrides: Mapping[str, str],
+    several: Several,
+    n: int,
 ) -> None:
-    """Have several processes train, show what they do, until they are done. Raises Interrupted when asked to stop."""
+    """Have `n` processes train, show what they do, until they are done. Raises Interrupted when asked to stop."""
     workers: Workers | RayWorkers
     if several.ray is None:
         sets = [part for key, value in overrides.items() for part in ("--set", f"{key}={value}")]
         command = ["worker", plan.document.name, *sets]
-        n = how_many(several.workers, plan.device)
         workers = Workers(command, n, plan.device, progress.note, lambda: _open_trials(search) > 0)
     else:
         share = partial(worker, None, plan.spec.name, {**overrides, "storage": plan.spec.storage})
-        n = several.workers or how_many(None, plan.device)
         workers = RayWorkers(several.ray, n, several.gpus_per_worker, share)
     watch = Watch(plan, search, progress)
     workers.start()
@@ -158,7 +163,7 @@ def worker(
         tracker = open_tracker(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)
         stack.callback(tracker.close)
         launched = LAUNCHED in os.environ
-        with Notes(out.print) if launched else _progress(plan, search, out) as progress:
+        with nullcontext(Notes(out.print)) if launched else _progress(plan, search, out) as progress:
             work(plan, data, search, tracker, progress, stopping, stopping.overdue)
         return _summary(plan, search, search.best(), None)
 

@@ -95,12 +95,6 @@ class Notes(Progress):
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
 
-    def __enter__(self) -> "Notes":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
     def trial_started(self, number: int, params: Mapping[str, Any]) -> None:
         pass
 

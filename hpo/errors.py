@@ -12,9 +12,10 @@ A password in an address never reaches a message: each message passes through `m
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 
 def masked(text: str) -> str:
@@ -80,3 +81,20 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     known = list(known)
     near = get_close_matches(str(name), known, n=1, cutoff=0.6)
     return f'; did you mean "{near[0]}"?' if near else f"; known: {', '.join(known) or 'none'}"
+
+
+def broken_rules(
+    rules: Mapping[str, tuple[Callable[[Any], bool], str]], values: Mapping[str, Sequence[Any]]
+) -> list[Fault]:
+    """Return a fault for each of the params' `values` that does not hold to its rule: a test of it, and its words."""
+    return [
+        Fault(path=("params", name), message=f"must be {rule}, but got {value!r}")
+        for name, (holds, rule) in rules.items()
+        for value in values.get(name, [])
+        if not holds(value)
+    ]
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a plain number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

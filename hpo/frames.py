@@ -44,7 +44,7 @@ class Frames:
         return self._made[level]
 
     def _make(self) -> list[Fit]:
-        largest = self._build(next(iter(self._space.extremes(1))))
+        largest = self._build(self._space.extremes(1)[0])
         highs, *others = self._space.extremes(min(64, networks_at_once(largest)))
         widths, depths = self._sizes(highs)
         everything = [highs, *others]

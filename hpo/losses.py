@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpo.errors import Fault
+from hpo.errors import Fault, broken_rules, is_number
 
 Loss = Callable[[Tensor, Tensor, Mapping[str, Any], Sequence[int]], Tensor]
 
@@ -99,19 +99,10 @@ BY_NAME: Mapping[str, Loss] = {
 def faults(values: Mapping[str, Sequence[Any]]) -> list[Fault]:
     """Return what is wrong with the losses' params, given every value (or both ends) that each can have."""
     rules = {
-        "label_smoothing": (lambda v: _number(v) and 0 <= v < 1, "a number in [0, 1)"),
+        "label_smoothing": (lambda v: is_number(v) and 0 <= v < 1, "a number in [0, 1)"),
         "class_weights": (
-            lambda v: v in ("none", "balanced") or (_number(v) and 0 <= v <= 1),
+            lambda v: v in ("none", "balanced") or (is_number(v) and 0 <= v <= 1),
             "none, balanced, or a number from 0 (none) to 1 (balanced)",
         ),
     }
-    return [
-        Fault(path=("params", name), message=f"must be {rule}, but got {value!r}")
-        for name, (holds, rule) in rules.items()
-        for value in values.get(name, [])
-        if not holds(value)
-    ]
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return broken_rules(rules, values)

@@ -92,8 +92,7 @@ class MlflowTracker(Tracker):
             self._open[trial] = self._put("metrics", trial, due=False, rows=rows)
 
     def end_trial(self, trial: int, state: str, error: str | None = None) -> None:
-        tags = {"hpo.state": state} | ({"hpo.error": masked(error)[:5000]} if error else {})
-        self._put("end", trial, status=STATUS[state], tags=tags)
+        self._put("end", trial, status=STATUS[state], tags=_end_tags(state, error))
 
     def log_folder(self, folder: Path, name: str) -> None:
         self._put("folder", None, folder=str(folder.resolve()), name=name)
@@ -292,8 +291,7 @@ class MlflowTracker(Tracker):
             for run in page:
                 state, error = item["ends"].get(run.data.tags.get("hpo.trial"), (None, None))
                 if state is not None:
-                    tags = {"hpo.state": state} | ({"hpo.error": masked(error)[:5000]} if error else {})
-                    self._end(run.info.run_id, STATUS[state], tags, item["time"])
+                    self._end(run.info.run_id, STATUS[state], _end_tags(state, error), item["time"])
             token = page.token
             if not token:
                 return
@@ -336,6 +334,11 @@ def sqlite_path(uri: str) -> Path | None:
 def _texts(params: Mapping[str, Any]) -> dict[str, str]:
     """Return params as MLflow takes them."""
     return {key: str(value)[:6000] for key, value in params.items()}
+
+
+def _end_tags(state: str, error: str | None) -> dict[str, str]:
+    """Return what a trial's run is tagged with at its end."""
+    return {"hpo.state": state} | ({"hpo.error": masked(error)[:5000]} if error else {})
 
 
 def _now() -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hpo import schedules
-from hpo.errors import Fault, did_you_mean
+from hpo.errors import Fault, broken_rules, did_you_mean, is_number
 
 DEFAULTS: Mapping[str, Any] = {"optimizer": "adam", "learning_rate": 1e-3, "batch_size": 64}
 """What every study has, whatever its objective says."""
@@ -90,24 +90,16 @@ def faults(values: Mapping[str, list[Any]]) -> list[Fault]:
     known_schedules = ", ".join(schedules.NAMES)
     rules = {
         "schedule": (lambda v: v in schedules.NAMES, f"one of {known_schedules}"),
-        "schedule_pct_start": (lambda v: _number(v) and 0 < v < 1, "a number in (0, 1)"),
-        "schedule_step_size": (lambda v: _number(v) and v > 0, "a number of epochs above 0"),
-        "schedule_gamma": (lambda v: _number(v) and v > 0, "a number above 0"),
-        MAX_GRAD_NORM: (lambda v: _number(v) and v >= 0, "a number of at least 0 (0: no clipping)"),
+        "schedule_pct_start": (lambda v: is_number(v) and 0 < v < 1, "a number in (0, 1)"),
+        "schedule_step_size": (lambda v: is_number(v) and v > 0, "a number of epochs above 0"),
+        "schedule_gamma": (lambda v: is_number(v) and v > 0, "a number above 0"),
+        MAX_GRAD_NORM: (lambda v: is_number(v) and v >= 0, "a number of at least 0 (0: no clipping)"),
         "batch_size": (lambda v: type(v) is int and v >= 1, "a whole number of at least 1"),
         ACCUMULATION: (lambda v: type(v) is int and v >= 1, "a whole number of at least 1"),
-        "learning_rate": (lambda v: _number(v) and v > 0, "a number above 0"),
-        "weight_decay": (lambda v: _number(v) and v >= 0, "a number of at least 0"),
-        "momentum": (lambda v: _number(v) and v >= 0, "a number of at least 0"),
-        "beta1": (lambda v: _number(v) and 0 <= v < 1, "a number in [0, 1)"),
-        "beta2": (lambda v: _number(v) and 0 <= v < 1, "a number in [0, 1)"),
+        "learning_rate": (lambda v: is_number(v) and v > 0, "a number above 0"),
+        "weight_decay": (lambda v: is_number(v) and v >= 0, "a number of at least 0"),
+        "momentum": (lambda v: is_number(v) and v >= 0, "a number of at least 0"),
+        "beta1": (lambda v: is_number(v) and 0 <= v < 1, "a number in [0, 1)"),
+        "beta2": (lambda v: is_number(v) and 0 <= v < 1, "a number in [0, 1)"),
     }
-    for name, (holds, rule) in rules.items():
-        for value in values.get(name, []):
-            if not holds(value):
-                found.append(Fault(path=("params", name), message=f"must be {rule}, but got {value!r}"))
-    return found
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return found + broken_rules(rules, values)

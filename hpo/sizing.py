@@ -81,21 +81,23 @@ class Sizing:
         One at a time is a stack of one where the study's steps pay for compiling it, since that is faster.
         """
         n_steps = self.n_trials * self._n_steps(self.draws[0])
-        if capacity == 1 and n_steps < WORTH_COMPILING:
+        if capacity == 1 and (n_steps < WORTH_COMPILING or self._has_large_steps()):
             return Choice(why=AS_GIVEN)
         kinds = self._kinds("fine")[0]
         shared = self._shared(kinds)
         if capacity == 1:
-            first = self.draws[0]
-            alone = self._seconds_alone(Member(number=-1, seed=0, params=first)) / self._n_steps(first)
-            # large steps are as fast as they can be, and inductor's are slower: measured, three times
-            pays = n_steps * shared >= WORTH_COMPILING and (alone < _LARGE_STEP or self.task.device.type == "cuda")
-            return Choice(stacked=pays, shared=shared, why=AS_GIVEN)
+            return Choice(stacked=n_steps * shared >= WORTH_COMPILING, shared=shared, why=AS_GIVEN)
         room = self.room()
         why = AS_GIVEN
         if room < min(capacity, self.n_trials):
             why = f"{room} trials at once, not {capacity}: memory is free for no more"
         return Choice(capacity=min(capacity, room), stacked=True, shared=shared or 1.0, why=why)
+
+    def _has_large_steps(self) -> bool:
+        """Whether a step is as fast as it can be on a CPU: inductor's was three times slower, measured."""
+        first = Member(number=-1, seed=0, params=self.draws[0])
+        seconds = self._seconds_alone(first) / self._n_steps(first.params)
+        return self.task.device.type != "cuda" and seconds >= _LARGE_STEP
 
     def _kinds(self, grain: Grain) -> tuple[dict[Any, list[Candidate]], list[str]]:
         """Return those of the drawn trials that can be stacked, by their kind, and why others cannot."""

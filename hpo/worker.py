@@ -215,6 +215,10 @@ class _Worker:
         n_trials = math.ceil(self._search.counts().waiting / int(os.environ.get(LAUNCHED, 1)))
         if n_trials == 0:
             return Choice(why=AS_GIVEN)
+        where = f"{platform.node()} {self._plan.device}"
+        before = self._search.attrs.get(CHOICE, {}) if spec.stack == "auto" else {}
+        if before.get("where") == where:  # a study that goes on, goes on as it began
+            return Choice(**before["choice"])
         learns = spec.sampler.name not in ("random", "grid", "qmc", "brute_force")
         first = self._plan.space.draw(1, spec.seed)[0]
         n_draws = min(_DRAWS, n_trials, networks_at_once(self._plan.objective.build(first, self._task.info)))
@@ -231,10 +235,6 @@ class _Worker:
         )
         if spec.stack != "auto":
             return sizing.given(spec.stack)
-        where = f"{platform.node()} {self._plan.device}"
-        before = self._search.attrs.get(CHOICE, {})
-        if before.get("where") == where:  # a study that goes on, goes on as it began
-            return Choice(**before["choice"])
         choice = sizing.choose()
         self._search.remember(CHOICE, {"where": where, "choice": asdict(choice)})
         return choice

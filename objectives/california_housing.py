@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from sklearn.datasets import fetch_california_housing
-from torch import Tensor, nn
+from torch import nn
 from torchmetrics.regression import MeanSquaredError, R2Score
 
 from hpo.objective import Objective
@@ -22,7 +22,7 @@ from objectives.embeddings import (
     mean_of_numbers,
     of_members,
 )
-from objectives.models import MLP, QuantileNormal, Standardize
+from objectives.models import MLP, QuantileNormal, Standardize, WideAndDeep
 
 
 @dataclass(frozen=True)
@@ -145,25 +145,3 @@ def _in_two(data):
     }
     names = sum((data.feature_names[part] for part in INPUTS.values()), ())
     return replace(data, **splits, feature_names=names)
-
-
-class WideAndDeep(nn.Module):
-    """A deep stack's output, and beside it the wide input as it is, into one linear unit: (B, W), (B, D) -> (B, 1).
-
-    One input (B, W) is both. With `auxiliary`, a second output (B, 1) is linear in the deep stack's output alone.
-    """
-
-    def __init__(self, n_wide: int, embedding: nn.Module, widths: tuple[int, int, int], *, auxiliary: bool) -> None:
-        super().__init__()
-        n_in, n_hidden1, n_hidden2 = widths
-        self.embedding = embedding
-        self.hidden1 = nn.Linear(n_in, n_hidden1)
-        self.hidden2 = nn.Linear(n_hidden1, n_hidden2)
-        self.output = nn.Linear(n_wide + n_hidden2, 1)
-        self.auxiliary = nn.Linear(n_hidden2, 1) if auxiliary else None
-
-    def forward(self, wide: Tensor, deep: Tensor | None = None) -> Any:
-        hidden = self.embedding(wide if deep is None else deep)
-        hidden = torch.relu(self.hidden2(torch.relu(self.hidden1(hidden))))
-        main = self.output(torch.cat([wide, hidden], 1))
-        return main if self.auxiliary is None else (main, self.auxiliary(hidden))

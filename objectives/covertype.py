@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from hpo.objective import Objective
-from objectives.datasets import sklearn_cached, split_by_rows
+from objectives.datasets import rows_of_splits, sklearn_cached, split_by_rows
 from objectives.embeddings import EMBEDDING_DEFAULTS, EMBEDDING_SPACE, deep, embedding_of, mean_of_classes, of_members
 from objectives.models import QuantileNormal
-from objectives.tables import rows_of_splits
 
 N_NUMBERS = 10
 """The first columns are lengths and angles; the other 44 say by 0 or 1 which wilderness area and which soil it is."""

@@ -45,6 +45,25 @@ def tabular_splits(
     )
 
 
+def rows_of_splits(
+    classes: np.ndarray, *, test: float, valid: float, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return which rows train, validate and test; `test` and `valid` are shares of all, and of the rows of each class.
+
+    `classes` (N,) are any values; equal ones where there are no classes. A class of three rows is in every split.
+    """
+    random = np.random.RandomState(seed)  # unlike a Generator's, its stream never changes
+    splits: tuple[list[np.ndarray], ...] = ([], [], [])
+    for label in np.unique(classes):
+        rows = random.permutation(np.flatnonzero(classes == label))
+        n_test, n_valid = (max(1, round(share * len(rows))) for share in (test, valid))
+        parts = np.split(rows, [len(rows) - n_valid - n_test, len(rows) - n_test])
+        for split, part in zip(splits, parts, strict=True):
+            split.append(part)
+    train_rows, valid_rows, test_rows = (random.permutation(np.concatenate(split)) for split in splits)
+    return train_rows, valid_rows, test_rows
+
+
 def split_by_rows(
     inputs: Mapping[str, torch.Tensor],
     targets: torch.Tensor,

@@ -82,6 +82,28 @@ class BinaryClassifier(nn.Sequential):
                 self.add_module(f"{kind}{i}", {"relu": nn.ReLU, "tanh": nn.Tanh, "relu_tanh": ReLUPlusTanh}[kind]())
 
 
+class WideAndDeep(nn.Module):
+    """A deep stack's output, and beside it the wide input as it is, into one linear unit: (B, W), (B, D) -> (B, 1).
+
+    One input (B, W) is both. With `auxiliary`, a second output (B, 1) is linear in the deep stack's output alone.
+    """
+
+    def __init__(self, n_wide: int, embedding: nn.Module, widths: tuple[int, int, int], *, auxiliary: bool) -> None:
+        super().__init__()
+        n_in, n_hidden1, n_hidden2 = widths
+        self.embedding = embedding
+        self.hidden1 = nn.Linear(n_in, n_hidden1)
+        self.hidden2 = nn.Linear(n_hidden1, n_hidden2)
+        self.output = nn.Linear(n_wide + n_hidden2, 1)
+        self.auxiliary = nn.Linear(n_hidden2, 1) if auxiliary else None
+
+    def forward(self, wide: Tensor, deep: Tensor | None = None) -> Any:
+        hidden = self.embedding(wide if deep is None else deep)
+        hidden = torch.relu(self.hidden2(torch.relu(self.hidden1(hidden))))
+        main = self.output(torch.cat([wide, hidden], 1))
+        return main if self.auxiliary is None else (main, self.auxiliary(hidden))
+
+
 class SmallConvNet(nn.Module):
     """Three blocks of convolution, BatchNorm, ReLU and pooling, the mean over places, a linear layer.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hpo.data import Data
 from hpo.errors import DataError, did_you_mean
-from objectives.datasets import split_by_rows
+from objectives.datasets import rows_of_splits, split_by_rows
 from objectives.table_files import listed, read_table
 
 Column = Mapping[str, Any]
@@ -287,22 +287,3 @@ def _numbers(where: object, values: pd.Series) -> np.ndarray:
             f"first: row {row}); remove these rows"
         )
     return numbers
-
-
-def rows_of_splits(
-    classes: np.ndarray, *, test: float, valid: float, seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return which rows train, validate and test; `test` and `valid` are shares of all, and of the rows of each class.
-
-    `classes` (N,) are any values; equal ones where there are no classes. A class of three rows is in every split.
-    """
-    random = np.random.RandomState(seed)  # unlike a Generator's, its stream never changes
-    splits: tuple[list[np.ndarray], ...] = ([], [], [])
-    for label in np.unique(classes):
-        rows = random.permutation(np.flatnonzero(classes == label))
-        n_test, n_valid = (max(1, round(share * len(rows))) for share in (test, valid))
-        parts = np.split(rows, [len(rows) - n_valid - n_test, len(rows) - n_test])
-        for split, part in zip(splits, parts, strict=True):
-            split.append(part)
-    train_rows, valid_rows, test_rows = (random.permutation(np.concatenate(split)) for split in splits)
-    return train_rows, valid_rows, test_rows

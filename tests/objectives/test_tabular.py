@@ -14,8 +14,9 @@ import torch
 from hpo.errors import DataError
 from hpo.objective import load
 from objectives import table_files
+from objectives.datasets import rows_of_splits
 from objectives.table_files import read_table
-from objectives.tables import encode, rows_of_splits
+from objectives.tables import encode
 from tests.conftest import run_hpo
 
 N = 60
