@@ -1,13 +1,19 @@
 """The arithmetic of a study's budget: which trials take a place in it, what they come to, how long they took."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
 LEASE_KEY = "hpo:lease"
 """The system attribute that holds a running trial's lease (`hpo.lease`)."""
+
+
+def lease_of(trial: FrozenTrial) -> Mapping[str, Any]:
+    """Return who trains `trial` (`worker`), `until` when that holds, and at which `attempt`; empty where nobody did."""
+    return trial.system_attrs.get(LEASE_KEY, {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +83,7 @@ def seconds_used(trials: Sequence[FrozenTrial]) -> float:
                 utc(trial.datetime_start).timestamp(),
                 min(
                     utc(trial.datetime_complete or now).timestamp(),
-                    trial.system_attrs.get(LEASE_KEY, {}).get("until", float("inf")),
+                    lease_of(trial).get("until", float("inf")),
                 ),
             )
             for trial in trials

@@ -13,20 +13,25 @@ from contextlib import suppress
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial
 
-from hpo.budget import LEASE_KEY, utc
+from hpo.budget import LEASE_KEY, lease_of, utc
 from hpo.processes import alive
 
 
 def is_dead(trial: FrozenTrial, now: float, grace: float) -> bool:
     """Whether nobody trains this RUNNING trial any more: its lease ran out, or its process on this machine is gone."""
-    lease = trial.system_attrs.get(LEASE_KEY)
-    if lease is None:  # killed between the claim and the lease
+    lease = lease_of(trial)
+    if not lease:  # killed between the claim and the lease
         started = trial.datetime_start
         return started is None or now - utc(started).timestamp() > grace
     if lease["until"] < now:
         return True
     place, _, pid = lease["worker"].rpartition(":")
     return place == _place() and not alive(int(pid))
+
+
+def this_worker() -> str:
+    """Return what names this process among all that may work on a study."""
+    return f"{_place()}:{os.getpid()}"
 
 
 def _place() -> str:
@@ -69,5 +74,5 @@ class LeaseKeeper:
             self._storage.remove_session()
 
     def _renew(self, trial_id: int, attempt: int) -> None:
-        lease = {"worker": f"{_place()}:{os.getpid()}", "until": time.time() + self._grace, "attempt": attempt}
+        lease = {"worker": this_worker(), "until": time.time() + self._grace, "attempt": attempt}
         self._storage.set_trial_system_attr(trial_id, LEASE_KEY, lease)

@@ -11,17 +11,19 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import BaseStorage, get_storage
+from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.study._study_direction import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from hpo.errors import HpoError, StorageError
-from hpo.storage import reading
+from hpo.storage import complete_ids, reading
 
 T = TypeVar("T")
 RETRY_SECONDS = 2.0
+_AT_ONCE = 8
+"""From how many new trials on all are read at once, not one by one."""
 _FOR_GOOD = ("no such table", "readonly", "malformed", "not a database", "unable to open", "does not exist", "password")
 _FULL = ("is full", "No space left", "could not extend file")
 
@@ -43,6 +45,10 @@ def is_away(error: BaseException) -> bool:
     )
 
 
+def _was_cut(error: BaseException | None) -> bool:
+    return error is not None and (getattr(error, "connection_invalidated", False) or _was_cut(error.__cause__))
+
+
 def _full(error: BaseException | None) -> bool:
     return error is not None and (any(each in str(error) for each in _FULL) or _full(error.__cause__))
 
@@ -53,6 +59,7 @@ class Patient(BaseStorage):
     def __init__(self, inner: BaseStorage, seconds: float, say: Callable[[str], None] = lambda text: None) -> None:
         self.inner, self._seconds, self.say = inner, seconds, say
         self._storage = get_storage(inner)  # for a database, Optuna's own cache of finished trials
+        self._known_complete: dict[int, dict[int, FrozenTrial]] = {}
         self._kept: deque[tuple[int, int, float]] = deque()
         self._away_since: float | None = None
         self._tried = self.back_at = 0.0
@@ -96,11 +103,20 @@ class Patient(BaseStorage):
             with suppress(UpdateFinishedTrialError):  # a peer has taken the trial over
                 self._storage.set_trial_intermediate_value(trial_id, step, value)
             self._kept.popleft()
-        result = call()
+        result = self._on_a_live_connection(call)
         if self._away_since is not None:
             self.say(f"the storage is back after {time.monotonic() - self._away_since:.0f} s")
             self._away_since, self.back_at = None, time.monotonic()
         return result
+
+    def _on_a_live_connection(self, call: Callable[[], T]) -> T:
+        """Call once more where the pool's connection turned out to be cut while nobody used it."""
+        try:
+            return call()
+        except Exception as error:
+            if self.away or not _was_cut(error):
+                raise
+            return call()
 
     def _note(self, error: Exception) -> None:
         """Note that the storage is away; raise `error` again where it is another fault."""
@@ -121,7 +137,9 @@ class Patient(BaseStorage):
         only = len(self._kept) == 1
         try:
             if only:
-                self._storage.set_trial_intermediate_value(trial_id, step, intermediate_value)
+                self._on_a_live_connection(
+                    lambda: self._storage.set_trial_intermediate_value(trial_id, step, intermediate_value)
+                )
                 self._kept.clear()
             self._send_kept_and(lambda: None)
         except UpdateFinishedTrialError:
@@ -197,7 +215,25 @@ class Patient(BaseStorage):
         return self._read(lambda: self._storage.get_trial(trial_id))
 
     def get_all_trials(self, study_id: int, deepcopy: bool = True, states: Any = None) -> list[FrozenTrial]:
+        if isinstance(self.inner, RDBStorage) and states == (TrialState.COMPLETE,) and not deepcopy:
+            return self._complete(self.inner, study_id)
         return self._read(lambda: self._storage.get_all_trials(study_id, deepcopy=deepcopy, states=states))
+
+    def _complete(self, storage: RDBStorage, study_id: int) -> list[FrozenTrial]:
+        """Return the complete trials, which pruners ask for each epoch; only those that are new are read."""
+        known = self._known_complete.get(study_id, {})
+        ids = self._read(lambda: complete_ids(storage, study_id, len(known)))
+        new = set(ids or ()) - known.keys()
+        if len(new) > _AT_ONCE:
+            states = (TrialState.COMPLETE,)
+            read = self._read(lambda: self._storage.get_all_trials(study_id, deepcopy=False, states=states))
+        else:
+            read = [self.get_trial(trial_id) for trial_id in new]
+        if new:
+            everything = [*known.values(), *(trial for trial in read if trial._trial_id not in known)]
+            known = {trial._trial_id: trial for trial in sorted(everything, key=lambda trial: trial.number)}
+            self._known_complete[study_id] = known
+        return list(known.values())
 
     def remove_session(self) -> None:
         self._storage.remove_session()

@@ -9,6 +9,7 @@ successor that names it (`retry_of`) takes over its place in the budget. Params 
 import itertools
 import json
 import math
+import random
 import time
 import warnings
 from collections import deque
@@ -21,9 +22,9 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from hpo.budget import LEASE_KEY, Counts, count, places, seconds_used
+from hpo.budget import Counts, count, lease_of, places, seconds_used
 from hpo.errors import InputError, did_you_mean
-from hpo.lease import LeaseKeeper, is_dead
+from hpo.lease import LeaseKeeper, is_dead, this_worker
 from hpo.outage import Patient
 from hpo.samplers import make_pruner, make_sampler
 from hpo.seeds import derive
@@ -152,7 +153,7 @@ class Search:
     def _alone(self) -> Iterator[None]:
         """Hold the storage's lock, waited for where the storage is away."""
         with ExitStack() as stack:
-            self.storage.patiently(lambda: stack.enter_context(exclusive(self.spec.storage)))
+            self.storage.patiently(lambda: stack.enter_context(exclusive(self.spec.storage, self.storage.inner)))
             yield
 
     def _enqueue(self, config: Mapping[str, Any], attrs: Mapping[str, Any]) -> None:
@@ -170,7 +171,7 @@ class Search:
         for trial in everything:
             running = trial.state == TrialState.RUNNING and trial.number not in self._claimed
             if running and is_dead(trial, now, self.spec.grace):
-                lease = trial.system_attrs.get(LEASE_KEY, {})
+                lease = lease_of(trial)
                 attempt = lease.get("attempt", 1) if trial.number in with_place else math.inf  # it has a successor
                 self._replace(trial, f"worker {lease.get('worker', 'unknown')} died", attempt)
 
@@ -230,12 +231,20 @@ class Search:
         if len(taken) > self.spec.trials or all(trial.state != TrialState.WAITING for trial in taken):
             self._fill_queue()
             taken = self.trials()
-        self._waiting = deque(trial for trial in taken if trial.state == TrialState.WAITING)
+        self._waiting = deque(self._share([trial for trial in taken if trial.state == TrialState.WAITING], taken))
+
+    def _share(self, waiting: list[FrozenTrial], taken: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """Return all that wait, or, beside peers, a share drawn at random: to try what a peer takes is time lost."""
+        peers = {lease_of(trial).get("worker") for trial in taken if trial.state == TrialState.RUNNING}
+        peers -= {this_worker(), None}
+        return random.sample(waiting, math.ceil(len(waiting) / (1 + len(peers)))) if peers else waiting
 
     def _claim(self, frozen: FrozenTrial) -> Claim:
         attempt = frozen.user_attrs.get("attempt", 1)
         self._lease.add(frozen._trial_id, attempt)
-        trial = _Trial(self.study, frozen._trial_id)  # what Study.ask does, without making a trial beyond the budget
+        # What Study.ask does, without making a trial beyond the budget.
+        self.study._thread_local.cached_all_trials = None
+        trial = _Trial(self.study, frozen._trial_id)
         self._claimed[trial.number] = trial
         place = frozen.user_attrs.get("place", trial.number)
         seed = frozen.user_attrs.get("seed")
@@ -371,7 +380,7 @@ class Search:
                 number=trial.number,
                 epoch=len(trial.intermediate_values),
                 value=trial.intermediate_values[trial.last_step] if trial.last_step is not None else None,
-                worker=trial.system_attrs.get(LEASE_KEY, {}).get("worker", "unknown"),
+                worker=lease_of(trial).get("worker", "unknown"),
             )
             for trial in running
         ]
@@ -426,7 +435,7 @@ def open_search(spec: StudySpec, space: Space, metric: str, *, maximize: bool, m
     sampler, _ = make_sampler(spec.sampler, spec.seed, space)
     pruner, _ = make_pruner(spec.pruner, spec.epochs)
     wanted = identity(spec, space, metric)
-    with exclusive(spec.storage):
+    with exclusive(spec.storage, storage.inner):
         names = [study.study_name for study in storage.get_all_studies()]
         if spec.name not in names and not make:
             return None

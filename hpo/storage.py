@@ -33,7 +33,8 @@ from optuna.storages import (
     run_grpc_proxy_server,
 )
 from optuna.storages.journal import JournalFileBackend
-from sqlalchemy import create_engine, event, inspect, make_url
+from optuna.trial import TrialState
+from sqlalchemy import create_engine, event, func, inspect, make_url, select
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
@@ -42,6 +43,7 @@ from hpo.errors import StorageError, masked
 
 BUSY_SECONDS = 60
 """How long to wait for another process's transaction, or its lock."""
+_POLL_SECONDS = 0.005
 CONNECT_SECONDS = 5
 """How long to wait for a server before it counts as away."""
 _NETWORK = ("nfs", "cifs", "smb", "afs", "lustre", "gpfs", "beegfs", "ceph", "fuse.glusterfs", "fuse.sshfs")
@@ -97,6 +99,20 @@ def serve_storage(url: str, host: str, port: int) -> None:
             close_storage(storage)
 
 
+def complete_ids(storage: RDBStorage, study_id: int, known: int) -> list[int] | None:
+    """Return the ids of a study's complete trials; None where there are `known` of them still.
+
+    It is one statement, or two, where Optuna reads all trials that are not finished.
+    """
+    trials = optuna.storages._rdb.models.TrialModel
+    where = (trials.study_id == study_id, trials.state == TrialState.COMPLETE)
+    alone = {} if storage.engine.dialect.name == "sqlite" else {"isolation_level": "AUTOCOMMIT"}
+    with storage.engine.execution_options(**alone).connect() as connection:
+        if connection.execute(select(func.count()).where(*where)).scalar_one() == known:
+            return None
+        return list(connection.execute(select(trials.trial_id).where(*where)).scalars())
+
+
 def exists(url: str) -> bool:
     """Whether there is a database at `url` to look into, so that looking does not make one."""
     kind = _kind(url)
@@ -109,17 +125,19 @@ def exists(url: str) -> bool:
 
 
 @contextmanager
-def exclusive(url: str) -> Iterator[None]:
+def exclusive(url: str, storage: BaseStorage | None = None) -> Iterator[None]:
     """Hold the lock of the storage at `url` against every other process that uses it.
 
-    Behind gRPC there is none: what is done under it is harmless when done twice, only not as quick.
+    `storage` is that storage, where it is open: PostgreSQL is not connected to once more then. Behind gRPC there is no
+    lock: what is done under it is harmless when done twice, only not as quick.
     """
     kind = _kind(url)
     if kind == "grpc":
         yield
         return
     if kind == "postgresql":
-        with _advisory_lock(url):
+        opened = storage.engine if isinstance(storage, RDBStorage) else _engine(_parse(url), poolclass=NullPool)
+        with _advisory_lock(opened, url):
             yield
         return
     if kind in ("sqlite", "journal"):
@@ -128,7 +146,7 @@ def exclusive(url: str) -> Iterator[None]:
     else:  # another database that SQLAlchemy knows: of this machine's processes at least
         path = Path(tempfile.gettempdir()) / f"hpo-{hashlib.sha256(url.encode()).hexdigest()[:16]}.lock"
     try:
-        lock = FileLock(path, timeout=BUSY_SECONDS)
+        lock = FileLock(path, timeout=BUSY_SECONDS, poll_interval=_POLL_SECONDS)
         lock.acquire()
     except TimeoutError as error:
         raise StorageError(f"storage {url}: another process held {path} for {BUSY_SECONDS} s") from error
@@ -141,15 +159,14 @@ def exclusive(url: str) -> Iterator[None]:
 
 
 @contextmanager
-def _advisory_lock(url: str) -> Iterator[None]:
-    """Hold PostgreSQL's lock of that database; it ends with its connection, so a killed process frees it."""
+def _advisory_lock(engine: Engine, url: str) -> Iterator[None]:
+    """Hold PostgreSQL's lock of that database; it ends with its transaction, so a killed process frees it."""
     key = int.from_bytes(hashlib.sha256(b"hpo").digest()[:7])
-    engine = _engine(_parse(url), poolclass=NullPool, isolation_level="AUTOCOMMIT")
     with ExitStack() as stack:
         try:
             connection = stack.enter_context(engine.connect())
-            connection.exec_driver_sql(f"SET lock_timeout = '{BUSY_SECONDS}s'")
-            connection.exec_driver_sql(f"SELECT pg_advisory_lock({key})")
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{BUSY_SECONDS}s'")
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({key})")
         except SQLAlchemyError as error:
             raise StorageError(f"storage {url} cannot be opened: {_first_line(error)}") from error
         yield
@@ -255,11 +272,10 @@ def _engine_arguments(parsed: URL) -> dict[str, Any]:
     if parsed.get_backend_name() == "sqlite":
         return {"connect_args": {"timeout": BUSY_SECONDS}}
     if parsed.drivername != "postgresql+psycopg":
-        return {"pool_pre_ping": True}
+        return {}
     alive = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 20_000}
     return {
-        "pool_pre_ping": True,
-        "pool_size": 2,  # one for training, one for the leases
+        "pool_size": 3,  # one for training, one for the leases, one that holds the lock
         "connect_args": {"connect_timeout": CONNECT_SECONDS, **alive},
     }
 

@@ -124,10 +124,63 @@ def test_the_studys_attributes_are_kept(opened):
     assert opened().attrs["hpo:result"] == {"number": 1, "test": {"r2": 0.5}}
 
 
+def test_what_a_pruner_reads_is_all_that_is_complete_and_nothing_else(opened):
+    one, two = opened(trials=40), opened(trials=40)
+    for n in (1, 2, 12):  # more than are read one by one
+        for _ in range(n):
+            assert two.complete(two.ask().number, 1.0)
+        two.prune(two.ask().number)
+        running = two.ask()
+        complete = one.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        assert complete == [t for t in two.study.get_trials() if t.state == TrialState.COMPLETE]
+        two.fail(running.number, "why")
+
+
+def test_who_claims_several_lets_the_sampler_see_those_before(opened):
+    search = opened(trials=4)
+    seen = []
+    before = search.study.sampler.sample_independent
+
+    def spy(study, trial, name, distribution):
+        seen.append([t.number for t in study._get_trials(use_cache=True) if "learning_rate" in t.params])
+        return before(study, trial, name, distribution)
+
+    search.study.sampler.sample_independent = spy
+    for _ in range(3):
+        search.ask()
+    assert seen[::2] == [[], [0], [0, 1]]
+
+
+def test_peers_try_different_trials(opened):
+    one, two = opened(trials=16), opened(trials=16)
+    one.ask()
+    lease = stored(one, 0)
+    one.storage.set_trial_system_attr(
+        lease._trial_id, LEASE_KEY, dict(lease.system_attrs[LEASE_KEY]) | {"worker": "elsewhere:1:1"}
+    )
+    two.ask()
+    assert len(two._waiting) == 7  # half of the 15 that waited, less the one that it has claimed
+
+
+def test_a_connection_that_was_cut_while_idle_costs_nothing(server, tmp_path):
+    opener = Opener(tmp_path)
+    search, said = opener(storage=server.database()), []
+    search.storage.say = said.append
+    number = search.ask().number
+    server.stop()
+    server.start()
+    assert search.report(number, 0, 0.5)
+    server.stop()
+    server.start()
+    assert search.complete(number, 0.5)
+    assert said == []
+    opener.close()
+
+
 def test_workers_that_start_together_on_nothing_all_run_and_no_two_draw_the_same(url):
     peers = [
         subprocess.Popen([sys.executable, "-c", PEER, url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(4)
+        for _ in range(8)
     ]
     for peer in peers:
         assert peer.stdout.readline() == "ready\n"
@@ -135,7 +188,7 @@ def test_workers_that_start_together_on_nothing_all_run_and_no_two_draw_the_same
         peer.stdin.write("go\n")
         peer.stdin.flush()
     lines = [line.split() for peer in peers for line in peer.communicate(timeout=200)[0].splitlines()]
-    assert [peer.returncode for peer in peers] == [0] * 4
+    assert [peer.returncode for peer in peers] == [0] * 8
     assert sorted(int(place) for place, _ in lines) == list(range(24))
     assert len({rate for _, rate in lines}) == 24
 
