@@ -21,7 +21,7 @@ from hpo.bundle import FILES, finite
 from hpo.console import Notes
 from hpo.data import Data
 from hpo.errors import HpoError, InputError, Interrupted, masked
-from hpo.launch import LAUNCHED, Watch, Workers, how_many
+from hpo.launch import LAUNCHED, LAUNCHER, Watch, Workers, how_many
 from hpo.mlflow_tracker import open_tracker, send_unsent
 from hpo.objective import Function
 from hpo.plan import OUTPUT, Plan, prepare
@@ -158,7 +158,8 @@ def worker(
                 f"the code of objective {plan.spec.objective} is not what study {plan.spec.name!r} began with: its "
                 "trials would not compare; bring that code here, or give another `name`"
             )
-        stopping = stack.enter_context(signals()) if stop is None else stop
+        launcher = os.environ.get(LAUNCHER)
+        stopping = stack.enter_context(signals(int(launcher) if launcher else None)) if stop is None else stop
         data = _load(plan, search)
         tracker = open_tracker(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)
         stack.callback(tracker.close)
@@ -188,7 +189,8 @@ def repair(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
     search = _open_existing(plan, path)
     with ExitStack() as stack:
         stack.callback(search.close)
-        search.repair()
+        while search.repair():
+            time.sleep(_LOOK_SECONDS)  # to see whether a lease that has run out is renewed
         for number, reason in search.drain_lost():
             out.print(f"trial {number} is ended: {reason}; its place is free again")
         tracker = open_tracker(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)

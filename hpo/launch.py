@@ -18,6 +18,8 @@ from hpo.search import Search
 
 LAUNCHED = "HPO_LAUNCHED"
 """Set for a worker that `hpo run --workers` has started: how many there are of them."""
+LAUNCHER = "HPO_LAUNCHER"
+"""Set for such a worker of this machine: the process that has started it."""
 _LAST_LINES = 60
 _STOP_SECONDS = 30.0
 
@@ -50,7 +52,7 @@ class Workers:
             self._start(place)
 
     def _start(self, place: int) -> None:
-        environ = {LAUNCHED: str(self._n)}
+        environ = {LAUNCHED: str(self._n), LAUNCHER: str(os.getpid())}
         if self._gpus:
             environ["CUDA_VISIBLE_DEVICES"] = _visible(place % self._gpus)
         self._running[place] = _Process(self._command, environ, lambda line: self._say(f"worker {place}: {line}"))

@@ -4,8 +4,6 @@ A lease is a system attribute of the trial, so that every storage of Optuna's ke
 thread; a trial whose lease ran out, or whose process on this machine is gone, is dead and may be taken up by others.
 """
 
-import os
-import socket
 import threading
 import time
 from contextlib import suppress
@@ -14,31 +12,37 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial
 
 from hpo.budget import LEASE_KEY, lease_of, utc
-from hpo.processes import alive
+from hpo.processes import is_gone, this_process
+
+_SURELY_OUT = 3600.0
+"""For how long a lease has run out (seconds) that no clock of another machine that is wrong explains."""
 
 
-def is_dead(trial: FrozenTrial, now: float, grace: float) -> bool:
-    """Whether nobody trains this RUNNING trial any more: its lease ran out, or its process on this machine is gone."""
-    lease = lease_of(trial)
-    if not lease:  # killed between the claim and the lease
-        started = trial.datetime_start
-        return started is None or now - utc(started).timestamp() > grace
-    if lease["until"] < now:
-        return True
-    place, _, pid = lease["worker"].rpartition(":")
-    return place == _place() and not alive(int(pid))
+class Deaths:
+    """Tells which running trials nobody trains any more.
 
+    A lease says until when it holds by its worker's clock, which may be wrong. So one that has run out counts only
+    after it was seen not to change for half of `grace`, in which its worker would have renewed it twice.
+    """
 
-def this_worker() -> str:
-    """Return what names this process among all that may work on a study."""
-    return f"{_place()}:{os.getpid()}"
+    def __init__(self, grace: float) -> None:
+        self._grace = grace
+        self._seen: dict[int, tuple[float, float]] = {}
 
-
-def _place() -> str:
-    """Return what tells this machine (and container) from others that may have processes of the same number."""
-    with suppress(OSError):
-        return f"{socket.gethostname()}:{os.readlink('/proc/self/ns/pid').strip('pid:[]')}"
-    return socket.gethostname()
+    def is_dead(self, trial: FrozenTrial) -> bool | None:
+        """Whether nobody trains this RUNNING trial any more; None: that is to be seen, ask again."""
+        lease, now = lease_of(trial), time.time()
+        if is_gone(lease.get("worker", "")):
+            return True
+        begun = utc(trial.datetime_start).timestamp() if trial.datetime_start is not None else 0.0
+        until = lease.get("until", begun + self._grace)  # without a lease: claimed just now, or killed right after
+        before, since = self._seen.get(trial.number, (None, 0.0))
+        if until != before:
+            since = time.monotonic()
+            self._seen[trial.number] = (until, since)
+        if until >= now:
+            return False
+        return True if now - until > _SURELY_OUT or time.monotonic() - since >= self._grace / 2 else None
 
 
 class LeaseKeeper:
@@ -74,5 +78,5 @@ class LeaseKeeper:
             self._storage.remove_session()
 
     def _renew(self, trial_id: int, attempt: int) -> None:
-        lease = {"worker": this_worker(), "until": time.time() + self._grace, "attempt": attempt}
+        lease = {"worker": this_process(), "until": time.time() + self._grace, "attempt": attempt}
         self._storage.set_trial_system_attr(trial_id, LEASE_KEY, lease)

@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,7 +22,7 @@ from typing import Any, TextIO
 from filelock import FileLock
 
 from hpo.errors import InputError, masked
-from hpo.processes import alive
+from hpo.processes import is_gone, this_process
 from hpo.tracking import STATUS, NullTracker, Tracker, check_address
 
 
@@ -47,19 +47,32 @@ class MlflowTracker(Tracker):
     def __init__(self, uri: str, study: str, outbox: Path, warn: Callable[[str], None]) -> None:
         self._uri, self._study = uri, study
         self._warn = lambda text: warn(masked(text))
-        self._file = outbox / f"{study}.{os.getpid()}.jsonl"
+        self._file = outbox / f"{study}.{this_process()}.jsonl"
         self._client: Any = None
         self._experiment = ""
         self._runs: dict[int | None, str] = {}
         self._log: TextIO | None = None
-        self._outbox = deque(_adopt(outbox, study))
-        if self._outbox:
-            self._write_file()
+        self._outbox: deque[dict[str, Any]] = deque()
         self._open: dict[int | None, dict[str, Any]] = {}  # of each trial, the metrics that more may be added to
         self._changed = threading.Condition()  # guards all that follows, and the outbox
         self._thread: threading.Thread | None = None
         self._due = self._closing = self._sending = self._failing = self._slow = False
         self._retry_at = 0.0
+        self._adopt([*_left_behind(outbox, study), *([self._file] if self._file.exists() else [])])
+
+    def _adopt(self, files: Sequence[Path]) -> None:
+        """Take over what other trackers could not send; a line that a kill cut short is left out."""
+        with self._changed:
+            for file in files:
+                with suppress(FileNotFoundError):  # a peer was faster
+                    for line in file.read_text().splitlines():
+                        with suppress(json.JSONDecodeError):
+                            self._outbox.append(json.loads(line))
+            if files:
+                self._write_file()  # before theirs go, so that a kill in between loses nothing
+            for file in files:
+                if file != self._file:
+                    file.unlink(missing_ok=True)
 
     def start_study(self, tags: Mapping[str, str], texts: Mapping[str, str]) -> None:
         self._put("start", None, tags=dict(tags), texts=dict(texts))
@@ -98,6 +111,7 @@ class MlflowTracker(Tracker):
         self._put("folder", None, folder=str(folder.resolve()), name=name)
 
     def reconcile(self, ends: Mapping[int, tuple[str, str | None]]) -> None:
+        self._adopt(_left_behind(self._file.parent, self._study))
         self._put("reconcile", None, ends={str(trial): end for trial, end in ends.items()})
 
     def end_study(self, state: str) -> None:
@@ -198,21 +212,30 @@ class MlflowTracker(Tracker):
 
     def _forget(self) -> None:
         """Remove the outbox's file, since everything in it was sent."""
+        self._close_file()
+        self._file.unlink(missing_ok=True)
+
+    def _close_file(self) -> None:
         if self._log is not None:
             self._log.close()
             self._log = None
-        self._file.unlink(missing_ok=True)
 
     def _write_file(self) -> None:
-        with suppress(OSError):
+        if not self._outbox:
             self._forget()
+            return
+        with suppress(OSError):
+            self._close_file()
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._file.write_text("".join(json.dumps(item) + "\n" for item in self._outbox))
+            part = self._file.with_suffix(".part")
+            part.write_text("".join(json.dumps(item) + "\n" for item in self._outbox))
+            part.replace(self._file)
 
     def _connect(self) -> None:
         if self._client is not None:
             return
         from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
 
         path = sqlite_path(self._uri)
         if path is not None:
@@ -221,14 +244,17 @@ class MlflowTracker(Tracker):
         with FileLock(f"{path}.lock", timeout=120) if path is not None else nullcontext():
             # absolute: MLflow keeps one store per address, also when the process changes its folder
             client = MlflowClient(self._uri if path is None else f"sqlite:///{path.resolve()}")
-            experiment = client.get_experiment_by_name(self._study)
-            if experiment is None:
+            if client.get_experiment_by_name(self._study) is None:
                 where = None if path is None else (path.parent.resolve() / "artifacts" / self._study).as_uri()
-                self._experiment = client.create_experiment(self._study, artifact_location=where)
-            else:
-                if experiment.lifecycle_stage == "deleted":
-                    client.restore_experiment(experiment.experiment_id)
-                self._experiment = experiment.experiment_id
+                try:
+                    client.create_experiment(self._study, artifact_location=where)
+                except MlflowException:
+                    if client.get_experiment_by_name(self._study) is None:
+                        raise  # it is not that another machine's worker has made it just now
+            experiment = client.get_experiment_by_name(self._study)
+            if experiment.lifecycle_stage == "deleted":
+                client.restore_experiment(experiment.experiment_id)
+            self._experiment = experiment.experiment_id
         self._client = client
 
     def _run_of(self, trial: int | None, item: Mapping[str, Any]) -> str:
@@ -346,24 +372,9 @@ def _now() -> int:
 
 
 def _left_behind(outbox: Path, study: str) -> list[Path]:
-    """Return the outbox files of `study` whose process is gone (or is this one): `<study>.<process id>.jsonl`."""
-    found = []
-    for file in sorted(outbox.glob("*.jsonl")):
-        name, _, pid = file.stem.rpartition(".")
-        if name == study and pid.isdigit() and (int(pid) == os.getpid() or not alive(int(pid))):
-            found.append(file)
-    return found
-
-
-def _adopt(outbox: Path, study: str) -> list[dict[str, Any]]:
-    """Return what earlier runs could not send, and remove their files; a line that a kill cut short is left out."""
-    items = []
-    for file in _left_behind(outbox, study):
-        for line in file.read_text().splitlines():
-            with suppress(json.JSONDecodeError):
-                items.append(json.loads(line))
-        file.unlink(missing_ok=True)
-    return items
+    """Return the outbox files of `study`, `<study>.<process>.jsonl`, whose process is gone."""
+    files = [file for file in sorted(outbox.glob("*.jsonl")) if file.name.startswith(f"{study}.")]
+    return [file for file in files if is_gone(file.stem.removeprefix(f"{study}."))]
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from hpo.storage import complete_ids, reading
 
 T = TypeVar("T")
 RETRY_SECONDS = 2.0
+_LONGEST_PAUSE = 30.0
 _AT_ONCE = 8
 """From how many new trials on all are read at once, not one by one."""
 _FOR_GOOD = ("no such table", "readonly", "malformed", "not a database", "unable to open", "does not exist", "password")
@@ -63,6 +64,7 @@ class Patient(BaseStorage):
         self._kept: deque[tuple[int, int, float]] = deque()
         self._away_since: float | None = None
         self._tried = self.back_at = 0.0
+        self._pause = RETRY_SECONDS
 
     @property
     def away(self) -> bool:
@@ -132,7 +134,8 @@ class Patient(BaseStorage):
     def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
         """Set it, or keep it to be sent as soon as the storage is back."""
         self._kept.append((trial_id, step, intermediate_value))
-        if self._away_since is not None and time.monotonic() - self._tried < RETRY_SECONDS:
+        begun = time.monotonic()
+        if self._away_since is not None and begun - self._tried < self._pause:
             return
         only = len(self._kept) == 1
         try:
@@ -147,6 +150,8 @@ class Patient(BaseStorage):
             raise
         except Exception as error:
             self._note(error)
+            # a network that is cut answers nothing: each try takes seconds in which nothing is trained
+            self._pause = min(max(RETRY_SECONDS, 4 * (time.monotonic() - begun)), _LONGEST_PAUSE)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         tries = 0

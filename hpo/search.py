@@ -24,8 +24,9 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from hpo.budget import Counts, count, lease_of, places, seconds_used
 from hpo.errors import InputError, did_you_mean
-from hpo.lease import LeaseKeeper, is_dead, this_worker
+from hpo.lease import Deaths, LeaseKeeper
 from hpo.outage import Patient
+from hpo.processes import this_process
 from hpo.samplers import make_pruner, make_sampler
 from hpo.seeds import derive
 from hpo.space import Space
@@ -117,6 +118,7 @@ class Search:
         self._best: float | None = None
         self._lost: list[tuple[int, str]] = []
         self._lease = LeaseKeeper(storage.inner, spec.grace)
+        self._deaths = Deaths(spec.grace)
 
     # The budget: which trials count, and which are still to come.
 
@@ -161,19 +163,26 @@ class Search:
         system = {"fixed_params": dict(config)} if config else None  # grid samples nothing where it finds even {}
         self.study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=dict(attrs), system_attrs=system))
 
-    def _reclaim(self) -> None:
-        """Give the places of trials whose worker died to successors. The storage's lock must be held."""
+    def _reclaim(self) -> bool:
+        """Give the places of trials whose worker died to successors; return whether it is unclear of any yet.
+
+        The storage's lock must be held.
+        """
         if time.monotonic() - self.storage.back_at < self.spec.grace / 2 and self.storage.back_at:
-            return  # it was away: others could not renew their leases either
-        now = time.time()
+            return False  # it was away: others could not renew their leases either
+        unclear = False
         everything = self.storage.get_all_trials(self._study_id, deepcopy=False)
         with_place = {trial.number for trial in places(everything)}
         for trial in everything:
-            running = trial.state == TrialState.RUNNING and trial.number not in self._claimed
-            if running and is_dead(trial, now, self.spec.grace):
+            if trial.state != TrialState.RUNNING or trial.number in self._claimed:
+                continue
+            dead = self._deaths.is_dead(trial)
+            unclear |= dead is None
+            if dead:
                 lease = lease_of(trial)
                 attempt = lease.get("attempt", 1) if trial.number in with_place else math.inf  # it has a successor
                 self._replace(trial, f"worker {lease.get('worker', 'unknown')} died", attempt)
+        return unclear
 
     def _replace(self, trial: FrozenTrial, reason: str, attempt: float) -> None:
         """End `trial` as FAIL and queue its successor; the successor first, so that a crash between loses nothing."""
@@ -187,10 +196,13 @@ class Search:
             if trial.number not in self._claimed:
                 self._lost.append((trial.number, reason))
 
-    def repair(self) -> None:
-        """Give the places of trials whose worker died to successors, as every worker does when it looks for work."""
+    def repair(self) -> bool:
+        """Give the places of trials whose worker died to successors, as every worker does when it looks for work.
+
+        Return whether that is unclear of any trial yet: call it again in a moment then.
+        """
         with self._alone():
-            self._reclaim()
+            return self._reclaim()
 
     def ends(self) -> dict[int, tuple[str, str | None]]:
         """Return how every trial that is over has ended (a key of `hpo.tracking.STATUS`), and why if it failed."""
@@ -236,7 +248,7 @@ class Search:
     def _share(self, waiting: list[FrozenTrial], taken: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         """Return all that wait, or, beside peers, a share drawn at random: to try what a peer takes is time lost."""
         peers = {lease_of(trial).get("worker") for trial in taken if trial.state == TrialState.RUNNING}
-        peers -= {this_worker(), None}
+        peers -= {this_process(), None}
         return random.sample(waiting, math.ceil(len(waiting) / (1 + len(peers)))) if peers else waiting
 
     def _claim(self, frozen: FrozenTrial) -> Claim:

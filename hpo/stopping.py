@@ -1,5 +1,6 @@
 """How a person, a scheduler or a container's manager stops a process: Ctrl-C and SIGTERM, once or twice."""
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -12,10 +13,14 @@ class Stop:
     SECONDS = 20.0
     """How long an epoch may still take: Slurm and Kubernetes wait 30 s before they kill."""
 
-    def __init__(self) -> None:
+    def __init__(self, parent: int | None = None) -> None:
+        """With a `parent`, the process that has started this one, it is also asked to stop when that is gone."""
         self._asked: float | None = None
+        self._parent = parent
 
     def __call__(self) -> bool:
+        if self._asked is None and self._parent is not None and os.getppid() != self._parent:
+            self._asked = time.monotonic()
         return self._asked is not None
 
     def overdue(self) -> bool:
@@ -29,9 +34,9 @@ class Stop:
 
 
 @contextmanager
-def signals() -> Iterator[Stop]:
-    """Have Ctrl-C and SIGTERM ask to stop."""
-    stop = Stop()
+def signals(parent: int | None = None) -> Iterator[Stop]:
+    """Have Ctrl-C and SIGTERM ask to stop, and the death of `parent`, if there is one."""
+    stop = Stop(parent)
     before = {number: signal.signal(number, stop.ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop

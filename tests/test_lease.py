@@ -9,7 +9,7 @@ import pytest
 from optuna.trial import TrialState
 
 from hpo.budget import LEASE_KEY
-from hpo.lease import is_dead
+from hpo.lease import Deaths
 from tests.searches import Opener, claims, stored
 
 ATTEMPTS, GRACE = 3, 60
@@ -27,9 +27,9 @@ def abandon(search, number, until=None, pid=None):
     """Leave a trial as a worker would that died: its lease ran out, or its process is gone."""
     trial = stored(search, number)
     lease = dict(trial.system_attrs[LEASE_KEY])
-    place, _, _ = lease["worker"].rpartition(":")
+    place, _, _ = lease["worker"].rpartition("-")
     lease |= {} if until is None else {"until": until}
-    lease |= {} if pid is None else {"worker": f"{place}:{pid}"}
+    lease |= {} if pid is None else {"worker": f"{place}-{pid}"}
     search._lease.drop(trial._trial_id)
     search.storage.set_trial_system_attr(trial._trial_id, LEASE_KEY, lease)
 
@@ -44,7 +44,7 @@ def gone_pid():
 def test_a_dead_workers_trial_is_taken_up_with_its_params_and_seed(opened, how):
     dead, alive = opened(trials=1), opened(trials=1)
     lost = dead.ask()
-    abandon(dead, lost.number, **({"until": time.time() - 1} if how == "lease" else {"pid": gone_pid()}))
+    abandon(dead, lost.number, **({"until": 0.0} if how == "lease" else {"pid": gone_pid()}))
     claim = alive.ask()
     assert (claim.params, claim.seed, claim.attempt) == (lost.params, lost.seed, 2)
     assert claim.number != lost.number
@@ -105,16 +105,31 @@ def test_a_claim_without_a_lease_yet_is_given_time(opened):
     claim = search.ask()
     trial = stored(search, claim.number)
     trial.system_attrs.pop(LEASE_KEY)
-    assert not is_dead(trial, time.time(), GRACE)
-    assert is_dead(trial, time.time() + GRACE + 1, GRACE)
+    deaths = Deaths(grace=0.4)
+    assert deaths.is_dead(trial) is False
+    time.sleep(0.5)
+    assert deaths.is_dead(trial) is True
 
 
 def test_a_process_of_another_machine_is_judged_by_its_lease_alone(opened):
     search = opened()
     trial = stored(search, search.ask().number)
-    trial.system_attrs[LEASE_KEY] = {"worker": f"elsewhere:1:{gone_pid()}", "until": time.time() + 30, "attempt": 1}
-    assert not is_dead(trial, time.time(), GRACE)
-    assert is_dead(trial, time.time() + 31, GRACE)
+    trial.system_attrs[LEASE_KEY] = {"worker": f"elsewhere-1-{gone_pid()}", "until": time.time() + 30, "attempt": 1}
+    assert Deaths(GRACE).is_dead(trial) is False
+    trial.system_attrs[LEASE_KEY]["until"] = time.time() - 7200
+    assert Deaths(GRACE).is_dead(trial) is True
+
+
+def test_a_worker_whose_clock_is_wrong_is_not_taken_for_dead_while_it_renews(opened):
+    search = opened()
+    trial = stored(search, search.ask().number)
+    deaths = Deaths(grace=0.4)
+    for n in range(6):
+        trial.system_attrs[LEASE_KEY] = {"worker": "elsewhere-1-1", "until": time.time() - 500 + n, "attempt": 1}
+        assert deaths.is_dead(trial) is None
+        time.sleep(0.1)
+    time.sleep(0.2)
+    assert deaths.is_dead(trial) is True
 
 
 def test_a_lease_is_renewed_even_after_an_error(opened, monkeypatch):

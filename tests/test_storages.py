@@ -65,7 +65,7 @@ def opened(url, tmp_path):
 def abandon(search, number):
     """Leave a trial as a worker of another machine would that died."""
     trial = stored(search, number)
-    lease = dict(trial.system_attrs[LEASE_KEY]) | {"worker": "elsewhere:1:1", "until": time.time() - 1}
+    lease = dict(trial.system_attrs[LEASE_KEY]) | {"worker": "elsewhere-1-1", "until": 0.0}
     search._lease.drop(trial._trial_id)
     search.storage.set_trial_system_attr(trial._trial_id, LEASE_KEY, lease)
 
@@ -156,7 +156,7 @@ def test_peers_try_different_trials(opened):
     one.ask()
     lease = stored(one, 0)
     one.storage.set_trial_system_attr(
-        lease._trial_id, LEASE_KEY, dict(lease.system_attrs[LEASE_KEY]) | {"worker": "elsewhere:1:1"}
+        lease._trial_id, LEASE_KEY, dict(lease.system_attrs[LEASE_KEY]) | {"worker": "elsewhere-1-1"}
     )
     two.ask()
     assert len(two._waiting) == 7  # half of the 15 that waited, less the one that it has claimed

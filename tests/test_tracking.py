@@ -1,5 +1,6 @@
 """Trackers: one contract for all, and what MLflow's database holds at the end, read with SQL."""
 
+import json
 import math
 import sqlite3
 import time
@@ -10,6 +11,7 @@ import pytest
 
 from hpo.errors import InputError
 from hpo.mlflow_tracker import MlflowTracker, open_tracker
+from hpo.processes import this_process
 from hpo.tracking import MemoryTracker, NullTracker, Tracker, check_address
 
 
@@ -197,9 +199,27 @@ def test_an_outbox_cut_short_by_a_kill_is_read_as_far_as_it_goes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "unsent").mkdir()
-    (tmp_path / "unsent/s.999999999.jsonl").write_text('{"do": "start", "trial": null, "time": 1}\n{"do": "sta')
+    place, _, _ = this_process().rpartition("-")
+    (tmp_path / f"unsent/s.{place}-999999999.jsonl").write_text(
+        '{"do": "start", "trial": null, "time": 1}\n{"do": "sta'
+    )
     MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", _no_warning).end_study("COMPLETE")
     assert query("select name from runs") == [("s",)]
+
+
+def test_what_a_worker_left_that_died_is_sent_at_the_studys_end(mlflow: MlflowTracker, tmp_path: Path) -> None:
+    mlflow.start_study({}, {})
+    place, _, _ = this_process().rpartition("-")
+    rows = [["valid_loss", 0.5, 1, 0]]
+    left = {"do": "metrics", "trial": 3, "time": 1, "rows": rows}
+    (tmp_path / f"unsent/s.{place}-999999999.jsonl").write_text(json.dumps(left) + "\n")
+    (tmp_path / "unsent/s.elsewhere-1-2.jsonl").write_text(json.dumps(left | {"trial": 4}) + "\n")
+    (tmp_path / "unsent/s.other.elsewhere-1-2.jsonl").write_text("")
+    mlflow.reconcile({3: ("COMPLETE", None)})
+    mlflow.end_study("COMPLETE")
+    assert query("select name, status from runs order by name") == [("s", "FINISHED"), ("trial 3", "FINISHED")]
+    for name in ("s.elsewhere-1-2.jsonl", "s.other.elsewhere-1-2.jsonl"):  # another machine's, another study's
+        (tmp_path / "unsent" / name).unlink()
 
 
 @pytest.mark.parametrize(
