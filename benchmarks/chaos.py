@@ -61,7 +61,7 @@ def moment(name):
             continue
         os.kill(os.getpid(), signal.SIGKILL)
 
-CHANCE = {"epoch": 0.003, "export": 0.5}
+CHANCE = {"epoch": 0.003, "export": 1.0}
 
 def before(owner, name, at):
     plain = getattr(owner, name)
@@ -140,6 +140,10 @@ class Study:
                 stderr=subprocess.STDOUT,
             )
 
+    def was_refused(self) -> bool:
+        """Whether `hpo run` ended since PostgreSQL was away when it started: that is for the person to see."""
+        return "cannot be opened: connection" in self.log.read_text().splitlines()[-1]
+
     @property
     def log(self) -> Path:
         return self.folder / f"{self.name}.log"
@@ -193,7 +197,7 @@ class Killer:
             status = process.poll()
             if status == 0:
                 break
-            if status is not None and status > 0:
+            if status is not None and status > 0 and not self._study.was_refused():
                 sys.exit(f"hpo run failed with status {status}:\n{self._study.log.read_text()[-5000:]}")
             if status is not None:
                 process = self._study.start(environ)

@@ -150,7 +150,8 @@ def worker(
         if path is None:
             path = stack.enter_context(_stored_study(study, overrides.get("storage")))
         plan = _prepare(path, overrides, out)
-        search = _open(plan)
+        launched = LAUNCHED in os.environ
+        search = _open(plan, wait=launched)  # the study is known to be there then
         assert search is not None
         stack.callback(search.close)
         if code_differs(plan, search):
@@ -163,7 +164,6 @@ def worker(
         data = _load(plan, search)
         tracker = open_tracker(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)
         stack.callback(tracker.close)
-        launched = LAUNCHED in os.environ
         with nullcontext(Notes(out.print)) if launched else _progress(plan, search, out) as progress:
             work(plan, data, search, tracker, progress, stopping, stopping.overdue)
         return _summary(plan, search, search.best(), None)
@@ -379,8 +379,8 @@ def _prepare(path: Path, overrides: Mapping[str, str], out: Console) -> Plan:
     return plan
 
 
-def _open(plan: Plan, make: bool = True) -> Search | None:
-    return open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize, make=make)
+def _open(plan: Plan, make: bool = True, wait: bool = False) -> Search | None:
+    return open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize, make=make, wait=wait)
 
 
 def _open_existing(plan: Plan, path: Path) -> Search:

@@ -18,7 +18,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from hpo.errors import HpoError, StorageError
-from hpo.storage import complete_ids, reading
+from hpo.storage import complete_ids, open_storage, reading
 
 T = TypeVar("T")
 RETRY_SECONDS = 2.0
@@ -52,6 +52,18 @@ def _was_cut(error: BaseException | None) -> bool:
 
 def _full(error: BaseException | None) -> bool:
     return error is not None and (any(each in str(error) for each in _FULL) or _full(error.__cause__))
+
+
+def open_patiently(url: str, seconds: float) -> BaseStorage:
+    """Return the storage at `url`, waited for (at most so long) where nobody answers yet. Raises StorageError."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return open_storage(url)
+        except StorageError as error:
+            if not is_away(error) or time.monotonic() >= end:
+                raise
+        time.sleep(RETRY_SECONDS)
 
 
 class Patient(BaseStorage):

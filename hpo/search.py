@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from hpo.budget import Counts, count, lease_of, places, seconds_used
 from hpo.errors import InputError, did_you_mean
 from hpo.lease import Deaths, LeaseKeeper
-from hpo.outage import Patient
+from hpo.outage import Patient, open_patiently
 from hpo.processes import this_process
 from hpo.samplers import make_pruner, make_sampler
 from hpo.seeds import derive
@@ -131,7 +131,7 @@ class Search:
 
     def _fill_queue(self) -> None:
         """Queue trials up to the budget (a chunk at a time), or withdraw those that are queued beyond it."""
-        with self._alone():
+        with _alone(self.storage, self.spec.storage):
             self._reclaim()
             taken = self.trials()
             started = {trial.user_attrs.get("start_with") for trial in taken}
@@ -150,13 +150,6 @@ class Search:
                 with suppress(UpdateFinishedTrialError):  # claimed and finished by a peer just now
                     self.storage.set_trial_user_attr(trial._trial_id, "withdrawn", True)
                     self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold the storage's lock, waited for where the storage is away."""
-        with ExitStack() as stack:
-            self.storage.patiently(lambda: stack.enter_context(exclusive(self.spec.storage, self.storage.inner)))
-            yield
 
     def _enqueue(self, config: Mapping[str, Any], attrs: Mapping[str, Any]) -> None:
         """Queue a trial that has the params of `config`; the others are sampled when it is claimed."""
@@ -201,7 +194,7 @@ class Search:
 
         Return whether that is unclear of any trial yet: call it again in a moment then.
         """
-        with self._alone():
+        with _alone(self.storage, self.spec.storage):
             return self._reclaim()
 
     def ends(self) -> dict[int, tuple[str, str | None]]:
@@ -341,7 +334,7 @@ class Search:
         trial = self._claimed.get(number)
         if trial is None:
             return False
-        with self._alone():
+        with _alone(self.storage, self.spec.storage):
             frozen = self.storage.get_trial(trial._trial_id)
             if frozen.state == TrialState.RUNNING:
                 self._replace(frozen, reason, attempt=0)  # an interruption is nobody's fault: it costs no attempt
@@ -435,19 +428,22 @@ class Search:
         close_storage(self.storage.inner)
 
 
-def open_search(spec: StudySpec, space: Space, metric: str, *, maximize: bool, make: bool = True) -> Search | None:
+def open_search(
+    spec: StudySpec, space: Space, metric: str, *, maximize: bool, make: bool = True, wait: bool = False
+) -> Search | None:
     """Return the study in its storage, made if it is not there (None with `make=False`).
 
+    With `wait`, a storage that does not answer is waited for, as it is later on.
     Raises StorageError where the storage cannot be opened, InputError where its study of that name is another one.
     """
     if not make and not exists(spec.storage):
         return None
-    storage = Patient(open_storage(spec.storage), spec.outage)
+    storage = Patient(open_patiently(spec.storage, spec.outage if wait else 0.0), spec.outage)
     direction = "maximize" if maximize else "minimize"
     sampler, _ = make_sampler(spec.sampler, spec.seed, space)
     pruner, _ = make_pruner(spec.pruner, spec.epochs)
     wanted = identity(spec, space, metric)
-    with exclusive(spec.storage, storage.inner):
+    with _alone(storage, spec.storage):
         names = [study.study_name for study in storage.get_all_studies()]
         if spec.name not in names and not make:
             return None
@@ -470,6 +466,14 @@ def open_search(spec: StudySpec, space: Space, metric: str, *, maximize: bool, m
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study.set_metric_names([metric])  # the dashboard's axis
     return Search(study, storage, spec, space)
+
+
+@contextmanager
+def _alone(storage: Patient, url: str) -> Iterator[None]:
+    """Hold the storage's lock, waited for where the storage is away."""
+    with ExitStack() as stack:
+        storage.patiently(lambda: stack.enter_context(exclusive(url, storage.inner)))
+        yield
 
 
 def _attrs_of(storage: Patient, study_id: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ class Opener:
     def __init__(self, folder):
         self._folder, self._searches = folder, []
 
-    def __call__(self, params=PARAMS, maximize=True, make=True, **keys):
+    def __call__(self, params=PARAMS, maximize=True, make=True, wait=False, **keys):
         keys = {
             "name": "s",
             "objective": "o",
@@ -30,7 +30,7 @@ class Opener:
         spec = StudySpec(**keys)
         space, faults = build({name: parse_param(entry) for name, entry in params.items()}, spec.start_with)
         assert not faults
-        search = open_search(spec, space, "accuracy", maximize=maximize, make=make)
+        search = open_search(spec, space, "accuracy", maximize=maximize, make=make, wait=wait)
         if search is not None:
             self._searches.append(search)
         return search

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -226,6 +227,20 @@ def test_postgresql_that_stays_away_is_given_up_in_time(server, tmp_path):
     finally:
         server.start()
     opener.close()
+
+
+def test_a_worker_that_starts_while_postgresql_is_away_waits_for_it(server, tmp_path):
+    opener, url = Opener(tmp_path), server.database()
+    server.stop()
+    back = threading.Timer(1.0, server.start)
+    back.start()
+    try:
+        with pytest.raises(StorageError, match="cannot be opened: connection"):
+            opener(storage=url)
+        assert opener(storage=url, wait=True).ask().number == 0
+    finally:
+        back.join()
+        opener.close()
 
 
 def test_after_an_outage_nobody_is_taken_for_dead_at_once(server, tmp_path):
