@@ -119,6 +119,7 @@ class Search:
         self._lost: list[tuple[int, str]] = []
         self._lease = LeaseKeeper(storage.inner, spec.grace)
         self._deaths = Deaths(spec.grace)
+        self._look_at = 0.0
 
     # The budget: which trials count, and which are still to come.
 
@@ -219,6 +220,7 @@ class Search:
 
     def ask(self) -> Claim | None:
         """Claim the next trial of the budget and sample its params; None where there is none left to claim."""
+        self._look_for_the_dead()
         if not self._waiting:
             self._look_for_waiting()
         while self._waiting:
@@ -229,6 +231,15 @@ class Search:
             if not self._waiting:  # peers were faster; there may be more
                 self._look_for_waiting()
         return None
+
+    def _look_for_the_dead(self) -> None:
+        """Now and then, give the places of trials whose worker died to successors, though there is other work."""
+        if time.monotonic() < self._look_at:
+            return
+        self._look_at = time.monotonic() + self.spec.grace / 4
+        running = (trial for trial in self.trials() if trial.state == TrialState.RUNNING)
+        if any([self._deaths.is_dead(trial) for trial in running if trial.number not in self._claimed]):
+            self.repair()
 
     def _look_for_waiting(self) -> None:
         """Read which trials wait, and queue more where there are none; reading is what claims of a large study cost."""
@@ -279,7 +290,10 @@ class Search:
         trial = self._claimed[number]
         with suppress(UpdateFinishedTrialError):
             trial.report(value, step=epoch)
-            return self.storage.away or not trial.should_prune()
+            if self.storage.away:
+                return True
+            self._look_for_the_dead()
+            return not trial.should_prune()
         return False
 
     def call(

@@ -43,6 +43,8 @@ from hpo.errors import StorageError, masked
 
 BUSY_SECONDS = 60
 """How long to wait for another process's transaction, or its lock."""
+CUT_OFF_SECONDS = 20
+"""How long PostgreSQL waits for a session that has a transaction open, and we for PostgreSQL."""
 _POLL_SECONDS = 0.005
 CONNECT_SECONDS = 5
 """How long to wait for a server before it counts as away."""
@@ -215,6 +217,8 @@ def _open_database(url: str) -> BaseStorage:
         storage = RDBStorage(_text(parsed), engine_kwargs=_engine_arguments(parsed))
     if parsed.get_backend_name() == "sqlite":
         _serialise_writers(storage.engine)
+    elif parsed.get_backend_name() == "postgresql":
+        _end_sessions_that_are_cut_off(storage.engine)
     return storage
 
 
@@ -273,7 +277,8 @@ def _engine_arguments(parsed: URL) -> dict[str, Any]:
         return {"connect_args": {"timeout": BUSY_SECONDS}}
     if parsed.drivername != "postgresql+psycopg":
         return {}
-    alive = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 20_000}
+    alive = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+    alive |= {"tcp_user_timeout": CUT_OFF_SECONDS * 1000}
     return {
         "pool_size": 3,  # one for training, one for the leases, one that holds the lock
         "connect_args": {"connect_timeout": CONNECT_SECONDS, **alive},
@@ -329,6 +334,21 @@ def _serialise_writers(engine: Engine) -> None:
         connection.exec_driver_sql(f"BEGIN {how}")  # type: ignore[attr-defined]
 
     engine.dispose()  # what was opened before had no listeners
+
+
+def _end_sessions_that_are_cut_off(engine: Engine) -> None:
+    """Have PostgreSQL end a session whose machine is cut off, or it would hold its locks for hours."""
+
+    @event.listens_for(engine, "connect")
+    def _connect(connection: Any, _record: object) -> None:
+        limits = {"tcp_keepalives_idle": 10, "tcp_keepalives_interval": 5, "tcp_keepalives_count": 3}
+        limits |= dict.fromkeys(("idle_in_transaction_session_timeout", "tcp_user_timeout"), CUT_OFF_SECONDS * 1000)
+        with connection.cursor() as cursor:
+            for name, value in limits.items():
+                cursor.execute(f"SET {name} = {value}")
+        connection.commit()
+
+    engine.dispose()  # what was opened before had no listener
 
 
 def _first_line(error: BaseException) -> str:

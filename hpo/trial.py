@@ -142,7 +142,8 @@ class TrialRun:
         else:
             ours = search.prune(number) if state == "PRUNED" else search.fail(number, str(fault))
         if not ours:
-            state, fault = "FAIL", "another worker took this trial over, since this one was not heard of for too long"
+            state, value = "INTERRUPTED", None
+            fault = "another worker took this trial over, since this one was not heard of for too long"
         if state == "COMPLETE" and self._kept:
             self._keep_if_best(value)
         if ours:

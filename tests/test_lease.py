@@ -58,6 +58,16 @@ def test_a_dead_workers_trial_is_taken_up_with_its_params_and_seed(opened, how):
     assert (alive.counts().complete, alive.counts().failed, alive.counts().running) == (1, 0, 0)
 
 
+def test_a_death_is_noticed_while_there_is_other_work(opened):
+    dead, alive = opened(trials=4, grace=0.2), opened(trials=4, grace=0.2)
+    lost, mine = dead.ask(), alive.ask()
+    abandon(dead, lost.number, until=0.0)
+    time.sleep(0.1)
+    assert alive.report(mine.number, 0, 0.5)
+    assert [number for number, _ in alive.drain_lost()] == [lost.number]
+    assert alive.counts().waiting == 3
+
+
 def test_a_live_workers_trial_is_left_alone(opened):
     first, second = opened(trials=1), opened(trials=1)
     claim = first.ask()

@@ -144,7 +144,7 @@ class TestClaims:
         assert search.report(number, 1, 0.75)
         (running,) = search.running()
         assert (running.number, running.epoch, running.value) == (number, 2, 0.75)
-        assert running.worker.endswith(f":{os.getpid()}")
+        assert running.worker.endswith(f"-{os.getpid()}")
         search.complete(number, 0.75)
         assert search.running() == []
         assert stored(search, number).intermediate_values == {0: 0.5, 1: 0.75}

@@ -267,7 +267,7 @@ def test_a_trial_that_a_peer_took_over_is_let_go_and_the_study_goes_on(run):
     mine.screen = Screen(steal)
     mine.work()
     reason = "another worker took this trial over, since this one was not heard of for too long"
-    assert mine.tracker.ended == {0: ("FAIL", reason), 1: ("COMPLETE", None)}
+    assert mine.tracker.ended == {0: ("INTERRUPTED", reason), 1: ("COMPLETE", None)}
     assert [epoch for n, epoch, _ in mine.screen.epochs if n == 0] == [1, 2]
     assert torch.load("mlruns/checkpoints/study/best.pt", weights_only=True)["trial"] == 1
 
