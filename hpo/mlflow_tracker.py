@@ -10,6 +10,7 @@ MLflow's side: one run a trial under one parent run for the study, all with the 
 import json
 import logging
 import os
+import re
 import threading
 import time
 import warnings
@@ -204,9 +205,8 @@ class MlflowTracker(Tracker):
             self._write_file()
             self._changed.notify_all()
         if not said:
-            cause = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             self._warn(
-                f"tracking: {self._uri} does not work ({cause}); training goes on, and what could not be sent "
+                f"tracking: {self._uri} does not work ({_cause(error)}); training goes on, and what could not be sent "
                 f"is kept in {self._file} and sent later"
             )
 
@@ -224,12 +224,14 @@ class MlflowTracker(Tracker):
         if not self._outbox:
             self._forget()
             return
-        with suppress(OSError):
+        part = self._file.with_suffix(".part")
+        try:
             self._close_file()
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            part = self._file.with_suffix(".part")
             part.write_text("".join(json.dumps(item) + "\n" for item in self._outbox))
             part.replace(self._file)
+        except OSError:  # a full disk: what the file held before, it still holds
+            part.unlink(missing_ok=True)
 
     def _connect(self) -> None:
         if self._client is not None:
@@ -367,6 +369,12 @@ def _end_tags(state: str, error: str | None) -> dict[str, str]:
     return {"hpo.state": state} | ({"hpo.error": masked(error)[:5000]} if error else {})
 
 
+def _cause(error: Exception) -> str:
+    """Return the line of `error` that says most: a database's own, in what SQLAlchemy makes of it, else the first."""
+    lines = f"{type(error).__name__}: {error}".splitlines()
+    return next((line for line in lines if re.match(r"\([a-z0-9_.]+\.\w*Error\)", line)), lines[0])[:300]
+
+
 def _now() -> int:
     return int(time.time() * 1000)
 
@@ -383,7 +391,7 @@ def _quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("mlflow", "alembic", "mlflow.store.db.utils")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)  # what fails is said in one line of ours
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     try:
         with warnings.catch_warnings():

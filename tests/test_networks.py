@@ -49,7 +49,7 @@ class Host:
         return subprocess.Popen(
             [*here, sys.executable, "-m", "hpo", *map(str, arguments)],
             cwd=folder,
-            env=os.environ | {"LINEAR_SECONDS": "0.05"},
+            env=os.environ | {"LINEAR_SECONDS": "0.02"},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

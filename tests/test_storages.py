@@ -5,13 +5,15 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState
 
 from hpo.budget import LEASE_KEY
-from hpo.errors import StorageError
+from hpo.errors import HpoError, StorageError
 from hpo.outage import StorageAway
 from hpo.storage import close_storage, open_storage
 from tests.searches import PARAMS, Opener, claims, stored
@@ -259,6 +261,31 @@ def test_after_an_outage_nobody_is_taken_for_dead_at_once(server, tmp_path):
     peer.repair()
     assert [lost for lost, _ in peer.drain_lost()] == [number]
     opener.close()
+
+
+def test_a_full_disk_is_said_and_what_was_told_before_is_kept(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no small disk can be made here, which needs root")
+    opener = Opener(disk)
+    try:
+        search = opener()
+        number = search.ask().number
+        with suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(1024))
+        with pytest.raises(HpoError, match=r"the storage's disk is full \(database or disk is full\); make room"):
+            for epoch in range(1000):
+                search.report(number, epoch, 0.5)
+        (disk / "filler").unlink()
+        assert search.complete(number, 0.5)
+        assert stored(search, number).intermediate_values == dict.fromkeys(
+            range(epoch + 1), 0.5
+        )  # the one that failed, too
+    finally:
+        opener.close()
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_only_a_database_can_be_served(tmp_path):
