@@ -189,7 +189,8 @@ def repair(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
     search = _open_existing(plan, path)
     with ExitStack() as stack:
         stack.callback(search.close)
-        while search.repair():
+        end = time.monotonic() + plan.spec.grace
+        while search.repair() and time.monotonic() < end:
             time.sleep(_LOOK_SECONDS)  # to see whether a lease that has run out is renewed
         for number, reason in search.drain_lost():
             out.print(f"trial {number} is ended: {reason}; its place is free again")

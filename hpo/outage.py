@@ -6,8 +6,8 @@ Reports are kept and sent later, so training goes on; whatever else is asked wai
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
@@ -77,6 +77,7 @@ class Patient(BaseStorage):
         self._away_since: float | None = None
         self._tried = self.back_at = 0.0
         self._pause = RETRY_SECONDS
+        self._at_once = False
 
     @property
     def away(self) -> bool:
@@ -95,7 +96,7 @@ class Patient(BaseStorage):
                 result = self._send_kept_and(call)
             except Exception as error:  # SQLAlchemy's, gRPC's, Optuna's
                 self._note(error)
-                if self.away_for_good:
+                if self._at_once or self.away_for_good:
                     raise StorageAway(
                         f"the storage has been away for {self._seconds:g} s ({_line(error)}); no trial is lost: run "
                         "the same command again to go on"
@@ -103,6 +104,15 @@ class Patient(BaseStorage):
                 time.sleep(min(RETRY_SECONDS, self._seconds))
             else:
                 return result
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within this, nothing is waited for: StorageAway is raised as soon as the storage does not answer."""
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
 
     def _read(self, call: Callable[[], T]) -> T:
         def read() -> T:

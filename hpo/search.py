@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from hpo.budget import Counts, count, lease_of, places, seconds_used
 from hpo.errors import InputError, did_you_mean
 from hpo.lease import Deaths, LeaseKeeper
-from hpo.outage import Patient, open_patiently
+from hpo.outage import Patient, StorageAway, open_patiently
 from hpo.processes import this_process
 from hpo.samplers import make_pruner, make_sampler
 from hpo.seeds import derive
@@ -290,10 +290,14 @@ class Search:
         trial = self._claimed[number]
         with suppress(UpdateFinishedTrialError):
             trial.report(value, step=epoch)
-            if self.storage.away:
-                return True
-            self._look_for_the_dead()
-            return not trial.should_prune()
+            try:
+                with self.storage.at_once():
+                    if not self.storage.away:
+                        self._look_for_the_dead()
+                        return not trial.should_prune()
+            except StorageAway:
+                pass  # just now: training goes on
+            return True
         return False
 
     def call(

@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 from hpo.budget import LEASE_KEY
 from hpo.errors import HpoError, StorageError
 from hpo.outage import StorageAway
+from hpo.spec import Plugin
 from hpo.storage import close_storage, open_storage
 from tests.searches import PARAMS, Opener, claims, stored
 from tests.servers import grpc_server, postgres
@@ -212,6 +213,28 @@ def test_postgresql_that_restarts_costs_a_wait_and_no_report(server, tmp_path):
     assert len(said) == 2
     assert said[0].startswith("the storage does not answer (")
     assert said[1].startswith("the storage is back after ")
+    opener.close()
+
+
+def test_postgresql_that_goes_away_between_a_report_and_the_pruner_does_not_stop_training(server, tmp_path):
+    opener = Opener(tmp_path)
+    search = opener(storage=server.database(), pruner=Plugin(name="median"), outage=60.0)
+    number = search.ask().number
+    trial, report = search._claimed[number], search._claimed[number].report
+
+    def report_then_stop(value, step):
+        report(value, step)
+        server.stop()
+
+    trial.report = report_then_stop
+    begun = time.monotonic()
+    try:
+        assert search.report(number, 0, 0.5)
+        assert search.storage.away
+        assert time.monotonic() - begun < 30
+    finally:
+        server.start()
+    assert search.complete(number, 0.5)
     opener.close()
 
 
