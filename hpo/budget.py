@@ -93,5 +93,5 @@ def seconds_used(trials: Sequence[FrozenTrial]) -> float:
 
 
 def utc(moment: datetime) -> datetime:
-    """Return one of Optuna's times, which are UTC without saying so, as one that says it."""
-    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+    """Return one of Optuna's times, which are this machine's local ones without saying so, in UTC."""
+    return moment.astimezone(UTC)

@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from hpo.errors import HpoError, InputError, Interrupted, masked
 from hpo.launch import LAUNCHED, LAUNCHER, Watch, Workers, how_many
 from hpo.mlflow_tracker import open_tracker, send_unsent
 from hpo.objective import Function
+from hpo.outage import StorageAway
 from hpo.plan import OUTPUT, Plan, prepare
 from hpo.progress import Progress
 from hpo.ray_workers import RayWorkers
@@ -133,7 +134,8 @@ def _work_together(
             time.sleep(_LOOK_SECONDS)
     finally:
         workers.stop()
-        watch.look()
+        with suppress(StorageAway), search.storage.at_once():
+            watch.look()
 
 
 def _open_trials(search: Search) -> int:

@@ -1,48 +1,46 @@
 """Leases: who trains a running trial, and until when that holds.
 
 A lease is a system attribute of the trial, so that every storage of Optuna's keeps it. Its worker renews it from a
-thread; a trial whose lease ran out, or whose process on this machine is gone, is dead and may be taken up by others.
+thread; a trial whose lease is not renewed, or whose process on this machine is gone, is dead: others may take it up.
 """
 
+import math
 import threading
 import time
-from contextlib import suppress
 
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial
 
-from hpo.budget import LEASE_KEY, lease_of, utc
+from hpo.budget import LEASE_KEY, lease_of
 from hpo.processes import is_gone, this_process
-
-_SURELY_OUT = 3600.0
-"""For how long a lease has run out (seconds) that no clock of another machine that is wrong explains."""
 
 
 class Deaths:
     """Tells which running trials nobody trains any more.
 
-    A lease says until when it holds by its worker's clock, which may be wrong. So one that has run out counts only
-    after it was seen not to change for half of `grace`, in which its worker would have renewed it twice.
+    A lease says until when it holds by its worker's clock, which may be wrong. So what counts is that it was seen not
+    to change for three quarters of `grace`, in which its worker would have renewed it three times.
     """
 
     def __init__(self, grace: float) -> None:
         self._grace = grace
-        self._seen: dict[int, tuple[float, float]] = {}
+        self._seen: dict[int, tuple[float | None, float]] = {}
 
-    def is_dead(self, trial: FrozenTrial) -> bool | None:
-        """Whether nobody trains this RUNNING trial any more; None: that is to be seen, ask again."""
-        lease, now = lease_of(trial), time.time()
+    def is_dead(self, trial: FrozenTrial, trouble: float = -math.inf) -> bool | None:
+        """Whether nobody trains this RUNNING trial any more; None: that is to be seen, ask again.
+
+        `trouble` is when the storage was last known to be away (`time.monotonic`): nobody could renew a lease then.
+        """
+        lease = lease_of(trial)
         if is_gone(lease.get("worker", "")):
             return True
-        begun = utc(trial.datetime_start).timestamp() if trial.datetime_start is not None else 0.0
-        until = lease.get("until", begun + self._grace)  # without a lease: claimed just now, or killed right after
-        before, since = self._seen.get(trial.number, (None, 0.0))
-        if until != before:
-            since = time.monotonic()
-            self._seen[trial.number] = (until, since)
-        if until >= now:
-            return False
-        return True if now - until > _SURELY_OUT or time.monotonic() - since >= self._grace / 2 else None
+        until = lease.get("until")  # without a lease: claimed just now, or killed right after
+        if trial.number not in self._seen or self._seen[trial.number][0] != until:
+            self._seen[trial.number] = (until, time.monotonic())
+        since = max(self._seen[trial.number][1], trouble)
+        if time.monotonic() - since >= 0.75 * self._grace:
+            return True
+        return False if until is not None and until >= time.time() else None
 
 
 class LeaseKeeper:
@@ -51,6 +49,8 @@ class LeaseKeeper:
     def __init__(self, storage: BaseStorage, grace: float) -> None:
         self._storage, self._grace = storage, grace
         self._attempts: dict[int, int] = {}
+        self.failed_at = -math.inf
+        """When a lease could not be renewed last (`time.monotonic`)."""
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -72,8 +72,10 @@ class LeaseKeeper:
     def _run(self) -> None:
         while not self._stopped.wait(self._grace / 4):
             for trial_id, attempt in list(self._attempts.items()):
-                with suppress(Exception):  # a database that is away for a moment must not cost the trial its lease
+                try:
                     self._renew(trial_id, attempt)
+                except Exception:  # a database that is away for a moment must not cost the trial its lease
+                    self.failed_at = time.monotonic()
         if isinstance(self._storage, RDBStorage):
             self._storage.remove_session()
 

@@ -20,11 +20,15 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from hpo.errors import InputError, masked
 from hpo.processes import is_gone, this_process
 from hpo.tracking import STATUS, NullTracker, Tracker, check_address
+
+_ADOPT_SECONDS = 10.0
+_LONG_SECONDS = 3600.0
+"""A tracker that works sends within seconds, one that does not writes its outbox anew whenever it has tried."""
 
 
 class MlflowTracker(Tracker):
@@ -63,17 +67,23 @@ class MlflowTracker(Tracker):
 
     def _adopt(self, files: Sequence[Path]) -> None:
         """Take over what other trackers could not send; a line that a kill cut short is left out."""
-        with self._changed:
-            for file in files:
-                with suppress(FileNotFoundError):  # a peer was faster
-                    for line in file.read_text().splitlines():
-                        with suppress(json.JSONDecodeError):
-                            self._outbox.append(json.loads(line))
-            if files:
-                self._write_file()  # before theirs go, so that a kill in between loses nothing
-            for file in files:
-                if file != self._file:
-                    file.unlink(missing_ok=True)
+        if not files:
+            return
+        lock = self._file.parent.with_name(f".{self._file.parent.name}.lock")
+        with suppress(OSError, Timeout), FileLock(lock, timeout=_ADOPT_SECONDS):
+            read = []
+            with self._changed:
+                for file in files:
+                    with suppress(OSError, UnicodeDecodeError):  # a peer was faster; another user's; damaged
+                        lines = file.read_text().splitlines()
+                        read.append(file)
+                        for line in lines:
+                            with suppress(json.JSONDecodeError):
+                                self._outbox.append(json.loads(line))
+                if self._write_file():  # before theirs go, so that a kill in between loses nothing
+                    for file in read:
+                        if file != self._file:
+                            file.unlink(missing_ok=True)
 
     def start_study(self, tags: Mapping[str, str], texts: Mapping[str, str]) -> None:
         self._put("start", None, tags=dict(tags), texts=dict(texts))
@@ -216,14 +226,16 @@ class MlflowTracker(Tracker):
         self._file.unlink(missing_ok=True)
 
     def _close_file(self) -> None:
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        log, self._log = self._log, None
+        if log is not None:
+            with suppress(OSError):  # a full disk, and a rest in its buffer
+                log.close()
 
-    def _write_file(self) -> None:
+    def _write_file(self) -> bool:
+        """Write the outbox as it is; return whether its file holds it now."""
         if not self._outbox:
             self._forget()
-            return
+            return True
         part = self._file.with_suffix(".part")
         try:
             self._close_file()
@@ -232,6 +244,8 @@ class MlflowTracker(Tracker):
             part.replace(self._file)
         except OSError:  # a full disk: what the file held before, it still holds
             part.unlink(missing_ok=True)
+            return False
+        return True
 
     def _connect(self) -> None:
         if self._client is not None:
@@ -380,9 +394,17 @@ def _now() -> int:
 
 
 def _left_behind(outbox: Path, study: str) -> list[Path]:
-    """Return the outbox files of `study`, `<study>.<process>.jsonl`, whose process is gone."""
-    files = [file for file in sorted(outbox.glob("*.jsonl")) if file.name.startswith(f"{study}.")]
-    return [file for file in files if is_gone(file.stem.removeprefix(f"{study}."))]
+    """Return the outbox files of `study`, `<study>.<process>.jsonl`, whose process is gone.
+
+    Of another machine's, or of one that was started anew, that is so where nothing has been written for long.
+    """
+    found = []
+    for file in sorted(outbox.glob("*.jsonl")):
+        if file.name.startswith(f"{study}.") and file.stem.removeprefix(f"{study}.") != this_process():
+            with suppress(OSError):
+                old = time.time() - file.stat().st_mtime > _LONG_SECONDS
+                found += [file] if old or is_gone(file.stem.removeprefix(f"{study}.")) else []
+    return found
 
 
 @contextmanager

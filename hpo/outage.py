@@ -4,6 +4,7 @@ Reports are kept and sent later, so training goes on; whatever else is asked wai
 `outage` seconds StorageAway is raised, and no trial is lost: its worker's lease runs out, others take it up.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,8 @@ def is_away(error: BaseException) -> bool:
     if type(error).__module__.startswith("grpc"):
         code = getattr(error, "code", lambda: None)()
         return getattr(code, "name", "") in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "UNKNOWN")
+    if isinstance(error, ConnectionError | TimeoutError):  # a server that is not up yet, a lock that a peer holds
+        return True
     text = str(error)
     return isinstance(error, OperationalError | InterfaceError | PoolTimeout) and not any(
         each in text for each in (*_FOR_GOOD, *_FULL)
@@ -75,7 +78,7 @@ class Patient(BaseStorage):
         self._known_complete: dict[int, dict[int, FrozenTrial]] = {}
         self._kept: deque[tuple[int, int, float]] = deque()
         self._away_since: float | None = None
-        self._tried = self.back_at = 0.0
+        self._tried = self.back_at = -math.inf
         self._pause = RETRY_SECONDS
         self._at_once = False
 

@@ -6,6 +6,8 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+import psutil
+
 
 def this_process() -> str:
     """Return what names this process among all that may work on a study: `host-boot-namespace-id`."""
@@ -29,9 +31,8 @@ def _place() -> str:
 
 def _alive(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    except OSError:  # another user's: it is there
-        pass
-    return True
+    except psutil.AccessDenied:  # another user's: it is there
+        return True

@@ -162,15 +162,13 @@ class Search:
 
         The storage's lock must be held.
         """
-        if time.monotonic() - self.storage.back_at < self.spec.grace / 2 and self.storage.back_at:
-            return False  # it was away: others could not renew their leases either
         unclear = False
         everything = self.storage.get_all_trials(self._study_id, deepcopy=False)
         with_place = {trial.number for trial in places(everything)}
         for trial in everything:
             if trial.state != TrialState.RUNNING or trial.number in self._claimed:
                 continue
-            dead = self._deaths.is_dead(trial)
+            dead = self._is_dead(trial)
             unclear |= dead is None
             if dead:
                 lease = lease_of(trial)
@@ -238,8 +236,11 @@ class Search:
             return
         self._look_at = time.monotonic() + self.spec.grace / 4
         running = (trial for trial in self.trials() if trial.state == TrialState.RUNNING)
-        if any([self._deaths.is_dead(trial) for trial in running if trial.number not in self._claimed]):
+        if any([self._is_dead(trial) for trial in running if trial.number not in self._claimed]):
             self.repair()
+
+    def _is_dead(self, trial: FrozenTrial) -> bool | None:
+        return self._deaths.is_dead(trial, trouble=max(self.storage.back_at, self._lease.failed_at))
 
     def _look_for_waiting(self) -> None:
         """Read which trials wait, and queue more where there are none; reading is what claims of a large study cost."""
@@ -257,7 +258,7 @@ class Search:
 
     def _claim(self, frozen: FrozenTrial) -> Claim:
         attempt = frozen.user_attrs.get("attempt", 1)
-        self._lease.add(frozen._trial_id, attempt)
+        self.storage.patiently(lambda: self._lease.add(frozen._trial_id, attempt))
         # What Study.ask does, without making a trial beyond the budget.
         self.study._thread_local.cached_all_trials = None
         trial = _Trial(self.study, frozen._trial_id)

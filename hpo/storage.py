@@ -16,7 +16,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -164,14 +164,18 @@ def exclusive(url: str, storage: BaseStorage | None = None) -> Iterator[None]:
 def _advisory_lock(engine: Engine, url: str) -> Iterator[None]:
     """Hold PostgreSQL's lock of that database; it ends with its transaction, so a killed process frees it."""
     key = int.from_bytes(hashlib.sha256(b"hpo").digest()[:7])
-    with ExitStack() as stack:
-        try:
-            connection = stack.enter_context(engine.connect())
-            connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{BUSY_SECONDS}s'")
-            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({key})")
-        except SQLAlchemyError as error:
-            raise StorageError(f"storage {url} cannot be opened: {_first_line(error)}") from error
+    try:
+        connection = engine.connect()
+        for limit in ("lock_timeout", "idle_in_transaction_session_timeout"):
+            connection.exec_driver_sql(f"SET LOCAL {limit} = '{BUSY_SECONDS}s'")
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({key})")
+    except SQLAlchemyError as error:
+        raise StorageError(f"storage {url} cannot be opened: {_first_line(error)}") from error
+    try:
         yield
+    finally:
+        with suppress(SQLAlchemyError):  # the server is away, and the lock is gone with it
+            connection.close()
 
 
 def _kind(url: str) -> str:

@@ -223,6 +223,12 @@ def _write(file: Path, content: dict[str, Any]) -> None:
         raise HpoError(f"{file} cannot be written ({str(error).splitlines()[0]}); no trial is lost") from error
 
 
+def remove_old(plan: Plan) -> None:
+    """Remove what no trial goes on from any more, once all are done: trials that others took over, writes cut short."""
+    for file in checkpoints(plan).glob("place-*"):
+        file.unlink(missing_ok=True)
+
+
 def checkpoints(plan: Plan) -> Path:
     """Return the study's folder of weights: `best.pt` holds those of the best trial's best epoch.
 

@@ -5,6 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import takewhile
 
@@ -26,7 +27,7 @@ from hpo.sizing import AS_GIVEN, Choice, Sizing
 from hpo.stack import LoopStack, Member, One, Stack, Stacks, is_out_of_memory
 from hpo.tracking import Tracker
 from hpo.training import train
-from hpo.trial import Trials
+from hpo.trial import Trials, remove_old
 
 WAIT_SECONDS = 1.0
 """How often to look again while all that is left of a study is with other workers."""
@@ -90,9 +91,12 @@ def work(
         except StorageAway:
             raise  # nobody could be told
         except BaseException as error:
-            trials.give_back(f"{type(error).__name__}: {error}")
+            with suppress(StorageAway), search.storage.at_once():  # if nobody can be told, the lease runs out
+                trials.give_back(f"{type(error).__name__}: {error}")
             raise
-        if search.counts().running == 0:
+        counts = search.counts()
+        if counts.running == 0 and counts.waiting == 0:
+            remove_old(plan)
             return
         time.sleep(WAIT_SECONDS)  # others still train; should they die, their trials are ours to take up
     search.remember(TIMED_OUT, plan.spec.timeout)

@@ -1,5 +1,6 @@
 """The budget's arithmetic: one place for each trial that was asked for, however often it was taken up anew."""
 
+import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -10,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.budget import Counts, count, covered, places, seconds_used, utc
 
 NOON = datetime(2026, 1, 1, 12)
-"""As Optuna stores it: in UTC, without saying so."""
+"""As Optuna gives it: in this machine's zone, without saying so."""
 
 
 def trial(number, state=TrialState.COMPLETE, start=None, end=None, lease=None, **attrs):
@@ -132,5 +133,15 @@ def test_a_killed_trial_uses_no_time_after_its_lease(state, end):
 
 
 def test_utc_is_said_only_where_it_was_not():
-    assert utc(NOON) == NOON.replace(tzinfo=UTC)
+    assert utc(NOON) == NOON.astimezone(UTC)
     assert utc(utc(NOON)) == utc(NOON)
+
+
+def test_a_time_is_that_of_the_machines_zone(monkeypatch):
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        assert utc(datetime(2026, 1, 15, 12)) == datetime(2026, 1, 15, 17, tzinfo=UTC)
+    finally:
+        monkeypatch.undo()
+        time.tzset()

@@ -69,7 +69,7 @@ def opened(url, tmp_path):
 def abandon(search, number):
     """Leave a trial as a worker of another machine would that died."""
     trial = stored(search, number)
-    lease = dict(trial.system_attrs[LEASE_KEY]) | {"worker": "elsewhere-1-1", "until": 0.0}
+    lease = dict(trial.system_attrs[LEASE_KEY]) | {"worker": "elsewhere-1-1"}
     search._lease.drop(trial._trial_id)
     search.storage.set_trial_system_attr(trial._trial_id, LEASE_KEY, lease)
 
@@ -86,11 +86,12 @@ def test_exactly_so_many_trials_by_turns_and_over_restarts(opened):
 
 
 def test_a_dead_workers_trial_is_taken_up_once_by_one_of_its_peers(opened):
-    dead, one, two = (opened(trials=2) for _ in range(3))
+    dead, one, two = (opened(trials=2, grace=0.4) for _ in range(3))
     lost = dead.ask()
     abandon(dead, lost.number)
-    for peer in (one, two):
+    for peer in (one, two, one, two):
         peer.repair()
+        time.sleep(0.2)
     done = claims(one) + claims(two)
     assert sorted(claim.place for claim in done) == [0, 1]
     (again,) = [claim for claim in done if claim.place == lost.place]
@@ -238,6 +239,23 @@ def test_postgresql_that_goes_away_between_a_report_and_the_pruner_does_not_stop
     opener.close()
 
 
+def test_postgresql_that_restarts_while_its_lock_is_held_costs_a_wait(server, tmp_path):
+    opener = Opener(tmp_path)
+    search = opener(storage=server.database(), trials=2)
+    enqueue = search._enqueue
+
+    def restart_then(*arguments):
+        server.stop()
+        server.start()
+        enqueue(*arguments)
+
+    search._enqueue = restart_then
+    assert [claim.place for claim in claims(search)] == [0, 1]
+    search._enqueue = enqueue
+    assert search.ask() is None
+    opener.close()
+
+
 def test_postgresql_that_stays_away_is_given_up_in_time(server, tmp_path):
     opener = Opener(tmp_path)
     search = opener(storage=server.database(), outage=0.5)
@@ -271,16 +289,18 @@ def test_a_worker_that_starts_while_postgresql_is_away_waits_for_it(server, tmp_
 def test_after_an_outage_nobody_is_taken_for_dead_at_once(server, tmp_path):
     opener = Opener(tmp_path)
     url = server.database()
-    cut, peer = opener(storage=url, trials=1), opener(storage=url, trials=1)
+    cut, peer = opener(storage=url, trials=1), opener(storage=url, trials=1, grace=2.0)
     number = cut.ask().number
     abandon(cut, number)
+    peer.repair()  # it sees the lease
     server.stop()
     peer.storage.set_trial_intermediate_value(1, 0, 0.0)  # it sees that the storage is away
     server.start()
+    time.sleep(1.6)
     peer.repair()
     assert peer.storage.back_at > 0
     assert peer.drain_lost() == []
-    peer.storage.back_at -= 60
+    time.sleep(1.6)
     peer.repair()
     assert [lost for lost, _ in peer.drain_lost()] == [number]
     opener.close()

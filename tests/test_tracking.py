@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -205,6 +206,38 @@ def test_an_outbox_cut_short_by_a_kill_is_read_as_far_as_it_goes(
     )
     MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", _no_warning).end_study("COMPLETE")
     assert query("select name from runs") == [("s",)]
+
+
+def test_an_outbox_on_a_full_disk_stops_nothing(mlflow: MlflowTracker, tmp_path: Path) -> None:
+    mlflow.start_study({}, {})
+    mlflow.start_trial(0, {})
+    mlflow._warn = lambda text: None
+    mlflow._append({"do": "metrics"})  # opens the file
+    mlflow._log.close()
+    mlflow._log = open("/dev/full", "w")  # noqa: SIM115
+    for epoch in range(3):
+        mlflow.log_metrics(0, epoch, {"valid_loss": 0.5})
+    mlflow._note_failure(RuntimeError("the disk is full"))
+    mlflow.log_metrics(0, 3, {"valid_loss": 0.5})
+    mlflow.end_trial(0, "COMPLETE")
+    mlflow._retry_at = 0.0
+    mlflow.end_study("COMPLETE")
+    assert query("select count(distinct step) from metrics where key = 'valid_loss'") == [(4,)]
+
+
+def test_what_another_machine_left_long_ago_is_sent(mlflow: MlflowTracker, tmp_path: Path) -> None:
+    mlflow.start_study({}, {})
+    left = tmp_path / "unsent/s.elsewhere-1-2.jsonl"
+    left.parent.mkdir(exist_ok=True)
+    left.write_text(json.dumps({"do": "metrics", "trial": 4, "time": 1, "rows": [["valid_loss", 0.5, 1, 0]]}) + "\n")
+    os.utime(left, (time.time() - 7200, time.time() - 7200))
+    damaged = tmp_path / "unsent/s.elsewhere-1-3.jsonl"
+    damaged.write_bytes(b"\xff\xfe\x00")
+    os.utime(damaged, (time.time() - 7200, time.time() - 7200))
+    mlflow.reconcile({})
+    mlflow.end_study("COMPLETE")
+    assert query("select name from runs order by name") == [("s",), ("trial 4",)]
+    damaged.unlink()
 
 
 def test_what_a_worker_left_that_died_is_sent_at_the_studys_end(mlflow: MlflowTracker, tmp_path: Path) -> None:
