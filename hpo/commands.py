@@ -53,7 +53,7 @@ def run(path: Path, overrides: Mapping[str, str], several: Several | None = None
     """`hpo run`."""
     out = _console()
     plan = _prepare(path, overrides, out)
-    search = _open(plan)
+    search = _open(plan, out)
     assert search is not None
     with ExitStack() as stack:
         stack.callback(search.close)
@@ -153,7 +153,7 @@ def worker(
             path = stack.enter_context(_stored_study(study, overrides.get("storage")))
         plan = _prepare(path, overrides, out)
         launched = LAUNCHED in os.environ
-        search = _open(plan, wait=launched)  # the study is known to be there then
+        search = _open(plan, out, wait=launched)  # the study is known to be there then
         assert search is not None
         stack.callback(search.close)
         if code_differs(plan, search):
@@ -188,7 +188,7 @@ def repair(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
     """`hpo repair`."""
     out = _console()
     plan = prepare(path, overrides)
-    search = _open_existing(plan, path)
+    search = _open_existing(plan, path, out)
     with ExitStack() as stack:
         stack.callback(search.close)
         end = time.monotonic() + plan.spec.grace
@@ -223,7 +223,7 @@ def check(path: Path, overrides: Mapping[str, str]) -> None:
     plan = _prepare(path, overrides, out)
     problems = []
     data = model = None
-    for look in (lambda: _open(plan, make=False), lambda: close_storage(open_storage(plan.spec.storage))):
+    for look in (lambda: _open(plan, out, make=False), lambda: close_storage(open_storage(plan.spec.storage))):
         try:
             look()
         except InputError as error:
@@ -301,7 +301,7 @@ def status(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
     """`hpo status`."""
     out = _console()
     plan = prepare(path, overrides)
-    search = _open_existing(plan, path)
+    search = _open_existing(plan, path, out)
     try:
         counts, best = search.counts(), search.best()
         used = search.seconds_used()
@@ -332,7 +332,7 @@ def export(path: Path, overrides: Mapping[str, str], number: int | None, folder:
     """`hpo export`."""
     out = _console()
     plan = _prepare(path, overrides, out)
-    search = _open_existing(plan, path)
+    search = _open_existing(plan, path, out)
     with ExitStack() as stack:
         stack.callback(search.close)
         best = search.best(number)
@@ -382,12 +382,12 @@ def _prepare(path: Path, overrides: Mapping[str, str], out: Console) -> Plan:
     return plan
 
 
-def _open(plan: Plan, make: bool = True, wait: bool = False) -> Search | None:
-    return open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize, make=make, wait=wait)
+def _open(plan: Plan, out: Console, make: bool = True, wait: bool = False) -> Search | None:
+    return open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize, make=make, wait=wait, say=out.print)
 
 
-def _open_existing(plan: Plan, path: Path) -> Search:
-    search = _open(plan, make=False)
+def _open_existing(plan: Plan, path: Path, out: Console) -> Search:
+    search = _open(plan, out, make=False)
     if search is None:
         study = f"the storage {plan.spec.storage} has no study named {plan.spec.name!r}"
         raise InputError(f"{study}; run it first: hpo run {path}")

@@ -448,16 +448,23 @@ class Search:
 
 
 def open_search(
-    spec: StudySpec, space: Space, metric: str, *, maximize: bool, make: bool = True, wait: bool = False
+    spec: StudySpec,
+    space: Space,
+    metric: str,
+    *,
+    maximize: bool,
+    make: bool = True,
+    wait: bool = False,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Search | None:
     """Return the study in its storage, made if it is not there (None with `make=False`).
 
-    With `wait`, a storage that does not answer is waited for, as it is later on.
+    With `wait`, a storage that does not answer is waited for, as it is later on; `say` is told of later waits.
     Raises StorageError where the storage cannot be opened, InputError where its study of that name is another one.
     """
     if not make and not exists(spec.storage):
         return None
-    storage = Patient(open_patiently(spec.storage, spec.outage if wait else 0.0), spec.outage)
+    storage = Patient(open_patiently(spec.storage, spec.outage if wait else 0.0), spec.outage, say)
     direction = "maximize" if maximize else "minimize"
     sampler, _ = make_sampler(spec.sampler, spec.seed, space)
     pruner, _ = make_pruner(spec.pruner, spec.epochs)
