@@ -46,6 +46,8 @@ class MlflowTracker(Tracker):
     """How long the study's start waits for MLflow, which needs seconds to make a new database."""
     START_SECONDS = 5.0
     """How long a trial's start waits for its run id, which the trial's attributes are to hold."""
+    PEER_SECONDS = 5.0
+    """How long to wait for the study's run where a peer has made the experiment: two would make it twice."""
     CLOSE_SECONDS = 15.0
     """How long the study's end waits for a tracker that does not work; for one that works, as long as it takes."""
 
@@ -55,6 +57,8 @@ class MlflowTracker(Tracker):
         self._file = outbox / f"{study}.{this_process()}.jsonl"
         self._client: Any = None
         self._experiment = ""
+        self._is_first = False
+        """Whether this process has made the experiment, so that the study's run is its to make, not its peers'."""
         self._runs: dict[int | None, str] = {}
         self._log: TextIO | None = None
         self._outbox: deque[dict[str, Any]] = deque()
@@ -260,14 +264,16 @@ class MlflowTracker(Tracker):
         with FileLock(f"{path}.lock", timeout=120) if path is not None else nullcontext():
             # absolute: MLflow keeps one store per address, also when the process changes its folder
             client = MlflowClient(self._uri if path is None else f"sqlite:///{path.resolve()}")
-            if client.get_experiment_by_name(self._study) is None:
+            experiment = client.get_experiment_by_name(self._study)
+            if experiment is None:
                 where = None if path is None else (path.parent.resolve() / "artifacts" / self._study).as_uri()
                 try:
                     client.create_experiment(self._study, artifact_location=where)
+                    self._is_first = True
                 except MlflowException:
                     if client.get_experiment_by_name(self._study) is None:
                         raise  # it is not that another machine's worker has made it just now
-            experiment = client.get_experiment_by_name(self._study)
+                experiment = client.get_experiment_by_name(self._study)
             if experiment.lifecycle_stage == "deleted":
                 client.restore_experiment(experiment.experiment_id)
             self._experiment = experiment.experiment_id
@@ -284,7 +290,10 @@ class MlflowTracker(Tracker):
 
     def _find_or_make(self, trial: int | None, item: Mapping[str, Any]) -> str:
         mark = "study" if trial is None else str(trial)
-        found = self._client.search_runs([self._experiment], f"tags.`hpo.trial` = '{mark}'", max_results=1)
+        wait = trial is None and not self._is_first
+        end = time.monotonic() + (self.PEER_SECONDS if wait else 0.0)
+        while not (found := self._search_one(mark)) and time.monotonic() < end:
+            time.sleep(0.2)
         if found:
             return found[0].info.run_id
         tags = {"hpo.study": self._study, "hpo.trial": mark}
@@ -293,6 +302,9 @@ class MlflowTracker(Tracker):
         name = self._study if trial is None else f"trial {trial}"
         run = self._client.create_run(self._experiment, start_time=item["time"], tags=tags, run_name=name)
         return run.info.run_id
+
+    def _search_one(self, mark: str) -> Sequence[Any]:
+        return self._client.search_runs([self._experiment], f"tags.`hpo.trial` = '{mark}'", max_results=1)
 
     def _send_start(self, item: Mapping[str, Any]) -> None:
         from mlflow.entities import Param, RunTag
@@ -400,10 +412,11 @@ def _left_behind(outbox: Path, study: str) -> list[Path]:
     """
     found = []
     for file in sorted(outbox.glob("*.jsonl")):
-        if file.name.startswith(f"{study}.") and file.stem.removeprefix(f"{study}.") != this_process():
+        process = file.stem.removeprefix(f"{study}.")
+        if process not in (file.stem, this_process()):
             with suppress(OSError):
-                old = time.time() - file.stat().st_mtime > _LONG_SECONDS
-                found += [file] if old or is_gone(file.stem.removeprefix(f"{study}.")) else []
+                if is_gone(process) or time.time() - file.stat().st_mtime > _LONG_SECONDS:
+                    found.append(file)
     return found
 
 

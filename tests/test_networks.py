@@ -32,13 +32,13 @@ class Host:
 
     def __init__(self, number: int) -> None:
         self.name = f"host{number}-{os.getpid()}"
+        self._address = f"{NET}.{10 + number}"
         self._cable, there = f"hpo{number}a{os.getpid()}", f"hpo{number}b{os.getpid()}"
         ip("netns", "add", self.name)
         ip("link", "add", self._cable, "type", "veth", "peer", "name", there, "netns", self.name)
-        ip("link", "set", self._cable, "up")
-        ip("route", "add", f"{NET}.{10 + number}/32", "dev", self._cable)
+        self.mend()
         ip("-n", self.name, "link", "set", "lo", "up")
-        ip("-n", self.name, "addr", "add", f"{NET}.{10 + number}/24", "dev", there)
+        ip("-n", self.name, "addr", "add", f"{self._address}/24", "dev", there)
         ip("-n", self.name, "link", "set", there, "up")
 
     def start(self, *arguments: object, folder: Path) -> "subprocess.Popen[str]":
@@ -60,8 +60,7 @@ class Host:
 
     def mend(self) -> None:
         ip("link", "set", self._cable, "up")
-        number = self._cable[3 : self._cable.index("a")]
-        ip("route", "replace", f"{NET}.{10 + int(number)}/32", "dev", self._cable)
+        ip("route", "replace", f"{self._address}/32", "dev", self._cable)
 
     def remove(self) -> None:
         ip("link", "del", self._cable)
@@ -153,6 +152,8 @@ def test_a_host_that_is_cut_off_for_long_damages_nothing_when_it_is_back(study, 
 
         client = mlflow.MlflowClient(tracking.address)
         experiment = client.get_experiment_by_name("study").experiment_id
-        runs = {run.data.tags["hpo.trial"]: run.info.status for run in client.search_runs([experiment])}
+        every_run = client.search_runs([experiment])
+        runs = {run.data.tags["hpo.trial"]: run.info.status for run in every_run}
+        assert len(runs) == len(every_run)  # the workers started together, and made the study's run once
         assert "RUNNING" not in runs.values()
         assert [runs[str(trial.number)] for trial in done] == ["FINISHED"] * TRIALS
