@@ -30,6 +30,10 @@ class Counts:
     def finished(self) -> int:
         return self.complete + self.pruned + self.failed
 
+    @property
+    def unfinished(self) -> int:
+        return self.running + self.waiting
+
 
 def count(places: Sequence[FrozenTrial], trials: int) -> Counts:
     """Return what the `places` of a budget of `trials` come to; what is not begun is waiting, queued or not."""

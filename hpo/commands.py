@@ -58,7 +58,7 @@ def run(path: Path, overrides: Mapping[str, str], several: Several | None = None
     with ExitStack() as stack:
         stack.callback(search.close)
         best, done = search.best(), None
-        over = _open_trials(search) == 0
+        over = search.counts().unfinished == 0
         if over:
             done = outcome(search, best)
             send_unsent(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)
@@ -120,7 +120,7 @@ def _work_together(
     if several.ray is None:
         sets = [part for key, value in overrides.items() for part in ("--set", f"{key}={value}")]
         command = ["worker", plan.document.name, *sets]
-        workers = Workers(command, n, plan.device, progress.note, lambda: _open_trials(search) > 0)
+        workers = Workers(command, n, plan.device, progress.note, lambda: search.counts().unfinished > 0)
     else:
         share = partial(worker, None, plan.spec.name, {**overrides, "storage": plan.spec.storage})
         workers = RayWorkers(several.ray, n, several.gpus_per_worker, share)
@@ -136,11 +136,6 @@ def _work_together(
         workers.stop()
         with suppress(StorageAway), search.storage.at_once():
             watch.look()
-
-
-def _open_trials(search: Search) -> int:
-    counts = search.counts()
-    return counts.waiting + counts.running
 
 
 def worker(
@@ -315,9 +310,8 @@ def status(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
         for trial in search.running():
             value = "" if trial.value is None else f", {plan.metric} {trial.value:.4f}"
             out.print(f"  trial {trial.number}: epoch {trial.epoch}/{plan.spec.epochs}{value}")
-        open_trials = counts.running + counts.waiting
-        left = used / counts.finished * open_trials if counts.finished and open_trials else None
-        if plan.spec.timeout is not None and open_trials:
+        left = used / counts.finished * counts.unfinished if counts.finished and counts.unfinished else None
+        if plan.spec.timeout is not None and counts.unfinished:
             over = search.seconds_left(plan.spec.timeout)
             left = over if left is None else min(over, left)
         out.print(

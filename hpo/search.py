@@ -162,19 +162,21 @@ class Search:
 
         The storage's lock must be held.
         """
-        unclear = False
         everything = self.storage.get_all_trials(self._study_id, deepcopy=False)
         with_place = {trial.number for trial in places(everything)}
-        for trial in everything:
-            if trial.state != TrialState.RUNNING or trial.number in self._claimed:
-                continue
-            dead = self._is_dead(trial)
-            unclear |= dead is None
+        judged = self._judge(everything)
+        for trial, dead in judged:
             if dead:
                 lease = lease_of(trial)
                 attempt = lease.get("attempt", 1) if trial.number in with_place else math.inf  # it has a successor
                 self._replace(trial, f"worker {lease.get('worker', 'unknown')} died", attempt)
-        return unclear
+        return any(dead is None for _, dead in judged)
+
+    def _judge(self, trials: Sequence[FrozenTrial]) -> list[tuple[FrozenTrial, bool | None]]:
+        """Return those of `trials` that other workers train, each with whether it is dead (`hpo.lease.Deaths`)."""
+        trouble = max(self.storage.back_at, self._lease.failed_at)
+        others = (t for t in trials if t.state == TrialState.RUNNING and t.number not in self._claimed)
+        return [(trial, self._deaths.is_dead(trial, trouble)) for trial in others]
 
     def _replace(self, trial: FrozenTrial, reason: str, attempt: float) -> None:
         """End `trial` as FAIL and queue its successor; the successor first, so that a crash between loses nothing."""
@@ -235,12 +237,8 @@ class Search:
         if time.monotonic() < self._look_at:
             return
         self._look_at = time.monotonic() + self.spec.grace / 4
-        running = (trial for trial in self.trials() if trial.state == TrialState.RUNNING)
-        if any([self._is_dead(trial) for trial in running if trial.number not in self._claimed]):
+        if any(dead for _, dead in self._judge(self.trials())):
             self.repair()
-
-    def _is_dead(self, trial: FrozenTrial) -> bool | None:
-        return self._deaths.is_dead(trial, trouble=max(self.storage.back_at, self._lease.failed_at))
 
     def _look_for_waiting(self) -> None:
         """Read which trials wait, and queue more where there are none; reading is what claims of a large study cost."""

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,7 +35,7 @@ from optuna.storages import (
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from sqlalchemy import create_engine, event, func, inspect, make_url, select
-from sqlalchemy.engine import URL, Engine
+from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
@@ -164,18 +164,21 @@ def exclusive(url: str, storage: BaseStorage | None = None) -> Iterator[None]:
 def _advisory_lock(engine: Engine, url: str) -> Iterator[None]:
     """Hold PostgreSQL's lock of that database; it ends with its transaction, so a killed process frees it."""
     key = int.from_bytes(hashlib.sha256(b"hpo").digest()[:7])
-    try:
-        connection = engine.connect()
-        for limit in ("lock_timeout", "idle_in_transaction_session_timeout"):
-            connection.exec_driver_sql(f"SET LOCAL {limit} = '{BUSY_SECONDS}s'")
-        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({key})")
-    except SQLAlchemyError as error:
-        raise StorageError(f"storage {url} cannot be opened: {_first_line(error)}") from error
-    try:
+    with ExitStack() as stack:
+        try:
+            connection = engine.connect()
+            stack.callback(_close, connection)
+            for limit in ("lock_timeout", "idle_in_transaction_session_timeout"):
+                connection.exec_driver_sql(f"SET LOCAL {limit} = '{BUSY_SECONDS}s'")
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({key})")
+        except SQLAlchemyError as error:
+            raise StorageError(f"storage {url} cannot be opened: {_first_line(error)}") from error
         yield
-    finally:
-        with suppress(SQLAlchemyError):  # the server is away, and the lock is gone with it
-            connection.close()
+
+
+def _close(connection: Connection) -> None:
+    with suppress(SQLAlchemyError):  # the server is away, and what the connection held is gone with it
+        connection.close()
 
 
 def _kind(url: str) -> str:

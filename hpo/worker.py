@@ -94,8 +94,7 @@ def work(
             with suppress(StorageAway), search.storage.at_once():  # if nobody can be told, the lease runs out
                 trials.give_back(f"{type(error).__name__}: {error}")
             raise
-        counts = search.counts()
-        if counts.running == 0 and counts.waiting == 0:
+        if search.counts().unfinished == 0:
             remove_old(plan)
             return
         time.sleep(WAIT_SECONDS)  # others still train; should they die, their trials are ours to take up
