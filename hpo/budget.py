@@ -1,6 +1,7 @@
 """The arithmetic of a study's budget: which trials take a place in it, what they come to, how long they took."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -46,24 +47,67 @@ def count(places: Sequence[FrozenTrial], trials: int) -> Counts:
 
 
 def places(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """Return those of `trials` that take a place in the budget: not withdrawn, not replaced, nobody's double.
+    """Return those of `trials` that take a place in the budget: not withdrawn, not replaced, no double of another.
 
-    Of several that were queued for one place, or to succeed one trial, the first counts: two workers may have queued
-    at the same time.
+    A place is held by one trial at a time. A new trial takes a free place; a successor (`retry_of`) takes the place of
+    the trial that it names, if that holds one; a trial that is withdrawn frees its place. Whatever else is there was
+    queued twice by workers that did not see each other, and does not count.
     """
-    replaced: set[int] = set()
-    taken: set[int] = set()
-    counted = []
+    holders: dict[Hashable, FrozenTrial] = {}
+    held_by: dict[int, Hashable] = {}
     for trial in sorted(trials, key=lambda t: t.number):
-        before, place = trial.user_attrs.get("retry_of"), trial.user_attrs.get("place")
-        if before in replaced or (before is None and place is not None and place in taken):
+        before = trial.user_attrs.get("retry_of")
+        if before is None:
+            place = _place(trial)
+            if place in holders:
+                continue
+        else:
+            place = held_by.get(before)
+            if place not in holders or holders[place].number != before:
+                continue
+        if trial.user_attrs.get("withdrawn"):
+            holders.pop(place, None)
             continue
-        if before is not None:
-            replaced.add(before)
-        if not trial.user_attrs.get("withdrawn"):  # a withdrawn successor takes its predecessor's place with it
-            counted.append(trial)
-            taken |= {place} - {None}
-    return [trial for trial in counted if trial.number not in replaced]
+        holders[place] = trial
+        held_by[trial.number] = place
+    return sorted(holders.values(), key=lambda t: t.number)
+
+
+def _place(trial: FrozenTrial) -> Hashable:
+    """Return the place that a new trial asks for; one that was queued without any has its own."""
+    place = trial.user_attrs.get("place")
+    return ("number", trial.number) if place is None else place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refill:
+    """What a queue needs: new trials, each with its place and the index of its `start_with` entry, or withdrawals."""
+
+    queue: Sequence[tuple[int, int | None]]
+    withdraw: Sequence[FrozenTrial]
+
+
+def refill(trials: Sequence[FrozenTrial], budget: int, n_starts: int, most: int) -> Refill:
+    """Return what brings the queue of a study with these `trials` to its `budget`, at most `most` new trials at once.
+
+    Withdrawn are the WAITING trials that the budget has no place for: doubles, then those that nobody has started,
+    the last first, and only then successors, which have a checkpoint to resume from.
+    """
+    counted = places(trials)
+    numbers = {trial.number for trial in counted}
+    taken = {trial.user_attrs.get("place", trial.number) for trial in counted}
+    started = {trial.user_attrs.get("start_with") for trial in counted}
+    starts = [i for i in range(n_starts) if i not in started]
+    n_new = min(max(0, budget - len(counted)), most)
+    free = (place for place in itertools.count() if place not in taken)
+    queue = [(place, starts[i] if i < len(starts) else None) for i, place in enumerate(itertools.islice(free, n_new))]
+    waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
+    doubles = [trial for trial in waiting if trial.number not in numbers]
+    last_first = sorted(
+        (trial for trial in waiting if trial.number in numbers),
+        key=lambda trial: ("retry_of" in trial.user_attrs, -trial.number),
+    )
+    return Refill(queue=queue, withdraw=[*doubles, *last_first[: max(0, len(counted) - budget)]])
 
 
 def covered(spans: Sequence[tuple[float, float]]) -> float:

@@ -189,8 +189,9 @@ def repair(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
         end = time.monotonic() + plan.spec.grace
         while search.repair() and time.monotonic() < end:
             time.sleep(_LOOK_SECONDS)  # to see whether a lease that has run out is renewed
-        for number, reason in search.drain_lost():
-            out.print(f"trial {number} is ended: {reason}; its place is free again")
+        for lost in search.drain_lost():
+            what = "its retries are spent" if lost.state == "FAIL" else "it will be retried"
+            out.print(f"trial {lost.number} is ended: {lost.reason}; {what}")
         tracker = open_tracker(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)
         tracker.reconcile(search.ends())
         tracker.close()

@@ -8,6 +8,7 @@ import math
 import threading
 import time
 
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial
 
@@ -55,8 +56,9 @@ class LeaseKeeper:
         self._thread: threading.Thread | None = None
 
     def add(self, trial_id: int, attempt: int) -> None:
-        self._attempts[trial_id] = attempt
+        """Take a lease and keep renewing it until `drop`. Raises what the storage raises, and keeps nothing then."""
         self._renew(trial_id, attempt)
+        self._attempts[trial_id] = attempt
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="hpo-lease", daemon=True)
             self._thread.start()
@@ -74,6 +76,8 @@ class LeaseKeeper:
             for trial_id, attempt in list(self._attempts.items()):
                 try:
                     self._renew(trial_id, attempt)
+                except (UpdateFinishedTrialError, KeyError):  # a peer has ended the trial, or the study was deleted
+                    self.drop(trial_id)
                 except Exception:  # a database that is away for a moment must not cost the trial its lease
                     self.failed_at = time.monotonic()
         if isinstance(self._storage, RDBStorage):

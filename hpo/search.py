@@ -6,7 +6,6 @@ trials; a claim is the storage's own compare-and-set WAITING -> RUNNING; a lease
 successor that names it (`retry_of`) takes over its place in the budget. Params are sampled when a trial is claimed.
 """
 
-import itertools
 import json
 import math
 import random
@@ -22,7 +21,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from hpo.budget import Counts, count, lease_of, places, seconds_used
+from hpo.budget import Counts, count, lease_of, places, refill, seconds_used
 from hpo.errors import InputError, did_you_mean
 from hpo.lease import Deaths, LeaseKeeper
 from hpo.outage import Patient, StorageAway, open_patiently
@@ -79,6 +78,15 @@ class Best:
     metrics: Mapping[str, float]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lost:
+    """A trial whose worker died: INTERRUPTED where a successor has its place, FAIL where its retries are spent."""
+
+    number: int
+    state: str
+    reason: str
+
+
 class _Trial(Trial):
     """Optuna's trial, which tells what a plain Optuna objective reports."""
 
@@ -116,7 +124,7 @@ class Search:
         self._claimed: dict[int, _Trial] = {}
         self._waiting: deque[FrozenTrial] = deque()
         self._best: float | None = None
-        self._lost: list[tuple[int, str]] = []
+        self._lost: list[Lost] = []
         self._lease = LeaseKeeper(storage.inner, spec.grace)
         self._deaths = Deaths(spec.grace)
         self._look_at = 0.0
@@ -134,23 +142,26 @@ class Search:
         """Queue trials up to the budget (a chunk at a time), or withdraw those that are queued beyond it."""
         with _alone(self.storage, self.spec.storage):
             self._reclaim()
-            taken = self.trials()
-            started = {trial.user_attrs.get("start_with") for trial in taken}
-            starts = [i for i in range(len(self.spec.start_with)) if i not in started]
-            numbers = {trial.user_attrs.get("place", index) for index, trial in enumerate(taken)}
-            free = (number for number in itertools.count() if number not in numbers)
-            for _ in range(min(self.spec.trials - len(taken), _QUEUE_CHUNK)):
-                start = starts.pop(0) if starts else None
+            everything = self.storage.get_all_trials(self._study_id, deepcopy=False)
+            change = refill(everything, self.spec.trials, len(self.spec.start_with), _QUEUE_CHUNK)
+            for place, start in change.queue:
                 config = {} if start is None else self.space.queued(self.spec.start_with[start])
-                place = next(free)
                 attrs = {"place": place, "seed": derive(self.spec.seed, "init", place)}
                 self._enqueue(config, attrs | ({} if start is None else {"start_with": start}))
-            surplus = len(taken) - self.spec.trials
-            waiting = [trial for trial in taken if trial.state == TrialState.WAITING]
-            for trial in reversed(waiting[-surplus:] if surplus > 0 else []):
-                with suppress(UpdateFinishedTrialError):  # claimed and finished by a peer just now
-                    self.storage.set_trial_user_attr(trial._trial_id, "withdrawn", True)
-                    self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+            self._withdraw(change.withdraw)
+
+    def _withdraw(self, trials: Sequence[FrozenTrial]) -> None:
+        """End WAITING trials that the budget has no place for."""
+        for trial in trials:
+            with suppress(UpdateFinishedTrialError):  # claimed and finished by a peer just now
+                self.storage.set_trial_user_attr(trial._trial_id, "withdrawn", True)
+                self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+
+    def tidy(self) -> None:
+        """Withdraw what is still queued of a study that is done: where no lock is, workers may queue a trial twice."""
+        everything = self.storage.get_all_trials(self._study_id, deepcopy=False)
+        if any(trial.state == TrialState.WAITING for trial in everything):
+            self._fill_queue()
 
     def _enqueue(self, config: Mapping[str, Any], attrs: Mapping[str, Any]) -> None:
         """Queue a trial that has the params of `config`; the others are sampled when it is claimed."""
@@ -180,7 +191,8 @@ class Search:
 
     def _replace(self, trial: FrozenTrial, reason: str, attempt: float) -> None:
         """End `trial` as FAIL and queue its successor; the successor first, so that a crash between loses nothing."""
-        if attempt <= self.spec.retries:
+        succeeded = attempt <= self.spec.retries
+        if succeeded:
             attrs = {"retry_of": trial.number, "attempt": attempt + 1}
             attrs |= {key: trial.user_attrs[key] for key in ("place", "seed", "start_with") if key in trial.user_attrs}
             self._enqueue(trial.params, attrs)
@@ -188,7 +200,8 @@ class Search:
             self.storage.set_trial_user_attr(trial._trial_id, "error", reason)
             self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
             if trial.number not in self._claimed:
-                self._lost.append((trial.number, reason))
+                state = "INTERRUPTED" if succeeded or attempt == math.inf else "FAIL"
+                self._lost.append(Lost(number=trial.number, state=state, reason=reason))
 
     def repair(self) -> bool:
         """Give the places of trials whose worker died to successors, as every worker does when it looks for work.
@@ -211,8 +224,8 @@ class Search:
             if trial.state.is_finished()
         }
 
-    def drain_lost(self) -> list[tuple[int, str]]:
-        """Return the (number, reason) of other workers' trials that were ended here since the last call."""
+    def drain_lost(self) -> list[Lost]:
+        """Return other workers' trials that were ended here since the last call."""
         lost, self._lost = self._lost, []
         return lost
 
@@ -225,12 +238,19 @@ class Search:
             self._look_for_waiting()
         while self._waiting:
             frozen = self._waiting.popleft()
-            with suppress(UpdateFinishedTrialError):
+            try:
                 if self.storage.set_trial_state_values(frozen._trial_id, TrialState.RUNNING):
                     return self._claim(frozen)
+            except UpdateFinishedTrialError:  # a peer was faster, or took this worker for dead meanwhile
+                self._let_go(frozen.number, frozen._trial_id)
             if not self._waiting:  # peers were faster; there may be more
                 self._look_for_waiting()
         return None
+
+    def _let_go(self, number: int, trial_id: int) -> None:
+        """Forget a trial that is no longer ours: its lease must not be renewed."""
+        self._claimed.pop(number, None)
+        self._lease.drop(trial_id)
 
     def _look_for_the_dead(self) -> None:
         """Now and then, give the places of trials whose worker died to successors, though there is other work."""
@@ -355,13 +375,12 @@ class Search:
             frozen = self.storage.get_trial(trial._trial_id)
             if frozen.state == TrialState.RUNNING:
                 self._replace(frozen, reason, attempt=0)  # an interruption is nobody's fault: it costs no attempt
-        self._lease.drop(trial._trial_id)
-        del self._claimed[number]
+        self._let_go(number, trial._trial_id)
         return True
 
     def _finish(self, number: int, state: TrialState, value: float | None = None) -> bool:
-        trial = self._claimed.pop(number)
-        self._lease.drop(trial._trial_id)
+        trial = self._claimed[number]
+        self._let_go(number, trial._trial_id)
         try:
             self.study.tell(trial, values=value, state=state)
         except (ValueError, UpdateFinishedTrialError) as error:

@@ -192,9 +192,10 @@ class Trials:
     def claim(self) -> TrialRun | None:
         """Claim the next trial; None where there is none left."""
         claim = self._search.ask()
-        for number, reason in self._search.drain_lost():
-            self._tracker.end_trial(number, "FAIL", reason)
-            self._progress.note(f"trial {number} is taken up anew: {reason}")
+        for lost in self._search.drain_lost():
+            self._tracker.end_trial(lost.number, lost.state, lost.reason)
+            what = "its retries are spent" if lost.state == "FAIL" else "it is retried"
+            self._progress.note(f"trial {lost.number} was lost ({lost.reason}): {what}")
         if claim is None:
             return None
         trial = TrialRun(self._plan, claim, self._search, self._tracker, self._progress)

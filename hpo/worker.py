@@ -95,6 +95,7 @@ def work(
                 trials.give_back(f"{type(error).__name__}: {error}")
             raise
         if search.counts().unfinished == 0:
+            search.tidy()
             remove_old(plan)
             return
         time.sleep(WAIT_SECONDS)  # others still train; should they die, their trials are ours to take up

@@ -1,5 +1,6 @@
 """Leases: a trial whose worker died is taken up by others, as it was; one whose worker lives is left alone."""
 
+import math
 import subprocess
 import sys
 import threading
@@ -9,7 +10,8 @@ import pytest
 from optuna.trial import TrialState
 
 from hpo.budget import LEASE_KEY
-from hpo.lease import Deaths
+from hpo.lease import Deaths, LeaseKeeper
+from hpo.space import Space
 from tests.searches import Opener, claims, stored
 
 ATTEMPTS, GRACE = 3, 60
@@ -50,10 +52,10 @@ def test_a_dead_workers_trial_is_taken_up_with_its_params_and_seed(opened, how):
     claim = alive.ask()
     assert (claim.params, claim.seed, claim.attempt) == (lost.params, lost.seed, 2)
     assert claim.number != lost.number
-    ((number, reason),) = alive.drain_lost()
-    assert number == lost.number
-    assert reason.startswith("worker ")
-    assert reason.endswith(" died")
+    (ended,) = alive.drain_lost()
+    assert (ended.number, ended.state) == (lost.number, "INTERRUPTED")
+    assert ended.reason.startswith("worker ")
+    assert ended.reason.endswith(" died")
     assert alive.drain_lost() == []
     assert alive.complete(claim.number, 1.0)
     assert alive.counts() == dead.counts()
@@ -66,7 +68,7 @@ def test_a_death_is_noticed_while_there_is_other_work(opened):
     abandon(dead, lost.number)
     time.sleep(0.1)
     assert alive.report(mine.number, 0, 0.5)
-    assert [number for number, _ in alive.drain_lost()] == [lost.number]
+    assert [ended.number for ended in alive.drain_lost()] == [lost.number]
     assert alive.counts().waiting == 3
 
 
@@ -89,6 +91,7 @@ def test_a_trial_that_kills_its_workers_is_given_up(opened):
     assert attempts == list(range(1, ATTEMPTS + 1))
     assert last.ask() is None
     assert (last.counts().failed, last.counts().running, last.counts().waiting) == (1, 0, 0)
+    assert [(ended.state, last.ends()[ended.number][0]) for ended in last.drain_lost()] == [("FAIL", "FAIL")]
 
 
 def test_a_second_successor_is_harmless(opened):
@@ -180,3 +183,41 @@ def test_giving_back_a_trial_that_a_peer_took_over_queues_no_other(opened):
     assert peer.complete(again.number, 0.25)
     assert slow.ask() is None
     assert len(slow.study.get_trials()) == 2
+
+
+@pytest.mark.parametrize("moment", ["lease", "params"])
+def test_a_claim_that_is_lost_inside_ask_leaves_no_lease_behind(opened, monkeypatch, moment):
+    """Each failed renewal of it once restarted the wait for others: nobody was ever counted as dead again."""
+    slow, peer = opened(trials=3, grace=0.4), opened(trials=3, grace=0.4)
+    where = (LeaseKeeper, "_renew") if moment == "lease" else (Space, "suggest")
+    first = getattr(*where)
+
+    def is_overtaken(*arguments):
+        trial = stored(peer, 0)
+        monkeypatch.setattr(*where, first)
+        peer.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        return first(*arguments)
+
+    monkeypatch.setattr(*where, is_overtaken)
+    claim = slow.ask()
+    assert claim.number != 0
+    assert list(slow._lease._attempts) == [stored(slow, claim.number)._trial_id]
+    assert list(slow._claimed) == [claim.number]
+    lost = peer.ask()
+    abandon(peer, lost.number, worker="elsewhere-1-1")
+    end = time.monotonic() + 10
+    while not slow.drain_lost():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+        slow.repair()
+
+
+def test_a_lease_of_a_trial_that_a_peer_has_ended_is_no_trouble_of_the_storage(opened):
+    slow, peer = opened(trials=2, grace=0.2), opened(trials=2)
+    number = slow.ask().number
+    peer.storage.set_trial_state_values(stored(peer, number)._trial_id, TrialState.FAIL)
+    end = time.monotonic() + 10
+    while slow._lease._attempts:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert slow._lease.failed_at == -math.inf

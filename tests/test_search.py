@@ -239,3 +239,16 @@ class TestWhatIsKnown:
             opened(**change)
         assert "has another study named 's':\n  " + text in str(caught.value)
         assert str(caught.value).endswith("give this one another `name`, or another `storage`")
+
+
+def test_ctrl_c_then_fewer_trials_then_more_ends_with_exactly_so_many(opened):
+    """A withdrawn successor once kept its predecessor's place: one more WAITING row at each look, for ever."""
+    first = opened(trials=8)
+    for claim in [first.ask() for _ in range(4)]:
+        first.give_back(claim.number, "interrupted")
+    assert len(claims(opened(trials=2))) == 2
+    assert len(claims(opened(trials=6))) == 4
+    again = opened(trials=6)
+    assert again.ask() is None
+    assert (again.counts().complete, again.counts().unfinished) == (6, 0)
+    assert len(again.study.get_trials()) <= 4 + 8 + 6
