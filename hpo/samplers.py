@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import optuna
@@ -11,6 +12,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from hpo.cmaes import Evolution, RebuiltCmaEsSampler
 from hpo.errors import Fault, InputError, did_you_mean
 from hpo.seeds import derive
 from hpo.space import Space
@@ -104,9 +106,11 @@ def make_sampler(plugin: Plugin, seed: int, space: Space) -> tuple[BaseSampler, 
         keys.setdefault("scramble", True)
         keys.setdefault("warn_asynchronous_seeding", False)
 
+    construct = partial(RebuiltCmaEsSampler, Evolution()) if plugin.name == "cmaes" else cls
+
     def make(number: int) -> BaseSampler:
         seed_here = base if plugin.name in _ONE_STREAM else derive(base, "sampler", number)
-        return cls(seed=seed_here, **keys)
+        return construct(seed=seed_here, **keys)
 
     if not faults:
         faults += _try(lambda: make(0), plugin.name, ("sampler",))
