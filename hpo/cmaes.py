@@ -30,10 +30,12 @@ class Evolution:
         self.optimizer: Any = None
         self.space: Any = None
         self.told: list[tuple[int, ...]] = []
+        self.solutions: dict[int, tuple[np.ndarray, float] | None] = {}
+        """By a trial's number its point (D,) and its loss; None: what is stored of it is unusable."""
 
     def start(self, space: Any, optimizer: Any) -> None:
         """Take an optimizer of that space that was told nothing yet."""
-        self.space, self.optimizer, self.told = space, optimizer, []
+        self.space, self.optimizer, self.told, self.solutions = space, optimizer, [], {}
 
 
 class RebuiltCmaEsSampler(CmaEsSampler):
@@ -74,33 +76,37 @@ class RebuiltCmaEsSampler(CmaEsSampler):
         if known.space != space:
             known.start(space, self._init_optimizer(transform, study.direction))
         generations = self._generations(study.direction, completed, transform)
-        if [numbers for numbers, _ in generations[: len(known.told)]] != known.told:
+        if generations[: len(known.told)] != known.told:
             known.start(space, self._init_optimizer(transform, study.direction))
-        for numbers, solutions in generations[len(known.told) :]:
-            known.optimizer.tell(solutions)
+        for numbers in generations[len(known.told) :]:
+            known.optimizer.tell([known.solutions[number] for number in numbers])
             known.told.append(numbers)
         return known.optimizer
 
     def _generations(
         self, direction: StudyDirection, completed: Sequence[FrozenTrial], transform: _SearchSpaceTransform
-    ) -> list[tuple[tuple[int, ...], list[tuple[np.ndarray, float]]]]:
-        """Return the full generations in their order: the trials' numbers, and their (point, loss), as told."""
-        size = self._evolution.optimizer.population_size
+    ) -> list[tuple[int, ...]]:
+        """Return the numbers of the trials of each full generation; their solutions are known then."""
+        size, known = self._evolution.optimizer.population_size, self._evolution.solutions
         sign = 1 if direction == StudyDirection.MINIMIZE else -1
-        members: dict[int, list[tuple[int, tuple[np.ndarray, float]]]] = {}
+        members: dict[int, list[int]] = {}
         for trial in completed:
             generation = trial.system_attrs.get(self._attr_key_generation)
-            if type(generation) is int and len(members.setdefault(generation, [])) < size:
+            if type(generation) is not int or len(members.setdefault(generation, [])) == size:
+                continue
+            if trial.number not in known:
                 point = self._point(trial, transform)
-                if point is not None and trial.value is not None and math.isfinite(trial.value):
-                    members[generation].append((trial.number, (point, sign * trial.value)))
-        full = []
+                value = trial.value if trial.value is not None and math.isfinite(trial.value) else None
+                known[trial.number] = None if point is None or value is None else (point, sign * value)
+            if known[trial.number] is not None:
+                members[generation].append(trial.number)
+        full: list[tuple[int, ...]] = []
         while len(group := members.get(len(full), [])) == size:
-            full.append((tuple(number for number, _ in group), [solution for _, solution in group]))
+            full.append(tuple(group))
         return full
 
     def _point(self, trial: FrozenTrial, transform: _SearchSpaceTransform) -> np.ndarray | None:
-        """Return the point that a trial stands for, (D,); None where the storage holds none: it is not to be trusted."""
+        """Return the point that a trial stands for, (D,); None where the storage holds none: it is not trusted."""
         try:
             attr = trial.system_attrs[X_FOR_TELL] if self._with_margin else transform.transform(trial.params)
             point = np.asarray(attr, dtype=float)
