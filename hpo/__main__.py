@@ -6,6 +6,7 @@ Exit status: 0 done, 1 failed, 2 bad input, 130 interrupted. Nothing heavy is im
 
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -75,6 +76,13 @@ def worker(
     name: Annotated[
         str | None, typer.Option("--study", help="A study that the storage knows, in place of a file.")
     ] = None,
+    objective: Annotated[
+        list[str] | None,
+        typer.Option(help="With --study: the code that may be run, as the study names it; repeatable."),
+    ] = None,
+    trust_storage: Annotated[
+        bool, typer.Option("--trust-storage", help="With --study: run whatever code the storage names.")
+    ] = False,
     storage: Storage = None,
     tracking: Tracking = None,
     device: Device = None,
@@ -89,7 +97,8 @@ def worker(
     from hpo import commands
 
     overrides = _overrides(set_, storage=storage, tracking=tracking, device=device, stack=stack)
-    _finish(commands.worker(study, name, overrides), json_)
+    named = None if trust_storage else (objective or [])
+    _finish(commands.worker(study, name, overrides, named=named), json_)
 
 
 @app.command()
@@ -207,7 +216,8 @@ def main() -> None:
         sys.exit(error.exit_status)
     except Exception as error:
         if not type(error).__module__.startswith(("optuna.", "sqlalchemy.")):
-            raise
+            print(masked("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+            sys.exit(1)
         lines = [line for e in (error.__cause__, error) if e is not None for line in str(e).splitlines()[:1]]
         print(
             f"hpo: the storage failed: {masked('; '.join(lines))}; run the same command again to go on", file=sys.stderr

@@ -1,11 +1,12 @@
 """What the commands do: each prints for a person and returns the summary that `--json` prints."""
 
+import json
 import math
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,7 @@ from hpo.search import STUDY_FILE, Best, Search, open_search, stored_file
 from hpo.selection import Outcome, bundle_folder, conclude, finish, outcome
 from hpo.stopping import Stop, signals
 from hpo.storage import close_storage, open_storage, serve_storage
+from hpo.trust import code_references, require_named, require_passwords
 from hpo.tryout import try_out
 from hpo.worker import INTERRUPTED, work
 
@@ -122,7 +124,9 @@ def _work_together(
         command = ["worker", plan.document.name, *sets]
         workers = Workers(command, n, plan.device, progress.note, lambda: search.counts().unfinished > 0)
     else:
-        share = partial(worker, None, plan.spec.name, {**overrides, "storage": plan.spec.storage})
+        storage = {"storage": json.dumps(plan.spec.storage)}
+        named = code_references(plan.document.values)
+        share = partial(worker, None, plan.spec.name, {**overrides, **storage}, named=named)
         workers = RayWorkers(several.ray, n, several.gpus_per_worker, share)
     watch = Watch(plan, search, progress)
     workers.start()
@@ -139,13 +143,20 @@ def _work_together(
 
 
 def worker(
-    path: Path | None, study: str | None, overrides: Mapping[str, str], stop: Stop | None = None
+    path: Path | None,
+    study: str | None,
+    overrides: Mapping[str, str],
+    stop: Stop | None = None,
+    named: Collection[str] | None = (),
 ) -> dict[str, Any]:
-    """`hpo worker`: of a study file, or of a `study` that the storage knows; until `stop`, else a signal, ends it."""
+    """`hpo worker`: of a study file, or of a `study` that the storage knows; until `stop`, else a signal, ends it.
+
+    Of such a study only code that is among the `named` is run; None: whatever the storage names.
+    """
     out = _console()
     with ExitStack() as stack:
         if path is None:
-            path = stack.enter_context(_stored_study(study, overrides.get("storage")))
+            path = stack.enter_context(_stored_study(study, overrides, named))
         plan = _prepare(path, overrides, out)
         launched = LAUNCHED in os.environ
         search = _open(plan, out, wait=launched)  # the study is known to be there then
@@ -167,15 +178,18 @@ def worker(
 
 
 @contextmanager
-def _stored_study(name: str | None, storage: str | None) -> Iterator[Path]:
+def _stored_study(name: str | None, overrides: Mapping[str, str], named: Collection[str] | None) -> Iterator[Path]:
     """Give the study file that the storage keeps of a study, as a file."""
-    url = (storage or "").strip('"')
+    url = overrides.get("storage", "").strip('"')
     if not name or not url:
-        raise InputError("give a study file, or --study NAME and --storage URL of a study that was begun")
-    text = stored_file(url, name)
+        raise InputError("give a study file, or --study NAME and --storage URL of a study that was started")
+    values = {"name": name} | stored_file(url, name)
+    if named is not None:
+        require_named(name, values, overrides, named)
+    require_passwords(name, values, overrides)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{name}.yaml"
-        path.write_text(text, encoding="utf-8")
+        path = Path(folder) / "study.yaml"  # a name may be a path
+        path.write_text(json.dumps(values), encoding="utf-8")
         yield path
 
 
@@ -207,8 +221,10 @@ def serve(path: Path, overrides: Mapping[str, str], host: str, port: int) -> Non
     """`hpo serve`."""
     out = _console()
     plan = prepare(path, overrides)
-    if host not in ("localhost", "127.0.0.1", "::1"):
-        out.print(f"whoever reaches {host}:{port} can read and change the study: there is no login")
+    out.print(
+        f"there is no login: whoever reaches {host}:{port} can read, change and delete every study in this storage, "
+        "and with it what workers search, report and write to MLflow; no code of theirs runs (see SECURITY.md)"
+    )
     out.print(f"{masked(plan.spec.storage)} is served; workers: --storage grpc://{host}:{port}; Ctrl-C ends it")
     serve_storage(plan.spec.storage, host, port)
 
@@ -378,7 +394,16 @@ def _prepare(path: Path, overrides: Mapping[str, str], out: Console) -> Plan:
 
 
 def _open(plan: Plan, out: Console, make: bool = True, wait: bool = False) -> Search | None:
-    return open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize, make=make, wait=wait, say=out.print)
+    return open_search(
+        plan.spec,
+        plan.space,
+        plan.metric,
+        maximize=plan.maximize,
+        options=plan.options,
+        make=make,
+        wait=wait,
+        say=lambda text: out.print(masked(text)),
+    )
 
 
 def _open_existing(plan: Plan, path: Path, out: Console) -> Search:

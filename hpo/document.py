@@ -5,21 +5,25 @@ takes `${NAME}` and `${NAME:-default}` from the environment, refuses a key writt
 replace or add a value. `yaml` is imported here and nowhere else.
 """
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hpo.errors import Fault, InputError, masked
+from hpo.errors import Fault, InputError, conceal, without_passwords
 
 Path_ = tuple[str | int, ...]
 
+_SECRET_KEYS = ("options", "storage", "tracking")
+"""The keys whose variables may hold secrets: their values are shown to nobody."""
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
@@ -58,6 +62,8 @@ class Document:
     faults: list[Fault] = field(default_factory=list)
     lines: dict[Path_, int] = field(default_factory=dict)
     overridden: set[Path_] = field(default_factory=set)
+    variables: dict[Path_, str] = field(default_factory=dict)
+    """The texts that took something from the environment, as they are written: `${NAME}`."""
 
     def where(self, path: Path_) -> str:
         """Return `file:line` of the value at `path`, of the nearest that holds it, or of the --set it came from."""
@@ -70,9 +76,28 @@ class Document:
         return f"{self.name}:{self.lines.get((), 1)}"
 
     def as_json(self, without: Sequence[str]) -> str:
-        """Return the values as JSON, which is YAML too, but for the keys `without` and addresses with a password."""
+        """Return the values as JSON, which is YAML too, but for the keys `without`.
+
+        What came from the environment is `${NAME}` there, to be taken from the reader's own, except for numbers that
+        are no option's; a password of an address is `***`.
+        """
+
+        def shown(path: Path_, value: Any) -> Any:
+            if path in self.variables and (path[0] == "options" or isinstance(value, str)):
+                return self.variables[path]
+            return without_passwords(value) if isinstance(value, str) else value
+
         kept = {key: value for key, value in self.values.items() if key not in without}
-        return json.dumps({key: value for key, value in kept.items() if masked(str(value)) == str(value)})
+        return json.dumps(_mapped(kept, (), shown))
+
+    def options(self) -> dict[str, Any]:
+        """Return the options as they may be stored and shown: what is not to be seen with a fingerprint, to compare."""
+
+        def shown(path: Path_, value: Any) -> Any:
+            text = self.variables.get(path, without_passwords(value) if isinstance(value, str) else value)
+            return value if text == value else f"{text} #{_fingerprint(path, str(value))}"
+
+        return _mapped(self.values.get("options") or {}, ("options",), shown)
 
     def render(self, faults: Sequence[Fault]) -> list[str]:
         """Return `faults` as `file:line: path: message`, in the order of the file."""
@@ -86,6 +111,22 @@ class Document:
             place = f"{self.where(fault.path)}: " + (f"{dotted(fault.path)}: " if fault.path else "")
             texts.append(place + fault.message)
         return list(dict.fromkeys(texts))
+
+
+def _mapped(value: Any, path: Path_, leaf: Callable[[Path_, Any], Any]) -> Any:
+    """Return `value` with `leaf` of everything in it that is no mapping and no list."""
+    if isinstance(value, dict):
+        return {key: _mapped(item, (*path, key), leaf) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_mapped(item, (*path, index), leaf) for index, item in enumerate(value)]
+    return leaf(path, value)
+
+
+@cache
+def _fingerprint(path: Path_, value: str) -> str:
+    """Return 16 hex digits that tell one secret from another, and are slow to guess it from."""
+    salt = f"hpo {dotted(path)}".encode()
+    return hashlib.pbkdf2_hmac("sha256", value.encode(), salt, 100_000).hex()[:16]
 
 
 def dotted(path: Sequence[str | int]) -> str:
@@ -188,14 +229,17 @@ def _expand(value: Any, path: Path_, document: Document, environ: Mapping[str, s
         return {str(key): _expand(item, (*path, str(key)), document, environ) for key, item in value.items()}
     if isinstance(value, list):
         return [_expand(item, (*path, index), document, environ) for index, item in enumerate(value)]
-    if not isinstance(value, str) or "${" not in value:
+    if not isinstance(value, str) or not _VARIABLE.search(value):
         return value
+    document.variables[path] = value
 
     def substitute(match: re.Match[str]) -> str:
         name, default = match.groups()
         if name not in environ and default is None:
             message = f"the environment variable {name} is not set; set it, or write ${{{name}:-default}}"
             document.faults.append(Fault(path=path, message=message))
+        if environ.get(name) and path[0] in _SECRET_KEYS:
+            conceal(environ[name], f"${{{name}}}")
         return environ.get(name) or default or ""  # as in a shell, an empty variable takes the default too
 
     expanded = _VARIABLE.sub(substitute, value)

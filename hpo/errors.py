@@ -8,7 +8,8 @@
     +-- ExportError             1  an export that is not equal to the model that was measured
     +-- Interrupted           130  Ctrl-C or SIGTERM: the running trial was given back
 
-A password in an address never reaches a message: each message passes through `masked`.
+A password in an address, or what an option takes from an environment variable, never reaches a message: each message
+passes through `masked`.
 """
 
 import re
@@ -16,10 +17,33 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
+from urllib.parse import quote
+
+_CONCEALED: dict[str, tuple[re.Pattern[str], str]] = {}
+"""What must not be shown, each with how it is found and what is shown in its place."""
+
+
+def conceal(value: str, shown: str) -> None:
+    """Have `masked` replace `value`, which came from an environment variable, by `shown` (`${NAME}`).
+
+    A short value is replaced only where it stands as a word, and one of less than four characters is no secret.
+    """
+    for form in {value, quote(value, safe="")}:
+        if len(form) >= 4:
+            text = re.escape(form)
+            pattern = text if len(form) >= 8 else rf"(?<!\w){text}(?!\w)"
+            _CONCEALED[form] = (re.compile(pattern), shown)
 
 
 def masked(text: str) -> str:
-    """Return `text` with the password of every address in it replaced by `***`."""
+    """Return `text` with every password of an address replaced by `***`, and every value that is concealed."""
+    for pattern, shown in _CONCEALED.values():
+        text = pattern.sub(lambda _, shown=shown: shown, text)
+    return without_passwords(text)
+
+
+def without_passwords(text: str) -> str:
+    """Return `text` with every password of an address replaced by `***`."""
     text = re.sub(r"(\w[\w+.-]*://[^\s/:@]*):\S*@", r"\1:***@", text)
     return re.sub(r"(?i)([?&](?:password|passwd|pwd|token|secret)=)[^&\s'\"]+", r"\1***", text)
 

@@ -49,6 +49,11 @@ class Plan:
         """The metric's name among those that are reported of an epoch."""
         return self.metric if isinstance(self.objective, Function) else f"valid_{self.metric}"
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The objective's options as they may be stored and shown."""
+        return self.document.options()
+
     def task(self, info: DataInfo, n_rows: int) -> Task:
         """Return what the members of this study share, when they are trained on so many rows."""
         return Task(

@@ -22,7 +22,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from hpo.budget import Counts, count, lease_of, places, refill, seconds_used
-from hpo.errors import InputError, did_you_mean
+from hpo.errors import InputError, did_you_mean, masked
 from hpo.lease import Deaths, LeaseKeeper
 from hpo.outage import Patient, StorageAway, open_patiently
 from hpo.processes import this_process
@@ -97,11 +97,14 @@ class _Trial(Trial):
         self.told(step, float(value))
 
 
-def identity(spec: StudySpec, space: Space, metric: str) -> dict[str, Any]:
-    """Return what must not change while a study goes on, as plain values: its trials would not compare."""
+def identity(spec: StudySpec, space: Space, metric: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what must not change while a study goes on, as plain values: its trials would not compare.
+
+    `options` are the spec's, without what must not be seen (`Document.options`).
+    """
     plain = {
         "objective": spec.objective,
-        "options": spec.options,
+        "options": options,
         "metric": metric,
         "value": spec.value,
         "epochs": spec.epochs,
@@ -197,7 +200,7 @@ class Search:
             attrs |= {key: trial.user_attrs[key] for key in ("place", "seed", "start_with") if key in trial.user_attrs}
             self._enqueue(trial.params, attrs)
         with suppress(UpdateFinishedTrialError):  # a peer was faster
-            self.storage.set_trial_user_attr(trial._trial_id, "error", reason)
+            self.storage.set_trial_user_attr(trial._trial_id, "error", masked(reason))
             self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
             if trial.number not in self._claimed:
                 state = "INTERRUPTED" if succeeded or attempt == math.inf else "FAIL"
@@ -360,7 +363,7 @@ class Search:
 
     def fail(self, number: int, reason: str) -> bool:
         """Tell that a trial failed for good, and why; return False where a peer has taken it over."""
-        self.annotate(number, error=reason)
+        self.annotate(number, error=masked(reason))
         return self._finish(number, TrialState.FAIL)
 
     def give_back(self, number: int, reason: str) -> bool:
@@ -470,13 +473,15 @@ def open_search(
     metric: str,
     *,
     maximize: bool,
+    options: Mapping[str, Any] | None = None,
     make: bool = True,
     wait: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Search | None:
     """Return the study in its storage, made if it is not there (None with `make=False`).
 
-    With `wait`, a storage that does not answer is waited for, as it is later on; `say` is told of later waits.
+    `options` are the spec's as they may be stored. With `wait`, a storage that does not answer is waited for, as it is
+    later on; `say` is told of later waits.
     Raises StorageError where the storage cannot be opened, InputError where its study of that name is another one.
     """
     if not make and not exists(spec.storage):
@@ -485,14 +490,17 @@ def open_search(
     direction = "maximize" if maximize else "minimize"
     sampler, _ = make_sampler(spec.sampler, spec.seed, space)
     pruner, _ = make_pruner(spec.pruner, spec.epochs)
-    wanted = identity(spec, space, metric)
+    wanted = identity(spec, space, metric, spec.options if options is None else options)
     with _alone(storage, spec.storage):
         names = [study.study_name for study in storage.get_all_studies()]
         if spec.name not in names and not make:
             return None
         if spec.name in names:
             study_id = storage.get_study_id_from_name(spec.name)
-            _compare(spec, _attrs_of(storage, study_id), wanted)
+            attrs = _attrs_of(storage, study_id)
+            _compare(spec, attrs, wanted)
+            if attrs[_IDENTITY].get("options") != wanted["options"]:  # an older version stored them in clear
+                storage.set_study_user_attr(study_id, _IDENTITY, attrs[_IDENTITY] | {"options": wanted["options"]})
             if storage.get_study_directions(study_id)[0].name.lower() != direction:
                 raise _is_another(spec, [f"it goes to {direction} here, the other way there"])
         study = optuna.create_study(
@@ -529,8 +537,8 @@ def _attrs_of(storage: Patient, study_id: int) -> dict[str, Any]:
     return attrs
 
 
-def stored_file(url: str, name: str) -> str:
-    """Return the study file that the storage keeps of study `name`. Raises InputError, StorageError."""
+def stored_file(url: str, name: str) -> dict[str, Any]:
+    """Return the values of the study file that the storage keeps of study `name`. Raises InputError, StorageError."""
     storage = open_storage(url)
     try:
         studies = {study.study_name: study for study in storage.get_all_studies()}
@@ -540,8 +548,14 @@ def stored_file(url: str, name: str) -> str:
     if name not in studies:
         raise InputError(f"the storage {url} has no study {name!r}{did_you_mean(name, studies)}")
     if text is None:
-        raise InputError(f"study {name!r} in {url} was not begun by `hpo run`; give its study file")
-    return text
+        raise InputError(f"study {name!r} in {url} was not started by `hpo run`; give its study file")
+    try:
+        values = json.loads(text)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"study {name!r} in {url}: its study file cannot be read ({error}); give the file") from error
+    if not isinstance(values, dict) or not isinstance(values.get("objective"), str):
+        raise InputError(f"study {name!r} in {url}: its study file names no objective; give the file")
+    return values
 
 
 def _compare(spec: StudySpec, attrs: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -550,10 +564,18 @@ def _compare(spec: StudySpec, attrs: Mapping[str, Any], wanted: Mapping[str, Any
     if stored is None:
         raise _is_another(spec, ["it was not made by hpo"])
     differences = []
-    for key in ("objective", "options", "metric", "value", "epochs", "patience", "precision", "deterministic", "seed"):
+    for key in ("objective", "metric", "value", "epochs", "patience", "precision", "deterministic", "seed"):
         there = stored.get(key, _LATER_KEYS.get(key))
         if there != wanted[key]:
             differences.append(f"{key} is {wanted[key]!r} here, {there!r} there")
+    there = stored.get("options", {})
+    plain = json.loads(json.dumps(spec.options))
+    for key in sorted({*wanted["options"], *there}) if there != plain else []:
+        here = wanted["options"].get(key, _ABSENT)
+        if there.get(key, _ABSENT) not in (here, plain.get(key, _ABSENT)):
+            hidden = plain.get(key, _ABSENT) != here  # of an older version's study the other value may be in clear
+            came = "another value than" if hidden else f"{here!r} here, {there.get(key, _ABSENT)!r}"
+            differences.append(f"options.{key} is {came} there")
     here, there = wanted["params"], stored.get("params", {})
     for name in sorted({*here, *there}):
         if here.get(name, _ABSENT) != there.get(name, _ABSENT):

@@ -183,7 +183,7 @@ def _about(
     return {
         "study": plan.spec.name,
         "objective": plan.spec.objective,
-        "options": plan.spec.options,
+        "options": plan.options,
         "trial": best.number,
         "metric": plan.metric,
         "value": best.value,

@@ -95,7 +95,7 @@ def test_a_worker_joins_by_its_file_or_by_the_studys_name(study):
     study("trials: 4")
     invoke("worker", path)
     storage = "sqlite:///mlruns/optuna.db"
-    out = invoke("worker", "--study", "study", "--storage", storage, "--json")
+    out = invoke("worker", "--study", "study", "--storage", storage, "--objective", "linear.py", "--json")
     assert summary(out)["trials"]["complete"] >= 2
 
 
