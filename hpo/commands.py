@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from hpo import checkpoints
 from hpo import console as view
 from hpo import objective as objectives
 from hpo.bundle import FILES, finite
@@ -29,7 +30,7 @@ from hpo.outage import StorageAway
 from hpo.plan import OUTPUT, Plan, prepare
 from hpo.progress import Progress
 from hpo.ray_workers import RayWorkers
-from hpo.search import STUDY_FILE, Best, Search, open_search, stored_file
+from hpo.search import CODE, DATA, STUDY_FILE, Best, Search, open_search, stored_file
 from hpo.selection import Outcome, bundle_folder, conclude, finish, outcome
 from hpo.stopping import Stop, signals
 from hpo.storage import close_storage, open_storage, serve_storage
@@ -37,7 +38,6 @@ from hpo.trust import code_references, require_named, require_passwords
 from hpo.tryout import try_out
 from hpo.worker import INTERRUPTED, work
 
-_DATA, _CODE = "hpo:data", "hpo:code"
 _LOOK_SECONDS = 1.0
 """How often to look what other processes have done."""
 
@@ -63,6 +63,7 @@ def run(path: Path, overrides: Mapping[str, str], several: Several | None = None
         over = search.counts().unfinished == 0
         if over:
             done = outcome(search, best)
+            checkpoints.settle(plan, search, out.print)
             send_unsent(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)
             out.print(f"{plan.spec.name}: all {plan.spec.trials} trials are done")
         if done is None and not (over and best is not None and isinstance(plan.objective, Function)):
@@ -82,7 +83,7 @@ def _run(
     out.print(f"{plan.spec.name}: {plan.spec.trials} trials {of_what}; {masked(plan.spec.storage)}")
     if code_differs(plan, search):
         out.print("the objective's code has changed since the study began: its earlier trials may not compare")
-        search.remember(_CODE, objectives.code_of(plan.objective))
+        search.remember(CODE, objectives.code_of(plan.objective))
     search.remember(STUDY_FILE, plan.document.as_json(without=("storage",)))
     state = "FAIL"
     try:
@@ -209,6 +210,7 @@ def repair(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
         tracker = open_tracker(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)
         tracker.reconcile(search.ends())
         tracker.close()
+        checkpoints.settle(plan, search, out.print)
         counts = search.counts()
         out.print(
             f"{plan.spec.name}: {counts.finished} of {plan.spec.trials} trials done, {counts.running} running, "
@@ -419,23 +421,23 @@ def _load(plan: Plan, search: Search) -> Data | None:
     data = plan.load_data()
     if data is None:
         return None
-    fingerprint, before = data.fingerprint(), search.attrs.get(_DATA)
+    fingerprint, before = data.fingerprint(), search.attrs.get(DATA)
     if before not in (None, fingerprint):
         raise InputError(
             f"the data of objective {plan.spec.objective} is not what study {plan.spec.name!r} began with "
             f"(fingerprint {fingerprint} here, {before} there); bring that data back, or give another `name`"
         )
     if before is None:
-        search.remember(_DATA, fingerprint)
+        search.remember(DATA, fingerprint)
     try_out(plan, data)
     return data
 
 
 def code_differs(plan: Plan, search: Search) -> bool:
     """Whether the objective's source is not that of the study, which is that of the first who asks."""
-    code, before = objectives.code_of(plan.objective), search.attrs.get(_CODE)
+    code, before = objectives.code_of(plan.objective), search.attrs.get(CODE)
     if before is None:
-        search.remember(_CODE, code)
+        search.remember(CODE, code)
     return before not in (None, code)
 
 

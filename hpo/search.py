@@ -10,6 +10,7 @@ import json
 import math
 import random
 import time
+import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +36,9 @@ from hpo.storage import close_storage, exclusive, exists, open_storage
 _QUEUE_CHUNK = 16
 """How many trials are queued at a time: whoever asks for all trials reads those that wait anew each time."""
 _IDENTITY = "hpo:identity"
+_MAKING = "hpo:making"
+DATA, CODE = "hpo:data", "hpo:code"
+"""The study's attributes that hold the fingerprints of its data and of its objective's source."""
 _MAKING_SECONDS = 5.0
 STUDY_FILE = "hpo:study_file"
 """The study's attribute that holds its study file, for workers that have none."""
@@ -52,6 +56,8 @@ class Claim:
     attempt: int
     place: int
     """Its place in the budget, which its successors take over."""
+    lineage: int
+    """The number of the first trial that had its params and seed: a retry's checkpoint is of its own lineage only."""
     is_retry: bool
     """Whether it succeeds a trial that was interrupted or whose worker died."""
 
@@ -124,6 +130,8 @@ class Search:
         self.study, self.storage, self.spec, self.space = study, storage, spec, space
         self.maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
         self._study_id = storage.get_study_id_from_name(study.study_name)
+        self.making: str = self.attrs[_MAKING]
+        """What tells this study from another one of its name, made before or in another storage."""
         self._claimed: dict[int, _Trial] = {}
         self._waiting: deque[FrozenTrial] = deque()
         self._best: float | None = None
@@ -196,7 +204,8 @@ class Search:
         """End `trial` as FAIL and queue its successor; the successor first, so that a crash between loses nothing."""
         succeeded = attempt <= self.spec.retries
         if succeeded:
-            attrs = {"retry_of": trial.number, "attempt": attempt + 1}
+            lineage = trial.user_attrs.get("lineage", trial.number)
+            attrs = {"retry_of": trial.number, "attempt": attempt + 1, "lineage": lineage}
             attrs |= {key: trial.user_attrs[key] for key in ("place", "seed", "start_with") if key in trial.user_attrs}
             self._enqueue(trial.params, attrs)
         with suppress(UpdateFinishedTrialError):  # a peer was faster
@@ -295,6 +304,7 @@ class Search:
             params=self.space.suggest(trial),
             attempt=attempt,
             place=place,
+            lineage=frozen.user_attrs.get("lineage", frozen.number),
             is_retry="retry_of" in frozen.user_attrs,
         )
 
@@ -511,6 +521,8 @@ def open_search(
             sampler=sampler,
             pruner=pruner,
         )
+        if _MAKING not in study.user_attrs:
+            study.set_user_attr(_MAKING, uuid.uuid4().hex)
         if _IDENTITY not in study.user_attrs:
             study.set_user_attr(_IDENTITY, wanted)
             with warnings.catch_warnings():

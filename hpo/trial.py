@@ -2,15 +2,13 @@
 
 import math
 import time
-from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
+from hpo import checkpoints
+from hpo.checkpoints import Origin
 from hpo.errors import HpoError
-from hpo.plan import OUTPUT, Plan
-from hpo.processes import this_process
+from hpo.plan import Plan
 from hpo.progress import Progress
 from hpo.search import Claim, Search
 from hpo.stack import Member, Stack
@@ -20,8 +18,10 @@ from hpo.tracking import Tracker
 class TrialRun:
     """Tells storage, tracker and progress of one trial, from its claim to its end."""
 
-    def __init__(self, plan: Plan, claim: Claim, search: Search, tracker: Tracker, progress: Progress) -> None:
-        self._plan, self._claim, self._search = plan, claim, search
+    def __init__(
+        self, plan: Plan, origin: Origin, claim: Claim, search: Search, tracker: Tracker, progress: Progress
+    ) -> None:
+        self._plan, self._origin, self._claim, self._search = plan, origin, claim, search
         self._tracker, self._progress = tracker, progress
         self.member = Member(number=claim.number, seed=claim.seed, params=claim.params)
         self._best: tuple[float, int, dict[str, float]] | None = None
@@ -29,7 +29,7 @@ class TrialRun:
         self._peak: float | None = None
         self.ended = False
         self._improved = 0
-        self._file = checkpoints(plan) / f"place-{claim.place}.pt"
+        self._has_candidate = False
         self._checkpointed = time.monotonic()
         run_id = tracker.start_trial(claim.number, claim.params)
         if run_id is not None:
@@ -39,45 +39,41 @@ class TrialRun:
             self._resume()
 
     def _resume(self) -> None:
-        """Go on from the checkpoint of the trial that this one succeeds, if it can be reached; else from the start."""
+        """Resume from the checkpoint of the trial that this one succeeds, if it can be reached; else from scratch."""
         claim, member = self._claim, self.member
         try:
-            kept = torch.load(self._file, weights_only=True)
-            if (kept["seed"], kept["params"]) != (claim.seed, dict(claim.params)):
-                return
-            member.resume, member.epoch, member.joined = kept["training"], kept["epoch"], kept["joined"]
-            member.history[:] = kept["history"]
-            self._best, self._kept = kept["best"], kept["kept"]
-            self._peak, self._improved = kept["peak"], kept["improved"]
-        except FileNotFoundError:
+            kept = checkpoints.load(self._plan, self._origin, claim)
+        except checkpoints.Refused as error:
+            file = checkpoints.file_of(self._plan, claim)
+            self._progress.note(f"{file} is not resumed from: {error}; trial {claim.number} starts from scratch")
             return
-        except Exception as error:  # torch.load raises a dozen kinds for a file that is damaged
-            why = f"{self._file} cannot be read ({type(error).__name__})"
-            self._progress.note(f"{why}: trial {claim.number} begins anew")
+        if kept is None:
             return
-        self._progress.note(f"trial {claim.number} goes on after epoch {member.epoch}")
+        member.resume, member.epoch, member.joined = kept.training, kept.epoch, kept.joined
+        member.history[:] = kept.history
+        self._best, self._kept = kept.best, kept.kept
+        self._peak, self._improved = kept.peak, kept.improved
+        self._progress.note(f"trial {claim.number} resumes after epoch {member.epoch}")
         self._search.repeat(claim.number, [epoch[self._plan.metric_key] for epoch in member.history])
         for epoch, metrics in enumerate(member.history):
             self._tracker.log_metrics(claim.number, epoch, metrics)
 
     def checkpoint(self, stack: Stack) -> None:
-        """Write all that the trial goes on from, whole or not at all. A disk that is full costs the checkpoint only."""
+        """Write all that the trial resumes from. A disk that is full costs the checkpoint only."""
         member = self.member
-        content = {
-            "seed": self._claim.seed,
-            "params": dict(self._claim.params),
-            "epoch": member.epoch,
-            "joined": member.joined,
-            "history": member.history,
-            "best": self._best,
-            "kept": {name: x.cpu() for name, x in self._kept.items()},
-            "peak": self._peak,
-            "improved": self._improved,
-            "training": stack.checkpoint(member),
-        }
         self._checkpointed = time.monotonic()
+        content = checkpoints.Checkpoint(
+            epoch=member.epoch,
+            joined=member.joined,
+            history=member.history,
+            best=self._best,
+            kept={name: x.cpu() for name, x in self._kept.items()},
+            peak=self._peak,
+            improved=self._improved,
+            training=stack.checkpoint(member),
+        )
         try:
-            _write(self._file, content)
+            checkpoints.save(self._plan, self._origin, self._claim, content)
         except HpoError as error:
             self._progress.note(f"no checkpoint: {error}")
 
@@ -136,6 +132,7 @@ class TrialRun:
         """Tell that the trial is COMPLETE with that `value`, PRUNED, or FAIL with that `fault`."""
         number, search = self.member.number, self._search
         self.ended = True
+        failed = self._keep_weights(value) if state == "COMPLETE" and self._kept and value is not None else None
         if state == "COMPLETE":
             assert value is not None
             ours = search.complete(number, value)
@@ -144,32 +141,30 @@ class TrialRun:
         if not ours:
             state, value = "INTERRUPTED", None
             fault = "another worker took this trial over, since this one was not heard of for too long"
-        if state == "COMPLETE" and self._kept:
-            self._keep_if_best(value)
+        if self._has_candidate:
+            checkpoints.settle(self._plan, search, self._progress.note)
         if ours:
-            self._file.unlink(missing_ok=True)
+            checkpoints.file_of(self._plan, self._claim).unlink(missing_ok=True)
         self._tracker.end_trial(number, state, fault)
         self._progress.trial_ended(number, state, value, fault)
+        if failed is not None:
+            raise failed
+
+    def _keep_weights(self, value: float) -> HpoError | None:
+        """Keep the weights of a trial that may be the best, before it is told; return why they could not be written."""
+        if not self._search.may_be_best(value):
+            return None
+        assert self._best is not None
+        number, params, epoch = self.member.number, self.member.params, self._best[1]
+        try:
+            checkpoints.keep_candidate(self._plan, self._origin, number, params, value, epoch, self._kept)
+        except HpoError as error:
+            return error
+        self._has_candidate = True
+        return None
 
     def _better(self, value: float, than: float) -> bool:
         return value > than if self._plan.maximize else value < than
-
-    def _keep_if_best(self, value: float) -> None:
-        """Keep the weights of the study's best trial, those of its best epoch, in place of the one before."""
-        if not self._search.may_be_best(value):
-            return
-        best = self._search.best()
-        if best is None or best.number != self._claim.number:
-            return
-        folder = checkpoints(self._plan)
-        content = {
-            "model_state_dict": {name: x.cpu() for name, x in self._kept.items()},
-            "model_hyperparameters": dict(best.params),
-            "trial": best.number,
-            "value": best.value,
-            "epoch": best.epoch,
-        }
-        _write(folder / "best.pt", content)
 
     def give_back(self, reason: str) -> None:
         """End the trial, and queue a successor for it."""
@@ -184,6 +179,7 @@ class Trials:
 
     def __init__(self, plan: Plan, search: Search, tracker: Tracker, progress: Progress) -> None:
         self._plan, self._search, self._tracker, self._progress = plan, search, tracker, progress
+        self._origin = Origin.of(plan, search)
         self._active: dict[int, TrialRun] = {}
 
     def __getitem__(self, number: int) -> TrialRun:
@@ -198,7 +194,7 @@ class Trials:
             self._progress.note(f"trial {lost.number} was lost ({lost.reason}): {what}")
         if claim is None:
             return None
-        trial = TrialRun(self._plan, claim, self._search, self._tracker, self._progress)
+        trial = TrialRun(self._plan, self._origin, claim, self._search, self._tracker, self._progress)
         self._active[claim.number] = trial
         return trial
 
@@ -211,28 +207,3 @@ class Trials:
         for trial in self._active.values():
             trial.give_back(reason)
         self._active.clear()
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    """Write `content`, whole or not at all. Raises HpoError."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f"{file.name}.{this_process()}.part")
-        torch.save(content, unfinished)
-        unfinished.replace(file)
-    except (OSError, RuntimeError) as error:  # torch.save: a full disk is a RuntimeError
-        raise HpoError(f"{file} cannot be written ({str(error).splitlines()[0]}); no trial is lost") from error
-
-
-def remove_old(plan: Plan) -> None:
-    """Remove what no trial goes on from any more, once all are done: trials that others took over, writes cut short."""
-    for file in checkpoints(plan).glob("place-*"):
-        file.unlink(missing_ok=True)
-
-
-def checkpoints(plan: Plan) -> Path:
-    """Return the study's folder of weights: `best.pt` holds those of the best trial's best epoch.
-
-    `place-N.pt` is what the trial that has that place in the budget goes on from.
-    """
-    return OUTPUT / "checkpoints" / plan.spec.name

@@ -11,6 +11,7 @@ from itertools import takewhile
 
 import torch
 
+from hpo import checkpoints
 from hpo.data import Data
 from hpo.errors import Interrupted
 from hpo.feed import feed
@@ -27,7 +28,7 @@ from hpo.sizing import AS_GIVEN, Choice, Sizing
 from hpo.stack import LoopStack, Member, One, Stack, Stacks, is_out_of_memory
 from hpo.tracking import Tracker
 from hpo.training import train
-from hpo.trial import Trials, remove_old
+from hpo.trial import Trials
 
 WAIT_SECONDS = 1.0
 """How often to look again while all that is left of a study is with other workers."""
@@ -69,6 +70,7 @@ def work(
         return (overdue or stopping)() or out_of_time()
 
     trials = Trials(plan, search, tracker, progress)
+    checkpoints.settle(plan, search, progress.note)
     worker: _Worker | Own
     if data is None or plan.objective.train is not None:
         worker = Own(plan, data, search, tracker, trials, ending)
@@ -96,7 +98,7 @@ def work(
             raise
         if search.counts().unfinished == 0:
             search.tidy()
-            remove_old(plan)
+            checkpoints.remove_old(plan)
             return
         time.sleep(WAIT_SECONDS)  # others still train; should they die, their trials are ours to take up
     search.remember(TIMED_OUT, plan.spec.timeout)

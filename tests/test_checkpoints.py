@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from hpo.checkpoints import folder_of as checkpoints
 from hpo.errors import Interrupted
 from hpo.plan import prepare
 from hpo.search import open_search
 from hpo.tracking import MemoryTracker
-from hpo.trial import checkpoints
 from hpo.worker import work
 from tests.searches import Quiet
 
@@ -81,7 +81,7 @@ def test_alone_it_goes_on_bit_for_bit(folder, optimizer):
     text += "value: last\n" if optimizer == "sgd" else ""
     plain, weights, _ = run(folder, "plain", text, dropout=0.3)
     resumed, again, notes = run(folder, "resumed", text, stop_at=9, dropout=0.3)  # in the second trial's third epoch
-    assert any("goes on after epoch 3" in note for note in notes)
+    assert any("resumes after epoch 3" in note for note in notes)
     assert resumed == plain
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
@@ -93,7 +93,7 @@ def test_in_a_stack_it_goes_on_as_it_was(folder, optimizer):
     text = text.replace("momentum: 0.9, ", "") if optimizer == "adam" else text
     plain, _, _ = run(folder, "plain", text)
     resumed, _, notes = run(folder, "resumed", text, stop_at=12)  # the third epoch of all four
-    assert sum("goes on after epoch 3" in note for note in notes) == 4
+    assert sum("resumes after epoch 3" in note for note in notes) == 4
     for place, (params, values, value) in plain.items():
         assert resumed[place][0] == params
         assert resumed[place][1] == pytest.approx(values, abs=1e-5)
@@ -126,7 +126,7 @@ def interrupted_then(folder, name, text, before, after):
             pass
         trials = search.trials()
         search.close()
-    assert any("goes on after epoch 2" in note for note in progress.notes)
+    assert any("resumes after epoch 2" in note for note in progress.notes)
     return {t.user_attrs["place"]: (t.params, list(t.intermediate_values.values()), t.value) for t in trials}
 
 
@@ -147,16 +147,16 @@ def test_one_that_is_damaged_costs_the_epochs_only(folder):
             assert not damage
         trials = search.trials()
         search.close()
-    assert any("cannot be read" in note and "begins anew" in note for note in progress.notes)
+    assert any("cannot be read" in note and "starts from scratch" in note for note in progress.notes)
     resumed = {t.user_attrs["place"]: (t.params, list(t.intermediate_values.values()), t.value) for t in trials}
     assert resumed == plain
 
 
 def test_they_are_made_no_oftener_than_asked_for(folder, monkeypatch):
-    from hpo import trial as trials
+    from hpo import checkpoints as trials
 
     written = []
-    monkeypatch.setattr(trials, "_write", lambda file, content: written.append(file.name))
+    monkeypatch.setattr(trials, "write", lambda file, content: written.append(file.name))
     for seconds, expected in (("1h", 0), ("0.000001s", 4 * 5)):  # none after the last epoch
         written.clear()
         (folder / "noisy.py").write_text(OBJECTIVE.replace("DROPOUT", "0.0"))

@@ -77,7 +77,7 @@ def test_a_signal_stops_all_workers_and_a_second_run_goes_on_from_their_checkpoi
 
     done = run_hpo("run", path, "--json")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("goes on after epoch") == 2
+    assert done.stdout.count("resumes after epoch") == 2
     assert summary(done.stdout)["trials"]["complete"] == 3
 
 

@@ -1,0 +1,245 @@
+"""What a study keeps of its networks on disk, in `mlruns/checkpoints/<study>/`: a trial's checkpoint, the best weights.
+
+    place-N.pt   what the trial that has place N of the budget resumes from
+    best.pt      the weights of the best trial's best epoch
+    best-N.pt    those of trial N while it is being told: it may turn out to be the best
+
+A checkpoint is of one study (as it was made, not its name alone), one lineage of trials, one data, one code. Whatever
+else lies there is refused, with the reason: to train from scratch costs time, to resume from it costs the truth.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from hpo.errors import HpoError
+from hpo.objective import code_of
+from hpo.plan import OUTPUT, Plan
+from hpo.processes import this_process
+from hpo.search import DATA, Best, Claim, Search
+
+BEST = "best.pt"
+
+
+class Refused(Exception):
+    """A checkpoint that is not to be resumed from, and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a checkpoint comes from: nothing is resumed from one of another origin."""
+
+    study: str
+    """What the study was given when it was made (`Search.making`): a name may be used again."""
+    data: str | None
+    code: str
+
+    @classmethod
+    def of(cls, plan: Plan, search: Search) -> "Origin":
+        return cls(study=search.making, data=search.attrs.get(DATA), code=code_of(plan.objective))
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """All that a trial resumes from, right after an epoch's end."""
+
+    epoch: int
+    joined: int
+    """The round of its stack in which it started."""
+    history: list[dict[str, float]]
+    best: tuple[float, int, dict[str, float]] | None
+    """The value, the epoch (from 0) and the metrics that the trial would end with."""
+    kept: dict[str, Tensor]
+    """The weights of that epoch."""
+    peak: float | None
+    improved: int
+    training: Mapping[str, Any]
+    """`hpo.stack.Stack.checkpoint`."""
+
+
+def folder_of(plan: Plan) -> Path:
+    """Return the study's folder of weights."""
+    return OUTPUT / "checkpoints" / plan.spec.name
+
+
+def file_of(plan: Plan, claim: Claim) -> Path:
+    """Return the file of a claimed trial's checkpoint."""
+    return folder_of(plan) / f"place-{claim.place}.pt"
+
+
+def save(plan: Plan, origin: Origin, claim: Claim, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint, whole or not at all. Raises HpoError."""
+    content = {name: getattr(checkpoint, name) for name in Checkpoint.__dataclass_fields__}
+    write(file_of(plan, claim), content | {"origin": _mark(origin, claim)})
+
+
+def load(plan: Plan, origin: Origin, claim: Claim) -> Checkpoint | None:
+    """Return what the trial that `claim` succeeds has left; None where there is nothing. Raises Refused."""
+    try:
+        content = torch.load(file_of(plan, claim), weights_only=True)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # torch.load raises a dozen kinds for a file that is damaged
+        raise Refused(f"it cannot be read ({type(error).__name__})") from error
+    try:
+        mark = content.pop("origin", None)
+        if mark != _mark(origin, claim):
+            raise Refused(_difference(mark, _mark(origin, claim)))
+        checkpoint = Checkpoint(**content)
+        _require_sound(plan, checkpoint)
+        _require_fitting(plan, claim, checkpoint.training)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Refused(f"it holds something else ({type(error).__name__}: {error})") from error
+    return checkpoint
+
+
+def _mark(origin: Origin, claim: Claim) -> dict[str, Any]:
+    return asdict(origin) | {"lineage": claim.lineage, "seed": claim.seed, "params": dict(claim.params)}
+
+
+def _difference(mark: Any, wanted: Mapping[str, Any]) -> str:
+    """Return in what a checkpoint's origin differs from the one that is wanted."""
+    names = {"study": "study", "lineage": "trial", "data": "data", "code": "code of the objective"}
+    differs = [what for key, what in names.items() if isinstance(mark, Mapping) and mark.get(key) != wanted[key]]
+    return f"it is of another {differs[0]}" if differs else "it is of other params or of another version"
+
+
+def _require_sound(plan: Plan, checkpoint: Checkpoint) -> None:
+    """Raise ValueError, TypeError or KeyError unless a checkpoint is one of an epoch of this study."""
+    epoch, history = checkpoint.epoch, checkpoint.history
+    if not (type(epoch) is int and 0 < epoch < plan.spec.epochs and len(history) == epoch):
+        raise ValueError(f"it is of epoch {epoch!r} of {plan.spec.epochs}")
+    for metrics in history:
+        if not math.isfinite(metrics[plan.metric_key]):
+            raise ValueError(f"{plan.metric_key} is {metrics[plan.metric_key]}")
+    if type(checkpoint.joined) is not int or type(checkpoint.improved) is not int:
+        raise ValueError("a count is no whole number")
+    if checkpoint.best is not None:
+        value, at, metrics = checkpoint.best
+        if not (math.isfinite(value) and 0 <= at < epoch and isinstance(metrics, Mapping)):
+            raise ValueError(f"its best epoch is {at!r}")
+
+
+def _require_fitting(plan: Plan, claim: Claim, training: Mapping[str, Any]) -> None:
+    """Raise Refused where the network that is built now has not the tensors that were kept: code has changed."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            network = plan.objective.build(claim.params, plan.objective.info)
+        except Exception:  # the same is raised, and said, where the trial is trained
+            raise Refused("its network cannot be built") from None
+    kept = {name: (tuple(x.shape), x.dtype) for name, x in training["model"].items()}
+    built = {name: (tuple(x.shape), x.dtype) for name, x in network.state_dict().items()}
+    if kept != built:
+        name = next(n for n in (*kept, *built) if kept.get(n) != built.get(n))
+        raise Refused(f"its {name} is {_shown(kept.get(name))}, that of the network now is {_shown(built.get(name))}")
+    weights = dict(network.named_parameters())
+    for name, state in training["optimizer"].items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape != weights[name].shape:
+                raise Refused(f"the optimizer's {key} of {name} has the shape {tuple(value.shape)}")
+    if type(training["steps"]) is not int:
+        raise Refused("its number of steps is no whole number")
+
+
+def _shown(kind: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+    return "missing" if kind is None else f"{kind[0]} {str(kind[1]).removeprefix('torch.')}"
+
+
+def remove_old(plan: Plan) -> None:
+    """Remove the checkpoints that are left once all trials are done: of trials that others took over, cut short."""
+    for file in folder_of(plan).glob("place-*"):
+        file.unlink(missing_ok=True)
+
+
+# The weights of the best trial.
+
+
+def keep_candidate(
+    plan: Plan, origin: Origin, number: int, params: Mapping[str, Any], value: float, epoch: int, state: Any
+) -> None:
+    """Write the weights of a trial that is about to be told, so that a kill right after loses nothing. Raises HpoError.
+
+    `settle` makes them the best, or removes them.
+    """
+    content = {
+        "model_state_dict": {name: x.cpu() for name, x in state.items()},
+        "model_hyperparameters": dict(params),
+        "trial": number,
+        "value": value,
+        "epoch": epoch,
+        "study": origin.study,
+    }
+    write(_candidate(plan, number), content)
+
+
+def drop_candidate(plan: Plan, number: int) -> None:
+    """Remove the weights of a trial that did not end COMPLETE."""
+    _candidate(plan, number).unlink(missing_ok=True)
+
+
+def _candidate(plan: Plan, number: int) -> Path:
+    return folder_of(plan) / f"best-{number}.pt"
+
+
+def settle(plan: Plan, search: Search, note: Callable[[str], None]) -> None:
+    """See that `best.pt` holds the best trial's weights, or none: those of another trial are removed, and it is said.
+
+    What this machine's workers are still telling stays. Raises HpoError where the folder cannot be written.
+    """
+    folder = folder_of(plan)
+    if not folder.is_dir():
+        return
+    try:
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            candidates = {file: _trial_in(file, search.making) for file in folder.glob("best-*.pt")}
+            running = {trial.number for trial in search.running()}  # before the best is: who is told since, is seen
+            _settle(folder, search.making, candidates, search.best(), note)
+            for each, number in candidates.items():
+                if number not in running:
+                    each.unlink(missing_ok=True)
+    except OSError as error:
+        raise HpoError(f"{folder} cannot be written ({error.strerror}); no trial is lost") from error
+
+
+def _settle(
+    folder: Path, making: str, candidates: Mapping[Path, int | None], best: Best | None, note: Callable[[str], None]
+) -> None:
+    file, held = folder / BEST, _trial_in(folder / BEST, making)
+    if best is not None and held != best.number:
+        ours = next((each for each, number in candidates.items() if number == best.number), None)
+        if ours is not None:
+            ours.replace(file)
+            return
+    if file.exists() and (best is None or held != best.number):
+        what = "another study's" if held is None else f"trial {held}'s"
+        now = "there is no complete trial" if best is None else f"the best is trial {best.number}, trained elsewhere"
+        note(f"{file} held {what} weights, but {now}: it was removed; `hpo export` trains the best trial again")
+        file.unlink()
+
+
+def _trial_in(file: Path, making: str) -> int | None:
+    """Return whose weights a file holds, as far as they are of this study; None: of none, or damaged."""
+    try:
+        content = torch.load(file, weights_only=True, mmap=True)
+        number = content["trial"]
+        return number if type(number) is int and content.get("study", making) == making else None
+    except Exception:  # torch.load raises a dozen kinds for a file that is damaged
+        return None
+
+
+def write(file: Path, content: Mapping[str, Any]) -> None:
+    """Write `content`, whole or not at all. Raises HpoError."""
+    unfinished = file.with_name(f"{file.name}.{this_process()}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(dict(content), unfinished)
+        unfinished.replace(file)
+    except (OSError, RuntimeError) as error:  # torch.save: a full disk is a RuntimeError
+        unfinished.unlink(missing_ok=True)
+        raise HpoError(f"{file} cannot be written ({str(error).splitlines()[0]}); no trial is lost") from error

@@ -1,0 +1,236 @@
+"""A checkpoint of another study, trial, data or code is not resumed from; `best.pt` is the best trial's, or not there."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hpo.checkpoints import settle
+from hpo.errors import Interrupted
+from hpo.plan import prepare
+from hpo.search import DATA, open_search
+from hpo.tracking import MemoryTracker
+from hpo.worker import work
+from tests.searches import Quiet
+
+OBJECTIVE = """
+import torch
+from torch import nn
+from torchmetrics.regression import MeanSquaredError
+from hpo.data import Data, Split
+from hpo.objective import Objective
+import width
+
+
+class Lines(Objective):
+    defaults = {"optimizer": "sgd", "learning_rate": 0.05, "batch_size": 8, "loss": "mse"}
+    space = {"learning_rate": {"type": "categorical", "choices": [0.05]}}
+
+    def data(self):
+        x = torch.linspace(-1, 1, 48)[:, None]
+        parts = [Split(inputs={"x": x[i::3]}, targets=SLOPE * x[i::3]) for i in range(3)]
+        return Data(train=parts[0], valid=parts[1], test=parts[2])
+
+    def build(self, params, info):
+        return nn.Sequential(nn.Linear(1, width.HIDDEN), nn.Linear(width.HIDDEN, 1))
+
+    def metrics(self):
+        return {"mse": MeanSquaredError()}
+"""
+STUDY = "objective: lines.py\ntrials: 1\nepochs: 4\npruner: none\nstack: 1\nseed: 1\n"
+PLACE = Path("mlruns/checkpoints/study/place-0.pt")
+BEST = Path("mlruns/checkpoints/study/best.pt")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    write()
+
+
+def write(slope=2, hidden=4, more=""):
+    Path("lines.py").write_text(OBJECTIVE.replace("SLOPE", str(slope)) + more)
+    Path("width.py").write_text(f"HIDDEN = {hidden}\n")
+    sys.modules.pop("width", None)
+    Path("study.yaml").write_text(STUDY)
+
+
+def train(stop_at=None, trials=1):
+    """Run the study, interrupted after so many epochs; return what was noted, and its trials' values."""
+    plan = prepare(Path("study.yaml"), {"trials": str(trials)})
+    data = plan.load_data()
+    search = open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize)
+    search.remember(DATA, data.fingerprint())
+    progress = Quiet()
+    try:
+        stopping = lambda: stop_at is not None and progress.epochs >= stop_at  # noqa: E731
+        work(plan, data, search, MemoryTracker(), progress, stopping, overdue=lambda: False)
+    except Interrupted:
+        assert PLACE.exists()
+    values = [t.value for t in search.trials() if t.value is not None]
+    search.close()
+    return progress.notes, values
+
+
+def alone():
+    """Return the values of the study as it is without any checkpoint."""
+    for file in Path("mlruns").rglob("*"):
+        file.unlink() if file.is_file() else None
+    return train()[1]
+
+
+def refusal(notes):
+    (note,) = [note for note in notes if "starts from scratch" in note]
+    assert "place-0.pt is not resumed from" in note
+    return note
+
+
+def test_another_study_of_that_name_with_other_data_takes_nothing_over():
+    """A value of 0.995 came out once, where undisturbed it is -0.06."""
+    train(stop_at=2)
+    kept = PLACE.read_bytes()
+    Path("mlruns/optuna.db").unlink()
+    write(slope=-3)
+    train(stop_at=1)  # a first trial of the new study, whose retry finds the old one's checkpoint
+    PLACE.write_bytes(kept)
+    notes, values = train()
+    assert "it is of another study" in refusal(notes)
+    assert values == alone()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"more": "\n# changed\n"}, "it is of another code of the objective"),
+        ({"hidden": 5}, "its 0.weight is (4, 1) float32, that of the network now is (5, 1) float32"),
+        ({"slope": 3}, "it is of another data"),
+    ],
+)
+def test_what_has_changed_since_is_said_and_the_trial_starts_from_scratch(change, said):
+    train(stop_at=2)
+    write(**change)
+    notes, values = train()
+    assert said in refusal(notes)
+    assert values == alone()
+
+
+def test_a_trial_of_another_lineage_takes_nothing_over():
+    train(stop_at=2)
+    kept = torch.load(PLACE, weights_only=True)
+    kept["origin"]["lineage"] = 7
+    torch.save(kept, PLACE)
+    assert "it is of another trial" in refusal(train()[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epoch": 9},
+        {"epoch": "2"},
+        {"epoch": -1},
+        {"history": []},
+        {"history": [{}, {}]},
+        {"history": [{"valid_mse": float("nan")}] * 2},
+        {"history": None},
+        {"best": (1.0, 9, {})},
+        {"best": "best"},
+        {"joined": None},
+        {"training": {}},
+        {"training": {"model": {}, "optimizer": {}, "steps": 0}},
+        {"training": None},
+        {"origin": None},
+        {"origin": {}},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_was_tampered_with_costs_its_epochs_only(change):
+    train(stop_at=2)
+    torch.save(torch.load(PLACE, weights_only=True) | change, PLACE)
+    notes, values = train()
+    refusal(notes)
+    assert values == alone()
+
+
+def test_one_that_is_right_is_resumed_from():
+    train(stop_at=2)
+    notes, values = train()
+    assert any("trial 1 resumes after epoch 2" in note for note in notes)
+    assert values == alone()
+
+
+def best():
+    return torch.load(BEST, weights_only=True)["trial"]
+
+
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, "")
+from hpo import checkpoints, search
+from tests import test_origins
+moment = sys.argv[1]
+stop = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
+if moment == "before tell":
+    search.Search.complete = stop
+elif moment == "after tell":
+    first = checkpoints.settle
+    def settle(plan, search, note):
+        return stop() if list(Path("mlruns/checkpoints/study").glob("best-*")) else first(plan, search, note)
+    checkpoints.settle = settle
+else:
+    checkpoints.write = stop
+test_origins.train()
+"""
+
+
+@pytest.mark.parametrize("moment", ["before write", "before tell", "after tell"])
+def test_a_kill_around_best_pt_leaves_no_other_trials_weights(moment):
+    train()
+    assert best() == 0
+    more = {"PYTHONPATH": f"{Path(__file__).parent.parent}:{os.environ.get('PYTHONPATH', '')}"}
+    Path("mlruns/optuna.db").unlink()  # best.pt is of a study that is no more
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED, moment], env=os.environ | more, capture_output=True, text=True
+    )
+    assert done.returncode == -9, done.stderr
+    train()
+    plan = prepare(Path("study.yaml"))
+    search = open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize)
+    assert best() == search.best().number
+    assert torch.load(BEST, weights_only=True)["study"] == search.making
+    assert [file.name for file in BEST.parent.iterdir()] == ["best.pt"]
+    search.close()
+
+
+def test_weights_that_are_not_the_best_trials_are_removed_and_said():
+    train()
+    plan = prepare(Path("study.yaml"))
+    search = open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize)
+    torch.save(torch.load(BEST, weights_only=True) | {"trial": 5}, BEST)
+    notes = []
+    settle(plan, search, notes.append)
+    assert notes == [
+        f"{BEST} held trial 5's weights, but the best is trial 0, trained elsewhere: it was removed; `hpo export` "
+        "trains the best trial again"
+    ]
+    assert not BEST.exists()
+    settle(plan, search, notes.append)
+    assert len(notes) == 1
+    search.close()
+
+
+def test_of_two_writers_that_cross_the_best_trials_weights_stay():
+    train(trials=2)
+    plan = prepare(Path("study.yaml"))
+    search = open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize)
+    number, content = search.best().number, torch.load(BEST, weights_only=True)
+    for name, trial in (("best.pt", 1 - number), (f"best-{number}.pt", number)):
+        torch.save(content | {"trial": trial}, BEST.with_name(name))
+    settle(plan, search, lambda text: pytest.fail(text))
+    assert best() == number
+    search.close()
