@@ -123,7 +123,7 @@ def _work_together(
     if several.ray is None:
         sets = [part for key, value in overrides.items() for part in ("--set", f"{key}={value}")]
         command = ["worker", plan.document.name, *sets]
-        workers = Workers(command, n, plan.device, progress.note, lambda: search.counts().unfinished > 0)
+        workers = Workers(command, n, plan.device, progress.note, search)
     else:
         storage = {"storage": json.dumps(plan.spec.storage)}
         named = code_references(plan.document.values)

@@ -22,6 +22,10 @@ LAUNCHER = "HPO_LAUNCHER"
 """Set for such a worker of this machine: the process that has started it."""
 _LAST_LINES = 60
 _STOP_SECONDS = 30.0
+DEATHS = 8
+"""How many workers may be killed one after the other without a trial being claimed, before the run gives up."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0
+"""Seconds before a killed worker is started again: doubled with each death while no trial is claimed."""
 
 
 def how_many(wanted: int | None, device: torch.device) -> int:
@@ -40,10 +44,12 @@ class Workers:
         n: int,
         device: torch.device,
         say: Callable[[str], None],
-        open_trials: Callable[[], bool],
+        search: Search,
     ) -> None:
-        """`open_trials` says whether there is still something to do for one that takes a killed one's place."""
-        self._command, self._n, self._say, self._open_trials = command, n, say, open_trials
+        """`search` knows whether there is something left to do, and whether workers claim trials before they die."""
+        self._command, self._n, self._say, self._search = command, n, say, search
+        self._deaths, self._claimed = 0, -1
+        self._due: dict[int, float] = {}
         self._gpus = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 0
         self._running: dict[int, _Process] = {}
 
@@ -58,22 +64,44 @@ class Workers:
         self._running[place] = _Process(self._command, environ, lambda line: self._say(f"worker {place}: {line}"))
 
     def look(self) -> bool:
-        """Return whether any still works. One that was killed is begun again while there is something to do.
+        """Return whether any still works. One that was killed is started again while there is something to do.
 
-        Raises HpoError (or InputError) with what a worker said that has failed.
+        Raises HpoError (or InputError) with what a worker said that has failed, or that is killed again and again.
         """
         for place, process in list(self._running.items()):
             status = process.status()
             if status is None:
                 continue
             del self._running[place]
-            if status < 0 and self._open_trials():
-                self._say(f"worker {place} was killed (signal {-status}); another one takes its place")
-                self._start(place)
+            if status < 0 and self._search.counts().unfinished:
+                self._start_again(place, process, -status)
             elif status > 0 and status != 130:
                 self.stop()
                 raise (InputError if status == 2 else HpoError)(f"worker {place} failed:\n{process.said()}")
-        return bool(self._running)
+        for place in [place for place, due in self._due.items() if time.monotonic() >= due]:
+            del self._due[place]
+            if self._search.counts().unfinished:
+                self._start(place)
+        return bool(self._running or self._due)
+
+    def _start_again(self, place: int, process: "_Process", signal_number: int) -> None:
+        """Have a killed worker's place taken after a pause. Raises HpoError where that has not helped so far.
+
+        One that dies while it trains costs its trial an attempt, so `retries` bounds these.
+        """
+        claimed = self._search.n_claimed()
+        self._deaths = 1 if claimed != self._claimed else self._deaths + 1
+        self._claimed = claimed
+        if self._deaths >= DEATHS:
+            self.stop()
+            said = process.said() or "it said nothing; where memory runs out, the system kills with signal 9"
+            raise HpoError(
+                f"workers were killed {self._deaths} times, the last by signal {signal_number}, before they claimed a "
+                f"trial; none is lost. Worker {place}, before it was killed:\n{said}"
+            )
+        pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (self._deaths - 1))
+        self._due[place] = time.monotonic() + pause
+        self._say(f"worker {place} was killed (signal {signal_number}); it is started again in {pause:g} s")
 
     def stop(self) -> None:
         """Ask all to finish their epoch, and wait; what does not end in time is killed."""
@@ -83,6 +111,7 @@ class Workers:
         for process in self._running.values():
             process.end(max(0.0, end - time.monotonic()))
         self._running.clear()
+        self._due.clear()
 
 
 class Watch:
@@ -142,13 +171,24 @@ class _Process:
             thread.start()
 
     def status(self) -> int | None:
-        return self._process.poll()
+        """Return its exit status; None: it runs."""
+        status = self._process.poll()
+        if status is not None:
+            self._hear_out()
+        return status
 
     def said(self) -> str:
         """Return the last that it wrote to stderr."""
-        for thread in self._threads:
-            thread.join(timeout=5)
+        self._hear_out()
         return "\n".join(self._errors)
+
+    def _hear_out(self) -> None:
+        """Read what is left in the pipes of a process that has ended, and close them."""
+        for thread in self._threads:
+            thread.join(timeout=5)  # a process of the worker's own may hold them open
+        for stream, thread in zip((self._process.stdout, self._process.stderr), self._threads, strict=True):
+            if stream is not None and not thread.is_alive():
+                stream.close()
 
     def signal(self, number: int) -> None:
         self._process.send_signal(number)
@@ -159,6 +199,7 @@ class _Process:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._hear_out()
 
 
 def _listen(stream: object, hear: Callable[[str], object]) -> None:

@@ -8,9 +8,10 @@ from torch import nn
 
 from hpo.data import Data, Split
 from hpo.errors import InputError, Interrupted
-from hpo.objective import Function, Params
+from hpo.faults import all_alike, fault_of
+from hpo.objective import Function, Params, origin
 from hpo.plan import Plan
-from hpo.search import Search
+from hpo.search import Search, TakenOver
 from hpo.tracking import Tracker
 from hpo.trial import TrialRun, Trials
 
@@ -64,11 +65,25 @@ class Own:
     def train(self) -> None:
         """Train until there is no trial left to claim. Raises Interrupted."""
         while not self._stop() and (trial := self._trials.claim()) is not None:
-            if isinstance(self._plan.objective, Function):
-                self._call(self._plan.objective, trial)
-            else:
-                self._train_one(trial)
+            try:
+                if isinstance(self._plan.objective, Function):
+                    self._call(self._plan.objective, trial)
+                else:
+                    self._train_one(trial)
+            except TakenOver:
+                trial.let_go()
+            except Exception as error:
+                self._end_by(error, trial)
             self._trials.done(trial.member.number)
+
+    def _end_by(self, error: Exception, trial: TrialRun) -> None:
+        """End a trial by an error that is its own; raise any other again."""
+        fault = fault_of(error, self._plan.spec.catch, origin(error))
+        if fault is None or trial.ended:
+            raise error
+        trial.end(fault.state, fault=fault.text)
+        if fault.caught and all_alike(self._search.failures()):
+            raise error
 
     def _stop(self) -> bool:
         if self._stopping():

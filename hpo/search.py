@@ -93,6 +93,10 @@ class Lost:
     reason: str
 
 
+class TakenOver(Exception):
+    """A peer has ended this trial: its worker was not heard of for too long. It is to be let go."""
+
+
 class _Trial(Trial):
     """Optuna's trial, which tells what a plain Optuna objective reports."""
 
@@ -236,6 +240,16 @@ class Search:
             if trial.state.is_finished()
         }
 
+    def n_claimed(self) -> int:
+        """Return how many trials have been claimed so far, each retry counted."""
+        everything = self.storage.get_all_trials(self._study_id, deepcopy=False)
+        return sum(trial.state != TrialState.WAITING for trial in everything)
+
+    def failures(self) -> list[str | None]:
+        """Return of each trial that has ended why it failed; None: it did not."""
+        ended = [trial for trial in self.trials() if trial.state.is_finished()]
+        return [t.user_attrs.get("error") if t.state == TrialState.FAIL else None for t in ended]
+
     def drain_lost(self) -> list[Lost]:
         """Return other workers' trials that were ended here since the last call."""
         lost, self._lost = self._lost, []
@@ -258,6 +272,10 @@ class Search:
             if not self._waiting:  # peers were faster; there may be more
                 self._look_for_waiting()
         return None
+
+    def forget(self, number: int) -> None:
+        """Let a trial go that a peer has ended."""
+        self._let_go(number, self._claimed[number]._trial_id)
 
     def _let_go(self, number: int, trial_id: int) -> None:
         """Forget a trial that is no longer ours: its lease must not be renewed."""
@@ -337,7 +355,8 @@ class Search:
     ) -> tuple[Mapping[str, Any], float | None]:
         """Return the params that `function`, a plain Optuna objective, asked for, and its value; None: it pruned.
 
-        `told` is given each step and value that it reports. Raises InputError where it returns no number.
+        `told` is given each step and value that it reports. Raises InputError where it returns no number, TakenOver
+        where a peer has ended the trial meanwhile.
         """
         trial = self._claimed[number]
         trial.told = told
@@ -345,6 +364,10 @@ class Search:
             value = function(trial)
         except optuna.TrialPruned:
             return trial.params, None
+        except Exception as error:
+            if _says_finished(error):
+                raise TakenOver from error
+            raise
         try:
             return trial.params, float(value)
         except (TypeError, ValueError):
@@ -529,6 +552,13 @@ def open_search(
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study.set_metric_names([metric])  # the dashboard's axis
     return Search(study, storage, spec, space)
+
+
+def _says_finished(error: BaseException | None) -> bool:
+    """Whether an error, or what it was raised from, is that the trial was ended already."""
+    return error is not None and (
+        isinstance(error, UpdateFinishedTrialError) or _says_finished(error.__cause__ or error.__context__)
+    )
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from pydantic import (
 from hpo.document import Document
 from hpo.document import read as read_document
 from hpo.errors import Fault, did_you_mean
+from hpo.faults import wrong_names
 
 
 def _scalar(value: Any) -> Any:
@@ -256,8 +257,17 @@ class StudySpec(_Frozen):
     """How often a trial whose worker died is begun again: it may be the trial that kills it."""
     outage: _Time = 600.0
     """Seconds for which the storage may be away before a worker stops."""
+    catch: tuple[str, ...] = Field(default=(), strict=False)
+    """Exceptions by name that fail the trial whose code raises them, not the study (`Study.optimize(catch=)`)."""
     stack: Annotated[Literal["auto"] | int, BeforeValidator(_stack)] = "auto"
     """How many trials are trained at once on the device, as one stack, where their structure allows; auto: measured."""
+
+    @field_validator("catch")
+    @classmethod
+    def _exceptions(cls, catch: tuple[str, ...]) -> tuple[str, ...]:
+        for _, why in wrong_names(catch):
+            raise ValueError(why)
+        return catch
 
     @field_validator("name")
     @classmethod

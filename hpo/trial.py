@@ -14,6 +14,8 @@ from hpo.search import Claim, Search
 from hpo.stack import Member, Stack
 from hpo.tracking import Tracker
 
+TAKEN_OVER = "another worker took this trial over, since this one was not heard of for too long"
+
 
 class TrialRun:
     """Tells storage, tracker and progress of one trial, from its claim to its end."""
@@ -133,14 +135,15 @@ class TrialRun:
         number, search = self.member.number, self._search
         self.ended = True
         failed = self._keep_weights(value) if state == "COMPLETE" and self._kept and value is not None else None
+        if state == "PRUNED" and fault is not None:
+            search.annotate(number, error=fault)
         if state == "COMPLETE":
             assert value is not None
             ours = search.complete(number, value)
         else:
             ours = search.prune(number) if state == "PRUNED" else search.fail(number, str(fault))
         if not ours:
-            state, value = "INTERRUPTED", None
-            fault = "another worker took this trial over, since this one was not heard of for too long"
+            state, value, fault = "INTERRUPTED", None, TAKEN_OVER
         if self._has_candidate:
             checkpoints.settle(self._plan, search, self._progress.note)
         if ours:
@@ -165,6 +168,13 @@ class TrialRun:
 
     def _better(self, value: float, than: float) -> bool:
         return value > than if self._plan.maximize else value < than
+
+    def let_go(self) -> None:
+        """End a trial here that a peer has ended in the storage: its successor is another worker's."""
+        self.ended = True
+        self._search.forget(self.member.number)
+        self._tracker.end_trial(self.member.number, "INTERRUPTED", TAKEN_OVER)
+        self._progress.trial_ended(self.member.number, "INTERRUPTED", None, TAKEN_OVER)
 
     def give_back(self, reason: str) -> None:
         """End the trial, and queue a successor for it."""

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from hpo import launch
+from hpo.errors import HpoError
 from tests.cli import invoke, refused, summary
 from tests.conftest import run_hpo, start_hpo
 
@@ -52,7 +54,7 @@ def test_two_workers_share_a_study_and_one_that_is_killed_is_replaced(study):
     subprocess.run(["kill", "-9", str(killed)], check=True)
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
-    assert "was killed (signal 9); another one takes its place" in out
+    assert "was killed (signal 9); it is started again in 0.5 s" in out
     assert summary(out)["trials"] == {"complete": 6, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
     assert query("select count(*) from trials where state = 'RUNNING'") == [(0,)]
     assert query(OPEN_RUNS, "mlruns/mlflow.db") == [(0,)]
@@ -171,3 +173,21 @@ def test_the_studys_file_is_kept_without_its_passwords(study):
     kept = json.loads(json.loads(stored[0]))
     assert kept["objective"] == "linear.py"
     assert "storage" not in kept
+
+
+def test_workers_that_die_at_their_start_are_not_started_for_ever(study, monkeypatch):
+    """Ten in a minute, for ever: now so many, with pauses, and then the reason."""
+    monkeypatch.setattr(launch, "DEATHS", 4)
+    monkeypatch.setattr(launch, "_FIRST_PAUSE", 0.05)
+    text = Path("linear.py").read_text()
+    Path("linear.py").write_text(
+        f"{text}\nimport os, signal, sys\nif 'HPO_LAUNCHED' in os.environ:\n"
+        "    print('the driver is missing', file=sys.stderr, flush=True)\n    os.kill(os.getpid(), signal.SIGSEGV)\n"
+    )
+    path = study("trials: 2")
+    with pytest.raises(HpoError) as caught:
+        invoke("run", path, "--workers", "2")
+    assert caught.value.exit_status == 1
+    assert "workers were killed 4 times, the last by signal 11, before they claimed a trial" in str(caught.value)
+    assert "the driver is missing" in str(caught.value)
+    assert query("select count(*) from trials where state not in ('WAITING', 'FAIL')") == [(0,)]

@@ -27,6 +27,7 @@ LAYERS = {
     "catalog": 1,
     "losses": 1,
     "budget": 1,
+    "faults": 1,
     "spec": 2,
     "data": 2,
     "tracking": 2,
@@ -173,6 +174,7 @@ def test_the_surface_is_frozen() -> None:
         "grace",
         "retries",
         "outage",
+        "catch",
         "stack",
     )
     options = {}

@@ -1,4 +1,4 @@
-"""A checkpoint of another study, trial, data or code is not resumed from; `best.pt` is the best trial's, or not there."""
+"""A checkpoint of another study, trial, data or code is not resumed from; best.pt is the best trial's, or not there."""
 
 import os
 import subprocess

@@ -1,0 +1,86 @@
+"""Which errors are one trial's own: they end that trial, and the study continues.
+
+Out of memory, and what study.yaml's `catch` names, fail the trial; `optuna.TrialPruned`, raised where a network is
+built or its loss computed, says that the configuration is infeasible: the trial is pruned. Every other error is a bug,
+and stops the study with its traceback.
+"""
+
+import builtins
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import torch
+
+from hpo.errors import HpoError
+
+ALIKE = 3
+"""If so many trials have ended, all with the same caught error at the same place, it is a bug: the study stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialFault:
+    """How an error ends its trial: `state` is FAIL or PRUNED, `text` is said and stored."""
+
+    state: str
+    text: str
+    caught: bool = False
+    """Whether it is one of those that `catch` names."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that the device, or the machine, has no memory left."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+    )
+
+
+def fault_of(error: BaseException, catch: Sequence[str], where: str) -> TrialFault | None:
+    """Return how `error` ends the trial that it is of; None: it is no trial's own. `where` is said of a caught one."""
+    if _is_pruned(error):
+        return TrialFault(state="PRUNED", text=f"infeasible: {_line(error) or 'optuna.TrialPruned'}")
+    if is_out_of_memory(error):
+        return TrialFault(state="FAIL", text=f"out of memory: {_line(error) or type(error).__name__}")
+    if isinstance(error, HpoError) or not isinstance(error, Exception):
+        return None
+    names = {
+        name for cls in type(error).__mro__[:-2] for name in (cls.__name__, f"{cls.__module__}.{cls.__qualname__}")
+    }
+    return TrialFault(state="FAIL", text=where, caught=True) if names & set(catch) else None
+
+
+def _is_pruned(error: BaseException) -> bool:
+    return any(cls.__name__ == "TrialPruned" and cls.__module__.startswith("optuna.") for cls in type(error).__mro__)
+
+
+def all_alike(reasons: Sequence[str | None]) -> bool:
+    """Whether these reasons, of all the trials that have ended (None: one did not fail), are one error at one place."""
+    return len(reasons) >= ALIKE and None not in reasons and len({_key(str(reason)) for reason in reasons}) == 1
+
+
+def _key(reason: str) -> tuple[str, str]:
+    """Return an error's type and place in `ValueError: its message (file.py:12)`: messages hold params."""
+    place = re.search(r"\(([^()]*:\d+)\)$", reason)
+    return reason.partition(":")[0], place[1] if place else ""
+
+
+def wrong_names(catch: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """Yield the place of each name that cannot be meant, and why."""
+    for place, name in enumerate(catch):
+        known = getattr(builtins, name, None)
+        if isinstance(known, type) and issubclass(known, BaseException):
+            if not issubclass(known, Exception):
+                yield place, f"must name an Exception, but {name} is how a process is stopped"
+        elif known is not None or not re.fullmatch(r"[A-Za-z_][\w.]*", name):
+            yield (
+                place,
+                f"must name an exception, as Python shows it (ValueError, torch.linalg.LinAlgError), but got {name!r}",
+            )
+        elif near := get_close_matches(name, [n for n in dir(builtins) if n.endswith(("Error", "Exception"))], 1, 0.85):
+            yield place, f'there is no exception {name!r}; did you mean "{near[0]}"?'
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:300]

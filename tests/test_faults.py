@@ -1,0 +1,188 @@
+"""Errors that end a trial and not its study: out of memory, an infeasible configuration, what `catch` names."""
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+from optuna.trial import TrialState
+
+from hpo import own
+from hpo.faults import all_alike, fault_of
+from tests.cli import invoke, refused, summary
+
+FUNCTION = """
+import optuna, os
+
+def of(trial):
+    x = trial.suggest_float("x", 0, 1)
+    kind = os.environ["KINDS"].split()[trial.number % len(os.environ["KINDS"].split())]
+    if kind == "memory":
+        raise MemoryError("cannot allocate 9 TB")
+    if kind == "torch":
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")
+    if kind == "value":
+        raise ValueError(f"x is {x}")
+    if kind == "other":
+        raise ValueError(f"elsewhere {x}")
+    if kind == "mine":
+        raise Mine("of mine")
+    if kind == "pruned":
+        raise optuna.TrialPruned("too wide")
+    return x
+
+class Mine(ArithmeticError):
+    pass
+"""
+OWN = """
+import torch
+from torchmetrics.regression import MeanSquaredError
+from hpo.data import Data, Split
+from hpo.objective import Objective
+import f
+
+class Trains(Objective):
+    defaults = {"x": 0.5}
+    space = {"x": {"type": "float", "low": 0, "high": 1}}
+
+    def data(self):
+        split = Split(inputs={"x": torch.zeros(4, 1)}, targets=torch.zeros(4, 1))
+        return Data(train=split, valid=split, test=split)
+
+    def metrics(self):
+        return {"mse": MeanSquaredError()}
+
+    def train(self, params, report):
+        Trains.n = getattr(Trains, "n", -1) + 1
+
+        class Trial:
+            number = Trains.n
+            suggest_float = staticmethod(lambda name, low, high: params["x"])
+
+        report({"mse": f.of(Trial)})
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("f.py").write_text(FUNCTION)
+    Path("own.py").write_text(OWN)
+    import sys
+
+    sys.modules.pop("f", None)
+
+
+def run(monkeypatch, kinds, text="", objective="f.py:of", call=invoke, trials=4):
+    monkeypatch.setenv("KINDS", kinds)
+    Path("s.yaml").write_text(f"objective: {objective}\ntrials: {trials}\ntracking: off\nepochs: 2\n{text}")
+    return call("run", "s.yaml", *([] if call is refused else ["--json"]))
+
+
+def errors():
+    query = "select value_json from trial_user_attributes where key = 'error' order by trial_id"
+    return [row[0].strip('"') for row in sqlite3.connect("mlruns/optuna.db").execute(query)]
+
+
+@pytest.mark.parametrize("objective", ["f.py:of", "own.py"])
+@pytest.mark.parametrize("kind", ["memory", "torch"])
+def test_out_of_memory_fails_its_trial_and_the_study_continues(monkeypatch, kind, objective):
+    result = summary(run(monkeypatch, f"good {kind}", objective=objective))
+    assert result["trials"] == {"complete": 2, "pruned": 0, "failed": 2, "running": 0, "waiting": 0}
+    assert all("out of memory: " in error for error in errors())
+    assert summary(run(monkeypatch, f"good {kind}", objective=objective))["trials"] == result["trials"]
+
+
+@pytest.mark.parametrize("objective", ["f.py:of", "own.py"])
+@pytest.mark.parametrize(("kind", "catch"), [("value", "ValueError"), ("mine", "ArithmeticError"), ("mine", "Mine")])
+def test_what_catch_names_fails_its_trial_with_type_message_and_place(monkeypatch, objective, kind, catch):
+    result = summary(run(monkeypatch, f"good {kind}", f"catch: [KeyError, {catch}]", objective))
+    assert (result["trials"]["complete"], result["trials"]["failed"]) == (2, 2)
+    assert all(error.startswith(("ValueError: x is", "Mine: of mine")) and "f.py:" in error for error in errors())
+
+
+@pytest.mark.parametrize("objective", ["f.py:of", "own.py"])
+def test_an_infeasible_configuration_is_pruned(monkeypatch, objective):
+    result = summary(run(monkeypatch, "good pruned", objective=objective))
+    assert (result["trials"]["complete"], result["trials"]["pruned"]) == (2, 2)
+
+
+@pytest.mark.parametrize("catch", ["", "catch: [KeyError]"])
+def test_any_other_error_stops_the_study_with_its_traceback(monkeypatch, catch):
+    with pytest.raises(ValueError, match="x is"):
+        run(monkeypatch, "value", catch)
+    assert sqlite3.connect("mlruns/optuna.db").execute("select count(*) from trials where state = 'FAIL'") is not None
+
+
+def test_the_first_three_failing_alike_stop_it_whatever_their_params(monkeypatch):
+    with pytest.raises(ValueError, match="x is"):
+        run(monkeypatch, "value", "catch: [ValueError]", trials=9)
+    assert len(errors()) == 3
+    result = summary(run(monkeypatch, "good", "catch: [ValueError]", trials=9))
+    assert (result["trials"]["complete"], result["trials"]["failed"]) == (6, 3)
+
+
+def test_three_that_fail_differently_stop_nothing(monkeypatch):
+    result = summary(run(monkeypatch, "value other mine value good", "catch: [ValueError, Mine]", trials=5))
+    assert (result["trials"]["complete"], result["trials"]["failed"]) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("catch", "said"),
+    [
+        ("[ValeuError]", "there is no exception 'ValeuError'; did you mean \"ValueError\"?"),
+        ("[KeyboardInterrupt]", "must name an Exception, but KeyboardInterrupt is how a process is stopped"),
+        ("[print]", "must name an exception, as Python shows it"),
+        ("['a b']", "must name an exception"),
+        ("ValueError", "catch"),
+        ("[1]", "catch"),
+    ],
+)
+def test_a_wrong_catch_is_refused(monkeypatch, catch, said):
+    assert said in run(monkeypatch, "good", f"catch: {catch}", call=refused)
+
+
+def test_what_stops_a_process_or_is_told_to_its_user_is_never_caught():
+    from hpo.errors import InputError
+
+    for error in (InputError("x"), KeyboardInterrupt(), SystemExit()):
+        assert fault_of(error, ["Exception", "InputError", "HpoError"], "where") is None
+    assert fault_of(ValueError("x"), ["Exception"], "where").caught
+
+
+def test_alike_is_of_one_type_at_one_place():
+    assert not all_alike(["ValueError: 1 (f.py:3)"] * 2)
+    assert all_alike([f"ValueError: {n} (f.py:3)" for n in range(3)])
+    assert not all_alike(["ValueError: 1 (f.py:3)", "ValueError: 1 (f.py:4)", "ValueError: 1 (f.py:3)"])
+    assert not all_alike(["ValueError: 1 (f.py:3)"] * 3 + [None])
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_stalled_workers_function_lets_its_trial_go(monkeypatch, wrapped):
+    """A peer ended the trial meanwhile: `Trial#0 has already finished` once ended the whole run."""
+    first = own.Own._call
+
+    def stalls(self, function, trial):
+        if trial.member.number == 0:
+            plain = function.call
+
+            def call(optuna_trial):
+                self._search.storage.set_trial_state_values(optuna_trial._trial_id, TrialState.FAIL)
+                try:
+                    return plain(optuna_trial)
+                except Exception as error:
+                    if wrapped:
+                        raise RuntimeError("of the user's own") from error
+                    raise
+
+            function.call = call
+            try:
+                return first(self, function, trial)
+            finally:
+                function.call = plain
+        return first(self, function, trial)
+
+    monkeypatch.setattr(own.Own, "_call", stalls)
+    out = run(monkeypatch, "good", trials=3)
+    assert "another worker took this trial over" in out
+    assert summary(out)["trials"]["complete"] == 2
