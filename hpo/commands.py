@@ -22,14 +22,24 @@ from hpo.console import Notes
 from hpo.data import Data
 from hpo.errors import HpoError, InputError, Interrupted, masked
 from hpo.launch import LAUNCHED, LAUNCHER, Watch, Workers, how_many
-from hpo.mlflow_tracker import open_tracker, send_unsent
+from hpo.mlflow_tracker import open_tracker
 from hpo.objective import Function
 from hpo.outage import StorageAway
 from hpo.plan import OUTPUT, Plan, prepare
 from hpo.progress import Progress
 from hpo.ray_workers import RayWorkers
 from hpo.search import STUDY_FILE, Best, Search, open_search, stored_file
-from hpo.selection import Outcome, bundle_folder, conclude, finish, outcome
+from hpo.selection import (
+    UNSENT,
+    Outcome,
+    begin_tracking,
+    bundle_folder,
+    conclude,
+    end_tracking,
+    finish,
+    outcome,
+    settle,
+)
 from hpo.stopping import Stop, signals
 from hpo.storage import close_storage, open_storage, serve_storage
 from hpo.tryout import try_out
@@ -61,7 +71,7 @@ def run(path: Path, overrides: Mapping[str, str], several: Several | None = None
         over = search.counts().unfinished == 0
         if over:
             done = outcome(search, best)
-            send_unsent(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)
+            settle(plan, search, out.print)
             out.print(f"{plan.spec.name}: all {plan.spec.trials} trials are done")
         if done is None and not (over and best is not None and isinstance(plan.objective, Function)):
             stopping = stack.enter_context(signals())
@@ -75,7 +85,8 @@ def _run(
     plan: Plan, search: Search, stopping: Stop, out: Console, overrides: Mapping[str, str], several: Several
 ) -> Outcome | None:
     data = _load(plan, search)
-    tracker = open_tracker(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)
+    tracker = open_tracker(plan.spec.tracking, plan.spec.name, UNSENT, out.print)
+    begin_tracking(plan, search)
     of_what = f"of {plan.spec.epochs} epochs on {plan.device}, {len(data.train)} rows" if data else "of a function"
     out.print(f"{plan.spec.name}: {plan.spec.trials} trials {of_what}; {masked(plan.spec.storage)}")
     if code_differs(plan, search):
@@ -103,7 +114,7 @@ def _run(
         state = "INTERRUPTED"
         raise
     finally:
-        tracker.end_study(state)
+        end_tracking(plan, search, tracker, state)
 
 
 def _work_together(
@@ -159,7 +170,7 @@ def worker(
         launcher = os.environ.get(LAUNCHER)
         stopping = stack.enter_context(signals(int(launcher) if launcher else None)) if stop is None else stop
         data = _load(plan, search)
-        tracker = open_tracker(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)
+        tracker = open_tracker(plan.spec.tracking, plan.spec.name, UNSENT, out.print)
         stack.callback(tracker.close)
         with nullcontext(Notes(out.print)) if launched else _progress(plan, search, out) as progress:
             work(plan, data, search, tracker, progress, stopping, stopping.overdue)
@@ -191,9 +202,7 @@ def repair(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
             time.sleep(_LOOK_SECONDS)  # to see whether a lease that has run out is renewed
         for number, reason in search.drain_lost():
             out.print(f"trial {number} is ended: {reason}; its place is free again")
-        tracker = open_tracker(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)
-        tracker.reconcile(search.ends())
-        tracker.close()
+        settle(plan, search, out.print, always=True)
         counts = search.counts()
         out.print(
             f"{plan.spec.name}: {counts.finished} of {plan.spec.trials} trials done, {counts.running} running, "
