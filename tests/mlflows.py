@@ -1,11 +1,16 @@
 """What the tests of tracking share: MLflow as it is looked at from outside, over SQLite and over HTTP."""
 
+import shutil
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from hpo.mlflow_runs import quiet
 from hpo.mlflow_tracker import MlflowTracker
 
 
@@ -18,14 +23,6 @@ def quietly() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def new_database(folder: Path) -> Path:
-    """Return a database that MLflow has made its tables in, to be copied: that takes seconds."""
-    tracker = MlflowTracker(f"sqlite:///{folder}/mlflow.db", "other", folder / "unsent", no_warning)
-    tracker.start_study({}, {})
-    assert tracker.end_study("COMPLETE")
-    return folder / "mlflow.db"
 
 
 class Mlflow:
@@ -68,9 +65,50 @@ class Mlflow:
         with quietly():
             return sorted(file.path for file in self.client.list_artifacts(self.runs()[mark].info.run_id, folder))
 
+    def text(self, mark: str, file: str) -> str:
+        with quietly():
+            return Path(self.client.download_artifacts(self.runs()[mark].info.run_id, file)).read_text()
+
     def unsent(self) -> list[Path]:
         """Return the files in the outbox but those of what was refused."""
         return [p for p in self.outbox.rglob("*") if p.is_file() and p.name != "refused.jsonl"]
 
     def refused(self) -> str:
         return "".join(file.read_text() for file in self.outbox.rglob("refused.jsonl"))
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a database that MLflow has made its tables in, to be copied: that takes seconds."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    with quiet(), quietly():
+        MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture(scope="session")
+def tracking_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Give the address of an `mlflow server` that all tests share, each with a study of its own name."""
+    from tests.servers import MlflowServer
+
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow") / "server")
+    yield server.address
+    server.stop()
+
+
+def in_store(kind: str, request: pytest.FixtureRequest, folder: Path) -> Mlflow:
+    """Return a study of its own in a tracking store, `sqlite` or `http`, with its outbox in `folder`."""
+    study = f"s{uuid.uuid4().hex[:8]}"
+    if kind == "http":
+        return Mlflow(request.getfixturevalue("tracking_server"), study, folder / "unsent")
+    (folder / "mlruns").mkdir()
+    shutil.copy(request.getfixturevalue("empty_database"), folder / "mlruns/mlflow.db")
+    return Mlflow(f"sqlite:///{folder}/mlruns/mlflow.db", study, folder / "unsent")
+
+
+@pytest.fixture(params=["sqlite", "http"])
+def mlflow(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mlflow:
+    monkeypatch.chdir(tmp_path)
+    return in_store(request.param, request, tmp_path)

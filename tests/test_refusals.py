@@ -2,41 +2,13 @@
 
 import json
 import math
-import shutil
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from hpo.mlflow_tracker import MlflowTracker
 from hpo.processes import this_process
-from tests.mlflows import Mlflow, new_database, quietly
-from tests.servers import MlflowServer
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    server = MlflowServer(tmp_path_factory.mktemp("mlflow") / "server")
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return new_database(tmp_path_factory.mktemp("mlflow"))
-
-
-@pytest.fixture(params=["sqlite", "http"])
-def mlflow(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mlflow:
-    monkeypatch.chdir(tmp_path)
-    study = f"s{uuid.uuid4().hex[:8]}"
-    if request.param == "http":
-        return Mlflow(request.getfixturevalue("server").address, study, tmp_path / "unsent")
-    Path("mlruns").mkdir()
-    shutil.copy(request.getfixturevalue("empty_database"), "mlruns/mlflow.db")
-    return Mlflow(f"sqlite:///{tmp_path}/mlruns/mlflow.db", study, tmp_path / "unsent")
-
+from tests.mlflows import Mlflow, quietly
 
 ILLEGAL = [
     "r2@5",

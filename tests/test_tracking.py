@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import shutil
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -13,19 +15,8 @@ import pytest
 from hpo.errors import InputError
 from hpo.mlflow_tracker import MlflowTracker, open_tracker
 from hpo.processes import this_process
-from hpo.tracking import MemoryTracker, NullTracker, Tracker, check_address
-
-
-@pytest.fixture(params=["null", "memory", "mlflow"])
-def tracker(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tracker:
-    monkeypatch.chdir(tmp_path)
-    if request.param == "mlflow":
-        return MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", _no_warning)
-    return NullTracker() if request.param == "null" else MemoryTracker()
-
-
-def _no_warning(text: str) -> None:
-    raise AssertionError(text)
+from hpo.tracking import STATUS, MemoryTracker, NullTracker, Tracker, check_address
+from tests.mlflows import Mlflow, in_store, no_warning
 
 
 def tell(tracker: Tracker) -> None:
@@ -44,33 +35,174 @@ def tell(tracker: Tracker) -> None:
     tracker.end_study("COMPLETE")
 
 
+@dataclass
+class Seen:
+    """What a tracker holds of a study, by trial (None: the study); NaN as text, since it equals nothing."""
+
+    ends: dict[int | None, str] = field(default_factory=dict)
+    errors: dict[int | None, str] = field(default_factory=dict)
+    params: dict[int, dict[str, str]] = field(default_factory=dict)
+    curves: dict[int | None, dict[str, dict[int, float | str]]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+
+
+def _shown(value: float) -> float | str:
+    return "nan" if math.isnan(value) else value
+
+
+def _of_memory(tracker: MemoryTracker) -> Seen:
+    curves: dict[int | None, dict[str, dict[int, float | str]]] = {}
+    for trial, rows in tracker.metrics.items():
+        for step, metrics in rows:
+            for key, value in metrics.items():
+                curves.setdefault(trial, {}).setdefault(key, {})[step] = _shown(value)
+    return Seen(
+        ends={trial: state for trial, (state, _) in tracker.ended.items()},
+        errors={trial: error for trial, (_, error) in tracker.ended.items() if error},
+        params={trial: {key: str(value) for key, value in params.items()} for trial, params in tracker.params.items()},
+        curves=curves,
+        files={file.name: file.read_text() for folder in tracker.folders for file in folder.iterdir()},
+        tags=dict(tracker.tags),
+    )
+
+
+def _of_mlflow(mlflow: Mlflow) -> Seen:
+    seen = Seen()
+    for mark, run in mlflow.runs().items():
+        trial, tags = None if mark == "study" else int(mark), run.data.tags
+        if "hpo.state" in tags:
+            assert run.info.status == STATUS[tags["hpo.state"]]
+            seen.ends[trial] = tags["hpo.state"]
+        if "hpo.error" in tags:
+            seen.errors[trial] = tags["hpo.error"]
+        if run.data.metrics:
+            curves = {key: mlflow.curve(mark, key) for key in run.data.metrics}
+            seen.curves[trial] = {key: {step: _shown(x) for step, x in curve} for key, curve in curves.items()}
+        if trial is None:
+            seen.files = {Path(name).name: mlflow.text("study", name) for name in mlflow.files("study", "bundle")}
+            seen.tags = {key: value for key, value in tags.items() if key == "hpo.stack"}
+        else:
+            seen.params[trial] = run.data.params
+    return seen
+
+
+Opened = tuple[Callable[[], Tracker], Callable[[], Seen]]
+
+
+@pytest.fixture(params=["null", "memory", "sqlite", "http"])
+def opened(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Opened:
+    """Return a function that opens the study's tracker, and one that looks at what is there then."""
+    monkeypatch.chdir(tmp_path)
+    if request.param == "null":
+        return NullTracker, Seen
+    if request.param == "memory":
+        memory = MemoryTracker()
+        return lambda: memory, lambda: _of_memory(memory)
+    mlflow = in_store(request.param, request, tmp_path)
+    return mlflow.tracker, lambda: _of_mlflow(mlflow)
+
+
+def expected(tracker: Tracker, **what: object) -> Seen:
+    """Return what must be seen: all of it, or nothing where there is no tracker."""
+    return Seen() if isinstance(tracker, NullTracker) else Seen(**what)  # type: ignore[arg-type]
+
+
 class TestContract:
-    """Every tracker takes a whole study, in this order and again, without raising."""
+    """Every tracker holds in the end what it was told, however often; one that is none holds nothing."""
 
-    def test_a_whole_study(self, tracker: Tracker) -> None:
-        tell(tracker)
+    @pytest.mark.parametrize("times", [1, 2])
+    def test_a_whole_study(self, opened: Opened, times: int) -> None:
+        open_it, look = opened
+        for _ in range(times):
+            tracker = open_it()
+            tell(tracker)
+        train = {epoch: 1.0 / (epoch + 1) for epoch in range(4)}
+        valid = [dict.fromkeys(range(4), 0.5)] * 2 + [dict.fromkeys(range(4), "nan")]
+        assert look() == expected(
+            tracker,
+            ends={0: "COMPLETE", 1: "PRUNED", 2: "FAIL", None: "COMPLETE"},
+            errors={2: look().errors.get(2)},  # the password in it: below
+            params={trial: {"lr": "0.1", "n": str(trial)} for trial in range(3)},
+            curves={trial: {"train_loss": train, "valid_loss": valid[trial]} for trial in range(3)},
+            tags={"hpo.stack": "one trial at a time"},
+        )
 
-    def test_the_same_study_told_again(self, tracker: Tracker) -> None:
-        tell(tracker)
-        tell(tracker)
-
-    def test_a_run_id_is_text_or_nothing(self, tracker: Tracker) -> None:
+    def test_a_run_id_is_text_or_nothing(self, opened: Opened) -> None:
+        tracker = opened[0]()
         tracker.start_study({}, {})
         run = tracker.start_trial(0, {})
-        assert (run is None) == isinstance(tracker, NullTracker)
+        assert run is None if isinstance(tracker, NullTracker) else (isinstance(run, str) and run)
+        assert tracker.close() is True
 
-    def test_a_folder_is_taken(self, tracker: Tracker, tmp_path: Path) -> None:
+    def test_params_that_become_known_later_are_added(self, opened: Opened) -> None:
+        open_it, look = opened
+        tracker = open_it()
+        tracker.start_trial(0, {"a": 1})
+        tracker.log_params(0, {"b": 2})
+        assert tracker.close() is True
+        assert look() == expected(tracker, params={0: {"a": "1", "b": "2"}})
+
+    def test_a_folder_is_kept_and_replaced_by_what_is_in_it_later(self, opened: Opened, tmp_path: Path) -> None:
+        open_it, look = opened
         (tmp_path / "b").mkdir()
-        (tmp_path / "b/model.pt").write_text("m")
+        for text in ("one", "two", "two"):
+            (tmp_path / "b/model.pt").write_text(text)
+            tracker = open_it()
+            tracker.start_study({}, {})
+            tracker.log_folder(tmp_path / "b", "bundle")
+            assert tracker.end_study("COMPLETE") is True
+            assert look() == expected(tracker, ends={None: "COMPLETE"}, files={"model.pt": text})
+
+    def test_reconcile_and_end_agree(self, opened: Opened) -> None:
+        """One that is open is ended, one with another end corrected, a right one left, one without a run not made."""
+        open_it, look = opened
+        tracker = open_it()
         tracker.start_study({}, {})
-        tracker.log_folder(tmp_path / "b", "bundle")
-        tracker.end_study("COMPLETE")
+        for trial in range(6):
+            tracker.start_trial(trial, {})
+        ends = {
+            0: ("COMPLETE", None),
+            1: ("PRUNED", None),
+            2: ("FAIL", "worker w died"),
+            3: ("INTERRUPTED", "worker w died"),
+            4: ("INTERRUPTED", "worker w died"),
+            9: ("COMPLETE", None),
+        }
+        tracker.end_trial(0, "COMPLETE")
+        tracker.end_trial(2, "INTERRUPTED", "worker w died")
+        tracker.end_trial(3, "FAIL", "worker w died")
+        for _ in range(2):
+            tracker.reconcile(ends)
+            assert tracker.close() is True
+            assert look() == expected(
+                tracker,
+                ends={0: "COMPLETE", 1: "PRUNED", 2: "FAIL", 3: "INTERRUPTED", 4: "INTERRUPTED"},
+                errors=dict.fromkeys((2, 3, 4), "worker w died"),
+                params={trial: {} for trial in range(6)},
+            )
+
+    def test_a_study_that_is_run_again_is_open_until_it_ends(self, opened: Opened) -> None:
+        open_it, look = opened
+        for state in ("INTERRUPTED", "COMPLETE"):
+            tracker = open_it()
+            tracker.start_study({}, {})
+            tracker.log_metrics(None, 3, {"test_r2": 0.5})
+            assert tracker.end_study(state) is True
+            assert look() == expected(tracker, ends={None: state}, curves={None: {"test_r2": {3: 0.5}}})
 
 
 @pytest.fixture
-def mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowTracker]:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path) -> None:
+    """Be in a folder whose database for MLflow has its tables."""
     monkeypatch.chdir(tmp_path)
-    yield MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", _no_warning)
+    Path("mlruns").mkdir()
+    shutil.copy(empty_database, "mlruns/mlflow.db")
+
+
+@pytest.fixture
+def mlflow(here: None, tmp_path: Path) -> Iterator[MlflowTracker]:
+    yield MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", no_warning)
     assert not list((tmp_path / "unsent").glob("*"))
 
 
@@ -114,7 +246,7 @@ def test_an_error_is_kept_without_its_password(mlflow: MlflowTracker) -> None:
 
 def test_told_twice_there_is_one_run_each(mlflow: MlflowTracker) -> None:
     tell(mlflow)
-    tell(MlflowTracker("sqlite:///mlruns/mlflow.db", "s", Path("unsent"), _no_warning))
+    tell(MlflowTracker("sqlite:///mlruns/mlflow.db", "s", Path("unsent"), no_warning))
     assert query("select count(*) from runs") == [(4,)]
     assert query("select count(*) from metrics") != [(0,)]
 
@@ -151,9 +283,10 @@ def test_a_tracker_that_fails_says_it_once_and_sends_everything_later(
     assert len(warnings) == 1
     assert "sqlite:///mlruns/mlflow.db does not work (ConnectionError: http://bob:***@h:5000 refused)" in warnings[0]
     assert "training goes on, and what could not be sent is kept in" in warnings[0]
-    assert "s3cret" not in next((tmp_path / "unsent").iterdir()).read_text()
+    (unsent,) = (tmp_path / "unsent/s").iterdir()
+    assert "s3cret" not in unsent.read_text()
 
-    later = MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", _no_warning)
+    later = MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", no_warning)
     later.start_study({}, {})
     later.end_study("COMPLETE")
     assert query("select name, status from runs order by name") == [
@@ -178,8 +311,7 @@ def test_a_tracker_that_fails_does_not_hold_up_training(tmp_path: Path) -> None:
     tracker.close()
 
 
-def test_a_tracker_that_comes_back_midway_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_tracker_that_comes_back_midway_says_so(here: None, tmp_path: Path) -> None:
     said: list[str] = []
     tracker = _Server("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", said.append)
     tracker.start_study({}, {})
@@ -195,16 +327,13 @@ def test_a_tracker_that_comes_back_midway_says_so(tmp_path: Path, monkeypatch: p
     assert {("s",), ("trial 0",), ("trial 1",)} <= set(query("select name from runs"))
 
 
-def test_an_outbox_cut_short_by_a_kill_is_read_as_far_as_it_goes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_an_outbox_cut_short_by_a_kill_is_read_as_far_as_it_goes(here: None, tmp_path: Path) -> None:
     (tmp_path / "unsent").mkdir()
     place, _, _ = this_process().rpartition("-")
     (tmp_path / f"unsent/s.{place}-999999999.jsonl").write_text(
         '{"do": "start", "trial": null, "time": 1}\n{"do": "sta'
     )
-    MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", _no_warning).end_study("COMPLETE")
+    MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", no_warning).end_study("COMPLETE")
     assert query("select name from runs") == [("s",)]
 
 
@@ -212,9 +341,9 @@ def test_an_outbox_on_a_full_disk_stops_nothing(mlflow: MlflowTracker, tmp_path:
     mlflow.start_study({}, {})
     mlflow.start_trial(0, {})
     mlflow._warn = lambda text: None
-    mlflow._append({"do": "metrics"})  # opens the file
-    mlflow._log.close()
-    mlflow._log = open("/dev/full", "w")  # noqa: SIM115
+    mlflow._outbox.append({"do": "metrics"})  # opens the file
+    mlflow._outbox._log.close()
+    mlflow._outbox._log = open("/dev/full", "w")  # noqa: SIM115
     for epoch in range(3):
         mlflow.log_metrics(0, epoch, {"valid_loss": 0.5})
     mlflow._note_failure(RuntimeError("the disk is full"))
@@ -231,13 +360,9 @@ def test_what_another_machine_left_long_ago_is_sent(mlflow: MlflowTracker, tmp_p
     left.parent.mkdir(exist_ok=True)
     left.write_text(json.dumps({"do": "metrics", "trial": 4, "time": 1, "rows": [["valid_loss", 0.5, 1, 0]]}) + "\n")
     os.utime(left, (time.time() - 7200, time.time() - 7200))
-    damaged = tmp_path / "unsent/s.elsewhere-1-3.jsonl"
-    damaged.write_bytes(b"\xff\xfe\x00")
-    os.utime(damaged, (time.time() - 7200, time.time() - 7200))
     mlflow.reconcile({})
     mlflow.end_study("COMPLETE")
     assert query("select name from runs order by name") == [("s",), ("trial 4",)]
-    damaged.unlink()
 
 
 def test_what_a_worker_left_that_died_is_sent_at_the_studys_end(mlflow: MlflowTracker, tmp_path: Path) -> None:
@@ -265,4 +390,4 @@ def test_addresses_that_can_work(address: str) -> None:
 @pytest.mark.parametrize("address", ["./mlruns", "mlruns", "file:///tmp/mlruns", "", "on"])
 def test_addresses_that_never_work(address: str) -> None:
     with pytest.raises(InputError, match=r"must be off, a server \(http://host:5000\) or a database"):
-        open_tracker(address, "s", Path("unsent"), _no_warning)
+        open_tracker(address, "s", Path("unsent"), no_warning)
