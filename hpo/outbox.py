@@ -123,8 +123,8 @@ def left_behind(folder: Path, study: str) -> list[Path]:
     """
     of_study = {file: file.stem for file in (folder / study).glob("*.jsonl") if re.fullmatch(r".+-\d+", file.stem)}
     for file in folder.glob("*.jsonl"):
-        process = file.stem.removeprefix(f"{study}.")
-        if process != file.stem and _is_process(process):
+        whose, process = _study_and_process(file.stem)
+        if whose == study:
             of_study[file] = process
     found = []
     for file, process in sorted(of_study.items()):
@@ -134,11 +134,11 @@ def left_behind(folder: Path, study: str) -> list[Path]:
     return found
 
 
-def _is_process(name: str) -> bool:
-    """Whether `name` is certainly a process's: `v2.host-1` may be process `host-1` of a study that ends in `.v2`."""
-    host = socket.gethostname()
-    rest = name.removeprefix(host) if name.startswith(f"{host}-") else name  # this machine's name may have dots
-    return re.fullmatch(r"[^.]+-\d+", rest) is not None
+def _study_and_process(name: str) -> tuple[str, str]:
+    """Return whose an older outbox of that name is: of one study only, though both names may hold dots and dashes."""
+    ours = rf"(.+)\.({re.escape(socket.gethostname())}-[^.]*\d)"  # this machine's own name may have dots
+    match = re.fullmatch(ours, name) or re.fullmatch(r"(.+)\.([^.]+-\d+)", name)
+    return (match[1], match[2]) if match else ("", "")
 
 
 def _read(file: Path) -> tuple[list[Item], list[str]]:
