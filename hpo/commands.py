@@ -17,7 +17,7 @@ from rich.console import Console
 
 from hpo import console as view
 from hpo import objective as objectives
-from hpo.bundle import FILES, finite
+from hpo.bundle import finite, require_place
 from hpo.console import Notes
 from hpo.data import Data
 from hpo.errors import HpoError, InputError, Interrupted, masked
@@ -342,7 +342,7 @@ def export(path: Path, overrides: Mapping[str, str], number: int | None, folder:
         if best is None:
             raise InputError(_no_such_trial(search, number))
         if folder is not None:
-            _refuse_foreign(folder)
+            require_place(folder)
         data = _load(plan, search)
         if data is None:
             raise InputError(f"objective {plan.spec.objective} is a function: it has no model to export")
@@ -351,17 +351,6 @@ def export(path: Path, overrides: Mapping[str, str], number: int | None, folder:
         done = finish(plan, data, search, best, folder or default, stopping, out.print)
         _print_result(plan, search, best, done, out)
         return _summary(plan, search, best, done)
-
-
-def _refuse_foreign(folder: Path) -> None:
-    """Raise InputError where an export to `folder` would take the place of anything but a bundle."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--out {folder}: is a file; give a folder")
-    foreign = sorted({file.name for file in folder.iterdir()} - set(FILES)) if folder.exists() else []
-    if foreign:
-        raise InputError(
-            f"--out {folder}: is to be replaced by the bundle, but holds {foreign[0]}; give another folder"
-        )
 
 
 def _no_such_trial(search: Search, number: int | None) -> str:
