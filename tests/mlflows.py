@@ -1,5 +1,6 @@
 """What the tests of tracking share: MLflow as it is looked at from outside, over SQLite and over HTTP."""
 
+import math
 import shutil
 import uuid
 import warnings
@@ -12,6 +13,7 @@ import pytest
 
 from hpo.mlflow_runs import quiet
 from hpo.mlflow_tracker import MlflowTracker
+from hpo.tracking import Tracker
 
 
 def no_warning(text: str) -> None:
@@ -23,6 +25,22 @@ def quietly() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def tell(tracker: Tracker) -> None:
+    """A whole study of three trials: one complete, one pruned, one failed."""
+    tracker.start_study({"hpo.objective": "o"}, {"study.yaml": "objective: o\n"})
+    tracker.tag_study({"hpo.stack": "one trial at a time"})
+    for trial in range(3):
+        tracker.start_trial(trial, {"lr": 0.1, "n": trial})
+        for epoch in range(4):
+            tracker.log_metrics(
+                trial, epoch, {"train_loss": 1.0 / (epoch + 1), "valid_loss": math.nan if trial == 2 else 0.5}
+            )
+    tracker.end_trial(0, "COMPLETE")
+    tracker.end_trial(1, "PRUNED")
+    tracker.end_trial(2, "FAIL", "train_loss became nan; see postgresql://bob:s3cret@h/d")
+    tracker.end_study("COMPLETE")
 
 
 class Mlflow:
