@@ -121,7 +121,8 @@ def settle(plan: Plan, search: Search, note: Callable[[str], None], always: bool
     )
     ended = _tracked(plan, search, "COMPLETE")
     elsewhere = tracked is not None and tracked["tracking"] != ended["tracking"]
-    if not always and (elsewhere or tracked == ended) and not left_behind(UNSENT, plan.spec.name):
+    all_told = elsewhere or tracked == ended or not over
+    if all_told and not always and not left_behind(UNSENT, plan.spec.name):
         return
     tracker = open_tracker(plan.spec.tracking, plan.spec.name, UNSENT, note)
     tracker.reconcile(search.ends())
