@@ -6,6 +6,7 @@ A bundle is a folder:
     bundle.json            params, metrics, inputs and output, class names, parity, versions, commit, data's fingerprint
 """
 
+import errno
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from hpo.data import DataInfo, Split, prediction
-from hpo.errors import ExportError
+from hpo.errors import ExportError, InputError
 
 TOLERANCE = 1e-5
 """The largest difference between an exported model's predictions and the eager one's, of the largest of these where
@@ -93,10 +94,12 @@ def export(model: Model, held_out: Split, folder: Path) -> dict[str, Any]:
     """Write `model` to `folder`, in place of whatever bundle is there; return bundle.json's content.
 
     What was written is loaded again and compared with the eager module on `held_out` (its inputs only).
-    Raises ExportError, and leaves `folder` as it was, where they differ by more than TOLERANCE.
+    Raises ExportError, and leaves `folder` as it was, where they differ by more than TOLERANCE, or cannot be written.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    with _written(folder):
+        place = folder.resolve()  # where a link leads
+        place.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=place.parent))
     try:
         os.chmod(work, 0o755)  # mkdtemp makes it for its owner only
         eager = model.predictor()
@@ -104,16 +107,11 @@ def export(model: Model, held_out: Split, folder: Path) -> dict[str, Any]:
             "input_shapes": {name: list(shape) for name, shape in model.info.inputs.items()},
             "n_classes": model.info.n_classes,
         }
-        torch.save(
-            {
-                "model_state_dict": eager.state_dict(),
-                "model_hyperparameters": hyperparameters,
-                **json.loads(json.dumps(dict(model.about))),
-            },
-            work / "model.pt",
-        )
+        state = {"model_state_dict": eager.state_dict(), "model_hyperparameters": hyperparameters}
+        with _written(folder):
+            torch.save(state | json.loads(json.dumps(dict(model.about))), work / "model.pt")
         with _quiet_jit():
-            how = _write_torchscript(eager, held_out, work / "model.torchscript.pt")
+            how = _write_torchscript(eager, held_out, work / "model.torchscript.pt", folder)
             loaded = torch.jit.load(work / "model.torchscript.pt")
             state = torch.load(work / "model.pt", weights_only=True)
             restored = _reset(model.predictor())
@@ -124,11 +122,62 @@ def export(model: Model, held_out: Split, folder: Path) -> dict[str, Any]:
             }
         _require_parity(parity)
         about = _describe(model, eager, held_out) | {"torchscript": how, "parity": parity}
-        (work / "bundle.json").write_text(json.dumps(finite(about), indent=2, allow_nan=False) + "\n")
-        _replace(work, folder)
+        with _written(folder):
+            (work / "bundle.json").write_text(json.dumps(finite(about), indent=2, allow_nan=False) + "\n")
+            _replace(work, place)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return about
+
+
+def require_place(folder: Path) -> None:
+    """Raise InputError where `--out folder` is no place for a bundle: it would replace anything else, or cannot be."""
+    try:
+        place = folder.resolve()
+        if place.exists() and not place.is_dir():
+            raise InputError(f"--out {folder}: is a file; give a folder")
+        foreign = sorted({file.name for file in place.iterdir()} - set(FILES)) if place.exists() else []
+        if foreign:
+            raise InputError(
+                f"--out {folder}: is to be replaced by the bundle, but holds {foreign[0]}; give another folder"
+            )
+        if place in (here := Path.cwd(), *here.parents) or os.path.ismount(place):
+            raise InputError(f"--out {folder}: is to be replaced by the bundle, but is in use; give a folder in it")
+        _try_to_write(place.parent)
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links that lead to each other
+        if getattr(error, "errno", None) in _FULL:
+            raise ExportError(f"--out {folder}: {_why(error)}; make room, or give another folder") from error
+        raise InputError(f"--out {folder}: cannot be written ({_why(error)}); give another folder") from error
+
+
+def _try_to_write(parent: Path) -> None:
+    """Make a file in `parent`, and the folders that lead there, and remove them again."""
+    missing = [each for each in (parent, *parent.parents) if not each.exists()]
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=_UNFINISHED, dir=parent) as file:
+            file.write(b"0")
+    finally:
+        for each in missing:
+            with suppress(OSError):
+                each.rmdir()
+
+
+_UNFINISHED = ".bundle-"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def _why(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error)).splitlines()[0][:200]
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """Within this, what cannot be written is an ExportError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch: a full disk is a RuntimeError
+        raise ExportError(f"{folder} cannot be written ({_why(error)}); nothing was exported") from error
 
 
 def parity_of(eager: nn.Module, other: nn.Module, held_out: Split) -> dict[str, Any]:
@@ -161,7 +210,7 @@ def _require_parity(parity: Mapping[str, Mapping[str, Any]]) -> None:
             )
 
 
-def _write_torchscript(eager: nn.Module, held_out: Split, path: Path) -> dict[str, Any]:
+def _write_torchscript(eager: nn.Module, held_out: Split, path: Path, folder: Path) -> dict[str, Any]:
     """Write `eager` as TorchScript; return how that was done: scripted or traced, optimised or (why) not."""
     example = tuple(x[:2].cpu() for x in held_out.inputs.values())
     how: dict[str, Any] = {"compiled": "script"}
@@ -179,7 +228,8 @@ def _write_torchscript(eager: nn.Module, held_out: Split, path: Path) -> dict[st
         how["optimized_for_inference"] = True
     except RuntimeError as error:
         # With convolutions it makes a file that torch.jit.load refuses ("attribute 'value' is undefined")
-        torch.jit.freeze(script).save(str(path))
+        with _written(folder):
+            torch.jit.freeze(script).save(str(path))
         how |= {"optimized_for_inference": False, "not_optimized": str(error).strip().splitlines()[-1][:200]}
     return how
 
@@ -252,11 +302,15 @@ def git_commit() -> str | None:
 
 def _replace(work: Path, folder: Path) -> None:
     """Put `work` in `folder`'s place; what was there is away only for the moment between two renames."""
-    old = folder.with_name(f".{folder.name}-old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = work.with_name(f"{work.name}-old")
     if folder.exists():
         folder.rename(old)
-    work.rename(folder)
+    try:
+        work.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -19,19 +19,29 @@ from rich.console import Console
 from hpo import checkpoints
 from hpo import console as view
 from hpo import objective as objectives
-from hpo.bundle import FILES, finite
+from hpo.bundle import finite, require_place
 from hpo.console import Notes
 from hpo.data import Data
 from hpo.errors import HpoError, InputError, Interrupted, masked
 from hpo.launch import LAUNCHED, LAUNCHER, Watch, Workers, how_many
-from hpo.mlflow_tracker import open_tracker, send_unsent
+from hpo.mlflow_tracker import open_tracker
 from hpo.objective import Function
 from hpo.outage import StorageAway
 from hpo.plan import OUTPUT, Plan, prepare
 from hpo.progress import Progress
 from hpo.ray_workers import RayWorkers
 from hpo.search import CODE, DATA, STUDY_FILE, Best, Search, open_search, stored_file
-from hpo.selection import Outcome, bundle_folder, conclude, finish, outcome
+from hpo.selection import (
+    UNSENT,
+    Outcome,
+    begin_tracking,
+    bundle_folder,
+    conclude,
+    end_tracking,
+    finish,
+    outcome,
+    settle,
+)
 from hpo.stopping import Stop, signals
 from hpo.storage import close_storage, open_storage, serve_storage
 from hpo.trust import code_references, require_named, require_passwords
@@ -64,7 +74,7 @@ def run(path: Path, overrides: Mapping[str, str], several: Several | None = None
         if over:
             done = outcome(search, best)
             checkpoints.settle(plan, search, out.print)
-            send_unsent(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)
+            settle(plan, search, out.print)
             out.print(f"{plan.spec.name}: all {plan.spec.trials} trials are done")
         if done is None and not (over and best is not None and isinstance(plan.objective, Function)):
             stopping = stack.enter_context(signals())
@@ -78,7 +88,8 @@ def _run(
     plan: Plan, search: Search, stopping: Stop, out: Console, overrides: Mapping[str, str], several: Several
 ) -> Outcome | None:
     data = _load(plan, search)
-    tracker = open_tracker(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)
+    tracker = open_tracker(plan.spec.tracking, plan.spec.name, UNSENT, out.print)
+    begin_tracking(plan, search)
     of_what = f"of {plan.spec.epochs} epochs on {plan.device}, {len(data.train)} rows" if data else "of a function"
     out.print(f"{plan.spec.name}: {plan.spec.trials} trials {of_what}; {masked(plan.spec.storage)}")
     if code_differs(plan, search):
@@ -106,7 +117,7 @@ def _run(
         state = "INTERRUPTED"
         raise
     finally:
-        tracker.end_study(state)
+        end_tracking(plan, search, tracker, state)
 
 
 def _work_together(
@@ -171,7 +182,7 @@ def worker(
         launcher = os.environ.get(LAUNCHER)
         stopping = stack.enter_context(signals(int(launcher) if launcher else None)) if stop is None else stop
         data = _load(plan, search)
-        tracker = open_tracker(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)
+        tracker = open_tracker(plan.spec.tracking, plan.spec.name, UNSENT, out.print)
         stack.callback(tracker.close)
         with nullcontext(Notes(out.print)) if launched else _progress(plan, search, out) as progress:
             work(plan, data, search, tracker, progress, stopping, stopping.overdue)
@@ -207,10 +218,8 @@ def repair(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
         for lost in search.drain_lost():
             what = "its retries are spent" if lost.state == "FAIL" else "it will be retried"
             out.print(f"trial {lost.number} is ended: {lost.reason}; {what}")
-        tracker = open_tracker(plan.spec.tracking, plan.spec.name, OUTPUT / "unsent", out.print)
-        tracker.reconcile(search.ends())
-        tracker.close()
         checkpoints.settle(plan, search, out.print)
+        settle(plan, search, out.print, always=True)
         counts = search.counts()
         out.print(
             f"{plan.spec.name}: {counts.finished} of {plan.spec.trials} trials done, {counts.running} running, "
@@ -352,7 +361,7 @@ def export(path: Path, overrides: Mapping[str, str], number: int | None, folder:
         if best is None:
             raise InputError(_no_such_trial(search, number))
         if folder is not None:
-            _refuse_foreign(folder)
+            require_place(folder)
         data = _load(plan, search)
         if data is None:
             raise InputError(f"objective {plan.spec.objective} is a function: it has no model to export")
@@ -361,17 +370,6 @@ def export(path: Path, overrides: Mapping[str, str], number: int | None, folder:
         done = finish(plan, data, search, best, folder or default, stopping, out.print)
         _print_result(plan, search, best, done, out)
         return _summary(plan, search, best, done)
-
-
-def _refuse_foreign(folder: Path) -> None:
-    """Raise InputError where an export to `folder` would take the place of anything but a bundle."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--out {folder}: is a file; give a folder")
-    foreign = sorted({file.name for file in folder.iterdir()} - set(FILES)) if folder.exists() else []
-    if foreign:
-        raise InputError(
-            f"--out {folder}: is to be replaced by the bundle, but holds {foreign[0]}; give another folder"
-        )
 
 
 def _no_such_trial(search: Search, number: int | None) -> str:

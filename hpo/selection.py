@@ -11,8 +11,11 @@ from torch import nn
 
 from hpo.bundle import FILES, Model, export
 from hpo.data import Data
-from hpo.errors import ExportError, HpoError, Interrupted
+from hpo.errors import ExportError, HpoError, Interrupted, masked
 from hpo.feed import Feed, feed
+from hpo.mlflow_tracker import open_tracker
+from hpo.objective import Function
+from hpo.outbox import left_behind
 from hpo.own import Reporting, train_own
 from hpo.plan import OUTPUT, Plan
 from hpo.search import Best, Search
@@ -21,6 +24,9 @@ from hpo.tracking import Tracker
 from hpo.training import train
 
 _RESULT, _TESTS = "hpo:result", "hpo:test_evaluations"
+_TRACKED = "hpo:tracked"
+"""The study's attribute that says where it is tracked, and whether its end has arrived there."""
+UNSENT = OUTPUT / "unsent"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,20 +71,67 @@ def conclude(
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         best = search.best()
         done = outcome(search, best)
-        if best is None or done is not None:
-            return done
-        done = finish(plan, data, search, best, folder, stopping, note)
-        bundle = done.bundle and str(done.bundle)
-        stored = {"number": done.number, "test": dict(done.test), "bundle": bundle, "parity": done.parity}
-        search.remember(_RESULT, stored)
-    tracker.log_metrics(
-        None,
-        best.number,
-        {f"test_{name}": value for name, value in done.test.items()} | {f"best_{plan.metric_key}": best.value},
-    )
+        if best is None:
+            return None
+        if done is None:
+            done = finish(plan, data, search, best, folder, stopping, note)
+            bundle = done.bundle and str(done.bundle)
+            stored = {"number": done.number, "test": dict(done.test), "bundle": bundle, "parity": done.parity}
+            search.remember(_RESULT, stored)
+    _tell(plan, tracker, best, done)  # also what a peer has concluded: it may have been killed before it told it
+    return done
+
+
+def _tell(plan: Plan, tracker: Tracker, best: Best, done: Outcome) -> None:
+    tests = {f"test_{name}": value for name, value in done.test.items()}
+    tracker.log_metrics(None, best.number, tests | {f"best_{plan.metric_key}": best.value})
     if done.bundle is not None:
         tracker.log_folder(done.bundle, "bundle")
-    return done
+
+
+def begin_tracking(plan: Plan, search: Search) -> None:
+    """Note in the storage that the study's run is open, until `end_tracking` has closed it."""
+    if plan.spec.tracking != "off":
+        search.remember(_TRACKED, _tracked(plan, search, "RUNNING"))
+
+
+def end_tracking(plan: Plan, search: Search, tracker: Tracker, state: str) -> None:
+    """End the study's run, and note in the storage that its end has arrived, if it has."""
+    if tracker.end_study(state) and state == "COMPLETE" and plan.spec.tracking != "off":
+        search.remember(_TRACKED, _tracked(plan, search, state))
+
+
+def _tracked(plan: Plan, search: Search, state: str) -> dict[str, Any]:
+    return {"tracking": masked(plan.spec.tracking), "state": state, "trials": search.counts().finished}
+
+
+def settle(plan: Plan, search: Search, note: Callable[[str], None], always: bool = False) -> None:
+    """Bring the runs of a study in the tracker to the ends that they have in the storage, where they may differ.
+
+    They do where whoever ended the study was killed, or the tracker was away, before all was told. What is there
+    already is not told again; where the storage says that all has arrived, the tracker is not even asked, unless
+    `always`. The study's own run ends only with its last trial and its export.
+    """
+    if plan.spec.tracking == "off":
+        return
+    best, tracked = search.best(), search.attrs.get(_TRACKED)
+    done = outcome(search, best)
+    over = search.counts().unfinished == 0 and (
+        done is not None or (best is not None and isinstance(plan.objective, Function))
+    )
+    ended = _tracked(plan, search, "COMPLETE")
+    elsewhere = tracked is not None and tracked["tracking"] != ended["tracking"]
+    all_told = elsewhere or tracked == ended or not over
+    if all_told and not always and not left_behind(UNSENT, plan.spec.name):
+        return
+    tracker = open_tracker(plan.spec.tracking, plan.spec.name, UNSENT, note)
+    tracker.reconcile(search.ends())
+    if not over:
+        tracker.close()
+        return
+    if best is not None and done is not None:
+        _tell(plan, tracker, best, done)
+    end_tracking(plan, search, tracker, "COMPLETE")
 
 
 def finish(

@@ -47,18 +47,18 @@ class Tracker(ABC):
 
     @abstractmethod
     def reconcile(self, ends: Mapping[int, tuple[str, str | None]]) -> None:
-        """End the runs that are open of trials that have ended, as a killed worker leaves them.
+        """End the runs of trials that have ended: those that a killed worker has left open, or that end otherwise.
 
-        `ends` has each trial's state, a key of STATUS, and its error.
+        `ends` has each trial's state, a key of STATUS, and its error. A trial without a run gets none.
         """
 
     @abstractmethod
-    def end_study(self, state: str) -> None:
-        """End the study's run, and send all that is left to send."""
+    def end_study(self, state: str) -> bool:
+        """End the study's run, and send all that is left to send; return whether all of it was sent."""
 
     @abstractmethod
-    def close(self) -> None:
-        """Send all that is left to send; the study's run goes on."""
+    def close(self) -> bool:
+        """Send all that is left to send; the study's run goes on. Return whether all of it was sent."""
 
 
 class NullTracker(Tracker):
@@ -88,11 +88,11 @@ class NullTracker(Tracker):
     def reconcile(self, ends: Mapping[int, tuple[str, str | None]]) -> None:
         pass
 
-    def end_study(self, state: str) -> None:
-        pass
+    def end_study(self, state: str) -> bool:
+        return True
 
-    def close(self) -> None:
-        pass
+    def close(self) -> bool:
+        return True
 
 
 class MemoryTracker(Tracker):
@@ -128,13 +128,15 @@ class MemoryTracker(Tracker):
         self.folders.append(folder)
 
     def reconcile(self, ends: Mapping[int, tuple[str, str | None]]) -> None:
-        self.ended |= {trial: end for trial, end in ends.items() if trial in self.params and trial not in self.ended}
+        states = {trial: state for trial, (state, _) in self.ended.items()}
+        self.ended |= {t: end for t, end in ends.items() if t in self.params and states.get(t) != end[0]}
 
-    def end_study(self, state: str) -> None:
+    def end_study(self, state: str) -> bool:
         self.ended[None] = (state, None)
+        return True
 
-    def close(self) -> None:
-        pass
+    def close(self) -> bool:
+        return True
 
 
 def check_address(uri: str) -> None:

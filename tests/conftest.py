@@ -13,6 +13,8 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 import pytest
 import torch
 
+from tests.mlflows import empty_database, mlflow, tracking_server  # noqa: F401 (fixtures)
+
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent

@@ -1,17 +1,19 @@
 """Bundles: written whole or not at all, usable with torch alone, and proved equal to what was measured."""
 
 import json
+import resource
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from hpo.bundle import BATCH_SIZES, TOLERANCE, Model, export, parity_of
+from hpo.bundle import BATCH_SIZES, TOLERANCE, Model, export, parity_of, require_place
 from hpo.data import DataInfo, Split
-from hpo.errors import ExportError
+from hpo.errors import ExportError, InputError
 from objectives.models import MLP, ScalePixels, Standardize
 
 PARAMS = {"optimizer": "adam", "learning_rate": 0.01, "n_hidden": 8}
@@ -267,3 +269,83 @@ def test_a_bundle_is_replaced_whole(folder, existing):
     assert (folder / "model.pt").read_bytes() != existing["model.pt"]
     assert [path.name for path in folder.parent.iterdir()] == ["s"]
     assert folder.stat().st_mode & 0o777 == 0o755
+
+
+def everything(folder):
+    return sorted(path for path in folder.rglob("*"))
+
+
+def places(tmp_path):
+    """Return folders that cannot be exported to, by what a message says of them."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.txt").write_text("years of work")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "link").symlink_to(tmp_path / "full")
+    (tmp_path / "here").mkdir()
+    return {
+        "file": "is a file; give a folder",
+        "file/below": "cannot be written",
+        "file/below/it": "cannot be written",
+        "full": "holds thesis.txt; give another folder",
+        "link": "holds thesis.txt; give another folder",
+        "loop": "cannot be written",
+        "n" * 300: "cannot be written (File name too long)",
+        "nul\0": "cannot be written",
+        "/proc/nothing": "cannot be written",
+        "/proc/nothing/below": "cannot be written",
+        "/dev/null": "is a file; give a folder",
+        "/dev/full/below": "cannot be written",
+        "/": "is to be replaced by the bundle, but",
+        "here": "is to be replaced by the bundle, but is in use; give a folder in it",
+        "": "is to be replaced by the bundle, but is in use; give a folder in it",
+        ".": "is to be replaced by the bundle, but is in use; give a folder in it",
+    }
+
+
+def test_where_nothing_can_be_exported_to_is_said_before_anything_is_made(tmp_path, monkeypatch):
+    expected = places(tmp_path)
+    monkeypatch.chdir(tmp_path / "here")
+    before = everything(tmp_path)
+    for out, message in expected.items():
+        folder = Path(out) if out in ("", ".") else tmp_path / out
+        with pytest.raises(InputError) as caught:
+            require_place(folder)
+        assert str(caught.value).startswith(f"--out {folder}: ")
+        assert message in str(caught.value), out
+        assert len(str(caught.value).splitlines()) == 1
+        assert everything(tmp_path) == before
+
+
+def test_a_place_that_is_fine_is_left_as_it_was(tmp_path):
+    for out in ("new", "two/levels", "n" * 255):
+        require_place(tmp_path / out)
+    assert everything(tmp_path) == []
+
+
+@pytest.mark.parametrize("most", [100, 3000])
+def test_what_cannot_be_written_whole_is_said_and_leaves_nothing(folder, existing, most):
+    rows = held_out((4,))
+    made = tabular(rows)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))  # every file beyond it ends as on a full disk
+    try:
+        with pytest.raises(ExportError, match=r"s cannot be written \(.+\); nothing was exported$"):
+            export(made, rows, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert contents(folder) == existing
+    assert [path.name for path in folder.parent.iterdir()] == ["s"]
+
+
+def test_a_link_is_followed_and_the_longest_name_is_taken(tmp_path):
+    rows = held_out((4,))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "later")
+    for out in ("link", "nowhere", "n" * 255):
+        require_place(tmp_path / out)
+        export(tabular(rows), rows, tmp_path / out)
+        assert (tmp_path / out / "bundle.json").is_file()
+    assert (tmp_path / "link").is_symlink()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -135,7 +135,9 @@ def test_the_test_set_is_read_once_and_counted_however_often_a_study_is_conclude
     again = Ending(plan, data, search)
     assert again() == done
     assert n_tests(search) == 1
-    assert (again.notes, again.tracker.metrics, again.tracker.folders) == ([], {}, [])
+    assert again.notes == []
+    assert again.tracker.metrics == first.tracker.metrics  # told again: whoever concluded may have been killed before
+    assert again.tracker.folders == first.tracker.folders
     assert (done.bundle / "bundle.json").stat().st_mtime_ns == before
 
 

@@ -1,8 +1,8 @@
-"""Trackers: one contract for all, and what MLflow's database holds at the end, read with SQL."""
+"""MLflow as a tracker: what its database holds at the end, read with SQL, whatever happens meanwhile."""
 
 import json
-import math
 import os
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -13,64 +13,21 @@ import pytest
 from hpo.errors import InputError
 from hpo.mlflow_tracker import MlflowTracker, open_tracker
 from hpo.processes import this_process
-from hpo.tracking import MemoryTracker, NullTracker, Tracker, check_address
-
-
-@pytest.fixture(params=["null", "memory", "mlflow"])
-def tracker(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tracker:
-    monkeypatch.chdir(tmp_path)
-    if request.param == "mlflow":
-        return MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", _no_warning)
-    return NullTracker() if request.param == "null" else MemoryTracker()
-
-
-def _no_warning(text: str) -> None:
-    raise AssertionError(text)
-
-
-def tell(tracker: Tracker) -> None:
-    """A whole study of three trials: one complete, one pruned, one failed."""
-    tracker.start_study({"hpo.objective": "o"}, {"study.yaml": "objective: o\n"})
-    tracker.tag_study({"hpo.stack": "one trial at a time"})
-    for trial in range(3):
-        tracker.start_trial(trial, {"lr": 0.1, "n": trial})
-        for epoch in range(4):
-            tracker.log_metrics(
-                trial, epoch, {"train_loss": 1.0 / (epoch + 1), "valid_loss": math.nan if trial == 2 else 0.5}
-            )
-    tracker.end_trial(0, "COMPLETE")
-    tracker.end_trial(1, "PRUNED")
-    tracker.end_trial(2, "FAIL", "train_loss became nan; see postgresql://bob:s3cret@h/d")
-    tracker.end_study("COMPLETE")
-
-
-class TestContract:
-    """Every tracker takes a whole study, in this order and again, without raising."""
-
-    def test_a_whole_study(self, tracker: Tracker) -> None:
-        tell(tracker)
-
-    def test_the_same_study_told_again(self, tracker: Tracker) -> None:
-        tell(tracker)
-        tell(tracker)
-
-    def test_a_run_id_is_text_or_nothing(self, tracker: Tracker) -> None:
-        tracker.start_study({}, {})
-        run = tracker.start_trial(0, {})
-        assert (run is None) == isinstance(tracker, NullTracker)
-
-    def test_a_folder_is_taken(self, tracker: Tracker, tmp_path: Path) -> None:
-        (tmp_path / "b").mkdir()
-        (tmp_path / "b/model.pt").write_text("m")
-        tracker.start_study({}, {})
-        tracker.log_folder(tmp_path / "b", "bundle")
-        tracker.end_study("COMPLETE")
+from hpo.tracking import check_address
+from tests.mlflows import no_warning, tell
 
 
 @pytest.fixture
-def mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowTracker]:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path) -> None:
+    """Be in a folder whose database for MLflow has its tables."""
     monkeypatch.chdir(tmp_path)
-    yield MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", _no_warning)
+    Path("mlruns").mkdir()
+    shutil.copy(empty_database, "mlruns/mlflow.db")
+
+
+@pytest.fixture
+def mlflow(here: None, tmp_path: Path) -> Iterator[MlflowTracker]:
+    yield MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", no_warning)
     assert not list((tmp_path / "unsent").glob("*"))
 
 
@@ -114,7 +71,7 @@ def test_an_error_is_kept_without_its_password(mlflow: MlflowTracker) -> None:
 
 def test_told_twice_there_is_one_run_each(mlflow: MlflowTracker) -> None:
     tell(mlflow)
-    tell(MlflowTracker("sqlite:///mlruns/mlflow.db", "s", Path("unsent"), _no_warning))
+    tell(MlflowTracker("sqlite:///mlruns/mlflow.db", "s", Path("unsent"), no_warning))
     assert query("select count(*) from runs") == [(4,)]
     assert query("select count(*) from metrics") != [(0,)]
 
@@ -151,9 +108,10 @@ def test_a_tracker_that_fails_says_it_once_and_sends_everything_later(
     assert len(warnings) == 1
     assert "sqlite:///mlruns/mlflow.db does not work (ConnectionError: http://bob:***@h:5000 refused)" in warnings[0]
     assert "training goes on, and what could not be sent is kept in" in warnings[0]
-    assert "s3cret" not in next((tmp_path / "unsent").iterdir()).read_text()
+    (unsent,) = (tmp_path / "unsent/s").iterdir()
+    assert "s3cret" not in unsent.read_text()
 
-    later = MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", _no_warning)
+    later = MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", no_warning)
     later.start_study({}, {})
     later.end_study("COMPLETE")
     assert query("select name, status from runs order by name") == [
@@ -178,8 +136,7 @@ def test_a_tracker_that_fails_does_not_hold_up_training(tmp_path: Path) -> None:
     tracker.close()
 
 
-def test_a_tracker_that_comes_back_midway_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_tracker_that_comes_back_midway_says_so(here: None, tmp_path: Path) -> None:
     said: list[str] = []
     tracker = _Server("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", said.append)
     tracker.start_study({}, {})
@@ -195,16 +152,13 @@ def test_a_tracker_that_comes_back_midway_says_so(tmp_path: Path, monkeypatch: p
     assert {("s",), ("trial 0",), ("trial 1",)} <= set(query("select name from runs"))
 
 
-def test_an_outbox_cut_short_by_a_kill_is_read_as_far_as_it_goes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_an_outbox_cut_short_by_a_kill_is_read_as_far_as_it_goes(here: None, tmp_path: Path) -> None:
     (tmp_path / "unsent").mkdir()
     place, _, _ = this_process().rpartition("-")
     (tmp_path / f"unsent/s.{place}-999999999.jsonl").write_text(
         '{"do": "start", "trial": null, "time": 1}\n{"do": "sta'
     )
-    MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", _no_warning).end_study("COMPLETE")
+    MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", no_warning).end_study("COMPLETE")
     assert query("select name from runs") == [("s",)]
 
 
@@ -212,9 +166,9 @@ def test_an_outbox_on_a_full_disk_stops_nothing(mlflow: MlflowTracker, tmp_path:
     mlflow.start_study({}, {})
     mlflow.start_trial(0, {})
     mlflow._warn = lambda text: None
-    mlflow._append({"do": "metrics"})  # opens the file
-    mlflow._log.close()
-    mlflow._log = open("/dev/full", "w")  # noqa: SIM115
+    mlflow._outbox.append({"do": "metrics"})  # opens the file
+    mlflow._outbox._log.close()
+    mlflow._outbox._log = open("/dev/full", "w")  # noqa: SIM115
     for epoch in range(3):
         mlflow.log_metrics(0, epoch, {"valid_loss": 0.5})
     mlflow._note_failure(RuntimeError("the disk is full"))
@@ -231,13 +185,9 @@ def test_what_another_machine_left_long_ago_is_sent(mlflow: MlflowTracker, tmp_p
     left.parent.mkdir(exist_ok=True)
     left.write_text(json.dumps({"do": "metrics", "trial": 4, "time": 1, "rows": [["valid_loss", 0.5, 1, 0]]}) + "\n")
     os.utime(left, (time.time() - 7200, time.time() - 7200))
-    damaged = tmp_path / "unsent/s.elsewhere-1-3.jsonl"
-    damaged.write_bytes(b"\xff\xfe\x00")
-    os.utime(damaged, (time.time() - 7200, time.time() - 7200))
     mlflow.reconcile({})
     mlflow.end_study("COMPLETE")
     assert query("select name from runs order by name") == [("s",), ("trial 4",)]
-    damaged.unlink()
 
 
 def test_what_a_worker_left_that_died_is_sent_at_the_studys_end(mlflow: MlflowTracker, tmp_path: Path) -> None:
@@ -265,4 +215,4 @@ def test_addresses_that_can_work(address: str) -> None:
 @pytest.mark.parametrize("address", ["./mlruns", "mlruns", "file:///tmp/mlruns", "", "on"])
 def test_addresses_that_never_work(address: str) -> None:
     with pytest.raises(InputError, match=r"must be off, a server \(http://host:5000\) or a database"):
-        open_tracker(address, "s", Path("unsent"), _no_warning)
+        open_tracker(address, "s", Path("unsent"), no_warning)

@@ -1,0 +1,311 @@
+"""The runs of one study in MLflow: found, made, written to and ended. MLflow is imported here only, and when needed.
+
+One run a trial under one parent run for the study, all with the tag `hpo.study`, a trial's with `hpo.trial`. COMPLETE
+ends as FINISHED, PRUNED as KILLED with the tag `hpo.state`, FAIL as FAILED with `hpo.error`; a trial that a successor
+replaces is INTERRUPTED, which ends as KILLED.
+"""
+
+import hashlib
+import logging
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from hpo.errors import InputError, masked
+from hpo.outbox import FILES, Item
+from hpo.tracking import STATUS
+
+_MAX_PARAM, _MAX_TAG, _MAX_NAME = 6000, 5000, 250
+_REFUSED = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "NOT_FOUND")
+_UNCLEAR = ("BAD_REQUEST", "INTERNAL_ERROR")
+"""What MLflow also says of a cut connection, a proxy's refusal, or a time-out: others must be taken meanwhile."""
+_AWAY_STATUS = (401, 403, 404, 407, 408, 425, 429)
+_TRIES = 3
+
+
+class Runs:
+    """MLflow through `MlflowClient` and run ids: the fluent API has one active run for the whole process."""
+
+    PEER_SECONDS = 5.0
+    """How long to wait for the study's run where a peer has made the experiment: two would make it twice."""
+
+    def __init__(self, uri: str, study: str, say: Callable[[str], None]) -> None:
+        self._uri, self._study, self._say = uri, study, say
+        self._client: Any = None
+        self._experiment = ""
+        self._is_first = False
+        """Whether this process has made the experiment, so that the study's run is its to make, not its peers'."""
+        self.ids: dict[int | None, str] = {}
+        self._said: set[str] = set()
+        self._indigestible: set[str] = set()
+        """What the server answers again and again to some items, while it takes others."""
+
+    def connect(self) -> None:
+        """Find the study's experiment, or make it; one that was deleted is restored."""
+        if self._client is not None:
+            return
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        path = sqlite_path(self._uri)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        # MLflow makes its schema when first asked; processes that do so together crash all but one.
+        with FileLock(f"{path}.lock", timeout=120) if path is not None else nullcontext():
+            # absolute: MLflow keeps one store per address, also when the process changes its folder
+            client = MlflowClient(self._uri if path is None else f"sqlite:///{path.resolve()}")
+            experiment = client.get_experiment_by_name(self._study)
+            if experiment is None:
+                where = None if path is None else (path.parent.resolve() / "artifacts" / self._study).as_uri()
+                try:
+                    client.create_experiment(self._study, artifact_location=where)
+                    self._is_first = True
+                except MlflowException:
+                    if client.get_experiment_by_name(self._study) is None:
+                        raise  # it is not that another machine's worker has made it just now
+                experiment = client.get_experiment_by_name(self._study)
+            if experiment.lifecycle_stage == "deleted":
+                client.restore_experiment(experiment.experiment_id)
+            self._experiment = experiment.experiment_id
+        self._client = client
+
+    def look_again(self) -> None:
+        """Find experiment and runs again when they are next needed: somebody may have deleted them."""
+        self._client = None
+        self.ids.clear()
+
+    def send(self, item: Item) -> None:
+        """Send `item`; sending the same one twice does no harm. Raises whatever MLflow, its server, its database do."""
+        sends: dict[str, Callable[[Item], None]] = {
+            "start": self._start,
+            "texts": self._texts,
+            "metrics": self._metrics,
+            "end": self._end,
+            "folder": self._folder,
+            "reconcile": self._reconcile,
+        }
+        sends[item["do"]](item)
+
+    def refuses(self, item: Item, error: Exception) -> bool:
+        """Whether `error` says that `item` will never be taken, not that MLflow is away for a while."""
+        code = getattr(error, "error_code", None)
+        if code in _REFUSED:
+            return True
+        answer = getattr(getattr(error, "response", None), "status_code", None)  # of a store of files
+        if answer is not None:
+            return 400 <= answer < 500 and answer not in _AWAY_STATUS
+        wrong = isinstance(error, TypeError | ValueError | OverflowError | KeyError)  # it cannot even be sent
+        if item["do"] in FILES or not (wrong or code in _UNCLEAR) or not self._takes_something():
+            return False
+        item["tries"] = item.get("tries", 0) + 1
+        answer = str(error)[:150]
+        if item["tries"] >= _TRIES and not answer.startswith("API request to http"):  # that is: there was no answer
+            self._indigestible.add(answer)
+        return code != "INTERNAL_ERROR" or item["tries"] >= _TRIES or answer in self._indigestible
+
+    def _takes_something(self) -> bool:
+        try:
+            self._client.set_experiment_tag(self._experiment, "hpo.alive", str(_now()))
+        except Exception:  # whatever it is: MLflow is away
+            return False
+        return True
+
+    def _id_of(self, trial: int | None, item: Item) -> str:
+        """Return the id of a trial's run, found by its tags, restored or made."""
+        if trial not in self.ids:
+            self.ids[trial] = self._find_or_make(trial, item)
+        return self.ids[trial]
+
+    def _find_or_make(self, trial: int | None, item: Item) -> str:
+        mark = "study" if trial is None else str(trial)
+        wait = trial is None and not self._is_first
+        end = time.monotonic() + (self.PEER_SECONDS if wait else 0.0)
+        while not (found := self._search(mark)) and time.monotonic() < end:
+            time.sleep(0.2)
+        if found:
+            run = min(found, key=lambda run: run.info.lifecycle_stage)  # active before deleted
+            if run.info.lifecycle_stage == "deleted":
+                self._client.restore_run(run.info.run_id)
+                which = "the study" if trial is None else f"trial {trial}"
+                self._say(f"tracking: the run of {which} was deleted, but is still written to: it is restored")
+            return run.info.run_id
+        tags = {"hpo.study": self._study, "hpo.trial": mark}
+        if trial is not None:
+            tags["mlflow.parentRunId"] = self._id_of(None, item)
+        name = self._study if trial is None else f"trial {trial}"
+        run = self._client.create_run(self._experiment, start_time=item["time"], tags=tags, run_name=name)
+        return run.info.run_id
+
+    def _search(self, mark: str) -> Sequence[Any]:
+        from mlflow.entities import ViewType
+
+        return self._client.search_runs([self._experiment], f"tags.`hpo.trial` = '{mark}'", ViewType.ALL, 10)
+
+    def _start(self, item: Item) -> None:
+        from mlflow.entities import Param
+
+        run = self._id_of(item["trial"], item)
+        params = [Param(self._legal(key), _plain(x, _MAX_PARAM)) for key, x in item.get("params", {}).items()]
+        for start in range(0, len(params), 100):
+            self._client.log_batch(run, params=params[start : start + 100])
+        self._tag(run, item.get("tags", {}))
+        if item.get("status") is not None:
+            self._client.update_run(run, status=item["status"])
+
+    def _tag(self, run: str, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        made = [RunTag(self._legal(key), _plain(value, _MAX_TAG)) for key, value in tags.items()]
+        for start in range(0, len(made), 100):
+            self._client.log_batch(run, tags=made[start : start + 100])
+
+    def _metrics(self, item: Item) -> None:
+        from mlflow.entities import Metric
+
+        run = self._id_of(item["trial"], item)
+        rows = [(self._legal(key), float(value), when, step) for key, value, when, step in item["rows"]]
+        if item["trial"] is None:  # those of the study's end are told again where it is unclear if they were
+            there = self._client.get_run(run).data.metrics
+            rows = [row for row in rows if not _same(there.get(row[0]), row[1])]
+        for start in range(0, len(rows), 1000):
+            self._client.log_batch(run, metrics=[Metric(*row) for row in rows[start : start + 1000]])
+
+    def _end(self, item: Item) -> None:
+        run = self._id_of(item["trial"], item)
+        if item["trial"] is None and item.get("left"):
+            info = self._client.get_run(run).info
+            if info.end_time is not None and info.end_time >= item["time"]:
+                return  # the study has gone on since
+        self._tag(run, item["tags"])
+        self._client.set_terminated(run, item["status"], end_time=item["time"])
+
+    def _reconcile(self, item: Item) -> None:
+        """End the runs of ended trials that are open, or that have another end; most are FINISHED and right."""
+        wrong, token = [], None
+        while token is None or token:
+            page = self._client.search_runs(
+                [self._experiment], "attributes.status != 'FINISHED'", max_results=1000, page_token=token
+            )
+            for run in page:
+                state, error = item["ends"].get(run.data.tags.get("hpo.trial"), (None, None))
+                if state is not None and (run.info.status, run.data.tags.get("hpo.state")) != (STATUS[state], state):
+                    wrong.append((run.info, state, error))
+            token = page.token or ""
+        for info, state, error in wrong:  # only now: a page is a place in what is searched for
+            self._tag(info.run_id, end_tags(state, error))
+            self._client.set_terminated(info.run_id, STATUS[state], end_time=info.end_time or item["time"])
+
+    def _texts(self, item: Item) -> None:
+        run = self._id_of(item["trial"], item)
+        for name, text in item["texts"].items():
+            self._client.log_text(run, _plain(text, sys.maxsize), name)
+
+    def _folder(self, item: Item) -> None:
+        """Send the files of a folder, unless they are there: a tag with their digest is set once all are."""
+        folder, run = Path(item["folder"]), self._id_of(None, item)
+        if not folder.is_dir():
+            return
+        mark, digest = f"hpo.files.{item['name']}", _digest(folder)
+        there = len(self._client.list_artifacts(run, item["name"]))
+        if there and self._client.get_run(run).data.tags.get(mark) == digest:
+            return
+        self._client.log_artifacts(run, item["folder"], item["name"])
+        self._tag(run, {mark: digest})
+
+    def _legal(self, name: str) -> str:
+        legal = legal_name(name)
+        if legal != name and name not in self._said:
+            self._said.add(name)
+            self._say(f"tracking: MLflow does not take the name {name!r:.80}: there it is {legal!r}")
+        return legal
+
+
+def legal_name(name: str) -> str:
+    """Return `name` as MLflow takes it. What had to be changed ends in a digest of it, so that two names stay two."""
+    plain = re.sub(r"[^/\w.\- :]", "_", name)
+    plain = "/".join(part for part in plain.split("/") if part not in ("", ".", ".."))  # as paths are shortened
+    if plain == name and 0 < len(name) <= _MAX_NAME:
+        return name
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{plain[: _MAX_NAME - 9]}_{digest}"
+
+
+def _plain(text: str, most: int) -> str:
+    """Return `text` as every database takes it."""
+    return text[:most].replace("\0", "\\0").encode(errors="backslashreplace").decode()[:most]
+
+
+def _same(one: float | None, two: float) -> bool:
+    """Whether MLflow would keep both values as the same: it has no infinity."""
+    if one is None or one != one or two != two:
+        return one is not None and one != one and two != two
+    most = sys.float_info.max
+    return max(-most, min(most, one)) == max(-most, min(most, two))
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{file.relative_to(folder)}\0{file.stat().st_size}\0".encode(errors="surrogateescape"))
+        with file.open("rb") as content:
+            for block in iter(lambda: content.read(1 << 20), b""):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """Return the file of a `sqlite:///` address; None for any other."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def end_tags(state: str, error: str | None) -> dict[str, str]:
+    """Return what a trial's run is tagged with at its end."""
+    return {"hpo.state": state} | ({"hpo.error": masked(error[: 2 * _MAX_TAG])[:_MAX_TAG]} if error else {})
+
+
+def cause(error: Exception) -> str:
+    """Return the line of `error` that says most: a database's own, in what SQLAlchemy makes of it, else the first."""
+    lines = f"{type(error).__name__}: {error}".splitlines()
+    return next((line for line in lines if re.match(r"\([a-z0-9_.]+\.\w*Error\)", line)), lines[0])[:300]
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
+
+
+def require_mlflow(uri: str) -> None:
+    """Import MLflow, with its own long waits cut. Raises InputError where it is not there."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # its own 7 retries of 120 s stall the trainer
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    try:
+        import mlflow  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"tracking {uri}: MLflow cannot be imported ({error}); pip install mlflow, or set tracking: off"
+        ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep MLflow's and alembic's own lines (tables made, runs viewed, deprecations in their code) off the terminal."""
+    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic", "mlflow.store.db.utils")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)  # what fails is said in one line of ours
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
