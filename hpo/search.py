@@ -22,10 +22,11 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from hpo.away import open_patiently
 from hpo.budget import Counts, count, lease_of, places, seconds_used
 from hpo.errors import InputError, did_you_mean
 from hpo.lease import Deaths, LeaseKeeper
-from hpo.outage import Patient, StorageAway, open_patiently
+from hpo.outage import Patient, StorageAway
 from hpo.processes import this_process
 from hpo.samplers import make_pruner, make_sampler
 from hpo.seeds import derive
@@ -442,7 +443,7 @@ class Search:
     def close(self) -> None:
         """Stop renewing leases and let the database go."""
         self._lease.stop()
-        close_storage(self.storage.inner)
+        self.storage.close()
 
 
 def open_search(
@@ -462,7 +463,7 @@ def open_search(
     """
     if not make and not exists(spec.storage):
         return None
-    storage = Patient(open_patiently(spec.storage, spec.outage if wait else 0.0), spec.outage, say)
+    storage = Patient(open_patiently(spec.storage, spec.outage, wait, say), spec.outage, say)
     direction = "maximize" if maximize else "minimize"
     sampler, _ = make_sampler(spec.sampler, spec.seed, space)
     pruner, _ = make_pruner(spec.pruner, spec.epochs)
@@ -496,7 +497,7 @@ def open_search(
 def _alone(storage: Patient, url: str) -> Iterator[None]:
     """Hold the storage's lock, waited for where the storage is away."""
     with ExitStack() as stack:
-        storage.patiently(lambda: stack.enter_context(exclusive(url, storage.inner)))
+        storage.patiently(lambda: stack.enter_context(exclusive(url, storage.inner, storage.in_a_hurry)))
         yield
 
 

@@ -166,17 +166,26 @@ class _Worker:
         """Claim up to `n` trials; all stacks are at the end of an epoch then."""
         away = self._search.storage.away_for_good
         if self._stopping() or away:
-            for stack in self._stacks.active:
-                for member in stack.members:
-                    self._trials[member.number].checkpoint(stack)
+            self._checkpoint_all()
             if away:
                 raise StorageAway(
                     f"the storage has been away for {self._plan.spec.outage:g} s: the running trials are kept in "
                     "checkpoints; run the same command again to go on"
                 )
             raise Interrupted("interrupted")
+        if self._search.storage.away and any(stack.members for stack in self._stacks.active):
+            return []  # those in training train on
         claimed = (self._trials.claim() for _ in range(n))
-        return [trial.member for trial in takewhile(lambda trial: trial is not None, claimed)]
+        try:
+            return [trial.member for trial in takewhile(lambda trial: trial is not None, claimed)]
+        except StorageAway:
+            self._checkpoint_all()
+            raise
+
+    def _checkpoint_all(self) -> None:
+        for stack in self._stacks.active:
+            for member in stack.members:
+                self._trials[member.number].checkpoint(stack)
 
     def _report(self, stack: Stack, member: Member, metrics: dict[str, float]) -> bool:
         trial = self._trials[member.number]
