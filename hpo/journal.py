@@ -142,9 +142,9 @@ class JournalFile(BaseJournalBackend):
             try:
                 fcntl.flock(file, how | fcntl.LOCK_NB)
                 break
-            except BlockingIOError as error:
+            except BlockingIOError:
                 if time.monotonic() >= end:
-                    raise TimeoutError(f"another process held {self._path} for {ANSWER_SECONDS:g} s") from error
+                    raise TimeoutError(f"another process held {self._path} for {ANSWER_SECONDS:g} s") from None
             time.sleep(_POLL_SECONDS)
         try:
             yield
@@ -164,7 +164,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
     start = 0
     while start >= 0:
         try:
-            found = json.loads(line[start:])
+            found = json.loads(line[start:].decode())
         except ValueError:
             found = None
         if isinstance(found, dict) and isinstance(found.get("op_code"), int) and "worker_id" in found:

@@ -2,12 +2,10 @@
 
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from contextlib import suppress
 from itertools import count
-from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState
@@ -18,7 +16,7 @@ from hpo.outage import StorageAway
 from hpo.spec import Plugin
 from hpo.storage import close_storage, open_storage
 from tests.searches import PARAMS, Opener, claims, stored
-from tests.servers import grpc_server, postgres
+from tests.servers import grpc_server
 
 KINDS = ("sqlite", "postgresql", "journal", "grpc")
 PEER = f"""
@@ -38,13 +36,6 @@ while (claim := search.ask()) is not None:
     print(claim.place, claim.params["learning_rate"], flush=True)
 search.close()
 """
-
-
-@pytest.fixture(scope="session")
-def server():
-    # not in pytest's own folder: that is for its owner only, and PostgreSQL is another user where we are root
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, postgres(Path(folder) / "data") as made:
-        yield made
 
 
 @pytest.fixture(params=KINDS)
