@@ -109,7 +109,7 @@ def reason(error: Exception) -> str:
 
 def line(error: BaseException) -> str:
     """Return the first line of what is at the bottom of `error`."""
-    while error.__cause__ is not None:
+    while error.__cause__ is not None and not isinstance(error, StorageBusy):
         error = error.__cause__
     details = getattr(error, "details", None)
     text = details() if callable(details) else str(getattr(error, "orig", None) or error)
