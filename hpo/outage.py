@@ -60,6 +60,9 @@ class Patient(BaseStorage):
         self._pause = RETRY_SECONDS
         self._at_once = False
 
+    def __getstate__(self) -> Any:
+        raise TypeError("a Patient cannot be copied to another process: open the storage there, by its address")
+
     @property
     def away(self) -> bool:
         """Whether it did not answer when it was last asked."""

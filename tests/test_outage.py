@@ -358,6 +358,7 @@ def test_a_postgresql_that_hangs_stops_neither_training_nor_the_end(stepping, se
     assert counts == {"complete": 2, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
 
 
+@pytest.mark.slow
 def test_a_grpc_server_that_hangs_stops_neither_training_nor_the_end(stepping):
     path, port = stepping(STUDY), free_port()
     serving = start_hpo("serve", path, "--port", port)
@@ -372,6 +373,7 @@ def test_a_grpc_server_that_hangs_stops_neither_training_nor_the_end(stepping):
         serving.communicate()
 
 
+@pytest.mark.slow
 def test_a_stop_is_obeyed_while_a_trials_end_is_to_be_told_and_by_every_worker(stepping, server):
     path, url = stepping("stack: 1\ntrials: 9\nepochs: 20\ngrace: 2s\nseed: 1\n"), server.database()
     hpo = Hpo("run", path, "--storage", url, "--workers", "2", LINEAR_SECONDS="0.01")
@@ -395,7 +397,7 @@ def test_a_stop_is_obeyed_while_a_trials_end_is_to_be_told_and_by_every_worker(s
     assert counts == {"complete": 9, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "journal"])
+@pytest.mark.parametrize("kind", ["sqlite", pytest.param("journal", marks=pytest.mark.slow)])
 def test_a_study_that_is_deleted_while_it_runs_ends_the_run_plainly_and_harms_no_other(stepping, kind):
     path, url = stepping("stack: 1\ntrials: 2\nepochs: 400\n"), f"{kind}:///s.db"
     hpo = Hpo("run", path, "--storage", url, LINEAR_SECONDS="0.01")
