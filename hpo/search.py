@@ -14,7 +14,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,16 +219,24 @@ class Search:
 
     # Ask, report, tell.
 
-    def ask(self) -> Claim | None:
-        """Claim the next trial of the budget and sample its params; None where there is none left to claim."""
-        self._look_for_the_dead()
+    def ask(self, wait: bool = True) -> Claim | None:
+        """Claim the next trial of the budget and sample its params; None where there is none left to claim.
+
+        Without `wait`, StorageAway is raised as soon as the storage, or its lock, is not to be had.
+        """
+        with nullcontext() if wait else self.storage.at_once():
+            self._look_for_the_dead()
+            frozen = self._take()
+        return None if frozen is None else self._claim(frozen)
+
+    def _take(self) -> FrozenTrial | None:
         if not self._waiting:
             self._look_for_waiting()
         while self._waiting:
             frozen = self._waiting.popleft()
             with suppress(UpdateFinishedTrialError):
                 if self.storage.set_trial_state_values(frozen._trial_id, TrialState.RUNNING):
-                    return self._claim(frozen)
+                    return frozen
             if not self._waiting:  # peers were faster; there may be more
                 self._look_for_waiting()
         return None

@@ -189,9 +189,9 @@ class Trials:
     def __getitem__(self, number: int) -> TrialRun:
         return self._active[number]
 
-    def claim(self) -> TrialRun | None:
-        """Claim the next trial; None where there is none left."""
-        claim = self._search.ask()
+    def claim(self, wait: bool = True) -> TrialRun | None:
+        """Claim the next trial; None where there is none left. `wait` is that of `Search.ask`."""
+        claim = self._search.ask(wait)
         for number, reason in self._search.drain_lost():
             self._tracker.end_trial(number, "FAIL", reason)
             self._progress.note(f"trial {number} is taken up anew: {reason}")

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
-from itertools import takewhile
 
 import torch
 
@@ -166,26 +165,24 @@ class _Worker:
         """Claim up to `n` trials; all stacks are at the end of an epoch then."""
         away = self._search.storage.away_for_good
         if self._stopping() or away:
-            self._checkpoint_all()
+            for stack in self._stacks.active:
+                for member in stack.members:
+                    self._trials[member.number].checkpoint(stack)
             if away:
                 raise StorageAway(
                     f"the storage has been away for {self._plan.spec.outage:g} s: the running trials are kept in "
                     "checkpoints; run the same command again to go on"
                 )
             raise Interrupted("interrupted")
-        if self._search.storage.away and any(stack.members for stack in self._stacks.active):
-            return []  # those in training train on
-        claimed = (self._trials.claim() for _ in range(n))
+        training = any(stack.members for stack in self._stacks.active)
+        members: list[Member] = []
         try:
-            return [trial.member for trial in takewhile(lambda trial: trial is not None, claimed)]
+            while len(members) < n and (trial := self._trials.claim(wait=not training)) is not None:
+                members.append(trial.member)
         except StorageAway:
-            self._checkpoint_all()
-            raise
-
-    def _checkpoint_all(self) -> None:
-        for stack in self._stacks.active:
-            for member in stack.members:
-                self._trials[member.number].checkpoint(stack)
+            if not training:
+                raise
+        return members  # those in training do not wait for more
 
     def _report(self, stack: Stack, member: Member, metrics: dict[str, float]) -> bool:
         trial = self._trials[member.number]

@@ -210,6 +210,8 @@ def test_a_peer_that_holds_the_queues_lock_stops_neither_training_nor_the_end(tm
         for epoch in range(5):
             assert search.report(number, epoch, 0.5)
             search._look_at = 0.0  # it looks for the dead, and would repair
+            with pytest.raises(StorageAway, match="another process held"):
+                search.ask(wait=False)  # as for a stack with room, whose other trials are in training
         assert not search.storage.away
         search.storage.interrupt = lambda: True
         with pytest.raises(StoppedWhileAway, match="another process held"):
