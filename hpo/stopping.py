@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-ANSWER_SECONDS = 8.0
+ANSWER_SECONDS = 6.0
 """How long a storage may take to answer before it counts as away: with `Stop.SECONDS` less than 30 s."""
 
 

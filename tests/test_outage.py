@@ -30,7 +30,7 @@ BRIEF = (
     "import hpo.stopping; hpo.stopping.ANSWER_SECONDS = 2.0; import hpo.remote; hpo.remote._LISTING_SECONDS = 2.0; "
     "from hpo.__main__ import main; main()"
 )
-"""`python -m hpo` that waits for 2 s, not 8, for an answer."""
+"""`python -m hpo` that waits for 2 s, not 6, for an answer."""
 
 
 class Flaky(InMemoryStorage):
