@@ -77,7 +77,7 @@ def run(path: Path, overrides: Mapping[str, str], several: Several | None = None
             settle(plan, search, out.print)
             out.print(f"{plan.spec.name}: all {plan.spec.trials} trials are done")
         if done is None and not (over and best is not None and isinstance(plan.objective, Function)):
-            stopping = stack.enter_context(signals())
+            stopping = search.storage.interrupt = stack.enter_context(signals())
             done = _run(plan, search, stopping, out, overrides, several or Several())
         best = search.best()
         _print_result(plan, search, best, done, out)
@@ -146,7 +146,8 @@ def _work_together(
         while workers.look():
             if stopping():
                 raise Interrupted(INTERRUPTED)
-            watch.look()
+            with suppress(StorageAway), search.storage.at_once():  # a storage that is away must not hold up a stop
+                watch.look()
             time.sleep(_LOOK_SECONDS)
     finally:
         workers.stop()
@@ -181,6 +182,7 @@ def worker(
             )
         launcher = os.environ.get(LAUNCHER)
         stopping = stack.enter_context(signals(int(launcher) if launcher else None)) if stop is None else stop
+        search.storage.interrupt = stopping
         data = _load(plan, search)
         tracker = open_tracker(plan.spec.tracking, plan.spec.name, UNSENT, out.print)
         stack.callback(tracker.close)
@@ -365,7 +367,7 @@ def export(path: Path, overrides: Mapping[str, str], number: int | None, folder:
         data = _load(plan, search)
         if data is None:
             raise InputError(f"objective {plan.spec.objective} is a function: it has no model to export")
-        stopping = stack.enter_context(signals())
+        stopping = search.storage.interrupt = stack.enter_context(signals())
         default = bundle_folder(plan) if number is None else OUTPUT / "bundles" / f"{plan.spec.name}-trial-{number}"
         done = finish(plan, data, search, best, folder or default, stopping, out.print)
         _print_result(plan, search, best, done, out)

@@ -69,7 +69,7 @@ class LeaseKeeper:
     def stop(self) -> None:
         self._stopped.set()
         if self._thread is not None:
-            self._thread.join(timeout=5)
+            self._thread.join(timeout=1)  # it may hang with its storage, and it ends with the process
 
     def _run(self) -> None:
         while not self._stopped.wait(self._grace / 4):

@@ -14,7 +14,7 @@ import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +22,11 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from hpo.away import open_patiently
 from hpo.budget import Counts, count, lease_of, places, refill, seconds_used
 from hpo.errors import InputError, did_you_mean, masked
 from hpo.lease import Deaths, LeaseKeeper
-from hpo.outage import Patient, StorageAway, open_patiently
+from hpo.outage import Patient, StorageAway
 from hpo.processes import this_process
 from hpo.samplers import make_pruner, make_sampler
 from hpo.seeds import derive
@@ -257,18 +258,30 @@ class Search:
 
     # Ask, report, tell.
 
-    def ask(self) -> Claim | None:
-        """Claim the next trial of the budget and sample its params; None where there is none left to claim."""
-        self._look_for_the_dead()
+    def ask(self, wait: bool = True) -> Claim | None:
+        """Claim the next trial of the budget and sample its params; None where there is none left to claim.
+
+        Without `wait`, StorageAway is raised as soon as the storage, or its lock, is not to be had.
+        """
+        while True:
+            with nullcontext() if wait else self.storage.at_once():
+                self._look_for_the_dead()
+                frozen = self._take()
+            if frozen is None:
+                return None
+            try:
+                return self._claim(frozen)
+            except UpdateFinishedTrialError:  # a peer took this worker for dead meanwhile
+                self._let_go(frozen.number, frozen._trial_id)
+
+    def _take(self) -> FrozenTrial | None:
         if not self._waiting:
             self._look_for_waiting()
         while self._waiting:
             frozen = self._waiting.popleft()
-            try:
+            with suppress(UpdateFinishedTrialError):
                 if self.storage.set_trial_state_values(frozen._trial_id, TrialState.RUNNING):
-                    return self._claim(frozen)
-            except UpdateFinishedTrialError:  # a peer was faster, or took this worker for dead meanwhile
-                self._let_go(frozen.number, frozen._trial_id)
+                    return frozen
             if not self._waiting:  # peers were faster; there may be more
                 self._look_for_waiting()
         return None
@@ -497,7 +510,7 @@ class Search:
     def close(self) -> None:
         """Stop renewing leases and let the database go."""
         self._lease.stop()
-        close_storage(self.storage.inner)
+        self.storage.close()
 
 
 def open_search(
@@ -519,7 +532,7 @@ def open_search(
     """
     if not make and not exists(spec.storage):
         return None
-    storage = Patient(open_patiently(spec.storage, spec.outage if wait else 0.0), spec.outage, say)
+    storage = Patient(open_patiently(spec.storage, spec.outage, wait, say), spec.outage, say)
     direction = "maximize" if maximize else "minimize"
     sampler, _ = make_sampler(spec.sampler, spec.seed, space)
     pruner, _ = make_pruner(spec.pruner, spec.epochs)
@@ -565,7 +578,7 @@ def _says_finished(error: BaseException | None) -> bool:
 def _alone(storage: Patient, url: str) -> Iterator[None]:
     """Hold the storage's lock, waited for where the storage is away."""
     with ExitStack() as stack:
-        storage.patiently(lambda: stack.enter_context(exclusive(url, storage.inner)))
+        storage.patiently(lambda: stack.enter_context(exclusive(url, storage.inner, storage.in_a_hurry)))
         yield
 
 

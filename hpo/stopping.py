@@ -6,6 +6,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+ANSWER_SECONDS = 6.0
+"""How long a storage may take to answer before it counts as away: with `Stop.SECONDS` less than 30 s."""
+
 
 class Stop:
     """Whether the user has asked to stop (Ctrl-C, SIGTERM): a worker then finishes its epoch, if it can in time."""

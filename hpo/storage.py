@@ -2,27 +2,26 @@
 
     sqlite:///path.db            one machine; refused on a network file system
     postgresql://host/database   many machines
-    journal:///path.log          Optuna's journal file
+    journal:///path.log          Optuna's journal file (`hpo.journal`)
     grpc://host:port             a server that `hpo serve` runs, for hundreds of workers
 
 SQLite as it comes hands one queued trial to several workers; with WAL and `BEGIN IMMEDIATE` it does not. The schema is
 made once, under a lock: processes that start together on a fresh database would crash all but one of them
-(optuna/optuna#4621).
+(optuna/optuna#4621). No wait is without an end, so that a storage that hangs stops neither training nor SIGTERM.
 """
 
 import hashlib
 import sqlite3
 import tempfile
-import threading
+import time
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import optuna
-import psutil
 from filelock import FileLock
 from optuna.storages import (
     BaseStorage,
@@ -32,29 +31,35 @@ from optuna.storages import (
     get_storage,
     run_grpc_proxy_server,
 )
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
-from sqlalchemy import create_engine, event, func, inspect, make_url, select
-from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy import create_engine, func, inspect, make_url, select
+from sqlalchemy.engine import URL, Engine
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from hpo.errors import StorageError, masked
+from hpo.journal import JournalFile
+from hpo.remote import CONNECT_SECONDS, GrpcStorage, advisory_lock, end_sessions_that_are_cut_off, engine_arguments
+from hpo.sqlite import give_no_id_twice, network, serialise_writers
+from hpo.stopping import ANSWER_SECONDS
 
 BUSY_SECONDS = 60
-"""How long to wait for another process's transaction, or its lock."""
-CUT_OFF_SECONDS = 20
-"""How long PostgreSQL waits for a session that has a transaction open, and we for PostgreSQL."""
+"""How long to wait for another process's lock before the storage counts as away."""
 _POLL_SECONDS = 0.005
-CONNECT_SECONDS = 5
-"""How long to wait for a server before it counts as away."""
-_NETWORK = ("nfs", "cifs", "smb", "afs", "lustre", "gpfs", "beegfs", "ceph", "fuse.glusterfs", "fuse.sshfs")
+_STOP_POLL_SECONDS = 0.5
+
+
+class StorageBusy(StorageError):
+    """Another process holds the storage's lock: nothing that the user gave is at fault."""
+
+    exit_status = 1
 
 
 def open_storage(url: str) -> BaseStorage:
     """Return the storage at `url`, its schema made if the database is new. Give it to `close_storage` at the end.
 
-    Raises StorageError where it cannot be opened, or holds another program's tables.
+    Raises StorageError where it cannot be opened, or holds another program's tables, StorageBusy where another process
+    holds its lock.
     """
     kind = _kind(url)
     try:
@@ -65,7 +70,7 @@ def open_storage(url: str) -> BaseStorage:
             if kind == "journal":
                 path = _journal(url)
                 _make_folder(path, url)
-                return JournalStorage(JournalFileBackend(str(path)))
+                return JournalStorage(JournalFile(path))
         return _open_database(url)
     except StorageError:
         raise
@@ -74,7 +79,22 @@ def open_storage(url: str) -> BaseStorage:
     except RuntimeError as error:  # Optuna's own: a schema of a newer or older version
         raise StorageError(f"storage {url}: {error}") from error
     except (SQLAlchemyError, OSError, ValueError) as error:
-        raise StorageError(f"storage {url} cannot be opened: {_first_line(error)}") from error
+        busy = isinstance(error, TimeoutError) or "database is locked" in str(error)
+        kind_of = StorageBusy if busy else StorageError
+        raise kind_of(f"storage {url} cannot be opened: {_first_line(error)}") from error
+
+
+def see_whether_it_answers(storage: BaseStorage) -> None:
+    """Return where a write would get through now. Raises what the storage raises where it does not answer."""
+    try:
+        if isinstance(storage, JournalStorage) and isinstance(storage._backend, JournalFile):
+            storage._backend.lock()
+        else:  # a transaction like any other; there is no such study
+            storage.get_study_id_from_name("hpo: does it answer?")
+    except KeyError:
+        pass
+    finally:
+        storage.remove_session()
 
 
 def close_storage(storage: BaseStorage) -> None:
@@ -127,58 +147,65 @@ def exists(url: str) -> bool:
 
 
 @contextmanager
-def exclusive(url: str, storage: BaseStorage | None = None) -> Iterator[None]:
+def exclusive(
+    url: str,
+    storage: BaseStorage | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+    seconds: float | None = None,
+) -> Iterator[None]:
     """Hold the lock of the storage at `url` against every other process that uses it.
 
+    It is waited for for `seconds` (default: `BUSY_SECONDS`), less where `stopping` says so; StorageBusy is raised then.
     `storage` is that storage, where it is open: PostgreSQL is not connected to once more then. Behind gRPC there is no
     lock: what is done under it is harmless when done twice, only not as quick.
     """
-    kind = _kind(url)
+    kind, seconds = _kind(url), BUSY_SECONDS if seconds is None else seconds
     if kind == "grpc":
         yield
         return
     if kind == "postgresql":
-        opened = storage.engine if isinstance(storage, RDBStorage) else _engine(_parse(url), poolclass=NullPool)
-        with _advisory_lock(opened, url):
-            yield
-        return
-    if kind in ("sqlite", "journal"):
-        # Optuna's journal has a `.lock` of its own
-        path = Path(f"{_journal(url)}.queue.lock" if kind == "journal" else f"{make_url(url).database}.lock")
-    else:  # another database that SQLAlchemy knows: of this machine's processes at least
-        path = Path(tempfile.gettempdir()) / f"hpo-{hashlib.sha256(url.encode()).hexdigest()[:16]}.lock"
-    try:
-        lock = FileLock(path, timeout=BUSY_SECONDS, poll_interval=_POLL_SECONDS)
-        lock.acquire()
-    except TimeoutError as error:
-        raise StorageError(f"storage {url}: another process held {path} for {BUSY_SECONDS} s") from error
-    except OSError as error:
-        raise StorageError(f"storage {url} cannot be opened: {path} cannot be made ({error.strerror})") from error
+        engine = storage.engine if isinstance(storage, RDBStorage) else _engine(_parse(url), poolclass=NullPool)
+        lock, what = advisory_lock(engine, seconds, stopping), "its lock"
+    else:
+        what = str(_lock_path(kind, url))
+        lock = _file_lock(what, seconds, stopping)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock)
+        except TimeoutError as error:
+            raise StorageBusy(f"storage {url}: another process held {what} for {seconds:g} s") from error
+        except SQLAlchemyError as error:
+            raise StorageError(f"storage {url} cannot be opened: {_first_line(error)}") from error
+        except OSError as error:
+            message = f"storage {url} cannot be opened: {what} cannot be made ({error.strerror})"
+            raise StorageError(message) from error
+        yield
+
+
+def _lock_path(kind: str, url: str) -> Path:
+    if kind == "journal":  # its `.lock` is that of plain Optuna
+        return Path(f"{_journal(url)}.queue.lock")
+    if kind == "sqlite":
+        return Path(f"{make_url(url).database}.lock")
+    # another database that SQLAlchemy knows: of this machine's processes at least
+    return Path(tempfile.gettempdir()) / f"hpo-{hashlib.sha256(url.encode()).hexdigest()[:16]}.lock"
+
+
+@contextmanager
+def _file_lock(path: str, seconds: float, stopping: Callable[[], bool]) -> Iterator[None]:
+    """Hold the lock of a file, which ends with its process. Raises TimeoutError, OSError."""
+    end = time.monotonic() + seconds
+    lock = FileLock(path, poll_interval=_POLL_SECONDS)
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=min(_STOP_POLL_SECONDS, seconds))
+        except TimeoutError:
+            if stopping() or time.monotonic() >= end:
+                raise
     try:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def _advisory_lock(engine: Engine, url: str) -> Iterator[None]:
-    """Hold PostgreSQL's lock of that database; it ends with its transaction, so a killed process frees it."""
-    key = int.from_bytes(hashlib.sha256(b"hpo").digest()[:7])
-    with ExitStack() as stack:
-        try:
-            connection = engine.connect()
-            stack.callback(_close, connection)
-            for limit in ("lock_timeout", "idle_in_transaction_session_timeout"):
-                connection.exec_driver_sql(f"SET LOCAL {limit} = '{BUSY_SECONDS}s'")
-            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({key})")
-        except SQLAlchemyError as error:
-            raise StorageError(f"storage {url} cannot be opened: {_first_line(error)}") from error
-        yield
-
-
-def _close(connection: Connection) -> None:
-    with suppress(SQLAlchemyError):  # the server is away, and what the connection held is gone with it
-        connection.close()
 
 
 def _kind(url: str) -> str:
@@ -203,7 +230,7 @@ def _open_grpc(url: str) -> BaseStorage:
         host = port = None
     if host is None or port is None or parts.path not in ("", "/"):
         raise StorageError(f"storage {url}: is no address of a server; write grpc://host:port")
-    storage = GrpcStorageProxy(host=host, port=port)
+    storage = GrpcStorage(host=host, port=port)
     try:
         storage.wait_server_ready(timeout=CONNECT_SECONDS)
     except ConnectionError as error:
@@ -219,13 +246,14 @@ def _open_database(url: str) -> BaseStorage:
         path = Path(str(parsed.database))
         _make_folder(path, url)
         _refuse_network(path, url)
-    with exclusive(url):
+    with exclusive(url, seconds=ANSWER_SECONDS):
         _refuse_other_programs(parsed, url)
+        give_no_id_twice()
         storage = RDBStorage(_text(parsed), engine_kwargs=_engine_arguments(parsed))
     if parsed.get_backend_name() == "sqlite":
-        _serialise_writers(storage.engine)
+        serialise_writers(storage.engine)
     elif parsed.get_backend_name() == "postgresql":
-        _end_sessions_that_are_cut_off(storage.engine)
+        end_sessions_that_are_cut_off(storage.engine)
     return storage
 
 
@@ -268,11 +296,7 @@ def _make_folder(path: Path, url: str) -> None:
 
 
 def _refuse_network(path: Path, url: str) -> None:
-    """Raise StorageError for a file on a network file system, whose locks SQLite cannot trust."""
-    where = path.parent.resolve()
-    mounts = [m for m in psutil.disk_partitions(all=True) if where.is_relative_to(m.mountpoint)]
-    kind = max(mounts, key=lambda m: len(m.mountpoint)).fstype if mounts else ""
-    if kind.lower().startswith(_NETWORK):
+    if kind := network(path):
         raise StorageError(
             f"storage {url}: lies on a network file system ({kind}), where SQLite loses data; "
             "write postgresql://..., or a path on a disk of this machine"
@@ -281,15 +305,8 @@ def _refuse_network(path: Path, url: str) -> None:
 
 def _engine_arguments(parsed: URL) -> dict[str, Any]:
     if parsed.get_backend_name() == "sqlite":
-        return {"connect_args": {"timeout": BUSY_SECONDS}}
-    if parsed.drivername != "postgresql+psycopg":
-        return {}
-    alive = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
-    alive |= {"tcp_user_timeout": CUT_OFF_SECONDS * 1000}
-    return {
-        "pool_size": 3,  # one for training, one for the leases, one that holds the lock
-        "connect_args": {"connect_timeout": CONNECT_SECONDS, **alive},
-    }
+        return {"connect_args": {"timeout": ANSWER_SECONDS}}
+    return engine_arguments(parsed) if parsed.drivername == "postgresql+psycopg" else {}
 
 
 def _refuse_other_programs(parsed: URL, url: str) -> None:
@@ -310,52 +327,6 @@ def _refuse_other_programs(parsed: URL, url: str) -> None:
             f"storage {url}: is another program's database (it has tables {some}, but none of Optuna's); "
             "give a database of its own"
         )
-
-
-_here = threading.local()
-
-
-@contextmanager
-def reading() -> Iterator[None]:
-    """Within this, the thread only reads: it waits for no writer, and lets none wait."""
-    before = getattr(_here, "reads", False)
-    _here.reads = True
-    try:
-        yield
-    finally:
-        _here.reads = before
-
-
-def _serialise_writers(engine: Engine) -> None:
-    """Have SQLite take its write lock when a transaction begins, not midway, where two readers could both win it."""
-
-    @event.listens_for(engine, "connect")
-    def _connect(connection: sqlite3.Connection, _record: object) -> None:
-        connection.isolation_level = None  # pysqlite must not begin transactions of its own
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
-
-    @event.listens_for(engine, "begin")
-    def _begin(connection: object) -> None:
-        how = "DEFERRED" if getattr(_here, "reads", False) else "IMMEDIATE"
-        connection.exec_driver_sql(f"BEGIN {how}")  # type: ignore[attr-defined]
-
-    engine.dispose()  # what was opened before had no listeners
-
-
-def _end_sessions_that_are_cut_off(engine: Engine) -> None:
-    """Have PostgreSQL end a session whose machine is cut off, or it would hold its locks for hours."""
-
-    @event.listens_for(engine, "connect")
-    def _connect(connection: Any, _record: object) -> None:
-        limits = {"tcp_keepalives_idle": 10, "tcp_keepalives_interval": 5, "tcp_keepalives_count": 3}
-        limits |= dict.fromkeys(("idle_in_transaction_session_timeout", "tcp_user_timeout"), CUT_OFF_SECONDS * 1000)
-        with connection.cursor() as cursor:
-            for name, value in limits.items():
-                cursor.execute(f"SET {name} = {value}")
-        connection.commit()
-
-    engine.dispose()  # what was opened before had no listener
 
 
 def _first_line(error: BaseException) -> str:

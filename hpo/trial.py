@@ -195,9 +195,9 @@ class Trials:
     def __getitem__(self, number: int) -> TrialRun:
         return self._active[number]
 
-    def claim(self) -> TrialRun | None:
-        """Claim the next trial; None where there is none left."""
-        claim = self._search.ask()
+    def claim(self, wait: bool = True) -> TrialRun | None:
+        """Claim the next trial; None where there is none left. `wait` is that of `Search.ask`."""
+        claim = self._search.ask(wait)
         for lost in self._search.drain_lost():
             self._tracker.end_trial(lost.number, lost.state, lost.reason)
             what = "its retries are spent" if lost.state == "FAIL" else "it is retried"

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
-from itertools import takewhile
 
 import torch
 
@@ -178,8 +177,15 @@ class _Worker:
                     "checkpoints; run the same command again to go on"
                 )
             raise Interrupted("interrupted")
-        claimed = (self._trials.claim() for _ in range(n))
-        return [trial.member for trial in takewhile(lambda trial: trial is not None, claimed)]
+        training = any(stack.members for stack in self._stacks.active)
+        members: list[Member] = []
+        try:
+            while len(members) < n and (trial := self._trials.claim(wait=not training)) is not None:
+                members.append(trial.member)
+        except StorageAway:
+            if not training:
+                raise
+        return members  # those in training do not wait for more
 
     def _report(self, stack: Stack, member: Member, metrics: dict[str, float]) -> bool:
         trial = self._trials[member.number]

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,16 @@ class Linear(Objective):
         return {"r2": R2Score()}
 '''
 """Its faults strike in training only (batches of 50 with gradient), not when `hpo.tryout` tries 8 rows."""
+
+
+@pytest.fixture(scope="session")
+def server():
+    """Return a PostgreSQL server, `tests.servers.Postgres`."""
+    from tests.servers import postgres
+
+    # not in pytest's own folder: that is for its owner only, and PostgreSQL is another user where we are root
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, postgres(Path(folder) / "data") as made:
+        yield made
 
 
 @pytest.fixture

@@ -2,23 +2,22 @@
 
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from contextlib import suppress
 from itertools import count
-from pathlib import Path
 
 import pytest
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
+from hpo.away import StorageAway, StudyGone
 from hpo.budget import LEASE_KEY
 from hpo.errors import HpoError, StorageError
-from hpo.outage import StorageAway
 from hpo.spec import Plugin
 from hpo.storage import close_storage, open_storage
 from tests.searches import PARAMS, Opener, claims, stored
-from tests.servers import grpc_server, postgres
+from tests.servers import grpc_server
 
 KINDS = ("sqlite", "postgresql", "journal", "grpc")
 PEER = f"""
@@ -38,13 +37,6 @@ while (claim := search.ask()) is not None:
     print(claim.place, claim.params["learning_rate"], flush=True)
 search.close()
 """
-
-
-@pytest.fixture(scope="session")
-def server():
-    # not in pytest's own folder: that is for its owner only, and PostgreSQL is another user where we are root
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, postgres(Path(folder) / "data") as made:
-        yield made
 
 
 @pytest.fixture(params=KINDS)
@@ -165,6 +157,30 @@ def test_peers_try_different_trials(opened):
     )
     two.ask()
     assert len(two._waiting) == 7  # half of the 15 that waited, less the one that it has claimed
+
+
+def test_a_study_that_was_deleted_is_said_and_what_is_done_for_it_harms_no_other(opened, url):
+    search = opened()
+    number = search.ask().number
+    dashboard = open_storage(url)
+    dashboard.delete_study(dashboard.get_study_id_from_name("s"))
+    other = dashboard.create_new_study([StudyDirection.MINIMIZE], "s")
+    trials = [dashboard.create_new_trial(other) for _ in range(3)]
+    calls = (
+        lambda: [search.report(number, 0, 0.5), search.ask()],  # a journal takes the report, and nobody reads it
+        lambda: search.counts(),
+        lambda: search.ask(),
+        lambda: search.remember("key", "value"),
+    )
+    for call in calls:
+        with pytest.raises(StudyGone, match=r"study 's' is no longer in the storage: .* to start from scratch"):
+            call()
+    with suppress(StudyGone):
+        search.give_back(number, "why")
+    found = [dashboard.get_trial(trial) for trial in trials]
+    assert all(not t.intermediate_values and not t.user_attrs and not t.system_attrs for t in found)
+    assert dashboard.get_study_user_attrs(other) == {}
+    close_storage(dashboard)
 
 
 def test_a_connection_that_was_cut_while_idle_costs_nothing(server, tmp_path):
