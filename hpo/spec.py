@@ -194,6 +194,14 @@ def _stack(value: Any) -> Any:
     return value
 
 
+LONGEST_NAME = 128
+"""Bytes of a study's name. A file's name may have 255, and `<name>.<process>.jsonl` has up to 100 beside it."""
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 _Time = Annotated[Finite, Field(gt=0), BeforeValidator(_seconds)]
 
 
@@ -263,7 +271,11 @@ class StudySpec(_Frozen):
     @classmethod
     def _file_name(cls, name: str) -> str:
         if not re.fullmatch(r"[\w][\w .+=-]*", name):
-            raise ValueError(f"must be letters, digits, `_`, `-`, `.` (it names a folder), but got {name!r}")
+            raise ValueError(f"must be letters, digits, `_`, `-`, `.` (it names a folder), but got {_cut(name)!r}")
+        if (size := len(name.encode())) > LONGEST_NAME:
+            raise ValueError(
+                f"must be at most {LONGEST_NAME} bytes long, since it names files, but got {size} bytes: {_cut(name)!r}"
+            )
         return name
 
 
