@@ -223,7 +223,7 @@ def test_the_largest_whole_numbers_are_read(document):
 
 
 def test_a_device_that_never_ends_is_refused():
-    with pytest.raises(InputError, match="^/dev/zero: is larger than 1 MB"):
+    with pytest.raises(InputError, match=r"^/dev/zero: is larger than 1 MB"):
         read(Path("/dev/zero"))
 
 
