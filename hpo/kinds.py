@@ -8,6 +8,7 @@ looked into by identity, so that what is not known to be the same is not taken f
 
 import dis
 import functools
+import sys
 import types
 import weakref
 from collections.abc import Hashable, Mapping
@@ -19,11 +20,15 @@ import torch
 from torch import Tensor, nn
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(Ellipsis))
-_NOT_READ = frozenset({"__init__", "__dict__", "__weakref__", "__doc__", "__firstlineno__", "__static_attributes__"})
+NOT_READ = frozenset({"__init__", "__dict__", "__weakref__", "__doc__", "__firstlineno__", "__static_attributes__"}) | {
+    *("__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__"),
+    *("__dataclass_fields__", "__dataclass_params__"),
+}
 """Of a class: what its instances have behind them, or never read."""
 HOOKS = frozenset({"_forward_hooks", "_forward_pre_hooks"})
 _NOT_STATE = frozenset(vars(nn.Module())) - HOOKS
 """Of a module: what its names, its tensors and whether it trains say already."""
+_LIBRARIES = frozenset({"torch", "numpy", *sys.stdlib_module_names}) - {"__main__"}
 _SMALL = 10_000
 """So many numbers are compared one by one."""
 
@@ -101,14 +106,14 @@ class Kinds:
 
     def _class(self, cls: type) -> Hashable:
         """Return what a class is: by what is written in it and above it, up to torch's own."""
-        if cls.__module__ == "builtins" or _is_torch(cls.__module__):
+        if _is_library(cls):
             return _Same(cls)
-        own = {name: value for name, value in vars(cls).items() if name not in _NOT_READ}
+        own = {name: value for name, value in vars(cls).items() if name not in NOT_READ}
         bases = tuple(map(self.of, cls.__bases__))
         return cls.__module__, cls.__qualname__, bases, tuple((name, self.of(value)) for name, value in own.items())
 
     def _function(self, function: types.FunctionType) -> Hashable:
-        if _is_torch(function.__module__ or ""):
+        if _is_library(function):
             return _Same(function)
         names = function.__code__.co_freevars
         cells = zip(names, function.__closure__ or (), strict=True)
@@ -159,8 +164,9 @@ class Kinds:
         return tuple((key, self.of(own[key])) for key in sorted(own))
 
 
-def _is_torch(module: str) -> bool:
-    return module == "torch" or module.startswith("torch.")
+def _is_library(value: Any) -> bool:
+    """Whether a class or function is torch's or Python's own: such are there once, and stay as they are."""
+    return "<locals>" not in value.__qualname__ and str(value.__module__).partition(".")[0] in _LIBRARIES
 
 
 def _numbers(value: Tensor | np.ndarray) -> Hashable:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from hpo.kinds import HOOKS, Kinds
+from hpo.kinds import HOOKS, NOT_READ, Kinds
 
 
 class RateDropout(nn.Module):
@@ -327,12 +327,18 @@ def _varied(modules: Sequence[nn.Module]) -> frozenset[str]:
     return frozenset(name for name, each in shapes.items() if len(each) > 1)
 
 
+def _runs_torchs_code(cls: type) -> bool:
+    """Whether a class is one of torch.nn, or derived from one without any code but its __init__."""
+    own = [each for each in cls.__mro__ if each is not object and not each.__module__.startswith("torch.nn")]
+    return all(vars(each).keys() <= {"__module__", "__qualname__", *NOT_READ} for each in own)
+
+
 def _attributes(module: nn.Module, kinds: Kinds) -> Hashable:
     """Return a module's own attributes that are no tensors: what its forward may branch on or compute with.
 
     Of torch's own modules, not what they derive from others (`_flat_weights`), nor sizes, which their shapes have.
     """
     left_out = frozenset()
-    if type(module).__module__.startswith("torch.nn"):
+    if _runs_torchs_code(type(module)):
         left_out = frozenset(key for key in vars(module) if key in _SIZES or key.startswith("_")) - HOOKS
     return kinds.attributes(module, left_out)
