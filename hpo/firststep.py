@@ -17,7 +17,7 @@ from hpo.errors import InputError
 from hpo.objective import Params
 from hpo.plan import Plan, guarded
 
-_OF_DTYPES = ("dtype", "scalar type", "Double", "Long", "same type")
+_OF_DTYPES = ("dtype", "scalar type", "Double", "Long", "same type", "be cast")
 """Words of torch's messages about dtypes."""
 
 

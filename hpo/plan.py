@@ -66,7 +66,9 @@ class Plan:
             return None
         data = guarded(self, "data", self.objective.data)
         if not isinstance(data, Data):
-            raise InputError(f"objective {self.spec.objective}: data must return hpo.data.Data, but got {data!r:.100}")
+            plain = data is None or isinstance(data, bool | int | float | str)
+            came = f"{data!r:.60}" if plain else f"a {type(data).__name__}"
+            raise InputError(f"objective {self.spec.objective}: data must return hpo.data.Data, but got {came}")
         self.objective.info = data.checked(self.spec.objective).info
         return data
 
