@@ -186,7 +186,7 @@ WRONG = {
     ),
     "a typo in a key": (
         {SPACE: 'space = {"width": {"type": "int", "lo": 4, "high": 16}}'},
-        "its space: width: unknown key",
+        'its space: width.lo: unknown key; did you mean "low"?',
     ),
     "bounds in the wrong order": (
         {SPACE: 'space = {"width": {"type": "int", "low": 40, "high": 16}}'},
