@@ -256,7 +256,7 @@ def check(path: Path, overrides: Mapping[str, str]) -> None:
             break
     try:
         data = plan.load_data()
-        model = try_out(plan, data) if data else None
+        model = try_out(plan, data, out.print) if data else None
     except InputError as error:
         problems.append(error)
     if problems:

@@ -114,25 +114,31 @@ class Data:
         )
 
     def checked(self, objective: str) -> "Data":
-        """Return this data if every split has rows of one length and finite numbers; else raise DataError."""
+        """Return this data if every split has tensors, rows of one length and one kind, and finite numbers.
+
+        Raises DataError that says in which split, and what came.
+        """
         for name, split in self.splits.items():
+            where = f"objective {objective}: in its {name} split"
+            columns = _columns(where, name, split)
             if len(split) == 0:
                 raise DataError(f"objective {objective}: its {name} split is empty")
-            for column, tensor in {**split.inputs, "targets": split.targets}.items():
+            for column, tensor in columns.items():
                 if len(tensor) != len(split):
-                    raise DataError(
-                        f"objective {objective}: in its {name} split, {column} has {len(tensor)} rows, "
-                        f"but targets has {len(split)}"
-                    )
-                if self.missing and column != "targets":
-                    continue
-                if tensor.is_floating_point() and not (finite := torch.isfinite(tensor)).all():
-                    bad = (~finite.reshape(len(tensor), -1)).any(1).nonzero()[:, 0]
-                    raise DataError(
-                        f"objective {objective}: in its {name} split, {column} holds NaN or infinity in "
-                        f"{len(bad)} of {len(tensor)} rows (the first: row {int(bad[0])}); drop or impute them"
-                    )
+                    raise DataError(f"{where}, {column} has {len(tensor)} rows, but targets has {len(split)}")
+                if not self.missing or column == "targets":
+                    _require_finite(where, column, tensor)
+            _require_alike(where, columns, {**self.train.inputs, "targets": self.train.targets})
+            self._require_classes(where, split.targets)
         return self
+
+    def _require_classes(self, where: str, targets: Tensor) -> None:
+        n = len(self.class_names)
+        least, most = targets.min().item(), targets.max().item()
+        if n > 1 and not (least >= 0 and most < n):
+            raise DataError(
+                f"{where}, targets go from {least:g} to {most:g}, but class_names has {n} names: they are 0 to {n - 1}"
+            )
 
     def for_refit(self) -> "Data":
         """Return this data with the validation rows added to train; `valid` stays as it is and must not be measured."""
@@ -148,3 +154,49 @@ class Data:
                 digest.update(f"{name}/{column}/{tuple(tensor.shape)}/{tensor.dtype}".encode())
                 digest.update(tensor.contiguous().cpu().numpy().data)
         return digest.hexdigest()[:16]
+
+
+def _columns(where: str, name: str, split: Any) -> dict[str, Tensor]:
+    """Return a split's tensors by name. Raises DataError where it holds anything else."""
+    if not isinstance(split, Split):
+        raise DataError(
+            f"{where.replace('in its', 'its')} must be hpo.data.Split(inputs=..., targets=...), {_got(split)}"
+        )
+    if not isinstance(split.inputs, Mapping) or not split.inputs:
+        rule = 'must be a mapping of names to tensors, {"features": x}'
+        raise DataError(f"{where}, inputs {rule}, {_got(split.inputs)}")
+    columns = {**split.inputs, "targets": split.targets}
+    for column, tensor in columns.items():
+        if not isinstance(tensor, Tensor):
+            hint = (
+                "" if tensor is None else "; use torch.from_numpy" if hasattr(tensor, "dtype") else "; use torch.tensor"
+            )
+            raise DataError(f"{where}, {column} must be a torch.Tensor, {_got(tensor)}{hint}")
+        if tensor.ndim == 0:
+            raise DataError(f"{where}, {column} must have a row for each example, but it is one number")
+    return columns
+
+
+def _got(value: Any) -> str:
+    kind = type(value)
+    module = "" if kind.__module__ == "builtins" else f"{kind.__module__.partition('.')[0]}."
+    return "but is None" if value is None else f"but is a {module}{kind.__qualname__}"
+
+
+def _require_finite(where: str, column: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() and not (finite := torch.isfinite(tensor)).all():
+        bad = (~finite.reshape(len(tensor), -1)).any(1).nonzero()[:, 0]
+        raise DataError(
+            f"{where}, {column} holds NaN or infinity in "
+            f"{len(bad)} of {len(tensor)} rows (the first: row {int(bad[0])}); drop or impute them"
+        )
+
+
+def _require_alike(where: str, columns: Mapping[str, Tensor], train: Mapping[str, Any]) -> None:
+    """Raise DataError where a split's columns, or one row of them, are not as in the train split."""
+    if list(columns) != list(train):
+        raise DataError(f"{where}, the inputs are {list(columns)[:-1]}, but in train they are {list(train)[:-1]}")
+    for column, tensor in columns.items():
+        kinds = [f"{tuple(x.shape[1:])} {str(x.dtype).removeprefix('torch.')}" for x in (tensor, train[column])]
+        if kinds[0] != kinds[1]:
+            raise DataError(f"{where}, a row of {column} is {kinds[0]}, but in train it is {kinds[1]}")

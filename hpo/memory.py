@@ -1,18 +1,35 @@
-"""How much memory is left on a device: a machine that runs out does not raise, it ends the process."""
+"""How much memory is left on a device: a machine that runs out does not raise, it ends the process.
 
+So what would take too much is refused before it is made: `Within` looks at every tensor that code asks for.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-_CGROUPS = (  # a container's limit and use, as cgroups v2 and v1 have them
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+_CGROUPS = (  # a container's limit and use, and of the use what is given back when needed, as cgroups v2 and v1 have it
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+    ),
 )
-_TO_LOOK_AT = 0.05
-"""How much of the free memory networks may take that are built to be compared."""
+TO_LOOK_AT, _ONE_TO_LOOK_AT = 0.05, 0.1
+"""How much of the free memory networks may take that are built to be compared, and how much one of the first two."""
+_KEPT_FREE = 0.2
+"""How much of the free memory is left to others while a network is built."""
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "calculation overflowed")
+_LARGE = 1 << 24
+"""Bytes of a tensor for which it is asked how much memory is free: that takes a tenth of a millisecond."""
 
 
 def free_bytes(device: torch.device) -> int:
@@ -20,13 +37,97 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
-    for limit, used in _CGROUPS:
+    for limit, used, stat in _CGROUPS:
         with suppress(OSError, ValueError):  # there is none, or it says "max"
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()) + _cached(Path(stat)))
     return max(0, free)
+
+
+def _cached(stat: Path) -> int:
+    """Return how much of a container's use is copies of files that nobody needs at the moment."""
+    with suppress(OSError):
+        lines = dict(line.split() for line in stat.read_text().splitlines())
+        return int(lines.get("total_inactive_file", lines.get("inactive_file", 0)))
+    return 0
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that the device, or the machine, has no memory left."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)
+    )
+
+
+def n_bytes(network: nn.Module) -> int:
+    """Return the bytes of a network's parameters and buffers."""
+    return sum(x.numel() * x.element_size() for x in (*network.parameters(), *network.buffers()))
 
 
 def networks_at_once(network: nn.Module) -> int:
     """Return how many networks as large as this one may be held only to be looked at, on the CPU: at least two."""
-    size = sum(tensor.numel() * tensor.element_size() for tensor in network.parameters())
-    return max(2, int(_TO_LOOK_AT * free_bytes(torch.device("cpu")) / max(1, size)))
+    return max(2, int(TO_LOOK_AT * free_bytes(torch.device("cpu")) / max(1, n_bytes(network))))
+
+
+def most_to_look_at() -> int:
+    """Return how many bytes one network may have that is built to be looked at."""
+    return int(_ONE_TO_LOOK_AT * free_bytes(torch.device("cpu")))
+
+
+class Within(TorchDispatchMode):
+    """A context in which a tensor that the machine has no memory for is not made: MemoryError is raised instead.
+
+    So is one with which those that were made would be more than `most` bytes in all.
+    """
+
+    def __init__(self, most: float = math.inf) -> None:
+        super().__init__()
+        self._most, self._made = most, 0
+        self._reserve: float | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        size = _size_of_new(func, args, kwargs or {})
+        if size:
+            self._require(size)
+        return func(*args, **(kwargs or {}))
+
+    def _require(self, size: int) -> None:
+        self._made += size
+        if self._made > self._most:
+            raise MemoryError(f"{shown(self._made)} are more than the {shown(self._most)} that it may take")
+        if size < _LARGE:
+            return
+        free = free_bytes(torch.device("cpu"))
+        if self._reserve is None:
+            self._reserve = _KEPT_FREE * free
+        if size > free - self._reserve:
+            raise MemoryError(f"it asks for {shown(size)} at once, and {shown(free)} are free")
+
+
+def shown(size: float) -> str:
+    """Return a number of bytes as a person reads it."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
+
+
+def _size_of_new(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Return how many bytes of the machine's memory an operation that makes a tensor of a given size takes."""
+    place = _place_of_size(func)
+    if place is None or torch.device(kwargs.get("device") or "cpu").type != "cpu":
+        return 0
+    size = args[place] if place < len(args) else kwargs.get("size", ())
+    like = next((x for x in args if isinstance(x, torch.Tensor)), None)
+    if like is not None and like.device.type != "cpu" and kwargs.get("device") is None:
+        return 0
+    dtype = kwargs.get("dtype") or (torch.get_default_dtype() if like is None else like.dtype)
+    return math.prod(map(int, size)) * dtype.itemsize
+
+
+@cache
+def _place_of_size(func: Callable[..., Any]) -> int | None:
+    """Return which of an operation's arguments is the size of the tensor that it makes; None: it makes none so."""
+    schema = func._schema  # type: ignore[attr-defined]
+    if any(result.alias_info is not None for result in schema.returns):
+        return None
+    return next((i for i, argument in enumerate(schema.arguments) if argument.name == "size"), None)

@@ -5,7 +5,7 @@ all faults of the file at once. `load_data` then looks at the data, `hpo.tryout`
 storage or the tracker.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from hpo import objective as objectives
 from hpo import space as spaces
 from hpo import spec as specs
 from hpo.data import Data, DataInfo
-from hpo.document import Document
+from hpo.document import Document, dotted
 from hpo.errors import Fault, HpoError, InputError, SpecError, did_you_mean
 from hpo.objective import Function, Objective
 from hpo.samplers import make_pruner, make_sampler
@@ -71,7 +71,9 @@ class Plan:
             return None
         data = guarded(self, "data", self.objective.data)
         if not isinstance(data, Data):
-            raise InputError(f"objective {self.spec.objective}: data must return hpo.data.Data, but got {data!r:.100}")
+            plain = data is None or isinstance(data, bool | int | float | str)
+            came = f"{data!r:.60}" if plain else f"a {type(data).__name__}"
+            raise InputError(f"objective {self.spec.objective}: data must return hpo.data.Data, but got {came}")
         self.objective.info = data.checked(self.spec.objective).info
         return data
 
@@ -144,7 +146,17 @@ def _check(draft: Draft, spec: StudySpec, folder: Path) -> tuple[Plan | None, li
 def _metric(objective: Objective, spec: StudySpec) -> tuple[str, bool, list[Fault]]:
     """Return the study's metric and whether more of it is better."""
     wanted = spec.metric
-    metrics = dict(objective.metrics())
+    try:
+        metrics = objective.metrics()
+    except Exception as error:  # the user's own code
+        return "loss", False, [Fault(path=("objective",), message=f"metrics failed: {objectives.origin(error)}")]
+    if not isinstance(metrics, Mapping):
+        rule = "metrics must return a mapping of names to TorchMetrics objects"
+        came = "None" if metrics is None else f"a {type(metrics).__name__}"
+        return "loss", False, [Fault(path=("objective",), message=f"{rule}, but returned {came}")]
+    if "loss" in metrics:
+        message = "metrics must not name one of them loss, which is the engine's own; give it another name"
+        return "loss", False, [Fault(path=("objective",), message=message)]
     if wrong := [name for name, metric in metrics.items() if not isinstance(metric, Metric)]:
         message = f"the objective's metrics must be TorchMetrics objects, but {wrong[0]} is {metrics[wrong[0]]!r:.100}"
         return "loss", False, [Fault(path=("objective",), message=message)]
@@ -176,8 +188,11 @@ def _params(objective: Objective, draft: Draft, spec: StudySpec) -> tuple[dict[s
     The objective's default space is used where the file names no range of its own.
     """
     engine, names = (optim.DEFAULTS, optim.NAMES) if objective.train is None else ({}, ())
-    params = {**engine, **objective.defaults}
-    known = list(dict.fromkeys([*params, *names, *objective.space]))
+    defaults, ranges, own_faults = _own_params(objective, [*engine, *names])
+    if own_faults:
+        return {**engine}, own_faults
+    params = {**engine, **defaults}
+    known = list(dict.fromkeys([*params, *names, *ranges]))
     faults = [
         Fault(
             path=("params", name),
@@ -188,14 +203,50 @@ def _params(objective: Objective, draft: Draft, spec: StudySpec) -> tuple[dict[s
     ]
     own = {name: value for name, value in spec.params.items() if name in known}
     if not draft.own_space:
-        default = {name: specs.parse_param(dict(entry)) for name, entry in objective.space.items()}
-        params |= {name: entry for name, entry in default.items() if _reachable(entry, {**params, **default, **own})}
+        params |= {name: entry for name, entry in ranges.items() if _reachable(entry, {**params, **ranges, **own})}
     params |= own
     for fault in draft.faults:  # a parameter that is wrong in the file is not missing from the space
         if fault.path[:1] == ("params",) and len(fault.path) > 1 and fault.path[1] not in params:
             params[str(fault.path[1])] = None
     values = {name: _span(value) for name, value in params.items() if value is not None}
     return params, faults + (optim.faults(values) if objective.train is None else [])
+
+
+def _own_params(objective: Objective, engine: Sequence[str]) -> tuple[Mapping[str, Any], dict[str, Any], list[Fault]]:
+    """Return the objective's defaults, its default space, and what is wrong with them."""
+    at = ("objective",)
+    given = {}
+    for what in ("defaults", "space"):
+        try:
+            given[what] = getattr(objective, what)
+        except Exception as error:  # the user's own code
+            return {}, {}, [Fault(path=at, message=f"its {what} failed: {objectives.origin(error)}")]
+        if not isinstance(given[what], Mapping):
+            message = f"its {what} must be a mapping of names, but is a {type(given[what]).__name__}"
+            return {}, {}, [Fault(path=at, message=message)]
+    defaults, space = given["defaults"], given["space"]
+    faults = []
+    for name, value in defaults.items():
+        if isinstance(value, Mapping) or not _is_plain(value):
+            rule = "must be a number, a text, true, false or null (ranges belong into its space)"
+            faults.append(Fault(path=at, message=f"its default {name} {rule}, but is a {type(value).__name__}"))
+    ranges, more = specs.parse_params({n: dict(v) if isinstance(v, Mapping) else v for n, v in space.items()}, ())
+    faults += [Fault(path=at, message=f"its space: {dotted(fault.path)}: {fault.message}") for fault in more]
+    for name, value in ranges.items():
+        if not isinstance(value, specs.Searched):
+            rule = 'must be a range, {"type": "float", "low": ..., "high": ...}'
+            faults.append(Fault(path=at, message=f"its space: {name} {rule}, but is {value!r:.60}"))
+        hint = did_you_mean(name, [n for n in (*defaults, *engine) if n not in ranges])
+        if name not in defaults and name not in engine and "did you mean" in hint:
+            message = f"its space: neither its defaults nor the engine has {name!r}{hint} else add it to its defaults"
+            faults.append(Fault(path=at, message=message))
+    return defaults, ranges, faults
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _name_losses(objective: Objective, params: Mapping[str, Any], folder: Path) -> list[Fault]:

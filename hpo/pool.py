@@ -8,8 +8,11 @@ LoopStack, and the reason is said once.
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
+import torch
+
 from hpo.data import Split
 from hpo.frames import Frames
+from hpo.memory import is_out_of_memory
 from hpo.stack import LoopStack, Member, Stack, Stacks, Task
 from hpo.vmap_stack import Candidate, How, NotStackable, VmapStack, candidate
 
@@ -73,7 +76,7 @@ class Pool(Stacks):
         refused: list[tuple[Member, int, str]] = []
         for member, level in waiting:
             try:
-                each = candidate(self._task, member, self._frames[level], self._example)
+                each = self._candidate(member, level)
                 kinds.setdefault(self._stack_of(each, level), []).append((level, each))
             except NotStackable as error:
                 refused.append((member, level, str(error)))
@@ -96,6 +99,15 @@ class Pool(Stacks):
                 self._say(f"trials like trial {member.number} are trained one at a time: {reason}")
                 self._queue.append(member)
         return again
+
+    def _candidate(self, member: Member, level: int) -> Candidate:
+        """Raises NotStackable; also for a network that the machine has no memory for, which may fail, but alone."""
+        try:
+            return candidate(self._task, member, self._frames[level], self._example)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or not is_out_of_memory(error):
+                raise  # a GPU may be full of others: stacks are to be smaller
+            raise NotStackable("memory has no room to try its network in a stack") from error
 
     def _stack_of(self, candidate: Candidate, level: int) -> VmapStack:
         """Return the stack of `candidate`'s kind, made if there is none. Raises NotStackable."""

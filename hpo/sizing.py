@@ -13,14 +13,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from hpo.data import Split
 from hpo.errors import Interrupted
 from hpo.feed import Batch, Feed
 from hpo.frames import Frames, Grain
-from hpo.memory import free_bytes
+from hpo.memory import TO_LOOK_AT, Within, free_bytes, is_out_of_memory, most_to_look_at, n_bytes
 from hpo.pool import WORTH_COMPILING
-from hpo.stack import LoopStack, Member, Stack, Task, is_out_of_memory
+from hpo.stack import LoopStack, Member, Stack, Task
 from hpo.vmap_stack import Candidate, How, NotStackable, VmapStack, candidate
 
 SIZES = (1, 4, 16, 64, 256)
@@ -40,6 +41,9 @@ _LARGE_STEP = 2e-3
 """Seconds of a step above which more threads may help; smaller operations only wait for each other."""
 
 
+_TOO_LARGE = "one trial at a time: the networks drawn from the space are too large to be compared"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """`capacity` trials at once, padded by `grain`, with so many `threads`; and why. `stacked`: as a VmapStack."""
@@ -55,13 +59,15 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizing:
-    """What is measured: `draws` are params as the study will have them, `n_trials` are still to come."""
+    """What is measured: `draws` are params as the study will have them (`looked_at`), `n_trials` are still to come."""
 
     task: Task
     feed: Feed
     example: Split
     frames: Callable[[Grain], Frames]
     draws: Sequence[Mapping[str, Any]]
+    n_too_large: int = 0
+    """How many more were drawn, whose networks are too large to be looked at: they are trained one at a time."""
     n_trials: int
     most: int
     """No stack is larger: a sampler that learns from the trials before must have some rounds."""
@@ -80,6 +86,8 @@ class Sizing:
 
         One at a time is a stack of one where the study's steps pay for compiling it, since that is faster.
         """
+        if not self.draws:
+            return Choice(why=_TOO_LARGE)
         n_steps = self.n_trials * self._n_steps(self.draws[0])
         if capacity == 1 and (n_steps < WORTH_COMPILING or self._has_large_steps()):
             return Choice(why=AS_GIVEN)
@@ -110,16 +118,23 @@ class Sizing:
                 kinds.setdefault(each.signature, []).append(each)
             except NotStackable as error:
                 reasons.append(str(error))
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reasons.append(f"out of memory: {str(error).partition(chr(10))[0]}")
         return kinds, reasons
 
     def _shared(self, kinds: Mapping[Any, Sequence[Candidate]]) -> float:
         """Return which share of the other trials is of a trial's own kind, on average."""
-        return sum((len(group) / len(self.draws)) ** 2 for group in kinds.values())
+        n_drawn = len(self.draws) + self.n_too_large
+        return sum((len(group) / n_drawn) ** 2 for group in kinds.values())
 
     def choose(self) -> Choice:
         """Return what gives the most trials per hour. Raises Interrupted as soon as `stopping` says so."""
         if self.seconds < SHORT_SECONDS:
             return Choice(why=f"one trial at a time: the study has only {self.seconds:.0f} s")
+        if not self.draws:
+            return Choice(why=_TOO_LARGE)
         members = [Member(number=-1 - i, seed=i, params=params) for i, params in enumerate(self.draws)]
         some = members[:: max(1, len(members) // _ALONE)][:_ALONE]
         alone = sum(self._seconds_alone(member) for member in some) / len(some)
@@ -156,7 +171,9 @@ class Sizing:
         if not kinds:
             raise NotStackable(reasons[0])
         common = max(kinds.values(), key=len)
-        stacked = total * sum(map(len, kinds.values())) / len(members)  # the others train one at a time
+        stacked = (
+            total * sum(map(len, kinds.values())) / (len(members) + self.n_too_large)
+        )  # the others train one at a time
         # of K trials at once, so many are of one kind on average, from a trial's point of view
         shared = self._shared(kinds)
         alone = sum(self._seconds_alone(each.member) for each in common[:_ALONE]) / len(common[:_ALONE])
@@ -245,6 +262,31 @@ class Sizing:
         return replace(
             choice, threads=n_cores, why=f"{choice.why}; {n_cores} threads: {one / several:.1f} times as fast as {now}"
         )
+
+
+def looked_at(
+    several: Sequence[Mapping[str, Any]], build: Callable[[Mapping[str, Any]], nn.Module]
+) -> tuple[list[Mapping[str, Any]], int]:
+    """Return the first of `several` configurations whose networks may be held at once to be looked at, at least two.
+
+    And how many of those before the last of them are too large for that.
+    """
+    limit, most = TO_LOOK_AT * free_bytes(torch.device("cpu")), most_to_look_at()
+    held, n_too_large, taken = [], 0, 0
+    for params in several:
+        try:
+            with Within(most):
+                size = n_bytes(build(params))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            n_too_large += 1
+            continue
+        taken += size
+        if taken > limit and len(held) >= 2:
+            break
+        held.append(params)
+    return held, n_too_large
 
 
 def _synchronize() -> None:

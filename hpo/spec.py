@@ -195,6 +195,14 @@ def _stack(value: Any) -> Any:
     return value
 
 
+LONGEST_NAME = 128
+"""Bytes of a study's name. A file's name may have 255, and `<name>.<process>.jsonl` has up to 100 beside it."""
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 _Time = Annotated[Finite, Field(gt=0), BeforeValidator(_seconds)]
 
 
@@ -273,7 +281,11 @@ class StudySpec(_Frozen):
     @classmethod
     def _file_name(cls, name: str) -> str:
         if not re.fullmatch(r"[\w][\w .+=-]*", name):
-            raise ValueError(f"must be letters, digits, `_`, `-`, `.` (it names a folder), but got {name!r}")
+            raise ValueError(f"must be letters, digits, `_`, `-`, `.` (it names a folder), but got {_cut(name)!r}")
+        if (size := len(name.encode())) > LONGEST_NAME:
+            raise ValueError(
+                f"must be at most {LONGEST_NAME} bytes long, since it names files, but got {size} bytes: {_cut(name)!r}"
+            )
         return name
 
 
@@ -300,14 +312,10 @@ def read(path: Path, overrides: Mapping[str, str] | None = None) -> Draft:
     own_space = any(_names_range(each.get("params")) for each in (document.values, document.written))
     values.setdefault("name", path.stem)
     params = values.pop("params", None)
-    good: dict[str, Any] = {}
     if params is not None and not isinstance(params, dict):
         faults.append(Fault(path=("params",), message=f"must be a mapping of names, but got {params!r}"))
-    for name, value in (params if isinstance(params, dict) else {}).items():
-        try:
-            good[name] = parse_param(value)
-        except ValidationError as error:
-            faults += _faults(error, ("params", name), value)
+    good, more = parse_params(params if isinstance(params, dict) else {}, ("params",))
+    faults += more
     spec = None
     while spec is None:
         try:
@@ -326,6 +334,18 @@ def read(path: Path, overrides: Mapping[str, str] | None = None) -> Draft:
         message = f"names {len(spec.start_with)} configurations, but trials is {spec.trials}; raise trials"
         faults.append(Fault(path=("start_with",), message=message))
     return Draft(spec=spec, document=document, faults=faults, own_space=own_space)
+
+
+def parse_params(params: Mapping[str, Any], at: tuple[str | int, ...]) -> tuple[dict[str, Any], list[Fault]]:
+    """Return what `parse_param` makes of each entry, and the faults of those that are none."""
+    good: dict[str, Any] = {}
+    faults: list[Fault] = []
+    for name, value in params.items():
+        try:
+            good[name] = parse_param(value)
+        except ValidationError as error:
+            faults += _faults(error, (*at, name), value)
+    return good, faults
 
 
 def _names_range(params: Any) -> bool:

@@ -14,13 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from hpo import optim, schedules
+from hpo import optim, schedules, stacked_optim
 from hpo.data import DataInfo, batch_sizes, prediction
 from hpo.feed import Feed
+from hpo.memory import Within, free_bytes, is_out_of_memory, n_bytes, shown
 from hpo.objective import Objective, Params
 
 EVALUATION_ROWS = 8192
 """How many rows go through a network at once where no gradient is kept; metrics are of all rows all the same."""
+_LARGE = 1 << 24
+"""Bytes of a network for which it is worth asking how much memory is free."""
 Precision = Literal["float32", "tf32", "bf16"]
 """How a network computes: as it is; with TF32 in its matrix products (CUDA); under torch's autocast to bfloat16."""
 
@@ -37,9 +40,11 @@ class Task:
     precision: Precision = "float32"
 
     def build(self, member: "Member") -> nn.Module:
-        """Return `member`'s network, its weights drawn from its seed."""
+        """Return `member`'s network, its weights drawn from its seed. Raises MemoryError before it is too large."""
         torch.manual_seed(member.seed)
-        return self.objective.build(member.params, self.info).to(self.device)
+        with Within():
+            module = self.objective.build(member.params, self.info)
+        return module.to(self.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which networks are run."""
@@ -176,7 +181,9 @@ class LoopStack(Stack):
         assert len(self._slots) < self.capacity
         self._slots[member] = slot = _Slot(self._task)
         try:
-            slot.fill(self._task.build(member), member.params)
+            module = self._task.build(member)
+            _require_room(module, member.params, self._task.device)
+            slot.fill(module, member.params)
             if member.resume is not None:
                 slot.restore(member.resume)
         except (RuntimeError, MemoryError) as error:
@@ -220,7 +227,23 @@ class LoopStack(Stack):
         """Take running out of memory, the one fault that is a member's own; raise any other error again."""
         if not is_out_of_memory(error):
             raise error
-        member.fault = f"out of memory on {self._task.device}: {str(error).splitlines()[0]}"
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        member.fault = f"out of memory on {self._task.device}: {why}"
+
+
+def _require_room(module: nn.Module, params: Params, device: torch.device) -> None:
+    """Raise MemoryError where a network that fits into the machine's memory cannot be trained in it.
+
+    A GPU says so itself; of a machine without memory, the process is ended. Its gradients are counted, what its
+    optimizer keeps of them, and the copy of its best epoch; what lies between its layers depends on the batch.
+    """
+    size = n_bytes(module)
+    if device.type != "cpu" or size < _LARGE:
+        return
+    copies = 2 + len(stacked_optim.STATE.get(str(params["optimizer"]).lower(), ()))
+    free = free_bytes(device)
+    if copies * size > free:
+        raise MemoryError(f"to train its {shown(size)} takes {shown(copies * size)} more, and {shown(free)} are free")
 
 
 class _Slot:
@@ -318,14 +341,6 @@ def set_random_states(states: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that the device, or the machine, has no memory left."""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
-    )
 
 
 def in_full(outputs: Any) -> Any:

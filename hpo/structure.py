@@ -9,10 +9,11 @@ tensors stays in a network's signature, and members share a stack if theirs are 
 from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hpo.kinds import HOOKS, NOT_READ, Kinds
 
 
 class RateDropout(nn.Module):
@@ -127,7 +128,8 @@ class Frame:
         left_out = frozenset(name for name in every if name not in present and not _is_control(module, name))
         shapes = {name: (shapes or {}).get(name, tuple(tensor.shape)) for name, tensor in every.items()}
         frozen = tuple(n for n, w in module.named_parameters() if not w.requires_grad)
-        parts = tuple((n, type(m), _attributes(m)) for n, m in module.named_modules())
+        kinds_of = Kinds()
+        parts = tuple((n, kinds_of.of(type(m)), _attributes(m, kinds_of)) for n, m in module.named_modules())
         kinds = tuple((n, shapes[n], t.dtype) for n, t in every.items())
         return Framed(
             module=module,
@@ -173,11 +175,11 @@ def frame_of(modules: Sequence[nn.Module], sizes_only: bool = False) -> Frame:
         for path, each in optional.items():
             module, _ = _gate(module, path, each)
         gated.append(module)
-    choices: dict[str, dict[str, nn.Module]] = {}
+    choices: dict[str, dict[Hashable, nn.Module]] = {}
     for module in gated:
         for path, leaf in module.named_modules():
             if not list(leaf.children()) and not tensors(leaf) and path:
-                choices.setdefault(path, {})[f"{type(leaf).__qualname__}{_attributes(leaf)}"] = leaf
+                choices.setdefault(path, {})[_whole_kind(leaf)] = leaf
     return Frame(
         optional=optional,
         choices={path: tuple(each.values()) for path, each in choices.items() if len(each) > 1},
@@ -192,8 +194,9 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def own_state(module: nn.Module) -> Hashable:
     """Return what a network holds outside of tensors, torch's own modules aside: running it must not change that."""
+    kinds = Kinds()
     return tuple(
-        (name, _attributes(each))
+        (name, kinds.of(type(each)), _attributes(each, kinds))
         for name, each in module.named_modules()
         if not type(each).__module__.startswith("torch.")
     )
@@ -249,7 +252,12 @@ def _alike(a: nn.Module, b: nn.Module) -> bool:
 def _kind(module: nn.Module) -> Hashable:
     """Return what a layer is, apart from its sizes; all that has no weights is of one kind (see `Choice`)."""
     has_tensors = bool(tensors(module))
-    return type(module) if has_tensors else None
+    return Kinds().of(type(module)) if has_tensors else None
+
+
+def _whole_kind(module: nn.Module) -> Hashable:
+    kinds = Kinds()
+    return kinds.of(type(module)), _attributes(module, kinds)
 
 
 def _gate(module: nn.Module, path: str, optional: _Optional) -> tuple[nn.Module, list[tuple[str, str]]]:
@@ -290,7 +298,7 @@ def _choose(module: nn.Module, path: str, options: Sequence[nn.Module]) -> nn.Mo
     except AttributeError:
         return module
     for place, option in enumerate(options):
-        if type(child) is type(option) and _attributes(child) == _attributes(option):
+        if _whole_kind(child) == _whole_kind(option):
             device = next((t.device for t in tensors(module).values()), None)
             return _replaced(module, path, Choice(options, place).to(device).train(module.training))
     return module
@@ -319,28 +327,18 @@ def _varied(modules: Sequence[nn.Module]) -> frozenset[str]:
     return frozenset(name for name, each in shapes.items() if len(each) > 1)
 
 
-_INTERNAL = set(vars(nn.Module()))
+def _runs_torchs_code(cls: type) -> bool:
+    """Whether a class is one of torch.nn, or derived from one without any code but its __init__."""
+    own = [each for each in cls.__mro__ if each is not object and not each.__module__.startswith("torch.nn")]
+    return all(vars(each).keys() <= {"__module__", "__qualname__", *NOT_READ} for each in own)
 
 
-def _attributes(module: nn.Module) -> Hashable:
+def _attributes(module: nn.Module, kinds: Kinds) -> Hashable:
     """Return a module's own attributes that are no tensors: what its forward may branch on or compute with.
 
     Of torch's own modules, not what they derive from others (`_flat_weights`), nor sizes, which their shapes have.
     """
-    own = {key: value for key, value in vars(module).items() if key not in _INTERNAL}
-    if type(module).__module__.startswith("torch.nn"):
-        own = {key: value for key, value in own.items() if key not in _SIZES and not key.startswith("_")}
-    return tuple(sorted((key, _plain(value)) for key, value in own.items()))
-
-
-def _plain(value: Any) -> str:
-    """Return text that is equal for equal plain values; for anything else, text that no other object has."""
-    if isinstance(value, list | tuple):
-        return f"{type(value).__name__}[{','.join(map(_plain, value))}]"
-    if isinstance(value, dict):
-        return f"dict[{','.join(f'{key!r}:{_plain(item)}' for key, item in value.items())}]"
-    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.Size):
-        return repr(value)
-    if callable(value) and getattr(value, "__closure__", None) is None and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
-    return f"{type(value).__name__}@{id(value)}"
+    left_out = frozenset()
+    if _runs_torchs_code(type(module)):
+        left_out = frozenset(key for key in vars(module) if key in _SIZES or key.startswith("_")) - HOOKS
+    return kinds.attributes(module, left_out)

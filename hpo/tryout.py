@@ -12,65 +12,97 @@ import torch
 from torch import nn
 
 from hpo import optim
-from hpo.data import Data, Split, prediction
+from hpo.data import Data, Split
 from hpo.errors import InputError
+from hpo.firststep import missing_param, module_from, try_measuring, try_step
+from hpo.memory import Within, is_out_of_memory
+from hpo.objective import Params
 from hpo.plan import Plan, guarded
 
 
-def try_out(plan: Plan, data: Data) -> nn.Module | None:
+def try_out(plan: Plan, data: Data, say: Callable[[str], None] = lambda text: None) -> nn.Module | None:
     """Build a network and its optimizer for every corner of the space, and train the first on one batch.
 
-    Return the first; None where the objective trains in its own way. Raises InputError.
+    Return the first; None where the objective trains in its own way. `say` is told of corners that the machine has no
+    memory for: trials of these will fail, the others will not. Raises InputError.
     """
     objective = plan.objective
     if objective.train is not None:
         return None
-    preprocess = guarded(plan, "preprocess", lambda: objective.preprocess(data.train))
+    preprocess = module_from(plan, "preprocess", lambda: objective.preprocess(data.train))
     head = Split(inputs={n: x[:8] for n, x in data.train.inputs.items()}, targets=data.train.targets[:8])
     batch = guarded(plan, "preprocess", lambda: head.through(preprocess))
-    first = None
+    first = outputs = None
+    losses: dict[Any, Params] = {}
+    too_large: list[InputError] = []
     for params in plan.space.corners():
-        searched = plan.space.searched(params).items()
-        shown = ", ".join(f"{name}={value}" for name, value in searched) or "its fixed params"
-
-        def build(params: Mapping[str, Any] = params, shown: str = shown) -> nn.Module:
-            with _settings_stay(plan, "build"):
-                return guarded(plan, f"build with {shown}", lambda: objective.build(params, data.info))
-
-        module = build()
-        optimizer = guarded(
-            plan,
-            f"optimizer {params['optimizer']} with {shown}",
-            lambda params=params, module=module: optim.make(params, module.parameters()),
-        )
-        if first is None:
-            first = module
-            _require_same_network(plan, build)
-            with _settings_stay(plan, "a training step"):
-                _train_once(plan, module, optimizer, batch, params)
-    assert first is not None
+        losses.setdefault(params.get("loss"), params)
+        try:
+            made = _try_corner(plan, data, params, batch if first is None else None)
+        except InputError as error:
+            if not (error.__cause__ and is_out_of_memory(error.__cause__)):
+                raise
+            too_large.append(error)
+        else:
+            first, outputs = (first, outputs) if first is not None else made
+            del made  # a network may be large: one is kept
+    if first is None:
+        raise InputError(f"no corner of the space fits into memory; {too_large[0]}") from too_large[0]
+    try_measuring(plan, data, outputs, batch, losses.values())
+    if too_large:
+        more = f" (and so for {len(too_large) - 1} more corners of the space)" if len(too_large) > 1 else ""
+        say(f"{too_large[0]}{more}: trials that are so large will fail, the others will not")
     return first
+
+
+def _try_corner(plan: Plan, data: Data, params: Params, batch: Split | None) -> tuple[nn.Module, Any]:
+    """Build a network of `params`, train it on `batch`, if there is one; return it and its outputs."""
+    searched = plan.space.searched(params).items()
+    shown = ", ".join(f"{name}={value}" for name, value in searched) or "its fixed params"
+
+    def build() -> nn.Module:
+        with _settings_stay(plan, "build"), Within():
+            return module_from(plan, f"build with {shown}", lambda: plan.objective.build(params, data.info))
+
+    try:
+        module = build()
+        if batch is not None:
+            _require_same_network(plan, build)
+    except InputError as error:
+        raise InputError(f"{error}{missing_param(error, params)}") from error.__cause__
+    made = f"optimizer {params['optimizer']} with {shown}"
+    optimizer = guarded(plan, made, lambda: optim.make(params, module.parameters()))
+    if batch is None:
+        return module, None
+    with _settings_stay(plan, "a training step"):
+        return module, try_step(plan, module, optimizer, batch, params)
 
 
 def _require_same_network(plan: Plan, build: Callable[[], nn.Module]) -> None:
     """Raise InputError unless equal params and seeds give equal networks, and other seeds other weights."""
-    modules, states = [], []
+    layers, states = [], []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        modules.append(build())
+        layers.append([(n, _name(m), [*map(_shape, m.parameters())]) for n, m in build().named_modules()])
         states.append(torch.get_rng_state())
-    one, two = ([(n, type(m), [*map(_shape, m.parameters())]) for n, m in x.named_modules()] for x in modules[:2])
+    one, two, _ = layers
     if one != two:
         differing = next((a[0] or b[0] for a, b in zip(one, two, strict=False) if a != b), "their number")
         raise InputError(
             f"objective {plan.spec.objective}: build gives another network each time for the same params and seed "
-            f"(layers differ at {differing}); draw from torch's generator only, and let params decide the structure"
+            f"(layers differ at {differing or 'the network itself'}); draw from torch's generator only, and let params "
+            "decide the structure"
         )
     if torch.equal(states[0], states[2]):
         raise InputError(
             f"objective {plan.spec.objective}: build sets torch's seed itself, so all trials would begin with the same "
             "weights and their own seeds mean nothing; remove its torch.manual_seed"
         )
+
+
+def _name(module: nn.Module) -> str:
+    """Return what a layer's class is called: one that is written inside of `build` is another object each time."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _shape(tensor: torch.Tensor) -> torch.Size:
@@ -96,21 +128,3 @@ def _settings_stay(plan: Plan, what: str) -> Iterator[None]:
                 f"objective {plan.spec.objective}: {what} changes {name} from {before[name]} to {look()}; "
                 "set it back, other trials train in the same process"
             )
-
-
-def _train_once(plan: Plan, module: nn.Module, optimizer: Any, batch: Split, params: Mapping[str, Any]) -> None:
-    module.train()
-    outputs = guarded(plan, "forward", lambda: module(*batch.inputs.values()))
-    loss = guarded(plan, "loss", lambda: plan.objective.loss(outputs, batch.targets, params))
-    if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
-        came = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
-        raise InputError(
-            f"objective {plan.spec.objective}: loss must return one number (a tensor of no dimensions), "
-            f"but got {came}; take its mean"
-        )
-    guarded(plan, "loss.backward", loss.backward)
-    guarded(plan, f"a step of optimizer {params['optimizer']}", optimizer.step)
-    predicted = guarded(plan, "forward", lambda: prediction(outputs).detach())
-    for name, metric in plan.objective.metrics().items():
-        guarded(plan, f"metric {name}", lambda metric=metric: float(metric(predicted, batch.targets)))
-    guarded(plan, "head", lambda: plan.objective.head()(predicted))

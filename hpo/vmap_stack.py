@@ -29,9 +29,10 @@ from hpo.data import Split
 from hpo.feed import Feed
 from hpo.frames import Fit, as_it_is
 from hpo.measuring import Measuring
+from hpo.memory import is_out_of_memory
 from hpo.objective import Params
 from hpo.optim import ACCUMULATION, ARGUMENTS, MAX_GRAD_NORM, optimizer_class
-from hpo.stack import EVALUATION_ROWS, Member, Stack, Task, in_full, is_out_of_memory, joined
+from hpo.stack import EVALUATION_ROWS, Member, Stack, Task, in_full, joined
 from hpo.structure import Framed, RateDropout, own_state
 
 How = Literal["eager", "graph", "compiled"]

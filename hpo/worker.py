@@ -16,14 +16,13 @@ from hpo.errors import Interrupted
 from hpo.feed import feed
 from hpo.frames import Frames, Grain
 from hpo.launch import LAUNCHED
-from hpo.memory import networks_at_once
 from hpo.outage import StorageAway
 from hpo.own import Own
 from hpo.plan import Plan
 from hpo.pool import Pool
 from hpo.progress import Progress
 from hpo.search import TIMED_OUT, Search
-from hpo.sizing import AS_GIVEN, Choice, Sizing
+from hpo.sizing import AS_GIVEN, Choice, Sizing, looked_at
 from hpo.stack import LoopStack, Member, One, Stack, Stacks, is_out_of_memory
 from hpo.tracking import Tracker
 from hpo.training import train
@@ -232,14 +231,15 @@ class _Worker:
         if before.get("where") == where:  # a study that goes on, goes on as it began
             return Choice(**before["choice"])
         learns = spec.sampler.name not in ("random", "grid", "qmc", "brute_force")
-        first = self._plan.space.draw(1, spec.seed)[0]
-        n_draws = min(_DRAWS, n_trials, networks_at_once(self._plan.objective.build(first, self._task.info)))
+        several = self._plan.space.draw(min(_DRAWS, n_trials), spec.seed)
+        draws, n_too_large = looked_at(several, lambda params: self._plan.objective.build(params, self._task.info))
         sizing = Sizing(
             task=self._task,
             feed=self._train,
             example=self._example,
             frames=self._frames,
-            draws=self._plan.space.draw(n_draws, spec.seed),
+            draws=draws,
+            n_too_large=n_too_large,
             n_trials=n_trials,
             most=max(1, n_trials // ROUNDS) if learns else n_trials,
             seconds=math.inf if spec.timeout is None else self._search.seconds_left(spec.timeout),

@@ -7,10 +7,12 @@ import lzma
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from io import StringIO
 from pathlib import Path
+from typing import IO
 
+import numpy as np
 import pandas as pd
 import torch
 from pandas.api.types import is_scalar
@@ -20,8 +22,12 @@ from hpo.errors import DataError
 from hpo.memory import free_bytes
 
 _OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_SAMPLE = 1 << 18
-"""So many bytes of a file say how it is written."""
+_SAMPLE, _MOST = 1 << 18, 1 << 24
+"""So many bytes of a file say how it is written; where they do not hold `_LINES` lines, more, up to `_MOST`."""
+_LINES = 8
+_FIELDS = 1 << 17
+"""So many fields say how numbers are written."""
+csv.field_size_limit(_MOST)  # a line that is read with the wrong separator is one field
 _MISSING = ("?",)
 """Read as missing, beside what pandas takes for that: nothing, NA, N/A, NaN, null, None, ..."""
 _MEMORY = {"text": 4, "packed": 20}
@@ -47,10 +53,10 @@ def read_table(file: Path) -> pd.DataFrame:
     frame.columns = pd.Index([str(name).strip() for name in frame.columns])
     if frame.empty:
         raise DataError(f"{file}: has a header, but no rows")
-    for name, values in frame.items():
-        if not all(map(is_scalar, values.dropna().iloc[:1])):
+    for name in frame.columns[(frame.dtypes == "object").to_numpy()]:
+        if not all(map(is_scalar, frame[name].dropna().iloc[:1])):
             raise DataError(f"{file}: column {name!r} holds lists or structures; give plain values")
-    return frame.reset_index(drop=True)
+    return frame.reset_index(drop=True).copy()  # in one piece: a hundred thousand of them take minutes to look at
 
 
 def _require_memory(file: Path) -> None:
@@ -68,29 +74,44 @@ def _require_memory(file: Path) -> None:
 
 def _read_text(file: Path) -> pd.DataFrame:
     with _OPEN.get(file.suffix, open)(file, "rb") as stream:
-        head = stream.read(_SAMPLE)
+        head, cut = _beginning(stream)
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return _parse(file, head, "utf-16", "strict")
+        return _parse(file, head, cut, "utf-16", "strict")
     if odd := re.search(rb"[\x00-\x08\x0e-\x1f]", head):
         raise DataError(
             f"{file}: is no text (byte {odd.start()} is {odd[0][0]}); give a .csv or a .parquet file, and save a "
             "workbook as CSV"
         )
     try:
-        return _parse(file, head, "utf-8-sig", "strict")
+        return _parse(file, head, cut, "utf-8-sig", "strict")
     except UnicodeDecodeError:
-        return _parse(file, head, "cp1252", "replace")
+        return _parse(file, head, cut, "cp1252", "replace")
 
 
-def _parse(file: Path, head: bytes, encoding: str, errors: str) -> pd.DataFrame:
-    cut = len(head) == _SAMPLE
+def _beginning(stream: IO[bytes]) -> tuple[bytes, bool]:
+    """Return a file's beginning, with some whole rows in it, and whether there is more of it."""
+    head = stream.read(_SAMPLE)
+    while _n_lines(head) < _LINES and len(head) < _MOST and (more := stream.read(len(head))):
+        head += more
+    return head, bool(stream.read(1))
+
+
+def _n_lines(text: bytes) -> int:
+    """Return how many lines end in `text`, those inside of quotes not counted."""
+    characters = np.frombuffer(text, dtype=np.uint8)
+    in_quotes = np.cumsum(characters == ord('"')) % 2 == 1
+    return int((((characters == ord("\n")) | (characters == ord("\r"))) & ~in_quotes).sum())
+
+
+def _parse(file: Path, head: bytes, cut: bool, encoding: str, errors: str) -> pd.DataFrame:
     text = head.decode(encoding, "ignore" if cut else errors)
-    separator = max(",;\t|", key=lambda mark: _n_columns(text, mark))
-    rows = _rows(text, separator)
+    separator = max(",;\t|", key=lambda mark: _n_columns(text, mark, cut))
+    rows = list(_rows(text, separator, cut))
     if not rows:
         raise DataError(f"{file}: is empty")
     header, *rows = [[value.strip() for value in row] for row in rows]
-    if all(_number().fullmatch(name) for name in header):
+    number = _number()
+    if all(number.fullmatch(name) for name in header):
         raise DataError(
             f"{file}: its first line holds numbers, no names; write a line with the columns' names above it"
         )
@@ -98,7 +119,6 @@ def _parse(file: Path, head: bytes, encoding: str, errors: str) -> pd.DataFrame:
         raise DataError(
             f"{file}: its header names {listed(map(repr, twice))} more than once; give each column its own name"
         )
-    rows = rows[:-1] if cut else rows
     if long := next((row for row in rows if len(row) > len(header)), None):
         raise DataError(
             f"{file}: a row has {len(long)} fields, but its header has {len(header)} (separated by {separator!r}): "
@@ -121,15 +141,24 @@ def _parse(file: Path, head: bytes, encoding: str, errors: str) -> pd.DataFrame:
         )
 
 
-def _rows(text: str, separator: str) -> list[list[str]]:
-    return [row for row in csv.reader(StringIO(text, newline=""), delimiter=separator, skipinitialspace=True) if row]
+def _rows(text: str, separator: str, cut: bool) -> Iterator[list[str]]:
+    """Yield the rows that hold something; of several not the last, which is half a row, where the text was `cut`."""
+    rows = filter(None, csv.reader(StringIO(text, newline=""), delimiter=separator, skipinitialspace=True))
+    before = next(rows, None)
+    if before is None:
+        return
+    whole = not cut
+    for row in rows:
+        yield before
+        before, cut = row, not whole
+    if whole or not cut:
+        yield before
 
 
-def _n_columns(text: str, separator: str) -> int:
+def _n_columns(text: str, separator: str, cut: bool) -> int:
     """Return how many columns there are if `separator` is between them; 0 where most rows have another number."""
-    rows = _rows(text, separator)
-    n = len(rows[0]) if rows else 0
-    return n if sum(len(row) == n for row in rows) >= 0.9 * len(rows) else 0
+    sizes = [len(row) for row in _rows(text, separator, cut)]
+    return sizes[0] if sizes and sizes.count(sizes[0]) >= 0.9 * len(sizes) else 0
 
 
 def _marks(rows: Sequence[Sequence[str]], separator: str) -> tuple[str, str]:
@@ -138,9 +167,12 @@ def _marks(rows: Sequence[Sequence[str]], separator: str) -> tuple[str, str]:
     if separator == ",":  # numbers that hold a comma are in quotes, and it is the mark of thousands
         known = [(".", ""), (".", ","), (",", ""), (",", ".")]
 
+    values = [value for row in rows for value in row]
+    some = values[:: 1 + len(values) // _FIELDS]
+
     def n_numbers(marks: tuple[str, str]) -> int:
         number = _number(*marks)
-        return sum(number.fullmatch(value) is not None for row in rows for value in row)
+        return sum(number.fullmatch(value) is not None for value in some)
 
     return max(known, key=n_numbers)
 

@@ -84,7 +84,7 @@ def table_of(options: TableOptions) -> Table:
     values = frame[target]
     where = f"{file}: the target {target!r}"
     task = _task(where, values, options.task)
-    frame, dropped = _without_constants(frame.drop(columns={target, *options.drop}))
+    frame, dropped = _without_constants(_without(frame, {target, *options.drop}))
     if frame.columns.empty:
         reasons = listed(f"{name!r} was dropped, {why}" for name, why in dropped.items())
         raise DataError(f"{file}: there is no column to predict {target!r} from; {reasons or 'it is the only one'}")
@@ -196,16 +196,29 @@ def _missing_in(frame: pd.DataFrame) -> str:
     return listed(f"{n} in {name!r}" for name, n in counts[counts > 0].items())
 
 
+def _plain_numbers(frame: pd.DataFrame) -> list[str]:
+    """Return the columns that NumPy has as numbers: of these there may be very many, so they are looked at together."""
+    return [name for name, kind in frame.dtypes.items() if isinstance(kind, np.dtype) and kind.kind in "iuf"]
+
+
 def _without_constants(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
     """Return the table without the columns that say nothing, and why each of these was dropped."""
+    plain = frame[_plain_numbers(frame)]
+    varied = set(plain.columns[(plain.min() < plain.max()).to_numpy(dtype=bool)])
     dropped = {}
-    for name, values in frame.items():
+    for name in (n for n in frame.columns if n not in varied or n.startswith("Unnamed: ")):
+        values = frame[name]
         number = types.is_numeric_dtype(values)
         if values.nunique(dropna=number) < 2:
-            dropped[str(name)] = "it has one value only"
-        elif number and str(name).startswith("Unnamed: ") and (values.diff().dropna() == 1).all():
-            dropped[str(name)] = "it has no name and counts the rows"
-    return frame.drop(columns=list(dropped)), dropped
+            dropped[name] = "it has one value only"
+        elif number and name.startswith("Unnamed: ") and (values.diff().dropna() == 1).all():
+            dropped[name] = "it has no name and counts the rows"
+    return _without(frame, dropped), dropped
+
+
+def _without(frame: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
+    """Return the other columns; `drop` would leave them in as many pieces, each as slow to look at as a whole table."""
+    return frame.loc[:, ~frame.columns.isin(list(names))]
 
 
 def columns_of(where: object, frame: pd.DataFrame, categorical: Sequence[str], rows: np.ndarray) -> list[Column]:
@@ -214,9 +227,11 @@ def columns_of(where: object, frame: pd.DataFrame, categorical: Sequence[str], r
     Raises DataError for dates, for text that is different in almost every row, and for what is no plain value.
     """
     columns: list[Column] = []
-    for name, values in frame.items():
-        if name in categorical or _is_category(f"{where}: column {name!r}", values):
-            found = sorted(as_text(values.iloc[rows]).dropna().unique())
+    names = set(categorical)
+    numbers = set(_plain_numbers(frame)) - names
+    for name in frame.columns:
+        if name not in numbers and (name in names or _is_category(f"{where}: column {name!r}", frame[name])):
+            found = sorted(as_text(frame[name].iloc[rows]).dropna().unique())
             columns.append({"name": name, "kind": "category", "categories": found})
         else:
             columns.append({"name": name, "kind": "number"})
@@ -261,14 +276,28 @@ def encode(frame: pd.DataFrame, columns: Sequence[Column], where: object = "the 
     A missing number is NaN. Category i has the code i + 1; missing and unknown ones have 0. Raises DataError.
     """
     require(where, frame, [column["name"] for column in columns], "it is one of the model's")
-    numbers = [_numbers(where, frame[c["name"]]) for c in columns if c["kind"] == "number"]
+    numbers = _matrix(where, frame, [c["name"] for c in columns if c["kind"] == "number"])
     codes = [
         pd.Index(c["categories"], dtype="string").get_indexer(as_text(frame[c["name"]])).astype(np.int64) + 1
         for c in columns
         if c["kind"] == "category"
     ]
-    tensors = {"numeric": numbers, "categorical": codes}
-    return {name: torch.from_numpy(np.stack(each, 1)) for name, each in tensors.items() if each}
+    tensors = {"numeric": torch.from_numpy(numbers)} if numbers.shape[1] else {}
+    return tensors | ({"categorical": torch.from_numpy(np.stack(codes, 1))} if codes else {})
+
+
+def _matrix(where: object, frame: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
+    """Return these columns as (N, F) in float32. Raises DataError."""
+    plain = set(_plain_numbers(frame))
+    together = [i for i, name in enumerate(names) if name in plain]
+    numbers = np.empty((len(frame), len(names)), dtype=np.float32)
+    with np.errstate(over="ignore"):
+        numbers[:, together] = frame[[names[i] for i in together]].to_numpy(dtype=np.float64)
+    infinite = np.flatnonzero(np.isinf(numbers[:, together]).any(0))
+    alone = sorted({*range(len(names))} - {*together} | {together[i] for i in infinite[:1]})
+    for i in alone:
+        numbers[:, i] = _numbers(where, frame[names[i]])
+    return numbers
 
 
 def _numbers(where: object, values: pd.Series) -> np.ndarray:

@@ -303,7 +303,10 @@ def test_what_could_not_be_sent_is_sent_by_a_run_of_the_finished_study(study: Wr
         (("return Data(train=train, valid=valid, test=test)", "return 5"), "data must return hpo.data.Data, but got 5"),
         (("x = torch.randn", "raise OSError('gone')\n        x = torch.randn"), "data failed: OSError: gone ("),
         (('return {"r2": R2Score()}', 'return {"r2": max}'), "must be TorchMetrics objects, but r2 is <built-in"),
-        (("return nn.Linear(info.n_features, 1)", "return None"), "failed: AttributeError: 'NoneType' object has no"),
+        (
+            ("return nn.Linear(info.n_features, 1)", "return None"),
+            "build must return a torch.nn.Module, but returned None",
+        ),
         (
             ("return loss\n", "return loss.expand(3)\n"),
             "loss must return one number (a tensor of no dimensions), but got",
@@ -340,7 +343,7 @@ def test_a_folder_of_output_that_is_a_file_costs_no_trial(study: Write) -> None:
 def test_a_head_that_is_none_and_an_objective_that_exits_are_found_before_anything_runs(study: Write) -> None:
     text = Path("linear.py").read_text()
     Path("odd.py").write_text(text + "\n    def head(self):\n        return None\n")
-    assert "head failed: TypeError: 'NoneType' object is not callable" in refused("run", study("objective: odd.py"))
+    assert "head must return a torch.nn.Module, but returned None" in refused("run", study("objective: odd.py"))
     Path("gone.py").write_text("import sys\nsys.exit(3)\n")
     assert "gone.py cannot be imported: SystemExit: 3" in refused("run", study("objective: gone.py"))
 

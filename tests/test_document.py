@@ -1,6 +1,7 @@
 """Reading YAML: numbers and words, variables, doubled keys, overrides, and where a value stands."""
 
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,7 @@ def test_set_changes_one_use_of_an_alias_only(document):
     [
         ("a.b", "1", "--set a.b=1: a is no mapping, so nothing can be set in it"),
         ("c.0", "1", "--set c.0=1: c is no mapping, so nothing can be set in it"),
-        ("a", "[1", "--set a=[1: the value is not YAML: while parsing a flow sequence"),
+        ("a", "[1", "--set a=[1: the value is not YAML: expected ',' or ']', but got '<stream end>'"),
         ("a.b", "mysql://me:pw@host", "--set a.b=mysql://me:***@host: a is no mapping, so nothing can be set in it"),
     ],
 )
@@ -151,6 +152,79 @@ def test_a_text_that_is_no_study_is_refused(document, text, message):
     with pytest.raises(InputError) as caught:
         document(text)
     assert str(caught.value) == message
+
+
+def bomb(levels, line="{name}: &{name} [*{before}, *{before}, *{before}, *{before}]\n"):
+    """Return a text of a few lines whose aliases stand for 4 to the power of `levels` values."""
+    lines = [line.format(name=f"x{n}", before=f"x{n - 1}") for n in range(1, levels)]
+    return "".join(["x0: &x0 {k: 1}\n", *lines])
+
+
+MERGES = "{name}: &{name} {{<<: [*{before}, *{before}, *{before}, *{before}]}}\n"
+TOO_LARGE = {
+    "aliases": (bomb(20), "holds more than 20,000 values, aliases counted as often as they are used; leave some out"),
+    "merge keys": (bomb(20, MERGES), "holds more than 20,000 values, aliases counted as often as they are used"),
+    "many values": ("x: [" + "1, " * 40_000 + "1]\n", "holds more than 20,000 values"),
+    "deep": ("x: " + "[" * 60 + "]" * 60, "mappings and lists are nested more than 50 deep; put them into fewer"),
+    "far too deep": ("x: " + "[" * 100_000, "mappings and lists are nested more than 50 deep; put them into fewer"),
+    "a large file": ("x: 1\n" + "# nothing\n" * 200_000, "is larger than 1 MB; give the study file, which is YAML"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), TOO_LARGE.values(), ids=TOO_LARGE)
+def test_what_is_too_large_is_refused_at_once(document, text, message):
+    begun = time.process_time()
+    with pytest.raises(InputError, match=f"^study.yaml: {message}"):
+        document(text)
+    assert time.process_time() - begun < 5  # it takes a second; what a bomb expands to would take hours
+
+
+def test_aliases_and_merges_of_a_usual_size_are_read(document):
+    text = "a: &a {low: 1, high: 2}\nb: {<<: *a, high: 3}\nc: [*a, *a]\n"
+    assert document(text).values["b"] == {"low": 1, "high": 3}
+    assert document(bomb(6)).values["x1"] == [{"k": 1}] * 4
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("9" * 5000, "not YAML: 99999999999999999999... of 5,000 digits is no whole number of at most 64 bits"),
+        ("0x" + "f" * 5000, "not YAML: 0xffffffffffffffffff... of 5,002 digits is no whole number of at most 64 bits"),
+        ("9223372036854775808", "not YAML: 9223372036854775808 is no whole number of at most 64 bits"),
+        ("0x_", "not YAML: 0x_ is no whole number of at most 64 bits"),
+        ("!!int many", "not YAML: many is no whole number of at most 64 bits"),
+        ("!!float many", "not YAML: could not convert string to float: 'many'"),
+        ("!!bool maybe", "not YAML: 'maybe'"),
+        ("!!timestamp then", "not YAML: could not determine a constructor for the tag 'tag:yaml.org,2002:timestamp'"),
+        ("!!set {a, b}", "not YAML: could not determine a constructor for the tag 'tag:yaml.org,2002:set'"),
+        ("!!binary aGVsbG8=", "not YAML: could not determine a constructor for the tag 'tag:yaml.org,2002:binary'"),
+        ("&a [*a]", "holds itself"),
+        ("[" * 60 + "]" * 60, "mappings and lists are nested more than 50 deep; put them into fewer"),
+        ("[" * 5000, "mappings and lists are nested more than 50 deep; put them into fewer"),
+        ("a\0b", "not YAML: unacceptable character #x0000: special characters are not allowed"),
+    ],
+)
+def test_a_value_that_is_none_is_refused_in_the_file_and_in_set_and_is_text_in_a_variable(document, value, message):
+    for text, overrides in ((f"x: {value}\n", {}), ("x: 1\n", {"x": value})):
+        with pytest.raises(InputError) as caught:
+            document(text, overrides)
+        assert message in str(caught.value)
+        assert len(str(caught.value)) < 250
+    assert document("x: ${V}\n", V=value).values["x"] == value
+
+
+def test_set_refuses_a_path_that_is_too_deep(document):
+    with pytest.raises(InputError, match=r"^--set a\.a\..*\.\.\.: mappings and lists are nested more than 50 deep"):
+        document("b: 1\n", {".".join("a" * 2000): "1"})
+
+
+def test_the_largest_whole_numbers_are_read(document):
+    assert document("x: [9223372036854775807, -9223372036854775808]\n").values["x"] == [2**63 - 1, -(2**63)]
+
+
+def test_a_device_that_never_ends_is_refused():
+    with pytest.raises(InputError, match=r"^/dev/zero: is larger than 1 MB"):
+        read(Path("/dev/zero"))
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path):

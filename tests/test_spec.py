@@ -1,9 +1,12 @@
 """study.yaml as a spec: every rule's message with its line, defaults, and whose search space it is."""
 
+import os
+import socket
 from pathlib import Path
 
 import pytest
 
+from hpo import processes
 from hpo import spec as specs
 from hpo.errors import SpecError
 from hpo.spec import Categorical, FloatRange, IntRange
@@ -40,6 +43,21 @@ def test_the_objective_is_enough(draft):
     assert (spec.epochs, spec.trials, spec.seed, spec.device) == (20, 50, 42, "auto")
     assert (spec.sampler.name, spec.pruner.name) == ("tpe", "median")
     assert (spec.patience, spec.precision, spec.stack) == (None, "float32", "auto")
+
+
+@pytest.mark.parametrize("name", ["n" * 128, "é" * 64])
+def test_the_longest_name_leaves_room_for_what_the_files_add_to_it(draft, name, tmp_path, monkeypatch):
+    """A host's name has up to 64 bytes, a process's number 7 digits."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "h" * 64)
+    monkeypatch.setattr(os, "getpid", lambda: 4194304)
+    processes._place.cache_clear()
+    try:
+        process = processes.this_process()
+    finally:
+        processes._place.cache_clear()
+    assert draft(f"name: {name}\n").spec.name == name
+    for file in (f"{name}.{process}.jsonl", f".{name}-12345678", f"{name}-trial-{2**63}", f".{name}-trial-{2**63}-old"):
+        (tmp_path / file).touch()
 
 
 PARAMS = [
@@ -152,6 +170,18 @@ KEYS = [
     ("timeout: .inf", "timeout: must be a finite number, but got inf"),
     ("name: a/b", "name: must be letters, digits, `_`, `-`, `.` (it names a folder), but got 'a/b'"),
     ("name: ..", "name: must be letters, digits, `_`, `-`, `.` (it names a folder), but got '..'"),
+    (
+        f"name: {'n' * 129}",
+        f"name: must be at most 128 bytes long, since it names files, but got 129 bytes: '{'n' * 57}...'",
+    ),
+    (
+        f"name: {'é' * 65}",
+        f"name: must be at most 128 bytes long, since it names files, but got 130 bytes: '{'é' * 57}...'",
+    ),
+    (
+        f"name: {'/' * 999}",
+        "name: must be letters, digits, `_`, `-`, `.` (it names a folder), but got '" + "/" * 57 + "...'",
+    ),
     ("name: ''", "name: must be letters, digits, `_`, `-`, `.` (it names a folder), but got ''"),
     ("name: [a]", "name: must be a string, but got ['a']"),
     ("storage: [mysql://me:pw@host/db]", "storage: must be a string, but got ['mysql://me:pw@host/db']"),

@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,42 @@ def test_compressed_files_and_parquet_are_the_same_data_too(make, tmp_path):
     assert make(gzip.compress(csv().encode()), "table.csv.gz").data().fingerprint() == expected
     rows().to_parquet(tmp_path / "table.parquet")
     assert make(None, "table.parquet").data().fingerprint() == expected
+
+
+def wide(n_columns, separator, name, n_rows=30):
+    """A table of many columns, the last of which is `y`."""
+    names = (f'"{name}{i}"' if set(name) & set('\n,;\t"') else f"{name}{i}" for i in range(n_columns))
+    lines = [separator.join([*names, "y"])]
+    for r in range(n_rows):
+        lines.append(separator.join([*(str(i * (r + 1) % 97) for i in range(n_columns)), str(r + 0.5)]))
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("separator", [",", "\t", ";"])
+@pytest.mark.parametrize(
+    ("n_columns", "name"),
+    [
+        (5_000, "c"),
+        (5_000, "a name, with\na line and a " * 8),
+        (20_000, "a_rather_long_name_of_a_column_"),
+        (20_000, "c"),
+    ],
+    ids=["short", "quoted", "long", "many"],
+)
+def test_a_table_may_have_many_columns(make, n_columns, name, separator):
+    begun = time.process_time()
+    objective = make(wide(n_columns, separator, name), "table.tsv", target="y", task="regression")
+    data = objective.data()
+    assert data.train.inputs["numeric"].shape[1] == n_columns - n_columns // 97 - 1  # every 97th is 0 in all rows
+    assert data.feature_names[0].strip() == f"{name}1".strip()
+    assert time.process_time() - begun < 20  # it takes two; some milliseconds for each column took minutes
+
+
+def test_what_is_wrong_with_one_of_many_columns_is_said(make):
+    frame = pd.DataFrame(np.arange(300.0 * N).reshape(N, 300)).add_prefix("c").assign(price=range(N))
+    for value, why in ((1e300, "column 'c7' holds infinity, or more than 3e38, in 1 of 60 rows (the first: row 5)"),):
+        frame.loc[4, "c7"] = value
+        assert why in refused(make, frame, task="regression")
 
 
 @pytest.mark.parametrize(

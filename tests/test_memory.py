@@ -1,0 +1,195 @@
+"""Memory that is not there: a network too large for it is refused before it is made, and fails alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from hpo import memory
+from hpo.frames import Frames
+from hpo.memory import Within, free_bytes, is_out_of_memory, n_bytes
+from hpo.plan import prepare
+from hpo.sizing import looked_at
+from hpo.space import build as build_space
+from hpo.spec import parse_param
+from tests.cli import invoke, refused, summary
+
+CPU = torch.device("cpu")
+HUGE = '''
+"""A network whose width is beyond all memory at the upper end of its space."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchmetrics.regression import R2Score
+
+from hpo.data import Data, Split
+from hpo.objective import Objective
+
+
+class Huge(Objective):
+    defaults = {"optimizer": "sgd", "learning_rate": 0.01, "batch_size": 16, "width": 16, "kind": "linear"}
+    space = {"width": {"type": "int", "low": 16, "high": 1_000_000, "log": True}}
+
+    def data(self):
+        x = torch.randn(96, 4, generator=torch.Generator().manual_seed(0))
+        parts = [slice(0, 32), slice(32, 64), slice(64, 96)]
+        return Data(*(), **{n: Split(inputs={"x": x[p]}, targets=x[p].sum(1, keepdim=True))
+                            for n, p in zip(("train", "valid", "test"), parts)})
+
+    def build(self, params, info):
+        width = params["width"] if params["width"] < 1000 else 1_000_000
+        if params["kind"] == "python" and width > 1000:
+            raise MemoryError
+        if params["kind"] == "torch" and width > 1000:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory: you tried")
+        return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, width), nn.Linear(width, 1))
+
+    def loss(self, outputs, targets, params):
+        return F.mse_loss(outputs, targets)
+
+    def metrics(self):
+        return {"r2": R2Score()}
+'''
+TEXT = "objective: huge.py\ntrials: 8\nepochs: 2\nsampler: random\npruner: none\nseed: 1\n"
+START = "start_with: [{width: 1000000}, {width: 20}, {width: 30}]\n"
+
+
+@pytest.fixture
+def huge(study):
+    Path("huge.py").write_text(HUGE)
+    return study
+
+
+@pytest.mark.parametrize("kind", ["linear", "python", "torch"])
+@pytest.mark.parametrize("stack", ["4", "1", "auto"])
+def test_a_configuration_that_memory_has_no_room_for_fails_alone(huge, stack, kind):
+    space = f"params: {{kind: {kind}, width: {{type: int, low: 16, high: 1000000, log: true}}}}\n"
+    output = invoke("run", huge(f"{TEXT}{START}{space}stack: {stack}\n"), "--json")
+    trials = summary(output)["trials"]
+    assert trials["failed"] >= 1
+    assert trials["complete"] >= 2
+    assert trials["complete"] + trials["failed"] == 8
+    assert "out of memory on cpu: " in output
+    assert "from now on" not in output  # stacks are not made smaller for it, nor others begun again
+
+
+def test_small_ones_are_stacked_beside_the_one_that_is_too_large(huge, monkeypatch):
+    from hpo.vmap_stack import VmapStack
+
+    sizes, real = [], VmapStack.step
+
+    def step(self, inputs, targets):
+        sizes.append(len(self.members))
+        return real(self, inputs, targets)
+
+    monkeypatch.setattr(VmapStack, "step", step)
+    path = huge(
+        f"{TEXT}start_with: [{', '.join(f'{{width: {w}}}' for w in (999999, 20, 22, 24, 26, 28, 30, 31))}]\nstack: 8\n"
+    )
+    assert summary(invoke("run", path, "--json"))["trials"] == {
+        "complete": 7,
+        "failed": 1,
+        "pruned": 0,
+        "running": 0,
+        "waiting": 0,
+    }
+    assert max(sizes) == 7
+
+
+def test_check_says_which_corners_are_too_large_and_refuses_a_space_that_is_so_as_a_whole(huge):
+    output = invoke("check", huge(TEXT))
+    assert "build with width=1000000 failed: MemoryError: it asks for 4,000.0 GB at once, and " in output
+    assert "trials that are so large will fail, the others will not" in output
+    assert "nothing is wrong" in output
+    path = huge(f"{TEXT}params: {{width: {{type: int, low: 2000, high: 3000}}}}\n")
+    for command in ("check", "run"):
+        assert "no corner of the space fits into memory; objective huge.py: build with width=2000" in refused(
+            command, path
+        )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Linear(10**6, 10**6),
+        lambda: torch.zeros(10**12),
+        lambda: torch.full((10**9, 10**9), 1.0),
+        lambda: torch.randn(10**18, 10**18),
+        lambda: torch.zeros(3).new_empty(10**12),
+        lambda: nn.Embedding(10**10, 100),
+    ],
+)
+def test_what_is_too_large_is_not_made(make):
+    with pytest.raises(MemoryError, match=r"it asks for .* GB at once, and .* are free"), Within():
+        make()
+
+
+def test_what_is_small_or_takes_no_memory_is_made():
+    with Within():
+        assert n_bytes(nn.Linear(3, 4)) == 4 * 16
+        assert torch.empty(10**12, device="meta").shape == (10**12,)
+        assert torch.zeros(3).expand(10**9, 3).shape == (10**9, 3)
+        assert torch.rand(()).ndim == 0
+    with pytest.raises(MemoryError, match=r"^0.0 MB are more than the 0.0 MB that it may take$"), Within(most=100):
+        nn.Linear(3, 7)
+
+
+def test_a_network_that_fits_but_cannot_be_trained_fails_before_it_is(huge, monkeypatch):
+    monkeypatch.setattr("hpo.stack._LARGE", 1)
+    monkeypatch.setattr("hpo.stack.free_bytes", lambda device: 200_000)
+    path = huge(f"{TEXT}start_with: [{{width: 900}}, {{width: 20}}]\ntrials: 2\nstack: 1\n".replace("trials: 8\n", ""))
+    output = invoke("run", path, "--json")
+    assert "out of memory on cpu: to train its 3.3 MB takes 9.8 MB more, and 0.2 MB are free" in output
+    assert summary(output)["trials"]["complete"] == 1
+
+
+def test_those_are_looked_at_that_may_be_held_at_once(monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr("hpo.sizing.free_bytes", lambda device: 1_000_000)
+    build = lambda params: nn.Linear(1, params["n"], bias=False)  # noqa: E731
+    sizes = lambda *several: looked_at([{"n": n} for n in several], build)  # noqa: E731
+    assert sizes(1000, 2000, 3000) == ([{"n": 1000}, {"n": 2000}, {"n": 3000}], 0)
+    assert sizes(1000, 30_000, 3000) == ([{"n": 1000}, {"n": 3000}], 1)
+    assert sizes(20_000, 20_000, 20_000) == ([{"n": 20_000}, {"n": 20_000}], 0)
+    assert sizes(10**12, 10**13) == ([], 2)
+
+
+@pytest.mark.parametrize(
+    "entry", [{"type": "int", "low": 16, "high": 10**6}, {"type": "categorical", "choices": [32, 10**6, 64]}]
+)
+def test_the_frame_of_a_space_that_is_too_large_is_that_of_its_smaller_networks(entry):
+    space, faults = build_space({"width": parse_param(entry)}, ())
+    assert not faults
+    built = []
+
+    def build(params):
+        built.append(params["width"])
+        return nn.Sequential(nn.Linear(4, params["width"]), nn.Tanh(), nn.Linear(params["width"], params["width"]))
+
+    frames = Frames(space, build)
+    one, other = (frames[0](build(p), p) for p in ({"width": 33}, {"width": 40}))
+    padded = {"int": (64, 4), "categorical": (33, 4)}[entry["type"]]  # choices are no widths to round up
+    assert one.shapes["0.weight"] == padded
+    assert (one.signature == other.signature) == (entry["type"] == "int")
+
+
+def test_memory_that_holds_copies_of_files_is_free(tmp_path, monkeypatch):
+    for name, text in {"max": "1000000", "now": "900000", "stat": "anon 5\ninactive_file 400000\n"}.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(memory, "_CGROUPS", [tuple(str(tmp_path / name) for name in ("max", "now", "stat"))])
+    assert free_bytes(CPU) == 500_000
+    (tmp_path / "max").write_text("max")
+    assert free_bytes(CPU) > 500_000
+
+
+def test_every_way_to_say_that_there_is_no_memory_is_understood():
+    for call in (lambda: torch.empty(2**60), lambda: torch.empty(2**40, 2**40), lambda: bytearray(2**60)):
+        with pytest.raises((RuntimeError, MemoryError)) as caught:
+            call()
+        assert is_out_of_memory(caught.value), caught.value
+
+
+def test_a_plan_of_it_is_made(huge):
+    assert prepare(huge(TEXT)).space.corners()[1]["width"] == 1_000_000
