@@ -11,9 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-import torch
-
 from hpo.errors import HpoError
+from hpo.memory import is_out_of_memory
 
 ALIKE = 3
 """If so many trials have ended, all with the same caught error at the same place, it is a bug: the study stops."""
@@ -29,12 +28,12 @@ class TrialFault:
     """Whether it is one of those that `catch` names."""
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that the device, or the machine, has no memory left."""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
-    )
+class TrialError(Exception):
+    """An error of a user's code that ends one trial, its `fault`; raised from that error."""
+
+    def __init__(self, fault: TrialFault) -> None:
+        super().__init__(fault.text)
+        self.fault = fault
 
 
 def fault_of(error: BaseException, catch: Sequence[str], where: str) -> TrialFault | None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from hpo.errors import is_number
+from hpo.faults import TrialError
 from hpo.memory import Within, is_out_of_memory, most_to_look_at, networks_at_once
 from hpo.objective import Params
 from hpo.space import Space
@@ -57,6 +58,12 @@ class Frames:
         return self._made[level]
 
     def _make(self) -> list[Fit]:
+        try:
+            return self._read_off()
+        except TrialError:  # an end of the space is infeasible: nothing is known of its networks
+            return [as_it_is] * len(self)
+
+    def _read_off(self) -> list[Fit]:
         highs, n_at_once = self._largest()
         if not n_at_once:
             return [as_it_is] * len(self)

@@ -63,6 +63,7 @@ class Plan:
             n_rows=n_rows,
             epochs=self.spec.epochs,
             precision=self.spec.precision,
+            catch=self.spec.catch,
         )
 
     def load_data(self) -> Data | None:

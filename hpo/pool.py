@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 import torch
 
 from hpo.data import Split
+from hpo.faults import TrialError
 from hpo.frames import Frames
 from hpo.memory import is_out_of_memory
 from hpo.stack import LoopStack, Member, Stack, Stacks, Task
@@ -80,6 +81,8 @@ class Pool(Stacks):
                 kinds.setdefault(self._stack_of(each, level), []).append((level, each))
             except NotStackable as error:
                 refused.append((member, level, str(error)))
+            except TrialError:  # it is raised again, and ends its trial, where that is alone
+                self._queue.append(member)
         for stack, group in kinds.items():
             if not self._worth_stacking(stack, len(group)):
                 if self.capacity > 1:

@@ -17,6 +17,7 @@ from torch import nn
 
 from hpo.data import Split
 from hpo.errors import Interrupted
+from hpo.faults import TrialError
 from hpo.feed import Batch, Feed
 from hpo.frames import Frames, Grain
 from hpo.memory import TO_LOOK_AT, Within, free_bytes, is_out_of_memory, most_to_look_at, n_bytes
@@ -41,7 +42,7 @@ _LARGE_STEP = 2e-3
 """Seconds of a step above which more threads may help; smaller operations only wait for each other."""
 
 
-_TOO_LARGE = "one trial at a time: the networks drawn from the space are too large to be compared"
+_TOO_LARGE = "one trial at a time: no networks could be drawn from the space to be compared"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,7 @@ class Sizing:
             try:
                 each = candidate(self.task, Member(number=-1 - i, seed=i, params=params), fit, self.example)
                 kinds.setdefault(each.signature, []).append(each)
-            except NotStackable as error:
+            except (NotStackable, TrialError) as error:
                 reasons.append(str(error))
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
@@ -281,6 +282,8 @@ def looked_at(
             if not is_out_of_memory(error):
                 raise
             n_too_large += 1
+            continue
+        except TrialError:  # infeasible: such trials take no time
             continue
         taken += size
         if taken > limit and len(held) >= 2:

@@ -5,8 +5,8 @@ after the other. It is the reference that every faster stack must match, and the
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_map
 
 from hpo import optim, schedules, stacked_optim
 from hpo.data import DataInfo, batch_sizes, prediction
+from hpo.faults import TrialError, fault_of
 from hpo.feed import Feed
 from hpo.memory import Within, free_bytes, is_out_of_memory, n_bytes, shown
-from hpo.objective import Objective, Params
+from hpo.objective import Objective, Params, origin
 
 EVALUATION_ROWS = 8192
 """How many rows go through a network at once where no gradient is kept; metrics are of all rows all the same."""
@@ -38,13 +39,36 @@ class Task:
     n_rows: int
     epochs: int
     precision: Precision = "float32"
+    catch: Sequence[str] = ()
+    """The exceptions that fail a trial, not the study."""
 
     def build(self, member: "Member") -> nn.Module:
-        """Return `member`'s network, its weights drawn from its seed. Raises MemoryError before it is too large."""
+        """Return `member`'s network, its weights drawn from its seed. Raises TrialError."""
         torch.manual_seed(member.seed)
         with Within():
-            module = self.objective.build(member.params, self.info)
+            module = self.network(member.params)
         return module.to(self.device)
+
+    def network(self, params: Params) -> nn.Module:
+        """Return a network of `params`, on the CPU. Raises TrialError where they are infeasible."""
+        with self.guarding():
+            return self.objective.build(params, self.info)
+
+    def loss(self, outputs: Any, targets: Tensor, params: Params) -> Tensor:
+        """Return the objective's loss. Raises TrialError."""
+        with self.guarding():
+            return self.objective.loss(outputs, targets, params)
+
+    @contextmanager
+    def guarding(self) -> Iterator[None]:
+        """Raise TrialError from an error of the objective's code that is the trial's own, but for memory."""
+        try:
+            yield
+        except Exception as error:
+            fault = fault_of(error, self.catch, origin(error))
+            if fault is None or is_out_of_memory(error):
+                raise
+            raise TrialError(fault) from error
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which networks are run."""
@@ -75,6 +99,8 @@ class Member:
     joined: int = 0
     fault: str | None = None
     history: list[dict[str, float]] = field(default_factory=list)
+    error: TrialError | None = None
+    """What its fault comes from, where that is an error of the objective's code."""
     resume: Mapping[str, Any] | None = None
     """What it goes on from (`Stack.checkpoint`), where it is not at its beginning."""
 
@@ -186,7 +212,7 @@ class LoopStack(Stack):
             slot.fill(module, member.params)
             if member.resume is not None:
                 slot.restore(member.resume)
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, TrialError) as error:
             self._note_fault(member, error)
 
     def leave(self, member: Member) -> None:
@@ -199,7 +225,7 @@ class LoopStack(Stack):
             if member.fault is None:
                 try:
                     loss = slot.step(inputs, targets)
-                except (RuntimeError, MemoryError) as error:
+                except (RuntimeError, MemoryError, TrialError) as error:
                     self._note_fault(member, error)
             losses.append(loss)
         return torch.stack(losses)
@@ -211,7 +237,7 @@ class LoopStack(Stack):
             if member.fault is None:
                 try:
                     result = evaluate(self._task, slot.module, feed, member.params, self._metrics)
-                except (RuntimeError, MemoryError) as error:
+                except (RuntimeError, MemoryError, TrialError) as error:
                     self._note_fault(member, error)
                 slot.module.train()
             results.append(result)
@@ -224,7 +250,10 @@ class LoopStack(Stack):
         return self._slots[member].checkpoint() | {"random": random_states(self._task.device)}
 
     def _note_fault(self, member: Member, error: Exception) -> None:
-        """Take running out of memory, the one fault that is a member's own; raise any other error again."""
+        """Take a fault that is a member's own; raise any other error again."""
+        if isinstance(error, TrialError):
+            member.error, member.fault = error, error.fault.text
+            return
         if not is_out_of_memory(error):
             raise error
         why = (str(error).splitlines() or [type(error).__name__])[0]
@@ -273,7 +302,7 @@ class _Slot:
                 weight.grad = None
         with self._task.autocast():
             outputs = self.module(*inputs)
-        loss = self._task.objective.loss(in_full(outputs), targets, self._params)
+        loss = self._task.loss(in_full(outputs), targets, self._params)
         if self._shares:
             return self._gather(loss)
         loss.backward()
@@ -362,7 +391,8 @@ def evaluate(task: Task, module: nn.Module, feed: Feed, params: Params, metrics:
     module.eval()
     with task.autocast():
         parts = [module(*inputs) for inputs, _ in feed.chunks(EVALUATION_ROWS)]
-    return measure(task.objective, in_full(joined(parts)), feed.targets, params, metrics)
+    with task.guarding():
+        return measure(task.objective, in_full(joined(parts)), feed.targets, params, metrics)
 
 
 def measure(

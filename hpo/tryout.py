@@ -14,8 +14,9 @@ from torch import nn
 from hpo import optim
 from hpo.data import Data, Split
 from hpo.errors import InputError
+from hpo.faults import fault_of
 from hpo.firststep import missing_param, module_from, try_measuring, try_step
-from hpo.memory import Within, is_out_of_memory
+from hpo.memory import Within
 from hpo.objective import Params
 from hpo.plan import Plan, guarded
 
@@ -23,8 +24,8 @@ from hpo.plan import Plan, guarded
 def try_out(plan: Plan, data: Data, say: Callable[[str], None] = lambda text: None) -> nn.Module | None:
     """Build a network and its optimizer for every corner of the space, and train the first on one batch.
 
-    Return the first; None where the objective trains in its own way. `say` is told of corners that the machine has no
-    memory for: trials of these will fail, the others will not. Raises InputError.
+    Return the first; None where the objective trains in its own way. `say` is told of corners that are
+    infeasible, or that the machine has no memory for: such trials will be ended, the others not. Raises InputError.
     """
     objective = plan.objective
     if objective.train is not None:
@@ -34,24 +35,24 @@ def try_out(plan: Plan, data: Data, say: Callable[[str], None] = lambda text: No
     batch = guarded(plan, "preprocess", lambda: head.through(preprocess))
     first = outputs = None
     losses: dict[Any, Params] = {}
-    too_large: list[InputError] = []
+    infeasible: list[InputError] = []
     for params in plan.space.corners():
         losses.setdefault(params.get("loss"), params)
         try:
             made = _try_corner(plan, data, params, batch if first is None else None)
         except InputError as error:
-            if not (error.__cause__ and is_out_of_memory(error.__cause__)):
+            if error.__cause__ is None or fault_of(error.__cause__, plan.spec.catch, "") is None:
                 raise
-            too_large.append(error)
+            infeasible.append(error)
         else:
             first, outputs = (first, outputs) if first is not None else made
             del made  # a network may be large: one is kept
     if first is None:
-        raise InputError(f"no corner of the space fits into memory; {too_large[0]}") from too_large[0]
+        raise InputError(f"no corner of the space can be trained; {infeasible[0]}") from infeasible[0]
     try_measuring(plan, data, outputs, batch, losses.values())
-    if too_large:
-        more = f" (and so for {len(too_large) - 1} more corners of the space)" if len(too_large) > 1 else ""
-        say(f"{too_large[0]}{more}: trials that are so large will fail, the others will not")
+    if infeasible:
+        more = f" (and so for {len(infeasible) - 1} more corners of the space)" if len(infeasible) > 1 else ""
+        say(f"{infeasible[0]}{more}: such trials will be ended, the others will be trained")
     return first
 
 

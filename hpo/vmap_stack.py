@@ -107,7 +107,8 @@ class Candidate:
 def candidate(task: Task, member: Member, fit: Fit, example: Split) -> Candidate:
     """Build `member`'s network and try it on `example`, a few rows as they are trained on.
 
-    Raises NotStackable for an optimizer that has no stacked form, or a module that holds state outside of tensors.
+    Raises NotStackable for an optimizer that has no stacked form, or a module that holds state outside of tensors;
+    TrialError where the objective's code says that the configuration is at fault.
     """
     _require_stacked_form(member.params)
     probe = task.build(member).eval()
@@ -117,7 +118,7 @@ def candidate(task: Task, member: Member, fit: Fit, example: Split) -> Candidate
         for weight in probe.parameters():
             weight += 0.1 * torch.randn_like(weight)
         outputs = in_full(probe(*example.inputs.values()))
-        task.objective.loss(outputs, example.targets, reads)
+        task.loss(outputs, example.targets, reads)
     if own_state(probe) != before:
         raise NotStackable("its forward changes the module's own attributes")
     return Candidate(

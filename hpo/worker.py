@@ -13,6 +13,7 @@ import torch
 from hpo import checkpoints
 from hpo.data import Data
 from hpo.errors import Interrupted
+from hpo.faults import TrialError
 from hpo.feed import feed
 from hpo.frames import Frames, Grain
 from hpo.launch import LAUNCHED
@@ -162,6 +163,10 @@ class _Worker:
                 if not (self._choice.stacked and is_out_of_memory(error)):
                     raise
                 self._halve()
+            except TrialError as error:
+                if not self._choice.stacked:
+                    raise
+                self._unstack(error)
 
     def _ask(self, n: int) -> list[Member]:
         """Claim up to `n` trials; all stacks are at the end of an epoch then."""
@@ -210,7 +215,7 @@ class _Worker:
         )
 
     def _frames(self, grain: Grain) -> Frames:
-        return Frames(self._plan.space, lambda params: self._plan.objective.build(params, self._task.info), grain)
+        return Frames(self._plan.space, self._task.network, grain)
 
     def choose(self) -> None:
         """Choose the size of the stacks, measured where the study says `auto`. Raises Interrupted."""
@@ -232,7 +237,7 @@ class _Worker:
             return Choice(**before["choice"])
         learns = spec.sampler.name not in ("random", "grid", "qmc", "brute_force")
         several = self._plan.space.draw(min(_DRAWS, n_trials), spec.seed)
-        draws, n_too_large = looked_at(several, lambda params: self._plan.objective.build(params, self._task.info))
+        draws, n_too_large = looked_at(several, self._task.network)
         sizing = Sizing(
             task=self._task,
             feed=self._train,
@@ -259,6 +264,12 @@ class _Worker:
         self._say(
             f"out of memory: from now on {self._choice.capacity} trials at once, and those in training begin anew"
         )
+
+    def _unstack(self, error: TrialError) -> None:
+        """Give the trials back, and train one at a time from now on: an error in a stack may be any member's."""
+        self._trials.give_back(f"an error in a stack: {error}")
+        self._choice = replace(self._choice, capacity=1, stacked=False)
+        self._say(f"an error in a stack, of a kind that ends one trial: from now on one trial at a time ({error})")
 
     def _say(self, text: str) -> None:
         if text.partition(": ")[2] not in self._said:

@@ -186,3 +186,84 @@ def test_a_stalled_workers_function_lets_its_trial_go(monkeypatch, wrapped):
     out = run(monkeypatch, "good", trials=3)
     assert "another worker took this trial over" in out
     assert summary(out)["trials"]["complete"] == 2
+
+
+NETWORK = """
+import torch, optuna
+from torch import nn
+from torchmetrics.regression import MeanSquaredError
+from hpo.data import Data, Split
+from hpo.objective import Objective
+
+class Lines(Objective):
+    defaults = {"optimizer": "sgd", "learning_rate": 0.05, "batch_size": 8, "loss": "mse", "width": 4}
+    space = {
+        "width": {"type": "int", "low": 1, "high": 8},
+        "learning_rate": {"type": "float", "low": 0.01, "high": 0.1},
+    }
+
+    def data(self):
+        x = torch.linspace(-1, 1, 48)[:, None]
+        parts = [Split(inputs={"x": x[i::3]}, targets=2 * x[i::3]) for i in range(3)]
+        return Data(train=parts[0], valid=parts[1], test=parts[2])
+
+    def build(self, params, info):
+        if WHERE == "build" and params["width"] > 4:
+            raise ERROR(f"{params['width']} is too wide")
+        return nn.Sequential(nn.Linear(1, params["width"]), nn.Linear(params["width"], 1))
+
+    def loss(self, outputs, targets, params):
+        if WHERE == "loss" and params["width"] > 4:
+            raise ERROR(f"{params['width']} is too wide")
+        return super().loss(outputs, targets, params)
+
+    def metrics(self):
+        return {"mse": MeanSquaredError()}
+"""
+
+
+def network(where, error, stack, text="", call=invoke, trials=8):
+    Path("net.py").write_text(NETWORK.replace("WHERE", repr(where)).replace("ERROR", error))
+    Path("s.yaml").write_text(
+        f"objective: net.py\ntrials: {trials}\ntracking: off\nepochs: 2\nstack: {stack}\nsampler: random\n{text}"
+    )
+    return call("run", "s.yaml", *([] if call is refused else ["--json"]))
+
+
+@pytest.mark.parametrize("where", ["build", "loss"])
+@pytest.mark.parametrize("stack", [1, 4, "auto"])
+def test_a_configuration_that_build_or_loss_calls_infeasible_is_pruned(where, stack):
+    out = network(where, "optuna.TrialPruned", stack)
+    trials = summary(out)["trials"]
+    assert (trials["failed"], trials["waiting"]) == (0, 0)
+    assert trials["pruned"] == len(errors()) > 0
+    assert trials["complete"] == 8 - trials["pruned"] > 0
+    assert all("is too wide" in error for error in errors())
+
+
+@pytest.mark.parametrize("where", ["build", "loss"])
+@pytest.mark.parametrize("stack", [1, 4])
+def test_an_error_of_one_configuration_that_catch_names_fails_its_trial(where, stack):
+    trials = summary(network(where, "ValueError", stack, "catch: [ValueError]"))["trials"]
+    assert (trials["pruned"], trials["waiting"]) == (0, 0)
+    assert trials["failed"] == len(errors()) > 0
+    assert trials["complete"] == 8 - trials["failed"] > 0
+    assert all(error.startswith("ValueError: ") and "net.py:" in error for error in errors())
+
+
+def test_without_catch_it_is_said_before_anything_runs():
+    message = network("build", "ValueError", 1, call=refused)
+    assert "width=8 failed: ValueError: 8 is too wide" in message
+
+
+def test_a_space_that_is_infeasible_as_a_whole_is_said():
+    message = network("build", "optuna.TrialPruned", 1, "params: {width: {type: int, low: 5, high: 8}}\n", call=refused)
+    assert "no corner of the space can be trained" in message
+
+
+def test_three_networks_that_fail_alike_stop_the_study():
+    text = "catch: [ValueError]\nparams: {width: {type: int, low: 1, high: 8}}\n"
+    text += "start_with: [{width: 5}, {width: 6}, {width: 7}]\n"
+    with pytest.raises(ValueError, match="is too wide"):
+        network("build", "ValueError", 1, text)
+    assert len(errors()) == 3

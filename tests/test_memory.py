@@ -101,11 +101,11 @@ def test_small_ones_are_stacked_beside_the_one_that_is_too_large(huge, monkeypat
 def test_check_says_which_corners_are_too_large_and_refuses_a_space_that_is_so_as_a_whole(huge):
     output = invoke("check", huge(TEXT))
     assert "build with width=1000000 failed: MemoryError: it asks for 4,000.0 GB at once, and " in output
-    assert "trials that are so large will fail, the others will not" in output
+    assert "such trials will be ended, the others will be trained" in output
     assert "nothing is wrong" in output
     path = huge(f"{TEXT}params: {{width: {{type: int, low: 2000, high: 3000}}}}\n")
     for command in ("check", "run"):
-        assert "no corner of the space fits into memory; objective huge.py: build with width=2000" in refused(
+        assert "no corner of the space can be trained; objective huge.py: build with width=2000" in refused(
             command, path
         )
 
