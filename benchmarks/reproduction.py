@@ -4,6 +4,7 @@ Each seed is an initialisation and an order of the rows; the split of the data s
 trained one after the other, since the members of a stack share the order of the rows, and here each is to have its own.
 """
 
+import math
 import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
 SEED = 42
 """The documents' own, where they name one."""
+LEARNED = 0.9
+"""To what share of its first epoch's the training loss of a network must fall that has learned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +65,13 @@ class Figure:
         return sum(self.better * each >= -allowed for each in differences)  # never true of a NaN
 
     @property
+    def _numbers(self) -> list[float]:
+        return [ours for ours in self.ours if not math.isnan(ours)]
+
+    @property
     def verdict(self) -> str:
         """Return "yes" or "worse" by the rule in `documented.py`; "" for a figure that is only told."""
-        if any(ours != ours for ours in self.ours):
+        if len(self._numbers) < len(self.ours):
             return "worse"
         if self.documented is None:
             return "" if not self.learned else "yes" if 2 * self.as_good > len(self.learned) else "worse"
@@ -75,6 +82,8 @@ class Figure:
     def place(self) -> str:
         """Return where the documented figure lies among ours."""
         n = len(self.ours)
+        if len(self._numbers) < n:
+            return f"{n - len(self._numbers)} of {n} are NaN"
         if self.documented is None:
             return f"{self.as_good} of {n} learn" if self.learned else ""
         if self.better == 0:
@@ -87,7 +96,8 @@ class Figure:
     def cells(self) -> list[str]:
         """Return its cells of the table: name, documented, median, range, seeds, place, verdict."""
         said = ("trains" if self.learned else "") if self.documented is None else self.documented
-        median, low, high = statistics.median(self.ours), min(self.ours), max(self.ours)
+        numbers = self._numbers or [math.nan]
+        median, low, high = statistics.median(numbers), min(numbers), max(numbers)
         span = f"{low:.4g} to {high:.4g}" if len(self.ours) > 1 else ""
         return [self.name, said, f"{median:.4g}", span, str(len(self.ours)), self.place, self.verdict]
 
@@ -112,7 +122,7 @@ class Fit:
     @property
     def learned(self) -> bool:
         """Whether its training loss fell by a tenth at the least."""
-        return self.losses[-1] < 0.9 * self.losses[0]
+        return self.losses[-1] < LEARNED * self.losses[0]
 
 
 Seeds = tuple[int, ...]
