@@ -5,7 +5,7 @@
 As the documents train: torch's DataLoader shuffles, by the generator that the weights were drawn from. Of row 5 MSE of
 training (mean over the batches) in the first and the last epoch, and of validation: of all its rows, and of those near,
 without a feature beyond ten deviations. Of row 3 R2 of training and of test. Each is the median of all seeds and their
-range, and then the first seed's, which is row 5's own. `rounding` trains that seed alone, with deviations that differ in
+range, then the first seed's, which is row 5's own. `rounding` trains that seed alone, with deviations that differ in
 the seventh digit.
 """
 
@@ -63,7 +63,7 @@ RECIPES: Mapping[int, Mapping[str, Recipe]] = {
     | {
         "rounding": replace(FIVE, rounding=True),
         "rate 0.01": replace(FIVE, learning_rate=0.01),
-        "rate 0.01, rounding": replace(FIVE, learning_rate=0.01, rounding=True),
+        "rate 0.01 and rounding": replace(FIVE, learning_rate=0.01, rounding=True),
     },
 }
 
