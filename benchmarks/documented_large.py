@@ -25,12 +25,19 @@ def fashion_mnist(seeds: Seeds) -> Rows:
     yield from accuracies(done, "accuracy", train="0.928", valid="0.872")
 
 
+BEST = {"optimizer": "sgd", "batch_size": 32, "learning_rate": 0.0853, "n_hidden": 116}
+"""What the document's study found."""
+
+
 def fashion_study(seeds: Seeds) -> Rows:
+    """The study draws other params with each seed; beside it, what the document's own best params give."""
+    done = fits(objective_of("fashion_mnist", widths="same"), 20, seeds, **BEST)
+    yield Figure(name="its params: accuracy, validation", documented="0.8868", ours=metrics(done, "accuracy", "valid"))
     with tempfile.TemporaryDirectory() as folder:
-        done = [_study("fashion_mnist_documented", folder, seed)["best"] for seed in seeds]
-    yield Figure(name="best accuracy, validation", documented="0.8868", ours=[each["value"] for each in done])
+        found = [_study("fashion_mnist_documented", folder, seed)["best"] for seed in seeds]
+    yield Figure(name="best accuracy, validation", documented="0.8868", ours=[each["value"] for each in found])
     for name, documented in (("learning_rate", 0.0853), ("n_hidden", 116)):
-        ours = [each["params"][name] for each in done]
+        ours = [each["params"][name] for each in found]
         yield Figure(name=f"  its {name} (documented {documented})", ours=ours)
 
 
