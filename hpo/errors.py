@@ -44,7 +44,7 @@ def masked(text: str) -> str:
 
 def without_passwords(text: str) -> str:
     """Return `text` with every password of an address replaced by `***`."""
-    text = re.sub(r"(\w[\w+.-]*://[^\s/:@]*):\S*@", r"\1:***@", text)
+    text = re.sub(r"(\w[\w+.-]{0,40}://[^\s/:@]{0,300}):\S{0,1000}@", r"\1:***@", text)
     return re.sub(r"(?i)([?&](?:password|passwd|pwd|token|secret)=)[^&\s'\"]+", r"\1***", text)
 
 

@@ -64,11 +64,14 @@ def conclude(
     Of several workers on this machine that come here at once, one does it and the others take its outcome.
     """
     folder = bundle_folder(plan)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        held = lock.acquire()
     except OSError as error:
-        raise HpoError(f"{folder.parent} cannot be made ({error.strerror}); no trial is lost, run it again") from error
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        why = f"{folder.parent} cannot be written ({error.strerror})"
+        raise HpoError(f"{why}; no trial is lost, run it again") from error
+    with held:
         best = search.best()
         done = outcome(search, best)
         if best is None:

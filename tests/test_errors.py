@@ -1,5 +1,7 @@
 """Messages: no password in any of them, exit statuses as documented, and a hint at the nearest name."""
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -72,3 +74,10 @@ def test_a_spec_error_is_all_of_its_lines_masked():
 )
 def test_the_hint_is_the_nearest_name_or_all_of_them(name, known, hint):
     assert did_you_mean(name, known) == hint
+
+
+@pytest.mark.parametrize("text", ["a" * 100_000, "a://b:" * 20_000, "a" * 300 + "://" * 30_000, "x&password=" * 20_000])
+def test_a_long_message_is_masked_within_a_moment(text):
+    begun = time.perf_counter()
+    masked(text)
+    assert time.perf_counter() - begun < 5
