@@ -1,10 +1,11 @@
-"""A study whose processes are killed with -9, beside the same study undisturbed.
+"""A study whose processes are killed with -9 and stopped beyond `grace`, beside the same study undisturbed.
 
     python benchmarks/chaos.py [--storage sqlite | postgres | URL] [--kills 100] [--workers 4] [--trials 40]
 
 Half of the kills come at random moments, one in ten of them to `hpo run` itself; the others at named ones (MOMENTS),
 which the study's objective lies in wait for. MLflow is a server that is killed and started again, and so is PostgreSQL
-where `--storage postgres` starts one (the `test` extra brings it). Whenever `hpo run` is gone it is run again, as a
+where `--storage postgres` starts one (the `test` extra brings it). In between, a worker or `hpo run` itself is stopped
+with SIGSTOP for longer than `grace`, and PostgreSQL so that it hangs. Whenever `hpo run` is gone it is run again, as a
 person would. In the end there must be exactly as many trials done as asked for, none RUNNING in Optuna or MLflow, one
 for each place of the budget, no two of the same params, every epoch of every one reported to both, and the same
 params, curves and best as undisturbed. Exit status 1 if not.
@@ -32,9 +33,11 @@ from hpo.budget import places
 from hpo.storage import close_storage, open_storage
 from tests.servers import MlflowServer, postgres
 
-MOMENTS = ("claim", "lease", "epoch", "checkpoint", "tell", "told", "succession", "export")
+MOMENTS = ("claim", "lease", "epoch", "checkpoint", "tell", "told", "weights", "succession", "export")
 """Between claim and first beat; inside ask, before the params are drawn; mid-epoch; between a checkpoint's writing and
-its taking effect; before and after the end is told; between a successor and its predecessor's end; during export."""
+its taking effect; before and after the end is told; between a trial's end and `best.pt`; between a successor and its
+predecessor's end; during export."""
+GRACE = 20
 OBJECTIVE = """
 import os
 import random
@@ -44,7 +47,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torchmetrics.regression import R2Score
-from hpo import bundle, lease, search, space, trial
+from hpo import bundle, checkpoints, lease, search, space
 from hpo.data import Data, Split
 from hpo.objective import Objective
 
@@ -84,7 +87,8 @@ before(search.Search, "_finish", "tell")
 after(search.Search, "_finish", "told")
 after(search.Search, "_enqueue", "succession")
 before(bundle, "parity_of", "export")
-after(trial.torch, "save", "checkpoint")
+before(checkpoints, "settle", "weights")
+after(torch, "save", "checkpoint")
 
 class Slow(Objective):
     defaults = {"loss": "mse", "learning_rate": 0.05, "batch_size": 50, "dropout": 0.1}
@@ -142,7 +146,7 @@ class Study:
 
     def was_refused(self) -> bool:
         """Whether `hpo run` ended since PostgreSQL was away when it started: that is for the person to see."""
-        return "cannot be opened: connection" in self.log.read_text().splitlines()[-1]
+        return "cannot be opened" in self.log.read_text().splitlines()[-1]
 
     @property
     def log(self) -> Path:
@@ -158,6 +162,12 @@ class Study:
             return found
         finally:
             os.chdir(before)
+
+    def trial_of_best_weights(self) -> int:
+        """Return the number of the trial whose weights `best.pt` holds."""
+        import torch
+
+        return torch.load(self.folder / "mlruns/checkpoints" / self.name / "best.pt", weights_only=True)["trial"]
 
     def runs(self) -> list[Any]:
         """Return MLflow's runs, of the study and of its trials."""
@@ -187,6 +197,7 @@ class Killer:
         self._left = kills - kills // 2
         self.done: Counter[str] = Counter()
         self._stops = 1
+        self._stopped: list[tuple[float, psutil.Process]] = []
 
     def watch(self) -> None:
         """Run the study to its end. Raises SystemExit where it fails by itself."""
@@ -194,9 +205,12 @@ class Killer:
         process = self._study.start(environ)
         while True:
             time.sleep(self._draw.uniform(0.2, 2.5))
+            self._let_stopped_ones_continue()
             status = process.poll()
-            if status == 0:
+            if status == 0 and not self._stopped:
                 break
+            if status == 0:
+                continue  # who is stopped comes back to a study that is done
             if status is not None and status > 0 and not self._study.was_refused():
                 sys.exit(f"hpo run failed with status {status}:\n{self._study.log.read_text()[-5000:]}")
             if status is not None:
@@ -206,6 +220,7 @@ class Killer:
             if sum(self.done.values()) + self._at_moments() >= 10 * self._stops:
                 self._stops += 1
                 self._stop_a_server()
+                self._stop_for_longer_than_grace(process)
         for file in self._folder.glob("done-*"):
             self.done[file.name.removeprefix("done-").partition(".")[0]] += 1
 
@@ -227,9 +242,34 @@ class Killer:
                 return
             self._left -= 1
 
+    def _stop_for_longer_than_grace(self, process: psutil.Popen) -> None:
+        """Stop a worker, or `hpo run` with it: its trials are taken over while it is away, and then it is back."""
+        with suppress(psutil.NoSuchProcess):
+            workers = process.children()
+            if not workers:
+                return
+            stopped = [self._draw.choice(workers), *([process] if self._draw.random() < 0.3 else [])]
+            for each in stopped:
+                each.suspend()
+                self._stopped.append((time.monotonic() + GRACE * self._draw.uniform(1.1, 1.5), each))
+                self.done["(hpo run, for a while)" if each is process else "(a worker, beyond grace)"] += 1
+
+    def _let_stopped_ones_continue(self) -> None:
+        for due, each in self._stopped[:]:
+            if time.monotonic() >= due:
+                self._stopped.remove((due, each))
+                with suppress(psutil.NoSuchProcess):
+                    each.resume()
+
     def _stop_a_server(self) -> None:
         """Kill PostgreSQL for some seconds, or MLflow's server, in turn."""
         server = self._tracking if self._database is None or self._stops % 2 else self._database
+        if server is self._database and self._stops % 4 == 0:
+            server.hang()
+            time.sleep(self._draw.uniform(5.0, 25.0))
+            server.resume()
+            self.done["(PostgreSQL, hanging)"] += 1
+            return
         server.stop()
         time.sleep(self._draw.uniform(0.5, 8.0))
         server.start()
@@ -262,9 +302,14 @@ def check(calm: Study, chaos: Study, given: argparse.Namespace) -> dict[str, tup
             n,
         ),
         "best value": (max(t.value or 0.0 for t in got.values()), max(t.value for t in expected.values())),
+        "best.pt is the best trial's": (chaos.trial_of_best_weights(), max(got.values(), key=_rank).number),
         "runs of one trial in MLflow twice": (len(every_run) - len(runs), 0),
         "attempts lost and taken up again": (len(everything) - len(got), None),
     }
+
+
+def _rank(trial: Any) -> tuple[float, int]:
+    return trial.value or 0.0, -trial.number
 
 
 @contextmanager

@@ -46,6 +46,19 @@ class Postgres:
     def stop(self) -> None:
         self._ctl("-m", "immediate", "stop")
 
+    def hang(self) -> None:
+        """Stop all of its processes, so that it answers nobody and its connections stay."""
+        for process in self._processes():
+            process.suspend()
+
+    def resume(self) -> None:
+        for process in self._processes():
+            process.resume()
+
+    def _processes(self) -> list[psutil.Process]:
+        server = psutil.Process(int((self._server.pgdata / "postmaster.pid").read_text().split()[0]))
+        return [server, *server.children(recursive=True)]
+
     def _ctl(self, *arguments: str) -> None:
         """Run PostgreSQL's own program, as another user where we are root, which it refuses."""
         server = self._server
