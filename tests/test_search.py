@@ -252,3 +252,17 @@ def test_ctrl_c_then_fewer_trials_then_more_ends_with_exactly_so_many(opened):
     assert again.ask() is None
     assert (again.counts().complete, again.counts().unfinished) == (6, 0)
     assert len(again.study.get_trials()) <= 4 + 8 + 6
+
+
+def test_trials_that_were_queued_twice_are_none_of_the_budget_and_none_waits_at_the_end(opened):
+    """Behind gRPC there is no lock: two workers may fill the queue at once, and left WAITING rows behind for good."""
+    search = opened(trials=3)
+    first = search.ask()
+    for place in range(3):
+        search.study.enqueue_trial({}, user_attrs={"place": place, "seed": 1})
+    assert search.complete(first.number, 0.0)
+    assert len(claims(search)) == 2
+    search.tidy()
+    states = [trial.state for trial in search.study.get_trials()]
+    assert states.count(TrialState.WAITING) == states.count(TrialState.RUNNING) == 0
+    assert (search.counts().complete, search.counts().failed) == (3, 0)
