@@ -10,6 +10,7 @@ the seventh digit.
 """
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -144,9 +145,15 @@ HEADS = {3: ("R2, train", "R2, test"), 5: ("first epoch", "last epoch", "validat
 
 
 def cells(found: Sequence[Sequence[float]]) -> list[str]:
-    columns = list(zip(*found, strict=True))
-    ranges = [f"{statistics.median(each):.3f} ({min(each):.3f} to {max(each):.3f})" for each in columns]
-    return [*ranges, " ".join(f"{value:.4f}" for value in found[0])]
+    return [*map(spread, zip(*found, strict=True)), " ".join(f"{value:.4f}" for value in found[0])]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return median and range, and how many seeds diverged."""
+    numbers = [value for value in values if not math.isnan(value)] or [math.nan]
+    diverged = sum(map(math.isnan, values))
+    said = f"{statistics.median(numbers):.3f} ({min(numbers):.3f} to {max(numbers):.3f})"
+    return f"{said}, {diverged} diverged" if diverged else said
 
 
 def main() -> None:

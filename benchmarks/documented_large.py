@@ -30,9 +30,11 @@ BEST = {"optimizer": "sgd", "batch_size": 32, "learning_rate": 0.0853, "n_hidden
 
 
 def fashion_study(seeds: Seeds) -> Rows:
-    """The study draws other params with each seed; beside it, what the document's own best params give."""
+    """The study draws other params with each seed. The document's own, trained again, are told beside it and not
+    judged: its 0.8868 is the best of five.
+    """
     done = fits(objective_of("fashion_mnist", widths="same"), 20, seeds, **BEST)
-    yield Figure(name="its params: accuracy, validation", documented="0.8868", ours=metrics(done, "accuracy", "valid"))
+    yield Figure(name="0.0853 and 116 again: accuracy, validation", ours=metrics(done, "accuracy", "valid"))
     with tempfile.TemporaryDirectory() as folder:
         found = [_study("fashion_mnist_documented", folder, seed)["best"] for seed in seeds]
     yield Figure(name="best accuracy, validation", documented="0.8868", ours=[each["value"] for each in found])
