@@ -10,6 +10,7 @@ else lies there is refused, with the reason: to train from scratch costs time, t
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -241,5 +242,6 @@ def write(file: Path, content: Mapping[str, Any]) -> None:
         torch.save(dict(content), unfinished)
         unfinished.replace(file)
     except (OSError, RuntimeError) as error:  # torch.save: a full disk is a RuntimeError
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
         raise HpoError(f"{file} cannot be written ({str(error).splitlines()[0]}); no trial is lost") from error

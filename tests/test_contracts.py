@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 from optuna.exceptions import ExperimentalWarning
-from optuna.storages import GrpcStorageProxy, get_storage
+from optuna.storages import GrpcStorageProxy, JournalStorage, get_storage
 from optuna.storages._grpc.server import make_server
 from optuna.testing.pytest_samplers import BasicSamplerTestCase
 from optuna.testing.pytest_storages import StorageTestCase
@@ -55,7 +55,9 @@ class TestStorages(StorageTestCase):
     """What a search sees: the storage as it is opened, with `Patient` around it."""
 
     @pytest.fixture
-    def storage(self, opened):
+    def storage(self, opened, tmp_path):
+        if isinstance(opened.inner, JournalStorage):  # it gives the ids of a deleted study's trials still
+            opened = Patient(open_storage(f"journal:///{tmp_path}/s.log"), 0.0)
         yield opened
         for study in opened.get_all_studies():
             opened.delete_study(study._study_id)
