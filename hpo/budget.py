@@ -47,7 +47,12 @@ def count(places: Sequence[FrozenTrial], trials: int) -> Counts:
 
 
 def places(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """Return those of `trials` that take a place in the budget: not withdrawn, not replaced, no double of another.
+    """Return those of `trials` that take a place in the budget: not withdrawn, not replaced, no double of another."""
+    return sorted(_holders(trials).values(), key=lambda t: t.number)
+
+
+def _holders(trials: Sequence[FrozenTrial]) -> dict[Hashable, FrozenTrial]:
+    """Return by its place each trial that takes one.
 
     A place is held by one trial at a time. A new trial takes a free place; a successor (`retry_of`) takes the place of
     the trial that it names, if that holds one; a trial that is withdrawn frees its place. Whatever else is there was
@@ -70,7 +75,7 @@ def places(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
             continue
         holders[place] = trial
         held_by[trial.number] = place
-    return sorted(holders.values(), key=lambda t: t.number)
+    return holders
 
 
 def _place(trial: FrozenTrial) -> Hashable:
@@ -93,9 +98,10 @@ def refill(trials: Sequence[FrozenTrial], budget: int, n_starts: int, most: int)
     Withdrawn are the WAITING trials that the budget has no place for: doubles, then those that nobody has started,
     the last first, and only then successors, which have a checkpoint to resume from.
     """
-    counted = places(trials)
+    holders = _holders(trials)
+    counted = list(holders.values())
     numbers = {trial.number for trial in counted}
-    taken = {trial.user_attrs.get("place", trial.number) for trial in counted}
+    taken = {place[1] if isinstance(place, tuple) else place for place in holders}
     started = {trial.user_attrs.get("start_with") for trial in counted}
     starts = [i for i in range(n_starts) if i not in started]
     n_new = min(max(0, budget - len(counted)), most)
@@ -143,3 +149,21 @@ def seconds_used(trials: Sequence[FrozenTrial]) -> float:
 def utc(moment: datetime) -> datetime:
     """Return one of Optuna's times, which are this machine's local ones without saying so, in UTC."""
     return moment.astimezone(UTC)
+
+
+def wrong_row(trial: FrozenTrial) -> str | None:
+    """Return what is wrong with what a storage holds of a trial, as far as it is read here; None: nothing.
+
+    Whoever can write the storage can write anything there, and a place is part of a file's name.
+    """
+    attrs, lease = trial.user_attrs, trial.system_attrs.get(LEASE_KEY, {})
+    for key in ("place", "seed", "retry_of", "attempt", "lineage", "start_with", "best_epoch", "joined"):
+        if key in attrs and not (type(attrs[key]) is int and 0 <= attrs[key] < 1 << 64):
+            return f"its {key} is {attrs[key]!r:.100}, no whole number of at least 0"
+    if not isinstance(attrs.get("metrics", {}), Mapping):
+        return f"its metrics are {attrs['metrics']!r:.100}"
+    if not isinstance(trial.system_attrs.get("fixed_params", {}), Mapping):
+        return f"its fixed_params are {trial.system_attrs['fixed_params']!r:.100}"
+    kinds = {"worker": str, "until": (int, float), "attempt": int}
+    sound = isinstance(lease, Mapping) and all(isinstance(lease[k], kinds[k]) for k in kinds if k in lease)
+    return None if sound else f"its lease is {lease!r:.100}"

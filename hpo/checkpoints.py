@@ -100,6 +100,12 @@ def load(plan: Plan, origin: Origin, claim: Claim) -> Checkpoint | None:
     return checkpoint
 
 
+def drop(plan: Plan, claim: Claim) -> None:
+    """Remove the checkpoint of a trial that has ended."""
+    with suppress(OSError):
+        file_of(plan, claim).unlink()
+
+
 def _mark(origin: Origin, claim: Claim) -> dict[str, Any]:
     return asdict(origin) | {"lineage": claim.lineage, "seed": claim.seed, "params": dict(claim.params)}
 
@@ -177,11 +183,6 @@ def keep_candidate(
         "study": origin.study,
     }
     write(_candidate(plan, number), content)
-
-
-def drop_candidate(plan: Plan, number: int) -> None:
-    """Remove the weights of a trial that did not end COMPLETE."""
-    _candidate(plan, number).unlink(missing_ok=True)
 
 
 def _candidate(plan: Plan, number: int) -> Path:

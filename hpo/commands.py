@@ -44,7 +44,7 @@ from hpo.selection import (
 )
 from hpo.stopping import Stop, signals
 from hpo.storage import close_storage, open_storage, serve_storage
-from hpo.trust import code_references, require_named, require_passwords
+from hpo.trust import code_references, require_harmless, require_passwords
 from hpo.tryout import try_out
 from hpo.worker import INTERRUPTED, work
 
@@ -106,6 +106,7 @@ def _run(
                 work(plan, data, search, tracker, progress, stopping, stopping.overdue)
             else:
                 _work_together(plan, search, progress, stopping, overrides, several, n)
+        checkpoints.settle(plan, search, out.print)  # the last trial may have been trained elsewhere
         if search.counts().running == 0:
             tracker.reconcile(search.ends())
         ended = conclude(plan, data, search, tracker, stopping, out.print) if data else None
@@ -136,9 +137,9 @@ def _work_together(
         command = ["worker", plan.document.name, *sets]
         workers = Workers(command, n, plan.device, progress.note, search)
     else:
-        storage = {"storage": json.dumps(plan.spec.storage)}
-        named = code_references(plan.document.values)
-        share = partial(worker, None, plan.spec.name, {**overrides, **storage}, named=named)
+        addresses = {key: json.dumps(getattr(plan.spec, key)) for key in ("storage", "tracking")}
+        named = [code for _, code in code_references(plan.spec)]
+        share = partial(worker, None, plan.spec.name, {**overrides, **addresses}, named=named)
         workers = RayWorkers(several.ray, n, several.gpus_per_worker, share)
     watch = Watch(plan, search, progress)
     workers.start()
@@ -168,9 +169,10 @@ def worker(
     """
     out = _console()
     with ExitStack() as stack:
+        is_ours = path is not None
         if path is None:
             path = stack.enter_context(_stored_study(study, overrides, named))
-        plan = _prepare(path, overrides, out)
+        plan = _prepare(path, overrides, out, None if is_ours else named)
         launched = LAUNCHED in os.environ
         search = _open(plan, out, wait=launched)  # the study is known to be there then
         assert search is not None
@@ -197,9 +199,9 @@ def _stored_study(name: str | None, overrides: Mapping[str, str], named: Collect
     url = overrides.get("storage", "").strip('"')
     if not name or not url:
         raise InputError("give a study file, or --study NAME and --storage URL of a study that was started")
-    values = {"name": name} | stored_file(url, name)
+    values = stored_file(url, name) | {"name": name}
     if named is not None:
-        require_named(name, values, overrides, named)
+        require_harmless(name, values, overrides)
     require_passwords(name, values, overrides)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "study.yaml"  # a name may be a path
@@ -382,9 +384,9 @@ def _no_such_trial(search: Search, number: int | None) -> str:
     return f"--trial {number}: is no complete trial of study {search.spec.name!r}; complete are: {some}"
 
 
-def _prepare(path: Path, overrides: Mapping[str, str], out: Console) -> Plan:
+def _prepare(path: Path, overrides: Mapping[str, str], out: Console, may_run: Collection[str] | None = None) -> Plan:
     """Return the plan, with the threads set for it: torch's own default makes small networks many times slower."""
-    plan = prepare(path, overrides)
+    plan = prepare(path, overrides, may_run)
     if plan.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     torch.use_deterministic_algorithms(plan.spec.deterministic)
@@ -494,10 +496,17 @@ def _summary(plan: Plan, search: Search, best: Best | None, done: Outcome | None
     return finite(summary)
 
 
+class _MaskingConsole(Console):
+    """Shows no secret, whoever prints."""
+
+    def print(self, *objects: Any, **keys: Any) -> None:
+        super().print(*(masked(each) if isinstance(each, str) else each for each in objects), **keys)
+
+
 def _console() -> Console:
     """Return a console on stdout; a file or a pipe is not wrapped at 80 columns."""
     terminal = sys.stdout.isatty()
-    return Console(markup=False, highlight=False, soft_wrap=not terminal, width=None if terminal else 200)
+    return _MaskingConsole(markup=False, highlight=False, soft_wrap=not terminal, width=None if terminal else 200)
 
 
 @contextmanager

@@ -347,6 +347,8 @@ def _expand(value: Any, path: Path_, document: Document, environ: Mapping[str, s
         return environ.get(name) or default or ""  # as in a shell, an empty variable takes the default too
 
     expanded = _VARIABLE.sub(substitute, value)
+    if path[0] == "options":  # it may be a secret of digits: the option's type says what it is
+        return expanded
     if _VARIABLE.fullmatch(value) and (number := _scalar(expanded)) is not None:
         return number
     return expanded

@@ -12,6 +12,7 @@ A password in an address, or what an option takes from an environment variable, 
 passes through `masked`.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ def conceal(value: str, shown: str) -> None:
 
     A short value is replaced only where it stands as a word, and one of less than four characters is no secret.
     """
-    for form in {value, quote(value, safe="")}:
+    forms = {value, quote(value, safe=""), repr(value)[1:-1], json.dumps(value)[1:-1], *value.splitlines()}
+    for form in sorted(forms, key=len, reverse=True):  # the whole before its parts
         if len(form) >= 4:
             text = re.escape(form)
             pattern = text if len(form) >= 8 else rf"(?<!\w){text}(?!\w)"
@@ -46,6 +48,15 @@ def without_passwords(text: str) -> str:
     """Return `text` with every password of an address replaced by `***`."""
     text = re.sub(r"(\w[\w+.-]{0,40}://[^\s/:@]{0,300}):\S{0,1000}@", r"\1:***@", text)
     return re.sub(r"(?i)([?&](?:password|passwd|pwd|token|secret)=)[^&\s'\"]+", r"\1***", text)
+
+
+def said(error: BaseException) -> str:
+    """Return the first line of what `error` says; secrets in it are masked before anything is cut off."""
+    try:
+        text = str(error)
+    except Exception:  # the user's own class
+        text = "(its text cannot be had)"
+    return (masked(text).splitlines() or [""])[0][:300]
 
 
 class HpoError(Exception):

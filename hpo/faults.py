@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from hpo.errors import HpoError
+from hpo.errors import HpoError, said
 from hpo.memory import is_out_of_memory
 
 ALIKE = 3
@@ -39,9 +39,9 @@ class TrialError(Exception):
 def fault_of(error: BaseException, catch: Sequence[str], where: str) -> TrialFault | None:
     """Return how `error` ends the trial that it is of; None: it is no trial's own. `where` is said of a caught one."""
     if _is_pruned(error):
-        return TrialFault(state="PRUNED", text=f"infeasible: {_line(error) or 'optuna.TrialPruned'}")
+        return TrialFault(state="PRUNED", text=f"infeasible: {said(error) or 'optuna.TrialPruned'}")
     if is_out_of_memory(error):
-        return TrialFault(state="FAIL", text=f"out of memory: {_line(error) or type(error).__name__}")
+        return TrialFault(state="FAIL", text=f"out of memory: {said(error) or type(error).__name__}")
     if isinstance(error, HpoError) or not isinstance(error, Exception):
         return None
     names = {
@@ -79,7 +79,3 @@ def wrong_names(catch: Sequence[str]) -> Iterator[tuple[int, str]]:
             )
         elif near := get_close_matches(name, [n for n in dir(builtins) if n.endswith(("Error", "Exception"))], 1, 0.85):
             yield place, f'there is no exception {name!r}; did you mean "{near[0]}"?'
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:300]

@@ -15,6 +15,7 @@ no MLflow; the engine has those. A whole one:
         def metrics(self): return {"accuracy": MulticlassAccuracy(3, average="micro")}
 """
 
+import ast
 import hashlib
 import importlib
 import importlib.util
@@ -24,6 +25,7 @@ import sysconfig
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -34,7 +36,7 @@ from torchmetrics import Metric
 
 from hpo import catalog, losses
 from hpo.data import Data, DataInfo, Split
-from hpo.errors import Fault, did_you_mean
+from hpo.errors import Fault, did_you_mean, said
 from hpo.spec import validate
 
 Params = Mapping[str, Any]
@@ -204,9 +206,37 @@ def load(
 
 
 def code_of(objective: "Objective | Function") -> str:
-    """Return the first 16 hex digits of a SHA-256 over the source file that the objective is written in."""
-    file = inspect.getsourcefile(objective.call if isinstance(objective, Function) else type(objective))
-    return hashlib.sha256(Path(file).read_bytes() if file else b"").hexdigest()[:16]
+    """Return the first 16 hex digits of a SHA-256 over the sources that the objective is written in.
+
+    These are its file, those of the losses that the study names by path, and whatever they import from beside them.
+    """
+    own = [objective.call] if isinstance(objective, Function) else [type(objective), *objective.own_losses.values()]
+    files: set[Path] = set()
+    for each in own:
+        with suppress(TypeError):  # a callable object has no source of its own
+            _gather(Path(inspect.getsourcefile(each) or ""), files)
+    content = b"".join(file.read_bytes() for file in sorted(files))
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _gather(file: Path, files: set[Path]) -> None:
+    """Add a source file to `files`, and those that it imports from its own folder, or from its own package."""
+    if file in files or not file.is_file():
+        return
+    files.add(file)
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(f"{node.module}.{name}" if node.module else name for name in names)]
+        for name in names:
+            parts = name.removeprefix(f"{file.parent.name}.").split(".")
+            beside = file.parent.joinpath(*parts)
+            for candidate in (beside.with_suffix(".py"), beside / "__init__.py"):
+                _gather(candidate, files)
 
 
 def load_function(where: str, folder: Path, at: tuple[str, ...]) -> tuple[Callable[..., Any] | None, list[Fault]]:
@@ -296,4 +326,4 @@ def origin(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         own = [(str(error.filename), error.lineno)]
     place = f" ({own[-1][0]}:{own[-1][1]})" if own else ""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}{place}"
+    return f"{type(error).__name__}: {said(error)}{place}"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hpo.data import Data, Split
-from hpo.errors import InputError, Interrupted
+from hpo.errors import HpoError, InputError, Interrupted
 from hpo.faults import all_alike, fault_of
 from hpo.objective import Function, Params, origin
 from hpo.plan import Plan
@@ -72,6 +72,10 @@ class Own:
                     self._train_one(trial)
             except TakenOver:
                 trial.let_go()
+            except SystemExit as error:
+                raise HpoError(
+                    f"the objective's code ends the process (sys.exit, {origin(error)}); raise an error"
+                ) from error
             except Exception as error:
                 self._end_by(error, trial)
             self._trials.done(trial.member.number)

@@ -5,7 +5,7 @@ all faults of the file at once. `load_data` then looks at the data, `hpo.tryout`
 storage or the tracker.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from hpo.space import FreeSpace, Space
 from hpo.spec import Draft, StudySpec
 from hpo.stack import Task
 from hpo.tracking import check_address
+from hpo.trust import unnamed_code
 
 OUTPUT = Path("mlruns")
 """The folder of all output, in the current one."""
@@ -79,15 +80,17 @@ class Plan:
         return data
 
 
-def prepare(path: Path, overrides: Mapping[str, str] | None = None) -> Plan:
-    """Return the plan of the study file at `path`.
+def prepare(path: Path, overrides: Mapping[str, str] | None = None, may_run: Collection[str] | None = None) -> Plan:
+    """Return the plan of the study file at `path`. Of its code only what is among `may_run` is imported; None: all.
 
     Raises SpecError with every fault of the file, each with file and line, or InputError where there is no such file.
     """
     draft = specs.read(path, overrides)
     faults = list(draft.faults)
     plan = None
-    if draft.spec is not None:
+    unnamed = unnamed_code(draft.spec, draft.document, may_run) if draft.spec and may_run is not None else []
+    faults += unnamed
+    if draft.spec is not None and not unnamed:
         plan, more = _check(draft, draft.spec, path.parent)
         faults += more
     if faults or plan is None:
@@ -310,5 +313,5 @@ def guarded(plan: Plan, what: str, call: Any) -> Any:
         return call()
     except HpoError:
         raise
-    except Exception as error:  # the user's own code
+    except (Exception, SystemExit) as error:  # the user's own code
         raise InputError(f"objective {plan.spec.objective}: {what} failed: {objectives.origin(error)}") from error

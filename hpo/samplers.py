@@ -13,7 +13,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.cmaes import Evolution, RebuiltCmaEsSampler
-from hpo.errors import Fault, InputError, did_you_mean
+from hpo.errors import Fault, InputError, did_you_mean, is_number
 from hpo.seeds import derive
 from hpo.space import Space
 from hpo.spec import PRUNERS, Plugin
@@ -153,6 +153,15 @@ def _wrapped(inner: Any, epochs: int, at: tuple[str, ...]) -> tuple[BasePruner |
 
 _FILLED_IN = ("wrapped_pruner", "search_space")
 """Keys that Optuna requires and that have a default here."""
+_NOT_PLAIN = (
+    "independent_sampler",
+    "source_trials",
+    "constraints_func",
+    "gamma",
+    "weights",
+    "categorical_distance_func",
+)
+"""Keys that take objects and functions."""
 _KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 
 
@@ -164,6 +173,13 @@ def _key_faults(cls: type, keys: Mapping[str, Any], at: tuple[str, ...]) -> list
     for key, value in keys.items():
         if key not in known:
             message = f"unknown key of Optuna's {cls.__name__}{did_you_mean(key, known)}"
+            faults.append(Fault(path=(*at, key), message=message))
+            continue
+        if key in _NOT_PLAIN:
+            faults.append(Fault(path=(*at, key), message="is Python code's to give: leave it out of a study file"))
+            continue
+        if key == "x0" and not (isinstance(value, Mapping) and all(map(is_number, value.values()))):
+            message = f"must be numbers by the names of params, but got {value!r:.100}"
             faults.append(Fault(path=(*at, key), message=message))
             continue
         annotation = str(known[key].annotation).removeprefix("<class '").removesuffix("'>")

@@ -23,8 +23,8 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from hpo.away import open_patiently
-from hpo.budget import Counts, count, lease_of, places, refill, seconds_used
-from hpo.errors import InputError, did_you_mean, masked
+from hpo.budget import Counts, count, lease_of, places, refill, seconds_used, wrong_row
+from hpo.errors import InputError, StorageError, did_you_mean, masked
 from hpo.lease import Deaths, LeaseKeeper
 from hpo.outage import Patient, StorageAway
 from hpo.processes import this_process
@@ -141,6 +141,7 @@ class Search:
         self._waiting: deque[FrozenTrial] = deque()
         self._best: float | None = None
         self._lost: list[Lost] = []
+        self._sound: set[int] = set()
         self._lease = LeaseKeeper(storage.inner, spec.grace)
         self._deaths = Deaths(spec.grace)
         self._look_at = 0.0
@@ -149,7 +150,22 @@ class Search:
 
     def trials(self) -> list[FrozenTrial]:
         """Return the trials that take a place in the budget, in the order of their numbers."""
-        return places(self.storage.get_all_trials(self._study_id, deepcopy=False))
+        return places(self._everything())
+
+    def _everything(self) -> list[FrozenTrial]:
+        """Return all rows of the study. Raises StorageError for one that hpo cannot have written."""
+        trials = self.storage.get_all_trials(self._study_id, deepcopy=False)
+        for trial in trials:
+            if trial.number in self._sound:
+                continue
+            if (wrong := wrong_row(trial)) is not None:
+                raise StorageError(
+                    f"trial {trial.number} of study {self.spec.name!r} in {self.spec.storage}: {wrong}; hpo did not "
+                    "write that: mend or delete the trial in the storage, or give the study another `name`"
+                )
+            if trial.state.is_finished():
+                self._sound.add(trial.number)
+        return trials
 
     def counts(self) -> Counts:
         return count(self.trials(), self.spec.trials)
@@ -158,7 +174,7 @@ class Search:
         """Queue trials up to the budget (a chunk at a time), or withdraw those that are queued beyond it."""
         with _alone(self.storage, self.spec.storage):
             self._reclaim()
-            everything = self.storage.get_all_trials(self._study_id, deepcopy=False)
+            everything = self._everything()
             change = refill(everything, self.spec.trials, len(self.spec.start_with), _QUEUE_CHUNK)
             for place, start in change.queue:
                 config = {} if start is None else self.space.queued(self.spec.start_with[start])
@@ -175,13 +191,15 @@ class Search:
 
     def tidy(self) -> None:
         """Withdraw what is still queued of a study that is done: where no lock is, workers may queue a trial twice."""
-        everything = self.storage.get_all_trials(self._study_id, deepcopy=False)
+        everything = self._everything()
         if any(trial.state == TrialState.WAITING for trial in everything):
             self._fill_queue()
 
-    def _enqueue(self, config: Mapping[str, Any], attrs: Mapping[str, Any]) -> None:
+    def _enqueue(
+        self, config: Mapping[str, Any], attrs: Mapping[str, Any], inherited: Mapping[str, Any] | None = None
+    ) -> None:
         """Queue a trial that has the params of `config`; the others are sampled when it is claimed."""
-        system = {"fixed_params": dict(config)} if config else None  # grid samples nothing where it finds even {}
+        system = {**(inherited or {}), **({"fixed_params": dict(config)} if config else {})}  # not {}: see grid
         self.study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=dict(attrs), system_attrs=system))
 
     def _reclaim(self) -> bool:
@@ -189,7 +207,7 @@ class Search:
 
         The storage's lock must be held.
         """
-        everything = self.storage.get_all_trials(self._study_id, deepcopy=False)
+        everything = self._everything()
         with_place = {trial.number for trial in places(everything)}
         judged = self._judge(everything)
         for trial, dead in judged:
@@ -212,7 +230,8 @@ class Search:
             lineage = trial.user_attrs.get("lineage", trial.number)
             attrs = {"retry_of": trial.number, "attempt": attempt + 1, "lineage": lineage}
             attrs |= {key: trial.user_attrs[key] for key in ("place", "seed", "start_with") if key in trial.user_attrs}
-            self._enqueue(trial.params, attrs)
+            grid = {key: trial.system_attrs[key] for key in ("grid_id", "search_space") if key in trial.system_attrs}
+            self._enqueue(trial.params, attrs, grid)
         with suppress(UpdateFinishedTrialError):  # a peer was faster
             self.storage.set_trial_user_attr(trial._trial_id, "error", masked(reason))
             self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
@@ -230,7 +249,7 @@ class Search:
 
     def ends(self) -> dict[int, tuple[str, str | None]]:
         """Return how every trial that is over has ended (a key of `hpo.tracking.STATUS`), and why if it failed."""
-        everything = self.storage.get_all_trials(self._study_id, deepcopy=False)
+        everything = self._everything()
         counted = {trial.number for trial in places(everything)}
         return {
             trial.number: (
@@ -243,7 +262,7 @@ class Search:
 
     def n_claimed(self) -> int:
         """Return how many trials have been claimed so far, each retry counted."""
-        everything = self.storage.get_all_trials(self._study_id, deepcopy=False)
+        everything = self._everything()
         return sum(trial.state != TrialState.WAITING for trial in everything)
 
     def failures(self) -> list[str | None]:
@@ -273,6 +292,10 @@ class Search:
                 return self._claim(frozen)
             except UpdateFinishedTrialError:  # a peer took this worker for dead meanwhile
                 self._let_go(frozen.number, frozen._trial_id)
+            except (KeyError, TypeError, ValueError) as error:
+                if not frozen.system_attrs.get("fixed_params"):
+                    raise
+                self.fail(frozen.number, f"the params that it was queued with cannot be used: {error}")
 
     def _take(self) -> FrozenTrial | None:
         if not self._waiting:
@@ -457,11 +480,20 @@ class Search:
         return Best(
             number=trial.number,
             value=trial.value,
-            params=self.space.resolve(trial.params),
-            epoch=trial.user_attrs.get("best_epoch", self.spec.epochs - 1),
-            seed=trial.user_attrs["seed"],
+            params=self._resolved(trial),
+            epoch=min(trial.user_attrs.get("best_epoch", self.spec.epochs), self.spec.epochs - 1),
+            seed=trial.user_attrs.get("seed", derive(self.spec.seed, "init", trial.number)),
             metrics=trial.user_attrs.get("metrics", {}),
         )
+
+    def _resolved(self, trial: FrozenTrial) -> dict[str, Any]:
+        try:
+            return self.space.resolve(trial.params)
+        except (KeyError, ValueError, TypeError) as error:
+            raise StorageError(
+                f"trial {trial.number} of study {self.spec.name!r}: its params {trial.params!r:.200} are none of the "
+                "study's space; hpo did not write them: delete that trial, or give the study another `name`"
+            ) from error
 
     def running(self) -> list[Running]:
         running = [trial for trial in self.trials() if trial.state == TrialState.RUNNING]
@@ -490,7 +522,7 @@ class Search:
 
     def seconds_used(self) -> float:
         """Return for how long at least one trial was running, over all workers and restarts."""
-        return seconds_used(self.storage.get_all_trials(self._study_id, deepcopy=False))
+        return seconds_used(self._everything())
 
     def seconds_left(self, timeout: float) -> float:
         """Return what is left of `timeout`: nothing once it has ended the study, however the pauses are counted."""
@@ -606,7 +638,7 @@ def stored_file(url: str, name: str) -> dict[str, Any]:
         raise InputError(f"study {name!r} in {url} was not started by `hpo run`; give its study file")
     try:
         values = json.loads(text)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"study {name!r} in {url}: its study file cannot be read ({error}); give the file") from error
     if not isinstance(values, dict) or not isinstance(values.get("objective"), str):
         raise InputError(f"study {name!r} in {url}: its study file names no objective; give the file")
@@ -616,7 +648,7 @@ def stored_file(url: str, name: str) -> dict[str, Any]:
 def _compare(spec: StudySpec, attrs: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise InputError where the stored study is not the one that study.yaml describes; it says what differs."""
     stored = attrs.get(_IDENTITY)
-    if stored is None:
+    if not isinstance(stored, Mapping) or not isinstance(stored.get("options", {}), Mapping):
         raise _is_another(spec, ["it was not made by hpo"])
     differences = []
     for key in ("objective", "metric", "value", "epochs", "patience", "precision", "deterministic", "seed"):
@@ -627,9 +659,10 @@ def _compare(spec: StudySpec, attrs: Mapping[str, Any], wanted: Mapping[str, Any
     plain = json.loads(json.dumps(spec.options))
     for key in sorted({*wanted["options"], *there}) if there != plain else []:
         here = wanted["options"].get(key, _ABSENT)
-        if there.get(key, _ABSENT) not in (here, plain.get(key, _ABSENT)):
+        was = there.get(key, _ABSENT)
+        if was not in (here, plain.get(key, _ABSENT)) and str(was) != str(plain.get(key)):
             hidden = plain.get(key, _ABSENT) != here  # of an older version's study the other value may be in clear
-            came = "another value than" if hidden else f"{here!r} here, {there.get(key, _ABSENT)!r}"
+            came = "another value than" if hidden else f"{here!r} here, {was!r}"
             differences.append(f"options.{key} is {came} there")
     here, there = wanted["params"], stored.get("params", {})
     for name in sorted({*here, *there}):

@@ -48,7 +48,7 @@ def bundle_folder(plan: Plan) -> Path:
 def outcome(search: Search, best: Best | None) -> Outcome | None:
     """Return the stored outcome if it is that of `best` and its bundle is still there."""
     stored = search.attrs.get(_RESULT)
-    if stored is None or best is None or stored["number"] != best.number:
+    if not isinstance(stored, Mapping) or best is None or stored.get("number") != best.number:
         return None
     folder = stored["bundle"] and Path(stored["bundle"])
     if folder is not None and not all((folder / file).is_file() for file in FILES):

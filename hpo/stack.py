@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from hpo import optim, schedules, stacked_optim
 from hpo.data import DataInfo, batch_sizes, prediction
+from hpo.errors import HpoError
 from hpo.faults import TrialError, fault_of
 from hpo.feed import Feed
 from hpo.memory import Within, free_bytes, is_out_of_memory, n_bytes, shown
@@ -54,16 +55,15 @@ class Task:
         with self.guarding():
             return self.objective.build(params, self.info)
 
-    def loss(self, outputs: Any, targets: Tensor, params: Params) -> Tensor:
-        """Return the objective's loss. Raises TrialError."""
-        with self.guarding():
-            return self.objective.loss(outputs, targets, params)
-
     @contextmanager
     def guarding(self) -> Iterator[None]:
         """Raise TrialError from an error of the objective's code that is the trial's own, but for memory."""
         try:
             yield
+        except SystemExit as error:
+            raise HpoError(
+                f"the objective's code ends the process (sys.exit, {origin(error)}); raise an error"
+            ) from error
         except Exception as error:
             fault = fault_of(error, self.catch, origin(error))
             if fault is None or is_out_of_memory(error):
@@ -300,9 +300,10 @@ class _Slot:
         if not self._gathered:
             for weight in self._weights:  # what Optimizer.zero_grad does, at half its time
                 weight.grad = None
-        with self._task.autocast():
-            outputs = self.module(*inputs)
-        loss = self._task.loss(in_full(outputs), targets, self._params)
+        with self._task.guarding():
+            with self._task.autocast():
+                outputs = self.module(*inputs)
+            loss = self._task.objective.loss(in_full(outputs), targets, self._params)
         if self._shares:
             return self._gather(loss)
         loss.backward()
@@ -389,9 +390,9 @@ def evaluate(task: Task, module: nn.Module, feed: Feed, params: Params, metrics:
     Never a mean of batches' own metrics: the RMSE of a set is not the mean of its batches' RMSEs.
     """
     module.eval()
-    with task.autocast():
-        parts = [module(*inputs) for inputs, _ in feed.chunks(EVALUATION_ROWS)]
     with task.guarding():
+        with task.autocast():
+            parts = [module(*inputs) for inputs, _ in feed.chunks(EVALUATION_ROWS)]
         return measure(task.objective, in_full(joined(parts)), feed.targets, params, metrics)
 
 

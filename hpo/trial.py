@@ -155,7 +155,7 @@ class TrialRun:
         if self._has_candidate:
             checkpoints.settle(self._plan, search, self._progress.note)
         if ours:
-            checkpoints.file_of(self._plan, self._claim).unlink(missing_ok=True)
+            checkpoints.drop(self._plan, self._claim)
         self._tracker.end_trial(number, state, fault)
         self._progress.trial_ended(number, state, value, fault)
         if failed is not None:

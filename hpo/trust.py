@@ -7,30 +7,56 @@ only where its user names the same code, or trusts the storage. Passwords and va
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from hpo.document import dotted
-from hpo.errors import InputError
+from hpo.document import Document, dotted
+from hpo.errors import Fault, InputError
+from hpo.spec import Categorical, StudySpec
+
+_LOCAL = str(StudySpec.model_fields["tracking"].default)
+"""Where a worker tracks that is told nothing: a file below its own folder."""
 
 
-def code_references(values: Mapping[str, Any]) -> list[str]:
-    """Return what a study file's `values` have imported: the objective, and losses by import path."""
-    params = values.get("params")
-    loss = params.get("loss") if isinstance(params, Mapping) else None
-    losses = loss.get("choices", []) if isinstance(loss, Mapping) else [loss]
-    named = [each for each in losses if isinstance(each, str) and ":" in each] if isinstance(losses, list) else []
-    return [str(values.get("objective")), *named]
+def code_references(spec: StudySpec) -> list[tuple[tuple[str, ...], str]]:
+    """Return what a study has imported, each with its place: the objective, and losses by import path."""
+    loss = spec.params.get("loss")
+    losses = loss.choices if isinstance(loss, Categorical) else [loss]
+    named = [(("params", "loss"), each) for each in losses if isinstance(each, str) and ":" in each]
+    return [(("objective",), spec.objective), *named]
 
 
-def require_named(study: str, values: Mapping[str, Any], overrides: Mapping[str, str], named: Collection[str]) -> None:
-    """Raise InputError unless all code of a stored study file is among the `named`, or set by `overrides`."""
-    references = code_references(values)
-    unnamed = references[1:] if "objective" in overrides else references
-    unnamed = unnamed[:1] if "params.loss" in overrides else unnamed
-    if foreign := [each for each in unnamed if each not in named and each != "None"]:
-        wanted = " ".join(f"--objective {each}" for each in foreign)
-        raise InputError(
-            f"study {study!r}: the storage names code to run, {', '.join(foreign)}, and whoever can write the storage "
-            f"chooses it; name it too ({wanted}) if you have that code here, or pass --trust-storage"
-        )
+def unnamed_code(spec: StudySpec, document: Document, named: Collection[str]) -> list[Fault]:
+    """Return a fault for all code that is neither among the `named` nor set by an override."""
+    faults = []
+    for path, code in code_references(spec):
+        is_set = any(path[:end] in document.overridden for end in range(1, len(path) + 1))
+        if code not in named and not is_set:
+            message = (
+                f"the storage names code to run, {code}, and whoever can write the storage chooses it; name it too "
+                f"(--objective {code}) if you have that code here, or pass --trust-storage"
+            )
+            faults.append(Fault(path=path, message=message))
+    return faults
+
+
+def require_harmless(study: str, values: Mapping[str, Any], overrides: Collection[str]) -> None:
+    """Raise InputError where a stored study file sends or reads what its writer should not choose.
+
+    That is a tracking address, which gets the worker's credentials, and environment variables outside of `options`.
+    """
+    given = [tuple(key.split(".")) for key in overrides]
+    for path, value in _leaves(values, ()):
+        if any(path[: len(key)] == key for key in given) or path[0] == "options":
+            continue
+        name, option = dotted(path), f"--{path[0]}" if path[0] in ("tracking", "storage") else f"--set {dotted(path)}="
+        if path[0] == "tracking" and value not in (None, False, "off", _LOCAL):
+            raise InputError(
+                f"study {study!r}: the storage names the tracking address {value!r}; repeat it with --tracking, give "
+                "another one (or off), or pass --trust-storage"
+            )
+        if isinstance(value, str) and "${" in value:
+            raise InputError(
+                f"study {study!r}: the storage asks for this machine's variables in {name}, {value!r}; give it with "
+                f"{option}, or pass --trust-storage"
+            )
 
 
 def require_passwords(study: str, values: Mapping[str, Any], overrides: Collection[str]) -> None:

@@ -117,8 +117,9 @@ def candidate(task: Task, member: Member, fit: Fit, example: Split) -> Candidate
     with torch.no_grad(), task.autocast(), _counting(probe) as given:
         for weight in probe.parameters():
             weight += 0.1 * torch.randn_like(weight)
-        outputs = in_full(probe(*example.inputs.values()))
-        task.loss(outputs, example.targets, reads)
+        with task.guarding():
+            outputs = in_full(probe(*example.inputs.values()))
+            task.objective.loss(outputs, example.targets, reads)
     if own_state(probe) != before:
         raise NotStackable("its forward changes the module's own attributes")
     return Candidate(

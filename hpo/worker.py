@@ -233,8 +233,9 @@ class _Worker:
             return Choice(why=AS_GIVEN)
         where = f"{platform.node()} {self._plan.device}"
         before = self._search.attrs.get(CHOICE, {}) if spec.stack == "auto" else {}
-        if before.get("where") == where:  # a study that goes on, goes on as it began
-            return Choice(**before["choice"])
+        with suppress(AttributeError, KeyError, TypeError):  # as it was chosen, or as another version wrote it
+            if before["where"] == where:
+                return Choice(**before["choice"])
         learns = spec.sampler.name not in ("random", "grid", "qmc", "brute_force")
         several = self._plan.space.draw(min(_DRAWS, n_trials), spec.seed)
         draws, n_too_large = looked_at(several, self._task.network)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.budget import Counts, count, covered, places, seconds_used, utc
+from hpo.budget import Counts, count, covered, places, refill, seconds_used, utc
 
 NOON = datetime(2026, 1, 1, 12)
 """As Optuna gives it: in this machine's zone, without saying so."""
@@ -145,3 +145,12 @@ def test_a_time_is_that_of_the_machines_zone(monkeypatch):
     finally:
         monkeypatch.undo()
         time.tzset()
+
+
+def test_a_successor_that_says_another_place_has_its_predecessors():
+    rows = [trial(0, place=0), trial(1, place=1), trial(2, TrialState.WAITING, place=2, retry_of=1)]
+    for _ in range(5):
+        change = refill(rows, 3, 0, 16)
+        rows += [trial(len(rows) + n, TrialState.WAITING, place=place) for n, (place, _) in enumerate(change.queue)]
+    assert len(rows) == 4
+    assert len(places(rows)) == 3

@@ -7,6 +7,7 @@ import pytest
 from optuna.trial import TrialState
 
 from hpo import own
+from hpo.errors import HpoError
 from hpo.faults import all_alike, fault_of
 from tests.cli import invoke, refused, summary
 
@@ -195,6 +196,16 @@ from torchmetrics.regression import MeanSquaredError
 from hpo.data import Data, Split
 from hpo.objective import Objective
 
+class Wide(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.width = width
+
+    def forward(self, x):
+        if WHERE == "forward" and self.width > 4:
+            raise ERROR(f"{self.width} is too wide")
+        return x
+
 class Lines(Objective):
     defaults = {"optimizer": "sgd", "learning_rate": 0.05, "batch_size": 8, "loss": "mse", "width": 4}
     space = {
@@ -210,7 +221,7 @@ class Lines(Objective):
     def build(self, params, info):
         if WHERE == "build" and params["width"] > 4:
             raise ERROR(f"{params['width']} is too wide")
-        return nn.Sequential(nn.Linear(1, params["width"]), nn.Linear(params["width"], 1))
+        return nn.Sequential(Wide(params["width"]), nn.Linear(1, params["width"]), nn.Linear(params["width"], 1))
 
     def loss(self, outputs, targets, params):
         if WHERE == "loss" and params["width"] > 4:
@@ -230,7 +241,7 @@ def network(where, error, stack, text="", call=invoke, trials=8):
     return call("run", "s.yaml", *([] if call is refused else ["--json"]))
 
 
-@pytest.mark.parametrize("where", ["build", "loss"])
+@pytest.mark.parametrize("where", ["build", "forward", "loss"])
 @pytest.mark.parametrize("stack", [1, 4, "auto"])
 def test_a_configuration_that_build_or_loss_calls_infeasible_is_pruned(where, stack):
     out = network(where, "optuna.TrialPruned", stack)
@@ -241,7 +252,7 @@ def test_a_configuration_that_build_or_loss_calls_infeasible_is_pruned(where, st
     assert all("is too wide" in error for error in errors())
 
 
-@pytest.mark.parametrize("where", ["build", "loss"])
+@pytest.mark.parametrize("where", ["build", "forward", "loss"])
 @pytest.mark.parametrize("stack", [1, 4])
 def test_an_error_of_one_configuration_that_catch_names_fails_its_trial(where, stack):
     trials = summary(network(where, "ValueError", stack, "catch: [ValueError]"))["trials"]
@@ -267,3 +278,10 @@ def test_three_networks_that_fail_alike_stop_the_study():
     with pytest.raises(ValueError, match="is too wide"):
         network("build", "ValueError", 1, text)
     assert len(errors()) == 3
+
+
+@pytest.mark.parametrize("where", ["build", "forward", "loss"])
+def test_a_network_that_ends_the_process_is_said(where):
+    text = "params: {width: {type: int, low: 1, high: 8}}\nstart_with: [{width: 2}, {width: 5}]\n"
+    with pytest.raises(HpoError, match="SystemExit|sys.exit"):
+        network(where, "SystemExit", 1, text)

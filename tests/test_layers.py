@@ -47,7 +47,7 @@ LAYERS = {
     "outage": 4,
     "bundle": 3,
     "cmaes": 3,
-    "trust": 2,
+    "trust": 3,
     "samplers": 4,
     "feed": 3,
     "frames": 4,

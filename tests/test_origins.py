@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hpo.checkpoints import settle
-from hpo.errors import Interrupted
+from hpo.errors import Interrupted, StorageError
 from hpo.plan import prepare
 from hpo.search import DATA, open_search
 from hpo.tracking import MemoryTracker
@@ -17,6 +17,7 @@ from hpo.worker import work
 from tests.searches import Quiet
 
 OBJECTIVE = """
+import os
 import torch
 from torch import nn
 from torchmetrics.regression import MeanSquaredError
@@ -35,7 +36,8 @@ class Lines(Objective):
         return Data(train=parts[0], valid=parts[1], test=parts[2])
 
     def build(self, params, info):
-        return nn.Sequential(nn.Linear(1, width.HIDDEN), nn.Linear(width.HIDDEN, 1))
+        hidden = width.HIDDEN + int(os.environ.get("MORE", 0))
+        return nn.Sequential(nn.Linear(1, hidden), nn.Linear(hidden, 1))
 
     def metrics(self):
         return {"mse": MeanSquaredError()}
@@ -106,7 +108,7 @@ def test_another_study_of_that_name_with_other_data_takes_nothing_over():
     ("change", "said"),
     [
         ({"more": "\n# changed\n"}, "it is of another code of the objective"),
-        ({"hidden": 5}, "its 0.weight is (4, 1) float32, that of the network now is (5, 1) float32"),
+        ({"hidden": 5}, "it is of another code of the objective"),
         ({"slope": 3}, "it is of another data"),
     ],
 )
@@ -116,6 +118,41 @@ def test_what_has_changed_since_is_said_and_the_trial_starts_from_scratch(change
     notes, values = train()
     assert said in refusal(notes)
     assert values == alone()
+
+
+def test_shapes_that_changed_though_the_code_did_not_are_said(monkeypatch):
+    train(stop_at=2)
+    monkeypatch.setenv("MORE", "1")
+    notes, values = train()
+    assert "its 0.weight is (4, 1) float32, that of the network now is (5, 1) float32" in refusal(notes)
+    assert values == alone()
+
+
+def test_a_loss_by_path_is_part_of_the_code():
+    Path("own_loss.py").write_text("def f(outputs, targets):\n    return (outputs - targets).square().mean()\n")
+    global STUDY
+    plain, STUDY = STUDY, STUDY + "params: {loss: 'own_loss.py:f'}\n"
+    try:
+        write()
+        train(stop_at=2)
+        Path("own_loss.py").write_text("def f(outputs, targets):\n    return (outputs - targets).abs().mean()\n")
+        assert "it is of another code of the objective" in refusal(train()[0])
+    finally:
+        STUDY = plain
+
+
+@pytest.mark.parametrize("place", ["x/../../../../victim/model", [1], -1, 1.5, True])
+def test_a_place_that_is_none_names_no_file(place):
+    victim = Path("victim/model.pt")
+    victim.parent.mkdir()
+    victim.write_text("precious")
+    plan = prepare(Path("study.yaml"))
+    search = open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize)
+    search.study.enqueue_trial({}, user_attrs={"place": place, "seed": 1})
+    search.close()
+    with pytest.raises(StorageError, match=r"its place is .*, no whole number of at least 0; hpo did not write that"):
+        train()
+    assert victim.read_text() == "precious"
 
 
 def test_a_trial_of_another_lineage_takes_nothing_over():

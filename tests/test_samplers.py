@@ -297,3 +297,18 @@ def test_what_optuna_refuses_of_a_pruner_is_a_fault(name, keys, said):
 @pytest.mark.parametrize(("name", "key"), [("patient", "patience"), ("percentile", "percentile")])
 def test_a_key_that_a_pruner_requires_is_missed(name, key):
     assert pruner_faults(name) == [(("pruner", key), "is missing")]
+
+
+@pytest.mark.parametrize(
+    ("plugin", "said"),
+    [
+        ({"name": "gp", "independent_sampler": "x"}, "is Python code's to give"),
+        ({"name": "cmaes", "source_trials": [1]}, "is Python code's to give"),
+        ({"name": "cmaes", "x0": "abc"}, "must be numbers by the names of params, but got 'abc'"),
+        ({"name": "tpe", "constraints_func": "x"}, "is Python code's to give"),
+    ],
+)
+def test_keys_that_a_file_cannot_give_are_refused_before_anything_runs(plugin, said):
+    space, _ = build({}, ())
+    _, faults = make_sampler(Plugin(**plugin), 1, space)
+    assert said in faults[0].message

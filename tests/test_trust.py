@@ -9,7 +9,8 @@ import pytest
 
 from hpo import errors
 from hpo.document import read
-from hpo.errors import conceal, masked
+from hpo.errors import conceal, masked, said
+from hpo.spec import StudySpec, parse_param
 from hpo.trust import code_references
 from tests.cli import invoke, refused
 
@@ -120,10 +121,51 @@ def test_a_worker_runs_the_code_that_its_user_names_or_trusts(how):
 
 
 def test_losses_by_path_are_code_too():
-    choices = {"type": "categorical", "choices": ["mse", "a.py:f", "b:g"]}
-    assert code_references({"objective": "o", "params": {"loss": choices}}) == ["o", "a.py:f", "b:g"]
-    assert code_references({"objective": "o", "params": {"loss": "mse"}}) == ["o"]
-    assert code_references({"objective": "o", "params": {"loss": "c.py:h"}}) == ["o", "c.py:h"]
+    loss = {"type": "categorical", "choices": ["mse", "a.py:f", "b:g"]}
+    spec = StudySpec(name="s", objective="o", params={"loss": parse_param(loss)})
+    assert [code for _, code in code_references(spec)] == ["o", "a.py:f", "b:g"]
+    spec = StudySpec(name="s", objective="o", params={"loss": "mse"})
+    assert [code for _, code in code_references(spec)] == ["o"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"objective": "evil.py${COLON}value"},
+        {"objective": "own.py:value", "params": {"loss": "evil.py${COLON}loss"}},
+        {"name": "${HF_TOKEN}"},
+        {"metric": "${HF_TOKEN}"},
+        {"tracking": "http://127.0.0.1:9/${HF_TOKEN}"},
+        {"tracking": "http://127.0.0.1:9/"},
+        {"tracking": "sqlite:////elsewhere/m.db"},
+    ],
+    ids=str,
+)
+def test_variables_and_addresses_are_not_the_storages_to_choose(monkeypatch, values):
+    monkeypatch.setenv("COLON", ":")
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefgh")
+    started()
+    Path("evil.py").write_text("from pathlib import Path\nPath('imported').touch()\n")
+    poisoned(**values)
+    worker = ["worker", "--study", "study", "--storage", STORAGE, "--objective", "own.py:value"]
+    if "name" not in values:
+        assert "hf_abcdefgh" not in refused(*worker)
+        assert not Path("imported").exists()
+    else:  # the name is the user's
+        invoke(*worker)
+    assert "hf_abcdefgh" not in everything_in("mlruns")
+
+
+@pytest.mark.parametrize(
+    "secret", ["pa\\ss\"w'0rd-Xyz", "pässwörd-42", "first-line\nsecond-line", "x" * 290 + "tail-of-it"]
+)
+def test_a_secret_is_masked_in_every_form_and_before_anything_is_cut(monkeypatch, secret):
+    conceal(secret, "${S}")
+    for error in (ValueError(f"refused {secret}"), ValueError(f"refused {secret!r}"), ValueError(json.dumps([secret]))):
+        text = said(error)
+        assert "${S}" in text
+        for part in ("w'0rd", "0rd-Xyz", "rd-42", "first-line", "second-line", "xxxx"):
+            assert part not in text
 
 
 def test_a_name_that_is_a_path_writes_nothing_outside(tmp_path):
@@ -158,7 +200,7 @@ def test_a_worker_without_a_file_takes_secrets_from_its_own_environment(monkeypa
     monkeypatch.setenv("PIN", "73451")
     Path("study.yaml").write_text(SECRETS + "tracking: ${TRACKING:-off}\n")
     invoke("run", "study.yaml")
-    worker = ["worker", "--study", "study", "--storage", STORAGE, "--objective", "lines.py"]
+    worker = ["worker", "--study", "study", "--storage", STORAGE, "--objective", "lines.py", "--tracking", "off"]
     invoke(*worker)
     monkeypatch.delenv("SECRET")
     assert "the environment variable SECRET is not set" in refused(*worker)
@@ -175,7 +217,8 @@ def test_a_password_that_is_written_out_must_be_given_again():
     invoke(*worker, "--set", "options.dsn=postgresql://me:opensesame@host/db")
     poisoned(tracking="https://me:***@tracking/")
     given = [*worker, "--set", "options.dsn=postgresql://me:opensesame@host/db"]
-    assert "give the whole with --tracking" in refused(*given)
+    assert "the storage names the tracking address 'https://me:***@tracking/'; repeat it with" in refused(*given)
+    assert "give the whole with --tracking" in refused(*given, "--trust-storage")
     invoke(*given, "--tracking", "off")
 
 
