@@ -283,5 +283,5 @@ def test_three_networks_that_fail_alike_stop_the_study():
 @pytest.mark.parametrize("where", ["build", "forward", "loss"])
 def test_a_network_that_ends_the_process_is_said(where):
     text = "params: {width: {type: int, low: 1, high: 8}}\nstart_with: [{width: 2}, {width: 5}]\n"
-    with pytest.raises(HpoError, match="SystemExit|sys.exit"):
+    with pytest.raises(HpoError, match=r"SystemExit|sys\.exit"):
         network(where, "SystemExit", 1, text)
