@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.budget import Counts
+from hpo.errors import masked
 from hpo.progress import Progress
 from hpo.search import Best
 
@@ -160,14 +161,14 @@ class LiveProgress(Progress):
         text = ", ".join(part for part in (self._board.best_text(), self._board.left_text()) if part)
         self._all.update(self._task, completed=self._board.counts.finished, text=text)
         if reason is not None:
-            self._console.print(Text(f"trial {number} {_STATES[state]}: {reason}", style="yellow"))
+            self._console.print(Text(masked(f"trial {number} {_STATES[state]}: {reason}"), style="yellow"))
 
     def _show_more(self) -> None:
         more = len(self._tasks) - _SHOWN
         self._more.plain = f"  and {more} more in training" if more > 0 else ""
 
     def note(self, text: str) -> None:
-        self._console.print(Text(text))
+        self._console.print(Text(masked(text)))
 
 
 _SHOWN = 8
