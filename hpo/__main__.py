@@ -214,6 +214,9 @@ def main() -> None:
     except HpoError as error:
         print(error if isinstance(error, SpecError) else f"hpo: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
     except Exception as error:
         if not type(error).__module__.startswith(("optuna.", "sqlalchemy.")):
             print(masked("".join(traceback.format_exception(error))), end="", file=sys.stderr)
@@ -226,9 +229,6 @@ def main() -> None:
     except KeyboardInterrupt:
         print("hpo: interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
 
 
 if __name__ == "__main__":

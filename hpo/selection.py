@@ -166,7 +166,7 @@ def finish(
         network = _refit(plan, task, best, rows, epochs, stopping)
     metrics = {name: metric.to(plan.device) for name, metric in plan.objective.metrics().items()}
     test = evaluate(task, network, feed(data.test, preprocess, plan.device, plan.spec.loading), best.params, metrics)
-    search.remember(_TESTS, [*search.attrs.get(_TESTS, []), {"number": best.number, "test": test}])
+    search.remember(_TESTS, [*_tests(search), {"number": best.number, "test": test}])
     note("exporting, and comparing what was exported with the model that was measured")
     written = export(
         Model(
@@ -182,6 +182,12 @@ def finish(
     )
     parity = max(result["max_difference"] for result in written["parity"].values())
     return Outcome(number=best.number, test=test, bundle=folder, parity=parity)
+
+
+def _tests(search: Search) -> list[Any]:
+    """Return every reading of the test set so far, as far as the storage holds a list of them."""
+    stored = search.attrs.get(_TESTS)
+    return stored if isinstance(stored, list) else []
 
 
 def _refit(
@@ -247,7 +253,7 @@ def _about(
         "seed": best.seed,
         "trained_on": ["train", "valid"],
         "metrics": {"of_the_trial": dict(best.metrics), "test": dict(test)},
-        "n_test_evaluations": len(search.attrs.get(_TESTS, [])),
+        "n_test_evaluations": len(_tests(search)),
         "data_fingerprint": data.fingerprint(),
         "about_the_data": dict(plan.objective.about()),
     }
