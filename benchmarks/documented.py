@@ -3,8 +3,8 @@
     python benchmarks/documented.py [--only ROW ...] [--seeds 10] [--seed 42]
 
 Rows are those of the user's table (1 to 19). What is random is trained with `--seeds` seeds, `--seed` and those that
-follow it: each is an initialisation and an order of the rows, the split stays the document's. Rows 16, 18 and 19
-have three at most. Rows 1 to 14 take some ten minutes on one CPU core, all of them about 50. Data comes from
+follow it: each is an initialisation and an order of the rows, the split stays the document's. Rows 16, 18 and 19 have
+three at most. Rows 1 to 14 take about a quarter of an hour on one CPU core, all of them over an hour. Data comes from
 HPO_DATA_HOME. `--picture FILE.png` draws row 11's probabilities by epoch.
 
 The documented figure is one draw. Even from the same recipe all ten of ours are worse once in eleven times. So a row of
