@@ -8,6 +8,7 @@ import pytest
 from tests.conftest import ROOT
 
 
+@pytest.mark.timeout(600)  # it waits for leases, and for processes that are stopped beyond them
 @pytest.mark.parametrize("storage", ["postgres", pytest.param("sqlite", marks=pytest.mark.slow)])
 def test_a_study_comes_out_as_undisturbed_whoever_is_killed(storage):
     command = [sys.executable, ROOT / "benchmarks/chaos.py", "--storage", storage, "--kills", "6", "--workers", "2"]
