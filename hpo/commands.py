@@ -438,9 +438,11 @@ def _load(plan: Plan, search: Search) -> Data | None:
 def code_differs(plan: Plan, search: Search) -> bool:
     """Whether the objective's source is not that of the study, which is that of the first who asks."""
     code, before = objectives.code_of(plan.objective), search.attrs.get(CODE)
-    if before is None:
+    older = objectives.file_code_of(plan.objective)  # as an older version stored it
+    unchanged = before in (None, code, older)
+    if unchanged and before != code:
         search.remember(CODE, code)
-    return before not in (None, code)
+    return not unchanged
 
 
 def _tags(plan: Plan) -> dict[str, str]:

@@ -219,6 +219,12 @@ def code_of(objective: "Objective | Function") -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
+def file_code_of(objective: "Objective | Function") -> str:
+    """Return what an older version stored as `code_of`: of the objective's own file alone."""
+    file = inspect.getsourcefile(objective.call if isinstance(objective, Function) else type(objective))
+    return hashlib.sha256(Path(file).read_bytes() if file else b"").hexdigest()[:16]
+
+
 def _gather(file: Path, files: set[Path]) -> None:
     """Add a source file to `files`, and those that it imports from its own folder, or from its own package."""
     if file in files or not file.is_file():
