@@ -50,6 +50,11 @@ def fault_of(error: BaseException, catch: Sequence[str], where: str) -> TrialFau
     return TrialFault(state="FAIL", text=where, caught=True) if names & set(catch) else None
 
 
+def ended_the_process(where: str) -> HpoError:
+    """Return what is said of code of an objective that calls sys.exit `where`: it would end all trials so."""
+    return HpoError(f"the objective's code ends the process (sys.exit, {where}); raise an error")
+
+
 def _is_pruned(error: BaseException) -> bool:
     return any(cls.__name__ == "TrialPruned" and cls.__module__.startswith("optuna.") for cls in type(error).__mro__)
 
@@ -65,17 +70,14 @@ def _key(reason: str) -> tuple[str, str]:
     return reason.partition(":")[0], place[1] if place else ""
 
 
-def wrong_names(catch: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Yield the place of each name that cannot be meant, and why."""
-    for place, name in enumerate(catch):
+def wrong_names(catch: Sequence[str]) -> Iterator[str]:
+    """Yield why a name cannot be meant, for each such name."""
+    for name in catch:
         known = getattr(builtins, name, None)
         if isinstance(known, type) and issubclass(known, BaseException):
             if not issubclass(known, Exception):
-                yield place, f"must name an Exception, but {name} is how a process is stopped"
+                yield f"must name an Exception, but {name} is how a process is stopped"
         elif known is not None or not re.fullmatch(r"[A-Za-z_][\w.]*", name):
-            yield (
-                place,
-                f"must name an exception, as Python shows it (ValueError, torch.linalg.LinAlgError), but got {name!r}",
-            )
+            yield f"must name an exception, as Python shows it (ValueError, torch.linalg.LinAlgError), but got {name!r}"
         elif near := get_close_matches(name, [n for n in dir(builtins) if n.endswith(("Error", "Exception"))], 1, 0.85):
-            yield place, f'there is no exception {name!r}; did you mean "{near[0]}"?'
+            yield f'there is no exception {name!r}; did you mean "{near[0]}"?'

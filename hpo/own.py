@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from hpo.data import Data, Split
-from hpo.errors import HpoError, InputError, Interrupted
-from hpo.faults import all_alike, fault_of
+from hpo.errors import InputError, Interrupted
+from hpo.faults import ended_the_process, fault_of
 from hpo.objective import Function, Params, origin
 from hpo.plan import Plan
 from hpo.search import Search, TakenOver
@@ -73,9 +73,7 @@ class Own:
             except TakenOver:
                 trial.let_go()
             except SystemExit as error:
-                raise HpoError(
-                    f"the objective's code ends the process (sys.exit, {origin(error)}); raise an error"
-                ) from error
+                raise ended_the_process(origin(error)) from error
             except Exception as error:
                 self._end_by(error, trial)
             self._trials.done(trial.member.number)
@@ -85,9 +83,7 @@ class Own:
         fault = fault_of(error, self._plan.spec.catch, origin(error))
         if fault is None or trial.ended:
             raise error
-        trial.end(fault.state, fault=fault.text)
-        if fault.caught and all_alike(self._search.failures()):
-            raise error
+        trial.end_by(fault, error)
 
     def _stop(self) -> bool:
         if self._stopping():

@@ -273,7 +273,7 @@ class StudySpec(_Frozen):
     @field_validator("catch")
     @classmethod
     def _exceptions(cls, catch: tuple[str, ...]) -> tuple[str, ...]:
-        for _, why in wrong_names(catch):
+        for why in wrong_names(catch):
             raise ValueError(why)
         return catch
 

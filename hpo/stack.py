@@ -16,8 +16,7 @@ from torch.utils._pytree import tree_map
 
 from hpo import optim, schedules, stacked_optim
 from hpo.data import DataInfo, batch_sizes, prediction
-from hpo.errors import HpoError
-from hpo.faults import TrialError, fault_of
+from hpo.faults import TrialError, ended_the_process, fault_of
 from hpo.feed import Feed
 from hpo.memory import Within, free_bytes, is_out_of_memory, n_bytes, shown
 from hpo.objective import Objective, Params, origin
@@ -61,9 +60,7 @@ class Task:
         try:
             yield
         except SystemExit as error:
-            raise HpoError(
-                f"the objective's code ends the process (sys.exit, {origin(error)}); raise an error"
-            ) from error
+            raise ended_the_process(origin(error)) from error
         except Exception as error:
             fault = fault_of(error, self.catch, origin(error))
             if fault is None or is_out_of_memory(error):

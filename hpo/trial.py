@@ -8,7 +8,7 @@ from torch import Tensor
 from hpo import checkpoints
 from hpo.checkpoints import Origin
 from hpo.errors import HpoError
-from hpo.faults import all_alike
+from hpo.faults import TrialFault, all_alike
 from hpo.plan import Plan
 from hpo.progress import Progress
 from hpo.search import Claim, Search
@@ -98,7 +98,10 @@ class TrialRun:
             if member.fault is None and not math.isfinite(each):
                 member.fault = f"{name} became {each} in epoch {member.epoch}"
         if member.fault is not None:
-            self._end_by_fault(member.fault)
+            if member.error is None:
+                self.end("FAIL", fault=member.fault)
+            else:
+                self.end_by(member.error.fault, member.error.__cause__ or member.error)
             return False
         if self._peak is None or self._better(value, self._peak):
             self._peak, self._improved = value, epoch
@@ -112,12 +115,11 @@ class TrialRun:
             self.conclude(pruned=not last)  # after the last epoch pruning would save nothing
         return go_on and not last
 
-    def _end_by_fault(self, text: str) -> None:
-        """End the trial; raise the error again that all trials so far have failed by, as a bug would make them."""
-        error = self.member.error
-        self.end("FAIL" if error is None else error.fault.state, fault=text)
-        if error is not None and error.fault.caught and all_alike(self._search.failures()):
-            raise error.__cause__ or error
+    def end_by(self, fault: TrialFault, error: BaseException) -> None:
+        """End the trial by `error`; raise it again where all trials so far have failed by it, as a bug makes them."""
+        self.end(fault.state, fault=fault.text)
+        if fault.caught and all_alike(self._search.failures()):
+            raise error
 
     def log(self, epoch: int, metrics: dict[str, float]) -> None:
         """Log and show metrics at an epoch (counted from 0)."""

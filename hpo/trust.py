@@ -42,11 +42,9 @@ def require_harmless(study: str, values: Mapping[str, Any], overrides: Collectio
 
     That is a tracking address, which gets the worker's credentials, and environment variables outside of `options`.
     """
-    given = [tuple(key.split(".")) for key in overrides]
-    for path, value in _leaves(values, ()):
-        if any(path[: len(key)] == key for key in given) or path[0] == "options":
+    for path, value in _not_given(values, overrides):
+        if path[0] == "options":
             continue
-        name, option = dotted(path), f"--{path[0]}" if path[0] in ("tracking", "storage") else f"--set {dotted(path)}="
         if path[0] == "tracking" and value not in (None, False, "off", _LOCAL):
             raise InputError(
                 f"study {study!r}: the storage names the tracking address {value!r}; repeat it with --tracking, give "
@@ -54,23 +52,32 @@ def require_harmless(study: str, values: Mapping[str, Any], overrides: Collectio
             )
         if isinstance(value, str) and "${" in value:
             raise InputError(
-                f"study {study!r}: the storage asks for this machine's variables in {name}, {value!r}; give it with "
-                f"{option}, or pass --trust-storage"
+                f"study {study!r}: the storage asks for this machine's variables in {dotted(path)}, {value!r}; give it "
+                f"with {_option(path)}, or pass --trust-storage"
             )
 
 
 def require_passwords(study: str, values: Mapping[str, Any], overrides: Collection[str]) -> None:
     """Raise InputError where a stored address has lost its password, and no override gives it."""
-    given = {tuple(key.split(".")) for key in overrides}
-    for path, value in _leaves(values, ()):
-        set_here = any(path[: len(key)] == key for key in given)
-        if isinstance(value, str) and not set_here and (":***@" in value or "=***" in value):
-            name = dotted(path)
-            option = f"--{name}" if name in ("tracking", "storage") else f"--set {name}="
+    for path, value in _not_given(values, overrides):
+        if isinstance(value, str) and (":***@" in value or "=***" in value):
             raise InputError(
-                f"study {study!r}: {name} is {value!r}: a password is not kept in the storage; give the whole with "
-                f"{option}, or write ${{NAME}} for the password in the study file and set NAME here"
+                f"study {study!r}: {dotted(path)} is {value!r}: a password is not kept in the storage; give the whole "
+                f"with {_option(path)}, or write ${{NAME}} for the password in the study file and set NAME here"
             )
+
+
+def _option(path: tuple[str | int, ...]) -> str:
+    """Return how a user gives the value at `path`."""
+    return f"--{path[0]}" if path in (("tracking",), ("storage",)) else f"--set {dotted(path)}="
+
+
+def _not_given(values: Mapping[str, Any], overrides: Collection[str]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """Yield each plain value with its path, but for those that an override gives."""
+    given = [tuple(key.split(".")) for key in overrides]
+    for path, value in _leaves(values, ()):
+        if not any(path[: len(key)] == key for key in given):
+            yield path, value
 
 
 def _leaves(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
