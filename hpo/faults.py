@@ -5,11 +5,9 @@ built or its loss computed, says that the configuration is infeasible: the trial
 and stops the study with its traceback.
 """
 
-import builtins
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 from hpo.errors import HpoError, said
 from hpo.memory import is_out_of_memory
@@ -68,16 +66,3 @@ def _key(reason: str) -> tuple[str, str]:
     """Return an error's type and place in `ValueError: its message (file.py:12)`: messages hold params."""
     place = re.search(r"\(([^()]*:\d+)\)$", reason)
     return reason.partition(":")[0], place[1] if place else ""
-
-
-def wrong_names(catch: Sequence[str]) -> Iterator[str]:
-    """Yield why a name cannot be meant, for each such name."""
-    for name in catch:
-        known = getattr(builtins, name, None)
-        if isinstance(known, type) and issubclass(known, BaseException):
-            if not issubclass(known, Exception):
-                yield f"must name an Exception, but {name} is how a process is stopped"
-        elif known is not None or not re.fullmatch(r"[A-Za-z_][\w.]*", name):
-            yield f"must name an exception, as Python shows it (ValueError, torch.linalg.LinAlgError), but got {name!r}"
-        elif near := get_close_matches(name, [n for n in dir(builtins) if n.endswith(("Error", "Exception"))], 1, 0.85):
-            yield f'there is no exception {name!r}; did you mean "{near[0]}"?'

@@ -5,10 +5,12 @@ What is at fault is left out of a draft's spec, so that the checks that come aft
 sampler) still run and a user sees every fault at once; `Draft.spec` must not be run while `Draft.faults` is not empty.
 """
 
+import builtins
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +29,6 @@ from pydantic import (
 from hpo.document import Document
 from hpo.document import read as read_document
 from hpo.errors import Fault, did_you_mean
-from hpo.faults import wrong_names
 
 
 def _scalar(value: Any) -> Any:
@@ -273,7 +274,7 @@ class StudySpec(_Frozen):
     @field_validator("catch")
     @classmethod
     def _exceptions(cls, catch: tuple[str, ...]) -> tuple[str, ...]:
-        for why in wrong_names(catch):
+        for why in _wrong_names(catch):
             raise ValueError(why)
         return catch
 
@@ -411,3 +412,16 @@ def _known_keys(item: Any, values: Any) -> list[str]:
     if model is None:
         return list(KEYS)
     return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _wrong_names(catch: Sequence[str]) -> Iterator[str]:
+    """Yield why a name cannot be meant, for each such name."""
+    for name in catch:
+        known = getattr(builtins, name, None)
+        if isinstance(known, type) and issubclass(known, BaseException):
+            if not issubclass(known, Exception):
+                yield f"must name an Exception, but {name} is how a process is stopped"
+        elif known is not None or not re.fullmatch(r"[A-Za-z_][\w.]*", name):
+            yield f"must name an exception, as Python shows it (ValueError, torch.linalg.LinAlgError), but got {name!r}"
+        elif near := get_close_matches(name, [n for n in dir(builtins) if n.endswith(("Error", "Exception"))], 1, 0.85):
+            yield f'there is no exception {name!r}; did you mean "{near[0]}"?'

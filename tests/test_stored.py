@@ -1,7 +1,7 @@
 """A study that an earlier version began, and that was interrupted in its third trial, is resumed by this one.
 
-`tests/stored/<commit>/` holds what that commit left behind: the study file, its objective, SQLite's dump of the storage,
-and the checkpoint of the interrupted trial. Nothing in them may be edited to make a test pass.
+`tests/stored/<commit>/` holds what that commit left behind: the study file, its objective, SQLite's dump of the
+storage, and the checkpoint of the interrupted trial. Nothing in them may be edited to make a test pass.
 """
 
 import json
