@@ -47,9 +47,10 @@ from pathlib import Path
 import torch
 from torch import nn
 from torchmetrics.regression import R2Score
-from hpo import bundle, checkpoints, lease, search, space
-from hpo.data import Data, Split
-from hpo.objective import Objective
+from hpo import bundle, checkpoints, lease, search
+from hpo.study import space
+from hpo.study.data import Data, Split
+from hpo.study.objective import Objective
 
 DICE = random.SystemRandom()
 

@@ -25,7 +25,7 @@ from reproduction import (
 from torch.nn import functional as F
 
 from hpo.feed import Feed
-from hpo.objective import Objective
+from hpo.study.objective import Objective
 
 
 def logic_gates(seeds: Seeds) -> Rows:

@@ -18,10 +18,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from hpo import optim
-from hpo.data import Data, Split
 from hpo.feed import Feed, feed
-from hpo.objective import Objective, load
 from hpo.stack import LoopStack, Member, One, Stack, Task, evaluate
+from hpo.study.data import Data, Split
+from hpo.study.objective import Objective, load
 from hpo.training import train
 
 torch.set_num_threads(1)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hpo.data import data_home
+from hpo.study.data import data_home
 
 ROOT = Path(__file__).parent.parent
 

@@ -47,11 +47,11 @@ from hpo import commands, optim, training
 from hpo.feed import Feed
 from hpo.frames import Frames
 from hpo.mlflow_tracker import open_tracker
-from hpo.objective import Params
 from hpo.plan import Plan, prepare
 from hpo.pool import Pool
 from hpo.search import open_search
 from hpo.stack import LoopStack, Member, One, Stacks
+from hpo.study.objective import Params
 from hpo.vmap_stack import VmapStack
 from hpo.worker import work
 

@@ -24,11 +24,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 from torchmetrics.regression import R2Score
 
-from hpo import objective as objectives
-from hpo.data import Data, DataInfo, Split
 from hpo.feed import Feed
-from hpo.objective import Objective
 from hpo.stack import LoopStack, Member, One, Task
+from hpo.study import objective as objectives
+from hpo.study.data import Data, DataInfo, Split
+from hpo.study.objective import Objective
 from hpo.training import order, train
 
 SEED = 42

@@ -38,8 +38,8 @@ OURS = f"""
 import math, sys
 {FUNCTION}
 from hpo.search import open_search
-from hpo.space import FreeSpace
-from hpo.spec import StudySpec
+from hpo.study.space import FreeSpace
+from hpo.study.spec import StudySpec
 spec = StudySpec(name="s", objective="f", storage=sys.argv[1], trials=int(sys.argv[2]), epochs=10)
 search = open_search(spec, FreeSpace(fixed={{}}, dimensions=()), "value", maximize=False)
 {READY}

@@ -182,7 +182,7 @@ def objectives() -> None:
 
     Example: hpo objectives
     """
-    from hpo import catalog
+    from hpo.study import catalog
 
     found = catalog.names()
     for name, line in found.items():

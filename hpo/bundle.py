@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpo.data import DataInfo, Split, prediction
 from hpo.errors import ExportError, InputError
+from hpo.study.data import DataInfo, Split, prediction
 
 TOLERANCE = 1e-5
 """The largest difference between an exported model's predictions and the eager one's, of the largest of these where

@@ -20,10 +20,10 @@ from filelock import FileLock
 from torch import Tensor
 
 from hpo.errors import HpoError
-from hpo.objective import code_of
 from hpo.plan import OUTPUT, Plan
 from hpo.processes import this_process
 from hpo.search import DATA, Best, Claim, Search
+from hpo.study.objective import code_of
 
 BEST = "best.pt"
 

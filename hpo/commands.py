@@ -18,14 +18,11 @@ from rich.console import Console
 
 from hpo import checkpoints
 from hpo import console as view
-from hpo import objective as objectives
 from hpo.bundle import finite, require_place
 from hpo.console import Notes
-from hpo.data import Data
 from hpo.errors import HpoError, InputError, Interrupted, masked
 from hpo.launch import LAUNCHED, LAUNCHER, Watch, Workers, how_many
 from hpo.mlflow_tracker import open_tracker
-from hpo.objective import Function
 from hpo.outage import StorageAway
 from hpo.plan import OUTPUT, Plan, prepare
 from hpo.progress import Progress
@@ -44,7 +41,10 @@ from hpo.selection import (
 )
 from hpo.stopping import Stop, signals
 from hpo.storage import close_storage, open_storage, serve_storage
-from hpo.trust import code_references, require_harmless, require_passwords
+from hpo.study import objective as objectives
+from hpo.study.data import Data
+from hpo.study.objective import Function
+from hpo.study.trust import code_references, require_harmless, require_passwords
 from hpo.tryout import try_out
 from hpo.worker import INTERRUPTED, work
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from hpo.data import Split, batch_sizes
 from hpo.memory import free_bytes
-from hpo.spec import Loading
+from hpo.study.data import Split, batch_sizes
+from hpo.study.spec import Loading
 
 AS_IT_FITS = Loading()
 Batch = tuple[Sequence[Tensor], Tensor]
@@ -63,7 +63,7 @@ class Feed:
             yield self._prepared([x[rows] for x in self._split.inputs.values()]), self.targets[rows]
 
     def batches(self, batch_size: int, rows: Tensor) -> Iterator[Batch]:
-        """Yield batches of `batch_size` rows (see `hpo.data.batch_sizes`), in the order of `rows` (N,)."""
+        """Yield batches of `batch_size` rows (see `hpo.study.data.batch_sizes`), in the order of `rows` (N,)."""
         sizes = batch_sizes(len(rows), batch_size)
         if not self._resident:
             yield from self._stream(rows.split(sizes))

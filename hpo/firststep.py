@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
-from hpo.data import Data, Split, prediction
 from hpo.errors import InputError
-from hpo.objective import Params
 from hpo.plan import Plan, guarded
+from hpo.study.data import Data, Split, prediction
+from hpo.study.objective import Params
 
 _OF_DTYPES = ("dtype", "scalar type", "Double", "Long", "same type", "be cast")
 """Words of torch's messages about dtypes."""

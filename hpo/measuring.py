@@ -15,8 +15,8 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
-from hpo.data import prediction
-from hpo.objective import Objective, Params
+from hpo.study.data import prediction
+from hpo.study.objective import Objective, Params
 
 Way = Callable[[Metric, Tensor, Tensor], Tensor]
 """Takes a metric, the members' predictions (K, N, ...) and the targets (N, ...); returns K values."""

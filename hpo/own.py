@@ -6,18 +6,18 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from hpo.data import Data, Split
 from hpo.errors import InputError, Interrupted
 from hpo.faults import ended_the_process, fault_of
-from hpo.objective import Function, Params, origin
 from hpo.plan import Plan
 from hpo.search import Search, TakenOver
+from hpo.study.data import Data, Split
+from hpo.study.objective import Function, Params, origin
 from hpo.tracking import Tracker
 from hpo.trial import TrialRun, Trials
 
 
 class Reporting:
-    """What an objective's own `train` is given (`hpo.objective.Report`). `told` takes an epoch's metrics."""
+    """What an objective's own `train` is given (`hpo.study.objective.Report`). `told` takes an epoch's metrics."""
 
     def __init__(
         self, plan: Plan, train: Split, valid: Split, epochs: int, seed: int, told: Callable[[dict[str, float]], bool]

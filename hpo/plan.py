@@ -13,20 +13,21 @@ from typing import Any
 import torch
 from torchmetrics import Metric
 
-from hpo import losses, optim
-from hpo import objective as objectives
-from hpo import space as spaces
-from hpo import spec as specs
-from hpo.data import Data, DataInfo
-from hpo.document import Document, dotted
+from hpo import optim
 from hpo.errors import Fault, HpoError, InputError, SpecError, did_you_mean
-from hpo.objective import Function, Objective
 from hpo.samplers import make_pruner, make_sampler
-from hpo.space import FreeSpace, Space
-from hpo.spec import Draft, StudySpec
 from hpo.stack import Task
+from hpo.study import losses
+from hpo.study import objective as objectives
+from hpo.study import space as spaces
+from hpo.study import spec as specs
+from hpo.study.data import Data, DataInfo
+from hpo.study.document import Document, dotted
+from hpo.study.objective import Function, Objective
+from hpo.study.space import FreeSpace, Space
+from hpo.study.spec import Draft, StudySpec
+from hpo.study.trust import unnamed_code
 from hpo.tracking import check_address
-from hpo.trust import unnamed_code
 
 OUTPUT = Path("mlruns")
 """The folder of all output, in the current one."""
@@ -75,7 +76,7 @@ class Plan:
         if not isinstance(data, Data):
             plain = data is None or isinstance(data, bool | int | float | str)
             came = f"{data!r:.60}" if plain else f"a {type(data).__name__}"
-            raise InputError(f"objective {self.spec.objective}: data must return hpo.data.Data, but got {came}")
+            raise InputError(f"objective {self.spec.objective}: data must return hpo.study.data.Data, but got {came}")
         self.objective.info = data.checked(self.spec.objective).info
         return data
 

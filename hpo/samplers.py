@@ -15,8 +15,8 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.cmaes import Evolution, RebuiltCmaEsSampler
 from hpo.errors import Fault, InputError, did_you_mean, is_number
 from hpo.seeds import derive
-from hpo.space import Space
-from hpo.spec import PRUNERS, Plugin
+from hpo.study.space import Space
+from hpo.study.spec import PRUNERS, Plugin
 
 _SAMPLERS: dict[str, type[BaseSampler]] = {
     "tpe": optuna.samplers.TPESampler,

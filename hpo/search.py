@@ -30,9 +30,9 @@ from hpo.outage import Patient, StorageAway
 from hpo.processes import this_process
 from hpo.samplers import make_pruner, make_sampler
 from hpo.seeds import derive
-from hpo.space import Space
-from hpo.spec import StudySpec
 from hpo.storage import close_storage, exclusive, exists, open_storage
+from hpo.study.space import Space
+from hpo.study.spec import StudySpec
 
 _QUEUE_CHUNK = 16
 """How many trials are queued at a time: whoever asks for all trials reads those that wait anew each time."""

@@ -10,16 +10,16 @@ from filelock import FileLock
 from torch import nn
 
 from hpo.bundle import FILES, Model, export
-from hpo.data import Data
 from hpo.errors import ExportError, HpoError, Interrupted, masked
 from hpo.feed import Feed, feed
 from hpo.mlflow_tracker import open_tracker
-from hpo.objective import Function
 from hpo.outbox import left_behind
 from hpo.own import Reporting, train_own
 from hpo.plan import OUTPUT, Plan
 from hpo.search import Best, Search
 from hpo.stack import LoopStack, Member, One, Stack, Task, evaluate
+from hpo.study.data import Data
+from hpo.study.objective import Function
 from hpo.tracking import Tracker
 from hpo.training import train
 

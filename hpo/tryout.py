@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from hpo import optim
-from hpo.data import Data, Split
 from hpo.errors import InputError
 from hpo.faults import fault_of
 from hpo.firststep import missing_param, module_from, try_measuring, try_step
 from hpo.memory import Within
-from hpo.objective import Params
 from hpo.plan import Plan, guarded
+from hpo.study.data import Data, Split
+from hpo.study.objective import Params
 
 
 def try_out(plan: Plan, data: Data, say: Callable[[str], None] = lambda text: None) -> nn.Module | None:

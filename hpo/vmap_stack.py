@@ -25,15 +25,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hpo import schedules, stacked_optim
-from hpo.data import Split
 from hpo.feed import Feed
 from hpo.frames import Fit, as_it_is
 from hpo.measuring import Measuring
 from hpo.memory import is_out_of_memory
-from hpo.objective import Params
 from hpo.optim import ACCUMULATION, ARGUMENTS, MAX_GRAD_NORM, optimizer_class
 from hpo.stack import EVALUATION_ROWS, Member, Stack, Task, in_full, joined
 from hpo.structure import Framed, RateDropout, own_state
+from hpo.study.data import Split
+from hpo.study.objective import Params
 
 How = Literal["eager", "graph", "compiled"]
 

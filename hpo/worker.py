@@ -11,7 +11,6 @@ from dataclasses import asdict, replace
 import torch
 
 from hpo import checkpoints
-from hpo.data import Data
 from hpo.errors import Interrupted
 from hpo.faults import TrialError
 from hpo.feed import feed
@@ -25,6 +24,7 @@ from hpo.progress import Progress
 from hpo.search import TIMED_OUT, Search
 from hpo.sizing import AS_GIVEN, Choice, Sizing, looked_at
 from hpo.stack import LoopStack, Member, One, Stack, Stacks, is_out_of_memory
+from hpo.study.data import Data
 from hpo.tracking import Tracker
 from hpo.training import train
 from hpo.trial import Trials

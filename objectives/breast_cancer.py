@@ -8,7 +8,7 @@ from sklearn.datasets import load_breast_cancer
 from torch import nn
 from torchmetrics.classification import BinaryAUROC
 
-from hpo.objective import Objective
+from hpo.study.objective import Objective
 from objectives.datasets import tabular_splits
 from objectives.metrics import LogitAccuracy
 from objectives.models import MLP, Standardize

@@ -10,7 +10,7 @@ from sklearn.datasets import fetch_california_housing
 from torch import nn
 from torchmetrics.regression import MeanSquaredError, R2Score
 
-from hpo.objective import Objective
+from hpo.study.objective import Objective
 from objectives.datasets import sklearn_cached, tabular_splits
 from objectives.embeddings import (
     EMBEDDING_DEFAULTS,

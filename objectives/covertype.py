@@ -9,7 +9,7 @@ from sklearn.datasets import fetch_covtype
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from hpo.objective import Objective
+from hpo.study.objective import Objective
 from objectives.datasets import rows_of_splits, sklearn_cached, split_by_rows
 from objectives.embeddings import EMBEDDING_DEFAULTS, EMBEDDING_SPACE, deep, embedding_of, mean_of_classes, of_members
 from objectives.models import QuantileNormal

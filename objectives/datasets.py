@@ -1,4 +1,4 @@
-"""The loaders: real data as `hpo.data.Data`, from `HPO_DATA_HOME` where it is there, else downloaded into it."""
+"""The loaders: real data as `hpo.study.data.Data`, from `HPO_DATA_HOME` where it is there, else downloaded into it."""
 
 import csv
 import warnings
@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageOps
 from sklearn.model_selection import train_test_split
 
-from hpo.data import Data, Split, data_home
 from hpo.errors import DataError, did_you_mean
+from hpo.study.data import Data, Split, data_home
 
 
 def tabular_splits(

@@ -7,7 +7,7 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets import FashionMNIST as TorchvisionFashionMNIST
 
-from hpo.objective import Objective
+from hpo.study.objective import Objective
 from objectives.datasets import torchvision_splits
 from objectives.models import MLP, ScalePixels
 

@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision.models import list_models
 
 from hpo.errors import did_you_mean
-from hpo.objective import Objective
+from hpo.study.objective import Objective
 from objectives.datasets import images_of_csv
 from objectives.models import (
     Augmented,

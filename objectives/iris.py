@@ -11,7 +11,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from hpo.objective import Objective
+from hpo.study.objective import Objective
 from objectives.datasets import split_by_rows
 from objectives.models import Standardize
 

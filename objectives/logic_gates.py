@@ -7,8 +7,8 @@ import torch
 from torchmetrics import Metric
 from torchmetrics.classification import BinaryAccuracy
 
-from hpo.data import Data, Split
-from hpo.objective import Objective
+from hpo.study.data import Data, Split
+from hpo.study.objective import Objective
 from objectives.models import Perceptron, TwoPerceptrons
 
 INPUTS = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])

@@ -4,7 +4,7 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets import MNIST as TorchvisionMNIST
 
-from hpo.objective import Objective
+from hpo.study.objective import Objective
 from objectives.datasets import torchvision_splits
 from objectives.models import MLP, NormalizePixels
 

@@ -16,8 +16,8 @@ import torch
 from pandas.api import types
 from torch import Tensor
 
-from hpo.data import Data
 from hpo.errors import DataError, did_you_mean
+from hpo.study.data import Data
 from objectives.datasets import rows_of_splits, split_by_rows
 from objectives.table_files import listed, read_table
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
 from torchmetrics.regression import MeanSquaredError, R2Score
 
-from hpo.objective import Objective
+from hpo.study.objective import Objective
 from objectives.embeddings import (
     EMBEDDING_DEFAULTS,
     EMBEDDING_SPACE,

@@ -31,8 +31,8 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics.regression import R2Score
 
-from hpo.data import Data, Split
-from hpo.objective import Objective
+from hpo.study.data import Data, Split
+from hpo.study.objective import Objective
 
 
 class Linear(Objective):

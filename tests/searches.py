@@ -2,8 +2,8 @@
 
 from hpo.progress import Progress
 from hpo.search import open_search
-from hpo.space import build
-from hpo.spec import Plugin, StudySpec, parse_param
+from hpo.study.space import build
+from hpo.study.spec import Plugin, StudySpec, parse_param
 
 PARAMS = {
     "learning_rate": {"type": "float", "low": 1e-3, "high": 1e-1, "log": True},

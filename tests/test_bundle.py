@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from hpo.bundle import BATCH_SIZES, TOLERANCE, Model, export, parity_of, require_place
-from hpo.data import DataInfo, Split
 from hpo.errors import ExportError, InputError
+from hpo.study.data import DataInfo, Split
 from objectives.models import MLP, ScalePixels, Standardize
 
 PARAMS = {"optimizer": "adam", "learning_rate": 0.01, "n_hidden": 8}

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics.regression import R2Score
-from hpo.data import Data, Split
-from hpo.objective import Objective
+from hpo.study.data import Data, Split
+from hpo.study.objective import Objective
 
 
 class Noisy(Objective):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpo import catalog
 from hpo.errors import HpoError
+from hpo.study import catalog
 from tests.cli import invoke, refused, summary
 from tests.conftest import run_hpo
 
@@ -300,7 +300,10 @@ def test_what_could_not_be_sent_is_sent_by_a_run_of_the_finished_study(study: Wr
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("return Data(train=train, valid=valid, test=test)", "return 5"), "data must return hpo.data.Data, but got 5"),
+        (
+            ("return Data(train=train, valid=valid, test=test)", "return 5"),
+            "data must return hpo.study.data.Data, but got 5",
+        ),
         (("x = torch.randn", "raise OSError('gone')\n        x = torch.randn"), "data failed: OSError: gone ("),
         (('return {"r2": R2Score()}', 'return {"r2": max}'), "must be TorchMetrics objects, but r2 is <built-in"),
         (

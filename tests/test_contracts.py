@@ -13,9 +13,9 @@ from optuna.testing.pytest_storages import StorageTestCase
 
 from hpo.outage import Patient
 from hpo.samplers import make_sampler
-from hpo.space import build
-from hpo.spec import Plugin
 from hpo.storage import close_storage, open_storage
+from hpo.study.space import build
+from hpo.study.spec import Plugin
 from tests.servers import free_port
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from hpo.data import Data, DataInfo, Split, data_home
 from hpo.errors import DataError
+from hpo.study.data import Data, DataInfo, Split, data_home
 
 
 def split(n, start=0.0):

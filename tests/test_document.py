@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hpo.document import dotted, read
 from hpo.errors import Fault, InputError
+from hpo.study.document import dotted, read
 
 
 @pytest.fixture

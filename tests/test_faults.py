@@ -37,8 +37,8 @@ class Mine(ArithmeticError):
 OWN = """
 import torch
 from torchmetrics.regression import MeanSquaredError
-from hpo.data import Data, Split
-from hpo.objective import Objective
+from hpo.study.data import Data, Split
+from hpo.study.objective import Objective
 import f
 
 class Trains(Objective):
@@ -193,8 +193,8 @@ NETWORK = """
 import torch, optuna
 from torch import nn
 from torchmetrics.regression import MeanSquaredError
-from hpo.data import Data, Split
-from hpo.objective import Objective
+from hpo.study.data import Data, Split
+from hpo.study.objective import Objective
 
 class Wide(nn.Module):
     def __init__(self, width):

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from hpo.data import DataInfo, Split, batch_sizes
 from hpo.feed import Feed, feed
-from hpo.objective import Objective
-from hpo.spec import Loading
 from hpo.stack import LoopStack, Member, One, Task
+from hpo.study.data import DataInfo, Split, batch_sizes
+from hpo.study.objective import Objective
+from hpo.study.spec import Loading
 from hpo.training import order, train
 
 CPU = torch.device("cpu")

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 
-from hpo.data import Data, Split
-from hpo.objective import Objective
+from hpo.study.data import Data, Split
+from hpo.study.objective import Objective
 
 
 class Anything(Metric):
@@ -100,13 +100,13 @@ WRONG = {
     ),
     "a tuple for a split": (
         {'return Split(inputs={"x": x}, targets=y)': "return x, y"},
-        "its train split must be hpo.data.Split(inputs=..., targets=...), but is a tuple",
+        "its train split must be hpo.study.data.Split(inputs=..., targets=...), but is a tuple",
     ),
     "a tuple for data": (
         {DATA: "return split(0), split(1), split(2)"},
-        "data must return hpo.data.Data, but got a tuple",
+        "data must return hpo.study.data.Data, but got a tuple",
     ),
-    "no data": ({DATA: "split(0)"}, "data must return hpo.data.Data, but got None"),
+    "no data": ({DATA: "split(0)"}, "data must return hpo.study.data.Data, but got None"),
     "one target": (
         {SPLIT: 'return Split(inputs={"x": x}, targets=y.sum())'},
         "in its train split, targets must have a row for each example, but it is one number",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hpo.spec import KEYS
+from hpo.study.spec import KEYS
 from tests.conftest import ROOT
 
 LAYERS = {

@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from hpo.budget import LEASE_KEY
 from hpo.lease import Deaths, LeaseKeeper
-from hpo.space import Space
+from hpo.study.space import Space
 from tests.searches import Opener, claims, stored
 
 ATTEMPTS, GRACE = 3, 60

@@ -6,7 +6,7 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
 
-from hpo import losses
+from hpo.study import losses
 
 COUNTS = (10, 30, 60)
 CLASSES = torch.tensor([0, 1, 1, 2, 2, 2])

@@ -27,10 +27,10 @@ from torchmetrics.regression import (
 )
 
 from hpo import measuring
-from hpo.losses import cross_entropy
 from hpo.measuring import Measuring
-from hpo.objective import Objective
 from hpo.stack import measure
+from hpo.study.losses import cross_entropy
+from hpo.study.objective import Objective
 
 CPU = torch.device("cpu")
 N, CLASSES = 60, 4

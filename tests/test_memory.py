@@ -11,8 +11,8 @@ from hpo.frames import Frames
 from hpo.memory import Within, free_bytes, is_out_of_memory, n_bytes
 from hpo.plan import prepare
 from hpo.sizing import looked_at
-from hpo.space import build as build_space
-from hpo.spec import parse_param
+from hpo.study.space import build as build_space
+from hpo.study.spec import parse_param
 from tests.cli import invoke, refused, summary
 
 CPU = torch.device("cpu")
@@ -24,8 +24,8 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics.regression import R2Score
 
-from hpo.data import Data, Split
-from hpo.objective import Objective
+from hpo.study.data import Data, Split
+from hpo.study.objective import Objective
 
 
 class Huge(Objective):

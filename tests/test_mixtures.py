@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from hpo.data import DataInfo, Split
 from hpo.feed import Feed
 from hpo.frames import Frames
-from hpo.losses import cross_entropy
-from hpo.objective import Objective
 from hpo.pool import Pool
-from hpo.space import build
-from hpo.spec import parse_param
 from hpo.stack import LoopStack, Member, One, Stack, Stacks, Task
+from hpo.study.data import DataInfo, Split
+from hpo.study.losses import cross_entropy
+from hpo.study.objective import Objective
+from hpo.study.space import build
+from hpo.study.spec import parse_param
 from hpo.training import train
 
 CPU = torch.device("cpu")

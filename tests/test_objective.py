@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from hpo import catalog
-from hpo.objective import NoOptions, load
+from hpo.study import catalog
+from hpo.study.objective import NoOptions, load
 
 GOOD = """
     from dataclasses import dataclass
     from typing import Literal
     from torch import nn
-    from hpo.objective import Objective
+    from hpo.study.objective import Objective
 
     @dataclass(frozen=True)
     class Options:
@@ -173,15 +173,17 @@ def test_a_module_that_imports_what_is_not_there_is_not_taken_for_missing(folder
 
 
 def test_a_method_that_is_missing_is_named(folder):
-    write(folder / "a.py", "from hpo.objective import Objective\nclass Half(Objective):\n    def data(self): ...\n")
+    write(
+        folder / "a.py", "from hpo.study.objective import Objective\nclass Half(Objective):\n    def data(self): ...\n"
+    )
     assert message("a.py", folder) == "a.py:Half does not define metrics, build (or train)"
 
 
 def test_a_file_must_say_which_objective_is_meant(folder):
-    write(folder / "none.py", "from hpo.objective import Objective\n")
+    write(folder / "none.py", "from hpo.study.objective import Objective\n")
     write(folder / "two.py", GOOD + "\n    class Other(Mine): ...\n")
     assert message("none.py", folder) == (
-        "none.py must hold exactly one objective, but holds 0; subclass hpo.objective.Objective, "
+        "none.py must hold exactly one objective, but holds 0; subclass hpo.study.objective.Objective, "
         "or write none.py:function for a plain Optuna objective"
     )
     assert message("two.py", folder) == (
@@ -204,7 +206,8 @@ def test_the_example_of_the_module_is_an_objective(folder):
     write(
         folder / "iris.py",
         "from torch import nn\nfrom torch.nn import functional as F\n"
-        "from torchmetrics.classification import MulticlassAccuracy\nfrom hpo.objective import Objective\n" + text,
+        "from torchmetrics.classification import MulticlassAccuracy\nfrom hpo.study.objective import Objective\n"
+        + text,
     )
     made, faults = load("iris.py", {}, Path(folder))
     assert not faults

@@ -21,8 +21,8 @@ import os
 import torch
 from torch import nn
 from torchmetrics.regression import MeanSquaredError
-from hpo.data import Data, Split
-from hpo.objective import Objective
+from hpo.study.data import Data, Split
+from hpo.study.objective import Objective
 import width
 
 

@@ -13,8 +13,8 @@ OWN = """
 import torch
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
-from hpo.objective import Objective
-from hpo.data import Data, Split
+from hpo.study.objective import Objective
+from hpo.study.data import Data, Split
 
 class Own(Objective):
     '''Classes of the sign of a sum, learned by scikit-learn.'''

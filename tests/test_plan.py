@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.regression import R2Score
 
-from hpo.data import Data, Split
-from hpo.objective import Objective
+from hpo.study.data import Data, Split
+from hpo.study.objective import Objective
 
 
 class Choosy(Objective):
@@ -330,7 +330,7 @@ class TestLosses:
 NAMED = """
 from torch import nn
 from torchmetrics.regression import R2Score
-from hpo.objective import Objective
+from hpo.study.objective import Objective
 
 def cubic(outputs, targets):
     return (outputs - targets).abs().pow(3).mean()

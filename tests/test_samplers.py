@@ -7,8 +7,8 @@ import pytest
 from optuna.trial import TrialState
 
 from hpo.samplers import PerTrialSampler, make_pruner, make_sampler
-from hpo.space import build
-from hpo.spec import PRUNERS, SAMPLERS, Plugin, parse_param
+from hpo.study.space import build
+from hpo.study.spec import PRUNERS, SAMPLERS, Plugin, parse_param
 
 ENDLESS = {"x": {"type": "float", "low": 0, "high": 1}, "n": {"type": "int", "low": 1, "high": 64, "log": True}}
 DISCRETE = {

@@ -8,9 +8,9 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from hpo import schedules
-from hpo.data import DataInfo, Split
-from hpo.objective import Objective
 from hpo.stack import LoopStack, Member, Task
+from hpo.study.data import DataInfo, Split
+from hpo.study.objective import Objective
 from hpo.vmap_stack import VmapStack
 
 CPU = torch.device("cpu")

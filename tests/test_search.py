@@ -8,7 +8,7 @@ import pytest
 from optuna.trial import TrialState
 
 from hpo.errors import InputError
-from hpo.spec import Plugin
+from hpo.study.spec import Plugin
 from tests.searches import PARAMS, Opener, claims, stored
 
 DISCRETE = {"n_hidden": {"type": "int", "low": 1, "high": 3}, "kind": {"type": "categorical", "choices": ["a", "b"]}}

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpo.errors import InputError
-from hpo.space import Dimension, build
-from hpo.spec import parse_param
+from hpo.study.space import Dimension, build
+from hpo.study.spec import parse_param
 
 
 def parsed(params):

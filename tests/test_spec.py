@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from hpo import processes
-from hpo import spec as specs
 from hpo.errors import SpecError
-from hpo.spec import Categorical, FloatRange, IntRange
+from hpo.study import spec as specs
+from hpo.study.spec import Categorical, FloatRange, IntRange
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from torchmetrics.regression import MeanSquaredError
 
 from hpo import stack as stacks
-from hpo.data import DataInfo, Split
 from hpo.feed import Feed
 from hpo.memory import is_out_of_memory
-from hpo.objective import Objective
 from hpo.stack import LoopStack, Member, Task
+from hpo.study.data import DataInfo, Split
+from hpo.study.objective import Objective
 from hpo.training import order
 from hpo.vmap_stack import NotStackable, VmapStack
 

@@ -14,8 +14,8 @@ from optuna.trial import TrialState
 from hpo.away import StorageAway, StudyGone
 from hpo.budget import LEASE_KEY
 from hpo.errors import HpoError, StorageError
-from hpo.spec import Plugin
 from hpo.storage import close_storage, open_storage
+from hpo.study.spec import Plugin
 from tests.searches import PARAMS, Opener, claims, stored
 from tests.servers import grpc_server
 
@@ -23,8 +23,8 @@ KINDS = ("sqlite", "postgresql", "journal", "grpc")
 PEER = f"""
 import sys
 from hpo.search import open_search
-from hpo.space import build
-from hpo.spec import Plugin, StudySpec, parse_param
+from hpo.study.space import build
+from hpo.study.spec import Plugin, StudySpec, parse_param
 
 print("ready", flush=True)
 sys.stdin.readline()

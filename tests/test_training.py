@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hpo.data import Split
 from hpo.errors import Interrupted
 from hpo.feed import Feed
 from hpo.stack import Member, One, Stack, Stacks
+from hpo.study.data import Split
 from hpo.training import order, train
 
 CPU = torch.device("cpu")

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from hpo import errors
-from hpo.document import read
 from hpo.errors import conceal, masked, said
-from hpo.spec import StudySpec, parse_param
-from hpo.trust import code_references
+from hpo.study.document import read
+from hpo.study.spec import StudySpec, parse_param
+from hpo.study.trust import code_references
 from tests.cli import invoke, refused
 
 STORAGE = "sqlite:///mlruns/optuna.db"
@@ -35,8 +35,8 @@ import torch
 from torch import nn
 from torchmetrics import MeanSquaredError
 
-from hpo.data import Data, Split
-from hpo.objective import Objective
+from hpo.study.data import Data, Split
+from hpo.study.objective import Objective
 
 
 @dataclass(frozen=True)

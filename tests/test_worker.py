@@ -25,8 +25,8 @@ import torch
 from torch import nn
 from torchmetrics.regression import MeanSquaredError
 
-from hpo.data import Data, Split
-from hpo.objective import Objective
+from hpo.study.data import Data, Split
+from hpo.study.objective import Objective
 
 
 class Weight(nn.Module):

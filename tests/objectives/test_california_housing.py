@@ -8,9 +8,9 @@ from sklearn.datasets import fetch_california_housing
 from sklearn.model_selection import train_test_split
 from torch.nn import functional as F
 
-from hpo import losses
-from hpo.data import data_home, prediction
-from hpo.objective import load
+from hpo.study import losses
+from hpo.study.data import data_home, prediction
+from hpo.study.objective import load
 from tests.conftest import ROOT, run_hpo
 
 FILE = data_home() / "sklearn/cal_housing_py3.pkz"

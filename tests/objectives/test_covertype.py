@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpo.data import data_home
-from hpo.objective import load
+from hpo.study.data import data_home
+from hpo.study.objective import load
 
 FILE = data_home() / "sklearn/covertype/samples_py3"
 pytestmark = pytest.mark.skipif(not FILE.exists(), reason=f"there is no {FILE}")

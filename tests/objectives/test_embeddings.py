@@ -8,14 +8,14 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics.regression import MeanSquaredError
 
-from hpo.data import DataInfo, Split
 from hpo.feed import Feed
 from hpo.frames import Frames
-from hpo.objective import Objective
 from hpo.pool import Pool
-from hpo.space import build
-from hpo.spec import parse_param
 from hpo.stack import LoopStack, Member, One, Task
+from hpo.study.data import DataInfo, Split
+from hpo.study.objective import Objective
+from hpo.study.space import build
+from hpo.study.spec import parse_param
 from hpo.training import train
 from objectives.embeddings import (
     Categories,

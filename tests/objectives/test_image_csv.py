@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 
 from hpo.bundle import Model, export
 from hpo.errors import DataError, InputError
-from hpo.objective import load
+from hpo.study.objective import load
 from objectives.image_csv import ImageCsv, Options
 from objectives.models import Augmented, NormalizePixels, SmallConvNet, torchvision_classifier
 from tests.cli import invoke, summary

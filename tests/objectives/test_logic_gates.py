@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hpo.data import Split
+from hpo.study.data import Split
 from objectives.logic_gates import INPUTS, OUTPUTS, Errors, LogicGates, Options
 
 

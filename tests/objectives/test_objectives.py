@@ -15,14 +15,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from hpo import catalog, optim
+from hpo import optim
 from hpo.bundle import TOLERANCE, Model, export
-from hpo.data import Split, data_home, prediction
 from hpo.feed import Feed
-from hpo.objective import Objective, load
-from hpo.space import build
-from hpo.spec import parse_param
 from hpo.stack import LoopStack, Member, One, Task
+from hpo.study import catalog
+from hpo.study.data import Split, data_home, prediction
+from hpo.study.objective import Objective, load
+from hpo.study.space import build
+from hpo.study.spec import parse_param
 from hpo.training import train
 from hpo.vmap_stack import NotStackable, VmapStack
 

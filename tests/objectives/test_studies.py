@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hpo import catalog
 from hpo.plan import prepare
+from hpo.study import catalog
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
 

@@ -34,10 +34,10 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from hpo import catalog, losses
-from hpo.data import Data, DataInfo, Split
 from hpo.errors import Fault, did_you_mean, said
-from hpo.spec import validate
+from hpo.study import catalog, losses
+from hpo.study.data import Data, DataInfo, Split
+from hpo.study.spec import validate
 
 Params = Mapping[str, Any]
 """One trial's hyperparameters by name: those that were sampled and those that are fixed."""
@@ -102,7 +102,7 @@ class Objective(ABC):
     def loss(self, outputs: Any, targets: Tensor, params: Params) -> Tensor:
         """Return the mean loss of a batch, a tensor of no dimensions.
 
-        Unless it is overridden, it is the one that the param `loss` names: see `hpo.losses`, or an import path.
+        Unless it is overridden, it is the one that the param `loss` names: see `hpo.study.losses`, or an import path.
         """
         name = params["loss"]
         if name in self.own_losses:
@@ -180,7 +180,7 @@ def load(
         which = (
             f"write {target}:Name with one of {', '.join(classes)}"
             if classes
-            else f"subclass hpo.objective.Objective, or write {target}:function for a plain Optuna objective"
+            else f"subclass hpo.study.objective.Objective, or write {target}:function for a plain Optuna objective"
         )
         return None, [
             Fault(path=at, message=f"{target} must hold exactly one objective, but holds {len(classes)}; {which}")

@@ -26,9 +26,9 @@ from pydantic import (
     model_validator,
 )
 
-from hpo.document import Document
-from hpo.document import read as read_document
 from hpo.errors import Fault, did_you_mean
+from hpo.study.document import Document
+from hpo.study.document import read as read_document
 
 
 def _scalar(value: Any) -> Any:
@@ -229,7 +229,7 @@ class StudySpec(_Frozen):
     objective: str
     """`objectives.<name>`, or `package.module[:Name]`, or `path/to/file.py[:Name]`."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """The objective's own options; `hpo.objective` validates them against its `Options`."""
+    """The objective's own options; `hpo.study.objective` validates them against its `Options`."""
     metric: str | None = None
     """One of the objective's metrics; None: the objective's own first choice."""
     direction: Literal["minimize", "maximize"] | None = None
@@ -306,7 +306,7 @@ class Draft:
 
 
 def read(path: Path, overrides: Mapping[str, str] | None = None) -> Draft:
-    """Read study.yaml at `path`, with `--set` overrides; see `hpo.document.read` for what it raises."""
+    """Read study.yaml at `path`, with `--set` overrides; see `hpo.study.document.read` for what it raises."""
     document = read_document(path, overrides)
     values = dict(document.values)
     faults = list(document.faults)

@@ -7,9 +7,9 @@ only where its user names the same code, or trusts the storage. Passwords and va
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from hpo.document import Document, dotted
 from hpo.errors import Fault, InputError
-from hpo.spec import Categorical, StudySpec
+from hpo.study.document import Document, dotted
+from hpo.study.spec import Categorical, StudySpec
 
 _LOCAL = str(StudySpec.model_fields["tracking"].default)
 """Where a worker tracks that is told nothing: a file below its own folder."""

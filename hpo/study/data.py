@@ -160,7 +160,7 @@ def _columns(where: str, name: str, split: Any) -> dict[str, Tensor]:
     """Return a split's tensors by name. Raises DataError where it holds anything else."""
     if not isinstance(split, Split):
         raise DataError(
-            f"{where.replace('in its', 'its')} must be hpo.data.Split(inputs=..., targets=...), {_got(split)}"
+            f"{where.replace('in its', 'its')} must be hpo.study.data.Split(inputs=..., targets=...), {_got(split)}"
         )
     if not isinstance(split.inputs, Mapping) or not split.inputs:
         rule = 'must be a mapping of names to tensors, {"features": x}'

@@ -1,0 +1,1 @@
+"""What the user writes: the study file, the search space, the objective and its data."""
