@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import psutil
 
-from hpo.budget import places
-from hpo.storage import close_storage, open_storage
+from hpo.search.budget import places
+from hpo.search.storage import close_storage, open_storage
 from tests.servers import MlflowServer, postgres
 
 MOMENTS = ("claim", "lease", "epoch", "checkpoint", "tell", "told", "weights", "succession", "export")
@@ -47,7 +47,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from torchmetrics.regression import R2Score
-from hpo import bundle, checkpoints, lease, search
+from hpo import bundle, checkpoints
+from hpo.search import lease, search
 from hpo.study import space
 from hpo.study.data import Data, Split
 from hpo.study.objective import Objective

@@ -49,7 +49,7 @@ from hpo.frames import Frames
 from hpo.mlflow_tracker import open_tracker
 from hpo.plan import Plan, prepare
 from hpo.pool import Pool
-from hpo.search import open_search
+from hpo.search.search import open_search
 from hpo.stack import LoopStack, Member, One, Stacks
 from hpo.study.objective import Params
 from hpo.vmap_stack import VmapStack

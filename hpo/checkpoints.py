@@ -22,7 +22,7 @@ from torch import Tensor
 from hpo.errors import HpoError
 from hpo.plan import OUTPUT, Plan
 from hpo.processes import this_process
-from hpo.search import DATA, Best, Claim, Search
+from hpo.search.search import DATA, Best, Claim, Search
 from hpo.study.objective import code_of
 
 BEST = "best.pt"

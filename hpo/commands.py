@@ -23,11 +23,12 @@ from hpo.console import Notes
 from hpo.errors import HpoError, InputError, Interrupted, masked
 from hpo.launch import LAUNCHED, LAUNCHER, Watch, Workers, how_many
 from hpo.mlflow_tracker import open_tracker
-from hpo.outage import StorageAway
 from hpo.plan import OUTPUT, Plan, prepare
 from hpo.progress import Progress
 from hpo.ray_workers import RayWorkers
-from hpo.search import CODE, DATA, STUDY_FILE, Best, Search, open_search, stored_file
+from hpo.search.retrying import StorageAway
+from hpo.search.search import CODE, DATA, STUDY_FILE, Best, Search, open_search, stored_file
+from hpo.search.storage import close_storage, open_storage, serve_storage
 from hpo.selection import (
     UNSENT,
     Outcome,
@@ -40,7 +41,6 @@ from hpo.selection import (
     settle,
 )
 from hpo.stopping import Stop, signals
-from hpo.storage import close_storage, open_storage, serve_storage
 from hpo.study import objective as objectives
 from hpo.study.data import Data
 from hpo.study.objective import Function

@@ -12,10 +12,10 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from hpo.budget import Counts
 from hpo.errors import masked
 from hpo.progress import Progress
-from hpo.search import Best
+from hpo.search.budget import Counts
+from hpo.search.search import Best
 
 Refresh = Callable[[str, float | None], None]
 

@@ -14,7 +14,7 @@ import torch
 from hpo.errors import HpoError, InputError
 from hpo.plan import Plan
 from hpo.progress import Progress
-from hpo.search import Search
+from hpo.search.search import Search
 
 LAUNCHED = "HPO_LAUNCHED"
 """Set for a worker that `hpo run --workers` has started: how many there are of them."""

@@ -15,7 +15,7 @@ from torchmetrics import Metric
 
 from hpo import optim
 from hpo.errors import Fault, HpoError, InputError, SpecError, did_you_mean
-from hpo.samplers import make_pruner, make_sampler
+from hpo.search.samplers import make_pruner, make_sampler
 from hpo.stack import Task
 from hpo.study import losses
 from hpo.study import objective as objectives

@@ -16,7 +16,7 @@ from hpo.mlflow_tracker import open_tracker
 from hpo.outbox import left_behind
 from hpo.own import Reporting, train_own
 from hpo.plan import OUTPUT, Plan
-from hpo.search import Best, Search
+from hpo.search.search import Best, Search
 from hpo.stack import LoopStack, Member, One, Stack, Task, evaluate
 from hpo.study.data import Data
 from hpo.study.objective import Function

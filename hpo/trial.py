@@ -11,7 +11,7 @@ from hpo.errors import HpoError
 from hpo.faults import TrialFault, all_alike
 from hpo.plan import Plan
 from hpo.progress import Progress
-from hpo.search import Claim, Search
+from hpo.search.search import Claim, Search
 from hpo.stack import Member, Stack
 from hpo.tracking import Tracker
 

@@ -16,12 +16,12 @@ from hpo.faults import TrialError
 from hpo.feed import feed
 from hpo.frames import Frames, Grain
 from hpo.launch import LAUNCHED
-from hpo.outage import StorageAway
 from hpo.own import Own
 from hpo.plan import Plan
 from hpo.pool import Pool
 from hpo.progress import Progress
-from hpo.search import TIMED_OUT, Search
+from hpo.search.retrying import StorageAway
+from hpo.search.search import TIMED_OUT, Search
 from hpo.sizing import AS_GIVEN, Choice, Sizing, looked_at
 from hpo.stack import LoopStack, Member, One, Stack, Stacks, is_out_of_memory
 from hpo.study.data import Data

@@ -1,7 +1,7 @@
-"""What the tests of `hpo.search` and `hpo.lease` share: opening one study several times, as workers do."""
+"""What the tests of `hpo.search.search` and `hpo.search.lease` share: opening one study several times, as workers do."""
 
 from hpo.progress import Progress
-from hpo.search import open_search
+from hpo.search.search import open_search
 from hpo.study.space import build
 from hpo.study.spec import Plugin, StudySpec, parse_param
 

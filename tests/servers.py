@@ -133,7 +133,7 @@ def wait_for_port(port: int, seconds: float = 30, host: str = "127.0.0.1") -> No
 def grpc_server(database: str) -> Iterator[str]:
     """Serve a database by Optuna's proxy, as `hpo serve` does; give its grpc:// address."""
     port = free_port()
-    code = f"from hpo.storage import serve_storage; serve_storage({database!r}, '127.0.0.1', {port})"
+    code = f"from hpo.search.storage import serve_storage; serve_storage({database!r}, '127.0.0.1', {port})"
     with subprocess.Popen([sys.executable, "-c", code]) as process:
         try:
             wait_for_port(port)

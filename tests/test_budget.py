@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.budget import Counts, count, covered, places, refill, seconds_used, utc
+from hpo.search.budget import Counts, count, covered, places, refill, seconds_used, utc
 
 NOON = datetime(2026, 1, 1, 12)
 """As Optuna gives it: in this machine's zone, without saying so."""

@@ -6,7 +6,7 @@ import torch
 from hpo.checkpoints import folder_of as checkpoints
 from hpo.errors import Interrupted
 from hpo.plan import prepare
-from hpo.search import open_search
+from hpo.search.search import open_search
 from hpo.tracking import MemoryTracker
 from hpo.worker import work
 from tests.searches import Quiet

@@ -8,7 +8,7 @@ import optuna
 import pytest
 from optuna.samplers import CmaEsSampler, _cmaes
 
-from hpo.cmaes import Evolution, RebuiltCmaEsSampler
+from hpo.search.cmaes import Evolution, RebuiltCmaEsSampler
 from tests.searches import Opener, stored
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")

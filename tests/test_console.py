@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console
 
 from hpo import console as view
-from hpo.budget import Counts
 from hpo.console import Board, LiveProgress, PlainProgress, duration, shown, table
-from hpo.search import Best
+from hpo.search.budget import Counts
+from hpo.search.search import Best
 
 
 def counts(complete=0, pruned=0, failed=0, running=0, waiting=0):

@@ -11,9 +11,9 @@ from optuna.storages._grpc.server import make_server
 from optuna.testing.pytest_samplers import BasicSamplerTestCase
 from optuna.testing.pytest_storages import StorageTestCase
 
-from hpo.outage import Patient
-from hpo.samplers import make_sampler
-from hpo.storage import close_storage, open_storage
+from hpo.search.retrying import Patient
+from hpo.search.samplers import make_sampler
+from hpo.search.storage import close_storage, open_storage
 from hpo.study.space import build
 from hpo.study.spec import Plugin
 from tests.servers import free_port

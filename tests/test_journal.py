@@ -12,8 +12,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from hpo.errors import HpoError, StorageError
-from hpo.outage import Patient
-from hpo.storage import open_storage
+from hpo.search.retrying import Patient
+from hpo.search.storage import open_storage
 
 TORN = b'{"op_code":9,"worker_id":"w","trial_id":0,"user_attr":{"k":"\\u00e4 half of i'
 
@@ -110,8 +110,8 @@ FULL = """
 import resource, sys
 from contextlib import suppress
 from hpo.errors import HpoError
-from hpo.outage import Patient
-from hpo.storage import open_storage
+from hpo.search.retrying import Patient
+from hpo.search.storage import open_storage
 
 storage = Patient(open_storage(sys.argv[1]), 0.0)
 limit = int(sys.argv[2])
@@ -163,7 +163,7 @@ def test_a_full_disk_costs_the_write_that_had_no_room_and_no_more(tmp_path):
 
 WRITER = """
 import sys
-from hpo.storage import open_storage
+from hpo.search.storage import open_storage
 
 storage = open_storage(sys.argv[1])
 n = 0
@@ -220,7 +220,7 @@ def test_a_lock_ends_with_its_process_and_those_of_older_versions_block_nobody(p
 
 
 def test_a_holder_that_is_stopped_is_waited_for_no_longer_than_that(path, monkeypatch):
-    monkeypatch.setattr("hpo.journal.ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr("hpo.search.journal.ANSWER_SECONDS", 0.2)
     storage, said = opened(path), []
     storage.say = said.append
     (trial,) = storage.get_all_trials(storage.get_study_id_from_name("s"))

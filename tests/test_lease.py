@@ -9,8 +9,8 @@ import time
 import pytest
 from optuna.trial import TrialState
 
-from hpo.budget import LEASE_KEY
-from hpo.lease import Deaths, LeaseKeeper
+from hpo.search.budget import LEASE_KEY
+from hpo.search.lease import Deaths, LeaseKeeper
 from hpo.study.space import Space
 from tests.searches import Opener, claims, stored
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from hpo.budget import lease_of, places
-from hpo.remote import CUT_OFF_SECONDS
-from hpo.storage import close_storage, open_storage
+from hpo.search.budget import lease_of, places
+from hpo.search.remote import CUT_OFF_SECONDS
+from hpo.search.storage import close_storage, open_storage
 from tests.cli import summary
 from tests.conftest import run_hpo
 from tests.servers import MlflowServer, postgres

@@ -11,7 +11,7 @@ import torch
 from hpo.checkpoints import settle
 from hpo.errors import Interrupted, StorageError
 from hpo.plan import prepare
-from hpo.search import DATA, open_search
+from hpo.search.search import DATA, open_search
 from hpo.tracking import MemoryTracker
 from hpo.worker import work
 from tests.searches import Quiet
@@ -208,7 +208,8 @@ STOPPED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, "")
-from hpo import checkpoints, search
+from hpo import checkpoints
+from hpo.search import search
 from tests import test_origins
 moment = sys.argv[1]
 stop = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)

@@ -16,10 +16,10 @@ import pytest
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState, create_trial
 
-from hpo.away import StoppedWhileAway, StorageAway, StudyGone, open_patiently
 from hpo.errors import StorageError
-from hpo.outage import Patient
-from hpo.storage import StorageBusy, exclusive, open_storage
+from hpo.search.away import StoppedWhileAway, StorageAway, StudyGone, open_patiently
+from hpo.search.retrying import Patient
+from hpo.search.storage import StorageBusy, exclusive, open_storage
 from tests.cli import invoke, summary
 from tests.conftest import LINEAR, start_hpo
 from tests.searches import Opener
@@ -27,7 +27,7 @@ from tests.servers import free_port, wait_for_port
 
 MINIMIZE = [optuna.study.StudyDirection.MINIMIZE]
 BRIEF = (
-    "import hpo.stopping; hpo.stopping.ANSWER_SECONDS = 2.0; import hpo.remote; hpo.remote._LISTING_SECONDS = 2.0; "
+    "import hpo.stopping; hpo.stopping.ANSWER_SECONDS = 2.0; import hpo.search.remote; hpo.search.remote._LISTING_SECONDS = 2.0; "
     "from hpo.__main__ import main; main()"
 )
 """`python -m hpo` that waits for 2 s, not 6, for an answer."""
@@ -62,7 +62,7 @@ class Flaky(InMemoryStorage):
 
 @pytest.fixture
 def flaky(monkeypatch):
-    monkeypatch.setattr("hpo.outage.RETRY_SECONDS", 0.05)
+    monkeypatch.setattr("hpo.search.retrying.RETRY_SECONDS", 0.05)
     inner, said = Flaky(), []
     storage = Patient(inner, 30.0, said.append)
     storage.said = said
@@ -178,7 +178,7 @@ def write_lock(path):
 
 
 def test_a_peer_that_holds_sqlites_lock_stops_neither_training_nor_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("hpo.storage.ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr("hpo.search.storage.ANSWER_SECONDS", 0.2)
     opener = Opener(tmp_path)
     search, said = opener(outage=60.0), []
     search.storage.say = said.append
@@ -221,8 +221,8 @@ def test_a_peer_that_holds_the_queues_lock_stops_neither_training_nor_the_end(tm
 
 
 def test_who_starts_while_a_peer_holds_the_lock_waits_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("hpo.storage.ANSWER_SECONDS", 0.1)
-    monkeypatch.setattr("hpo.away.RETRY_SECONDS", 0.05)
+    monkeypatch.setattr("hpo.search.storage.ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr("hpo.search.away.RETRY_SECONDS", 0.05)
     url, said = f"sqlite:///{tmp_path}/s.db", []
     with exclusive(url):
         with pytest.raises(StorageBusy, match=r"another process held .*s\.db\.lock for 0\.1 s") as caught:

@@ -6,7 +6,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from hpo.samplers import PerTrialSampler, make_pruner, make_sampler
+from hpo.search.samplers import PerTrialSampler, make_pruner, make_sampler
 from hpo.study.space import build
 from hpo.study.spec import PRUNERS, SAMPLERS, Plugin, parse_param
 

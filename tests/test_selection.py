@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from hpo.errors import ExportError, Interrupted
 from hpo.plan import prepare
-from hpo.search import open_search
+from hpo.search.search import open_search
 from hpo.selection import bundle_folder, conclude, finish, outcome
 from hpo.tracking import MemoryTracker
 from hpo.training import order

@@ -16,7 +16,7 @@ from hpo.errors import Interrupted
 from hpo.feed import Feed
 from hpo.frames import Frames
 from hpo.plan import prepare
-from hpo.search import open_search
+from hpo.search.search import open_search
 from hpo.sizing import Choice, Sizing
 from hpo.stack import Task
 from hpo.study.data import DataInfo, Split

@@ -14,9 +14,9 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 from sqlalchemy import text
 
-from hpo import storage as storages
 from hpo.errors import StorageError
-from hpo.storage import exclusive, exists, open_storage
+from hpo.search import storage as storages
+from hpo.search.storage import exclusive, exists, open_storage
 
 N_PROCESSES, N_QUEUED = 8, 60
 
@@ -24,7 +24,7 @@ PEER = """
 import sys
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
-from hpo.storage import open_storage
+from hpo.search.storage import open_storage
 
 print("started", flush=True)
 sys.stdin.readline()

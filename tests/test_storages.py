@@ -11,10 +11,10 @@ import pytest
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from hpo.away import StorageAway, StudyGone
-from hpo.budget import LEASE_KEY
 from hpo.errors import HpoError, StorageError
-from hpo.storage import close_storage, open_storage
+from hpo.search.away import StorageAway, StudyGone
+from hpo.search.budget import LEASE_KEY
+from hpo.search.storage import close_storage, open_storage
 from hpo.study.spec import Plugin
 from tests.searches import PARAMS, Opener, claims, stored
 from tests.servers import grpc_server
@@ -22,7 +22,7 @@ from tests.servers import grpc_server
 KINDS = ("sqlite", "postgresql", "journal", "grpc")
 PEER = f"""
 import sys
-from hpo.search import open_search
+from hpo.search.search import open_search
 from hpo.study.space import build
 from hpo.study.spec import Plugin, StudySpec, parse_param
 
@@ -347,7 +347,7 @@ def test_a_full_disk_is_said_and_what_was_told_before_is_kept(tmp_path):
 
 
 def test_only_a_database_can_be_served(tmp_path):
-    from hpo.storage import serve_storage
+    from hpo.search.storage import serve_storage
 
     with pytest.raises(StorageError, match="only a database can be served"):
         serve_storage(f"journal:///{tmp_path}/s.log", "127.0.0.1", 1)

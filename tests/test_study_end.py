@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from hpo import selection
 from hpo.__main__ import main
 from hpo.mlflow_tracker import MlflowTracker
-from hpo.search import Search
+from hpo.search.search import Search
 
 def die(*args, **keys):
     os.kill(os.getpid(), signal.SIGKILL)

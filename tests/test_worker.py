@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 from hpo.errors import Interrupted
 from hpo.plan import prepare
 from hpo.progress import Progress
-from hpo.search import open_search
+from hpo.search.search import open_search
 from hpo.tracking import MemoryTracker
 from hpo.worker import work
 

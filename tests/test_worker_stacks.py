@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hpo.plan import prepare
-from hpo.search import open_search
+from hpo.search.search import open_search
 from hpo.tracking import MemoryTracker
 from hpo.vmap_stack import VmapStack
 from hpo.worker import work

@@ -154,7 +154,7 @@ def _seconds(value: Any) -> Any:
 
 
 class Plugin(BaseModel):
-    """A sampler or a pruner: a name and the keys of Optuna's own class, checked against it in `hpo.search`."""
+    """A sampler or a pruner: a name and the keys of Optuna's own class, checked against it in `hpo.search.search`."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
     name: str

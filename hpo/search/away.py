@@ -10,8 +10,8 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from hpo.errors import HpoError, Interrupted, StorageError
-from hpo.remote import NoAnswer
-from hpo.storage import StorageBusy, open_storage, see_whether_it_answers
+from hpo.search.remote import NoAnswer
+from hpo.search.storage import StorageBusy, open_storage, see_whether_it_answers
 
 RETRY_SECONDS = 2.0
 _FOR_GOOD = ("no such table", "readonly", "malformed", "not a database", "unable to open", "does not exist", "password")

@@ -17,7 +17,8 @@ from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.study._study_direction import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.away import (
+from hpo.errors import HpoError
+from hpo.search.away import (
     RETRY_SECONDS,
     Probe,
     StoppedWhileAway,
@@ -30,9 +31,8 @@ from hpo.away import (
     reason,
     was_cut,
 )
-from hpo.errors import HpoError
-from hpo.sqlite import reading
-from hpo.storage import StorageBusy, close_storage, complete_ids
+from hpo.search.sqlite import reading
+from hpo.search.storage import StorageBusy, close_storage, complete_ids
 
 T = TypeVar("T")
 _LONGEST_PAUSE = 30.0

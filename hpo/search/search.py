@@ -22,15 +22,15 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from hpo.away import open_patiently
-from hpo.budget import Counts, count, lease_of, places, refill, seconds_used, wrong_row
 from hpo.errors import InputError, StorageError, did_you_mean, masked
-from hpo.lease import Deaths, LeaseKeeper
-from hpo.outage import Patient, StorageAway
 from hpo.processes import this_process
-from hpo.samplers import make_pruner, make_sampler
+from hpo.search.away import open_patiently
+from hpo.search.budget import Counts, count, lease_of, places, refill, seconds_used, wrong_row
+from hpo.search.lease import Deaths, LeaseKeeper
+from hpo.search.retrying import Patient, StorageAway
+from hpo.search.samplers import make_pruner, make_sampler
+from hpo.search.storage import close_storage, exclusive, exists, open_storage
 from hpo.seeds import derive
-from hpo.storage import close_storage, exclusive, exists, open_storage
 from hpo.study.space import Space
 from hpo.study.spec import StudySpec
 
@@ -218,7 +218,7 @@ class Search:
         return any(dead is None for _, dead in judged)
 
     def _judge(self, trials: Sequence[FrozenTrial]) -> list[tuple[FrozenTrial, bool | None]]:
-        """Return those of `trials` that other workers train, each with whether it is dead (`hpo.lease.Deaths`)."""
+        """Return those of `trials` that other workers train, each with whether it is dead (`hpo.search.lease.Deaths`)."""
         trouble = max(self.storage.back_at, self._lease.failed_at)
         others = (t for t in trials if t.state == TrialState.RUNNING and t.number not in self._claimed)
         return [(trial, self._deaths.is_dead(trial, trouble)) for trial in others]

@@ -12,8 +12,8 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial
 
-from hpo.budget import LEASE_KEY, lease_of
 from hpo.processes import is_gone, this_process
+from hpo.search.budget import LEASE_KEY, lease_of
 
 
 class Deaths:

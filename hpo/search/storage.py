@@ -1,8 +1,8 @@
-"""Optuna's storages by address, opened so that several processes can use them at once (see also `hpo.search`).
+"""Optuna's storages by address, opened so that several processes can use them at once (see also `hpo.search.search`).
 
     sqlite:///path.db            one machine; refused on a network file system
     postgresql://host/database   many machines
-    journal:///path.log          Optuna's journal file (`hpo.journal`)
+    journal:///path.log          Optuna's journal file (`hpo.search.journal`)
     grpc://host:port             a server that `hpo serve` runs, for hundreds of workers
 
 SQLite as it comes hands one queued trial to several workers; with WAL and `BEGIN IMMEDIATE` it does not. The schema is
@@ -38,9 +38,15 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 from sqlalchemy.pool import NullPool
 
 from hpo.errors import StorageError, masked
-from hpo.journal import JournalFile
-from hpo.remote import CONNECT_SECONDS, GrpcStorage, advisory_lock, end_sessions_that_are_cut_off, engine_arguments
-from hpo.sqlite import give_no_id_twice, network, serialise_writers
+from hpo.search.journal import JournalFile
+from hpo.search.remote import (
+    CONNECT_SECONDS,
+    GrpcStorage,
+    advisory_lock,
+    end_sessions_that_are_cut_off,
+    engine_arguments,
+)
+from hpo.search.sqlite import give_no_id_twice, network, serialise_writers
 from hpo.stopping import ANSWER_SECONDS
 
 BUSY_SECONDS = 60

@@ -12,8 +12,8 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.cmaes import Evolution, RebuiltCmaEsSampler
 from hpo.errors import Fault, InputError, did_you_mean, is_number
+from hpo.search.cmaes import Evolution, RebuiltCmaEsSampler
 from hpo.seeds import derive
 from hpo.study.space import Space
 from hpo.study.spec import PRUNERS, Plugin

@@ -9,7 +9,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 LEASE_KEY = "hpo:lease"
-"""The system attribute that holds a running trial's lease (`hpo.lease`)."""
+"""The system attribute that holds a running trial's lease (`hpo.search.lease`)."""
 
 
 def lease_of(trial: FrozenTrial) -> Mapping[str, Any]:
