@@ -9,8 +9,8 @@ import torch
 from reproduction import Figure, Fit, Rows, Seeds, accuracies, fits, loss, metrics, objective_of, same
 from torch.nn import functional as F
 
-from hpo.feed import Feed
 from hpo.study.data import data_home
+from hpo.training.batches import Feed
 from studies import run_study
 
 

@@ -24,8 +24,8 @@ from reproduction import (
 )
 from torch.nn import functional as F
 
-from hpo.feed import Feed
 from hpo.study.objective import Objective
+from hpo.training.batches import Feed
 
 
 def logic_gates(seeds: Seeds) -> Rows:

@@ -17,12 +17,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from hpo import optim
-from hpo.feed import Feed, feed
-from hpo.stack import LoopStack, Member, One, Stack, Task, evaluate
 from hpo.study.data import Data, Split
 from hpo.study.objective import Objective, load
-from hpo.training import train
+from hpo.training import optim
+from hpo.training.batches import Feed, feed
+from hpo.training.loop import train
+from hpo.training.stack import LoopStack, Member, One, Stack, Task, evaluate
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")

@@ -43,15 +43,17 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hpo import commands, optim, training
-from hpo.feed import Feed
+from hpo import commands
 from hpo.frames import Frames
 from hpo.mlflow_tracker import open_tracker
 from hpo.plan import Plan, prepare
 from hpo.pool import Pool
 from hpo.search.search import open_search
-from hpo.stack import LoopStack, Member, One, Stacks
 from hpo.study.objective import Params
+from hpo.training import loop as training
+from hpo.training import optim
+from hpo.training.batches import Feed
+from hpo.training.stack import LoopStack, Member, One, Stacks
 from hpo.vmap_stack import VmapStack
 from hpo.worker import work
 

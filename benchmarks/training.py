@@ -5,7 +5,7 @@
 Both train the same network (8-24-24-1) from the same initial weights on the same batches in the same order, with Adam
 1e-3 and batch 64, and both measure MSE and R2 on validation after each epoch: side by side, in turn, on one thread.
 (a) is the documented loop: a DataLoader, `optimizer.step()` as it comes, TorchMetrics updated batch by batch. (b) is
-`hpo.training.train` with a LoopStack of one member. (c) is the documented loop with torch's own default of threads.
+`hpo.training.loop.train` with a LoopStack of one member. (c) is the documented loop with torch's own default of threads.
 """
 
 import argparse
@@ -24,19 +24,19 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 from torchmetrics.regression import R2Score
 
-from hpo.feed import Feed
-from hpo.stack import LoopStack, Member, One, Task
 from hpo.study import objective as objectives
 from hpo.study.data import Data, DataInfo, Split
 from hpo.study.objective import Objective
-from hpo.training import order, train
+from hpo.training.batches import Feed
+from hpo.training.loop import order, train
+from hpo.training.stack import LoopStack, Member, One, Task
 
 SEED = 42
 PARAMS = {"optimizer": "adam", "learning_rate": 1e-3, "batch_size": 64, "n_hidden1": 24, "n_hidden2": 24}
 
 
 class OurOrder(Sampler[int]):
-    """The rows in the order in which `hpo.training` takes them, so that both loops see the same batches."""
+    """The rows in the order in which `hpo.training.loop` takes them, so that both loops see the same batches."""
 
     def __init__(self, n_rows: int) -> None:
         self.n_rows, self.epoch = n_rows, 0
@@ -85,7 +85,7 @@ def documented(
 def ours(
     objective: Objective, info: DataInfo, train_split: Split, valid: Split, epochs: int
 ) -> tuple[float, list[float]]:
-    """Return (seconds, validation MSE by epoch) of `hpo.training.train`."""
+    """Return (seconds, validation MSE by epoch) of `hpo.training.loop.train`."""
     device, member = torch.device("cpu"), Member(number=0, seed=SEED, params=PARAMS)
     task = Task(objective=objective, info=info, device=device, n_rows=len(train_split), epochs=epochs)
     queue = [member]

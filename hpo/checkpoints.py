@@ -61,7 +61,7 @@ class Checkpoint:
     peak: float | None
     improved: int
     training: Mapping[str, Any]
-    """`hpo.stack.Stack.checkpoint`."""
+    """`hpo.training.stack.Stack.checkpoint`."""
 
 
 def folder_of(plan: Plan) -> Path:

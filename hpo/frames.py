@@ -11,12 +11,12 @@ from typing import Any, Literal
 from torch import nn
 
 from hpo.errors import is_number
-from hpo.faults import TrialError
-from hpo.memory import Within, is_out_of_memory, most_to_look_at, networks_at_once
 from hpo.structure import Frame, Framed, frame_of, tensors
 from hpo.study.objective import Params
 from hpo.study.space import Space
 from hpo.study.spec import Categorical, FloatRange, IntRange
+from hpo.training.faults import TrialError
+from hpo.training.memory import Within, is_out_of_memory, most_to_look_at, networks_at_once
 
 Fit = Callable[[nn.Module, Params], Framed]
 """Puts a network, built with those params, into a frame."""

@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torchmetrics import Metric
 
-from hpo import optim
 from hpo.errors import Fault, HpoError, InputError, SpecError, did_you_mean
 from hpo.search.samplers import make_pruner, make_sampler
-from hpo.stack import Task
 from hpo.study import losses
 from hpo.study import objective as objectives
 from hpo.study import space as spaces
@@ -28,6 +26,8 @@ from hpo.study.space import FreeSpace, Space
 from hpo.study.spec import Draft, StudySpec
 from hpo.study.trust import unnamed_code
 from hpo.tracking import check_address
+from hpo.training import optim
+from hpo.training.stack import Task
 
 OUTPUT = Path("mlruns")
 """The folder of all output, in the current one."""

@@ -10,11 +10,11 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 
-from hpo.faults import TrialError
 from hpo.frames import Frames
-from hpo.memory import is_out_of_memory
-from hpo.stack import LoopStack, Member, Stack, Stacks, Task
 from hpo.study.data import Split
+from hpo.training.faults import TrialError
+from hpo.training.memory import is_out_of_memory
+from hpo.training.stack import LoopStack, Member, Stack, Stacks, Task
 from hpo.vmap_stack import Candidate, How, NotStackable, VmapStack, candidate
 
 WORTH_STACKING = 3

@@ -11,17 +11,17 @@ from torch import nn
 
 from hpo.bundle import FILES, Model, export
 from hpo.errors import ExportError, HpoError, Interrupted, masked
-from hpo.feed import Feed, feed
 from hpo.mlflow_tracker import open_tracker
 from hpo.outbox import left_behind
 from hpo.own import Reporting, train_own
 from hpo.plan import OUTPUT, Plan
 from hpo.search.search import Best, Search
-from hpo.stack import LoopStack, Member, One, Stack, Task, evaluate
 from hpo.study.data import Data
 from hpo.study.objective import Function
 from hpo.tracking import Tracker
-from hpo.training import train
+from hpo.training.batches import Feed, feed
+from hpo.training.loop import train
+from hpo.training.stack import LoopStack, Member, One, Stack, Task, evaluate
 
 _RESULT, _TESTS = "hpo:result", "hpo:test_evaluations"
 _TRACKED = "hpo:tracked"

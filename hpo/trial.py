@@ -8,12 +8,12 @@ from torch import Tensor
 from hpo import checkpoints
 from hpo.checkpoints import Origin
 from hpo.errors import HpoError
-from hpo.faults import TrialFault, all_alike
 from hpo.plan import Plan
 from hpo.progress import Progress
 from hpo.search.search import Claim, Search
-from hpo.stack import Member, Stack
 from hpo.tracking import Tracker
+from hpo.training.faults import TrialFault, all_alike
+from hpo.training.stack import Member, Stack
 
 TAKEN_OVER = "another worker took this trial over, since this one was not heard of for too long"
 

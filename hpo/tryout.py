@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpo import optim
 from hpo.errors import InputError
-from hpo.faults import fault_of
 from hpo.firststep import missing_param, module_from, try_measuring, try_step
-from hpo.memory import Within
 from hpo.plan import Plan, guarded
 from hpo.study.data import Data, Split
 from hpo.study.objective import Params
+from hpo.training import optim
+from hpo.training.faults import fault_of
+from hpo.training.memory import Within
 
 
 def try_out(plan: Plan, data: Data, say: Callable[[str], None] = lambda text: None) -> nn.Module | None:

@@ -24,16 +24,16 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from hpo import schedules, stacked_optim
-from hpo.feed import Feed
 from hpo.frames import Fit, as_it_is
-from hpo.measuring import Measuring
-from hpo.memory import is_out_of_memory
-from hpo.optim import ACCUMULATION, ARGUMENTS, MAX_GRAD_NORM, optimizer_class
-from hpo.stack import EVALUATION_ROWS, Member, Stack, Task, in_full, joined
 from hpo.structure import Framed, RateDropout, own_state
 from hpo.study.data import Split
 from hpo.study.objective import Params
+from hpo.training import schedules, stacked_optim
+from hpo.training.batches import Feed
+from hpo.training.memory import is_out_of_memory
+from hpo.training.metrics import Measuring
+from hpo.training.optim import ACCUMULATION, ARGUMENTS, MAX_GRAD_NORM, optimizer_class
+from hpo.training.stack import EVALUATION_ROWS, Member, Stack, Task, in_full, joined
 
 How = Literal["eager", "graph", "compiled"]
 

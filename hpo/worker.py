@@ -12,8 +12,6 @@ import torch
 
 from hpo import checkpoints
 from hpo.errors import Interrupted
-from hpo.faults import TrialError
-from hpo.feed import feed
 from hpo.frames import Frames, Grain
 from hpo.launch import LAUNCHED
 from hpo.own import Own
@@ -23,10 +21,12 @@ from hpo.progress import Progress
 from hpo.search.retrying import StorageAway
 from hpo.search.search import TIMED_OUT, Search
 from hpo.sizing import AS_GIVEN, Choice, Sizing, looked_at
-from hpo.stack import LoopStack, Member, One, Stack, Stacks, is_out_of_memory
 from hpo.study.data import Data
 from hpo.tracking import Tracker
-from hpo.training import train
+from hpo.training.batches import feed
+from hpo.training.faults import TrialError
+from hpo.training.loop import train
+from hpo.training.stack import LoopStack, Member, One, Stack, Stacks, is_out_of_memory
 from hpo.trial import Trials
 
 WAIT_SECONDS = 1.0

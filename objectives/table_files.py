@@ -19,7 +19,7 @@ from pandas.api.types import is_scalar
 from pandas.errors import ParserWarning
 
 from hpo.errors import DataError
-from hpo.memory import free_bytes
+from hpo.training.memory import free_bytes
 
 _OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _SAMPLE, _MOST = 1 << 18, 1 << 24

@@ -8,7 +8,7 @@ from optuna.trial import TrialState
 
 from hpo import own
 from hpo.errors import HpoError
-from hpo.faults import all_alike, fault_of
+from hpo.training.faults import all_alike, fault_of
 from tests.cli import invoke, refused, summary
 
 FUNCTION = """

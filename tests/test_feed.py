@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from hpo.feed import Feed, feed
-from hpo.stack import LoopStack, Member, One, Task
 from hpo.study.data import DataInfo, Split, batch_sizes
 from hpo.study.objective import Objective
 from hpo.study.spec import Loading
-from hpo.training import order, train
+from hpo.training.batches import Feed, feed
+from hpo.training.loop import order, train
+from hpo.training.stack import LoopStack, Member, One, Task
 
 CPU = torch.device("cpu")
 N_ROWS = 41

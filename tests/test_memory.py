@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from hpo import memory
 from hpo.frames import Frames
-from hpo.memory import Within, free_bytes, is_out_of_memory, n_bytes
 from hpo.plan import prepare
 from hpo.sizing import looked_at
 from hpo.study.space import build as build_space
 from hpo.study.spec import parse_param
+from hpo.training import memory
+from hpo.training.memory import Within, free_bytes, is_out_of_memory, n_bytes
 from tests.cli import invoke, refused, summary
 
 CPU = torch.device("cpu")
@@ -137,8 +137,8 @@ def test_what_is_small_or_takes_no_memory_is_made():
 
 
 def test_a_network_that_fits_but_cannot_be_trained_fails_before_it_is(huge, monkeypatch):
-    monkeypatch.setattr("hpo.stack._LARGE", 1)
-    monkeypatch.setattr("hpo.stack.free_bytes", lambda device: 200_000)
+    monkeypatch.setattr("hpo.training.stack._LARGE", 1)
+    monkeypatch.setattr("hpo.training.stack.free_bytes", lambda device: 200_000)
     path = huge(f"{TEXT}start_with: [{{width: 900}}, {{width: 20}}]\ntrials: 2\nstack: 1\n".replace("trials: 8\n", ""))
     output = invoke("run", path, "--json")
     assert "out of memory on cpu: to train its 3.3 MB takes 9.8 MB more, and 0.2 MB are free" in output

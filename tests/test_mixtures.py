@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from hpo.feed import Feed
 from hpo.frames import Frames
 from hpo.pool import Pool
-from hpo.stack import LoopStack, Member, One, Stack, Stacks, Task
 from hpo.study.data import DataInfo, Split
 from hpo.study.losses import cross_entropy
 from hpo.study.objective import Objective
 from hpo.study.space import build
 from hpo.study.spec import parse_param
-from hpo.training import train
+from hpo.training.batches import Feed
+from hpo.training.loop import train
+from hpo.training.stack import LoopStack, Member, One, Stack, Stacks, Task
 
 CPU = torch.device("cpu")
 N_EPOCHS = 3

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hpo import optim
+from hpo.training import optim
 
 GOOD = {"optimizer": ["adam"], "learning_rate": [1e-3], "batch_size": [64]}
 

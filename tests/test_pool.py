@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpo.feed import Feed
 from hpo.frames import Frames
 from hpo.pool import WORTH_STACKING, Pool
-from hpo.stack import LoopStack, Member, One, Stack, Stacks, Task
 from hpo.study.data import DataInfo, Split
 from hpo.study.objective import Objective
 from hpo.study.space import build as build_space
 from hpo.study.spec import parse_param
-from hpo.training import train
+from hpo.training.batches import Feed
+from hpo.training.loop import train
+from hpo.training.stack import LoopStack, Member, One, Stack, Stacks, Task
 from hpo.vmap_stack import VmapStack
 
 CPU = torch.device("cpu")

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from hpo import schedules
-from hpo.stack import LoopStack, Member, Task
 from hpo.study.data import DataInfo, Split
 from hpo.study.objective import Objective
+from hpo.training import schedules
+from hpo.training.stack import LoopStack, Member, Task
 from hpo.vmap_stack import VmapStack
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def params(case: str) -> dict:
 
 
 def torchs(params: dict, optimizer: torch.optim.Optimizer, steps_per_epoch: int, epochs: int):
-    """Return the class of torch that the docstring of `hpo.schedules` names."""
+    """Return the class of torch that the docstring of `hpo.training.schedules` names."""
     n_steps = steps_per_epoch * epochs
     if params["schedule"] == "constant":
         return lr_scheduler.ConstantLR(optimizer, factor=1.0)

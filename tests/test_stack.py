@@ -9,13 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics.regression import MeanSquaredError
 
-from hpo import stack as stacks
-from hpo.feed import Feed
-from hpo.memory import is_out_of_memory
-from hpo.stack import LoopStack, Member, Task
 from hpo.study.data import DataInfo, Split
 from hpo.study.objective import Objective
-from hpo.training import order
+from hpo.training import stack as stacks
+from hpo.training.batches import Feed
+from hpo.training.loop import order
+from hpo.training.memory import is_out_of_memory
+from hpo.training.stack import LoopStack, Member, Task
 from hpo.vmap_stack import NotStackable, VmapStack
 
 CPU = torch.device("cpu")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hpo import stacked_optim
-from hpo.optim import make
+from hpo.training import stacked_optim
+from hpo.training.optim import make
 
 SHAPES = {"a": (3, 4), "b": (4,), "c": ()}
 MEMBERS = {

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hpo.errors import Interrupted
-from hpo.feed import Feed
-from hpo.stack import Member, One, Stack, Stacks
 from hpo.study.data import Split
-from hpo.training import order, train
+from hpo.training.batches import Feed
+from hpo.training.loop import order, train
+from hpo.training.stack import Member, One, Stack, Stacks
 
 CPU = torch.device("cpu")
 N_ROWS, BATCH_SIZE = 10, 4

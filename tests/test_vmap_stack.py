@@ -11,14 +11,14 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from torchmetrics.regression import MeanSquaredError
 
-from hpo.feed import Feed
 from hpo.frames import Fit, as_it_is
-from hpo.stack import LoopStack, Member, One, Stack, Task
 from hpo.structure import RateDropout, frame_of
 from hpo.study.data import DataInfo, Split
 from hpo.study.losses import cross_entropy
 from hpo.study.objective import Objective
-from hpo.training import train
+from hpo.training.batches import Feed
+from hpo.training.loop import train
+from hpo.training.stack import LoopStack, Member, One, Stack, Task
 from hpo.vmap_stack import NotStackable, VmapStack
 
 CPU = torch.device("cpu")

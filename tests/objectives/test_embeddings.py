@@ -8,15 +8,15 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics.regression import MeanSquaredError
 
-from hpo.feed import Feed
 from hpo.frames import Frames
 from hpo.pool import Pool
-from hpo.stack import LoopStack, Member, One, Task
 from hpo.study.data import DataInfo, Split
 from hpo.study.objective import Objective
 from hpo.study.space import build
 from hpo.study.spec import parse_param
-from hpo.training import train
+from hpo.training.batches import Feed
+from hpo.training.loop import train
+from hpo.training.stack import LoopStack, Member, One, Task
 from objectives.embeddings import (
     Categories,
     EachInput,

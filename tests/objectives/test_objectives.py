@@ -15,16 +15,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-from hpo import optim
 from hpo.bundle import TOLERANCE, Model, export
-from hpo.feed import Feed
-from hpo.stack import LoopStack, Member, One, Task
 from hpo.study import catalog
 from hpo.study.data import Split, data_home, prediction
 from hpo.study.objective import Objective, load
 from hpo.study.space import build
 from hpo.study.spec import parse_param
-from hpo.training import train
+from hpo.training import optim
+from hpo.training.batches import Feed
+from hpo.training.loop import train
+from hpo.training.stack import LoopStack, Member, One, Task
 from hpo.vmap_stack import NotStackable, VmapStack
 
 FILES = {

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpo import schedules
 from hpo.errors import Fault, broken_rules, did_you_mean, is_number
+from hpo.training import schedules
 
 DEFAULTS: Mapping[str, Any] = {"optimizer": "adam", "learning_rate": 1e-3, "batch_size": 64}
 """What every study has, whatever its objective says."""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hpo.errors import Interrupted
-from hpo.feed import Feed
 from hpo.seeds import derive
-from hpo.stack import Member, Stack, Stacks
+from hpo.training.batches import Feed
+from hpo.training.stack import Member, Stack, Stacks
 
 Ask = Callable[[int], Iterable[Member]]
 Report = Callable[[Stack, Member, dict[str, float]], bool]

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from hpo import optim, schedules, stacked_optim
-from hpo.faults import TrialError, ended_the_process, fault_of
-from hpo.feed import Feed
-from hpo.memory import Within, free_bytes, is_out_of_memory, n_bytes, shown
 from hpo.study.data import DataInfo, batch_sizes, prediction
 from hpo.study.objective import Objective, Params, origin
+from hpo.training import optim, schedules, stacked_optim
+from hpo.training.batches import Feed
+from hpo.training.faults import TrialError, ended_the_process, fault_of
+from hpo.training.memory import Within, free_bytes, is_out_of_memory, n_bytes, shown
 
 EVALUATION_ROWS = 8192
 """How many rows go through a network at once where no gradient is kept; metrics are of all rows all the same."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hpo.errors import HpoError, said
-from hpo.memory import is_out_of_memory
+from hpo.training.memory import is_out_of_memory
 
 ALIKE = 3
 """If so many trials have ended, all with the same caught error at the same place, it is a bug: the study stops."""

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from hpo.memory import free_bytes
 from hpo.study.data import Split, batch_sizes
 from hpo.study.spec import Loading
+from hpo.training.memory import free_bytes
 
 AS_IT_FITS = Loading()
 Batch = tuple[Sequence[Tensor], Tensor]

@@ -1,0 +1,1 @@
+"""Training: the loop, the stack's contract, optimizers, batches and metrics."""
