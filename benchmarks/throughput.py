@@ -6,7 +6,7 @@
 is 784-300-100-10, batch 32, SGD. Params, data and batches are equal. Each row has processes of its own, their threads
 set; of compiled code they find only what torch tries the compiler with, as on a machine that has compiled before.
 
-`training` is forward, backward and optimizer alone. Ours stacked goes through `hpo.pool.Pool`, compiled; a row of
+`training` is forward, backward and optimizer alone. Ours stacked goes through `hpo.stacks.pool.Pool`, compiled; a row of
 `widths` is the mean over its members. The limit is 6 operations a weight and row (forward and backward, unpadded) at
 the speed of a large float32 matrix product on as many cores. Where a process has one thread and a CPU, its time is CPU
 time, so that others on the machine do not count; `busy` is the share of the time passed that this was. `MiB` is a
@@ -44,17 +44,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hpo import commands
-from hpo.frames import Frames
 from hpo.mlflow_tracker import open_tracker
 from hpo.plan import Plan, prepare
-from hpo.pool import Pool
 from hpo.search.search import open_search
+from hpo.stacks.padding import Frames
+from hpo.stacks.pool import Pool
+from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.objective import Params
 from hpo.training import loop as training
 from hpo.training import optim
 from hpo.training.batches import Feed
 from hpo.training.stack import LoopStack, Member, One, Stacks
-from hpo.vmap_stack import VmapStack
 from hpo.worker import work
 
 

@@ -12,15 +12,15 @@ import torch
 
 from hpo import checkpoints
 from hpo.errors import Interrupted
-from hpo.frames import Frames, Grain
 from hpo.launch import LAUNCHED
 from hpo.own import Own
 from hpo.plan import Plan
-from hpo.pool import Pool
 from hpo.progress import Progress
 from hpo.search.retrying import StorageAway
 from hpo.search.search import TIMED_OUT, Search
-from hpo.sizing import AS_GIVEN, Choice, Sizing, looked_at
+from hpo.stacks.padding import Frames, Grain
+from hpo.stacks.pool import Pool
+from hpo.stacks.sizing import AS_GIVEN, Choice, Sizing, looked_at
 from hpo.study.data import Data
 from hpo.tracking import Tracker
 from hpo.training.batches import feed

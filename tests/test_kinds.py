@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpo.frames import Frames
-from hpo.kinds import Kinds
-from hpo.pool import Pool
+from hpo.stacks.kinds import Kinds
+from hpo.stacks.padding import Frames
+from hpo.stacks.pool import Pool
+from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.data import DataInfo
 from hpo.study.objective import Objective
 from hpo.study.space import build as build_space
 from hpo.study.spec import parse_param
 from hpo.training.stack import LoopStack, Task
-from hpo.vmap_stack import VmapStack
 from tests.test_pool import CPU, N_EPOCHS, N_ROWS, One, fit, members, rows
 
 GLOBAL = "tanh"

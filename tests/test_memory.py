@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from hpo.frames import Frames
 from hpo.plan import prepare
-from hpo.sizing import looked_at
+from hpo.stacks.padding import Frames
+from hpo.stacks.sizing import looked_at
 from hpo.study.space import build as build_space
 from hpo.study.spec import parse_param
 from hpo.training import memory
@@ -76,7 +76,7 @@ def test_a_configuration_that_memory_has_no_room_for_fails_alone(huge, stack, ki
 
 
 def test_small_ones_are_stacked_beside_the_one_that_is_too_large(huge, monkeypatch):
-    from hpo.vmap_stack import VmapStack
+    from hpo.stacks.vmap_stack import VmapStack
 
     sizes, real = [], VmapStack.step
 
@@ -147,7 +147,7 @@ def test_a_network_that_fits_but_cannot_be_trained_fails_before_it_is(huge, monk
 
 def test_those_are_looked_at_that_may_be_held_at_once(monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1_000_000)
-    monkeypatch.setattr("hpo.sizing.free_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr("hpo.stacks.sizing.free_bytes", lambda device: 1_000_000)
     build = lambda params: nn.Linear(1, params["n"], bias=False)  # noqa: E731
     sizes = lambda *several: looked_at([{"n": n} for n in several], build)  # noqa: E731
     assert sizes(1000, 2000, 3000) == ([{"n": 1000}, {"n": 2000}, {"n": 3000}], 0)

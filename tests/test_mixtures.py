@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from hpo.frames import Frames
-from hpo.pool import Pool
+from hpo.stacks.padding import Frames
+from hpo.stacks.pool import Pool
 from hpo.study.data import DataInfo, Split
 from hpo.study.losses import cross_entropy
 from hpo.study.objective import Objective

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpo.frames import Frames
-from hpo.pool import WORTH_STACKING, Pool
+from hpo.stacks.padding import Frames
+from hpo.stacks.pool import WORTH_STACKING, Pool
+from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.data import DataInfo, Split
 from hpo.study.objective import Objective
 from hpo.study.space import build as build_space
@@ -18,7 +19,6 @@ from hpo.study.spec import parse_param
 from hpo.training.batches import Feed
 from hpo.training.loop import train
 from hpo.training.stack import LoopStack, Member, One, Stack, Stacks, Task
-from hpo.vmap_stack import VmapStack
 
 CPU = torch.device("cpu")
 N_ROWS, N_EPOCHS = 40, 3

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
+from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.data import DataInfo, Split
 from hpo.study.objective import Objective
 from hpo.training import schedules
 from hpo.training.stack import LoopStack, Member, Task
-from hpo.vmap_stack import VmapStack
 
 CPU = torch.device("cpu")
 LENGTHS = [(1, 1), (1, 2), (3, 1), (1, 7), (4, 5), (13, 11), (40, 20)]

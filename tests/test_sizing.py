@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hpo import sizing
 from hpo.errors import Interrupted
-from hpo.frames import Frames
 from hpo.plan import prepare
 from hpo.search.search import open_search
-from hpo.sizing import Choice, Sizing
+from hpo.stacks import sizing
+from hpo.stacks.padding import Frames
+from hpo.stacks.sizing import Choice, Sizing
+from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.data import DataInfo, Split
 from hpo.study.objective import Objective
 from hpo.study.space import build as build_space
@@ -24,7 +25,6 @@ from hpo.study.spec import parse_param
 from hpo.tracking import MemoryTracker
 from hpo.training.batches import Feed
 from hpo.training.stack import Task
-from hpo.vmap_stack import VmapStack
 from hpo.worker import CHOICE, work
 from tests.test_worker import Screen
 

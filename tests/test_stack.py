@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics.regression import MeanSquaredError
 
+from hpo.stacks.vmap_stack import NotStackable, VmapStack
 from hpo.study.data import DataInfo, Split
 from hpo.study.objective import Objective
 from hpo.training import stack as stacks
@@ -16,7 +17,6 @@ from hpo.training.batches import Feed
 from hpo.training.loop import order
 from hpo.training.memory import is_out_of_memory
 from hpo.training.stack import LoopStack, Member, Task
-from hpo.vmap_stack import NotStackable, VmapStack
 
 CPU = torch.device("cpu")
 INFO = DataInfo(inputs={"x": (3,), "z": (2,)}, input_dtypes={"x": "float64", "z": "float64"})

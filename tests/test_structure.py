@@ -10,12 +10,12 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hpo.structure import Choice, Gated, RateDropout, frame_of
+from hpo.stacks.structure import Choice, Gated, RateDropout, frame_of
+from hpo.stacks.vmap_stack import NotStackable, VmapStack
 from hpo.study.data import DataInfo, Split
 from hpo.study.objective import Objective
 from hpo.training.batches import Feed
 from hpo.training.stack import LoopStack, Member, Stack, Task
-from hpo.vmap_stack import NotStackable, VmapStack
 from objectives.models import MLP
 
 CPU = torch.device("cpu")

@@ -11,15 +11,15 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from torchmetrics.regression import MeanSquaredError
 
-from hpo.frames import Fit, as_it_is
-from hpo.structure import RateDropout, frame_of
+from hpo.stacks.padding import Fit, as_it_is
+from hpo.stacks.structure import RateDropout, frame_of
+from hpo.stacks.vmap_stack import NotStackable, VmapStack
 from hpo.study.data import DataInfo, Split
 from hpo.study.losses import cross_entropy
 from hpo.study.objective import Objective
 from hpo.training.batches import Feed
 from hpo.training.loop import train
 from hpo.training.stack import LoopStack, Member, One, Stack, Task
-from hpo.vmap_stack import NotStackable, VmapStack
 
 CPU = torch.device("cpu")
 INFO = DataInfo(inputs={}, input_dtypes={})
@@ -365,7 +365,7 @@ class Replay:
 @pytest.mark.parametrize("fault", ["", "raises", "wrong"])
 def test_a_recorded_step_is_used_if_it_gives_what_the_step_gives(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """Without a GPU: what is recorded is a stand-in, what is done with it is not."""
-    monkeypatch.setattr("hpo.vmap_stack.CudaReplay", Replay)
+    monkeypatch.setattr("hpo.stacks.vmap_stack.CudaReplay", Replay)
     monkeypatch.setattr(Replay, "fault", fault)
     made = []
     real = VmapStack._prepare

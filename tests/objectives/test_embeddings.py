@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics.regression import MeanSquaredError
 
-from hpo.frames import Frames
-from hpo.pool import Pool
+from hpo.stacks.padding import Frames
+from hpo.stacks.pool import Pool
 from hpo.study.data import DataInfo, Split
 from hpo.study.objective import Objective
 from hpo.study.space import build

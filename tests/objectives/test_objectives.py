@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from hpo.bundle import TOLERANCE, Model, export
+from hpo.stacks.vmap_stack import NotStackable, VmapStack
 from hpo.study import catalog
 from hpo.study.data import Split, data_home, prediction
 from hpo.study.objective import Objective, load
@@ -25,7 +26,6 @@ from hpo.training import optim
 from hpo.training.batches import Feed
 from hpo.training.loop import train
 from hpo.training.stack import LoopStack, Member, One, Task
-from hpo.vmap_stack import NotStackable, VmapStack
 
 FILES = {
     "california_housing": "sklearn/cal_housing_py3.pkz",

@@ -10,12 +10,12 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 
-from hpo.frames import Frames
+from hpo.stacks.padding import Frames
+from hpo.stacks.vmap_stack import Candidate, How, NotStackable, VmapStack, candidate
 from hpo.study.data import Split
 from hpo.training.faults import TrialError
 from hpo.training.memory import is_out_of_memory
 from hpo.training.stack import LoopStack, Member, Stack, Stacks, Task
-from hpo.vmap_stack import Candidate, How, NotStackable, VmapStack, candidate
 
 WORTH_STACKING = 3
 """How many members a new stack must have, unless it is compiled or on CUDA: two are as fast one after the other."""

@@ -24,8 +24,8 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from hpo.frames import Fit, as_it_is
-from hpo.structure import Framed, RateDropout, own_state
+from hpo.stacks.padding import Fit, as_it_is
+from hpo.stacks.structure import Framed, RateDropout, own_state
 from hpo.study.data import Split
 from hpo.study.objective import Params
 from hpo.training import schedules, stacked_optim

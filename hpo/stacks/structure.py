@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from hpo.kinds import HOOKS, NOT_READ, Kinds
+from hpo.stacks.kinds import HOOKS, NOT_READ, Kinds
 
 
 class RateDropout(nn.Module):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from hpo.errors import is_number
-from hpo.structure import Frame, Framed, frame_of, tensors
+from hpo.stacks.structure import Frame, Framed, frame_of, tensors
 from hpo.study.objective import Params
 from hpo.study.space import Space
 from hpo.study.spec import Categorical, FloatRange, IntRange

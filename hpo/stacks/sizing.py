@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from hpo.errors import Interrupted
-from hpo.frames import Frames, Grain
-from hpo.pool import WORTH_COMPILING
+from hpo.stacks.padding import Frames, Grain
+from hpo.stacks.pool import WORTH_COMPILING
+from hpo.stacks.vmap_stack import Candidate, How, NotStackable, VmapStack, candidate
 from hpo.study.data import Split
 from hpo.training.batches import Batch, Feed
 from hpo.training.faults import TrialError
 from hpo.training.memory import TO_LOOK_AT, Within, free_bytes, is_out_of_memory, most_to_look_at, n_bytes
 from hpo.training.stack import LoopStack, Member, Stack, Task
-from hpo.vmap_stack import Candidate, How, NotStackable, VmapStack, candidate
 
 SIZES = (1, 4, 16, 64, 256)
 SHORT_SECONDS = 20.0
