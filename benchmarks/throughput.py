@@ -44,13 +44,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hpo import commands
-from hpo.mlflow_tracker import open_tracker
 from hpo.plan import Plan, prepare
 from hpo.search.search import open_search
 from hpo.stacks.padding import Frames
 from hpo.stacks.pool import Pool
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.objective import Params
+from hpo.tracking.mlflow import open_tracker
 from hpo.training import loop as training
 from hpo.training import optim
 from hpo.training.batches import Feed

@@ -22,7 +22,6 @@ from hpo.bundle import finite, require_place
 from hpo.console import Notes
 from hpo.errors import HpoError, InputError, Interrupted, masked
 from hpo.launch import LAUNCHED, LAUNCHER, Watch, Workers, how_many
-from hpo.mlflow_tracker import open_tracker
 from hpo.plan import OUTPUT, Plan, prepare
 from hpo.progress import Progress
 from hpo.ray_workers import RayWorkers
@@ -45,6 +44,7 @@ from hpo.study import objective as objectives
 from hpo.study.data import Data
 from hpo.study.objective import Function
 from hpo.study.trust import code_references, require_harmless, require_passwords
+from hpo.tracking.mlflow import open_tracker
 from hpo.tryout import try_out
 from hpo.worker import INTERRUPTED, work
 

@@ -11,7 +11,7 @@ from hpo.plan import Plan
 from hpo.search.search import Search, TakenOver
 from hpo.study.data import Data, Split
 from hpo.study.objective import Function, Params, origin
-from hpo.tracking import Tracker
+from hpo.tracking.base import Tracker
 from hpo.training.faults import ended_the_process, fault_of
 from hpo.trial import TrialRun, Trials
 

@@ -25,7 +25,7 @@ from hpo.study.objective import Function, Objective
 from hpo.study.space import FreeSpace, Space
 from hpo.study.spec import Draft, StudySpec
 from hpo.study.trust import unnamed_code
-from hpo.tracking import check_address
+from hpo.tracking.base import check_address
 from hpo.training import optim
 from hpo.training.stack import Task
 

@@ -11,14 +11,14 @@ from torch import nn
 
 from hpo.bundle import FILES, Model, export
 from hpo.errors import ExportError, HpoError, Interrupted, masked
-from hpo.mlflow_tracker import open_tracker
-from hpo.outbox import left_behind
 from hpo.own import Reporting, train_own
 from hpo.plan import OUTPUT, Plan
 from hpo.search.search import Best, Search
 from hpo.study.data import Data
 from hpo.study.objective import Function
-from hpo.tracking import Tracker
+from hpo.tracking.base import Tracker
+from hpo.tracking.mlflow import open_tracker
+from hpo.tracking.outbox import left_behind
 from hpo.training.batches import Feed, feed
 from hpo.training.loop import train
 from hpo.training.stack import LoopStack, Member, One, Stack, Task, evaluate

@@ -11,7 +11,7 @@ from hpo.errors import HpoError
 from hpo.plan import Plan
 from hpo.progress import Progress
 from hpo.search.search import Claim, Search
-from hpo.tracking import Tracker
+from hpo.tracking.base import Tracker
 from hpo.training.faults import TrialFault, all_alike
 from hpo.training.stack import Member, Stack
 

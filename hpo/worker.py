@@ -22,7 +22,7 @@ from hpo.stacks.padding import Frames, Grain
 from hpo.stacks.pool import Pool
 from hpo.stacks.sizing import AS_GIVEN, Choice, Sizing, looked_at
 from hpo.study.data import Data
-from hpo.tracking import Tracker
+from hpo.tracking.base import Tracker
 from hpo.training.batches import feed
 from hpo.training.faults import TrialError
 from hpo.training.loop import train

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from hpo.mlflow_runs import quiet
-from hpo.mlflow_tracker import MlflowTracker
-from hpo.tracking import Tracker
+from hpo.tracking.base import Tracker
+from hpo.tracking.mlflow import MlflowTracker
+from hpo.tracking.runs import quiet
 
 
 def no_warning(text: str) -> None:

@@ -7,7 +7,7 @@ from hpo.checkpoints import folder_of as checkpoints
 from hpo.errors import Interrupted
 from hpo.plan import prepare
 from hpo.search.search import open_search
-from hpo.tracking import MemoryTracker
+from hpo.tracking.base import MemoryTracker
 from hpo.worker import work
 from tests.searches import Quiet
 

@@ -12,7 +12,7 @@ from hpo.checkpoints import settle
 from hpo.errors import Interrupted, StorageError
 from hpo.plan import prepare
 from hpo.search.search import DATA, open_search
-from hpo.tracking import MemoryTracker
+from hpo.tracking.base import MemoryTracker
 from hpo.worker import work
 from tests.searches import Quiet
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hpo import outbox
-from hpo.outbox import Outbox, halves, left_behind
 from hpo.processes import this_process
+from hpo.tracking import outbox
+from hpo.tracking.outbox import Outbox, halves, left_behind
 
 PLACE, _, _ = this_process().rpartition("-")
 GONE = f"{PLACE}-999999999"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hpo.mlflow_tracker import MlflowTracker
 from hpo.processes import this_process
+from hpo.tracking.mlflow import MlflowTracker
 from tests.mlflows import Mlflow, quietly
 
 ILLEGAL = [

@@ -12,7 +12,7 @@ from hpo.errors import ExportError, Interrupted
 from hpo.plan import prepare
 from hpo.search.search import open_search
 from hpo.selection import bundle_folder, conclude, finish, outcome
-from hpo.tracking import MemoryTracker
+from hpo.tracking.base import MemoryTracker
 from hpo.training.loop import order
 
 EPOCHS = "epochs: 5\npruner: none\n"

@@ -22,7 +22,7 @@ from hpo.study.data import DataInfo, Split
 from hpo.study.objective import Objective
 from hpo.study.space import build as build_space
 from hpo.study.spec import parse_param
-from hpo.tracking import MemoryTracker
+from hpo.tracking.base import MemoryTracker
 from hpo.training.batches import Feed
 from hpo.training.stack import Task
 from hpo.worker import CHOICE, work

@@ -18,7 +18,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 from hpo import selection
 from hpo.__main__ import main
-from hpo.mlflow_tracker import MlflowTracker
+from hpo.tracking.mlflow import MlflowTracker
 from hpo.search.search import Search
 
 def die(*args, **keys):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpo.tracking import STATUS, MemoryTracker, NullTracker, Tracker
+from hpo.tracking.base import STATUS, MemoryTracker, NullTracker, Tracker
 from tests.mlflows import Mlflow, in_store, tell
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from hpo.errors import InputError
-from hpo.mlflow_tracker import MlflowTracker, open_tracker
 from hpo.processes import this_process
-from hpo.tracking import check_address
+from hpo.tracking.base import check_address
+from hpo.tracking.mlflow import MlflowTracker, open_tracker
 from tests.mlflows import no_warning, tell
 
 

@@ -11,7 +11,7 @@ from hpo.errors import Interrupted
 from hpo.plan import prepare
 from hpo.progress import Progress
 from hpo.search.search import open_search
-from hpo.tracking import MemoryTracker
+from hpo.tracking.base import MemoryTracker
 from hpo.worker import work
 
 KINDS = (

@@ -8,7 +8,7 @@ import torch
 from hpo.plan import prepare
 from hpo.search.search import open_search
 from hpo.stacks.vmap_stack import VmapStack
-from hpo.tracking import MemoryTracker
+from hpo.tracking.base import MemoryTracker
 from hpo.worker import work
 from tests.test_worker import Screen
 

@@ -248,7 +248,7 @@ class Search:
             return self._reclaim()
 
     def ends(self) -> dict[int, tuple[str, str | None]]:
-        """Return how every trial that is over has ended (a key of `hpo.tracking.STATUS`), and why if it failed."""
+        """Return how every trial that is over has ended (a key of `hpo.tracking.base.STATUS`), and why if it failed."""
         everything = self._everything()
         counted = {trial.number for trial in places(everything)}
         return {

@@ -1,6 +1,6 @@
 """Where runs are logged: the contract of a tracker, and two that need nothing: none at all, and one in memory.
 
-MLflow's is in `hpo.mlflow_tracker`. A tracker never stops training.
+MLflow's is in `hpo.tracking.mlflow`. A tracker never stops training.
 """
 
 from abc import ABC, abstractmethod

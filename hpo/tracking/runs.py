@@ -20,8 +20,8 @@ from typing import Any
 from filelock import FileLock
 
 from hpo.errors import InputError, masked
-from hpo.outbox import FILES, Item
-from hpo.tracking import STATUS
+from hpo.tracking.base import STATUS
+from hpo.tracking.outbox import FILES, Item
 
 _MAX_PARAM, _MAX_TAG, _MAX_NAME = 6000, 5000, 250
 _REFUSED = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "NOT_FOUND")

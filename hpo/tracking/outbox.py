@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from hpo.errors import masked
 from hpo.processes import is_gone, this_process
-from hpo.tracking import STATUS
+from hpo.tracking.base import STATUS
 
 Item = dict[str, Any]
 _ADOPT_SECONDS = 10.0

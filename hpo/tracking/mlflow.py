@@ -1,4 +1,4 @@
-"""MLflow as a tracker: everything goes into an outbox (`hpo.outbox`), which a thread sends (`hpo.mlflow_runs`).
+"""MLflow as a tracker: everything goes into an outbox (`hpo.tracking.outbox`), which a thread sends (`hpo.tracking.runs`).
 
 Where sending fails, that is said once, and it is tried again later, also in the next run of the study. One thing that
 MLflow refuses for good is set aside, and the rest is sent.
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from hpo.errors import masked
-from hpo.mlflow_runs import Runs, cause, end_tags, quiet, require_mlflow
-from hpo.outbox import FILES, Item, Outbox, halves, is_item
-from hpo.tracking import STATUS, NullTracker, Tracker, check_address
+from hpo.tracking.base import STATUS, NullTracker, Tracker, check_address
+from hpo.tracking.outbox import FILES, Item, Outbox, halves, is_item
+from hpo.tracking.runs import Runs, cause, end_tags, quiet, require_mlflow
 
 
 class MlflowTracker(Tracker):

@@ -1,0 +1,1 @@
+"""Where runs are logged: the tracker's contract, the outbox, and MLflow."""
