@@ -47,7 +47,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from torchmetrics.regression import R2Score
-from hpo import bundle, checkpoints
+from hpo import checkpoints
+from hpo.export import bundle
 from hpo.search import lease, search
 from hpo.study import space
 from hpo.study.data import Data, Split

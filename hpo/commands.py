@@ -18,9 +18,9 @@ from rich.console import Console
 
 from hpo import checkpoints
 from hpo import console as view
-from hpo.bundle import finite, require_place
 from hpo.console import Notes
 from hpo.errors import HpoError, InputError, Interrupted, masked
+from hpo.export.bundle import finite, require_place
 from hpo.launch import LAUNCHED, LAUNCHER, Watch, Workers, how_many
 from hpo.plan import OUTPUT, Plan, prepare
 from hpo.progress import Progress

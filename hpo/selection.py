@@ -9,8 +9,8 @@ from typing import Any
 from filelock import FileLock
 from torch import nn
 
-from hpo.bundle import FILES, Model, export
 from hpo.errors import ExportError, HpoError, Interrupted, masked
+from hpo.export.bundle import FILES, Model, export
 from hpo.own import Reporting, train_own
 from hpo.plan import OUTPUT, Plan
 from hpo.search.search import Best, Search

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from hpo.bundle import BATCH_SIZES, TOLERANCE, Model, export, parity_of, require_place
 from hpo.errors import ExportError, InputError
+from hpo.export.bundle import BATCH_SIZES, TOLERANCE, Model, export, parity_of, require_place
 from hpo.study.data import DataInfo, Split
 from objectives.models import MLP, ScalePixels, Standardize
 

@@ -6,8 +6,8 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
-from hpo.bundle import Model, export
 from hpo.errors import DataError, InputError
+from hpo.export.bundle import Model, export
 from hpo.study.objective import load
 from objectives.image_csv import ImageCsv, Options
 from objectives.models import Augmented, NormalizePixels, SmallConvNet, torchvision_classifier

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from hpo.bundle import TOLERANCE, Model, export
+from hpo.export.bundle import TOLERANCE, Model, export
 from hpo.stacks.vmap_stack import NotStackable, VmapStack
 from hpo.study import catalog
 from hpo.study.data import Split, data_home, prediction

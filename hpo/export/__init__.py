@@ -1,0 +1,1 @@
+"""What a study leaves: the bundle of a trained model."""
