@@ -47,7 +47,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torchmetrics.regression import R2Score
-from hpo import checkpoints
+from hpo.runner import checkpoints
 from hpo.export import bundle
 from hpo.search import lease, search
 from hpo.study import space

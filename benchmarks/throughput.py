@@ -44,7 +44,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hpo import commands
-from hpo.plan import Plan, prepare
+from hpo.runner.prepare import Plan, prepare
+from hpo.runner.worker import work
 from hpo.search.search import open_search
 from hpo.stacks.padding import Frames
 from hpo.stacks.pool import Pool
@@ -55,7 +56,6 @@ from hpo.training import loop as training
 from hpo.training import optim
 from hpo.training.batches import Feed
 from hpo.training.stack import LoopStack, Member, One, Stacks
-from hpo.worker import work
 
 
 @dataclass(frozen=True)

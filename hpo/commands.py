@@ -16,19 +16,17 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from hpo import checkpoints
 from hpo import console as view
 from hpo.console import Notes
 from hpo.errors import HpoError, InputError, Interrupted, masked
 from hpo.export.bundle import finite, require_place
-from hpo.launch import LAUNCHED, LAUNCHER, Watch, Workers, how_many
-from hpo.plan import OUTPUT, Plan, prepare
-from hpo.progress import Progress
-from hpo.ray_workers import RayWorkers
-from hpo.search.retrying import StorageAway
-from hpo.search.search import CODE, DATA, STUDY_FILE, Best, Search, open_search, stored_file
-from hpo.search.storage import close_storage, open_storage, serve_storage
-from hpo.selection import (
+from hpo.runner import checkpoints
+from hpo.runner.launch import LAUNCHED, LAUNCHER, Watch, Workers, how_many
+from hpo.runner.preflight import try_out
+from hpo.runner.prepare import OUTPUT, Plan, prepare
+from hpo.runner.progress import Progress
+from hpo.runner.ray_workers import RayWorkers
+from hpo.runner.refit import (
     UNSENT,
     Outcome,
     begin_tracking,
@@ -39,14 +37,16 @@ from hpo.selection import (
     outcome,
     settle,
 )
+from hpo.runner.worker import INTERRUPTED, work
+from hpo.search.retrying import StorageAway
+from hpo.search.search import CODE, DATA, STUDY_FILE, Best, Search, open_search, stored_file
+from hpo.search.storage import close_storage, open_storage, serve_storage
 from hpo.stopping import Stop, signals
 from hpo.study import objective as objectives
 from hpo.study.data import Data
 from hpo.study.objective import Function
 from hpo.study.trust import code_references, require_harmless, require_passwords
 from hpo.tracking.mlflow import open_tracker
-from hpo.tryout import try_out
-from hpo.worker import INTERRUPTED, work
 
 _LOOK_SECONDS = 1.0
 """How often to look what other processes have done."""

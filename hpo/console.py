@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.errors import masked
-from hpo.progress import Progress
+from hpo.runner.progress import Progress
 from hpo.search.budget import Counts
 from hpo.search.search import Best
 

@@ -68,7 +68,7 @@ class Linear(Objective):
     def metrics(self):
         return {"r2": R2Score()}
 '''
-"""Its faults strike in training only (batches of 50 with gradient), not when `hpo.tryout` tries 8 rows."""
+"""Its faults strike in training only (batches of 50 with gradient), not when `hpo.runner.preflight` tries 8 rows."""
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """What the tests of `hpo.search.search` and `hpo.search.lease` share: opening one study several times, as workers do."""
 
-from hpo.progress import Progress
+from hpo.runner.progress import Progress
 from hpo.search.search import open_search
 from hpo.study.space import build
 from hpo.study.spec import Plugin, StudySpec, parse_param

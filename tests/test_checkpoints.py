@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from hpo.checkpoints import folder_of as checkpoints
 from hpo.errors import Interrupted
-from hpo.plan import prepare
+from hpo.runner.checkpoints import folder_of as checkpoints
+from hpo.runner.prepare import prepare
+from hpo.runner.worker import work
 from hpo.search.search import open_search
 from hpo.tracking.base import MemoryTracker
-from hpo.worker import work
 from tests.searches import Quiet
 
 OBJECTIVE = """
@@ -153,7 +153,7 @@ def test_one_that_is_damaged_costs_the_epochs_only(folder):
 
 
 def test_they_are_made_no_oftener_than_asked_for(folder, monkeypatch):
-    from hpo import checkpoints as trials
+    from hpo.runner import checkpoints as trials
 
     written = []
     monkeypatch.setattr(trials, "write", lambda file, content: written.append(file.name))

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 
-from hpo import own
 from hpo.errors import HpoError
+from hpo.runner import custom as own
 from hpo.training.faults import all_alike, fault_of
 from tests.cli import invoke, refused, summary
 

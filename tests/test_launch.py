@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hpo import launch
 from hpo.errors import HpoError
+from hpo.runner import launch
 from tests.cli import invoke, refused, summary
 from tests.conftest import run_hpo, start_hpo
 

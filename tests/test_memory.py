@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hpo.plan import prepare
+from hpo.runner.prepare import prepare
 from hpo.stacks.padding import Frames
 from hpo.stacks.sizing import looked_at
 from hpo.study.space import build as build_space

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpo.checkpoints import settle
 from hpo.errors import Interrupted, StorageError
-from hpo.plan import prepare
+from hpo.runner.checkpoints import settle
+from hpo.runner.prepare import prepare
+from hpo.runner.worker import work
 from hpo.search.search import DATA, open_search
 from hpo.tracking.base import MemoryTracker
-from hpo.worker import work
 from tests.searches import Quiet
 
 OBJECTIVE = """
@@ -208,7 +208,7 @@ STOPPED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, "")
-from hpo import checkpoints
+from hpo.runner import checkpoints
 from hpo.search import search
 from tests import test_origins
 moment = sys.argv[1]

@@ -9,8 +9,8 @@ import torch
 from torchmetrics import Metric
 
 from hpo.errors import InputError, SpecError
-from hpo.plan import find_device, prepare
-from hpo.tryout import try_out
+from hpo.runner.preflight import try_out
+from hpo.runner.prepare import find_device, prepare
 
 CHOOSY = '''
 """An objective with conditions in its default space, and faults on demand."""

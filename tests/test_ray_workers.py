@@ -6,9 +6,9 @@ import signal
 import psutil
 import pytest
 
-from hpo import ray_workers
 from hpo.errors import HpoError, InputError
-from hpo.ray_workers import RayWorkers
+from hpo.runner import ray_workers
+from hpo.runner.ray_workers import RayWorkers
 from tests.cli import refused, summary
 from tests.conftest import start_hpo
 from tests.test_launch import RUNNING, query, wait_for

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from hpo.errors import Interrupted
-from hpo.plan import prepare
+from hpo.runner.prepare import prepare
+from hpo.runner.worker import CHOICE, work
 from hpo.search.search import open_search
 from hpo.stacks import sizing
 from hpo.stacks.padding import Frames
@@ -25,7 +26,6 @@ from hpo.study.spec import parse_param
 from hpo.tracking.base import MemoryTracker
 from hpo.training.batches import Feed
 from hpo.training.stack import Task
-from hpo.worker import CHOICE, work
 from tests.test_worker import Screen
 
 CPU = torch.device("cpu")

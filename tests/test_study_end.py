@@ -16,7 +16,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from mlflow import MlflowClient
-from hpo import selection
+from hpo.runner import refit as selection
 from hpo.__main__ import main
 from hpo.tracking.mlflow import MlflowTracker
 from hpo.search.search import Search

@@ -8,11 +8,11 @@ import torch
 from optuna.trial import TrialState
 
 from hpo.errors import Interrupted
-from hpo.plan import prepare
-from hpo.progress import Progress
+from hpo.runner.prepare import prepare
+from hpo.runner.progress import Progress
+from hpo.runner.worker import work
 from hpo.search.search import open_search
 from hpo.tracking.base import MemoryTracker
-from hpo.worker import work
 
 KINDS = (
     "params: {{kind: {{type: categorical, choices: [good, nan, oom]}}}}\nstart_with: [{}]\ntrials: {}\npruner: none\n"

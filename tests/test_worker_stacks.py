@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpo.plan import prepare
+from hpo.runner.prepare import prepare
+from hpo.runner.worker import work
 from hpo.search.search import open_search
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.tracking.base import MemoryTracker
-from hpo.worker import work
 from tests.test_worker import Screen
 
 NETWORK = '''

@@ -79,7 +79,7 @@ class PerTrialSampler(BaseSampler):
             self._of(trial).after_trial(study, trial, state, values)
         except RuntimeError as error:
             # grid and brute_force call Study.stop once all was tried, which Optuna allows in `optimize` only; here
-            # the budget ends the study (`hpo.plan` cuts it to the number of configurations).
+            # the budget ends the study (`hpo.runner.prepare` cuts it to the number of configurations).
             if "Study.stop" not in str(error):
                 raise
         finally:

@@ -55,7 +55,7 @@ def make(params: Mapping[str, Any], weights: Iterable[nn.Parameter]) -> torch.op
     optimizers it belongs to another one. `fused` is on wherever torch has it: it is the faster code for the same step.
     """
     cls = optimizer_class(params["optimizer"])
-    assert cls is not None, "hpo.plan refuses unknown optimizers"
+    assert cls is not None, "hpo.runner.prepare refuses unknown optimizers"
     accepted = inspect.signature(cls).parameters
     arguments: dict[str, Any] = {}
     for name, argument in ARGUMENTS.items():

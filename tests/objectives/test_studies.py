@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hpo.plan import prepare
+from hpo.runner.prepare import prepare
 from hpo.study import catalog
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))

@@ -5,11 +5,11 @@ import time
 
 from torch import Tensor
 
-from hpo import checkpoints
-from hpo.checkpoints import Origin
 from hpo.errors import HpoError
-from hpo.plan import Plan
-from hpo.progress import Progress
+from hpo.runner import checkpoints
+from hpo.runner.checkpoints import Origin
+from hpo.runner.prepare import Plan
+from hpo.runner.progress import Progress
 from hpo.search.search import Claim, Search
 from hpo.tracking.base import Tracker
 from hpo.training.faults import TrialFault, all_alike

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from hpo.errors import InputError, Interrupted
-from hpo.plan import Plan
+from hpo.runner.prepare import Plan
+from hpo.runner.trial import TrialRun, Trials
 from hpo.search.search import Search, TakenOver
 from hpo.study.data import Data, Split
 from hpo.study.objective import Function, Params, origin
 from hpo.tracking.base import Tracker
 from hpo.training.faults import ended_the_process, fault_of
-from hpo.trial import TrialRun, Trials
 
 
 class Reporting:

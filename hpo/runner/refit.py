@@ -11,8 +11,8 @@ from torch import nn
 
 from hpo.errors import ExportError, HpoError, Interrupted, masked
 from hpo.export.bundle import FILES, Model, export
-from hpo.own import Reporting, train_own
-from hpo.plan import OUTPUT, Plan
+from hpo.runner.custom import Reporting, train_own
+from hpo.runner.prepare import OUTPUT, Plan
 from hpo.search.search import Best, Search
 from hpo.study.data import Data
 from hpo.study.objective import Function

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from hpo.errors import HpoError, InputError
-from hpo.plan import Plan
-from hpo.progress import Progress
+from hpo.runner.prepare import Plan
+from hpo.runner.progress import Progress
 from hpo.search.search import Search
 
 LAUNCHED = "HPO_LAUNCHED"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hpo.errors import HpoError, InputError
-from hpo.launch import LAUNCHED
+from hpo.runner.launch import LAUNCHED
 from hpo.stopping import Stop
 
 _ANSWER_SECONDS = 5.0

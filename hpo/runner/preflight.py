@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from hpo.errors import InputError
-from hpo.firststep import missing_param, module_from, try_measuring, try_step
-from hpo.plan import Plan, guarded
+from hpo.runner.firststep import missing_param, module_from, try_measuring, try_step
+from hpo.runner.prepare import Plan, guarded
 from hpo.study.data import Data, Split
 from hpo.study.objective import Params
 from hpo.training import optim

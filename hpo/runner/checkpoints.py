@@ -20,8 +20,8 @@ from filelock import FileLock
 from torch import Tensor
 
 from hpo.errors import HpoError
-from hpo.plan import OUTPUT, Plan
 from hpo.processes import this_process
+from hpo.runner.prepare import OUTPUT, Plan
 from hpo.search.search import DATA, Best, Claim, Search
 from hpo.study.objective import code_of
 

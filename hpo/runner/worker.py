@@ -10,12 +10,13 @@ from dataclasses import asdict, replace
 
 import torch
 
-from hpo import checkpoints
 from hpo.errors import Interrupted
-from hpo.launch import LAUNCHED
-from hpo.own import Own
-from hpo.plan import Plan
-from hpo.progress import Progress
+from hpo.runner import checkpoints
+from hpo.runner.custom import Own
+from hpo.runner.launch import LAUNCHED
+from hpo.runner.prepare import Plan
+from hpo.runner.progress import Progress
+from hpo.runner.trial import Trials
 from hpo.search.retrying import StorageAway
 from hpo.search.search import TIMED_OUT, Search
 from hpo.stacks.padding import Frames, Grain
@@ -27,7 +28,6 @@ from hpo.training.batches import feed
 from hpo.training.faults import TrialError
 from hpo.training.loop import train
 from hpo.training.stack import LoopStack, Member, One, Stack, Stacks, is_out_of_memory
-from hpo.trial import Trials
 
 WAIT_SECONDS = 1.0
 """How often to look again while all that is left of a study is with other workers."""

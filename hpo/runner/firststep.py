@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 from hpo.errors import InputError
-from hpo.plan import Plan, guarded
+from hpo.runner.prepare import Plan, guarded
 from hpo.study.data import Data, Split, prediction
 from hpo.study.objective import Params
 
