@@ -43,7 +43,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hpo import commands
+from hpo.cli import commands
 from hpo.runner.prepare import Plan, prepare
 from hpo.runner.worker import work
 from hpo.search.search import open_search

@@ -53,7 +53,7 @@ def run(
 
     Example: hpo run studies/breast_cancer.yaml --trials 20 --set params.batch_size=32
     """
-    from hpo import commands
+    from hpo.cli import commands
 
     overrides = _overrides(set_, trials=trials, storage=storage, tracking=tracking, device=device, stack=stack)
     several = commands.Several(workers=_count(workers), ray=ray, gpus_per_worker=gpus_per_worker)
@@ -94,7 +94,7 @@ def worker(
 
     Example: hpo worker studies/breast_cancer.yaml --storage postgresql://host/hpo
     """
-    from hpo import commands
+    from hpo.cli import commands
 
     overrides = _overrides(set_, storage=storage, tracking=tracking, device=device, stack=stack)
     named = None if trust_storage else (objective or [])
@@ -109,7 +109,7 @@ def repair(
 
     Example: hpo repair studies/breast_cancer.yaml --storage postgresql://host/hpo
     """
-    from hpo import commands
+    from hpo.cli import commands
 
     _finish(commands.repair(study, _overrides(set_, storage=storage, tracking=tracking)), json_)
 
@@ -126,7 +126,7 @@ def serve(
 
     Example: hpo serve studies/breast_cancer.yaml --port 13000 --host 0.0.0.0
     """
-    from hpo import commands
+    from hpo.cli import commands
 
     commands.serve(study, _overrides(set_, storage=storage), host, port)
 
@@ -139,7 +139,7 @@ def check(
 
     Example: hpo check studies/breast_cancer.yaml
     """
-    from hpo import commands
+    from hpo.cli import commands
 
     commands.check(study, _overrides(set_, storage=storage, tracking=tracking, device=device))
 
@@ -150,7 +150,7 @@ def status(study: Study, trials: Trials = None, storage: Storage = None, set_: S
 
     Example: hpo status studies/breast_cancer.yaml --json
     """
-    from hpo import commands
+    from hpo.cli import commands
 
     _finish(commands.status(study, _overrides(set_, trials=trials, storage=storage)), json_)
 
@@ -170,7 +170,7 @@ def export(
 
     Example: hpo export studies/breast_cancer.yaml --trial 7 --out model/
     """
-    from hpo import commands
+    from hpo.cli import commands
 
     overrides = _overrides(set_, storage=storage, tracking=tracking, device=device)
     _finish(commands.export(study, overrides, trial, out), json_)

@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from hpo import console as view
-from hpo.console import Board, LiveProgress, PlainProgress, duration, shown, table
+from hpo.cli import console as view
+from hpo.cli.console import Board, LiveProgress, PlainProgress, duration, shown, table
 from hpo.search.budget import Counts
 from hpo.search.search import Best
 

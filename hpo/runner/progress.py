@@ -1,4 +1,4 @@
-"""What a person is shown of a study that runs: the contract that `hpo.console` keeps."""
+"""What a person is shown of a study that runs: the contract that `hpo.cli.console` keeps."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Progress(ABC):
-    """What a person is shown of a study that runs (`hpo.console`)."""
+    """What a person is shown of a study that runs (`hpo.cli.console`)."""
 
     @abstractmethod
     def trial_started(self, number: int, params: Mapping[str, Any]) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from hpo import console as view
-from hpo.console import Notes
+from hpo.cli import console as view
+from hpo.cli.console import Notes
 from hpo.errors import HpoError, InputError, Interrupted, masked
 from hpo.export.bundle import finite, require_place
 from hpo.runner import checkpoints
