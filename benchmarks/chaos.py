@@ -90,7 +90,7 @@ before(search.Search, "_finish", "tell")
 after(search.Search, "_finish", "told")
 after(search.Search, "_enqueue", "succession")
 before(bundle, "parity_of", "export")
-before(checkpoints, "settle", "weights")
+before(checkpoints, "settle_weights", "weights")
 after(torch, "save", "checkpoint")
 
 class Slow(Objective):

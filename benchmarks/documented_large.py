@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reproduction import Figure, Fit, Rows, Seeds, accuracies, fits, loss, metrics, objective_of, same
+from reproduction import Figure, Padder, Rows, Seeds, accuracies, fits, loss, metrics, objective_of, same
 from torch.nn import functional as F
 
 from hpo.study.data import data_home
-from hpo.training.batches import Feed
+from hpo.training.batches import Batches
 from studies import run_study
 
 
@@ -50,7 +50,7 @@ def _study(name: str, folder: str, seed: int) -> dict[str, Any]:
 
 
 def fashion_512(seeds: Seeds) -> Rows:
-    def accuracy(network: torch.nn.Module, feeds: Mapping[str, Feed]) -> tuple[float, float]:
+    def accuracy(network: torch.nn.Module, feeds: Mapping[str, Batches]) -> tuple[float, float]:
         ((inputs, targets),) = feeds["test"].chunks(10**6)
         with torch.no_grad():
             logits = network(*inputs)
@@ -80,7 +80,7 @@ def image_csv(seeds: Seeds) -> Rows:
     yield Figure(name="accuracy, test, one epoch", ours=metrics(done, "accuracy", "test"))
 
 
-def _difference_when_loaded(done: Fit) -> float:
+def _difference_when_loaded(done: Padder) -> float:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "vgg16.pt"
         torch.save(done.network.state_dict(), file)

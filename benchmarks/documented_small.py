@@ -10,7 +10,7 @@ from reproduction import (
     LEARNED,
     SEED,
     Figure,
-    Fit,
+    Padder,
     Rows,
     Seeds,
     accuracies,
@@ -25,7 +25,7 @@ from reproduction import (
 from torch.nn import functional as F
 
 from hpo.study.objective import Objective
-from hpo.training.batches import Feed
+from hpo.training.batches import Batches
 
 
 def logic_gates(seeds: Seeds) -> Rows:
@@ -103,7 +103,7 @@ MINI = {"optimizer": "sgd", "batch_size": 32} | WIDE
 
 
 @lru_cache
-def row_5(seeds: Seeds) -> list[Fit]:
+def row_5(seeds: Seeds) -> list[Padder]:
     objective = objective_of("california_housing", model="mlp", split="quarter")
     return fits(objective, 20, seeds, learning_rate=0.02, **MINI)
 
@@ -174,7 +174,7 @@ def blobs(seeds: Seeds) -> Rows:
 
 
 @torch.no_grad()
-def _accuracies(network: torch.nn.Module, feeds: Mapping[str, Feed]) -> tuple[float, float]:
+def _accuracies(network: torch.nn.Module, feeds: Mapping[str, Batches]) -> tuple[float, float]:
     """Return the share of the rows of training, and of validation, that are told right."""
     rows = [next(feeds[split].chunks(10**6)) for split in ("train", "valid")]
     train, valid = (((network(*inputs) > 0) == targets).float().mean().item() for inputs, targets in rows)
@@ -197,7 +197,7 @@ def two_classes(seeds: Seeds) -> Rows:
 
 
 @torch.no_grad()
-def _probabilities(network: torch.nn.Module, feeds: Mapping[str, Feed]) -> tuple[float, float]:
+def _probabilities(network: torch.nn.Module, feeds: Mapping[str, Batches]) -> tuple[float, float]:
     """Return the mean probability of class 1 for the validation rows of class 0, and for those of class 1."""
     ((inputs, targets),) = feeds["valid"].chunks(10**6)
     probability = torch.sigmoid(network(*inputs))

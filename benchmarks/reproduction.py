@@ -20,9 +20,9 @@ import torch
 from hpo.study.data import Data, Split
 from hpo.study.objective import Objective, load
 from hpo.training import optim
-from hpo.training.batches import Feed, feed
+from hpo.training.batches import Batches, feed
 from hpo.training.loop import train
-from hpo.training.stack import LoopStack, Member, One, Stack, Task, evaluate
+from hpo.training.stack import LoopStack, Member, SingleStack, Stack, Task, evaluate
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -103,7 +103,7 @@ class Figure:
 
 
 @dataclass(kw_only=True)
-class Fit:
+class Padder:
     """A network that was trained on `data.train`; `losses` are the means over each epoch's batches."""
 
     objective: Objective
@@ -111,7 +111,7 @@ class Fit:
     network: torch.nn.Module
     params: Mapping[str, Any]
     losses: list[float]
-    feeds: Mapping[str, Feed]
+    feeds: Mapping[str, Batches]
     task: Task
     after: list[Any] = field(default_factory=list)
 
@@ -127,7 +127,7 @@ class Fit:
 
 Seeds = tuple[int, ...]
 Rows = Iterator[Figure]
-Look = Callable[[torch.nn.Module, Mapping[str, Feed]], Any]
+Look = Callable[[torch.nn.Module, Mapping[str, Batches]], Any]
 
 
 def objective_of(name: str, **options: Any) -> Objective:
@@ -145,7 +145,7 @@ def fits(
     whole: bool = False,
     each: Look | None = None,
     **params: Any,
-) -> list[Fit]:
+) -> list[Padder]:
     """Train the objective's network through the engine's own loop, once for each seed, with an order of its own.
 
     `whole`: on train + validation, as the document. `each` looks at the network after each epoch.
@@ -163,7 +163,7 @@ def fits(
     for seed in seeds:
         network, losses, after = _trained(task, feeds, Member(number=0, seed=seed, params=params), each)
         done.append(
-            Fit(
+            Padder(
                 objective=objective,
                 data=data,
                 network=network,
@@ -178,7 +178,7 @@ def fits(
 
 
 def _trained(
-    task: Task, feeds: Mapping[str, Feed], member: Member, each: Look | None
+    task: Task, feeds: Mapping[str, Batches], member: Member, each: Look | None
 ) -> tuple[torch.nn.Module, list[float], list[Any]]:
     """Return the network, its training loss by epoch, and what `each` saw."""
     queue, looked, networks = [member], [], []
@@ -191,7 +191,7 @@ def _trained(
         return member.fault is None
 
     train(
-        One(LoopStack(task)),
+        SingleStack(LoopStack(task)),
         feeds["train"],
         None,
         epochs=task.epochs,
@@ -228,7 +228,7 @@ class _Alone:
 # Figures of fits
 
 
-def metrics(done: Sequence[Fit], metric: str, split: str) -> list[float]:
+def metrics(done: Sequence[Padder], metric: str, split: str) -> list[float]:
     return [each.metric(metric, split) for each in done]
 
 
@@ -240,11 +240,11 @@ def same(name: str, documented: str, ours: float, exact: bool = False) -> Figure
     return Figure(name=name, documented=documented, ours=[ours], better=0, exact=exact)
 
 
-def trains(name: str, done: Sequence[Fit], metric: str, split: str = "valid") -> Figure:
+def trains(name: str, done: Sequence[Padder], metric: str, split: str = "valid") -> Figure:
     """A figure of a model that is only said to train."""
     return Figure(name=name, ours=metrics(done, metric, split), learned=[each.learned for each in done])
 
 
-def accuracies(done: Sequence[Fit], metric: str, **documented: str) -> Rows:
+def accuracies(done: Sequence[Padder], metric: str, **documented: str) -> Rows:
     for split, figure in documented.items():
         yield Figure(name=f"{metric}, {split}", documented=figure, ours=metrics(done, metric, split))

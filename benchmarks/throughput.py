@@ -6,7 +6,7 @@
 is 784-300-100-10, batch 32, SGD. Params, data and batches are equal. Each row has processes of its own, their threads
 set; of compiled code they find only what torch tries the compiler with, as on a machine that has compiled before.
 
-`training` is forward, backward and optimizer alone. Ours stacked goes through `hpo.stacks.pool.Pool`, compiled; a row of
+`training` is forward, backward and optimizer alone. Ours stacked goes through `hpo.stacks.pool`, compiled; a row of
 `widths` is the mean over its members. The limit is 6 operations a weight and row (forward and backward, unpadded) at
 the speed of a large float32 matrix product on as many cores. Where a process has one thread and a CPU, its time is CPU
 time, so that others on the machine do not count; `busy` is the share of the time passed that this was. `MiB` is a
@@ -47,15 +47,15 @@ from hpo.cli import commands
 from hpo.runner.prepare import Plan, prepare
 from hpo.runner.worker import work
 from hpo.search.search import open_search
-from hpo.stacks.padding import Frames
+from hpo.stacks.padding import PaddingPlan
 from hpo.stacks.pool import Pool
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.objective import Params
 from hpo.tracking.mlflow import open_tracker
 from hpo.training import loop as training
 from hpo.training import optim
-from hpo.training.batches import Feed
-from hpo.training.stack import LoopStack, Member, One, Stacks
+from hpo.training.batches import Batches
+from hpo.training.stack import LoopStack, Member, SingleStack, Stacks
 
 
 @dataclass(frozen=True)
@@ -168,11 +168,13 @@ def train_documented(name: str, device: str, threads: int, n: int, seconds: floa
 def train_ours(name: str, device: str, n: int, seconds: float, grain: str | None) -> dict[str, float]:
     """Ours on one thread: n members one at a time (`grain` None), or at once."""
     bench = Bench(name, device, 1)
-    feed, members, size = Feed(bench.train, bench.device), bench.members(n), bench.case.fixed["batch_size"]
+    feed, members, size = Batches(bench.train, bench.device), bench.members(n), bench.case.fixed["batch_size"]
     batches = partial(feed.batches, size, torch.randperm(len(feed)))
-    begin, stacks = time.perf_counter(), One(LoopStack(bench.task, n))
+    begin, stacks = time.perf_counter(), SingleStack(LoopStack(bench.task, n))
     if grain is not None:
-        stacks: Stacks = Pool(bench.task, n, feed.head(8), Frames(bench.space, bench.build, grain), ahead=lambda: 10**9)
+        stacks: Stacks = Pool(
+            bench.task, n, feed.head(8), PaddingPlan(bench.space, bench.build, grain), ahead=lambda: 10**9
+        )
     stacks.join(members)
     assert sum(len(stack.members) for stack in stacks.active) == n, "some wait to be trained alone"
     (inputs, targets), last = next(iter(batches())), len(feed) % size or size
@@ -183,7 +185,7 @@ def train_ours(name: str, device: str, n: int, seconds: float, grain: str | None
     begin, each = time.perf_counter() - begin, seconds / len(stacks.active)
     result = _trained(bench, members, lambda: sum(bench.epoch(batches, s.step, each) for s in stacks.active))
     for stack in stacks.active:
-        stack.evaluate(Feed(bench.valid, bench.device))  # for the memory that it needs
+        stack.evaluate(Batches(bench.valid, bench.device))  # for the memory that it needs
     return result | {"begin": begin, "mib": _peak_mib()}
 
 

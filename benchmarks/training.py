@@ -5,7 +5,7 @@
 Both train the same network (8-24-24-1) from the same initial weights on the same batches in the same order, with Adam
 1e-3 and batch 64, and both measure MSE and R2 on validation after each epoch: side by side, in turn, on one thread.
 (a) is the documented loop: a DataLoader, `optimizer.step()` as it comes, TorchMetrics updated batch by batch. (b) is
-`hpo.training.loop.train` with a LoopStack of one member. (c) is the documented loop with torch's own default of threads.
+`hpo.training.loop` with a LoopStack of one member. (c) is the documented loop with torch's own default of threads.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from torchmetrics.regression import R2Score
 from hpo.study import objective as objectives
 from hpo.study.data import Data, DataInfo, Split
 from hpo.study.objective import Objective
-from hpo.training.batches import Feed
+from hpo.training.batches import Batches
 from hpo.training.loop import order, train
-from hpo.training.stack import LoopStack, Member, One, Task
+from hpo.training.stack import LoopStack, Member, SingleStack, Task
 
 SEED = 42
 PARAMS = {"optimizer": "adam", "learning_rate": 1e-3, "batch_size": 64, "n_hidden1": 24, "n_hidden2": 24}
@@ -91,9 +91,9 @@ def ours(
     queue = [member]
     start = time.perf_counter()
     train(
-        One(LoopStack(task)),
-        Feed(train_split, device),
-        Feed(valid, device),
+        SingleStack(LoopStack(task)),
+        Batches(train_split, device),
+        Batches(valid, device),
         epochs=epochs,
         seed=SEED,
         ask=lambda n: [queue.pop()] if queue and n else [],

@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from hpo.__main__ import app
+from hpo.cli.app import app
 from hpo.errors import HpoError
 
 

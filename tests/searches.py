@@ -1,4 +1,4 @@
-"""What the tests of `hpo.search.search` and `hpo.search.lease` share: opening one study several times, as workers do."""
+"""What the tests of `search` and `lease` share: opening one study several times, as workers do."""
 
 from hpo.runner.progress import Progress
 from hpo.search.search import open_search

@@ -14,7 +14,7 @@ CHUNK = 4
 class Budget(RuleBasedStateMachine):
     """Workers that claim, end, die, give back and stall, while the study's `trials` are lowered and raised.
 
-    The rows are those of a storage; each rule changes them as `hpo.search.search` does, in its order. Workers read the queue
+    The rows are those of a storage; each rule changes them as `Search` does, in its order. Workers read the queue
     at one moment and change it at another (`stale`), as they may where the storage has no lock.
     """
 

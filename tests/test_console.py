@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from hpo.cli import console as view
-from hpo.cli.console import Board, LiveProgress, PlainProgress, duration, shown, table
+from hpo.cli.console import LiveProgress, PlainProgress, ProgressState, duration, shown, table
 from hpo.search.budget import Counts
 from hpo.search.search import Best
 
@@ -63,7 +63,7 @@ def test_params_are_shown_in_few_digits():
 
 class TestBoard:
     def test_the_time_left_follows_the_pace_of_this_run_alone(self, clock):
-        board = Board(counts(complete=10), None, 20, "accuracy")
+        board = ProgressState(counts(complete=10), None, 20, "accuracy")
         clock.now += 30
         assert board.seconds_left() is None
         assert board.left_text() == ""
@@ -72,20 +72,20 @@ class TestBoard:
         assert board.left_text() == "about 70 s left"
 
     def test_nothing_is_left_at_the_end(self, clock):
-        board = Board(counts(), None, 2, "accuracy")
+        board = ProgressState(counts(), None, 2, "accuracy")
         clock.now += 10
         board.counts = counts(complete=2)
         assert board.left_text() == ""
 
     def test_a_trial_that_ended_is_counted_without_looking(self):
-        board = Board(counts(running=4, waiting=1), None, 5, "accuracy")
+        board = ProgressState(counts(running=4, waiting=1), None, 5, "accuracy")
         for state in ("COMPLETE", "PRUNED", "FAIL", "COMPLETE", "INTERRUPTED"):
             board.add(state)
         assert board.counts == counts(complete=2, pruned=1, failed=1, running=4, waiting=1)
 
     def test_the_best_so_far(self):
-        assert Board(counts(), None, 5, "accuracy").best_text() == "no trial yet"
-        assert Board(counts(), best(), 5, "accuracy").best_text() == "best accuracy 0.9890 (trial 7)"
+        assert ProgressState(counts(), None, 5, "accuracy").best_text() == "no trial yet"
+        assert ProgressState(counts(), best(), 5, "accuracy").best_text() == "best accuracy 0.9890 (trial 7)"
 
 
 class TestPlain:
@@ -96,7 +96,7 @@ class TestPlain:
     @pytest.fixture
     def plain(self, clock, lines):
         """Return a progress whose `refresh` takes what `plain.next` says, as the storage would, and notes its calls."""
-        board = Board(counts(), None, 4, "accuracy")
+        board = ProgressState(counts(), None, 4, "accuracy")
 
         def refresh(state, value):
             made.told = (state, value)
@@ -154,7 +154,7 @@ class TestPlain:
 def test_the_live_view_ends_with_the_counts_the_best_and_every_reason():
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=150, no_color=True)
-    board = Board(counts(), None, 2, "accuracy")
+    board = ProgressState(counts(), None, 2, "accuracy")
 
     def refresh(state, value):
         board.counts, board.best = counts(complete=1, failed=1), best(0, 0.5)

@@ -11,7 +11,7 @@ from optuna.storages._grpc.server import make_server
 from optuna.testing.pytest_samplers import BasicSamplerTestCase
 from optuna.testing.pytest_storages import StorageTestCase
 
-from hpo.search.retrying import Patient
+from hpo.search.retrying import RetryingStorage
 from hpo.search.samplers import make_sampler
 from hpo.search.storage import close_storage, open_storage
 from hpo.study.space import build
@@ -45,19 +45,19 @@ def opened(request, tmp_path_factory):
             url = request.getfixturevalue("server").database()
         if request.param == "grpc":
             url = stack.enter_context(served(folder))
-        storage = Patient(open_storage(url), 0.0)
+        storage = RetryingStorage(open_storage(url), 0.0)
         stack.callback(storage.close)
         yield storage
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 class TestStorages(StorageTestCase):
-    """What a search sees: the storage as it is opened, with `Patient` around it."""
+    """What a search sees: the storage as it is opened, with `RetryingStorage` around it."""
 
     @pytest.fixture
     def storage(self, opened, tmp_path):
         if isinstance(opened.inner, JournalStorage):  # it gives the ids of a deleted study's trials still
-            opened = Patient(open_storage(f"journal:///{tmp_path}/s.log"), 0.0)
+            opened = RetryingStorage(open_storage(f"journal:///{tmp_path}/s.log"), 0.0)
         yield opened
         for study in opened.get_all_studies():
             opened.delete_study(study._study_id)

@@ -161,7 +161,7 @@ def test_alike_is_of_one_type_at_one_place():
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_stalled_workers_function_lets_its_trial_go(monkeypatch, wrapped):
     """A peer ended the trial meanwhile: `Trial#0 has already finished` once ended the whole run."""
-    first = own.Own._call
+    first = own.CustomTraining._call
 
     def stalls(self, function, trial):
         if trial.member.number == 0:
@@ -183,7 +183,7 @@ def test_a_stalled_workers_function_lets_its_trial_go(monkeypatch, wrapped):
                 function.call = plain
         return first(self, function, trial)
 
-    monkeypatch.setattr(own.Own, "_call", stalls)
+    monkeypatch.setattr(own.CustomTraining, "_call", stalls)
     out = run(monkeypatch, "good", trials=3)
     assert "another worker took this trial over" in out
     assert summary(out)["trials"]["complete"] == 2

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from hpo.study.data import DataInfo, Split, batch_sizes
 from hpo.study.objective import Objective
 from hpo.study.spec import Loading
-from hpo.training.batches import Feed, feed
+from hpo.training.batches import Batches, feed
 from hpo.training.loop import order, train
-from hpo.training.stack import LoopStack, Member, One, Task
+from hpo.training.stack import LoopStack, Member, SingleStack, Task
 
 CPU = torch.device("cpu")
 N_ROWS = 41
@@ -41,15 +41,15 @@ def raw(n_inputs: int = 2, n: int = N_ROWS) -> Split:
     return Split(inputs=dict(islice(inputs.items(), n_inputs)), targets=targets)
 
 
-def ways(split: Split) -> dict[str, Feed]:
+def ways(split: Split) -> dict[str, Batches]:
     """Return the same rows in every way that they may reach the networks."""
     prepare = Prepare().eval()
     return {
         "as a CPU has it": feed(split, Prepare().train(), CPU),
-        "resident, prepared": Feed(split.through(prepare), CPU),
-        "resident, raw": Feed(split, CPU, prepare),
-        "streamed, prepared": Feed(split.through(prepare), CPU, resident=False),
-        "streamed, raw": Feed(split, CPU, prepare, resident=False),
+        "resident, prepared": Batches(split.through(prepare), CPU),
+        "resident, raw": Batches(split, CPU, prepare),
+        "streamed, prepared": Batches(split.through(prepare), CPU, resident=False),
+        "streamed, raw": Batches(split, CPU, prepare, resident=False),
     }
 
 
@@ -126,7 +126,7 @@ def test_a_row_that_would_be_left_over_joins_the_batch_before(n_rows: int, batch
 def test_batches_cover_each_row_once_and_keep_inputs_and_targets_together(n, batch_size, resident):
     rows = order(n, 0, 0)
     split = Split(inputs={"x": torch.arange(n), "y": -torch.arange(n)}, targets=torch.arange(n, dtype=torch.float32))
-    made = list(Feed(split, CPU, resident=resident).batches(batch_size, rows))
+    made = list(Batches(split, CPU, resident=resident).batches(batch_size, rows))
     assert torch.cat([targets for _, targets in made]).tolist() == rows.tolist()
     for inputs, targets in made:
         assert torch.equal(inputs[0], targets.long())
@@ -160,7 +160,7 @@ def curve(way: str) -> list[dict[str, float]]:
     member, given = Member(number=0, seed=0, params=params), ways(raw(1))[way]
     queue = [member]
     train(
-        One(LoopStack(task)),
+        SingleStack(LoopStack(task)),
         given,
         ways(raw(1, 20))[way],
         epochs=3,

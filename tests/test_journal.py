@@ -12,7 +12,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from hpo.errors import HpoError, StorageError
-from hpo.search.retrying import Patient
+from hpo.search.retrying import RetryingStorage
 from hpo.search.storage import open_storage
 
 TORN = b'{"op_code":9,"worker_id":"w","trial_id":0,"user_attr":{"k":"\\u00e4 half of i'
@@ -28,7 +28,7 @@ def path(tmp_path):
 
 
 def opened(path):
-    return Patient(open_storage(f"journal:///{path}"), 0.0)
+    return RetryingStorage(open_storage(f"journal:///{path}"), 0.0)
 
 
 def trials(path):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpo.stacks.kinds import Kinds
-from hpo.stacks.padding import Frames
+from hpo.stacks.padding import PaddingPlan
 from hpo.stacks.pool import Pool
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.data import DataInfo
@@ -21,7 +21,7 @@ from hpo.study.objective import Objective
 from hpo.study.space import build as build_space
 from hpo.study.spec import parse_param
 from hpo.training.stack import LoopStack, Task
-from tests.test_pool import CPU, N_EPOCHS, N_ROWS, One, fit, members, rows
+from tests.test_pool import CPU, N_EPOCHS, N_ROWS, SingleStack, fit, members, rows
 
 GLOBAL = "tanh"
 
@@ -164,14 +164,14 @@ def trained(
     entries = {**several[0], "optimizer": "adam", "batch_size": 12, **space}
     made, faults = build_space({name: parse_param(entry) for name, entry in entries.items()}, ())
     assert not faults
-    frames = Frames(made, lambda params: task.objective.build(params, task.info))
+    frames = PaddingPlan(made, lambda params: task.objective.build(params, task.info))
     said: list[str] = []
     stacks = set()
     got = members(*several)
     pool = Pool(task, len(several), rows(8), frames, say=said.append)
     fit(pool, got, seen=lambda stack, member: stacks.add((id(stack), type(stack))))
     for member, alone in zip(got, members(*several), strict=True):
-        fit(One(LoopStack(task)), [alone])
+        fit(SingleStack(LoopStack(task)), [alone])
         for epoch, reference in zip(member.history, alone.history, strict=True):
             assert epoch == pytest.approx(reference, abs=1e-9), member.params
     return {kind for _, kind in stacks}, said

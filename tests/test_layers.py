@@ -1,4 +1,4 @@
-"""The house's rules, held by its own imports: layers, a home for each library, a frozen surface, README's tree."""
+"""The house's rules, held by its own imports: layers, a home for each library, a frozen surface, the drawn tree."""
 
 import ast
 import re
@@ -12,133 +12,97 @@ import pytest
 from hpo.study.spec import KEYS
 from tests.conftest import ROOT
 
-LAYERS = {
-    "__init__": 0,
-    "errors": 0,
-    "seeds": 0,
-    "progress": 0,
-    "processes": 0,
-    "stopping": 0,
-    "stacked_optim": 0,
-    "schedules": 0,
-    "memory": 0,
-    "kinds": 0,
-    "structure": 1,
-    "document": 1,
-    "catalog": 1,
-    "losses": 1,
-    "budget": 1,
-    "faults": 1,
-    "spec": 2,
-    "data": 2,
-    "tracking": 2,
-    "outbox": 3,
-    "mlflow_runs": 4,
-    "mlflow_tracker": 5,
-    "optim": 2,
-    "objective": 3,
-    "space": 3,
-    "journal": 1,
-    "remote": 1,
-    "sqlite": 1,
-    "storage": 2,
-    "lease": 3,
-    "away": 3,
-    "outage": 4,
-    "bundle": 3,
-    "cmaes": 3,
-    "trust": 3,
-    "samplers": 4,
-    "feed": 3,
-    "frames": 4,
-    "stack": 4,
-    "measuring": 5,
-    "vmap_stack": 6,
-    "pool": 7,
-    "sizing": 8,
-    "training": 5,
-    "plan": 5,
-    "firststep": 6,
-    "tryout": 7,
-    "search": 5,
-    "checkpoints": 6,
-    "trial": 7,
-    "own": 8,
-    "selection": 9,
-    "launch": 8,
-    "ray_workers": 10,
-    "worker": 10,
-    "console": 7,
-    "commands": 11,
-    "__main__": 12,
+ROOM = {
+    "study": set(),
+    "search": {"study"},
+    "training": {"study"},
+    "stacks": {"training", "study"},
+    "tracking": set(),
+    "export": {"study"},
+    "runner": {"study", "search", "training", "stacks", "tracking", "export"},
+    "cli": {"study", "search", "training", "stacks", "tracking", "export", "runner"},
 }
+"""What each package may import beside itself; the modules of the root are open to all."""
+ROOT_MODULES = {"__init__", "__main__", "errors", "seeds", "processes", "stopping", "data", "objective"}
 HOMES = {
-    "optuna": {
-        "space",
-        "samplers",
-        "cmaes",
-        "journal",
-        "remote",
-        "sqlite",
-        "storage",
-        "budget",
-        "lease",
-        "away",
-        "outage",
-        "search",
-    },
-    "mlflow": {"mlflow_runs"},
-    "yaml": {"document"},
-    "pydantic": {"spec"},
-    "sqlalchemy": {"remote", "sqlite", "storage", "away"},
-    "rich": {"console", "commands"},
-    "typer": {"__main__"},
-    "ray": {"ray_workers"},
+    "optuna": {"search", "study.space"},
+    "mlflow": {"tracking.runs"},
+    "yaml": {"study.document"},
+    "pydantic": {"study.spec"},
+    "sqlalchemy": {"search"},
+    "rich": {"cli"},
+    "typer": {"cli.app"},
+    "ray": {"runner.ray_workers"},
 }
+
+
+PACKAGES = {"hpo", *(f"hpo.{name}" for name in ROOM)}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
-    """Return (module, whether at the module's top) for every import in a file; `from hpo import x` is `hpo.x`."""
+    """Return (module, whether at the module's top) for every import in a file, `from hpo.study import spec` too."""
     tree = ast.parse(path.read_text())
     found = []
     for node in ast.walk(tree):
         top = node in tree.body
         if isinstance(node, ast.Import):
             found += [(alias.name, top) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module == "hpo":
-            found += [(f"hpo.{alias.name}", top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module in PACKAGES:
+            found += [(f"{node.module}.{alias.name}", top) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             found.append((str(node.module), top))
     return found
 
 
-MODULES = sorted((ROOT / "hpo").glob("*.py"))
+MODULES = sorted((ROOT / "hpo").rglob("*.py"))
 
 
-def test_every_module_has_a_layer() -> None:
-    assert {path.stem for path in MODULES} == set(LAYERS)
+def name_of(path: Path) -> str:
+    """Return a module's name within `hpo`: `study.spec`, `errors`."""
+    return ".".join(path.relative_to(ROOT / "hpo").with_suffix("").parts)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_imports_run_downward_and_each_library_has_its_home(path: Path) -> None:
+def test_the_packages_are_those_of_the_table() -> None:
+    assert {name_of(path).partition(".")[0] for path in MODULES if path.parent != ROOT / "hpo"} == set(ROOM)
+    assert {path.stem for path in MODULES if path.parent == ROOT / "hpo"} == ROOT_MODULES
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_keep_to_the_table_and_each_library_has_its_home(path: Path) -> None:
+    name = name_of(path)
+    room = name.partition(".")[0]
     for module, _ in imports(path):
         package, _, rest = module.partition(".")
-        if package == "hpo" and rest:
-            assert LAYERS[rest] < LAYERS[path.stem], f"{path.stem} imports {rest}, which is no layer below it"
+        other = rest.partition(".")[0]
+        if package == "hpo" and other in ROOM and name not in ("__init__", "__main__", "data", "objective"):
+            assert other == room or other in ROOM.get(room, set()), f"{name} imports {module}; {room} may not"
         if package in HOMES:
-            assert path.stem in HOMES[package], f"{path.stem} imports {package}, whose home is {HOMES[package]}"
-        assert package != "objectives", f"{path.stem}: the engine knows no objective"
+            at_home = name in HOMES[package] or room in HOMES[package]
+            assert at_home, f"{name} imports {package}, whose home is {HOMES[package]}"
+        assert package != "objectives", f"{name}: the engine knows no objective"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    known = {name_of(path): path for path in MODULES if path.stem != "__init__"}
+    arrows = {
+        name: {module.removeprefix("hpo.") for module, _ in imports(path)} & set(known) for name, path in known.items()
+    }
+    left = dict(arrows)
+    while free := [name for name, to in left.items() if not to & set(left)]:
+        for name in free:
+            del left[name]
+    assert not left, f"in a circle, or above one: {sorted(left)}"
 
 
 def test_only_the_command_line_prints_or_exits() -> None:
     for path in MODULES:
         calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-        if path.stem not in ("__main__", "commands"):
+        if path.parent.name != "cli":
             assert not {"print", "sys.exit", "exit", "quit"} & set(calls), path
 
 
 def test_mlflow_is_imported_only_when_first_used() -> None:
-    assert not [module for module, top in imports(ROOT / "hpo/mlflow_runs.py") if top and module.startswith("mlflow")]
+    assert not [module for module, top in imports(ROOT / "hpo/tracking/runs.py") if top and module.startswith("mlflow")]
 
 
 COMMANDS = ("run", "check", "status", "export", "worker", "repair", "serve", "objectives")
@@ -147,7 +111,7 @@ COMMANDS = ("run", "check", "status", "export", "worker", "repair", "serve", "ob
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_imports_nothing_heavy_and_has_an_example(command: list[str]) -> None:
     code = (
-        "import sys; from hpo.__main__ import main; sys.argv[0] = 'hpo'\n"
+        "import sys; from hpo.cli.app import main; sys.argv[0] = 'hpo'\n"
         "try: main()\nexcept SystemExit as e: status = e.code\n"
         "heavy = {'torch', 'mlflow', 'optuna', 'pandas', 'sklearn'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else status)"
@@ -235,13 +199,23 @@ def test_the_surface_is_frozen() -> None:
     }
 
 
-def test_readme_tree_is_the_tree() -> None:
-    block = (ROOT / "README.md").read_text().split("```tree\n")[1].split("```")[0]
-    told, folder = set(), ""
+def test_the_tree_on_the_architecture_page_is_the_tree() -> None:
+    block = (ROOT / "docs" / "architecture.md").read_text().split("```tree\n")[1].split("```")[0]
+    drawn, folders = set(), [""]
     for line in block.splitlines():
-        name = line.split()[0]
-        folder = name if name.endswith("/") and not line.startswith(" ") else folder
-        told.add(name if not line.startswith(" ") else folder + name)
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        folders[depth + 1 :] = [folders[depth] + name]
+        drawn.add(folders[depth + 1])
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    there = {f for f in files if re.fullmatch(r"(hpo|objectives|studies|benchmarks)/[^/]+", f) and "__init__" not in f}
-    assert {name for name in told if re.fullmatch(r"(hpo|objectives|studies|benchmarks)/.+", name)} == there
+    parts = ("hpo/", "objectives/", "studies/", "benchmarks/")
+    there = {file for file in files if file.startswith(parts) and not file.endswith(("__init__.py", "py.typed"))}
+    assert {name for name in drawn if name.startswith(parts) and not name.endswith("/")} == there
+
+
+def test_the_table_on_the_architecture_page_is_the_rule() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| [^|]* \| ([^|]*)\|$", page, re.M)
+    told = {}
+    for package, may in rows:
+        told[package] = set(told) if "all of the above" in may else set(re.findall(r"`(\w+)`", may))
+    assert told == ROOM

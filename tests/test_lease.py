@@ -10,7 +10,7 @@ import pytest
 from optuna.trial import TrialState
 
 from hpo.search.budget import LEASE_KEY
-from hpo.search.lease import Deaths, LeaseKeeper
+from hpo.search.lease import LeaseKeeper, LeaseMonitor
 from hpo.study.space import Space
 from tests.searches import Opener, claims, stored
 
@@ -119,7 +119,7 @@ def test_a_claim_without_a_lease_yet_is_given_time(opened):
     search = opened()
     trial = stored(search, search.ask().number)
     trial.system_attrs.pop(LEASE_KEY)
-    deaths = Deaths(grace=0.4)
+    deaths = LeaseMonitor(grace=0.4)
     assert deaths.is_dead(trial) is None
     time.sleep(0.35)
     assert deaths.is_dead(trial) is True
@@ -129,7 +129,7 @@ def test_a_claim_without_a_lease_yet_is_given_time(opened):
 def test_a_clock_that_is_wrong_neither_kills_a_worker_of_another_machine_nor_keeps_it_alive(opened, wrong):
     search = opened()
     trial = stored(search, search.ask().number)
-    deaths = Deaths(grace=0.4)
+    deaths = LeaseMonitor(grace=0.4)
     for n in range(5):
         until = time.time() + wrong + n
         trial.system_attrs[LEASE_KEY] = {"worker": f"elsewhere-1-{gone_pid()}", "until": until, "attempt": 1}

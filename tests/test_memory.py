@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hpo.runner.prepare import prepare
-from hpo.stacks.padding import Frames
+from hpo.stacks.padding import PaddingPlan
 from hpo.stacks.sizing import looked_at
 from hpo.study.space import build as build_space
 from hpo.study.spec import parse_param
@@ -168,7 +168,7 @@ def test_the_frame_of_a_space_that_is_too_large_is_that_of_its_smaller_networks(
         built.append(params["width"])
         return nn.Sequential(nn.Linear(4, params["width"]), nn.Tanh(), nn.Linear(params["width"], params["width"]))
 
-    frames = Frames(space, build)
+    frames = PaddingPlan(space, build)
     one, other = (frames[0](build(p), p) for p in ({"width": 33}, {"width": 40}))
     padded = {"int": (64, 4), "categorical": (33, 4)}[entry["type"]]  # choices are no widths to round up
     assert one.shapes["0.weight"] == padded

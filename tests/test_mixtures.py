@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from hpo.stacks.padding import Frames
+from hpo.stacks.padding import PaddingPlan
 from hpo.stacks.pool import Pool
 from hpo.study.data import DataInfo, Split
 from hpo.study.losses import cross_entropy
 from hpo.study.objective import Objective
 from hpo.study.space import build
 from hpo.study.spec import parse_param
-from hpo.training.batches import Feed
+from hpo.training.batches import Batches
 from hpo.training.loop import train
-from hpo.training.stack import LoopStack, Member, One, Stack, Stacks, Task
+from hpo.training.stack import LoopStack, Member, SingleStack, Stack, Stacks, Task
 
 CPU = torch.device("cpu")
 N_EPOCHS = 3
@@ -107,7 +107,7 @@ def fit(stacks: Stacks, members: list[Member], stops: dict[int, int], seed: int 
         weights[member.number] = stack.state(member)
         return member.epoch < stops.get(member.number, N_EPOCHS)
 
-    feeds = (Feed(split(0, **more), CPU), Feed(split(1, 30, **more), CPU))
+    feeds = (Batches(split(0, **more), CPU), Batches(split(1, 30, **more), CPU))
     train(stacks, *feeds, epochs=N_EPOCHS, seed=seed, ask=ask, report=report)
     return weights
 
@@ -133,7 +133,7 @@ SPACE, _ = build(
 
 
 def pool(objective: Objective, capacity: int, grain: str = "fine", dtype: torch.dtype = torch.float64) -> Pool:
-    frames = Frames(SPACE, lambda params: objective.build(params, INFO), grain)
+    frames = PaddingPlan(SPACE, lambda params: objective.build(params, INFO), grain)
     return Pool(task(objective), capacity, split(0, 8, dtype), frames)
 
 
@@ -163,7 +163,7 @@ def check(drawn: list[dict[str, Any]], same: bool, grain: str) -> None:
     got, expected = members(drawn), members(drawn)
     weights = fit(pool(Mixed(), len(drawn), grain), got, {})
     for one, other in zip(got, expected, strict=True):
-        alone = fit(One(LoopStack(task(Mixed()))), [other], {})
+        alone = fit(SingleStack(LoopStack(task(Mixed()))), [other], {})
         for epoch, reference in zip(one.history, other.history, strict=True):
             assert epoch == pytest.approx(reference, abs=1e-9)
         assert set(weights[one.number]) == set(alone[one.number])
@@ -210,7 +210,7 @@ def test_members_that_join_and_leave_midway_have_the_curves_of_a_loop_of_the_sam
     drawn = [KINDS[i % 3] | {"learning_rate": 1e-3 * (i + 1)} for i in range(8)]
     got, expected = members(drawn), members(drawn)
     weights = fit(pool(Mixed(), 3, "coarse"), got, stops)
-    reference = fit(One(LoopStack(task(Mixed()), 3)), expected, stops)
+    reference = fit(SingleStack(LoopStack(task(Mixed()), 3)), expected, stops)
     assert [m.joined for m in got] == [m.joined for m in expected]
     assert max(m.joined for m in got) > 0
     for one, other in zip(got, expected, strict=True):
@@ -227,7 +227,7 @@ def test_single_precision_is_within_a_thousandth_over_five_epochs(monkeypatch: p
     got, expected = members(drawn), members(drawn)
     fit(pool(Single(), 6, dtype=torch.float32), got, {}, dtype=torch.float32)
     for one, other in zip(got, expected, strict=True):
-        fit(One(LoopStack(task(Single()))), [other], {}, dtype=torch.float32)
+        fit(SingleStack(LoopStack(task(Single()))), [other], {}, dtype=torch.float32)
         assert len(one.history) == len(other.history) == 5
         for epoch, reference in zip(one.history, other.history, strict=True):
             assert epoch == pytest.approx(reference, abs=1e-3)

@@ -201,7 +201,7 @@ def test_an_objective_that_cannot_be_made_says_where(folder):
 
 def test_the_example_of_the_module_is_an_objective(folder):
     """Its docstring is what a user copies; only the `...` in it are filled in."""
-    text = dedent(sys.modules["hpo.objective"].__doc__.split("A whole one:")[1])
+    text = dedent(sys.modules["hpo.study.objective"].__doc__.split("A whole one:")[1])
     text = text.replace("nn.ReLU(), ...", "nn.ReLU()")
     write(
         folder / "iris.py",

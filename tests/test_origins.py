@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hpo.errors import Interrupted, StorageError
-from hpo.runner.checkpoints import settle
+from hpo.runner.checkpoints import settle_weights
 from hpo.runner.prepare import prepare
 from hpo.runner.worker import work
 from hpo.search.search import DATA, open_search
@@ -216,10 +216,10 @@ stop = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
 if moment == "before tell":
     search.Search.complete = stop
 elif moment == "after tell":
-    first = checkpoints.settle
-    def settle(plan, search, note):
+    first = checkpoints.settle_weights
+    def settle_weights(plan, search, note):
         return stop() if list(Path("mlruns/checkpoints/study").glob("best-*")) else first(plan, search, note)
-    checkpoints.settle = settle
+    checkpoints.settle_weights = settle_weights
 else:
     checkpoints.write = stop
 test_origins.train()
@@ -251,13 +251,13 @@ def test_weights_that_are_not_the_best_trials_are_removed_and_said():
     search = open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize)
     torch.save(torch.load(BEST, weights_only=True) | {"trial": 5}, BEST)
     notes = []
-    settle(plan, search, notes.append)
+    settle_weights(plan, search, notes.append)
     assert notes == [
         f"{BEST} held trial 5's weights, but the best is trial 0, trained elsewhere: it was removed; `hpo export` "
         "trains the best trial again"
     ]
     assert not BEST.exists()
-    settle(plan, search, notes.append)
+    settle_weights(plan, search, notes.append)
     assert len(notes) == 1
     search.close()
 
@@ -269,6 +269,6 @@ def test_of_two_writers_that_cross_the_best_trials_weights_stay():
     number, content = search.best().number, torch.load(BEST, weights_only=True)
     for name, trial in (("best.pt", 1 - number), (f"best-{number}.pt", number)):
         torch.save(content | {"trial": trial}, BEST.with_name(name))
-    settle(plan, search, lambda text: pytest.fail(text))
+    settle_weights(plan, search, lambda text: pytest.fail(text))
     assert best() == number
     search.close()

@@ -18,7 +18,7 @@ from optuna.trial import TrialState, create_trial
 
 from hpo.errors import StorageError
 from hpo.search.away import StoppedWhileAway, StorageAway, StudyGone, open_patiently
-from hpo.search.retrying import Patient
+from hpo.search.retrying import RetryingStorage
 from hpo.search.storage import StorageBusy, exclusive, open_storage
 from tests.cli import invoke, summary
 from tests.conftest import LINEAR, start_hpo
@@ -27,8 +27,9 @@ from tests.servers import free_port, wait_for_port
 
 MINIMIZE = [optuna.study.StudyDirection.MINIMIZE]
 BRIEF = (
-    "import hpo.stopping; hpo.stopping.ANSWER_SECONDS = 2.0; import hpo.search.remote; hpo.search.remote._LISTING_SECONDS = 2.0; "
-    "from hpo.__main__ import main; main()"
+    "import hpo.stopping; hpo.stopping.ANSWER_SECONDS = 2.0; "
+    "import hpo.search.remote; hpo.search.remote._LISTING_SECONDS = 2.0; "
+    "from hpo.cli.app import main; main()"
 )
 """`python -m hpo` that waits for 2 s, not 6, for an answer."""
 
@@ -64,7 +65,7 @@ class Flaky(InMemoryStorage):
 def flaky(monkeypatch):
     monkeypatch.setattr("hpo.search.retrying.RETRY_SECONDS", 0.05)
     inner, said = Flaky(), []
-    storage = Patient(inner, 30.0, said.append)
+    storage = RetryingStorage(inner, 30.0, said.append)
     storage.said = said
     yield storage
     inner.away = False
@@ -163,7 +164,7 @@ def test_ids_of_deleted_studies_and_trials_are_not_given_again(tmp_path):
     storage.delete_study(before)
     assert storage.create_new_study(MINIMIZE, "s") > before
     assert storage.create_new_trial(before + 1) > trial
-    Patient(storage, 0.0).close()
+    RetryingStorage(storage, 0.0).close()
 
 
 # A peer of this machine that holds SQLite's locks, as one does that was stopped.
@@ -237,7 +238,7 @@ def test_who_starts_while_a_peer_holds_the_lock_waits_and_says_so(tmp_path, monk
     def let_go(text):
         held.__exit__(None, None, None)
 
-    Patient(open_patiently(url, 30.0, wait=False, say=let_go), 0.0).close()
+    RetryingStorage(open_patiently(url, 30.0, wait=False, say=let_go), 0.0).close()
     timer.cancel()
     with pytest.raises(StorageError, match="there is no folder"):  # what will not pass is not waited for
         open_patiently("sqlite:////nowhere/s.db", 30.0, wait=False)
@@ -418,6 +419,6 @@ def test_a_study_that_is_deleted_while_it_runs_ends_the_run_plainly_and_harms_no
     assert len(other.trials) == 3
     assert all(not t.intermediate_values and not t.user_attrs and not t.system_attrs for t in other.trials), trials
     optuna.delete_study(study_name="study", storage=storage)
-    Patient(storage, 0.0).close()
+    RetryingStorage(storage, 0.0).close()
     done = summary(invoke("run", path, "--storage", url, "--set", "epochs=2", "--json"))
     assert done["trials"]["complete"] == 2

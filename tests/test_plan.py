@@ -9,7 +9,7 @@ import torch
 from torchmetrics import Metric
 
 from hpo.errors import InputError, SpecError
-from hpo.runner.preflight import try_out
+from hpo.runner.preflight import preflight
 from hpo.runner.prepare import find_device, prepare
 
 CHOOSY = '''
@@ -221,7 +221,7 @@ class TestDevice:
 class TestTryOut:
     def test_a_good_objective_gives_the_first_corners_network(self, planned):
         plan = planned()
-        network = try_out(plan, plan.load_data())
+        network = preflight(plan, plan.load_data())
         assert sum(p.numel() for p in network.parameters()) == 4 * 4 + 5
         assert network.training
 
@@ -242,7 +242,7 @@ class TestTryOut:
     def test_what_would_fail_in_training_fails_here(self, planned, fault, text):
         plan = planned(f"params: {{fault: {fault}}}")
         with pytest.raises(InputError, match=f"^objective choosy.py: {text}"):
-            try_out(plan, plan.load_data())
+            preflight(plan, plan.load_data())
 
     @pytest.mark.parametrize(
         ("fault", "text"),
@@ -259,7 +259,7 @@ class TestTryOut:
         plan = planned(f"params: {{fault: {fault}}}")
         try:
             with pytest.raises(InputError, match=f"^objective choosy.py: {text}"):
-                try_out(plan, plan.load_data())
+                preflight(plan, plan.load_data())
         finally:
             torch.set_default_dtype(torch.float32)
 
@@ -268,19 +268,19 @@ class TestTryOut:
         plan.objective.more = {"picky": Picky()}
         message = r"^objective choosy.py: metric picky failed: ValueError: takes \(B, 5\) only \("
         with pytest.raises(InputError, match=message):
-            try_out(plan, plan.load_data())
+            preflight(plan, plan.load_data())
 
     def test_a_loss_without_a_gradient_is_refused(self, planned):
         plan = planned("params: {fault: detached}")
         message = r"^objective choosy.py: loss.backward failed: RuntimeError: .*does not require grad"
         with pytest.raises(InputError, match=message):
-            try_out(plan, plan.load_data())
+            preflight(plan, plan.load_data())
 
     def test_a_preprocessing_that_fails_is_refused(self, planned):
         plan = planned()
         plan.objective.preprocess = lambda train: torch.nn.Linear(7, 7)
         with pytest.raises(InputError, match=r"^objective choosy.py: preprocess failed: RuntimeError: "):
-            try_out(plan, plan.load_data())
+            preflight(plan, plan.load_data())
 
 
 class TestLosses:

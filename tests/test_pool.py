@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpo.stacks.padding import Frames
+from hpo.stacks.padding import PaddingPlan
 from hpo.stacks.pool import WORTH_STACKING, Pool
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.data import DataInfo, Split
 from hpo.study.objective import Objective
 from hpo.study.space import build as build_space
 from hpo.study.spec import parse_param
-from hpo.training.batches import Feed
+from hpo.training.batches import Batches
 from hpo.training.loop import train
-from hpo.training.stack import LoopStack, Member, One, Stack, Stacks, Task
+from hpo.training.stack import LoopStack, Member, SingleStack, Stack, Stacks, Task
 
 CPU = torch.device("cpu")
 N_ROWS, N_EPOCHS = 40, 3
@@ -102,7 +102,7 @@ def pool(capacity: int, said: list[str] | None = None, **params: Any) -> Pool:
     """Return a pool whose space has these params beside or in place of SPACE's."""
     space, faults = build_space({name: parse_param(entry) for name, entry in {**SPACE, **params}.items()}, ())
     assert not faults
-    frames = Frames(space, lambda params: TASK.objective.build(params, TASK.info))
+    frames = PaddingPlan(space, lambda params: TASK.objective.build(params, TASK.info))
     return Pool(TASK, capacity, rows(8), frames, say=(said if said is not None else []).append)
 
 
@@ -131,7 +131,9 @@ def fit(
         seen(stack, member)
         return member.epoch < (stops or {}).get(member.number, N_EPOCHS)
 
-    train(stacks, Feed(rows(N_ROWS), CPU), Feed(rows(20, 1), CPU), epochs=N_EPOCHS, seed=7, ask=ask, report=report)
+    train(
+        stacks, Batches(rows(N_ROWS), CPU), Batches(rows(20, 1), CPU), epochs=N_EPOCHS, seed=7, ask=ask, report=report
+    )
 
 
 def assert_same(got: Sequence[Member], expected: Sequence[Member]) -> None:
@@ -145,7 +147,7 @@ def alone(*several: dict[str, Any]) -> list[Member]:
     """Return the members, each trained in a loop of its own."""
     everyone = members(*several)
     for member in everyone:
-        fit(One(LoopStack(TASK)), [member])
+        fit(SingleStack(LoopStack(TASK)), [member])
     return everyone
 
 
@@ -212,7 +214,7 @@ def test_a_stack_is_as_large_as_its_members_need() -> None:
     got, expected, sizes = members(*[{}] * 9), members(*[{}] * 9), []
     made = pool(8)
     fit(made, got, stops, lambda stack, member: sizes.append(stack.capacity))
-    fit(One(LoopStack(TASK, 8)), expected, stops)
+    fit(SingleStack(LoopStack(TASK, 8)), expected, stops)
     assert_same(got, expected)
     assert [m.joined for m in got] == [m.joined for m in expected] == [0] * 8 + [1]
     assert sizes == [8] * 8 + [2] * (len(sizes) - 8)
@@ -242,7 +244,7 @@ def test_never_more_than_its_capacity_are_in_it(capacity: int) -> None:
             return False
         return True
 
-    feed = Feed(rows(N_ROWS), CPU)
+    feed = Batches(rows(N_ROWS), CPU)
     train(made, feed, None, epochs=N_EPOCHS, seed=0, ask=ask, report=report)
     assert not waiting
     assert not running

@@ -16,15 +16,15 @@ from hpo.runner.prepare import prepare
 from hpo.runner.worker import CHOICE, work
 from hpo.search.search import open_search
 from hpo.stacks import sizing
-from hpo.stacks.padding import Frames
-from hpo.stacks.sizing import Choice, Sizing
+from hpo.stacks.padding import PaddingPlan
+from hpo.stacks.sizing import Sizing, StackSize
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.data import DataInfo, Split
 from hpo.study.objective import Objective
 from hpo.study.space import build as build_space
 from hpo.study.spec import parse_param
 from hpo.tracking.base import MemoryTracker
-from hpo.training.batches import Feed
+from hpo.training.batches import Batches
 from hpo.training.stack import Task
 from tests.test_worker import Screen
 
@@ -54,8 +54,10 @@ def sized(n_trials: int = 1000, most: int = 1000, **params: Any) -> Sizing:
     space, faults = build_space({name: parse_param(entry) for name, entry in entries.items()}, ())
     assert not faults
     task = Task(objective=Line(), info=DataInfo(inputs={}, input_dtypes={}), device=CPU, n_rows=40, epochs=2)
-    feed = Feed(ROWS, CPU)
-    frames = {g: Frames(space, lambda params: task.objective.build(params, task.info), g) for g in ("fine", "coarse")}
+    feed = Batches(ROWS, CPU)
+    frames = {
+        g: PaddingPlan(space, lambda params: task.objective.build(params, task.info), g) for g in ("fine", "coarse")
+    }
     return Sizing(
         task=task,
         feed=feed,
@@ -77,7 +79,7 @@ class Clock:
         self.asked: list[tuple[str, int]] = []
         self.groups: list[int] = []
 
-        def stacked(given: Sizing, group: Any, frames: Frames, capacity: int, shared: float) -> Any:
+        def stacked(given: Sizing, group: Any, frames: PaddingPlan, capacity: int, shared: float) -> Any:
             grain = "fine" if frames is given.frames("fine") else "coarse"
             self.asked.append((grain, capacity))
             self.groups.append(len(group))
@@ -143,7 +145,7 @@ def test_what_it_takes_to_begin_a_stack_of_each_kind_is_counted(clock) -> None:
 
 def test_a_short_study_is_not_measured(clock) -> None:
     measuring = clock({}, alone=0.019)
-    assert sized().choose() == Choice(why="one trial at a time: all of it takes about 19 s")
+    assert sized().choose() == StackSize(why="one trial at a time: all of it takes about 19 s")
     assert measuring.asked == []
     assert clock({1: 1, 4: 2}, alone=0.021).asked == []
     assert sized().choose().capacity == 4
@@ -152,7 +154,7 @@ def test_a_short_study_is_not_measured(clock) -> None:
 def test_a_network_that_cannot_be_stacked_says_why(clock) -> None:
     clock({1: 9, 4: 9})
     choice = sized(optimizer="adadelta").choose()
-    assert choice == Choice(
+    assert choice == StackSize(
         why="one trial at a time: optimizer adadelta has no stacked form; sgd, adam, adamw, rmsprop, adagrad have"
     )
 
@@ -208,7 +210,7 @@ def test_no_memory_for_a_stack_is_no_fault_and_any_other_error_is(measured, monk
         monkeypatch.setattr(VmapStack, "step", step)
 
     strike(torch.OutOfMemoryError("CUDA out of memory"))
-    assert sized().choose() == Choice(why="one trial at a time: no stack is faster (measured)")
+    assert sized().choose() == StackSize(why="one trial at a time: no stack is faster (measured)")
     strike(RuntimeError("shapes"))
     with pytest.raises(RuntimeError, match="shapes"):
         sized().choose()
@@ -241,7 +243,7 @@ def test_a_run_says_and_remembers_what_it_has_chosen(study, measured) -> None:
 def test_a_short_run_is_not_measured_and_says_so(study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sizing, "_seconds_stacked", None)
     screen, remembered, _ = run(study)
-    assert remembered["choice"] == asdict(Choice(why="one trial at a time: all of it takes about 0 s"))
+    assert remembered["choice"] == asdict(StackSize(why="one trial at a time: all of it takes about 0 s"))
     assert screen.notes == [f"stack: {remembered['choice']['why']}"]
 
 
@@ -263,14 +265,14 @@ def test_a_run_trains_in_stacks_of_the_size_that_was_chosen(study, monkeypatch: 
         return real(self, inputs, targets)
 
     monkeypatch.setattr(VmapStack, "step", step)
-    monkeypatch.setattr(Sizing, "choose", lambda self: Choice(capacity=3, stacked=True, why="because"))
+    monkeypatch.setattr(Sizing, "choose", lambda self: StackSize(capacity=3, stacked=True, why="because"))
     screen, remembered, values = run(study)
     assert (screen.notes, remembered["choice"]["capacity"], len(values)) == (["stack: because"], 3, 6)
     assert set(sizes) == {3}
 
 
 def test_a_study_that_goes_on_goes_on_as_it_began(study, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = Choice(capacity=3, stacked=True, grain="coarse", shared=0.5, why="because")
+    chosen = StackSize(capacity=3, stacked=True, grain="coarse", shared=0.5, why="because")
     monkeypatch.setattr(Sizing, "choose", lambda self: chosen)
     first, remembered, _ = run(study)
     monkeypatch.setattr(Sizing, "choose", None)
@@ -283,7 +285,7 @@ def test_a_study_that_goes_on_goes_on_as_it_began(study, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(("sampler", "most"), [("random", 40), ("tpe", 10), ("gp", 10), ("qmc", 40)])
 def test_a_sampler_that_learns_has_some_rounds(study, monkeypatch, sampler: str, most: int) -> None:
     seen = []
-    monkeypatch.setattr(Sizing, "choose", lambda self: seen.append(self) or Choice(why="because"))
+    monkeypatch.setattr(Sizing, "choose", lambda self: seen.append(self) or StackSize(why="because"))
     text = TEXT.replace("random", sampler).replace("trials: 6", "trials: 40").replace("epochs: 2", "epochs: 1")
     with pytest.raises(Interrupted):
         run(study, text, stopping=lambda: bool(seen))

@@ -13,7 +13,7 @@ from hpo.stacks.vmap_stack import NotStackable, VmapStack
 from hpo.study.data import DataInfo, Split
 from hpo.study.objective import Objective
 from hpo.training import stack as stacks
-from hpo.training.batches import Feed
+from hpo.training.batches import Batches
 from hpo.training.loop import order
 from hpo.training.memory import is_out_of_memory
 from hpo.training.stack import LoopStack, Member, Task
@@ -109,7 +109,7 @@ def member(number, learning_rate=0.01, optimizer="adam", **params):
 
 def run(stack, rounds):
     """Train the stack's members for these rounds; return the losses of each step."""
-    data = Feed(split(), CPU)
+    data = Batches(split(), CPU)
     return [
         stack.step(inputs, targets) for r in rounds for inputs, targets in data.batches(BATCH_SIZE, order(N_ROWS, 7, r))
     ]
@@ -187,7 +187,7 @@ class TestContract:
         stack.join(each)
         for r in range(3):
             run(stack, [r])
-            stack.evaluate(Feed(split(1), CPU))
+            stack.evaluate(Batches(split(1), CPU))
         assert_same(stack.state(each), alone(each, "adam", range(3))[0])
 
     def test_metrics_are_of_the_whole_set_in_evaluation_mode(self, make, monkeypatch):
@@ -196,7 +196,7 @@ class TestContract:
         for each in members:
             stack.join(each)
         run(stack, [0, 1])
-        for each, result in zip(members, stack.evaluate(Feed(valid, CPU)), strict=True):
+        for each, result in zip(members, stack.evaluate(Batches(valid, CPU)), strict=True):
             network = Network()
             network.load_state_dict(stack.state(each))
             with torch.no_grad():
@@ -213,7 +213,7 @@ class TestContract:
         for each in (first, greedy, last):
             stack.join(each)
         losses = run(stack, [0, 1])[-1]
-        results = stack.evaluate(Feed(split(1), CPU))
+        results = stack.evaluate(Batches(split(1), CPU))
         assert greedy.fault == "out of memory on cpu: CUDA out of memory. Tried to allocate 2.00 GiB"
         assert [bool(result) for result in results] == [True, False, True]
         assert torch.isfinite(losses).tolist() == [True, where == "evaluate", True]
@@ -229,7 +229,7 @@ class TestContract:
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # noqa: PT012
             stack.join(broken)
             run(stack, [0])
-            stack.evaluate(Feed(split(1), CPU))
+            stack.evaluate(Batches(split(1), CPU))
         assert broken.fault is None
 
     def test_a_state_is_a_copy_and_a_module_is_not(self, make):
@@ -269,7 +269,7 @@ def test_bf16_rounds_what_networks_compute_and_nothing_else(kind):
         stack.join(each)
         losses[precision] = stack.step(list(single().inputs.values()), single().targets)
         assert all(weight.dtype == torch.float32 for weight in stack.state(each).values())
-        (results[precision],) = stack.evaluate(Feed(single(), CPU))
+        (results[precision],) = stack.evaluate(Batches(single(), CPU))
     assert losses["bf16"].dtype == torch.float32
     assert losses["bf16"].item() != losses["float32"].item()
     assert losses["bf16"].item() == pytest.approx(losses["float32"].item(), rel=2e-2)
@@ -312,7 +312,7 @@ def test_gathered_gradients_are_those_of_all_rows_at_once(batch_size, n, schedul
         stack = LoopStack(Task(objective=WithoutNorm(), info=INFO, device=CPU, n_rows=N_ROWS, epochs=3))
         each = member(0, **params, **schedule)
         stack.join(each)
-        feed = Feed(split(), CPU)
+        feed = Batches(split(), CPU)
         for epoch in range(3):
             for inputs, targets in feed.batches(params["batch_size"], order(N_ROWS, 0, epoch)):
                 stack.step(inputs, targets)

@@ -10,11 +10,11 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hpo.stacks.structure import Choice, Gated, RateDropout, frame_of
+from hpo.stacks.structure import Gated, RateDropout, SelectOne, frame_of
 from hpo.stacks.vmap_stack import NotStackable, VmapStack
 from hpo.study.data import DataInfo, Split
 from hpo.study.objective import Objective
-from hpo.training.batches import Feed
+from hpo.training.batches import Batches
 from hpo.training.stack import LoopStack, Member, Stack, Task
 from objectives.models import MLP
 
@@ -112,7 +112,7 @@ def members(several: Sequence[Any]) -> list[Member]:
 def outputs(made: Stack, n: int = 4) -> list[list[float]]:
     """Return what each member's network gives for `n` rows that it has not seen, in evaluation mode."""
     data = rows(n, seed=9)
-    feeds = [Feed(Split(inputs={"x": data.inputs["x"][i : i + 1]}, targets=data.targets[:1]), CPU) for i in range(n)]
+    feeds = [Batches(Split(inputs={"x": data.inputs["x"][i : i + 1]}, targets=data.targets[:1]), CPU) for i in range(n)]
     results = [made.evaluate(feed) for feed in feeds]
     return [[result[k]["loss"] for result in results] for k in range(len(made.members))]
 
@@ -295,7 +295,7 @@ def test_a_gated_sequence_is_the_shorter_sequence() -> None:
 
 def test_a_choice_is_what_is_chosen_and_members_choose_for_themselves() -> None:
     options, x = [nn.ReLU(), nn.Tanh(), nn.Identity()], torch.randn(4, 5)
-    choice = Choice(options, 0)
+    choice = SelectOne(options, 0)
     call = lambda chosen: torch.func.functional_call(choice, {"chosen": chosen}, (x,))  # noqa: E731
     for got, option in zip(torch.func.vmap(call)(torch.tensor([0, 1, 2])), options, strict=True):
         assert torch.equal(got, option(x))

@@ -17,7 +17,7 @@ import os, signal, sys
 from pathlib import Path
 from mlflow import MlflowClient
 from hpo.runner import refit as selection
-from hpo.__main__ import main
+from hpo.cli.app import main
 from hpo.tracking.mlflow import MlflowTracker
 from hpo.search.search import Search
 
@@ -141,7 +141,7 @@ def test_whenever_it_is_killed_mlflow_is_told_the_studys_end(tracked, moment: st
 NO_MLFLOW = """
 import sys
 sys.modules["mlflow"] = None  # importing it fails
-from hpo.__main__ import main
+from hpo.cli.app import main
 sys.argv = ["hpo", "run", sys.argv[1]]
 main()
 """

@@ -8,9 +8,9 @@ from torch import nn
 
 from hpo.errors import Interrupted
 from hpo.study.data import Split
-from hpo.training.batches import Feed
+from hpo.training.batches import Batches
 from hpo.training.loop import order, train
-from hpo.training.stack import Member, One, Stack, Stacks
+from hpo.training.stack import Member, SingleStack, Stack, Stacks
 
 CPU = torch.device("cpu")
 N_ROWS, BATCH_SIZE = 10, 4
@@ -54,7 +54,7 @@ class Notebook(Stack):
 
 def rows(n=N_ROWS):
     targets = torch.arange(n, dtype=torch.float32)
-    return Feed(Split(inputs={"x": torch.arange(n), "y": -torch.arange(n)}, targets=targets), torch.device("cpu"))
+    return Batches(Split(inputs={"x": torch.arange(n), "y": -torch.arange(n)}, targets=targets), torch.device("cpu"))
 
 
 def members(*numbers, batch_size=BATCH_SIZE):
@@ -78,7 +78,7 @@ class Queue:
 
 
 def go(stack, queue, valid=None, epochs=3, seed=0, **more):
-    stacks = stack if isinstance(stack, Stacks) else One(stack)
+    stacks = stack if isinstance(stack, Stacks) else SingleStack(stack)
     train(stacks, rows(), valid, epochs=epochs, seed=seed, ask=queue.ask, report=queue.report, **more)
 
 
@@ -244,12 +244,12 @@ def test_orders_of_other_rounds_and_seeds_differ_and_leave_torchs_own_stream_alo
 
 def test_members_that_go_on_see_the_rounds_that_they_would_have_seen():
     targets = torch.arange(6.0)
-    feed = Feed(Split(inputs={"x": targets.unsqueeze(1)}, targets=targets), CPU)
+    feed = Batches(Split(inputs={"x": targets.unsqueeze(1)}, targets=targets), CPU)
 
     def rounds(members, epochs=4):
         queue, notebook = list(members), Notebook(capacity=2)
         train(
-            One(notebook),
+            SingleStack(notebook),
             feed,
             None,
             epochs=epochs,

@@ -11,15 +11,15 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from torchmetrics.regression import MeanSquaredError
 
-from hpo.stacks.padding import Fit, as_it_is
+from hpo.stacks.padding import Padder, as_it_is
 from hpo.stacks.structure import RateDropout, frame_of
 from hpo.stacks.vmap_stack import NotStackable, VmapStack
 from hpo.study.data import DataInfo, Split
 from hpo.study.losses import cross_entropy
 from hpo.study.objective import Objective
-from hpo.training.batches import Feed
+from hpo.training.batches import Batches
 from hpo.training.loop import train
-from hpo.training.stack import LoopStack, Member, One, Stack, Task
+from hpo.training.stack import LoopStack, Member, SingleStack, Stack, Task
 
 CPU = torch.device("cpu")
 INFO = DataInfo(inputs={}, input_dtypes={})
@@ -127,7 +127,7 @@ def task(objective: Objective | None = None, **keys: Any) -> Task:
     return Task(objective=objective or Regression(), info=INFO, device=CPU, n_rows=N_ROWS, epochs=N_EPOCHS, **keys)
 
 
-def stack(architecture: str, capacity: int = 4, how: str = "eager", fit: Fit = as_it_is) -> VmapStack:
+def stack(architecture: str, capacity: int = 4, how: str = "eager", fit: Padder = as_it_is) -> VmapStack:
     return VmapStack(task(), capacity, split(architecture, 8), how, fit)
 
 
@@ -150,9 +150,9 @@ def fit(
         return member.epoch < (stop_after or {}).get(member.number, N_EPOCHS)
 
     train(
-        One(stack),
-        Feed(split(architecture), CPU),
-        Feed(split(architecture, 30, seed=1), CPU),
+        SingleStack(stack),
+        Batches(split(architecture), CPU),
+        Batches(split(architecture, 30, seed=1), CPU),
         epochs=N_EPOCHS,
         seed=7,
         ask=ask,

@@ -21,8 +21,8 @@ from hpo.cli.console import Notes
 from hpo.errors import HpoError, InputError, Interrupted, masked
 from hpo.export.bundle import finite, require_place
 from hpo.runner import checkpoints
-from hpo.runner.launch import LAUNCHED, LAUNCHER, Watch, Workers, how_many
-from hpo.runner.preflight import try_out
+from hpo.runner.launch import LAUNCHED, LAUNCHER, StudyMonitor, Workers, how_many
+from hpo.runner.preflight import preflight
 from hpo.runner.prepare import OUTPUT, Plan, prepare
 from hpo.runner.progress import Progress
 from hpo.runner.ray_workers import RayWorkers
@@ -35,7 +35,7 @@ from hpo.runner.refit import (
     end_tracking,
     finish,
     outcome,
-    settle,
+    settle_runs,
 )
 from hpo.runner.worker import INTERRUPTED, work
 from hpo.search.retrying import StorageAway
@@ -53,7 +53,7 @@ _LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Several:
+class WorkerOptions:
     """How many processes are to train: `workers` (None: as many as there are GPUs, or cores), here or on Ray."""
 
     workers: int | None = 1
@@ -61,7 +61,7 @@ class Several:
     gpus_per_worker: float = 0.0
 
 
-def run(path: Path, overrides: Mapping[str, str], several: Several | None = None) -> dict[str, Any]:
+def run(path: Path, overrides: Mapping[str, str], several: WorkerOptions | None = None) -> dict[str, Any]:
     """`hpo run`."""
     out = _console()
     plan = _prepare(path, overrides, out)
@@ -73,19 +73,19 @@ def run(path: Path, overrides: Mapping[str, str], several: Several | None = None
         over = search.counts().unfinished == 0
         if over:
             done = outcome(search, best)
-            checkpoints.settle(plan, search, out.print)
-            settle(plan, search, out.print)
+            checkpoints.settle_weights(plan, search, out.print)
+            settle_runs(plan, search, out.print)
             out.print(f"{plan.spec.name}: all {plan.spec.trials} trials are done")
         if done is None and not (over and best is not None and isinstance(plan.objective, Function)):
             stopping = search.storage.interrupt = stack.enter_context(signals())
-            done = _run(plan, search, stopping, out, overrides, several or Several())
+            done = _run(plan, search, stopping, out, overrides, several or WorkerOptions())
         best = search.best()
         _print_result(plan, search, best, done, out)
         return _summary(plan, search, best, done)
 
 
 def _run(
-    plan: Plan, search: Search, stopping: Stop, out: Console, overrides: Mapping[str, str], several: Several
+    plan: Plan, search: Search, stopping: Stop, out: Console, overrides: Mapping[str, str], several: WorkerOptions
 ) -> Outcome | None:
     data = _load(plan, search)
     tracker = open_tracker(plan.spec.tracking, plan.spec.name, UNSENT, out.print)
@@ -94,7 +94,7 @@ def _run(
     out.print(f"{plan.spec.name}: {plan.spec.trials} trials {of_what}; {masked(plan.spec.storage)}")
     if code_differs(plan, search):
         out.print("the objective's code has changed since the study began: its earlier trials may not compare")
-        search.remember(CODE, objectives.code_of(plan.objective))
+        search.remember(CODE, objectives.source_fingerprint(plan.objective))
     search.remember(STUDY_FILE, plan.document.as_json(without=("storage",)))
     state = "FAIL"
     try:
@@ -106,7 +106,7 @@ def _run(
                 work(plan, data, search, tracker, progress, stopping, stopping.overdue)
             else:
                 _work_together(plan, search, progress, stopping, overrides, several, n)
-        checkpoints.settle(plan, search, out.print)  # the last trial may have been trained elsewhere
+        checkpoints.settle_weights(plan, search, out.print)  # the last trial may have been trained elsewhere
         if search.counts().running == 0:
             tracker.reconcile(search.ends())
         ended = conclude(plan, data, search, tracker, stopping, out.print) if data else None
@@ -127,7 +127,7 @@ def _work_together(
     progress: Progress,
     stopping: Stop,
     overrides: Mapping[str, str],
-    several: Several,
+    several: WorkerOptions,
     n: int,
 ) -> None:
     """Have `n` processes train, show what they do, until they are done. Raises Interrupted when asked to stop."""
@@ -141,7 +141,7 @@ def _work_together(
         named = [code for _, code in code_references(plan.spec)]
         share = partial(worker, None, plan.spec.name, {**overrides, **addresses}, named=named)
         workers = RayWorkers(several.ray, n, several.gpus_per_worker, share)
-    watch = Watch(plan, search, progress)
+    watch = StudyMonitor(plan, search, progress)
     workers.start()
     try:
         while workers.look():
@@ -222,8 +222,8 @@ def repair(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
         for lost in search.drain_lost():
             what = "its retries are spent" if lost.state == "FAIL" else "it will be retried"
             out.print(f"trial {lost.number} is ended: {lost.reason}; {what}")
-        checkpoints.settle(plan, search, out.print)
-        settle(plan, search, out.print, always=True)
+        checkpoints.settle_weights(plan, search, out.print)
+        settle_runs(plan, search, out.print, always=True)
         counts = search.counts()
         out.print(
             f"{plan.spec.name}: {counts.finished} of {plan.spec.trials} trials done, {counts.running} running, "
@@ -258,7 +258,7 @@ def check(path: Path, overrides: Mapping[str, str]) -> None:
             break
     try:
         data = plan.load_data()
-        model = try_out(plan, data, out.print) if data else None
+        model = preflight(plan, data, out.print) if data else None
     except InputError as error:
         problems.append(error)
     if problems:
@@ -332,7 +332,7 @@ def status(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
     try:
         counts, best = search.counts(), search.best()
         used = search.seconds_used()
-        board = view.Board(counts, best, plan.spec.trials, plan.metric)
+        board = view.ProgressState(counts, best, plan.spec.trials, plan.metric)
         out.print(
             f"{plan.spec.name}: {counts.finished} of {plan.spec.trials} trials done "
             f"({counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed), "
@@ -431,14 +431,14 @@ def _load(plan: Plan, search: Search) -> Data | None:
         )
     if before is None:
         search.remember(DATA, fingerprint)
-    try_out(plan, data)
+    preflight(plan, data)
     return data
 
 
 def code_differs(plan: Plan, search: Search) -> bool:
     """Whether the objective's source is not that of the study, which is that of the first who asks."""
-    code, before = objectives.code_of(plan.objective), search.attrs.get(CODE)
-    older = objectives.file_code_of(plan.objective)  # as an older version stored it
+    code, before = objectives.source_fingerprint(plan.objective), search.attrs.get(CODE)
+    older = objectives.file_fingerprint(plan.objective)  # as an older version stored it
     unchanged = before in (None, code, older)
     if unchanged and before != code:
         search.remember(CODE, code)
@@ -513,7 +513,7 @@ def _console() -> Console:
 
 @contextmanager
 def _progress(plan: Plan, search: Search, out: Console, alone: bool = True) -> Iterator[Any]:
-    board = view.Board(search.counts(), search.best(), plan.spec.trials, plan.metric)
+    board = view.ProgressState(search.counts(), search.best(), plan.spec.trials, plan.metric)
 
     looked, cost = -math.inf, 0.0
 

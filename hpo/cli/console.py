@@ -20,7 +20,7 @@ from hpo.search.search import Best
 Refresh = Callable[[str, float | None], None]
 
 
-class Board:
+class ProgressState:
     """The numbers that both views show; `refresh(state, value)` has them read anew when a trial has ended."""
 
     def __init__(self, counts: Counts, best: Best | None, trials: int, metric: str) -> None:
@@ -57,7 +57,9 @@ class Board:
 class PlainProgress(Progress):
     """One line a trial, and one every `epoch_seconds` while a long one runs."""
 
-    def __init__(self, board: Board, refresh: Refresh, write: Callable[[str], None], epoch_seconds: float = 15.0):
+    def __init__(
+        self, board: ProgressState, refresh: Refresh, write: Callable[[str], None], epoch_seconds: float = 15.0
+    ):
         self._board, self._refresh, self._write, self._epoch_seconds = board, refresh, write, epoch_seconds
         self._said_at = time.monotonic()
         self._running: dict[int, tuple[float, str]] = {}
@@ -112,7 +114,7 @@ class Notes(Progress):
 class LiveProgress(Progress):
     """A bar of all trials, and under it the epoch and metric of the first few that run."""
 
-    def __init__(self, board: Board, refresh: Refresh, console: Console) -> None:
+    def __init__(self, board: ProgressState, refresh: Refresh, console: Console) -> None:
         self._board, self._refresh, self._console = board, refresh, console
         self._all = Bar(
             TextColumn("[bold]trials[/]"),
@@ -176,7 +178,7 @@ _SHOWN = 8
 _STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "INTERRUPTED": "interrupted"}
 
 
-def _metric(board: Board, metrics: Mapping[str, float]) -> str:
+def _metric(board: ProgressState, metrics: Mapping[str, float]) -> str:
     """Return what is shown of an epoch's metrics: not every trial has all of them."""
     known = {board.metric: metrics.get(f"valid_{board.metric}", metrics.get(board.metric))}
     known["train loss"] = metrics.get("train_loss")

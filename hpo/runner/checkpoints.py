@@ -23,7 +23,7 @@ from hpo.errors import HpoError
 from hpo.processes import this_process
 from hpo.runner.prepare import OUTPUT, Plan
 from hpo.search.search import DATA, Best, Claim, Search
-from hpo.study.objective import code_of
+from hpo.study.objective import source_fingerprint
 
 BEST = "best.pt"
 
@@ -43,7 +43,7 @@ class Origin:
 
     @classmethod
     def of(cls, plan: Plan, search: Search) -> "Origin":
-        return cls(study=search.making, data=search.attrs.get(DATA), code=code_of(plan.objective))
+        return cls(study=search.making, data=search.attrs.get(DATA), code=source_fingerprint(plan.objective))
 
 
 @dataclass(kw_only=True)
@@ -172,7 +172,7 @@ def keep_candidate(
 ) -> None:
     """Write the weights of a trial that is about to be told, so that a kill right after loses nothing. Raises HpoError.
 
-    `settle` makes them the best, or removes them.
+    `settle_weights` makes them the best, or removes them.
     """
     content = {
         "model_state_dict": {name: x.cpu() for name, x in state.items()},
@@ -189,7 +189,7 @@ def _candidate(plan: Plan, number: int) -> Path:
     return folder_of(plan) / f"best-{number}.pt"
 
 
-def settle(plan: Plan, search: Search, note: Callable[[str], None]) -> None:
+def settle_weights(plan: Plan, search: Search, note: Callable[[str], None]) -> None:
     """See that `best.pt` holds the best trial's weights, or none: those of another trial are removed, and it is said.
 
     What this machine's workers are still telling stays. Raises HpoError where the folder cannot be written.

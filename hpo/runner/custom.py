@@ -16,8 +16,8 @@ from hpo.tracking.base import Tracker
 from hpo.training.faults import ended_the_process, fault_of
 
 
-class Reporting:
-    """What an objective's own `train` is given (`hpo.study.objective.Report`). `told` takes an epoch's metrics."""
+class TrialReporter:
+    """What an objective's own `train` is given (`hpo.study.objective.Reporter`). `told` takes an epoch's metrics."""
 
     def __init__(
         self, plan: Plan, train: Split, valid: Split, epochs: int, seed: int, told: Callable[[dict[str, float]], bool]
@@ -41,7 +41,7 @@ class Reporting:
         return not self._over
 
 
-class Own:
+class CustomTraining:
     """One process's share of a study whose trials train themselves, one after the other."""
 
     def __init__(
@@ -98,8 +98,8 @@ class Own:
             member.epoch += 1
             return trial.report(metrics, None)
 
-        report = Reporting(plan, self._train, self._valid, plan.spec.epochs, member.seed, told)
-        train_own(plan, member.params, report)
+        report = TrialReporter(plan, self._train, self._valid, plan.spec.epochs, member.seed, told)
+        train_custom(plan, member.params, report)
         if not trial.has_reported:
             raise InputError(f"objective {plan.spec.objective}: train returned without having called report")
         if not trial.ended:
@@ -122,7 +122,7 @@ class Own:
             trial.end("FAIL", fault=f"{plan.metric} became {value}")
 
 
-def train_own(plan: Plan, params: Params, report: Reporting) -> nn.Module | None:
+def train_custom(plan: Plan, params: Params, report: TrialReporter) -> nn.Module | None:
     """Return the network that the objective's own `train` gives, if any."""
     assert plan.objective.train is not None
     torch.manual_seed(report.seed)

@@ -114,7 +114,7 @@ class Workers:
         self._due.clear()
 
 
-class Watch:
+class StudyMonitor:
     """Shows what other processes do with a study, as far as the storage knows it."""
 
     def __init__(self, plan: Plan, search: Search, progress: Progress) -> None:

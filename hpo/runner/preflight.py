@@ -21,7 +21,7 @@ from hpo.training.faults import fault_of
 from hpo.training.memory import Within
 
 
-def try_out(plan: Plan, data: Data, say: Callable[[str], None] = lambda text: None) -> nn.Module | None:
+def preflight(plan: Plan, data: Data, say: Callable[[str], None] = lambda text: None) -> nn.Module | None:
     """Build a network and its optimizer for every corner of the space, and train the first on one batch.
 
     Return the first; None where the objective trains in its own way. `say` is told of corners that are

@@ -1,7 +1,7 @@
 """A study made ready to run: everything that can be wrong is found here, before anything runs.
 
 `prepare` reads the file, loads the objective, merges its default space, checks sampler, pruner and device, and reports
-all faults of the file at once. `load_data` then looks at the data, `hpo.runner.preflight` at networks. Nothing here touches the
+all faults of the file at once. `load_data` then looks at the data, `preflight` at networks. Nothing here touches the
 storage or the tracker.
 """
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from hpo.errors import ExportError, HpoError, Interrupted, masked
 from hpo.export.bundle import FILES, Model, export
-from hpo.runner.custom import Reporting, train_own
+from hpo.runner.custom import TrialReporter, train_custom
 from hpo.runner.prepare import OUTPUT, Plan
 from hpo.search.search import Best, Search
 from hpo.study.data import Data
@@ -19,9 +19,9 @@ from hpo.study.objective import Function
 from hpo.tracking.base import Tracker
 from hpo.tracking.mlflow import open_tracker
 from hpo.tracking.outbox import left_behind
-from hpo.training.batches import Feed, feed
+from hpo.training.batches import Batches, feed
 from hpo.training.loop import train
-from hpo.training.stack import LoopStack, Member, One, Stack, Task, evaluate
+from hpo.training.stack import LoopStack, Member, SingleStack, Stack, Task, evaluate
 
 _RESULT, _TESTS = "hpo:result", "hpo:test_evaluations"
 _TRACKED = "hpo:tracked"
@@ -108,7 +108,7 @@ def _tracked(plan: Plan, search: Search, state: str) -> dict[str, Any]:
     return {"tracking": masked(plan.spec.tracking), "state": state, "trials": search.counts().finished}
 
 
-def settle(plan: Plan, search: Search, note: Callable[[str], None], always: bool = False) -> None:
+def settle_runs(plan: Plan, search: Search, note: Callable[[str], None], always: bool = False) -> None:
     """Bring the runs of a study in the tracker to the ends that they have in the storage, where they may differ.
 
     They do where whoever ended the study was killed, or the tracker was away, before all was told. What is there
@@ -157,7 +157,7 @@ def finish(
     preprocess = plan.objective.preprocess(data_refit.train)
     task = plan.task(data.info, len(data_refit.train))
     if plan.objective.train is not None:
-        network = _refit_own(plan, best, data_refit, preprocess, epochs, stopping)
+        network = _refit_custom(plan, best, data_refit, preprocess, epochs, stopping)
         if network is None:
             note("train returned no network: there is nothing to test or to export")
             return Outcome(number=best.number, test={}, bundle=None, parity=None)
@@ -191,7 +191,7 @@ def _tests(search: Search) -> list[Any]:
 
 
 def _refit(
-    plan: Plan, task: Task, best: Best, train_feed: Feed, epochs: int, stopping: Callable[[], bool]
+    plan: Plan, task: Task, best: Best, train_feed: Batches, epochs: int, stopping: Callable[[], bool]
 ) -> nn.Module:
     """Return a network of `best`'s params and seed, trained on `train_feed` for so many epochs."""
     member = Member(number=best.number, seed=best.seed, params=best.params)
@@ -207,7 +207,7 @@ def _refit(
         return member.fault is None
 
     train(
-        One(LoopStack(task)),
+        SingleStack(LoopStack(task)),
         train_feed,
         None,
         epochs=epochs,
@@ -221,7 +221,7 @@ def _refit(
     return network
 
 
-def _refit_own(
+def _refit_custom(
     plan: Plan, best: Best, data: Data, preprocess: nn.Module, epochs: int, stopping: Callable[[], bool]
 ) -> nn.Module | None:
     """Return the network that the objective's own `train` makes of `best`'s params in so many epochs, if any."""
@@ -235,7 +235,7 @@ def _refit_own(
         done += 1
         return done < epochs
 
-    network = train_own(plan, best.params, Reporting(plan, train_split, valid, epochs, best.seed, told))
+    network = train_custom(plan, best.params, TrialReporter(plan, train_split, valid, epochs, best.seed, told))
     return network if network is None else network.to(plan.device)
 
 

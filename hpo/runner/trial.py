@@ -155,7 +155,7 @@ class TrialRun:
         if not ours:
             state, value, fault = "INTERRUPTED", None, TAKEN_OVER
         if self._has_candidate:
-            checkpoints.settle(self._plan, search, self._progress.note)
+            checkpoints.settle_weights(self._plan, search, self._progress.note)
         if ours:
             checkpoints.drop(self._plan, self._claim)
         self._tracker.end_trial(number, state, fault)

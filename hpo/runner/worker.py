@@ -12,22 +12,22 @@ import torch
 
 from hpo.errors import Interrupted
 from hpo.runner import checkpoints
-from hpo.runner.custom import Own
+from hpo.runner.custom import CustomTraining
 from hpo.runner.launch import LAUNCHED
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
 from hpo.runner.trial import Trials
 from hpo.search.retrying import StorageAway
 from hpo.search.search import TIMED_OUT, Search
-from hpo.stacks.padding import Frames, Grain
+from hpo.stacks.padding import Padding, PaddingPlan
 from hpo.stacks.pool import Pool
-from hpo.stacks.sizing import AS_GIVEN, Choice, Sizing, looked_at
+from hpo.stacks.sizing import AS_GIVEN, Sizing, StackSize, looked_at
 from hpo.study.data import Data
 from hpo.tracking.base import Tracker
 from hpo.training.batches import feed
 from hpo.training.faults import TrialError
 from hpo.training.loop import train
-from hpo.training.stack import LoopStack, Member, One, Stack, Stacks, is_out_of_memory
+from hpo.training.stack import LoopStack, Member, SingleStack, Stack, Stacks, is_out_of_memory
 
 WAIT_SECONDS = 1.0
 """How often to look again while all that is left of a study is with other workers."""
@@ -69,10 +69,10 @@ def work(
         return (overdue or stopping)() or out_of_time()
 
     trials = Trials(plan, search, tracker, progress)
-    checkpoints.settle(plan, search, progress.note)
-    worker: _Worker | Own
+    checkpoints.settle_weights(plan, search, progress.note)
+    worker: _Worker | CustomTraining
     if data is None or plan.objective.train is not None:
-        worker = Own(plan, data, search, tracker, trials, ending)
+        worker = CustomTraining(plan, data, search, tracker, trials, ending)
     else:
         worker = _Worker(plan, data, search, tracker, progress, trials, ending, at_once)
     try:
@@ -203,7 +203,7 @@ class _Worker:
     def _new_stacks(self) -> Stacks:
         """Return new, empty stacks of the size that was chosen."""
         if not self._choice.stacked:
-            return One(LoopStack(self._task))
+            return SingleStack(LoopStack(self._task))
         return Pool(
             self._task,
             self._choice.capacity,
@@ -214,8 +214,8 @@ class _Worker:
             shared=self._choice.shared,
         )
 
-    def _frames(self, grain: Grain) -> Frames:
-        return Frames(self._plan.space, self._task.network, grain)
+    def _frames(self, grain: Padding) -> PaddingPlan:
+        return PaddingPlan(self._plan.space, self._task.network, grain)
 
     def choose(self) -> None:
         """Choose the size of the stacks, measured where the study says `auto`. Raises Interrupted."""
@@ -226,16 +226,16 @@ class _Worker:
             self._progress.note(f"stack: {self._choice.why}")
             self._tracker.tag_study({"hpo.stack": self._choice.why})
 
-    def _chosen_size(self) -> Choice:
+    def _chosen_size(self) -> StackSize:
         spec = self._plan.spec
         n_trials = math.ceil(self._search.counts().waiting / int(os.environ.get(LAUNCHED, 1)))
         if n_trials == 0:
-            return Choice(why=AS_GIVEN)
+            return StackSize(why=AS_GIVEN)
         where = f"{platform.node()} {self._plan.device}"
         before = self._search.attrs.get(CHOICE, {}) if spec.stack == "auto" else {}
         with suppress(AttributeError, KeyError, TypeError):  # as it was chosen, or as another version wrote it
             if before["where"] == where:
-                return Choice(**before["choice"])
+                return StackSize(**before["choice"])
         learns = spec.sampler.name not in ("random", "grid", "qmc", "brute_force")
         several = self._plan.space.draw(min(_DRAWS, n_trials), spec.seed)
         draws, n_too_large = looked_at(several, self._task.network)

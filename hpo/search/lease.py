@@ -16,7 +16,7 @@ from hpo.processes import is_gone, this_process
 from hpo.search.budget import LEASE_KEY, lease_of
 
 
-class Deaths:
+class LeaseMonitor:
     """Tells which running trials nobody trains any more.
 
     A lease says until when it holds by its worker's clock, which may be wrong. So what counts is that it was seen not

@@ -40,7 +40,7 @@ _AT_ONCE = 8
 """From how many new trials on all are read at once, not one by one."""
 
 
-class Patient(BaseStorage):
+class RetryingStorage(BaseStorage):
     """`inner`, waited for where it is away. `say` is told once that it is, and once that it is back.
 
     Once `interrupt` says so, nothing is waited for any more: StoppedWhileAway is raised where the storage is away.

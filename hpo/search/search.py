@@ -26,8 +26,8 @@ from hpo.errors import InputError, StorageError, did_you_mean, masked
 from hpo.processes import this_process
 from hpo.search.away import open_patiently
 from hpo.search.budget import Counts, count, lease_of, places, refill, seconds_used, wrong_row
-from hpo.search.lease import Deaths, LeaseKeeper
-from hpo.search.retrying import Patient, StorageAway
+from hpo.search.lease import LeaseKeeper, LeaseMonitor
+from hpo.search.retrying import RetryingStorage, StorageAway
 from hpo.search.samplers import make_pruner, make_sampler
 from hpo.search.storage import close_storage, exclusive, exists, open_storage
 from hpo.seeds import derive
@@ -131,7 +131,7 @@ def identity(spec: StudySpec, space: Space, metric: str, options: Mapping[str, A
 class Search:
     """One study in its storage. Make it with `open_search`."""
 
-    def __init__(self, study: optuna.Study, storage: Patient, spec: StudySpec, space: Space) -> None:
+    def __init__(self, study: optuna.Study, storage: RetryingStorage, spec: StudySpec, space: Space) -> None:
         self.study, self.storage, self.spec, self.space = study, storage, spec, space
         self.maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
         self._study_id = storage.get_study_id_from_name(study.study_name)
@@ -143,7 +143,7 @@ class Search:
         self._lost: list[Lost] = []
         self._sound: set[int] = set()
         self._lease = LeaseKeeper(storage.inner, spec.grace)
-        self._deaths = Deaths(spec.grace)
+        self._deaths = LeaseMonitor(spec.grace)
         self._look_at = 0.0
 
     # The budget: which trials count, and which are still to come.
@@ -218,7 +218,7 @@ class Search:
         return any(dead is None for _, dead in judged)
 
     def _judge(self, trials: Sequence[FrozenTrial]) -> list[tuple[FrozenTrial, bool | None]]:
-        """Return those of `trials` that other workers train, each with whether it is dead (`hpo.search.lease.Deaths`)."""
+        """Return those of `trials` that other workers train, each with whether it is dead (`LeaseMonitor`)."""
         trouble = max(self.storage.back_at, self._lease.failed_at)
         others = (t for t in trials if t.state == TrialState.RUNNING and t.number not in self._claimed)
         return [(trial, self._deaths.is_dead(trial, trouble)) for trial in others]
@@ -564,7 +564,7 @@ def open_search(
     """
     if not make and not exists(spec.storage):
         return None
-    storage = Patient(open_patiently(spec.storage, spec.outage, wait, say), spec.outage, say)
+    storage = RetryingStorage(open_patiently(spec.storage, spec.outage, wait, say), spec.outage, say)
     direction = "maximize" if maximize else "minimize"
     sampler, _ = make_sampler(spec.sampler, spec.seed, space)
     pruner, _ = make_pruner(spec.pruner, spec.epochs)
@@ -607,14 +607,14 @@ def _says_finished(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def _alone(storage: Patient, url: str) -> Iterator[None]:
+def _alone(storage: RetryingStorage, url: str) -> Iterator[None]:
     """Hold the storage's lock, waited for where the storage is away."""
     with ExitStack() as stack:
         storage.patiently(lambda: stack.enter_context(exclusive(url, storage.inner, storage.in_a_hurry)))
         yield
 
 
-def _attrs_of(storage: Patient, study_id: int) -> dict[str, Any]:
+def _attrs_of(storage: RetryingStorage, study_id: int) -> dict[str, Any]:
     """Return the study's attributes; a peer that makes it just now, where no lock keeps us out, is waited for."""
     end = time.monotonic() + _MAKING_SECONDS
     attrs = storage.get_study_user_attrs(study_id)

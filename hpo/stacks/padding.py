@@ -11,16 +11,16 @@ from typing import Any, Literal
 from torch import nn
 
 from hpo.errors import is_number
-from hpo.stacks.structure import Frame, Framed, frame_of, tensors
+from hpo.stacks.structure import Frame, PaddedModule, frame_of, tensors
 from hpo.study.objective import Params
 from hpo.study.space import Space
 from hpo.study.spec import Categorical, FloatRange, IntRange
 from hpo.training.faults import TrialError
 from hpo.training.memory import Within, is_out_of_memory, most_to_look_at, networks_at_once
 
-Fit = Callable[[nn.Module, Params], Framed]
+Padder = Callable[[nn.Module, Params], PaddedModule]
 """Puts a network, built with those params, into a frame."""
-Grain = Literal["fine", "coarse"]
+Padding = Literal["fine", "coarse"]
 """Widths are rounded up to the next power of two, or to the study's largest: one stack for all."""
 _SMALLEST = 16
 _FEW = 16
@@ -37,33 +37,33 @@ def _lower(searched: Any, value: Any) -> Any:
     return value
 
 
-def as_it_is(module: nn.Module, params: Params) -> Framed:
+def as_it_is(module: nn.Module, params: Params) -> PaddedModule:
     """Put a network into a frame that turns nothing but dropout rates into tensors."""
     return Frame().fit(module)
 
 
-class Frames:
+class PaddingPlan:
     """From what stacks most to what fits all: layers and widths may differ, only widths, neither."""
 
-    def __init__(self, space: Space, build: Callable[[Params], nn.Module], grain: Grain = "fine") -> None:
+    def __init__(self, space: Space, build: Callable[[Params], nn.Module], grain: Padding = "fine") -> None:
         self._space, self._build, self._grain = space, build, grain
-        self._made: list[Fit] = []
+        self._made: list[Padder] = []
 
     def __len__(self) -> int:
         return 3
 
-    def __getitem__(self, level: int) -> Fit:
+    def __getitem__(self, level: int) -> Padder:
         if not self._made:
             self._made = self._make()
         return self._made[level]
 
-    def _make(self) -> list[Fit]:
+    def _make(self) -> list[Padder]:
         try:
             return self._read_off()
         except TrialError:  # an end of the space is infeasible: nothing is known of its networks
             return [as_it_is] * len(self)
 
-    def _read_off(self) -> list[Fit]:
+    def _read_off(self) -> list[Padder]:
         highs, n_at_once = self._largest()
         if not n_at_once:
             return [as_it_is] * len(self)
@@ -72,10 +72,10 @@ class Frames:
         widths, depths = self._sizes(highs)
         everything = [highs, *others]
 
-        def fit_in(frame: Frame, to_highest: Sequence[str]) -> Fit:
+        def fit_in(frame: Frame, to_highest: Sequence[str]) -> Padder:
             known: dict[str, Mapping[str, tuple[int, ...]]] = {}
 
-            def fit(module: nn.Module, params: Params) -> Framed:
+            def fit(module: nn.Module, params: Params) -> PaddedModule:
                 larger = {name: self._rounded(params[name], highs[name]) for name in widths if name in params}
                 larger |= {name: highs[name] for name in to_highest if name in params}
                 if all(params[name] == value for name, value in larger.items()):

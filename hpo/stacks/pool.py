@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 
-from hpo.stacks.padding import Frames
+from hpo.stacks.padding import PaddingPlan
 from hpo.stacks.vmap_stack import Candidate, How, NotStackable, VmapStack, candidate
 from hpo.study.data import Split
 from hpo.training.faults import TrialError
@@ -31,7 +31,7 @@ class Pool(Stacks):
         task: Task,
         capacity: int,
         example: Split,
-        frames: Frames,
+        frames: PaddingPlan,
         *,
         say: Callable[[str], None] = lambda text: None,
         ahead: Callable[[], int] = lambda: 0,

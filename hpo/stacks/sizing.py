@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from hpo.errors import Interrupted
-from hpo.stacks.padding import Frames, Grain
+from hpo.stacks.padding import Padding, PaddingPlan
 from hpo.stacks.pool import WORTH_COMPILING
 from hpo.stacks.vmap_stack import Candidate, How, NotStackable, VmapStack, candidate
 from hpo.study.data import Split
-from hpo.training.batches import Batch, Feed
+from hpo.training.batches import Batch, Batches
 from hpo.training.faults import TrialError
 from hpo.training.memory import TO_LOOK_AT, Within, free_bytes, is_out_of_memory, most_to_look_at, n_bytes
 from hpo.training.stack import LoopStack, Member, Stack, Task
@@ -46,12 +46,12 @@ _TOO_LARGE = "one trial at a time: no networks could be drawn from the space to 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class StackSize:
     """`capacity` trials at once, padded by `grain`, with so many `threads`; and why. `stacked`: as a VmapStack."""
 
     capacity: int = 1
     stacked: bool = False
-    grain: Grain = "fine"
+    grain: Padding = "fine"
     shared: float = 1.0
     """Of the trials in training, so many are of one kind on average."""
     threads: int | None = None
@@ -63,9 +63,9 @@ class Sizing:
     """What is measured: `draws` are params as the study will have them (`looked_at`), `n_trials` are still to come."""
 
     task: Task
-    feed: Feed
+    feed: Batches
     example: Split
-    frames: Callable[[Grain], Frames]
+    frames: Callable[[Padding], PaddingPlan]
     draws: Sequence[Mapping[str, Any]]
     n_too_large: int = 0
     """How many more were drawn, whose networks are too large to be looked at: they are trained one at a time."""
@@ -82,25 +82,25 @@ class Sizing:
         largest = max((each.bytes_in_a_stack() for group in kinds.values() for each in group), default=0)
         return max(1, int(_ROOM * free_bytes(self.task.device) / largest)) if largest else 1
 
-    def given(self, capacity: int) -> Choice:
+    def given(self, capacity: int) -> StackSize:
         """Return what the study asks for: so many trials at once, or as many as memory has room for.
 
         One at a time is a stack of one where the study's steps pay for compiling it, since that is faster.
         """
         if not self.draws:
-            return Choice(why=_TOO_LARGE)
+            return StackSize(why=_TOO_LARGE)
         n_steps = self.n_trials * self._n_steps(self.draws[0])
         if capacity == 1 and (n_steps < WORTH_COMPILING or self._has_large_steps()):
-            return Choice(why=AS_GIVEN)
+            return StackSize(why=AS_GIVEN)
         kinds = self._kinds("fine")[0]
         shared = self._shared(kinds)
         if capacity == 1:
-            return Choice(stacked=n_steps * shared >= WORTH_COMPILING, shared=shared, why=AS_GIVEN)
+            return StackSize(stacked=n_steps * shared >= WORTH_COMPILING, shared=shared, why=AS_GIVEN)
         room = self.room()
         why = AS_GIVEN
         if room < min(capacity, self.n_trials):
             why = f"{room} trials at once, not {capacity}: memory is free for no more"
-        return Choice(capacity=min(capacity, room), stacked=True, shared=shared or 1.0, why=why)
+        return StackSize(capacity=min(capacity, room), stacked=True, shared=shared or 1.0, why=why)
 
     def _has_large_steps(self) -> bool:
         """Whether a step is as fast as it can be on a CPU: inductor's was three times slower, measured."""
@@ -108,7 +108,7 @@ class Sizing:
         seconds = self._seconds_alone(first) / self._n_steps(first.params)
         return self.task.device.type != "cuda" and seconds >= _LARGE_STEP
 
-    def _kinds(self, grain: Grain) -> tuple[dict[Any, list[Candidate]], list[str]]:
+    def _kinds(self, grain: Padding) -> tuple[dict[Any, list[Candidate]], list[str]]:
         """Return those of the drawn trials that can be stacked, by their kind, and why others cannot."""
         fit = self.frames(grain)[0]
         kinds: dict[Any, list[Candidate]] = {}
@@ -130,20 +130,20 @@ class Sizing:
         n_drawn = len(self.draws) + self.n_too_large
         return sum((len(group) / n_drawn) ** 2 for group in kinds.values())
 
-    def choose(self) -> Choice:
+    def choose(self) -> StackSize:
         """Return what gives the most trials per hour. Raises Interrupted as soon as `stopping` says so."""
         if self.seconds < SHORT_SECONDS:
-            return Choice(why=f"one trial at a time: the study has only {self.seconds:.0f} s")
+            return StackSize(why=f"one trial at a time: the study has only {self.seconds:.0f} s")
         if not self.draws:
-            return Choice(why=_TOO_LARGE)
+            return StackSize(why=_TOO_LARGE)
         members = [Member(number=-1 - i, seed=i, params=params) for i, params in enumerate(self.draws)]
         some = members[:: max(1, len(members) // _ALONE)][:_ALONE]
         alone = sum(self._seconds_alone(member) for member in some) / len(some)
         total = alone * self.n_trials
         if total < SHORT_SECONDS:
-            return Choice(why=f"one trial at a time: all of it takes about {total:.0f} s")
+            return StackSize(why=f"one trial at a time: all of it takes about {total:.0f} s")
         deadline, room = time.monotonic() + _SHARE * min(total, self.seconds), self.room()
-        best, best_gain, reasons = Choice(why="one trial at a time"), 1.0, []
+        best, best_gain, reasons = StackSize(why="one trial at a time"), 1.0, []
         for grain in ("fine", "coarse"):
             try:
                 for choice, gain in self._gains(members, grain, total, min(self.most, room), deadline):
@@ -161,8 +161,8 @@ class Sizing:
         return self._with_threads(replace(best, why=why), members)
 
     def _gains(
-        self, members: Sequence[Member], grain: Grain, total: float, most: int, deadline: float
-    ) -> Iterator[tuple[Choice, float]]:
+        self, members: Sequence[Member], grain: Padding, total: float, most: int, deadline: float
+    ) -> Iterator[tuple[StackSize, float]]:
         """Yield choices and how many times as fast as one at a time they are; until more members gain no more.
 
         One at a time the study takes `total` seconds. Making a stack of each kind is counted too: compiling takes long.
@@ -191,7 +191,7 @@ class Sizing:
             to_begin, seconds = took
             will_take = total - stacked + len(kinds) * to_begin + stacked * seconds / n / alone
             gain, measured = total / will_take, n
-            yield Choice(capacity=k, stacked=True, grain=grain, shared=shared, why=""), gain
+            yield StackSize(capacity=k, stacked=True, grain=grain, shared=shared, why=""), gain
             if gain < 1.1 * before:
                 return
             before = gain
@@ -203,7 +203,7 @@ class Sizing:
         return self._seconds_per_step(stack) * self._n_steps(member.params)
 
     def _seconds_stacked(
-        self, group: Sequence[Candidate], frames: Frames, capacity: int, shared: float
+        self, group: Sequence[Candidate], frames: PaddingPlan, capacity: int, shared: float
     ) -> tuple[float, float] | None:
         """Return the time to make a stack of `group`, and that of all its trials; None where there is no memory."""
         params = group[0].member.params
@@ -246,7 +246,7 @@ class Sizing:
     def _batch(self, batch_size: int) -> Batch:
         return next(self.feed.batches(batch_size, torch.arange(min(batch_size, len(self.feed)))))
 
-    def _with_threads(self, choice: Choice, members: Sequence[Member]) -> Choice:
+    def _with_threads(self, choice: StackSize, members: Sequence[Member]) -> StackSize:
         """Return `choice` with as many threads as there are cores, where large steps are faster so."""
         n_cores, now = os.cpu_count() or 1, torch.get_num_threads()
         if self.task.device.type != "cpu" or n_cores == now or "OMP_NUM_THREADS" in os.environ:

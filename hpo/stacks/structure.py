@@ -31,7 +31,7 @@ class RateDropout(nn.Module):
         return torch.where(torch.rand_like(x) < keep, x / keep.clamp(min=1e-7), torch.zeros_like(x))
 
 
-class Choice(nn.Module):
+class SelectOne(nn.Module):
     """One of several modules that have no weights (activations, say); which one is in a buffer."""
 
     def __init__(self, options: Sequence[nn.Module], chosen: int) -> None:
@@ -67,14 +67,14 @@ class Gated(nn.Sequential):
         return x
 
 
-_CONTROLS = {RateDropout: "rate", Choice: "chosen", Gated: "used"}
+_CONTROLS = {RateDropout: "rate", SelectOne: "chosen", Gated: "used"}
 """The buffers that a frame adds to a network: no part of its own state."""
 _SIZES = ("in_features", "out_features", "num_features", "in_channels", "out_channels")
 """Attributes of torch.nn's own modules that say what the shapes say, and that their forward does not use."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Framed:
+class PaddedModule:
     """A network in a frame. `names` are the frame's names by the network's own, for all that its state_dict has.
 
     `shapes` are what its tensors have in the stack, by the frame's names; `varied` those that are not the same in all
@@ -112,7 +112,7 @@ class Frame:
     varied: frozenset[str] = frozenset()
     """The tensors whose sizes are not the same in all networks of the study."""
 
-    def fit(self, module: nn.Module, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Framed:
+    def fit(self, module: nn.Module, shapes: Mapping[str, tuple[int, ...]] | None = None) -> PaddedModule:
         """Return `module`, which is changed, in this frame, to be stacked with those `shapes` or else its own.
 
         `shapes` are those of a network at least as large, see `shapes_of`.
@@ -131,7 +131,7 @@ class Frame:
         kinds_of = Kinds()
         parts = tuple((n, kinds_of.of(type(m)), _attributes(m, kinds_of)) for n, m in module.named_modules())
         kinds = tuple((n, shapes[n], t.dtype) for n, t in every.items())
-        return Framed(
+        return PaddedModule(
             module=module,
             names=names,
             shapes=shapes,
@@ -250,7 +250,7 @@ def _alike(a: nn.Module, b: nn.Module) -> bool:
 
 
 def _kind(module: nn.Module) -> Hashable:
-    """Return what a layer is, apart from its sizes; all that has no weights is of one kind (see `Choice`)."""
+    """Return what a layer is, apart from its sizes; all that has no weights is of one kind (see `SelectOne`)."""
     has_tensors = bool(tensors(module))
     return Kinds().of(type(module)) if has_tensors else None
 
@@ -300,7 +300,7 @@ def _choose(module: nn.Module, path: str, options: Sequence[nn.Module]) -> nn.Mo
     for place, option in enumerate(options):
         if _whole_kind(child) == _whole_kind(option):
             device = next((t.device for t in tensors(module).values()), None)
-            return _replaced(module, path, Choice(options, place).to(device).train(module.training))
+            return _replaced(module, path, SelectOne(options, place).to(device).train(module.training))
     return module
 
 

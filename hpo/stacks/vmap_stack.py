@@ -24,12 +24,12 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from hpo.stacks.padding import Fit, as_it_is
-from hpo.stacks.structure import Framed, RateDropout, own_state
+from hpo.stacks.padding import Padder, as_it_is
+from hpo.stacks.structure import PaddedModule, RateDropout, own_state
 from hpo.study.data import Split
 from hpo.study.objective import Params
 from hpo.training import schedules, stacked_optim
-from hpo.training.batches import Feed
+from hpo.training.batches import Batches
 from hpo.training.memory import is_out_of_memory
 from hpo.training.metrics import Measuring
 from hpo.training.optim import ACCUMULATION, ARGUMENTS, MAX_GRAD_NORM, optimizer_class
@@ -45,7 +45,7 @@ class NotStackable(Exception):
     """A member cannot be trained in a stack, and why; it is to be trained in a LoopStack."""
 
 
-class _Reads(Mapping[str, Any]):
+class _RecordingParams(Mapping[str, Any]):
     """Params that note which of them are looked for, whether one by one or all at once."""
 
     def __init__(self, params: Params) -> None:
@@ -81,8 +81,8 @@ class Candidate:
     """
 
     member: Member
-    framed: Framed
-    probe: Framed
+    framed: PaddedModule
+    probe: PaddedModule
     outputs: Any
     reads: Sequence[str]
     activations: int
@@ -104,7 +104,7 @@ class Candidate:
         return str(params["optimizer"]).lower(), params["batch_size"], engine, self.framed.signature
 
 
-def candidate(task: Task, member: Member, fit: Fit, example: Split) -> Candidate:
+def candidate(task: Task, member: Member, fit: Padder, example: Split) -> Candidate:
     """Build `member`'s network and try it on `example`, a few rows as they are trained on.
 
     Raises NotStackable for an optimizer that has no stacked form, or a module that holds state outside of tensors;
@@ -112,7 +112,7 @@ def candidate(task: Task, member: Member, fit: Fit, example: Split) -> Candidate
     """
     _require_stacked_form(member.params)
     probe = task.build(member).eval()
-    reads = _Reads(member.params)
+    reads = _RecordingParams(member.params)
     before = own_state(probe)
     with torch.no_grad(), task.autocast(), _counting(probe) as given:
         for weight in probe.parameters():
@@ -171,7 +171,7 @@ class VmapStack(Stack):
         capacity: int,
         example: Split,
         how: How = "eager",
-        fit: Fit = as_it_is,
+        fit: Padder = as_it_is,
     ) -> None:
         """`example`: a few rows as they are trained on; each member that joins is tried on them.
 
@@ -308,7 +308,7 @@ class VmapStack(Stack):
         values |= schedules.hyperparameters(params) if self._scheduled else {}
         return values | ({MAX_GRAD_NORM: float(params[MAX_GRAD_NORM])} if self._clipped else {})
 
-    def _fill(self, slot: int, member: Member, framed: Framed) -> None:
+    def _fill(self, slot: int, member: Member, framed: PaddedModule) -> None:
         """Put `member` with its network into a slot, at the beginning of its training."""
         filled = framed.filled()
         corners = {name: tuple(slice(0, size) for size in tensor.shape) for name, tensor in filled.items()}
@@ -473,7 +473,7 @@ class VmapStack(Stack):
         weights, state = stacked_optim.step(self._optimizer, weights, gradients, state, hyper, t)
         return weights, buffers, state, t, losses
 
-    def evaluate(self, feed: Feed) -> list[dict[str, float]]:
+    def evaluate(self, feed: Batches) -> list[dict[str, float]]:
         rows = max(256, EVALUATION_ROWS // self.capacity)
         outputs = joined([self._forward(inputs) for inputs, _ in feed.chunks(rows)], dim=1)
         live = self._live()

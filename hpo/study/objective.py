@@ -43,7 +43,7 @@ Params = Mapping[str, Any]
 """One trial's hyperparameters by name: those that were sampled and those that are fixed."""
 
 
-class Report(Protocol):
+class Reporter(Protocol):
     """What an objective's own `train` is given: the data, and where to report after each epoch.
 
     `train` and `valid` are prepared by the objective's `preprocess`. When the best params are trained anew, `train`
@@ -117,7 +117,7 @@ class Objective(ABC):
         The engine adds `loss`.
         """
 
-    train: Callable[[Params, Report], nn.Module | None] | None = None
+    train: Callable[[Params, Reporter], nn.Module | None] | None = None
     """In place of `build` and `loss`: an objective's own training of one trial's params, in whatever way. It calls
     `report` after each epoch until that says no, and returns a network to be tested and exported, or None."""
 
@@ -205,7 +205,7 @@ def load(
     return objective, []
 
 
-def code_of(objective: "Objective | Function") -> str:
+def source_fingerprint(objective: "Objective | Function") -> str:
     """Return the first 16 hex digits of a SHA-256 over the sources that the objective is written in.
 
     These are its file, those of the losses that the study names by path, and whatever they import from beside them.
@@ -219,8 +219,8 @@ def code_of(objective: "Objective | Function") -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def file_code_of(objective: "Objective | Function") -> str:
-    """Return what an older version stored as `code_of`: of the objective's own file alone."""
+def file_fingerprint(objective: "Objective | Function") -> str:
+    """Return what an older version stored as `source_fingerprint`: of the objective's own file alone."""
     file = inspect.getsourcefile(objective.call if isinstance(objective, Function) else type(objective))
     return hashlib.sha256(Path(file).read_bytes() if file else b"").hexdigest()[:16]
 
@@ -323,7 +323,7 @@ def origin(error: BaseException) -> str:
     """Return the error as Python names it, with the file and line of the user's own code that it came from."""
     frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
     libraries = (
-        str(Path(__file__).parent),
+        str(Path(__file__).parents[1]),
         sysconfig.get_paths()["purelib"],
         sysconfig.get_paths()["stdlib"],
         "<frozen",

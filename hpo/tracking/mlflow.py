@@ -1,4 +1,4 @@
-"""MLflow as a tracker: everything goes into an outbox (`hpo.tracking.outbox`), which a thread sends (`hpo.tracking.runs`).
+"""MLflow as a tracker: everything goes into the outbox, which a thread sends (`hpo.tracking.runs`).
 
 Where sending fails, that is said once, and it is tried again later, also in the next run of the study. One thing that
 MLflow refuses for good is set aside, and the rest is sent.

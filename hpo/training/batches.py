@@ -25,7 +25,7 @@ _SHARE = 0.5
 """How much of the device's free memory data may take; the rest is for networks and what lies between their layers."""
 
 
-class Feed:
+class Batches:
     """Gives a split's rows to the networks. Its `targets` are on the device, whatever its inputs are."""
 
     def __init__(
@@ -108,13 +108,13 @@ class Feed:
         return (out,) if isinstance(out, Tensor) else tuple(out)
 
 
-def feed(split: Split, preprocess: nn.Module, device: torch.device, loading: Loading = AS_IT_FITS) -> Feed:
+def feed(split: Split, preprocess: nn.Module, device: torch.device, loading: Loading = AS_IT_FITS) -> Batches:
     """Return the feed of `split` through `preprocess` on `device` that its size, or else `loading`, allows."""
     preprocess = preprocess.eval()
     if loading.resident is False:
-        return Feed(split, device, preprocess, resident=False, loading=loading)
+        return Batches(split, device, preprocess, resident=False, loading=loading)
     if device.type == "cpu":
-        return Feed(split.through(preprocess), device)
+        return Batches(split.through(preprocess), device)
     some = replace(split, inputs={n: x[:8] for n, x in split.inputs.items()}, targets=split.targets[:8])
     raw, prepared = _bytes_per_row(some), _bytes_per_row(some.through(preprocess))
     if (
@@ -122,10 +122,10 @@ def feed(split: Split, preprocess: nn.Module, device: torch.device, loading: Loa
         and device.type == "cuda"
         and min(raw, prepared) * len(split) > _SHARE * free_bytes(device)
     ):
-        return Feed(split, device, preprocess, resident=False, loading=loading)
+        return Batches(split, device, preprocess, resident=False, loading=loading)
     if raw < prepared:
-        return Feed(split, device, preprocess)
-    return Feed(split.through(preprocess), device)
+        return Batches(split, device, preprocess)
+    return Batches(split.through(preprocess), device)
 
 
 def _bytes_per_row(split: Split) -> float:

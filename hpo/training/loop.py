@@ -11,22 +11,22 @@ from torch import Tensor
 
 from hpo.errors import Interrupted
 from hpo.seeds import derive
-from hpo.training.batches import Feed
+from hpo.training.batches import Batches
 from hpo.training.stack import Member, Stack, Stacks
 
 Ask = Callable[[int], Iterable[Member]]
-Report = Callable[[Stack, Member, dict[str, float]], bool]
+OnEpoch = Callable[[Stack, Member, dict[str, float]], bool]
 
 
 def train(
     stacks: Stacks,
-    train_feed: Feed,
-    valid_feed: Feed | None,
+    train_feed: Batches,
+    valid_feed: Batches | None,
     *,
     epochs: int,
     seed: int,
     ask: Ask,
-    report: Report,
+    report: OnEpoch,
     stopping: Callable[[], bool] = lambda: False,
 ) -> None:
     """Train whatever `ask` gives, `epochs` epochs each, until it gives nothing and the stacks are empty.
@@ -65,7 +65,7 @@ def _round(members: Sequence[Member]) -> int:
 
 
 def _epoch(
-    stack: Stack, train_feed: Feed, valid_feed: Feed | None, rows: Tensor, stopping: Callable[[], bool]
+    stack: Stack, train_feed: Batches, valid_feed: Batches | None, rows: Tensor, stopping: Callable[[], bool]
 ) -> list[dict[str, float]]:
     """Train every member of `stack` on all batches of `rows` (N,); return their metrics."""
     losses, sizes = [], []

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from hpo.study.data import DataInfo, batch_sizes, prediction
 from hpo.study.objective import Objective, Params, origin
 from hpo.training import optim, schedules, stacked_optim
-from hpo.training.batches import Feed
+from hpo.training.batches import Batches
 from hpo.training.faults import TrialError, ended_the_process, fault_of
 from hpo.training.memory import Within, free_bytes, is_out_of_memory, n_bytes, shown
 
@@ -129,7 +129,7 @@ class Stack(ABC):
         """Do one optimizer step of every member on one batch (B, ...); return their losses, (K,), without gradient."""
 
     @abstractmethod
-    def evaluate(self, feed: Feed) -> list[dict[str, float]]:
+    def evaluate(self, feed: Batches) -> list[dict[str, float]]:
         """Return each member's `loss` and metrics over the whole of `feed`; empty for a member with a fault."""
 
     @abstractmethod
@@ -167,7 +167,7 @@ class Stacks(ABC):
         """The stacks that have members."""
 
 
-class One(Stacks):
+class SingleStack(Stacks):
     """A single stack, for members that are all of its kind."""
 
     def __init__(self, stack: Stack) -> None:
@@ -227,7 +227,7 @@ class LoopStack(Stack):
             losses.append(loss)
         return torch.stack(losses)
 
-    def evaluate(self, feed: Feed) -> list[dict[str, float]]:
+    def evaluate(self, feed: Batches) -> list[dict[str, float]]:
         results = []
         for member, slot in self._slots.items():
             result: dict[str, float] = {}
@@ -381,7 +381,9 @@ def joined(parts: Sequence[Any], dim: int = 0) -> Any:
 
 
 @torch.no_grad()
-def evaluate(task: Task, module: nn.Module, feed: Feed, params: Params, metrics: Mapping[str, Any]) -> dict[str, float]:
+def evaluate(
+    task: Task, module: nn.Module, feed: Batches, params: Params, metrics: Mapping[str, Any]
+) -> dict[str, float]:
     """Return `module`'s `loss` and `metrics` over the whole of `feed`; the module is left in evaluation mode.
 
     Never a mean of batches' own metrics: the RMSE of a set is not the mean of its batches' RMSEs.

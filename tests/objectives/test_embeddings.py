@@ -8,15 +8,15 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics.regression import MeanSquaredError
 
-from hpo.stacks.padding import Frames
+from hpo.stacks.padding import PaddingPlan
 from hpo.stacks.pool import Pool
 from hpo.study.data import DataInfo, Split
 from hpo.study.objective import Objective
 from hpo.study.space import build
 from hpo.study.spec import parse_param
-from hpo.training.batches import Feed
+from hpo.training.batches import Batches
 from hpo.training.loop import train
-from hpo.training.stack import LoopStack, Member, One, Task
+from hpo.training.stack import LoopStack, Member, SingleStack, Task
 from objectives.embeddings import (
     Categories,
     EachInput,
@@ -198,14 +198,14 @@ def test_members_of_a_stack_differ_in_all_sizes_and_each_is_as_alone(kind, ensem
         task,
         len(drawn),
         split,
-        Frames(space, lambda params: objective.build(params, task.info), "coarse"),
+        PaddingPlan(space, lambda params: objective.build(params, task.info), "coarse"),
         say=said.append,
     )
     curves = []
-    for stacks in (One(LoopStack(task, len(drawn))), pool):
+    for stacks in (SingleStack(LoopStack(task, len(drawn))), pool):
         members = [Member(number=i, seed=i, params=params) for i, params in enumerate(drawn)]
         queue = list(members)
-        feed = Feed(split, CPU)
+        feed = Batches(split, CPU)
         train(
             stacks,
             feed,

@@ -23,9 +23,9 @@ from hpo.study.objective import Objective, load
 from hpo.study.space import build
 from hpo.study.spec import parse_param
 from hpo.training import optim
-from hpo.training.batches import Feed
+from hpo.training.batches import Batches
 from hpo.training.loop import train
-from hpo.training.stack import LoopStack, Member, One, Task
+from hpo.training.stack import LoopStack, Member, SingleStack, Task
 
 FILES = {
     "california_housing": "sklearn/cal_housing_py3.pkz",
@@ -358,8 +358,8 @@ def test_it_learns_something(built):
         return losses[-1] > 0.9 * losses[0]
 
     train(
-        One(LoopStack(built.task(len(rows), 100))),
-        Feed(rows, CPU),
+        SingleStack(LoopStack(built.task(len(rows), 100))),
+        Batches(rows, CPU),
         None,
         epochs=100,
         seed=0,
@@ -395,11 +395,11 @@ def test_its_networks_are_trained_in_a_stack_as_alone_or_say_why_not(built):
         for member in members:
             stack.join(member)
             alone.join(member)
-        for inputs, targets in Feed(rows, CPU).batches(16, torch.arange(len(rows))):
+        for inputs, targets in Batches(rows, CPU).batches(16, torch.arange(len(rows))):
             torch.testing.assert_close(stack.step(inputs, targets), alone.step(inputs, targets))
         for member in members:
             torch.testing.assert_close(stack.state(member), alone.state(member), rtol=1e-6, atol=1e-9)
-        for together, expected in zip(*(each.evaluate(Feed(valid, CPU)) for each in (stack, alone)), strict=True):
+        for together, expected in zip(*(each.evaluate(Batches(valid, CPU)) for each in (stack, alone)), strict=True):
             assert together == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 

@@ -1,0 +1,231 @@
+"""The command line, `hpo` or `python -m hpo`: the only place that prints or exits.
+
+Exit status: 0 done, 1 failed, 2 bad input, 130 interrupted. Nothing heavy is imported before a command runs, so that
+`--help` answers at once.
+"""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hpo.errors import HpoError, SpecError, masked
+
+app = typer.Typer(
+    name="hpo",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Hyperparameter search and experiment tracking for PyTorch.\n\nExample: hpo run studies/breast_cancer.yaml",
+)
+
+Study = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file, e.g. studies/breast_cancer.yaml.")]
+Trials = Annotated[int | None, typer.Option(help="How many trials in all, over all runs of the study.")]
+Storage = Annotated[str | None, typer.Option(help="Optuna's storage, e.g. sqlite:///mlruns/optuna.db.")]
+Tracking = Annotated[str | None, typer.Option(help="MLflow's address, e.g. http://host:5000, or off.")]
+Device = Annotated[str | None, typer.Option(help="auto, cuda, cuda:1, mps or cpu.")]
+Stack = Annotated[str | None, typer.Option(help="auto, or how many trials to train at once, as one stack.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Lay a value over the file's; repeatable.")
+]
+Json = Annotated[bool, typer.Option("--json", help="End with one JSON object, on the last line of stdout.")]
+
+
+@app.command()
+def run(
+    study: Study,
+    trials: Trials = None,
+    storage: Storage = None,
+    tracking: Tracking = None,
+    device: Device = None,
+    stack: Stack = None,
+    workers: Annotated[str, typer.Option(metavar="N", help="Local processes; auto: one a GPU, or one a core.")] = "1",
+    ray: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Workers on Ray: local, auto, an address.")] = None,
+    gpus_per_worker: Annotated[float, typer.Option(help="On Ray; 0.5: two workers share a GPU.")] = 0.0,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Search, then train the best params anew, test and export them. Run again, it goes on.
+
+    Example: hpo run studies/breast_cancer.yaml --trials 20 --set params.batch_size=32
+    """
+    from hpo.cli import commands
+
+    overrides = _overrides(set_, trials=trials, storage=storage, tracking=tracking, device=device, stack=stack)
+    several = commands.WorkerOptions(workers=_count(workers), ray=ray, gpus_per_worker=gpus_per_worker)
+    _finish(commands.run(study, overrides, several), json_)
+
+
+def _count(workers: str) -> int | None:
+    if workers == "auto":
+        return None
+    if not workers.isdecimal() or int(workers) < 1:
+        raise typer.BadParameter(
+            f"must be auto, or a number of at least 1, but got {workers!r}", param_hint="--workers"
+        )
+    return int(workers)
+
+
+@app.command()
+def worker(
+    study: Annotated[Path | None, typer.Argument(metavar="[STUDY]", help="The study file; or give --study.")] = None,
+    name: Annotated[
+        str | None, typer.Option("--study", help="A study that the storage knows, in place of a file.")
+    ] = None,
+    objective: Annotated[
+        list[str] | None,
+        typer.Option(help="With --study: the code that may be run, as the study names it; repeatable."),
+    ] = None,
+    trust_storage: Annotated[
+        bool, typer.Option("--trust-storage", help="With --study: run whatever code the storage names.")
+    ] = False,
+    storage: Storage = None,
+    tracking: Tracking = None,
+    device: Device = None,
+    stack: Stack = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Join a study from any machine: train its trials until there are none left. `hpo run` ends it.
+
+    Example: hpo worker studies/breast_cancer.yaml --storage postgresql://host/hpo
+    """
+    from hpo.cli import commands
+
+    overrides = _overrides(set_, storage=storage, tracking=tracking, device=device, stack=stack)
+    named = None if trust_storage else (objective or [])
+    _finish(commands.worker(study, name, overrides, named=named), json_)
+
+
+@app.command()
+def repair(
+    study: Study, storage: Storage = None, tracking: Tracking = None, set_: Set = None, json_: Json = False
+) -> None:
+    """Free the places of trials whose workers died, and end the MLflow runs that they left open.
+
+    Example: hpo repair studies/breast_cancer.yaml --storage postgresql://host/hpo
+    """
+    from hpo.cli import commands
+
+    _finish(commands.repair(study, _overrides(set_, storage=storage, tracking=tracking)), json_)
+
+
+@app.command()
+def serve(
+    study: Study,
+    port: Annotated[int, typer.Option(help="The port to listen on.")] = 13000,
+    host: Annotated[str, typer.Option(help="The address to listen on; there is no login.")] = "127.0.0.1",
+    storage: Storage = None,
+    set_: Set = None,
+) -> None:
+    """Serve the study's database to hundreds of workers, as grpc://host:port.
+
+    Example: hpo serve studies/breast_cancer.yaml --port 13000 --host 0.0.0.0
+    """
+    from hpo.cli import commands
+
+    commands.serve(study, _overrides(set_, storage=storage), host, port)
+
+
+@app.command()
+def check(
+    study: Study, storage: Storage = None, tracking: Tracking = None, device: Device = None, set_: Set = None
+) -> None:
+    """Find everything that is wrong before anything runs; show the space, the model and the data.
+
+    Example: hpo check studies/breast_cancer.yaml
+    """
+    from hpo.cli import commands
+
+    commands.check(study, _overrides(set_, storage=storage, tracking=tracking, device=device))
+
+
+@app.command()
+def status(study: Study, trials: Trials = None, storage: Storage = None, set_: Set = None, json_: Json = False) -> None:
+    """Show a study's trials by state, its best so far, what is running, and the time used and left.
+
+    Example: hpo status studies/breast_cancer.yaml --json
+    """
+    from hpo.cli import commands
+
+    _finish(commands.status(study, _overrides(set_, trials=trials, storage=storage)), json_)
+
+
+@app.command()
+def export(
+    study: Study,
+    trial: Annotated[int | None, typer.Option(help="A trial's number; default: the best.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to write; default: mlruns/bundles/<name>.")] = None,
+    storage: Storage = None,
+    tracking: Tracking = None,
+    device: Device = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Train a trial's params anew on train + validation, test and export them.
+
+    Example: hpo export studies/breast_cancer.yaml --trial 7 --out model/
+    """
+    from hpo.cli import commands
+
+    overrides = _overrides(set_, storage=storage, tracking=tracking, device=device)
+    _finish(commands.export(study, overrides, trial, out), json_)
+
+
+@app.command()
+def objectives() -> None:
+    """List the objectives there are, one line each.
+
+    Example: hpo objectives
+    """
+    from hpo.study import catalog
+
+    found = catalog.names()
+    for name, line in found.items():
+        print(f"{name:<{max(map(len, found))}}  {line}")
+
+
+def _overrides(pairs: list[str] | None, **options: object) -> dict[str, str]:
+    """Return `--set` and the options as one mapping of dotted keys to YAML text; an option is laid over `--set`."""
+    overrides = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip(".") or "" in key.split("."):
+            raise typer.BadParameter(f"write KEY=VALUE (params.batch_size=64), but got {pair!r}", param_hint="--set")
+        overrides[key] = value
+    plain = {key: value if key == "stack" else json.dumps(value) for key, value in options.items() if value is not None}
+    return overrides | plain
+
+
+def _finish(summary: dict[str, object], as_json: bool) -> None:
+    if as_json:
+        sys.stdout.flush()
+        print(json.dumps(summary))
+
+
+def main() -> None:
+    """Run the command line, and exit with its status."""
+    try:
+        app()
+    except HpoError as error:
+        print(error if isinstance(error, SpecError) else f"hpo: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    except Exception as error:
+        if not type(error).__module__.startswith(("optuna.", "sqlalchemy.")):
+            print(masked("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+            sys.exit(1)
+        lines = [line for e in (error.__cause__, error) if e is not None for line in str(e).splitlines()[:1]]
+        print(
+            f"hpo: the storage failed: {masked('; '.join(lines))}; run the same command again to go on", file=sys.stderr
+        )
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("hpo: interrupted", file=sys.stderr)
+        sys.exit(130)
