@@ -1,1 +1,1 @@
-"""One module a task. Each says its data, its network, its loss, its metrics and its default space, and nothing else."""
+"""The objectives that come with hpo, as the package `hpo.objectives`."""

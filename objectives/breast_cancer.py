@@ -8,10 +8,8 @@ from sklearn.datasets import load_breast_cancer
 from torch import nn
 from torchmetrics.classification import BinaryAUROC
 
+from hpo.study.blocks import MLP, LogitAccuracy, Standardize, tabular_splits
 from hpo.study.objective import Objective
-from objectives.datasets import tabular_splits
-from objectives.metrics import LogitAccuracy
-from objectives.models import MLP, Standardize
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from sklearn.datasets import fetch_california_housing
-from torch import nn
-from torchmetrics.regression import MeanSquaredError, R2Score
-
-from hpo.study.objective import Objective
-from objectives.datasets import sklearn_cached, tabular_splits
-from objectives.embeddings import (
+from hpo.objectives.datasets import sklearn_cached
+from hpo.objectives.embeddings import (
     EMBEDDING_DEFAULTS,
     EMBEDDING_SPACE,
     EachInput,
@@ -22,7 +17,13 @@ from objectives.embeddings import (
     mean_of_numbers,
     of_members,
 )
-from objectives.models import MLP, QuantileNormal, Standardize, WideAndDeep
+from hpo.objectives.models import QuantileNormal, WideAndDeep
+from sklearn.datasets import fetch_california_housing
+from torch import nn
+from torchmetrics.regression import MeanSquaredError, R2Score
+
+from hpo.study.blocks import MLP, Standardize, tabular_splits
+from hpo.study.objective import Objective
 
 
 @dataclass(frozen=True)

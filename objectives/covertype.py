@@ -5,14 +5,22 @@ from typing import Literal
 
 import numpy as np
 import torch
+from hpo.objectives.datasets import rows_of_splits, sklearn_cached
+from hpo.objectives.embeddings import (
+    EMBEDDING_DEFAULTS,
+    EMBEDDING_SPACE,
+    deep,
+    embedding_of,
+    mean_of_classes,
+    of_members,
+)
+from hpo.objectives.models import QuantileNormal
 from sklearn.datasets import fetch_covtype
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from hpo.study.blocks import split_by_rows
 from hpo.study.objective import Objective
-from objectives.datasets import rows_of_splits, sklearn_cached, split_by_rows
-from objectives.embeddings import EMBEDDING_DEFAULTS, EMBEDDING_SPACE, deep, embedding_of, mean_of_classes, of_members
-from objectives.models import QuantileNormal
 
 N_NUMBERS = 10
 """The first columns are lengths and angles; the other 44 say by 0 or 1 which wilderness area and which soil it is."""
@@ -21,7 +29,7 @@ CLASSES = ("Spruce/Fir", "Lodgepole Pine", "Ponderosa Pine", "Cottonwood/Willow"
 
 @dataclass(frozen=True)
 class Options:
-    """`embedding` is that of the ten numbers; see `objectives.embeddings`."""
+    """`embedding` is that of the ten numbers; see `hpo.objectives.embeddings`."""
 
     embedding: Literal["none", "piecewise", "periodic"] = "none"
 

@@ -13,36 +13,8 @@ from PIL import Image, ImageOps
 from sklearn.model_selection import train_test_split
 
 from hpo.errors import DataError, did_you_mean
+from hpo.study.blocks import split_by_rows, tabular_splits  # noqa: F401 (version 0.1 had the second here)
 from hpo.study.data import Data, Split, data_home
-
-
-def tabular_splits(
-    features: np.ndarray,
-    targets: torch.Tensor,
-    *,
-    test: float,
-    valid: float,
-    random_state: int,
-    feature_names: tuple[str, ...],
-    class_names: tuple[str, ...] = (),
-    stratify: bool = False,
-) -> Data:
-    """Return `features` (N, F) as float32 in three splits: `test` of all rows, then `valid` of those that are left.
-
-    The test rows are the documented ones; `stratify` keeps the classes' shares equal in train and validation.
-    """
-    labels = targets.numpy().ravel() if stratify else None
-    rest, test_rows = train_test_split(np.arange(len(features)), test_size=test, random_state=random_state)
-    train_rows, valid_rows = train_test_split(
-        rest, test_size=valid, random_state=random_state, stratify=None if labels is None else labels[rest]
-    )
-    return split_by_rows(
-        {"features": torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32))},
-        targets,
-        (train_rows, valid_rows, test_rows),
-        feature_names=feature_names,
-        class_names=class_names,
-    )
 
 
 def rows_of_splits(
@@ -62,21 +34,6 @@ def rows_of_splits(
             split.append(part)
     train_rows, valid_rows, test_rows = (random.permutation(np.concatenate(split)) for split in splits)
     return train_rows, valid_rows, test_rows
-
-
-def split_by_rows(
-    inputs: Mapping[str, torch.Tensor],
-    targets: torch.Tensor,
-    rows: tuple[np.ndarray, np.ndarray, np.ndarray],
-    *,
-    feature_names: tuple[str, ...] = (),
-    class_names: tuple[str, ...] = (),
-) -> Data:
-    """Return `inputs` (N, ...) and `targets` (N, ...) in three splits: `rows` of train, validation and test."""
-    train, valid, test = (
-        Split(inputs={name: x[chosen] for name, x in inputs.items()}, targets=targets[chosen]) for chosen in rows
-    )
-    return Data(train=train, valid=valid, test=test, feature_names=feature_names, class_names=class_names)
 
 
 def sklearn_cached(name: str, file: str, fetch: Callable[..., Any]) -> Any:

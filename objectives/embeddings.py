@@ -2,7 +2,7 @@
 
 Gorishniy et al., "On Embeddings for Numerical Features in Tabular Deep Learning" (NeurIPS 2022), and "TabM: Advancing
 Tabular Deep Learning with Parameter-Efficient Ensembling" (ICLR 2025). Each number is to be of a standard normal
-distribution (`objectives.models.QuantileNormal`): so the bins are that distribution's quantiles, whatever the data.
+distribution (`hpo.objectives.models.QuantileNormal`): so the bins are that distribution's quantiles, whatever the data.
 
 Shapes: B rows, F features, I numbers in a feature's encoding, D in its embedding, K members, H hidden units, C outputs.
 All is laid out so that members of a stack may differ in I, D and H: a smaller one lies in the corner of a larger one.

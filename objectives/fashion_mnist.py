@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from hpo.objectives.datasets import torchvision_splits
+from hpo.objectives.models import ScalePixels
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets import FashionMNIST as TorchvisionFashionMNIST
 
+from hpo.study.blocks import MLP
 from hpo.study.objective import Objective
-from objectives.datasets import torchvision_splits
-from objectives.models import MLP, ScalePixels
 
 CLASSES = (
     "T-shirt/top",

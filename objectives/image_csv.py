@@ -6,14 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torchvision
-from torch import nn
-from torchmetrics.classification import MulticlassAccuracy
-from torchvision.models import list_models
-
-from hpo.errors import did_you_mean
-from hpo.study.objective import Objective
-from objectives.datasets import images_of_csv
-from objectives.models import (
+from hpo.objectives.datasets import images_of_csv
+from hpo.objectives.models import (
     Augmented,
     NormalizePixels,
     SmallConvNet,
@@ -22,6 +16,12 @@ from objectives.models import (
     torchvision_classifier,
     transforms_by_name,
 )
+from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
+from torchvision.models import list_models
+
+from hpo.errors import did_you_mean
+from hpo.study.objective import Objective
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from hpo.study.blocks import Standardize, split_by_rows
 from hpo.study.objective import Objective
-from objectives.datasets import split_by_rows
-from objectives.models import Standardize
 
 N_VALID = 22
 """A fifth of the 112 rows that are not for the test."""

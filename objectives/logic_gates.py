@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from hpo.objectives.models import Perceptron, TwoPerceptrons
 from torchmetrics import Metric
 from torchmetrics.classification import BinaryAccuracy
 
 from hpo.study.data import Data, Split
 from hpo.study.objective import Objective
-from objectives.models import Perceptron, TwoPerceptrons
 
 INPUTS = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
 OUTPUTS = {"and": [0, 0, 0, 1], "or": [0, 1, 1, 1], "nor": [1, 0, 0, 0], "nand": [1, 1, 1, 0], "xor": [0, 1, 1, 0]}

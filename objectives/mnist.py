@@ -1,12 +1,13 @@
 """MNIST: ten digits from images of 28 x 28 pixels; an MLP 784-24-24-10."""
 
+from hpo.objectives.datasets import torchvision_splits
+from hpo.objectives.models import NormalizePixels
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets import MNIST as TorchvisionMNIST
 
+from hpo.study.blocks import MLP
 from hpo.study.objective import Objective
-from objectives.datasets import torchvision_splits
-from objectives.models import MLP, NormalizePixels
 
 
 class MNIST(Objective):

@@ -12,27 +12,7 @@ from torchvision.models import get_model
 from torchvision.transforms import v2
 
 from hpo.errors import InputError, did_you_mean
-
-
-class MLP(nn.Module):
-    """Flatten, then `hidden` layers of linear and ReLU, then one linear layer: (B, ...) -> (B, n_out).
-
-    The layers are named hidden1, hidden2, ... and output; with a `dropout` rate, one follows each ReLU.
-    """
-
-    def __init__(self, n_in: int, hidden: Sequence[int], n_out: int, dropout: float | None = None) -> None:
-        super().__init__()
-        widths = [n_in, *hidden]
-        self.layers = nn.Sequential(nn.Flatten())
-        for index, (before, after) in enumerate(itertools.pairwise(widths), start=1):
-            self.layers.add_module(f"hidden{index}", nn.Linear(before, after))
-            self.layers.add_module(f"relu{index}", nn.ReLU())
-            if dropout is not None:
-                self.layers.add_module(f"dropout{index}", nn.Dropout(dropout))
-        self.layers.add_module("output", nn.Linear(widths[-1], n_out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+from hpo.study.blocks import MLP, Standardize  # noqa: F401 (version 0.1 had them here)
 
 
 class Perceptron(nn.Module):
@@ -229,19 +209,6 @@ class Augmented(nn.Module):
         for transform in self.transforms:
             images = [transform(image) for image in images]
         return self.normalize.normalized(torch.stack(images))
-
-
-class Standardize(nn.Module):
-    """(x - mean) / std by feature: (B, F) -> (B, F). Mean and deviation of `train` (N, F) are kept as buffers."""
-
-    def __init__(self, train: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("mean", train.double().mean(0).to(train.dtype))
-        std = train.double().std(0, correction=0)
-        self.register_buffer("std", torch.where(std > 0, std, 1.0).to(train.dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.std
 
 
 class QuantileNormal(nn.Module):

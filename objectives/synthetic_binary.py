@@ -4,14 +4,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from hpo.objectives.models import BinaryClassifier
 from sklearn.datasets import make_circles, make_classification, make_moons
 from torch import nn
 from torchmetrics.classification import BinaryAUROC
 
+from hpo.study.blocks import LogitAccuracy, tabular_splits
 from hpo.study.objective import Objective
-from objectives.datasets import tabular_splits
-from objectives.metrics import LogitAccuracy
-from objectives.models import BinaryClassifier
 
 
 @dataclass(frozen=True)

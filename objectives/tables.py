@@ -13,13 +13,14 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
+from hpo.objectives.datasets import rows_of_splits
+from hpo.objectives.table_files import listed, read_table
 from pandas.api import types
 from torch import Tensor
 
 from hpo.errors import DataError, did_you_mean
+from hpo.study.blocks import split_by_rows
 from hpo.study.data import Data
-from objectives.datasets import rows_of_splits, split_by_rows
-from objectives.table_files import listed, read_table
 
 Column = Mapping[str, Any]
 Task = Literal["regression", "binary", "multiclass"]

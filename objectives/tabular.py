@@ -7,12 +7,7 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
-from torchmetrics.regression import MeanSquaredError, R2Score
-
-from hpo.study.objective import Objective
-from objectives.embeddings import (
+from hpo.objectives.embeddings import (
     EMBEDDING_DEFAULTS,
     EMBEDDING_SPACE,
     Categories,
@@ -25,9 +20,14 @@ from objectives.embeddings import (
     mean_of_odds,
     of_members,
 )
-from objectives.metrics import LogitAccuracy
-from objectives.models import QuantileNormal
-from objectives.tables import Table, TableOptions, table_of
+from hpo.objectives.models import QuantileNormal
+from hpo.objectives.tables import Table, TableOptions, table_of
+from torch import Tensor, nn
+from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
+from torchmetrics.regression import MeanSquaredError, R2Score
+
+from hpo.study.blocks import LogitAccuracy
+from hpo.study.objective import Objective
 
 LOSS = {"regression": "mse", "binary": "bce", "multiclass": "cross_entropy"}
 MEAN = {"regression": mean_of_numbers, "binary": mean_of_odds, "multiclass": mean_of_classes}
@@ -41,7 +41,7 @@ class Options(TableOptions):
 
 
 class Tabular(Objective):
-    """Inputs are `numeric` (N, F), NaN where missing, and `categorical` (N, C) codes, as `objectives.tables.encode`
+    """Inputs are `numeric` (N, F), NaN where missing, and `categorical` (N, C) codes, as `hpo.objectives.tables.encode`
     makes them; an MLP of Dense layers over embeddings, with `ensemble` members TabM."""
 
     Options = Options
@@ -128,7 +128,7 @@ class Tabular(Objective):
         return nn.Sigmoid() if self.table.task == "binary" else nn.Softmax(dim=-1)
 
     def about(self):
-        """What `objectives.tables.encode` needs to make the inputs of another table, and what was left out here."""
+        """What `hpo.objectives.tables.encode` needs to make the inputs of another table, and what was left out here."""
         table = self.table
         return {
             "target": self.options.target,

@@ -159,7 +159,7 @@ def test_tracking_off_needs_no_mlflow(study: Write) -> None:
         ),
         ("metric: r3", "metric: the objective has no metric 'r3'; known: r2, loss"),
         ("device: cuda:9", "device: there is no device 'cuda:9' here; available: auto"),
-        ("objective: nothing", "objective: there is no module objectives.nothing; known: breast_cancer"),
+        ("objective: nothing", "objective: there is no objective and no module 'nothing'; known: breast_cancer"),
         ("objective: gone.py", "objective: no such file: "),
         (
             "sampler: {name: tpe, n_startup: 3}",

@@ -69,7 +69,7 @@ def message(where, folder):
 def test_an_objective_is_found_by_name(tmp_path):
     made, faults = load("breast_cancer", {}, tmp_path)
     assert not faults
-    assert (type(made).__name__, type(made).__module__) == ("BreastCancer", "objectives.breast_cancer")
+    assert (type(made).__name__, type(made).__module__) == ("BreastCancer", "hpo.objectives.breast_cancer")
 
 
 def test_an_objective_is_found_in_a_module(folder):
@@ -135,8 +135,8 @@ def test_an_objective_without_options_takes_none(folder):
 @pytest.mark.parametrize(
     ("where", "text"),
     [
-        ("breast_cancr", 'there is no module objectives.breast_cancr; did you mean "breast_cancer"?'),
-        ("zzz", "there is no module objectives.zzz; known: " + ", ".join(catalog.names())),
+        ("breast_cancr", "there is no objective and no module 'breast_cancr'; did you mean \"breast_cancer\"?"),
+        ("zzz", "there is no objective and no module 'zzz'; known: " + ", ".join(catalog.names())),
         ("no.such", "there is no module no.such"),
         ("a.py", "no such file: {folder}/sub/a.py nor a.py"),
         ("{folder}/a.py", "no such file: {folder}/a.py"),

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from hpo.stacks.structure import Gated, RateDropout, SelectOne, frame_of
 from hpo.stacks.vmap_stack import NotStackable, VmapStack
+from hpo.study.blocks import MLP
 from hpo.study.data import DataInfo, Split
 from hpo.study.objective import Objective
 from hpo.training.batches import Batches
 from hpo.training.stack import LoopStack, Member, Stack, Task
-from objectives.models import MLP
 
 CPU = torch.device("cpu")
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {

@@ -155,8 +155,9 @@ def load(
 ) -> tuple[Objective | None, list[Fault]] | tuple[Function, list[Fault]]:
     """Return what `where` names, an objective made with `options` or a function, or the faults that keep it from that.
 
-    `where` is the name of a module in `objectives/`, or `package.module[:Name]`, or `path/to/file.py[:Name]`, the
-    path from `folder` (where the study file lies), else from the current one. `:name` may be a function.
+    `where` is one of hpo's own (`hpo objectives`), or `module[:Name]`, `package.module[:Name]`, or
+    `path/to/file.py[:Name]`; modules and files are found in `folder` (where the study file lies), else in the current
+    one. `:name` may be a function.
     """
     target, _, name = where.partition(":")
     at = ("objective",)
@@ -239,7 +240,7 @@ def _gather(file: Path, files: set[Path]) -> None:
         if isinstance(node, ast.ImportFrom):
             names = [node.module or "", *(f"{node.module}.{name}" if node.module else name for name in names)]
         for name in names:
-            parts = name.removeprefix(f"{file.parent.name}.").split(".")
+            parts = name.rpartition(f"{file.parent.name}.")[2].split(".")  # hpo.objectives.models: models
             beside = file.parent.joinpath(*parts)
             for candidate in (beside.with_suffix(".py"), beside / "__init__.py"):
                 _gather(candidate, files)
@@ -307,16 +308,22 @@ def _import(target: str, folder: Path) -> ModuleType:
         sys.modules[module_name] = module
         spec.loader.exec_module(module)
         return module
-    full = target if "." in target else f"objectives.{target}"
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # the console script `hpo` sees the same modules as `python -m hpo`
+    if target in catalog.names():
+        return importlib.import_module(f"hpo.objectives.{target}")
+    for beside in (str(folder.absolute()), str(Path.cwd())):  # `hpo` and notebooks see what `python -m hpo` sees
+        if beside not in sys.path:
+            sys.path.insert(0, beside)
+    if importlib.util.find_spec("objectives") is None:  # version 0.1 had its own, and examples that import from it
+        sys.modules["objectives"] = importlib.import_module("hpo.objectives")
     try:
-        return importlib.import_module(full)
+        return importlib.import_module(target)
     except ModuleNotFoundError as error:
-        if error.name is None or not (full == error.name or full.startswith(f"{error.name}.")):
+        if error.name is None or not (target == error.name or target.startswith(f"{error.name}.")):
             raise
-        hint = did_you_mean(target, catalog.names()) if "." not in target else ""
-        raise _NotFound(f"there is no module {full}{hint}") from error
+        if "." in target:
+            raise _NotFound(f"there is no module {target}") from error
+        known = catalog.names()
+        raise _NotFound(f"there is no objective and no module {target!r}{did_you_mean(target, known)}") from error
 
 
 def origin(error: BaseException) -> str:

@@ -227,7 +227,7 @@ class StudySpec(_Frozen):
     name: Annotated[str, BeforeValidator(lambda v: str(v) if type(v) in (int, float) else v)]
     """Optuna's study and MLflow's experiment; the folder of the bundle."""
     objective: str
-    """`objectives.<name>`, or `package.module[:Name]`, or `path/to/file.py[:Name]`."""
+    """One of hpo's own (`hpo objectives`), or `module[:Name]`, or `path/to/file.py[:Name]`."""
     options: dict[str, Any] = Field(default_factory=dict)
     """The objective's own options; `hpo.study.objective` validates them against its `Options`."""
     metric: str | None = None

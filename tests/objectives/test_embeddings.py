@@ -4,20 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
-from torchmetrics.regression import MeanSquaredError
-
-from hpo.stacks.padding import PaddingPlan
-from hpo.stacks.pool import Pool
-from hpo.study.data import DataInfo, Split
-from hpo.study.objective import Objective
-from hpo.study.space import build
-from hpo.study.spec import parse_param
-from hpo.training.batches import Batches
-from hpo.training.loop import train
-from hpo.training.stack import LoopStack, Member, SingleStack, Task
-from objectives.embeddings import (
+from hpo.objectives.embeddings import (
     Categories,
     EachInput,
     Joined,
@@ -33,6 +20,19 @@ from objectives.embeddings import (
     mean_of_odds,
     of_members,
 )
+from torch import nn
+from torch.nn import functional as F
+from torchmetrics.regression import MeanSquaredError
+
+from hpo.stacks.padding import PaddingPlan
+from hpo.stacks.pool import Pool
+from hpo.study.data import DataInfo, Split
+from hpo.study.objective import Objective
+from hpo.study.space import build
+from hpo.study.spec import parse_param
+from hpo.training.batches import Batches
+from hpo.training.loop import train
+from hpo.training.stack import LoopStack, Member, SingleStack, Task
 
 CPU = torch.device("cpu")
 DEEP = {"n_layers": 2, "n_hidden": 6, "dropout": 0.0, "ensemble": 0}

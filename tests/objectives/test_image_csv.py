@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hpo.objectives.image_csv import ImageCsv, Options
+from hpo.objectives.models import Augmented, NormalizePixels, SmallConvNet, torchvision_classifier
 from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
@@ -9,8 +11,6 @@ from torchvision.transforms import v2
 from hpo.errors import DataError, InputError
 from hpo.export.bundle import Model, export
 from hpo.study.objective import load
-from objectives.image_csv import ImageCsv, Options
-from objectives.models import Augmented, NormalizePixels, SmallConvNet, torchvision_classifier
 from tests.cli import invoke, summary
 
 N = 20

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from hpo.objectives.iris import Iris, Options
 from sklearn.datasets import load_iris
 from sklearn.linear_model import Perceptron
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
-
-from objectives.iris import Iris, Options
 
 
 class Reports:

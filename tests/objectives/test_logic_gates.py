@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from hpo.objectives.logic_gates import INPUTS, OUTPUTS, Errors, LogicGates, Options
 
 from hpo.study.data import Split
-from objectives.logic_gates import INPUTS, OUTPUTS, Errors, LogicGates, Options
 
 
 class Once:

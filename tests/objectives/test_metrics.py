@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchmetrics.classification import BinaryAccuracy
 
-from objectives.metrics import LogitAccuracy
+from hpo.study.blocks import LogitAccuracy
 
 
 @pytest.mark.parametrize("logits", [[0.1, 0.2, 0.9, 0.8], [-3.0, 2.0, 5.0, -0.1], [-0.4, 0.4, -0.2, 0.3]])

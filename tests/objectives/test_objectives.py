@@ -106,7 +106,7 @@ WRITES = {"image_csv": write_images, "tabular": write_table}
 
 
 def _class(name):
-    module = importlib.import_module(f"objectives.{name}")
+    module = importlib.import_module(f"hpo.objectives.{name}")
     return next(
         c
         for c in vars(module).values()

@@ -1,9 +1,8 @@
 """Synthetic binary data: the documented network by its names, and points that can be told apart."""
 
 import torch
-
-from objectives.models import BinaryClassifier
-from objectives.synthetic_binary import Options, SyntheticBinary
+from hpo.objectives.models import BinaryClassifier
+from hpo.objectives.synthetic_binary import Options, SyntheticBinary
 
 
 def names(activation):

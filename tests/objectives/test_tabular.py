@@ -11,13 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hpo.objectives.datasets import rows_of_splits
+from hpo.objectives.table_files import read_table
+from hpo.objectives.tables import encode
 
 from hpo.errors import DataError
+from hpo.objectives import table_files
 from hpo.study.objective import load
-from objectives import table_files
-from objectives.datasets import rows_of_splits
-from objectives.table_files import read_table
-from objectives.tables import encode
 from tests.conftest import run_hpo
 
 N = 60
