@@ -295,6 +295,9 @@ class _NotFound(Exception):
 
 
 def _import(target: str, folder: Path) -> ModuleType:
+    if target in catalog.names():
+        return importlib.import_module(f"hpo.objectives.{target}")
+    _find_beside(folder)
     if target.endswith(".py"):
         tried = [folder / target, Path(target)]
         path = next((p for p in tried if p.is_file()), None)
@@ -308,13 +311,6 @@ def _import(target: str, folder: Path) -> ModuleType:
         sys.modules[module_name] = module
         spec.loader.exec_module(module)
         return module
-    if target in catalog.names():
-        return importlib.import_module(f"hpo.objectives.{target}")
-    for beside in (str(folder.absolute()), str(Path.cwd())):  # `hpo` and notebooks see what `python -m hpo` sees
-        if beside not in sys.path:
-            sys.path.insert(0, beside)
-    if importlib.util.find_spec("objectives") is None:  # version 0.1 had its own, and examples that import from it
-        sys.modules["objectives"] = importlib.import_module("hpo.objectives")
     try:
         return importlib.import_module(target)
     except ModuleNotFoundError as error:
@@ -324,6 +320,15 @@ def _import(target: str, folder: Path) -> ModuleType:
             raise _NotFound(f"there is no module {target}") from error
         known = catalog.names()
         raise _NotFound(f"there is no objective and no module {target!r}{did_you_mean(target, known)}") from error
+
+
+def _find_beside(folder: Path) -> None:
+    """Have modules be found beside the study file and in the current folder, whatever started this process."""
+    for beside in (str(folder.absolute()), str(Path.cwd())):
+        if beside not in sys.path:
+            sys.path.insert(0, beside)
+    if importlib.util.find_spec("objectives") is None:  # what was written for version 0.1 imports from there
+        sys.modules["objectives"] = importlib.import_module("hpo.objectives")
 
 
 def origin(error: BaseException) -> str:
