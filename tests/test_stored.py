@@ -16,6 +16,8 @@ import pytest
 from tests.conftest import ROOT, run_hpo
 
 STORED = sorted((ROOT / "tests" / "stored").iterdir())
+FROM_SCRATCH = ("ff12883",)
+"""Whose checkpoints did not yet say which study they are of: they are not trusted, the trial is trained from scratch."""
 UNDISTURBED = {
     0: -0.13910722732543945,
     1: 0.7966746091842651,
@@ -36,12 +38,14 @@ def begun(request, tmp_path: Path, monkeypatch) -> Path:
     return tmp_path / "study.yaml"
 
 
-def test_a_study_of_an_earlier_version_is_resumed_from_its_checkpoint(begun: Path) -> None:
+def test_a_study_of_an_earlier_version_is_resumed(begun: Path, request: pytest.FixtureRequest) -> None:
     seen = run_hpo("status", begun)
     assert "2 of 4 trials done" in seen.stdout, seen.stderr
     done = run_hpo("run", begun, "--json")
     assert done.returncode == 0, done.stderr
     assert "code has changed" not in done.stdout
+    from_scratch = "place-2.pt is not resumed from: it is of other params or of another version" in done.stdout
+    assert from_scratch == (request.node.callspec.params["begun"].name in FROM_SCRATCH), done.stdout
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["trials"] == {"complete": 4, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
     trials = optuna.load_study(study_name="stored", storage=f"sqlite:///{begun.parent}/optuna.db").trials

@@ -61,7 +61,7 @@ class RetryingStorage(BaseStorage):
         self._at_once = False
 
     def __getstate__(self) -> Any:
-        raise TypeError("a Patient cannot be copied to another process: open the storage there, by its address")
+        raise TypeError("a RetryingStorage cannot be copied to another process: open the storage there, by its address")
 
     @property
     def away(self) -> bool:

@@ -1,14 +1,16 @@
+
 """A line through 300 points: the smallest whole objective."""
 
 import os
 import time
 
 import torch
-from hpo.data import Data, Split
-from hpo.objective import Objective
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics.regression import R2Score
+
+from hpo.data import Data, Split
+from hpo.objective import Objective
 
 
 class Linear(Objective):
