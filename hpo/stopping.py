@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,9 @@ class Stop:
 def signals(parent: int | None = None) -> Iterator[Stop]:
     """Have Ctrl-C and SIGTERM ask to stop, and the death of `parent`, if there is one."""
     stop = Stop(parent)
+    if threading.current_thread() is not threading.main_thread():  # only the main thread is given signals
+        yield stop
+        return
     before = {number: signal.signal(number, stop.ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop

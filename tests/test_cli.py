@@ -109,11 +109,16 @@ def test_objectives_lists_one_line_each() -> None:
 
 
 def test_determinism_on_request_and_only_then(study: Write) -> None:
-    invoke("run", study("deterministic: true\nname: strict"))
-    assert torch.are_deterministic_algorithms_enabled()
+    path = study("deterministic: true\nname: strict")
+    seen = "        Path('seen').write_text(str(torch.are_deterministic_algorithms_enabled()))\n"
+    code = Path("linear.py").read_text().replace("import time\n", "import time\nfrom pathlib import Path\n", 1)
+    Path("linear.py").write_text(code.replace("def data(self):\n", f"def data(self):\n{seen}", 1))
+    invoke("run", path)
+    assert Path("seen").read_text() == "True"
+    assert not torch.are_deterministic_algorithms_enabled(), "a run leaves torch as it was"
     assert "deterministic is False here, True there" in refused("run", study("name: strict"))
     invoke("run", study())
-    assert not torch.are_deterministic_algorithms_enabled()
+    assert Path("seen").read_text() == "False"
 
 
 def test_three_lines_are_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
-from hpo.cli import console as view
-from hpo.cli.console import LiveProgress, PlainProgress, ProgressState, duration, shown, table
+from hpo.cli.console import LiveProgress, table
+from hpo.runner import progress as view
+from hpo.runner.progress import PlainProgress, ProgressState, duration, shown
 from hpo.search.budget import Counts
 from hpo.search.search import Best
 

@@ -17,7 +17,7 @@ from tests.conftest import ROOT, run_hpo
 
 STORED = sorted((ROOT / "tests" / "stored").iterdir())
 FROM_SCRATCH = ("ff12883",)
-"""Whose checkpoints did not yet say which study they are of: they are not trusted, the trial is trained from scratch."""
+"""Whose checkpoints did not yet say which study they are of: they are not trusted, the trial restarts from scratch."""
 UNDISTURBED = {
     0: -0.13910722732543945,
     1: 0.7966746091842651,

@@ -56,8 +56,8 @@ def run(
     from hpo.cli import commands
 
     overrides = _overrides(set_, trials=trials, storage=storage, tracking=tracking, device=device, stack=stack)
-    several = commands.WorkerOptions(workers=_count(workers), ray=ray, gpus_per_worker=gpus_per_worker)
-    _finish(commands.run(study, overrides, several), json_)
+    options = commands.WorkerOptions(workers=_count(workers), ray=ray, gpus_per_worker=gpus_per_worker)
+    _finish(commands.run(study, overrides, options), json_)
 
 
 def _count(workers: str) -> int | None:

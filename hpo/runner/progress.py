@@ -1,12 +1,21 @@
-"""What a person is shown of a study that runs: the contract that `hpo.cli.console` keeps."""
+"""What is shown of a study that runs: the contract, and the form that needs no screen, lines in a log."""
 
+import math
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
+
+from hpo.runner.prepare import Plan
+from hpo.search.budget import Counts
+from hpo.search.search import Best, Search
+
+STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "INTERRUPTED": "interrupted"}
 
 
 class Progress(ABC):
-    """What a person is shown of a study that runs (`hpo.cli.console`)."""
+    """What a person is shown of a study that runs: lines (here), or a live view (`hpo.cli.console`)."""
 
     @abstractmethod
     def trial_started(self, number: int, params: Mapping[str, Any]) -> None:
@@ -23,3 +32,147 @@ class Progress(ABC):
     @abstractmethod
     def note(self, text: str) -> None:
         """Something is to be said once."""
+
+
+Refreshes = Callable[[str, float | None], None]
+
+
+class ProgressState:
+    """The numbers that both views show; `refresh(state, value)` has them read anew when a trial has ended."""
+
+    def __init__(self, counts: Counts, best: Best | None, trials: int, metric: str) -> None:
+        self.counts, self.best, self.trials, self.metric = counts, best, trials, metric
+        self._started, self._done_before = time.monotonic(), counts.finished
+
+    def add(self, state: str) -> None:
+        """Count one more trial that has ended."""
+        field = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}.get(state)
+        if field is not None:
+            self.counts = replace(self.counts, **{field: getattr(self.counts, field) + 1})
+
+    def seconds_left(self) -> float | None:
+        """Return how long the rest will take at the pace so far, or None before the first trial has ended."""
+        done = self.counts.finished - self._done_before
+        if done <= 0:
+            return None
+        return (time.monotonic() - self._started) / done * (self.trials - self.counts.finished)
+
+    def best_text(self) -> str:
+        """Return `best accuracy 0.9890 (trial 7)`."""
+        return (
+            "no trial yet"
+            if self.best is None
+            else f"best {self.metric} {self.best.value:.4f} (trial {self.best.number})"
+        )
+
+    def left_text(self) -> str:
+        """Return `about 3 min left`, or nothing while that is unknown."""
+        left = self.seconds_left()
+        return "" if left is None or self.counts.finished >= self.trials else f"about {duration(left)} left"
+
+
+class Refresh:
+    """Reads a study's counts and best anew when a trial has ended.
+
+    Where reading is dear and many trials end together, one that this process ended is only counted (`alone`).
+    """
+
+    def __init__(self, board: ProgressState, search: Search, alone: bool) -> None:
+        self._board, self._search, self._alone = board, search, alone
+        self._looked, self._cost = -math.inf, 0.0
+
+    def __call__(self, state: str, value: float | None) -> None:
+        start = time.monotonic()
+        lately = start - self._looked < 20 * self._cost
+        if self._alone and lately and not (value is not None and self._search.may_be_best(value)):
+            self._board.add(state)
+            return
+        self._board.counts, self._board.best = self._search.counts(), self._search.best()
+        self._looked = time.monotonic()
+        self._cost = self._looked - start
+
+
+def state_of(plan: Plan, search: Search) -> ProgressState:
+    """Return the numbers of a study as its storage has them now."""
+    return ProgressState(search.counts(), search.best(), plan.spec.trials, plan.metric)
+
+
+class PlainProgress(Progress):
+    """One line a trial, and one every `epoch_seconds` while a long one runs."""
+
+    def __init__(
+        self, board: ProgressState, refresh: Refreshes, write: Callable[[str], None], epoch_seconds: float = 15.0
+    ):
+        self._board, self._refresh, self._write, self._epoch_seconds = board, refresh, write, epoch_seconds
+        self._said_at = time.monotonic()
+        self._running: dict[int, tuple[float, str]] = {}
+
+    def trial_started(self, number: int, params: Mapping[str, Any]) -> None:
+        if not self._running:
+            self._said_at = time.monotonic()
+        self._running[number] = time.monotonic(), shown(params)
+
+    def epoch_ended(self, number: int, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
+        if time.monotonic() - self._said_at >= self._epoch_seconds:
+            self._said_at = time.monotonic()
+            self._write(f"trial {number}: epoch {epoch}/{epochs}, {metric_text(self._board, metrics)}")
+
+    def trial_ended(self, number: int, state: str, value: float | None, reason: str | None) -> None:
+        self._refresh(state, value)
+        board = self._board
+        what = f": {board.metric} {value:.4f}" if value is not None else f": {reason}" if reason else ""
+        started, params = self._running.pop(number)
+        parts = [
+            f"[{board.counts.finished}/{board.trials}] trial {number} {STATES[state]}{what}",
+            params,
+            duration(time.monotonic() - started),
+            board.best_text(),
+            board.left_text(),
+        ]
+        self._write("; ".join(part for part in parts if part))
+
+    def note(self, text: str) -> None:
+        self._write(text)
+
+
+class Notes(Progress):
+    """Says only what is to be said once: what a worker does is shown by the process that has started it."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+
+    def trial_started(self, number: int, params: Mapping[str, Any]) -> None:
+        pass
+
+    def epoch_ended(self, number: int, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def trial_ended(self, number: int, state: str, value: float | None, reason: str | None) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        self._write(text)
+
+
+def metric_text(board: ProgressState, metrics: Mapping[str, float]) -> str:
+    """Return what is shown of an epoch's metrics: not every trial has all of them."""
+    known = {board.metric: metrics.get(f"valid_{board.metric}", metrics.get(board.metric))}
+    known["train loss"] = metrics.get("train_loss")
+    return ", ".join(f"{name} {value:.4f}" for name, value in known.items() if value is not None)
+
+
+def shown(params: Mapping[str, Any]) -> str:
+    """Return `learning_rate=0.0123 n_hidden=24`."""
+    return " ".join(
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in params.items()
+    )
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as `0.4 s`, `12 s`, `3 min` or `1 h 20 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

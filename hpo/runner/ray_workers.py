@@ -4,8 +4,10 @@ Ray is imported when it is first used; the extra `ray` brings it. The code of th
 the actors run, as for any worker; the storage tells them the study.
 """
 
+import logging
 import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,9 @@ class _Actor:
         if Path(folder).is_dir():
             os.chdir(folder)  # relative addresses of storage and data mean the same as where the study was begun
         self._stop = Stop()
+        log = logging.getLogger("hpo")
+        log.addHandler(logging.StreamHandler(sys.stdout))  # Ray shows what its workers print
+        log.setLevel(logging.INFO)
 
     def run(self, work: Work) -> Any:
         return work(self._stop)

@@ -1,0 +1,92 @@
+"""A worker joins a study from any machine: by its study file, or by its name in a storage."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+
+from hpo.errors import InputError
+from hpo.runner.launch import LAUNCHED, LAUNCHER
+from hpo.runner.opening import load_data, log, open_or_make, source_differs, torch_set
+from hpo.runner.prepare import Plan, prepare
+from hpo.runner.progress import Notes, Progress
+from hpo.runner.refit import UNSENT
+from hpo.runner.worker import work
+from hpo.search.search import Search, stored_file
+from hpo.stopping import Stop, signals
+from hpo.study.trust import require_harmless, require_passwords
+from hpo.tracking.mlflow import open_tracker
+
+ShowOf = Callable[[Plan, Search], AbstractContextManager[Progress]]
+"""Gives what shows the trials of a study that was opened."""
+
+
+def is_launched() -> bool:
+    """Whether a run on this machine, or on Ray, has started this process as one of its workers."""
+    return LAUNCHED in os.environ
+
+
+@contextmanager
+def notes_only(plan: Plan, search: Search) -> Iterator[Progress]:
+    """Show no trial: what a launched worker does is shown by the process that has started it."""
+    yield Notes(log.info)
+
+
+@contextmanager
+def joined(
+    path: Path,
+    overrides: Mapping[str, str],
+    show: ShowOf,
+    stop: Stop | None = None,
+    named: Collection[str] | None = None,
+) -> Iterator[tuple[Plan, Search]]:
+    """Train trials of the study at `path` until there are none left; then give its plan and its opened storage.
+
+    It ends earlier where `stop`, else a signal, says so (Interrupted). Only code that is among the `named` is run;
+    None: all that the file names. Raises InputError where the objective's code or data is not that of the study.
+    """
+    plan = prepare(path, overrides, named)
+    for note in plan.notes:
+        log.info(note)
+    with ExitStack() as stack:
+        stack.enter_context(torch_set(plan))
+        search = open_or_make(plan, wait=is_launched())  # a launched worker's study is known to be there
+        stack.callback(search.close)
+        if source_differs(plan, search):
+            raise InputError(
+                f"the code of objective {plan.spec.objective} is not what study {plan.spec.name!r} began with: its "
+                "trials would not compare; bring that code here, or give another `name`"
+            )
+        launcher = os.environ.get(LAUNCHER)
+        stopping = stack.enter_context(signals(int(launcher) if launcher else None)) if stop is None else stop
+        search.storage.interrupt = stopping
+        data = load_data(plan, search)
+        tracker = open_tracker(plan.spec.tracking, plan.spec.name, UNSENT, log.warning)
+        stack.callback(tracker.close)
+        with show(plan, search) as progress:
+            work(plan, data, search, tracker, progress, stopping, stopping.overdue)
+        yield plan, search
+
+
+def join_stored(name: str, overrides: Mapping[str, str], named: Collection[str] | None, stop: Stop) -> None:
+    """Train trials of a study that the storage in `overrides` knows by its `name`, until `stop` or its end."""
+    with stored_study(name, overrides, named) as path, joined(path, overrides, notes_only, stop, named):
+        pass
+
+
+@contextmanager
+def stored_study(name: str | None, overrides: Mapping[str, str], named: Collection[str] | None) -> Iterator[Path]:
+    """Give the study file that the storage keeps of a study, as a file."""
+    url = overrides.get("storage", "").strip('"')
+    if not name or not url:
+        raise InputError("give a study file, or --study NAME and --storage URL of a study that was started")
+    values = stored_file(url, name) | {"name": name}
+    if named is not None:
+        require_harmless(name, values, overrides)
+    require_passwords(name, values, overrides)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "study.yaml"  # a name may be a path
+        path.write_text(json.dumps(values), encoding="utf-8")
+        yield path

@@ -1,0 +1,98 @@
+"""A prepared study opened: torch's settings, its storage, its data and its code, each held against what is stored."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from hpo.errors import InputError, masked
+from hpo.runner.preflight import preflight
+from hpo.runner.prepare import Plan
+from hpo.search.search import CODE, DATA, Search, open_search
+from hpo.study.data import Data
+from hpo.study.objective import file_fingerprint, source_fingerprint
+
+log = logging.getLogger("hpo")
+
+
+@contextmanager
+def torch_set(plan: Plan) -> Iterator[None]:
+    """Set torch's process-wide settings for a study, and give back those that were before.
+
+    On a CPU one thread, unless OMP_NUM_THREADS says otherwise: torch's own default makes small networks many times
+    slower.
+    """
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    if plan.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(plan.spec.deterministic)
+    if plan.spec.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA's matrix products need for it
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def open_study(plan: Plan, *, make: bool = True, wait: bool = False) -> Search | None:
+    """Return the study in its storage, made if it is not there (None with `make=False`); see `open_search`."""
+    return open_search(
+        plan.spec,
+        plan.space,
+        plan.metric,
+        maximize=plan.maximize,
+        options=plan.options,
+        make=make,
+        wait=wait,
+        say=log.warning,
+    )
+
+
+def open_or_make(plan: Plan, *, wait: bool = False) -> Search:
+    """Return the study in its storage, made if it is not there."""
+    search = open_study(plan, wait=wait)
+    assert search is not None
+    return search
+
+
+def open_existing(plan: Plan, path: Path | str) -> Search:
+    """Return the study in its storage. Raises InputError where there is none."""
+    search = open_study(plan, make=False)
+    if search is None:
+        study = f"the storage {masked(plan.spec.storage)} has no study named {plan.spec.name!r}"
+        raise InputError(f"{study}; run it first: hpo run {path}")
+    return search
+
+
+def load_data(plan: Plan, search: Search) -> Data | None:
+    """Return the data, which must be the same for all of a study's trials, and see that networks can be built of it.
+
+    None: the objective is a function, which has its own. Raises InputError, DataError.
+    """
+    data = plan.load_data()
+    if data is None:
+        return None
+    fingerprint, before = data.fingerprint(), search.attrs.get(DATA)
+    if before not in (None, fingerprint):
+        raise InputError(
+            f"the data of objective {plan.spec.objective} is not what study {plan.spec.name!r} began with "
+            f"(fingerprint {fingerprint} here, {before} there); bring that data back, or give another `name`"
+        )
+    if before is None:
+        search.remember(DATA, fingerprint)
+    preflight(plan, data)
+    return data
+
+
+def source_differs(plan: Plan, search: Search) -> bool:
+    """Whether the objective's source is not that of the study, which is that of the first who asks."""
+    code, before = source_fingerprint(plan.objective), search.attrs.get(CODE)
+    older = file_fingerprint(plan.objective)  # as an older version stored it
+    unchanged = before in (None, code, older)
+    if unchanged and before != code:
+        search.remember(CODE, code)
+    return not unchanged

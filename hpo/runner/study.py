@@ -1,0 +1,222 @@
+"""A whole study, without a screen: opened, run to its end, repaired, a trial of it exported.
+
+The command line (`hpo.cli.commands`) and the Python API (`hpo.api`) call the same functions. What is to be said once is
+logged (`logging.getLogger("hpo")`); how the trials are shown is up to the caller, who hands in `show`.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from hpo.errors import HpoError, InputError, Interrupted, masked
+from hpo.export.bundle import require_place
+from hpo.runner import checkpoints
+from hpo.runner.joining import join_stored
+from hpo.runner.launch import StudyMonitor, Workers, how_many
+from hpo.runner.opening import load_data, source_differs
+from hpo.runner.prepare import OUTPUT, Plan
+from hpo.runner.progress import Progress
+from hpo.runner.ray_workers import RayWorkers
+from hpo.runner.refit import (
+    UNSENT,
+    Outcome,
+    begin_tracking,
+    bundle_folder,
+    conclude,
+    end_tracking,
+    finish,
+    outcome,
+    settle_runs,
+)
+from hpo.runner.worker import INTERRUPTED, work
+from hpo.search.retrying import StorageAway
+from hpo.search.search import CODE, STUDY_FILE, Search
+from hpo.stopping import Stop, signals
+from hpo.study.objective import Function, source_fingerprint
+from hpo.study.trust import code_references
+from hpo.tracking.mlflow import open_tracker
+
+_LOOK_SECONDS = 1.0
+"""How often to look what other processes have done."""
+Show = Callable[[bool], AbstractContextManager[Progress]]
+"""Gives what shows the trials; told whether this process alone trains them."""
+log = logging.getLogger("hpo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerOptions:
+    """How many processes are to train: `workers` (None: as many as there are GPUs, or cores), here or on Ray."""
+
+    workers: int | None = 1
+    ray: str | None = None
+    gpus_per_worker: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyFile:
+    """What other processes are given to find the same study: a file, and what is laid over it (`--set`)."""
+
+    path: Path
+    overrides: Mapping[str, str]
+
+    def command(self) -> Sequence[str]:
+        """Return the arguments of `hpo` that make a process a worker of this study."""
+        sets = [part for key, value in self.overrides.items() for part in ("--set", f"{key}={value}")]
+        return ["worker", str(self.path), *sets]
+
+
+def run(plan: Plan, search: Search, file: StudyFile, show: Show, options: WorkerOptions) -> Outcome | None:
+    """Train what is left of the study's trials, refit, test and export the best; return the outcome, if there is one.
+
+    Where all of that is done already, the stored outcome is returned and nothing is trained.
+    Raises HpoError where no trial is complete, Interrupted when asked to stop.
+    """
+    best, done = search.best(), None
+    over = search.counts().unfinished == 0
+    if over:
+        done = outcome(search, best)
+        checkpoints.settle_weights(plan, search, log.info)
+        settle_runs(plan, search, log.info)
+        log.info("%s: all %d trials are done", plan.spec.name, plan.spec.trials)
+    if done is not None or (over and best is not None and isinstance(plan.objective, Function)):
+        return done
+    with signals() as stopping:
+        search.storage.interrupt = stopping
+        return _run(plan, search, file, show, options, stopping)
+
+
+def _run(
+    plan: Plan, search: Search, file: StudyFile, show: Show, options: WorkerOptions, stopping: Stop
+) -> Outcome | None:
+    data = load_data(plan, search)
+    tracker = open_tracker(plan.spec.tracking, plan.spec.name, UNSENT, log.warning)
+    begin_tracking(plan, search)
+    of_what = f"of {plan.spec.epochs} epochs on {plan.device}, {len(data.train)} rows" if data else "of a function"
+    log.info("%s: %d trials %s; %s", plan.spec.name, plan.spec.trials, of_what, masked(plan.spec.storage))
+    _remember(plan, search)
+    state = "FAIL"
+    try:
+        tracker.start_study(_tags(plan), {"study.yaml": masked(file.path.read_text(encoding="utf-8"))})
+        n = how_many(options.workers, plan.device)
+        alone = options.ray is None and n == 1
+        with show(alone) as progress:
+            if alone:
+                work(plan, data, search, tracker, progress, stopping, stopping.overdue)
+            else:
+                workers = _workers(plan, search, file, progress, options, n)
+                _watch(plan, search, workers, progress, stopping)
+        checkpoints.settle_weights(plan, search, log.info)  # the last trial may have been trained elsewhere
+        if search.counts().running == 0:
+            tracker.reconcile(search.ends())
+        ended = conclude(plan, data, search, tracker, stopping, log.info) if data else None
+        if search.best() is None:
+            raise HpoError(_why_no_best(search))
+        state = "COMPLETE" if search.counts().waiting == 0 else "INTERRUPTED"
+        return ended
+    except Interrupted:
+        state = "INTERRUPTED"
+        raise
+    finally:
+        end_tracking(plan, search, tracker, state)
+
+
+def _remember(plan: Plan, search: Search) -> None:
+    """Store what workers without a study file need; say so where the objective's code is another one by now."""
+    if source_differs(plan, search):
+        log.warning("the objective's code has changed since the study began: its earlier trials may not compare")
+        search.remember(CODE, source_fingerprint(plan.objective))
+    search.remember(STUDY_FILE, plan.document.as_json(without=("storage",)))
+
+
+def _workers(
+    plan: Plan, search: Search, file: StudyFile, progress: Progress, options: WorkerOptions, n: int
+) -> Workers | RayWorkers:
+    """Return `n` processes that are to train, here or on Ray."""
+    if options.ray is None:
+        return Workers(file.command(), n, plan.device, progress.note, search)
+    addresses = {key: json.dumps(getattr(plan.spec, key)) for key in ("storage", "tracking")}
+    named = [code for _, code in code_references(plan.spec)]
+    share = partial(join_stored, plan.spec.name, {**file.overrides, **addresses}, named)
+    return RayWorkers(options.ray, n, options.gpus_per_worker, share)
+
+
+def _watch(plan: Plan, search: Search, workers: Workers | RayWorkers, progress: Progress, stopping: Stop) -> None:
+    """Have the workers train and show what they do, until they are done. Raises Interrupted when asked to stop."""
+    monitor = StudyMonitor(plan, search, progress)
+    workers.start()
+    try:
+        while workers.look():
+            if stopping():
+                raise Interrupted(INTERRUPTED)
+            with suppress(StorageAway), search.storage.at_once():  # a storage that is away must not hold up a stop
+                monitor.look()
+            time.sleep(_LOOK_SECONDS)
+    finally:
+        workers.stop()
+        with suppress(StorageAway), search.storage.at_once():
+            monitor.look()
+
+
+def repair(plan: Plan, search: Search) -> None:
+    """Free the budget's slots of trials whose worker died, and bring the tracker's runs in line with the storage."""
+    end = time.monotonic() + plan.spec.grace
+    while search.repair() and time.monotonic() < end:
+        time.sleep(_LOOK_SECONDS)  # to see whether a lease that has run out is renewed
+    for lost in search.drain_lost():
+        what = "its retries are spent" if lost.state == "FAIL" else "it will be retried"
+        log.info("trial %d is ended: %s; %s", lost.number, lost.reason, what)
+    checkpoints.settle_weights(plan, search, log.info)
+    settle_runs(plan, search, log.info, always=True)
+
+
+def export(plan: Plan, search: Search, number: int | None, folder: Path | None) -> Outcome:
+    """Train a complete trial's params on train + validation, test and export them; `number` None: the best.
+
+    Raises InputError where there is no such trial or no network, ExportError, Interrupted.
+    """
+    best = search.best(number)
+    if best is None:
+        raise InputError(_no_such_trial(search, number))
+    if folder is not None:
+        require_place(folder)
+    data = load_data(plan, search)
+    if data is None:
+        raise InputError(f"objective {plan.spec.objective} is a function: it has no model to export")
+    default = bundle_folder(plan) if number is None else OUTPUT / "bundles" / f"{plan.spec.name}-trial-{number}"
+    with signals() as stopping:
+        search.storage.interrupt = stopping
+        return finish(plan, data, search, best, folder or default, stopping, log.info)
+
+
+def _no_such_trial(search: Search, number: int | None) -> str:
+    complete = [t.number for t in search.trials() if t.state.name == "COMPLETE"]
+    if number is None:
+        return f"study {search.spec.name!r} has no complete trial yet, so there is nothing to export"
+    some = ", ".join(map(str, complete[:20])) or "none"
+    return f"--trial {number}: is no complete trial of study {search.spec.name!r}; complete are: {some}"
+
+
+def _tags(plan: Plan) -> dict[str, str]:
+    return {
+        "hpo.objective": plan.spec.objective,
+        "hpo.metric": plan.metric,
+        "hpo.storage": masked(plan.spec.storage),
+        "hpo.sampler": plan.spec.sampler.name,
+        "hpo.pruner": plan.spec.pruner.name,
+        "hpo.device": str(plan.device),
+    }
+
+
+def _why_no_best(search: Search) -> str:
+    counts = search.counts()
+    reasons = [t.user_attrs["error"] for t in search.trials() if "error" in t.user_attrs]
+    last = f"; the last one failed: {reasons[-1]}" if reasons else ""
+    return (
+        f"study {search.spec.name!r} has no complete trial to choose from: {counts.pruned} pruned, "
+        f"{counts.failed} failed, {counts.waiting} not begun{last}"
+    )
