@@ -11,18 +11,17 @@ import torch
 from rich.console import Console
 
 from hpo.cli import console as view
-from hpo.errors import InputError, masked
+from hpo.errors import masked
 from hpo.export.bundle import finite
 from hpo.runner import study as studies
 from hpo.runner.joining import is_launched, joined, notes_only, stored_study
-from hpo.runner.opening import open_existing, open_or_make, open_study, torch_set
-from hpo.runner.preflight import preflight
+from hpo.runner.opening import open_existing, open_or_make, torch_set
 from hpo.runner.prepare import Plan, prepare
 from hpo.runner.progress import PlainProgress, Progress, ProgressState, Refresh, duration, shown, state_of
 from hpo.runner.refit import Outcome, outcome
 from hpo.runner.study import StudyFile, WorkerOptions
 from hpo.search.search import Best, Search
-from hpo.search.storage import close_storage, open_storage, serve_storage
+from hpo.search.storage import serve_storage
 from hpo.study.data import Data
 from hpo.study.objective import Function
 
@@ -105,27 +104,9 @@ def export(path: Path, overrides: Mapping[str, str], number: int | None, folder:
 def check(path: Path, overrides: Mapping[str, str]) -> None:
     """`hpo check`."""
     with _screen() as out, ExitStack() as stack:
-        _check(_prepared(path, overrides, stack), out)
-
-
-def _check(plan: Plan, out: Console) -> None:
-    problems = []
-    data = model = None
-    try:
-        search = open_study(plan, make=False)
-        if search is not None:
-            search.close()
-        close_storage(open_storage(plan.spec.storage))
-    except InputError as error:
-        problems.append(error)
-    try:
-        data = plan.load_data()
-        model = preflight(plan, data, out.print) if data else None
-    except InputError as error:
-        problems.append(error)
-    if problems:
-        raise InputError("\n".join(str(problem) for problem in problems))
-    _print_check(plan, data, model, out)
+        plan = _prepared(path, overrides, stack)
+        data, model = studies.check(plan)
+        _print_check(plan, data, model, out)
 
 
 def _print_check(plan: Plan, data: Data | None, model: torch.nn.Module | None, out: Console) -> None:

@@ -5,7 +5,7 @@ all faults of the file at once. `load_data` then looks at the data, `preflight` 
 storage or the tracker.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from hpo.study import objective as objectives
 from hpo.study import space as spaces
 from hpo.study import spec as specs
 from hpo.study.data import Data, DataInfo
-from hpo.study.document import Document, dotted
+from hpo.study.document import Document, dotted, of_values
 from hpo.study.objective import Function, Objective
 from hpo.study.space import FreeSpace, Space
 from hpo.study.spec import Draft, StudySpec
@@ -31,6 +31,10 @@ from hpo.training.stack import Task
 
 OUTPUT = Path("mlruns")
 """The folder of all output, in the current one."""
+
+
+Given = Objective | type[Objective] | Callable[[Any], Any]
+"""An objective that a study written in Python brings: an instance, its class, or a plain Optuna function."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,20 +90,32 @@ def prepare(path: Path, overrides: Mapping[str, str] | None = None, may_run: Col
 
     Raises SpecError with every fault of the file, each with file and line, or InputError where there is no such file.
     """
-    draft = specs.read(path, overrides)
+    return _planned(specs.read(path, overrides), path.parent, may_run)
+
+
+def prepare_values(name: str, values: Any, overrides: Mapping[str, str], given: Given | None = None) -> Plan:
+    """Return the plan of a study that was written in Python, as a mapping with study.yaml's keys.
+
+    `name` stands for the file in messages; `given` is the objective itself, where there is one. Raises as `prepare`.
+    """
+    document = of_values(name, values, overrides)
+    return _planned(specs.draft_of(document, "study"), Path(), None, given)
+
+
+def _planned(draft: Draft, folder: Path, may_run: Collection[str] | None, given: Given | None = None) -> Plan:
     faults = list(draft.faults)
     plan = None
     unnamed = unnamed_code(draft.spec, draft.document, may_run) if draft.spec and may_run is not None else []
     faults += unnamed
     if draft.spec is not None and not unnamed:
-        plan, more = _check(draft, draft.spec, path.parent)
+        plan, more = _check(draft, draft.spec, folder, given)
         faults += more
     if faults or plan is None:
         raise SpecError(draft.document.render(faults))
     return plan
 
 
-def _check(draft: Draft, spec: StudySpec, folder: Path) -> tuple[Plan | None, list[Fault]]:
+def _check(draft: Draft, spec: StudySpec, folder: Path, given: Given | None) -> tuple[Plan | None, list[Fault]]:
     device, faults = find_device(spec.device)
     try:
         check_address(spec.tracking)
@@ -107,7 +123,7 @@ def _check(draft: Draft, spec: StudySpec, folder: Path) -> tuple[Plan | None, li
         faults.append(Fault(path=("tracking",), message=str(error)))
     _pruner, more = make_pruner(spec.pruner, spec.epochs)
     faults += more
-    objective, more = objectives.load(spec.objective, spec.options, folder)
+    objective, more = _objective(spec, folder, given)
     faults += more
     if objective is None:
         return None, faults
@@ -146,6 +162,18 @@ def _check(draft: Draft, spec: StudySpec, folder: Path) -> tuple[Plan | None, li
         device=device,
         notes=tuple(notes),
     ), faults
+
+
+def _objective(spec: StudySpec, folder: Path, given: Given | None) -> tuple[Objective | Function | None, list[Fault]]:
+    if given is None:
+        return objectives.load(spec.objective, spec.options, folder)
+    if isinstance(given, Objective):
+        faults = objectives.lacking(given, type(given).__name__)
+        return None if faults else given, faults
+    if isinstance(given, type):
+        return objectives.make(given, given.__name__, spec.options, folder)
+    unknown = [Fault(path=("options", key), message="a function has no options") for key in spec.options]
+    return Function(given), unknown
 
 
 def _metric(objective: Objective, spec: StudySpec) -> tuple[str, bool, list[Fault]]:

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from hpo.errors import HpoError, InputError, Interrupted, masked
 from hpo.export.bundle import require_place
 from hpo.runner import checkpoints
 from hpo.runner.joining import join_stored
 from hpo.runner.launch import StudyMonitor, Workers, how_many
-from hpo.runner.opening import load_data, source_differs
+from hpo.runner.opening import load_data, open_study, source_differs
+from hpo.runner.preflight import preflight
 from hpo.runner.prepare import OUTPUT, Plan
 from hpo.runner.progress import Progress
 from hpo.runner.ray_workers import RayWorkers
@@ -36,7 +39,9 @@ from hpo.runner.refit import (
 from hpo.runner.worker import INTERRUPTED, work
 from hpo.search.retrying import StorageAway
 from hpo.search.search import CODE, STUDY_FILE, Search
+from hpo.search.storage import close_storage, open_storage
 from hpo.stopping import Stop, signals
+from hpo.study.data import Data
 from hpo.study.objective import Function, source_fingerprint
 from hpo.study.trust import code_references
 from hpo.tracking.mlflow import open_tracker
@@ -160,6 +165,30 @@ def _watch(plan: Plan, search: Search, workers: Workers | RayWorkers, progress: 
         workers.stop()
         with suppress(StorageAway), search.storage.at_once():
             monitor.look()
+
+
+def check(plan: Plan) -> tuple[Data | None, torch.nn.Module | None]:
+    """Return the study's data and a network of its space, once both are tried out (None: the objective is a function).
+
+    Raises InputError with all that is wrong with the storage's study, the data and the networks.
+    """
+    problems: list[InputError] = []
+    data = model = None
+    try:
+        search = open_study(plan, make=False)
+        if search is not None:
+            search.close()
+        close_storage(open_storage(plan.spec.storage))
+    except InputError as error:
+        problems.append(error)
+    try:
+        data = plan.load_data()
+        model = preflight(plan, data, log.info) if data else None
+    except InputError as error:
+        problems.append(error)
+    if problems:
+        raise InputError("\n".join(str(problem) for problem in problems))
+    return data, model
 
 
 def repair(plan: Plan, search: Search) -> None:

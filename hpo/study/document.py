@@ -124,7 +124,7 @@ class Document:
                 return f"--set {dotted(path[:end])}"
             if path[:end] in self.lines:
                 return f"{self.name}:{self.lines[path[:end]]}"
-        return f"{self.name}:{self.lines.get((), 1)}"
+        return f"{self.name}:{self.lines.get((), 1)}" if self.lines else self.name
 
     def as_json(self, without: Sequence[str]) -> str:
         """Return the values as JSON, which is YAML too, but for the keys `without`.
@@ -213,6 +213,46 @@ def read(path: Path, overrides: Mapping[str, str] | None = None, environ: Mappin
     if not isinstance(values, dict):
         came = "nothing" if values is None else type(values).__name__
         raise InputError(f"{path}: a study file is a mapping (`objective: breast_cancer`), but it holds {came}")
+    return _finished(document, values, overrides, environ)
+
+
+def of_values(
+    name: str, values: Any, overrides: Mapping[str, str] | None = None, environ: Mapping[str, str] = os.environ
+) -> Document:
+    """Return a document of `values` that were written in Python; `name` stands for the file in messages.
+
+    Tuples are lists, paths texts, NumPy's numbers Python's. Raises InputError for what no study file can hold.
+    """
+    if not isinstance(values, Mapping):
+        raise InputError(f"{name}: must be a mapping with study.yaml's keys, but is a {type(values).__name__}")
+    return _finished(Document(name=name), _plain(values, (), name), overrides, environ)
+
+
+def _plain(value: Any, path: Path_, name: str) -> Any:
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise InputError(
+                    f"{name}: {dotted(path) or 'the study'}: its keys must be texts, but one is {key!r:.80}"
+                )
+        return {key: _plain(item, (*path, key), name) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, (*path, index), name) for index, item in enumerate(value)]
+    if isinstance(value, Path):
+        return str(value)
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        return value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise InputError(
+        f"{name}: {dotted(path)}: no study file can hold a {type(value).__name__}, but it is {value!r:.80}"
+    )
+
+
+def _finished(
+    document: Document, values: dict[str, Any], overrides: Mapping[str, str] | None, environ: Mapping[str, str]
+) -> Document:
+    """Return `document` with `values`, what is laid over them, and the environment's variables in their places."""
     document.values, document.written = values, deepcopy(values)
     for key, value in (overrides or {}).items():
         _override(document, key, value)

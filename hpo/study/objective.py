@@ -187,7 +187,14 @@ def load(
             Fault(path=at, message=f"{target} must hold exactly one objective, but holds {len(classes)}; {which}")
         ]
     cls = classes[name] if name else next(iter(classes.values()))
-    called = f"{target}:{cls.__name__}"
+    return make(cls, f"{target}:{cls.__name__}", options, folder)
+
+
+def make(
+    cls: type[Objective], called: str, options: Mapping[str, Any], folder: Path
+) -> tuple[Objective | None, list[Fault]]:
+    """Return an objective of class `cls`, made with `options`, or the faults that keep it from that."""
+    at = ("objective",)
     if missing := _missing(cls):
         return None, [Fault(path=at, message=f"{called} does not define {', '.join(missing)}")]
     if not is_dataclass(cls.Options):
@@ -197,13 +204,21 @@ def load(
         return None, faults
     try:
         objective = cls(_beside(made, folder))
-        without_loss = cls.loss is Objective.loss and "loss" not in objective.defaults and cls.train is None
+        faults = lacking(objective, called)
     except Exception as error:
         return None, [Fault(path=at, message=f"{called} cannot be made: {origin(error)}")]
-    if without_loss:
+    return (None, faults) if faults else (objective, [])
+
+
+def lacking(objective: Objective, called: str) -> list[Fault]:
+    """Return what an objective lacks to be trained."""
+    cls = type(objective)
+    if missing := _missing(cls):
+        return [Fault(path=("objective",), message=f"{called} does not define {', '.join(missing)}")]
+    if cls.loss is Objective.loss and "loss" not in objective.defaults and cls.train is None:
         message = f"{called} does not define loss; or let its defaults name one: " + ", ".join(losses.BY_NAME)
-        return None, [Fault(path=at, message=message)]
-    return objective, []
+        return [Fault(path=("objective",), message=message)]
+    return []
 
 
 def source_fingerprint(objective: "Objective | Function") -> str:
@@ -213,17 +228,25 @@ def source_fingerprint(objective: "Objective | Function") -> str:
     """
     own = [objective.call] if isinstance(objective, Function) else [type(objective), *objective.own_losses.values()]
     files: set[Path] = set()
+    content = b""
     for each in own:
-        with suppress(TypeError):  # a callable object has no source of its own
-            _gather(Path(inspect.getsourcefile(each) or ""), files)
-    content = b"".join(file.read_bytes() for file in sorted(files))
+        with suppress(TypeError, OSError):  # a callable object has no source of its own
+            file = Path(inspect.getsourcefile(each) or "")
+            if file.is_file():
+                _gather(file, files)
+            else:  # a notebook's cell
+                content += inspect.getsource(each).encode()
+    content += b"".join(file.read_bytes() for file in sorted(files))
     return hashlib.sha256(content).hexdigest()[:16]
 
 
 def file_fingerprint(objective: "Objective | Function") -> str:
     """Return what an older version stored as `source_fingerprint`: of the objective's own file alone."""
-    file = inspect.getsourcefile(objective.call if isinstance(objective, Function) else type(objective))
-    return hashlib.sha256(Path(file).read_bytes() if file else b"").hexdigest()[:16]
+    content = b""
+    with suppress(TypeError, OSError):
+        file = inspect.getsourcefile(objective.call if isinstance(objective, Function) else type(objective))
+        content = Path(file).read_bytes() if file else b""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _gather(file: Path, files: set[Path]) -> None:
@@ -297,6 +320,8 @@ class _NotFound(Exception):
 def _import(target: str, folder: Path) -> ModuleType:
     if target in catalog.names():
         return importlib.import_module(f"hpo.objectives.{target}")
+    if target == "__main__":
+        raise _NotFound("it was defined in a notebook, which no other process can import; save it in a file")
     _find_beside(folder)
     if target.endswith(".py"):
         tried = [folder / target, Path(target)]

@@ -307,11 +307,15 @@ class Draft:
 
 def read(path: Path, overrides: Mapping[str, str] | None = None) -> Draft:
     """Read study.yaml at `path`, with `--set` overrides; see `hpo.study.document.read` for what it raises."""
-    document = read_document(path, overrides)
+    return draft_of(read_document(path, overrides), path.stem)
+
+
+def draft_of(document: Document, name: str) -> Draft:
+    """Return the spec of a study's values, with all that is wrong with them; `name` is its name if it has none."""
     values = dict(document.values)
     faults = list(document.faults)
     own_space = any(_names_range(each.get("params")) for each in (document.values, document.written))
-    values.setdefault("name", path.stem)
+    values.setdefault("name", name)
     params = values.pop("params", None)
     if params is not None and not isinstance(params, dict):
         faults.append(Fault(path=("params",), message=f"must be a mapping of names, but got {params!r}"))

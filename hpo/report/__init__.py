@@ -1,0 +1,1 @@
+"""What a study has found, read from its storage: for notebooks and reports. No code of an objective runs."""

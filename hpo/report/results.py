@@ -1,0 +1,184 @@
+"""A study as a notebook sees it: its trials as a table, its best, its curves, its counts, its bundle."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas as pd
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.errors import InputError, did_you_mean, masked
+from hpo.search.budget import Counts, count, lease_of, places
+from hpo.search.search import STUDY_FILE, Best
+from hpo.search.storage import close_storage, exists, open_storage
+
+_RESULT, _IDENTITY, _CURVES = "hpo:result", "hpo:identity", "hpo:curves"
+_OR = ":or"
+"""How the name ends under which Optuna stores the branch of a parameter with an `or`."""
+
+
+class Study:
+    """A study in its storage. Each property reads the storage; nothing is written, and no objective is imported.
+
+    Made by `hpo.run` and `hpo.open_study`.
+
+    >>> study = hpo.run({"objective": "iris", "trials": 2, "epochs": 2, "tracking": "off"}, quiet=True)
+    >>> study
+    Study('iris': 2 of 2 trials finished, best accuracy ... (trial ...))
+    >>> list(study.trials["state"])
+    ['COMPLETE', 'COMPLETE']
+    >>> study.counts.complete
+    2
+    """
+
+    def __init__(self, name: str, storage: str) -> None:
+        """Open study `name`. Raises InputError where the storage has none, StorageError where it does not open."""
+        self.name = name
+        self._storage = storage
+        if not exists(storage):
+            raise InputError(f"there is no storage {masked(storage)}; give the one that study {name!r} was run with")
+        with self._opened() as study:
+            identity = study.user_attrs.get(_IDENTITY)
+            if not isinstance(identity, Mapping):
+                raise InputError(f"study {name!r} in {masked(storage)} was not made by hpo; see `hpo adopt`")
+            self.metric = str(identity.get("metric", "value"))
+            self.maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
+            self._fixed = {
+                key: value for key, value in identity.get("params", {}).items() if not isinstance(value, Mapping)
+            }
+
+    @property
+    def trials(self) -> pd.DataFrame:
+        """One row for each trial of the budget, indexed by its number.
+
+        Columns: `state` (Optuna's: COMPLETE, PRUNED, FAIL, RUNNING, WAITING), `value`, the params that were searched as
+        `params_<name>`, `epochs` (how many were reported), `best_epoch` (counted from 1), `seconds`, `worker`,
+        `retry_of` (the trial that it resumes), `error`. A trial that was interrupted and retried stands there once.
+        """
+        rows = [self._row(trial) for trial in self._trials()]
+        names = sorted({name for row in rows for name in row if name.startswith("params_")})
+        columns = ["number", "state", "value", *names, "epochs", "best_epoch", "seconds", "worker", "retry_of", "error"]
+        return pd.DataFrame(rows, columns=columns).set_index("number")
+
+    @property
+    def best(self) -> Best | None:
+        """The best complete trial: `number`, `value`, `params` (all of them), `epoch` (from 0), `metrics`; or None."""
+        complete = [trial for trial in self._trials() if trial.state == TrialState.COMPLETE and trial.value is not None]
+        if not complete:
+            return None
+        sign = -1 if self.maximize else 1
+        trial = min(complete, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+        assert trial.value is not None
+        return Best(
+            number=trial.number,
+            value=trial.value,
+            params={**self._fixed, **_params(trial)},
+            epoch=min(trial.user_attrs.get("best_epoch", 0), max(len(trial.intermediate_values) - 1, 0)),
+            seed=trial.user_attrs.get("seed", 0),
+            metrics=trial.user_attrs.get("metrics", {}),
+        )
+
+    def curves(self, trial: int) -> pd.DataFrame:
+        """Return what trial number `trial` reported: a row for each epoch, counted from 1, a column for each metric.
+
+        Raises InputError where the study has no such trial.
+        """
+        with self._opened() as study:
+            trials = {each.number: each for each in study.get_trials(deepcopy=False)}
+        if trial not in trials:
+            last = f"its trials are 0 to {max(trials)}" if trials else "it has none yet"
+            raise InputError(f"study {self.name!r} has no trial {trial!r}; {last}")
+        found = trials[trial]
+        curves = found.user_attrs.get(_CURVES)
+        if not isinstance(curves, Mapping) or not curves:  # it runs yet, or an older version trained it
+            values = [found.intermediate_values[step] for step in sorted(found.intermediate_values)]
+            curves = {f"valid_{self.metric}": values}
+        frame = pd.DataFrame({name: pd.Series(values, dtype=float) for name, values in curves.items()})
+        frame.index = pd.RangeIndex(1, len(frame) + 1, name="epoch")
+        return frame
+
+    @property
+    def counts(self) -> Counts:
+        """How many trials of the budget are complete, pruned, failed, running, waiting; `finished`, `unfinished`."""
+        with self._opened() as study:
+            return count(places(study.get_trials(deepcopy=False)), _budget(study))
+
+    @property
+    def bundle(self) -> Path | None:
+        """The folder of the exported model, as the run wrote it (from the folder it ran in); None: there is none."""
+        stored = self._result().get("bundle")
+        return Path(stored) if isinstance(stored, str) and Path(stored).is_dir() else None
+
+    @property
+    def test(self) -> dict[str, float]:
+        """The metrics on the test split of the model that was refitted and exported; empty until that is done."""
+        stored = self._result().get("test")
+        return dict(stored) if isinstance(stored, Mapping) else {}
+
+    def to_optuna(self) -> optuna.Study:
+        """Return the study as Optuna has it, for its plots and its dashboard. Close nothing: it opens on demand."""
+        return optuna.load_study(study_name=self.name, storage=open_storage(self._storage))
+
+    def __repr__(self) -> str:
+        counts, best = self.counts, self.best
+        done = f"{counts.finished} of {counts.finished + counts.unfinished} trials finished"
+        if best is None:
+            return f"Study({self.name!r}: {done}, none complete yet)"
+        return f"Study({self.name!r}: {done}, best {self.metric} {best.value:.4g} (trial {best.number}))"
+
+    @contextmanager
+    def _opened(self) -> Iterator[optuna.Study]:
+        storage = open_storage(self._storage)
+        try:
+            names = [study.study_name for study in storage.get_all_studies()]
+            if self.name not in names:
+                where = masked(self._storage)
+                raise InputError(f"the storage {where} has no study {self.name!r}{did_you_mean(self.name, names)}")
+            yield optuna.load_study(study_name=self.name, storage=storage)
+        finally:
+            close_storage(storage)
+
+    def _trials(self) -> list[FrozenTrial]:
+        with self._opened() as study:
+            return places(study.get_trials(deepcopy=False))
+
+    def _result(self) -> Mapping[str, Any]:
+        with self._opened() as study:
+            stored = study.user_attrs.get(_RESULT)
+        return stored if isinstance(stored, Mapping) else {}
+
+    def _row(self, trial: FrozenTrial) -> dict[str, Any]:
+        best_epoch = trial.user_attrs.get("best_epoch")
+        return {
+            "number": trial.number,
+            "state": trial.state.name,
+            "value": trial.value if trial.state == TrialState.COMPLETE else None,
+            **{f"params_{name}": value for name, value in _params(trial).items()},
+            "epochs": len(trial.intermediate_values),
+            "best_epoch": None if best_epoch is None else best_epoch + 1,
+            "seconds": None if trial.duration is None else trial.duration.total_seconds(),
+            "worker": lease_of(trial).get("worker"),
+            "retry_of": trial.user_attrs.get("retry_of"),
+            "error": trial.user_attrs.get("error"),
+        }
+
+
+def _params(trial: FrozenTrial) -> dict[str, Any]:
+    """Return the params that were searched, under their own names."""
+    params = dict(trial.params)
+    branches = [name for name in params if name.endswith(_OR)]
+    for name in branches:
+        params.setdefault(name.removesuffix(_OR), params[name])
+        del params[name]
+    return params
+
+
+def _budget(study: optuna.Study) -> int:
+    """Return how many trials the study is to have, as its last run said; else how many there are."""
+    try:
+        return int(json.loads(study.user_attrs[STUDY_FILE])["trials"])
+    except (KeyError, TypeError, ValueError):
+        return len(places(study.get_trials(deepcopy=False)))
