@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,40 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        source: Any,
+        *,
+        inputs: Sequence[str] | None = None,
+        targets: str | None = None,
+        keep_in: str | Path | None = None,
+        num_workers: int = 0,
+    ) -> "Split":
+        """Return the rows of a `torch.utils.data.Dataset` or `DataLoader`, read once and in their own order.
+
+        A row is `(input, ..., target)` or a mapping; `inputs` names the inputs (default: features, or input0, input1,
+        ..., or a mapping's own names), `targets` the target (default: the last). Whatever the loader would shuffle or
+        drop, all rows are read in order, so that the data is the same at every call. Random transforms are therefore
+        drawn once: augmentation belongs into the network. Targets that are single numbers become (N, 1); float64
+        becomes float32.
+
+        The rows lie in memory, or with `keep_in`, a folder, in files there that are mapped into memory, for more data
+        than memory has; `loading: {resident: false}` then streams them. `num_workers` processes read a dataset.
+
+        Raises DataError that says which row cannot be used, and why.
+
+        >>> rows = [(torch.tensor([1.0, 2.0]), 0), (torch.tensor([3.0, 4.0]), 1)]
+        >>> split = hpo.Split.from_dataset(rows)
+        >>> split.inputs["features"].shape, split.targets
+        (torch.Size([2, 2]), tensor([0, 1]))
+        """
+        from hpo.study import dataset
+
+        folder = None if keep_in is None else Path(keep_in)
+        read, target = dataset.read(source, inputs, targets, folder, num_workers)
+        return cls(inputs=read, targets=target)
 
     def to(self, device: torch.device) -> "Split":
         """Return this split on `device`."""
