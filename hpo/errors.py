@@ -60,7 +60,20 @@ def said(error: BaseException) -> str:
 
 
 class HpoError(Exception):
-    """Base of all errors shown to a user without a traceback."""
+    """Base of all errors that are shown to a user without a traceback; `exit_status` is the command line's.
+
+    HpoError
+      InputError      what the user gave is at fault (2): SpecError a study file, with all its faults; DataError data;
+                      StorageError a storage
+      ExportError     what was exported is not the model that was measured (1)
+      Interrupted     Ctrl-C or SIGTERM (130)
+
+    >>> try:
+    ...     hpo.check({"objective": "iris", "trials": 0})
+    ... except hpo.HpoError as error:
+    ...     print(error.exit_status, error)
+    2 study: trials: must be ...
+    """
 
     exit_status = 1
 

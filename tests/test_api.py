@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torchmetrics
 
 import hpo
 from hpo.errors import InputError, SpecError
@@ -80,13 +82,15 @@ def test_importing_hpo_loads_nothing_heavy_and_takes_no_time() -> None:
     assert min(float(took) for took, _ in runs) < 0.1
 
 
-EXAMPLES = ["run", "check", "open_study", "load_bundle", "Study"]
+EXAMPLES = [name for name in PUBLIC if name == "HpoError" or (not name.endswith("Error") and name != "Interrupted")]
+GLOBALS = {"hpo": hpo, "torch": torch, "torchmetrics": torchmetrics, "np": np}
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", [*EXAMPLES, "Split.from_dataset"])
 def test_the_example_in_the_docstring_runs(name: str) -> None:
     finder = doctest.DocTestFinder(recurse=False)
-    (found,) = finder.find(getattr(hpo, name), name, globs={"hpo": hpo, "torch": torch})
+    what = hpo.Split.from_dataset if name == "Split.from_dataset" else getattr(hpo, name)
+    (found,) = finder.find(what, name, globs=dict(GLOBALS))
     assert found.examples, f"{name} has no example"
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     runner.run(found)

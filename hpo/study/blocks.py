@@ -25,7 +25,13 @@ def tabular_splits(
 ) -> Data:
     """Return `features` (N, F) as float32 in three splits: `test` of all rows, then `valid` of those that are left.
 
-    The test rows are the documented ones; `stratify` keeps the classes' shares equal in train and validation.
+    The test rows are those of scikit-learn's `train_test_split` with the same `random_state`; `stratify` keeps the
+    classes' shares equal in train and validation.
+
+    >>> x, y = np.zeros((100, 2)), torch.arange(100) % 2
+    >>> data = hpo.tabular_splits(x, y, test=0.2, valid=0.25, random_state=0, feature_names=("a", "b"))
+    >>> [len(split) for split in data.splits.values()]
+    [60, 20, 20]
     """
     labels = targets.numpy().ravel() if stratify else None
     rest, test_rows = train_test_split(np.arange(len(features)), test_size=test, random_state=random_state)
@@ -60,6 +66,9 @@ class MLP(nn.Module):
     """Flatten, then `hidden` layers of linear and ReLU, then one linear layer: (B, ...) -> (B, n_out).
 
     The layers are named hidden1, hidden2, ... and output; with a `dropout` rate, one follows each ReLU.
+
+    >>> hpo.MLP(8, [16, 16], 1)(torch.zeros(5, 8)).shape
+    torch.Size([5, 1])
     """
 
     def __init__(self, n_in: int, hidden: Sequence[int], n_out: int, dropout: float | None = None) -> None:
@@ -78,7 +87,11 @@ class MLP(nn.Module):
 
 
 class Standardize(nn.Module):
-    """(x - mean) / std by feature: (B, F) -> (B, F). Mean and deviation of `train` (N, F) are kept as buffers."""
+    """(x - mean) / std by feature: (B, F) -> (B, F). Mean and deviation of `train` (N, F) are kept as buffers.
+
+    >>> hpo.Standardize(torch.tensor([[1.0], [3.0]]))(torch.tensor([[2.0], [3.0]])).tolist()
+    [[0.0], [1.0]]
+    """
 
     def __init__(self, train: Tensor) -> None:
         super().__init__()
@@ -94,6 +107,10 @@ class LogitAccuracy(BinaryAccuracy):
     """The share of rows whose logit (N, ...) is above 0 where the target is 1, and not where it is 0.
 
     TorchMetrics takes logits that all happen to lie in [0, 1] as probabilities; this one does not.
+
+    >>> accuracy = hpo.LogitAccuracy()
+    >>> accuracy(torch.tensor([0.2, -0.3]), torch.tensor([1, 0])).item()
+    1.0
     """
 
     def update(self, preds: Tensor, target: Tensor) -> None:

@@ -21,7 +21,12 @@ def data_home() -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """N examples. `inputs` are named tensors of shape (N, ...); `targets` (N,) of classes or (N, T) of numbers."""
+    """N examples. `inputs` are named tensors of shape (N, ...); `targets` (N,) of classes or (N, T) of numbers.
+
+    >>> split = hpo.Split(inputs={"features": torch.zeros(100, 4)}, targets=torch.zeros(100, 1))
+    >>> len(split)
+    100
+    """
 
     inputs: Mapping[str, Tensor]
     targets: Tensor
@@ -101,7 +106,15 @@ def prediction(outputs: Any) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class DataInfo:
-    """What a network must know of the data: shapes without the batch axis, and the names of the classes."""
+    """What a network must know of the data: shapes without the batch axis, and the names of the classes.
+
+    `Objective.build` gets it; `Data.info` makes it.
+
+    >>> shapes, dtypes = {"pixels": (1, 28, 28)}, {"pixels": "uint8"}
+    >>> info = hpo.DataInfo(inputs=shapes, input_dtypes=dtypes, class_names=("cat", "dog"))
+    >>> info.n_features, info.n_classes
+    (784, 2)
+    """
 
     inputs: Mapping[str, tuple[int, ...]]
     input_dtypes: Mapping[str, str]
@@ -122,7 +135,15 @@ class DataInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Train, validation and test split apart. No row is in two of them."""
+    """Train, validation and test split apart. No row is in two of them.
+
+    `feature_names` and `class_names` are optional; class names go into the exported bundle.
+
+    >>> part = hpo.Split(inputs={"features": torch.zeros(10, 4)}, targets=torch.arange(10) % 2)
+    >>> data = hpo.Data(train=part, valid=part, test=part, class_names=("no", "yes"))
+    >>> data.info.class_counts
+    (5, 5)
+    """
 
     train: Split
     valid: Split

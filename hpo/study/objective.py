@@ -46,6 +46,22 @@ Params = Mapping[str, Any]
 class Reporter(Protocol):
     """What an objective's own `train` is given: the data, and where to report after each epoch.
 
+    >>> class Mean(hpo.Objective):
+    ...     defaults = {"shift": 0.0}
+    ...     space = {"shift": {"type": "float", "low": -1.0, "high": 1.0}}
+    ...     def data(self):
+    ...         part = hpo.Split(inputs={"x": torch.ones(20, 1)}, targets=torch.ones(20, 1))
+    ...         return hpo.Data(train=part, valid=part, test=part)
+    ...     def metrics(self):
+    ...         return {"mse": torchmetrics.MeanSquaredError()}
+    ...     def train(self, params, report):
+    ...         for epoch in range(report.epochs):
+    ...             error = (report.valid.inputs["x"] + params["shift"] - report.valid.targets).square().mean()
+    ...             if not report({"mse": float(error)}):
+    ...                 return None
+    >>> hpo.run(Mean, trials=3, epochs=2, tracking="off", quiet=True).counts.finished
+    3
+
     `train` and `valid` are prepared by the objective's `preprocess`. When the best params are trained anew, `train`
     has the validation rows too, and what is reported of them is not used.
     """
@@ -69,7 +85,24 @@ class NoOptions:
 
 
 class Objective(ABC):
-    """What is to be learned. Subclass it; see the module's docstring for a whole example."""
+    """What is to be learned: data, network, loss, metrics. Subclass it; it has no epoch loop, no Optuna, no MLflow.
+
+    >>> class Line(hpo.Objective):
+    ...     defaults = {"loss": "mse", "learning_rate": 0.1, "batch_size": 20}
+    ...     space = {"learning_rate": {"type": "float", "low": 1e-3, "high": 0.5, "log": True}}
+    ...     def data(self):
+    ...         x = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+    ...         parts = (slice(0, 60), slice(60, 80), slice(80, 100))
+    ...         splits = [hpo.Split(inputs={"features": x[p]}, targets=x[p].sum(1, keepdim=True)) for p in parts]
+    ...         return hpo.Data(train=splits[0], valid=splits[1], test=splits[2])
+    ...     def build(self, params, info):
+    ...         return torch.nn.Linear(info.n_features, 1)
+    ...     def metrics(self):
+    ...         return {"r2": torchmetrics.R2Score()}
+    >>> study = hpo.run(Line, trials=2, epochs=3, tracking="off", quiet=True)
+    >>> study.best.metrics["valid_r2"] > 0
+    True
+    """
 
     Options: ClassVar[type] = NoOptions
     """A frozen dataclass; study.yaml's `options` are validated by its annotations."""
