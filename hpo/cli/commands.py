@@ -250,7 +250,7 @@ def check(path: Path, overrides: Mapping[str, str]) -> None:
     plan = _prepare(path, overrides, out)
     problems = []
     data = model = None
-    for look in (lambda: _open(plan, out, make=False), lambda: close_storage(open_storage(plan.spec.storage))):
+    for look in (lambda: _look(plan, out), lambda: close_storage(open_storage(plan.spec.storage))):
         try:
             look()
         except InputError as error:
@@ -264,6 +264,12 @@ def check(path: Path, overrides: Mapping[str, str]) -> None:
     if problems:
         raise InputError("\n".join(str(problem) for problem in problems))
     _print_check(plan, data, model, out)
+
+
+def _look(plan: Plan, out: Console) -> None:
+    """Raise what opening the study raises, if there is one."""
+    if (search := _open(plan, out, make=False)) is not None:
+        search.close()
 
 
 def _print_check(plan: Plan, data: Data | None, model: torch.nn.Module | None, out: Console) -> None:

@@ -564,7 +564,24 @@ def open_search(
     """
     if not make and not exists(spec.storage):
         return None
-    storage = RetryingStorage(open_patiently(spec.storage, spec.outage, wait, say), spec.outage, say)
+    with ExitStack() as unless_opened:
+        storage = RetryingStorage(open_patiently(spec.storage, spec.outage, wait, say), spec.outage, say)
+        unless_opened.callback(storage.close)
+        search = _opened(spec, space, metric, storage, maximize, options, make)
+        if search is not None:
+            unless_opened.pop_all()
+        return search
+
+
+def _opened(
+    spec: StudySpec,
+    space: Space,
+    metric: str,
+    storage: RetryingStorage,
+    maximize: bool,
+    options: Mapping[str, Any] | None,
+    make: bool,
+) -> Search | None:
     direction = "maximize" if maximize else "minimize"
     sampler, _ = make_sampler(spec.sampler, spec.seed, space)
     pruner, _ = make_pruner(spec.pruner, spec.epochs)
