@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from hpo.errors import InputError, StorageError
-from hpo.search.search import stored_file
+from hpo.search.identity import stored_file
 from hpo.search.storage import open_storage
 from tests.cli import invoke
 from tests.searches import PARAMS, Opener
@@ -43,7 +43,7 @@ def test_a_study_that_is_another_one(made, tmp_path, change):
 
 
 def test_a_study_that_hpo_did_not_make(opened, tmp_path, monkeypatch):
-    monkeypatch.setattr("hpo.search.search._MAKING_SECONDS", 0.0)
+    monkeypatch.setattr("hpo.search.opening._MAKING_SECONDS", 0.0)
     storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path}/s.db")
     optuna.create_study(study_name="s", storage=storage)
     storage.remove_session()

@@ -8,7 +8,7 @@ from rich.console import Console
 from hpo.cli import console as view
 from hpo.cli.console import LiveProgress, PlainProgress, ProgressState, duration, shown, table
 from hpo.search.budget import Counts
-from hpo.search.search import Best
+from hpo.search.view import Best
 
 
 def counts(complete=0, pruned=0, failed=0, running=0, waiting=0):

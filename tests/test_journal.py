@@ -110,10 +110,10 @@ FULL = """
 import resource, sys
 from contextlib import suppress
 from hpo.errors import HpoError
-from hpo.search.retrying import Patient
+from hpo.search.retrying import RetryingStorage
 from hpo.search.storage import open_storage
 
-storage = Patient(open_storage(sys.argv[1]), 0.0)
+storage = RetryingStorage(open_storage(sys.argv[1]), 0.0)
 limit = int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 try:

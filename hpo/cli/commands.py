@@ -38,9 +38,13 @@ from hpo.runner.refit import (
     settle_runs,
 )
 from hpo.runner.worker import INTERRUPTED, work
-from hpo.search.retrying import StorageAway
-from hpo.search.search import CODE, DATA, STUDY_FILE, Best, Search, open_search, stored_file
+from hpo.search import schema
+from hpo.search.away import StorageAway
+from hpo.search.identity import stored_file
+from hpo.search.opening import open_search
+from hpo.search.search import Search
 from hpo.search.storage import close_storage, open_storage, serve_storage
+from hpo.search.view import Best, StudyView
 from hpo.stopping import Stop, signals
 from hpo.study import objective as objectives
 from hpo.study.data import Data
@@ -69,24 +73,26 @@ def run(path: Path, overrides: Mapping[str, str], several: WorkerOptions | None 
     assert search is not None
     with ExitStack() as stack:
         stack.callback(search.close)
-        best, done = search.best(), None
-        over = search.counts().unfinished == 0
+        seen = search.view()
+        best, done = seen.best(), None
+        over = seen.counts.unfinished == 0
         if over:
             done = outcome(search, best)
-            checkpoints.settle_weights(plan, search, out.print)
+            seen = checkpoints.settle_weights(plan, search, out.print)
             settle_runs(plan, search, out.print)
             out.print(f"{plan.spec.name}: all {plan.spec.trials} trials are done")
         if done is None and not (over and best is not None and isinstance(plan.objective, Function)):
             stopping = search.storage.interrupt = stack.enter_context(signals())
-            done = _run(plan, search, stopping, out, overrides, several or WorkerOptions())
-        best = search.best()
-        _print_result(plan, search, best, done, out)
-        return _summary(plan, search, best, done)
+            done, seen = _run(plan, search, stopping, out, overrides, several or WorkerOptions())
+        best = seen.best()
+        _print_result(plan, seen, best, done, out)
+        return _summary(plan, seen, best, done)
 
 
 def _run(
     plan: Plan, search: Search, stopping: Stop, out: Console, overrides: Mapping[str, str], several: WorkerOptions
-) -> Outcome | None:
+) -> tuple[Outcome | None, StudyView]:
+    """Return the study's outcome, and the study as it was seen at its end."""
     data = _load(plan, search)
     tracker = open_tracker(plan.spec.tracking, plan.spec.name, UNSENT, out.print)
     begin_tracking(plan, search)
@@ -94,9 +100,9 @@ def _run(
     out.print(f"{plan.spec.name}: {plan.spec.trials} trials {of_what}; {masked(plan.spec.storage)}")
     if code_differs(plan, search):
         out.print("the objective's code has changed since the study began: its earlier trials may not compare")
-        search.remember(CODE, objectives.source_fingerprint(plan.objective))
-    search.remember(STUDY_FILE, plan.document.as_json(without=("storage",)))
-    state = "FAIL"
+        search.remember(schema.CODE, objectives.source_fingerprint(plan.objective))
+    search.remember(schema.STUDY_FILE, plan.document.as_json(without=("storage",)))
+    state, seen = "FAIL", None
     try:
         tracker.start_study(_tags(plan), {"study.yaml": masked(Path(plan.document.name).read_text(encoding="utf-8"))})
         n = how_many(several.workers, plan.device)
@@ -106,19 +112,19 @@ def _run(
                 work(plan, data, search, tracker, progress, stopping, stopping.overdue)
             else:
                 _work_together(plan, search, progress, stopping, overrides, several, n)
-        checkpoints.settle_weights(plan, search, out.print)  # the last trial may have been trained elsewhere
-        if search.counts().running == 0:
-            tracker.reconcile(search.ends())
-        ended = conclude(plan, data, search, tracker, stopping, out.print) if data else None
-        if search.best() is None:
-            raise HpoError(_why_no_best(search))
-        state = "COMPLETE" if search.counts().waiting == 0 else "INTERRUPTED"
-        return ended
+        seen = checkpoints.settle_weights(plan, search, out.print)  # the last trial may have been trained elsewhere
+        if seen.counts.running == 0:
+            tracker.reconcile(seen.ends)
+        ended = conclude(plan, data, search, tracker, stopping, out.print, seen) if data else None
+        if seen.best() is None:
+            raise HpoError(_why_no_best(seen, search.spec.name))
+        state = "COMPLETE" if seen.counts.waiting == 0 else "INTERRUPTED"
+        return ended, seen
     except Interrupted:
         state = "INTERRUPTED"
         raise
     finally:
-        end_tracking(plan, search, tracker, state)
+        end_tracking(plan, search, tracker, state, seen)
 
 
 def _work_together(
@@ -190,7 +196,8 @@ def worker(
         stack.callback(tracker.close)
         with nullcontext(Notes(out.print)) if launched else _progress(plan, search, out) as progress:
             work(plan, data, search, tracker, progress, stopping, stopping.overdue)
-        return _summary(plan, search, search.best(), None)
+        seen = search.view()
+        return _summary(plan, seen, seen.best(), None)
 
 
 @contextmanager
@@ -222,14 +229,14 @@ def repair(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
         for lost in search.drain_lost():
             what = "its retries are spent" if lost.state == "FAIL" else "it will be retried"
             out.print(f"trial {lost.number} is ended: {lost.reason}; {what}")
-        checkpoints.settle_weights(plan, search, out.print)
+        seen = checkpoints.settle_weights(plan, search, out.print)
         settle_runs(plan, search, out.print, always=True)
-        counts = search.counts()
+        counts = seen.counts
         out.print(
             f"{plan.spec.name}: {counts.finished} of {plan.spec.trials} trials done, {counts.running} running, "
             f"{counts.waiting} waiting; the runs in {masked(plan.spec.tracking)} say the same"
         )
-        return _summary(plan, search, search.best(), None)
+        return _summary(plan, seen, seen.best(), None)
 
 
 def serve(path: Path, overrides: Mapping[str, str], host: str, port: int) -> None:
@@ -336,8 +343,9 @@ def status(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
     plan = prepare(path, overrides)
     search = _open_existing(plan, path, out)
     try:
-        counts, best = search.counts(), search.best()
-        used = search.seconds_used()
+        seen = search.view()
+        counts, best = seen.counts, seen.best()
+        used = seen.seconds_used()
         board = view.ProgressState(counts, best, plan.spec.trials, plan.metric)
         out.print(
             f"{plan.spec.name}: {counts.finished} of {plan.spec.trials} trials done "
@@ -345,17 +353,17 @@ def status(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
             f"{counts.running} running, {counts.waiting} waiting"
         )
         out.print(board.best_text() + (f": {view.shown(plan.space.searched(best.params))}" if best else ""))
-        for trial in search.running():
+        for trial in seen.running:
             value = "" if trial.value is None else f", {plan.metric} {trial.value:.4f}"
             out.print(f"  trial {trial.number}: epoch {trial.epoch}/{plan.spec.epochs}{value}")
         left = used / counts.finished * counts.unfinished if counts.finished and counts.unfinished else None
         if plan.spec.timeout is not None and counts.unfinished:
-            over = search.seconds_left(plan.spec.timeout)
+            over = search.seconds_left(plan.spec.timeout, seen)
             left = over if left is None else min(over, left)
         out.print(
             f"time used {view.duration(used)}" + (f", about {view.duration(left)} left" if left is not None else "")
         )
-        return _summary(plan, search, best, outcome(search, best))
+        return _summary(plan, seen, best, outcome(search, best))
     finally:
         search.close()
 
@@ -367,9 +375,10 @@ def export(path: Path, overrides: Mapping[str, str], number: int | None, folder:
     search = _open_existing(plan, path, out)
     with ExitStack() as stack:
         stack.callback(search.close)
-        best = search.best(number)
+        seen = search.view()
+        best = seen.best(number)
         if best is None:
-            raise InputError(_no_such_trial(search, number))
+            raise InputError(_no_such_trial(seen, plan.spec.name, number))
         if folder is not None:
             require_place(folder)
         data = _load(plan, search)
@@ -378,16 +387,16 @@ def export(path: Path, overrides: Mapping[str, str], number: int | None, folder:
         stopping = search.storage.interrupt = stack.enter_context(signals())
         default = bundle_folder(plan) if number is None else OUTPUT / "bundles" / f"{plan.spec.name}-trial-{number}"
         done = finish(plan, data, search, best, folder or default, stopping, out.print)
-        _print_result(plan, search, best, done, out)
-        return _summary(plan, search, best, done)
+        _print_result(plan, seen, best, done, out)
+        return _summary(plan, seen, best, done)
 
 
-def _no_such_trial(search: Search, number: int | None) -> str:
-    complete = [t.number for t in search.trials() if t.state.name == "COMPLETE"]
+def _no_such_trial(seen: StudyView, study: str, number: int | None) -> str:
+    complete = [trial.number for trial in seen.complete]
     if number is None:
-        return f"study {search.spec.name!r} has no complete trial yet, so there is nothing to export"
+        return f"study {study!r} has no complete trial yet, so there is nothing to export"
     some = ", ".join(map(str, complete[:20])) or "none"
-    return f"--trial {number}: is no complete trial of study {search.spec.name!r}; complete are: {some}"
+    return f"--trial {number}: is no complete trial of study {study!r}; complete are: {some}"
 
 
 def _prepare(path: Path, overrides: Mapping[str, str], out: Console, may_run: Collection[str] | None = None) -> Plan:
@@ -429,25 +438,25 @@ def _load(plan: Plan, search: Search) -> Data | None:
     data = plan.load_data()
     if data is None:
         return None
-    fingerprint, before = data.fingerprint(), search.attrs.get(DATA)
+    fingerprint, before = data.fingerprint(), search.attrs.get(schema.DATA)
     if before not in (None, fingerprint):
         raise InputError(
             f"the data of objective {plan.spec.objective} is not what study {plan.spec.name!r} began with "
             f"(fingerprint {fingerprint} here, {before} there); bring that data back, or give another `name`"
         )
     if before is None:
-        search.remember(DATA, fingerprint)
+        search.remember(schema.DATA, fingerprint)
     preflight(plan, data)
     return data
 
 
 def code_differs(plan: Plan, search: Search) -> bool:
     """Whether the objective's source is not that of the study, which is that of the first who asks."""
-    code, before = objectives.source_fingerprint(plan.objective), search.attrs.get(CODE)
+    code, before = objectives.source_fingerprint(plan.objective), search.attrs.get(schema.CODE)
     older = objectives.file_fingerprint(plan.objective)  # as an older version stored it
     unchanged = before in (None, code, older)
     if unchanged and before != code:
-        search.remember(CODE, code)
+        search.remember(schema.CODE, code)
     return not unchanged
 
 
@@ -462,20 +471,20 @@ def _tags(plan: Plan) -> dict[str, str]:
     }
 
 
-def _why_no_best(search: Search) -> str:
-    counts = search.counts()
-    reasons = [t.user_attrs["error"] for t in search.trials() if "error" in t.user_attrs]
+def _why_no_best(seen: StudyView, study: str) -> str:
+    counts = seen.counts
+    reasons = [t.user_attrs[schema.ERROR] for t in seen.trials if schema.ERROR in t.user_attrs]
     last = f"; the last one failed: {reasons[-1]}" if reasons else ""
     return (
-        f"study {search.spec.name!r} has no complete trial to choose from: {counts.pruned} pruned, "
+        f"study {study!r} has no complete trial to choose from: {counts.pruned} pruned, "
         f"{counts.failed} failed, {counts.waiting} not begun{last}"
     )
 
 
-def _print_result(plan: Plan, search: Search, best: Best | None, done: Outcome | None, out: Console) -> None:
+def _print_result(plan: Plan, seen: StudyView, best: Best | None, done: Outcome | None, out: Console) -> None:
     if best is None:
         return
-    counts = search.counts()
+    counts = seen.counts
     rows = [
         ["trials", f"{counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed"],
         ["best", f"{plan.metric} {best.value:.4f} on validation (trial {best.number}, epoch {best.epoch + 1})"]
@@ -490,9 +499,9 @@ def _print_result(plan: Plan, search: Search, best: Best | None, done: Outcome |
     out.print(view.pairs(plan.spec.name, rows))
 
 
-def _summary(plan: Plan, search: Search, best: Best | None, done: Outcome | None) -> dict[str, Any]:
+def _summary(plan: Plan, seen: StudyView, best: Best | None, done: Outcome | None) -> dict[str, Any]:
     """Return what `--json` prints; scripts rely on its keys."""
-    counts = search.counts()
+    counts = seen.counts
     summary = {
         "study": plan.spec.name,
         "storage": masked(plan.spec.storage),
@@ -519,7 +528,8 @@ def _console() -> Console:
 
 @contextmanager
 def _progress(plan: Plan, search: Search, out: Console, alone: bool = True) -> Iterator[Any]:
-    board = view.ProgressState(search.counts(), search.best(), plan.spec.trials, plan.metric)
+    seen = search.view()
+    board = view.ProgressState(seen.counts, seen.best(), plan.spec.trials, plan.metric)
 
     looked, cost = -math.inf, 0.0
 
@@ -530,7 +540,8 @@ def _progress(plan: Plan, search: Search, out: Console, alone: bool = True) -> I
         if alone and begun - looked < 20 * cost and not (value is not None and search.may_be_best(value)):
             board.add(state)
             return
-        board.counts, board.best = search.counts(), search.best()
+        seen = search.view()
+        board.counts, board.best = seen.counts, seen.best()
         looked = time.monotonic()
         cost = looked - begun
 

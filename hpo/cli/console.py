@@ -15,7 +15,7 @@ from rich.text import Text
 from hpo.errors import masked
 from hpo.runner.progress import Progress
 from hpo.search.budget import Counts
-from hpo.search.search import Best
+from hpo.search.view import Best
 
 Refresh = Callable[[str, float | None], None]
 

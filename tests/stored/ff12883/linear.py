@@ -4,11 +4,12 @@ import os
 import time
 
 import torch
-from hpo.data import Data, Split
-from hpo.objective import Objective
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics.regression import R2Score
+
+from hpo.data import Data, Split
+from hpo.objective import Objective
 
 
 class Linear(Objective):
