@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import psutil
 
-from hpo.search.budget import places
+from hpo.search.budget import holders
 from hpo.search.storage import close_storage, open_storage
 from tests.servers import MlflowServer, postgres
 
@@ -49,7 +49,7 @@ from torch import nn
 from torchmetrics.regression import R2Score
 from hpo.runner import checkpoints
 from hpo.export import bundle
-from hpo.search import lease, search
+from hpo.search import lease, queue, search
 from hpo.study import space
 from hpo.study.data import Data, Split
 from hpo.study.objective import Objective
@@ -88,7 +88,7 @@ before(lease.LeaseKeeper, "add", "claim")
 before(space.Space, "suggest", "lease")
 before(search.Search, "_finish", "tell")
 after(search.Search, "_finish", "told")
-after(search.Search, "_enqueue", "succession")
+after(queue.Queue, "_enqueue", "succession")
 before(bundle, "parity_of", "export")
 before(checkpoints, "settle_weights", "weights")
 after(torch, "save", "checkpoint")
@@ -281,15 +281,15 @@ class Killer:
 
 def check(calm: Study, chaos: Study, given: argparse.Namespace) -> dict[str, tuple[Any, Any]]:
     """Return what must be so: what it is, and what it must be."""
-    expected = {t.user_attrs["place"]: t for t in places(calm.trials())}
+    expected = {t.user_attrs["place"]: t for t in holders(calm.trials())}
     everything = chaos.trials()
-    got = {t.user_attrs["place"]: t for t in places(everything)}
+    got = {t.user_attrs["place"]: t for t in holders(everything)}
     every_run = chaos.runs()
     runs = {run.data.tags["hpo.trial"]: run for run in every_run}
     n, epochs = given.trials, set(range(given.epochs))
     same = [(got[place], trial) for place, trial in expected.items() if place in got]
     return {
-        "trials done": (sum(t.state.name == "COMPLETE" for t in places(everything)), n),
+        "trials done": (sum(t.state.name == "COMPLETE" for t in holders(everything)), n),
         "places of the budget taken": (len(got), n),
         "different params": (len({tuple(t.params.items()) for t in got.values()}), n),
         "RUNNING or WAITING in Optuna": (sum(not t.state.is_finished() for t in everything), 0),

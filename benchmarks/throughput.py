@@ -46,7 +46,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from hpo.cli import commands
 from hpo.runner.prepare import Plan, prepare
 from hpo.runner.worker import work
-from hpo.search.search import open_search
+from hpo.search.opening import open_search
 from hpo.stacks.padding import PaddingPlan
 from hpo.stacks.pool import Pool
 from hpo.stacks.vmap_stack import VmapStack

@@ -37,7 +37,7 @@ sys.stdin.readline()
 OURS = f"""
 import math, sys
 {FUNCTION}
-from hpo.search.search import open_search
+from hpo.search.opening import open_search
 from hpo.study.space import FreeSpace
 from hpo.study.spec import StudySpec
 spec = StudySpec(name="s", objective="f", storage=sys.argv[1], trials=int(sys.argv[2]), epochs=10)

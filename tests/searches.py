@@ -1,7 +1,7 @@
 """What the tests of `search` and `lease` share: opening one study several times, as workers do."""
 
 from hpo.runner.progress import Progress
-from hpo.search.search import open_search
+from hpo.search.opening import open_search
 from hpo.study.space import build
 from hpo.study.spec import Plugin, StudySpec, parse_param
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.search.budget import Counts, count, covered, places, refill, seconds_used, utc
+from hpo.search.budget import Counts, count, covered, holders, refill, seconds_used, utc
 
 NOON = datetime(2026, 1, 1, 12)
 """As Optuna gives it: in this machine's zone, without saying so."""
@@ -23,7 +23,7 @@ def trial(number, state=TrialState.COMPLETE, start=None, end=None, lease=None, *
 
 
 def numbers(trials):
-    return [t.number for t in places(trials)]
+    return [t.number for t in holders(trials)]
 
 
 @st.composite
@@ -46,7 +46,7 @@ def histories(draw):
 @given(histories())
 def test_a_place_for_each_trial_that_succeeds_no_other(trials):
     n_roots = sum("retry_of" not in t.user_attrs for t in trials)
-    assert len(places(trials)) == n_roots
+    assert len(holders(trials)) == n_roots
 
 
 @settings(max_examples=50, deadline=None)
@@ -68,7 +68,7 @@ def test_places_are_in_the_order_of_their_numbers_however_the_storage_lists_them
 @settings(max_examples=50, deadline=None)
 @given(histories(), st.data())
 def test_to_withdraw_a_trial_frees_exactly_one_place(trials, data):
-    gone = data.draw(st.sampled_from(places(trials)))
+    gone = data.draw(st.sampled_from(holders(trials)))
     left = [n for n in numbers(trials) if n != gone.number]
     gone.user_attrs["withdrawn"] = True
     assert numbers(trials) == left
@@ -151,6 +151,6 @@ def test_a_successor_that_says_another_place_has_its_predecessors():
     rows = [trial(0, place=0), trial(1, place=1), trial(2, TrialState.WAITING, place=2, retry_of=1)]
     for _ in range(5):
         change = refill(rows, 3, 0, 16)
-        rows += [trial(len(rows) + n, TrialState.WAITING, place=place) for n, (place, _) in enumerate(change.queue)]
+        rows += [trial(len(rows) + n, TrialState.WAITING, place=slot) for n, (slot, _) in enumerate(change.queue)]
     assert len(rows) == 4
-    assert len(places(rows)) == 3
+    assert len(holders(rows)) == 3

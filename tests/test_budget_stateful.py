@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.search.budget import count, places, refill
+from hpo.search.budget import count, holders, refill
 
 OPEN = (TrialState.WAITING, TrialState.RUNNING)
 CHUNK = 4
@@ -27,12 +27,12 @@ class Budget(RuleBasedStateMachine):
         self.rows.append(FrozenTrial(len(self.rows), TrialState.WAITING, None, None, None, {}, {}, attrs, {}, {}, 0))
 
     def counted(self, *states):
-        return [trial for trial in places(self.rows) if trial.state in states]
+        return [trial for trial in holders(self.rows) if trial.state in states]
 
     def fill(self, rows):
         change = refill(rows, self.trials, 2, CHUNK)
-        for place, start in change.queue:
-            self.add(place=place, **({} if start is None else {"start_with": start}))
+        for slot, start in change.queue:
+            self.add(place=slot, **({} if start is None else {"start_with": start}))
         for trial in change.withdraw:
             row = self.rows[trial.number]
             row.user_attrs["withdrawn"] = True
@@ -87,7 +87,7 @@ class Budget(RuleBasedStateMachine):
 
     @invariant()
     def a_place_is_held_once(self):
-        held = [trial.user_attrs["place"] for trial in places(self.rows)]
+        held = [trial.user_attrs["place"] for trial in holders(self.rows)]
         assert len(held) == len(set(held))
 
     @invariant()
@@ -98,15 +98,15 @@ class Budget(RuleBasedStateMachine):
         """Let one worker do what is left: it must come to an end, at exactly `trials`."""
         for trial in self.running():
             trial.state = TrialState.COMPLETE
-        done, rows = len(places(self.rows)) - len(self.counted(TrialState.WAITING)), len(self.rows)
+        done, rows = len(holders(self.rows)) - len(self.counted(TrialState.WAITING)), len(self.rows)
         for _ in range(9 + len(self.rows)):
-            if count(places(self.rows), self.trials).unfinished == 0:
+            if count(holders(self.rows), self.trials).unfinished == 0:
                 break
             if not self.counted(TrialState.WAITING):
                 self.fill(self.rows)
             self.counted(TrialState.WAITING)[0].state = TrialState.COMPLETE
         self.fill(self.rows)
-        assert count(places(self.rows), self.trials).finished == max(self.trials, done)
+        assert count(holders(self.rows), self.trials).finished == max(self.trials, done)
         assert len(self.rows) - rows <= self.trials
         assert not [trial for trial in self.rows if trial.state in OPEN]
 

@@ -7,7 +7,7 @@ from hpo.errors import Interrupted
 from hpo.runner.checkpoints import folder_of as checkpoints
 from hpo.runner.prepare import prepare
 from hpo.runner.worker import work
-from hpo.search.search import open_search
+from hpo.search.opening import open_search
 from hpo.tracking.base import MemoryTracker
 from tests.searches import Quiet
 

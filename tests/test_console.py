@@ -9,7 +9,7 @@ from hpo.cli.console import LiveProgress, table
 from hpo.runner import progress as view
 from hpo.runner.progress import PlainProgress, ProgressState, duration, shown
 from hpo.search.budget import Counts
-from hpo.search.search import Best
+from hpo.search.view import Best
 
 
 def counts(complete=0, pruned=0, failed=0, running=0, waiting=0):

@@ -9,7 +9,7 @@ import time
 import pytest
 from optuna.trial import TrialState
 
-from hpo.search.budget import LEASE_KEY
+from hpo.search import schema
 from hpo.search.lease import LeaseKeeper, LeaseMonitor
 from hpo.study.space import Space
 from tests.searches import Opener, claims, stored
@@ -28,11 +28,11 @@ def opened(tmp_path):
 def abandon(search, number, worker=None):
     """Leave a trial as a worker would that died: a process of this machine that is gone, or one elsewhere."""
     trial = stored(search, number)
-    lease = dict(trial.system_attrs[LEASE_KEY])
+    lease = dict(trial.system_attrs[schema.LEASE])
     place, _, _ = lease["worker"].rpartition("-")
     lease |= {"worker": worker or f"{place}-{gone_pid()}"}
     search._lease.drop(trial._trial_id)
-    search.storage.set_trial_system_attr(trial._trial_id, LEASE_KEY, lease)
+    search.storage.set_trial_system_attr(trial._trial_id, schema.LEASE, lease)
 
 
 def gone_pid():
@@ -91,7 +91,7 @@ def test_a_trial_that_kills_its_workers_is_given_up(opened):
     assert attempts == list(range(1, ATTEMPTS + 1))
     assert last.ask() is None
     assert (last.counts().failed, last.counts().running, last.counts().waiting) == (1, 0, 0)
-    assert [(ended.state, last.ends()[ended.number][0]) for ended in last.drain_lost()] == [("FAIL", "FAIL")]
+    assert [(ended.state, last.view().ends[ended.number][0]) for ended in last.drain_lost()] == [("FAIL", "FAIL")]
 
 
 def test_a_second_successor_is_harmless(opened):
@@ -118,7 +118,7 @@ def test_a_crash_between_the_successor_and_the_end_of_its_predecessor_loses_noth
 def test_a_claim_without_a_lease_yet_is_given_time(opened):
     search = opened()
     trial = stored(search, search.ask().number)
-    trial.system_attrs.pop(LEASE_KEY)
+    trial.system_attrs.pop(schema.LEASE)
     deaths = LeaseMonitor(grace=0.4)
     assert deaths.is_dead(trial) is None
     time.sleep(0.35)
@@ -132,7 +132,7 @@ def test_a_clock_that_is_wrong_neither_kills_a_worker_of_another_machine_nor_kee
     deaths = LeaseMonitor(grace=0.4)
     for n in range(5):
         until = time.time() + wrong + n
-        trial.system_attrs[LEASE_KEY] = {"worker": f"elsewhere-1-{gone_pid()}", "until": until, "attempt": 1}
+        trial.system_attrs[schema.LEASE] = {"worker": f"elsewhere-1-{gone_pid()}", "until": until, "attempt": 1}
         assert deaths.is_dead(trial) is (False if wrong > 0 else None)
         time.sleep(0.1)
     time.sleep(0.25)
@@ -152,8 +152,8 @@ def test_a_lease_is_renewed_even_after_an_error(opened, monkeypatch):
 
     monkeypatch.setattr(search.storage.inner, "set_trial_system_attr", fails_twice)
     number = search.ask().number
-    first, end = stored(search, number).system_attrs[LEASE_KEY]["until"], time.monotonic() + 10
-    while stored(search, number).system_attrs[LEASE_KEY]["until"] == first:
+    first, end = stored(search, number).system_attrs[schema.LEASE]["until"], time.monotonic() + 10
+    while stored(search, number).system_attrs[schema.LEASE]["until"] == first:
         assert time.monotonic() < end
         time.sleep(0.05)
     assert len(failures) == 2
@@ -201,7 +201,7 @@ def test_a_claim_that_is_lost_inside_ask_leaves_no_lease_behind(opened, monkeypa
     monkeypatch.setattr(*where, is_overtaken)
     claim = slow.ask()
     assert claim.number != 0
-    assert list(slow._lease._attempts) == [stored(slow, claim.number)._trial_id]
+    assert list(slow._lease.held) == [stored(slow, claim.number)._trial_id]
     assert list(slow._claimed) == [claim.number]
     lost = peer.ask()
     abandon(peer, lost.number, worker="elsewhere-1-1")
@@ -217,7 +217,7 @@ def test_a_lease_of_a_trial_that_a_peer_has_ended_is_no_trouble_of_the_storage(o
     number = slow.ask().number
     peer.storage.set_trial_state_values(stored(peer, number)._trial_id, TrialState.FAIL)
     end = time.monotonic() + 10
-    while slow._lease._attempts:
+    while slow._lease.held:
         assert time.monotonic() < end
         time.sleep(0.02)
     assert slow._lease.failed_at == -math.inf

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hpo.search.budget import lease_of, places
+from hpo.search.budget import holders, lease_of
 from hpo.search.remote import CUT_OFF_SECONDS
 from hpo.search.storage import close_storage, open_storage
 from tests.cli import summary
@@ -138,7 +138,7 @@ def test_a_host_that_is_cut_off_for_long_damages_nothing_when_it_is_back(study, 
         assert "the storage is back after" in outs[1][0]
         assert "another worker took this trial over" in outs[1][0]
         everything = seen.trials()
-        done = places(everything)
+        done = holders(everything)
         assert [trial.state.name for trial in done] == ["COMPLETE"] * TRIALS
         assert {len(trial.intermediate_values) for trial in done} == {30}
         assert len({trial.params["learning_rate"] for trial in done}) == TRIALS

@@ -12,7 +12,8 @@ from hpo.errors import Interrupted, StorageError
 from hpo.runner.checkpoints import settle_weights
 from hpo.runner.prepare import prepare
 from hpo.runner.worker import work
-from hpo.search.search import DATA, open_search
+from hpo.search.opening import open_search
+from hpo.search.schema import DATA
 from hpo.tracking.base import MemoryTracker
 from tests.searches import Quiet
 

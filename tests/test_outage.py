@@ -205,12 +205,12 @@ def test_a_peer_that_holds_the_queues_lock_stops_neither_training_nor_the_end(tm
     search = opener(grace=0.1, outage=60.0)
     number = search.ask().number
     dead = opener().ask().number
-    search._deaths.is_dead = lambda trial, trouble: trial.number == dead
+    search._queue._monitor.is_dead = lambda trial, trouble: trial.number == dead
     with exclusive(f"sqlite:///{tmp_path}/s.db"):
         begun = time.monotonic()
         for epoch in range(5):
             assert search.report(number, epoch, 0.5)
-            search._look_at = 0.0  # it looks for the dead, and would repair
+            search._queue._look_at = 0.0  # it looks for the dead, and would repair
             with pytest.raises(StorageAway, match="another process held"):
                 search.ask(wait=False)  # as for a stack with room, whose other trials are in training
         assert not search.storage.away

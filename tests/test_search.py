@@ -142,11 +142,11 @@ class TestClaims:
         number = search.ask().number
         assert search.report(number, 0, 0.5)
         assert search.report(number, 1, 0.75)
-        (running,) = search.running()
+        (running,) = search.view().running
         assert (running.number, running.epoch, running.value) == (number, 2, 0.75)
         assert running.worker.endswith(f"-{os.getpid()}")
         search.complete(number, 0.75)
-        assert search.running() == []
+        assert search.view().running == []
         assert stored(search, number).intermediate_values == {0: 0.5, 1: 0.75}
 
     def test_the_pruner_says_when_to_stop(self, opened):
@@ -161,7 +161,7 @@ class TestClaims:
     def test_a_failure_keeps_its_reason_and_its_place(self, opened):
         search = opened(trials=2)
         number = search.ask().number
-        search.annotate(number, mlflow_run_id="abc")
+        search.annotate(number, {"mlflow_run_id": "abc"})
         assert search.fail(number, "train_loss became nan")
         assert stored(search, number).state == TrialState.FAIL
         attrs = stored(search, number).user_attrs
@@ -197,7 +197,7 @@ class TestWhatIsKnown:
         search = opened(trials=3)
         assert search.best() is None
         claim = search.ask()
-        search.annotate(claim.number, best_epoch=1, metrics={"valid_loss": 0.25})
+        search.annotate(claim.number, {"best_epoch": 1, "metrics": {"valid_loss": 0.25}})
         search.complete(claim.number, 0.75)
         best = search.best()
         assert (best.params, best.seed, best.value) == (claim.params, claim.seed, 0.75)

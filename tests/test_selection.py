@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from hpo.errors import ExportError, Interrupted
 from hpo.runner.prepare import prepare
 from hpo.runner.refit import bundle_folder, conclude, finish, outcome
-from hpo.search.search import open_search
+from hpo.search.opening import open_search
 from hpo.tracking.base import MemoryTracker
 from hpo.training.loop import order
 
@@ -31,7 +31,7 @@ def told(study):
         while search.counts().waiting and trials:
             claim = search.ask()
             _, value, epoch = next(t for t in trials if t[0] == claim.params["learning_rate"])
-            search.annotate(claim.number, best_epoch=epoch, metrics={"valid_r2": value})
+            search.annotate(claim.number, {"best_epoch": epoch, "metrics": {"valid_r2": value}})
             search.complete(claim.number, value)
         return plan, plan.load_data(), search
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from hpo.errors import Interrupted
 from hpo.runner.prepare import prepare
 from hpo.runner.worker import CHOICE, work
-from hpo.search.search import open_search
+from hpo.search.opening import open_search
 from hpo.stacks import sizing
 from hpo.stacks.padding import PaddingPlan
 from hpo.stacks.sizing import Sizing, StackSize

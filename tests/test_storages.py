@@ -12,8 +12,8 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from hpo.errors import HpoError, StorageError
+from hpo.search import schema
 from hpo.search.away import StorageAway, StudyGone
-from hpo.search.budget import LEASE_KEY
 from hpo.search.storage import close_storage, open_storage
 from hpo.study.spec import Plugin
 from tests.searches import PARAMS, Opener, claims, stored
@@ -22,7 +22,7 @@ from tests.servers import grpc_server
 KINDS = ("sqlite", "postgresql", "journal", "grpc")
 PEER = f"""
 import sys
-from hpo.search.search import open_search
+from hpo.search.opening import open_search
 from hpo.study.space import build
 from hpo.study.spec import Plugin, StudySpec, parse_param
 
@@ -34,7 +34,7 @@ search = open_search(spec, space, "accuracy", maximize=True)
 while (claim := search.ask()) is not None:
     assert search.report(claim.number, 0, 0.5)
     assert search.complete(claim.number, float(claim.number))
-    print(claim.place, claim.params["learning_rate"], flush=True)
+    print(claim.slot, claim.params["learning_rate"], flush=True)
 search.close()
 """
 
@@ -61,9 +61,9 @@ def opened(url, tmp_path):
 def abandon(search, number):
     """Leave a trial as a worker of another machine would that died."""
     trial = stored(search, number)
-    lease = dict(trial.system_attrs[LEASE_KEY]) | {"worker": "elsewhere-1-1"}
+    lease = dict(trial.system_attrs[schema.LEASE]) | {"worker": "elsewhere-1-1"}
     search._lease.drop(trial._trial_id)
-    search.storage.set_trial_system_attr(trial._trial_id, LEASE_KEY, lease)
+    search.storage.set_trial_system_attr(trial._trial_id, schema.LEASE, lease)
 
 
 def test_exactly_so_many_trials_by_turns_and_over_restarts(opened):
@@ -71,7 +71,7 @@ def test_exactly_so_many_trials_by_turns_and_over_restarts(opened):
     done = []
     while (claim := (one, two)[len(done) % 2].ask()) is not None:
         assert (one, two)[len(done) % 2].complete(claim.number, 1.0)
-        done.append(claim.place)
+        done.append(claim.slot)
     assert sorted(done) == list(range(7))
     assert claims(opened(trials=7)) == []
     assert len(claims(opened(trials=9))) == 2
@@ -85,8 +85,8 @@ def test_a_dead_workers_trial_is_taken_up_once_by_one_of_its_peers(opened):
         peer.repair()
         time.sleep(0.2)
     done = claims(one) + claims(two)
-    assert sorted(claim.place for claim in done) == [0, 1]
-    (again,) = [claim for claim in done if claim.place == lost.place]
+    assert sorted(claim.slot for claim in done) == [0, 1]
+    (again,) = [claim for claim in done if claim.slot == lost.slot]
     assert (again.params, again.seed, again.is_retry) == (lost.params, lost.seed, True)
     assert not dead.complete(lost.number, 1.0)
     assert stored(one, lost.number).state == TrialState.FAIL
@@ -99,13 +99,13 @@ def test_what_is_given_back_goes_on_as_it_was(opened):
     search.report(first.number, 0, 0.25)
     assert search.give_back(first.number, "interrupted")
     again = search.ask()
-    assert (again.params, again.seed, again.place) == (first.params, first.seed, first.place)
+    assert (again.params, again.seed, again.slot) == (first.params, first.seed, first.slot)
     search.repeat(again.number, [0.25])
     search.report(again.number, 1, 0.5)
     assert search.complete(again.number, 0.5)
     assert stored(search, again.number).intermediate_values == {0: 0.25, 1: 0.5}
-    assert search.ends()[first.number] == ("INTERRUPTED", "interrupted")
-    assert search.ends()[again.number] == ("COMPLETE", None)
+    assert search.view().ends[first.number] == ("INTERRUPTED", "interrupted")
+    assert search.view().ends[again.number] == ("COMPLETE", None)
 
 
 def test_start_with_comes_first_and_once_whoever_asks(opened):
@@ -153,10 +153,10 @@ def test_peers_try_different_trials(opened):
     one.ask()
     lease = stored(one, 0)
     one.storage.set_trial_system_attr(
-        lease._trial_id, LEASE_KEY, dict(lease.system_attrs[LEASE_KEY]) | {"worker": "elsewhere-1-1"}
+        lease._trial_id, schema.LEASE, dict(lease.system_attrs[schema.LEASE]) | {"worker": "elsewhere-1-1"}
     )
     two.ask()
-    assert len(two._waiting) == 7  # half of the 15 that waited, less the one that it has claimed
+    assert len(two._queue._waiting) == 7  # half of the 15 that waited, less the one that it has claimed
 
 
 def test_a_study_that_was_deleted_is_said_and_what_is_done_for_it_harms_no_other(opened, url):
@@ -258,16 +258,16 @@ def test_postgresql_that_goes_away_between_a_report_and_the_pruner_does_not_stop
 def test_postgresql_that_restarts_while_its_lock_is_held_costs_a_wait(server, tmp_path):
     opener = Opener(tmp_path)
     search = opener(storage=server.database(), trials=2)
-    enqueue = search._enqueue
+    enqueue = search._queue._enqueue
 
     def restart_then(*arguments):
         server.stop()
         server.start()
         enqueue(*arguments)
 
-    search._enqueue = restart_then
-    assert [claim.place for claim in claims(search)] == [0, 1]
-    search._enqueue = enqueue
+    search._queue._enqueue = restart_then
+    assert [claim.slot for claim in claims(search)] == [0, 1]
+    search._queue._enqueue = enqueue
     assert search.ask() is None
     opener.close()
 

@@ -11,7 +11,7 @@ from hpo.errors import Interrupted
 from hpo.runner.prepare import prepare
 from hpo.runner.progress import Progress
 from hpo.runner.worker import work
-from hpo.search.search import open_search
+from hpo.search.opening import open_search
 from hpo.tracking.base import MemoryTracker
 
 KINDS = (

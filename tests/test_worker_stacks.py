@@ -7,7 +7,7 @@ import torch
 
 from hpo.runner.prepare import prepare
 from hpo.runner.worker import work
-from hpo.search.search import open_search
+from hpo.search.opening import open_search
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.tracking.base import MemoryTracker
 from tests.test_worker import Screen

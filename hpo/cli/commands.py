@@ -20,8 +20,9 @@ from hpo.runner.prepare import Plan, prepare
 from hpo.runner.progress import PlainProgress, Progress, ProgressState, Refresh, duration, shown, state_of
 from hpo.runner.refit import Outcome, outcome
 from hpo.runner.study import StudyFile, WorkerOptions
-from hpo.search.search import Best, Search
+from hpo.search.search import Search
 from hpo.search.storage import serve_storage
+from hpo.search.view import Best, StudyView
 from hpo.study.data import Data
 from hpo.study.objective import Function
 
@@ -37,10 +38,9 @@ def run(path: Path, overrides: Mapping[str, str], options: WorkerOptions | None 
         def show(alone: bool) -> AbstractContextManager[Progress]:
             return _progress(plan, search, out, alone)
 
-        done = studies.run(plan, search, file, show, options or WorkerOptions())
-        best = search.best()
-        _print_result(plan, search, best, done, out)
-        return _summary(plan, search, best, done)
+        done, seen = studies.run(plan, search, file, show, options or WorkerOptions())
+        _print_result(plan, seen, seen.best(), done, out)
+        return _summary(plan, seen, seen.best(), done)
 
 
 def worker(
@@ -59,7 +59,8 @@ def worker(
             return notes_only(plan, search) if is_launched() else _progress(plan, search, out)
 
         plan, search = stack.enter_context(joined(path, overrides, show, named=None if is_ours else named))
-        return _summary(plan, search, search.best(), None)
+        seen = search.view()
+        return _summary(plan, seen, seen.best(), None)
 
 
 def repair(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
@@ -68,13 +69,13 @@ def repair(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
     with _screen() as out, ExitStack() as stack:
         search = open_existing(plan, path)
         stack.callback(search.close)
-        studies.repair(plan, search)
-        counts = search.counts()
+        seen = studies.repair(plan, search)
+        counts = seen.counts
         out.print(
             f"{plan.spec.name}: {counts.finished} of {plan.spec.trials} trials done, {counts.running} running, "
             f"{counts.waiting} waiting; the runs in {masked(plan.spec.tracking)} say the same"
         )
-        return _summary(plan, search, search.best(), None)
+        return _summary(plan, seen, seen.best(), None)
 
 
 def serve(path: Path, overrides: Mapping[str, str], host: str, port: int) -> None:
@@ -95,10 +96,11 @@ def export(path: Path, overrides: Mapping[str, str], number: int | None, folder:
         plan = _prepared(path, overrides, stack)
         search = open_existing(plan, path)
         stack.callback(search.close)
-        done = studies.export(plan, search, number, folder)
-        best = search.best(number)
-        _print_result(plan, search, best, done, out)
-        return _summary(plan, search, best, done)
+        seen = search.view()
+        done = studies.export(plan, search, seen, number, folder)
+        best = seen.best(number)
+        _print_result(plan, seen, best, done, out)
+        return _summary(plan, seen, best, done)
 
 
 def check(path: Path, overrides: Mapping[str, str]) -> None:
@@ -173,8 +175,9 @@ def status(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
     with _screen() as out, ExitStack() as stack:
         search = open_existing(plan, path)
         stack.callback(search.close)
-        counts, best = search.counts(), search.best()
-        used = search.seconds_used()
+        seen = search.view()
+        counts, best = seen.counts, seen.best()
+        used = seen.seconds_used()
         board = ProgressState(counts, best, plan.spec.trials, plan.metric)
         out.print(
             f"{plan.spec.name}: {counts.finished} of {plan.spec.trials} trials done "
@@ -182,21 +185,21 @@ def status(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
             f"{counts.running} running, {counts.waiting} waiting"
         )
         out.print(board.best_text() + (f": {shown(plan.space.searched(best.params))}" if best else ""))
-        for trial in search.running():
+        for trial in seen.running:
             value = "" if trial.value is None else f", {plan.metric} {trial.value:.4f}"
             out.print(f"  trial {trial.number}: epoch {trial.epoch}/{plan.spec.epochs}{value}")
         left = used / counts.finished * counts.unfinished if counts.finished and counts.unfinished else None
         if plan.spec.timeout is not None and counts.unfinished:
-            over = search.seconds_left(plan.spec.timeout)
+            over = search.seconds_left(plan.spec.timeout, seen)
             left = over if left is None else min(over, left)
         out.print(f"time used {duration(used)}" + (f", about {duration(left)} left" if left is not None else ""))
-        return _summary(plan, search, best, outcome(search, best))
+        return _summary(plan, seen, best, outcome(search, best))
 
 
-def _print_result(plan: Plan, search: Search, best: Best | None, done: Outcome | None, out: Console) -> None:
+def _print_result(plan: Plan, seen: StudyView, best: Best | None, done: Outcome | None, out: Console) -> None:
     if best is None:
         return
-    counts = search.counts()
+    counts = seen.counts
     rows = [
         ["trials", f"{counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed"],
         ["best", f"{plan.metric} {best.value:.4f} on validation (trial {best.number}, epoch {best.epoch + 1})"]
@@ -211,9 +214,9 @@ def _print_result(plan: Plan, search: Search, best: Best | None, done: Outcome |
     out.print(view.pairs(plan.spec.name, rows))
 
 
-def _summary(plan: Plan, search: Search, best: Best | None, done: Outcome | None) -> dict[str, Any]:
+def _summary(plan: Plan, seen: StudyView, best: Best | None, done: Outcome | None) -> dict[str, Any]:
     """Return what `--json` prints; scripts rely on its keys."""
-    counts = search.counts()
+    counts = seen.counts
     summary = {
         "study": plan.spec.name,
         "storage": masked(plan.spec.storage),

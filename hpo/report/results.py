@@ -11,11 +11,12 @@ import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.errors import InputError, did_you_mean, masked
-from hpo.search.budget import Counts, count, lease_of, places
-from hpo.search.search import STUDY_FILE, Best
+from hpo.search import schema
+from hpo.search.budget import Counts, count, holders, worker_of
+from hpo.search.curves import from_json
 from hpo.search.storage import close_storage, exists, open_storage
+from hpo.search.view import Best
 
-_RESULT, _IDENTITY, _CURVES = "hpo:result", "hpo:identity", "hpo:curves"
 _OR = ":or"
 """How the name ends under which Optuna stores the branch of a parameter with an `or`."""
 
@@ -41,7 +42,7 @@ class Study:
         if not exists(storage):
             raise InputError(f"there is no storage {masked(storage)}; give the one that study {name!r} was run with")
         with self._opened() as study:
-            identity = study.user_attrs.get(_IDENTITY)
+            identity = study.user_attrs.get(schema.IDENTITY)
             if not isinstance(identity, Mapping):
                 raise InputError(f"study {name!r} in {masked(storage)} was not made by hpo; see `hpo adopt`")
             self.metric = str(identity.get("metric", "value"))
@@ -76,9 +77,9 @@ class Study:
             number=trial.number,
             value=trial.value,
             params={**self._fixed, **_params(trial)},
-            epoch=min(trial.user_attrs.get("best_epoch", 0), max(len(trial.intermediate_values) - 1, 0)),
-            seed=trial.user_attrs.get("seed", 0),
-            metrics=trial.user_attrs.get("metrics", {}),
+            epoch=min(trial.user_attrs.get(schema.BEST_EPOCH, 0), max(len(trial.intermediate_values) - 1, 0)),
+            seed=trial.user_attrs.get(schema.SEED, 0),
+            metrics=trial.user_attrs.get(schema.METRICS, {}),
         )
 
     def curves(self, trial: int) -> pd.DataFrame:
@@ -91,11 +92,12 @@ class Study:
         if trial not in trials:
             last = f"its trials are 0 to {max(trials)}" if trials else "it has none yet"
             raise InputError(f"study {self.name!r} has no trial {trial!r}; {last}")
-        found = trials[trial]
-        curves = found.user_attrs.get(_CURVES)
-        if not isinstance(curves, Mapping) or not curves:  # it runs yet, or an older version trained it
-            values = [found.intermediate_values[step] for step in sorted(found.intermediate_values)]
-            curves = {f"valid_{self.metric}": values}
+        stored = trials[trial].user_attrs.get(schema.CURVES)
+        if stored is not None:
+            curves = from_json(stored)
+        else:  # it runs yet, or an older version trained it
+            reported = trials[trial].intermediate_values
+            curves = {f"valid_{self.metric}": [reported[step] for step in sorted(reported)]}
         frame = pd.DataFrame({name: pd.Series(values, dtype=float) for name, values in curves.items()})
         frame.index = pd.RangeIndex(1, len(frame) + 1, name="epoch")
         return frame
@@ -104,7 +106,7 @@ class Study:
     def counts(self) -> Counts:
         """How many trials of the budget are complete, pruned, failed, running, waiting; `finished`, `unfinished`."""
         with self._opened() as study:
-            return count(places(study.get_trials(deepcopy=False)), _budget(study))
+            return count(holders(study.get_trials(deepcopy=False)), _budget(study))
 
     @property
     def bundle(self) -> Path | None:
@@ -143,15 +145,15 @@ class Study:
 
     def _trials(self) -> list[FrozenTrial]:
         with self._opened() as study:
-            return places(study.get_trials(deepcopy=False))
+            return holders(study.get_trials(deepcopy=False))
 
     def _result(self) -> Mapping[str, Any]:
         with self._opened() as study:
-            stored = study.user_attrs.get(_RESULT)
+            stored = study.user_attrs.get(schema.RESULT)
         return stored if isinstance(stored, Mapping) else {}
 
     def _row(self, trial: FrozenTrial) -> dict[str, Any]:
-        best_epoch = trial.user_attrs.get("best_epoch")
+        best_epoch = trial.user_attrs.get(schema.BEST_EPOCH)
         return {
             "number": trial.number,
             "state": trial.state.name,
@@ -160,9 +162,9 @@ class Study:
             "epochs": len(trial.intermediate_values),
             "best_epoch": None if best_epoch is None else best_epoch + 1,
             "seconds": None if trial.duration is None else trial.duration.total_seconds(),
-            "worker": lease_of(trial).get("worker"),
-            "retry_of": trial.user_attrs.get("retry_of"),
-            "error": trial.user_attrs.get("error"),
+            "worker": worker_of(trial),
+            "retry_of": trial.user_attrs.get(schema.RETRY_OF),
+            "error": trial.user_attrs.get(schema.ERROR),
         }
 
 
@@ -179,6 +181,6 @@ def _params(trial: FrozenTrial) -> dict[str, Any]:
 def _budget(study: optuna.Study) -> int:
     """Return how many trials the study is to have, as its last run said; else how many there are."""
     try:
-        return int(json.loads(study.user_attrs[STUDY_FILE])["trials"])
+        return int(json.loads(study.user_attrs[schema.STUDY_FILE])["trials"])
     except (KeyError, TypeError, ValueError):
-        return len(places(study.get_trials(deepcopy=False)))
+        return len(holders(study.get_trials(deepcopy=False)))

@@ -1,6 +1,6 @@
 """What a study keeps of its networks on disk, in `mlruns/checkpoints/<study>/`: a trial's checkpoint, the best weights.
 
-    place-N.pt   what the trial that has place N of the budget resumes from
+    place-N.pt   what the trial that holds slot N of the budget resumes from
     best.pt      the weights of the best trial's best epoch
     best-N.pt    those of trial N while it is being told: it may turn out to be the best
 
@@ -22,7 +22,9 @@ from torch import Tensor
 from hpo.errors import HpoError
 from hpo.processes import this_process
 from hpo.runner.prepare import OUTPUT, Plan
-from hpo.search.search import DATA, Best, Claim, Search
+from hpo.search import schema
+from hpo.search.search import Claim, Search
+from hpo.search.view import Best, StudyView
 from hpo.study.objective import source_fingerprint
 
 BEST = "best.pt"
@@ -43,7 +45,7 @@ class Origin:
 
     @classmethod
     def of(cls, plan: Plan, search: Search) -> "Origin":
-        return cls(study=search.making, data=search.attrs.get(DATA), code=source_fingerprint(plan.objective))
+        return cls(study=search.making, data=search.attrs.get(schema.DATA), code=source_fingerprint(plan.objective))
 
 
 @dataclass(kw_only=True)
@@ -71,7 +73,7 @@ def folder_of(plan: Plan) -> Path:
 
 def file_of(plan: Plan, claim: Claim) -> Path:
     """Return the file of a claimed trial's checkpoint."""
-    return folder_of(plan) / f"place-{claim.place}.pt"
+    return folder_of(plan) / f"place-{claim.slot}.pt"
 
 
 def save(plan: Plan, origin: Origin, claim: Claim, checkpoint: Checkpoint) -> None:
@@ -189,24 +191,27 @@ def _candidate(plan: Plan, number: int) -> Path:
     return folder_of(plan) / f"best-{number}.pt"
 
 
-def settle_weights(plan: Plan, search: Search, note: Callable[[str], None]) -> None:
+def settle_weights(plan: Plan, search: Search, note: Callable[[str], None]) -> StudyView:
     """See that `best.pt` holds the best trial's weights, or none: those of another trial are removed, and it is said.
 
-    What this machine's workers are still telling stays. Raises HpoError where the folder cannot be written.
+    What this machine's workers are still telling stays. Return the study as it was seen. Raises HpoError where the
+    folder cannot be written.
     """
     folder = folder_of(plan)
     if not folder.is_dir():
-        return
+        return search.view()
     try:
         with FileLock(folder.with_name(f".{folder.name}.lock")):
             candidates = {file: _trial_in(file, search.making) for file in folder.glob("best-*.pt")}
-            running = {trial.number for trial in search.running()}  # before the best is: who is told since, is seen
-            _settle(folder, search.making, candidates, search.best(), note)
+            seen = search.view()  # after the candidates: a trial whose weights are there is running, or told
+            running = {trial.number for trial in seen.running}
+            _settle(folder, search.making, candidates, seen.best(), note)
             for each, number in candidates.items():
                 if number not in running:
                     each.unlink(missing_ok=True)
     except OSError as error:
         raise HpoError(f"{folder} cannot be written ({error.strerror}); no trial is lost") from error
+    return seen
 
 
 def _settle(

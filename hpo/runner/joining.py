@@ -14,7 +14,8 @@ from hpo.runner.prepare import Plan, prepare
 from hpo.runner.progress import Notes, Progress
 from hpo.runner.refit import UNSENT
 from hpo.runner.worker import work
-from hpo.search.search import Search, stored_file
+from hpo.search.identity import stored_file
+from hpo.search.search import Search
 from hpo.stopping import Stop, signals
 from hpo.study.trust import require_harmless, require_passwords
 from hpo.tracking.mlflow import open_tracker

@@ -15,6 +15,7 @@ from hpo.errors import HpoError, InputError
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
 from hpo.search.search import Search
+from hpo.search.view import StudyView
 
 LAUNCHED = "HPO_LAUNCHED"
 """Set for a worker that `hpo run --workers` has started: how many there are of them."""
@@ -89,7 +90,7 @@ class Workers:
 
         One that dies while it trains costs its trial an attempt, so `retries` bounds these.
         """
-        claimed = self._search.n_claimed()
+        claimed = self._search.view().n_claimed
         self._deaths = 1 if claimed != self._claimed else self._deaths + 1
         self._claimed = claimed
         if self._deaths >= DEATHS:
@@ -120,27 +121,27 @@ class StudyMonitor:
     def __init__(self, plan: Plan, search: Search, progress: Progress) -> None:
         self._plan, self._search, self._progress = plan, search, progress
         self._epochs: dict[int, int] = {}
-        self._ended = set(search.ends())
+        self._ended = set(search.view().ends)
 
     def look(self) -> None:
-        for trial in self._search.running():
+        seen = self._search.view()
+        for trial in seen.running:
             if trial.number not in self._epochs:
-                self._begin(trial.number)
+                self._begin(trial.number, seen)
             if trial.epoch > self._epochs[trial.number]:
                 self._epochs[trial.number] = trial.epoch
                 metrics = {} if trial.value is None else {self._plan.metric_key: trial.value}
                 self._progress.epoch_ended(trial.number, trial.epoch, self._plan.spec.epochs, metrics)
-        ends = self._search.ends()
-        for number in sorted(set(ends) - self._ended):
+        for number in sorted(set(seen.ends) - self._ended):
             self._ended.add(number)
             if number not in self._epochs:
-                self._begin(number)
-            state, error = ends[number]
-            self._progress.trial_ended(number, state, self._search.value_of(number), error)
+                self._begin(number, seen)
+            state, error = seen.ends[number]
+            self._progress.trial_ended(number, state, seen.value_of(number), error)
 
-    def _begin(self, number: int) -> None:
+    def _begin(self, number: int, seen: StudyView) -> None:
         self._epochs[number] = 0
-        self._progress.trial_started(number, self._plan.space.searched(self._search.params_of(number)))
+        self._progress.trial_started(number, self._plan.space.searched(seen.params_of(number)))
 
 
 def _visible(place: int) -> str:

@@ -11,7 +11,9 @@ import torch
 from hpo.errors import InputError, masked
 from hpo.runner.preflight import preflight
 from hpo.runner.prepare import Plan
-from hpo.search.search import CODE, DATA, Search, open_search
+from hpo.search import schema
+from hpo.search.opening import open_search
+from hpo.search.search import Search
 from hpo.study.data import Data
 from hpo.study.objective import file_fingerprint, source_fingerprint
 
@@ -76,23 +78,23 @@ def load_data(plan: Plan, search: Search) -> Data | None:
     data = plan.load_data()
     if data is None:
         return None
-    fingerprint, before = data.fingerprint(), search.attrs.get(DATA)
+    fingerprint, before = data.fingerprint(), search.attrs.get(schema.DATA)
     if before not in (None, fingerprint):
         raise InputError(
             f"the data of objective {plan.spec.objective} is not what study {plan.spec.name!r} began with "
             f"(fingerprint {fingerprint} here, {before} there); bring that data back, or give another `name`"
         )
     if before is None:
-        search.remember(DATA, fingerprint)
+        search.remember(schema.DATA, fingerprint)
     preflight(plan, data)
     return data
 
 
 def source_differs(plan: Plan, search: Search) -> bool:
     """Whether the objective's source is not that of the study, which is that of the first who asks."""
-    code, before = source_fingerprint(plan.objective), search.attrs.get(CODE)
+    code, before = source_fingerprint(plan.objective), search.attrs.get(schema.CODE)
     older = file_fingerprint(plan.objective)  # as an older version stored it
     unchanged = before in (None, code, older)
     if unchanged and before != code:
-        search.remember(CODE, code)
+        search.remember(schema.CODE, code)
     return not unchanged

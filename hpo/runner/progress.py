@@ -9,7 +9,8 @@ from typing import Any
 
 from hpo.runner.prepare import Plan
 from hpo.search.budget import Counts
-from hpo.search.search import Best, Search
+from hpo.search.search import Search
+from hpo.search.view import Best
 
 STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "INTERRUPTED": "interrupted"}
 
@@ -87,14 +88,16 @@ class Refresh:
         if self._alone and lately and not (value is not None and self._search.may_be_best(value)):
             self._board.add(state)
             return
-        self._board.counts, self._board.best = self._search.counts(), self._search.best()
+        seen = self._search.view()
+        self._board.counts, self._board.best = seen.counts, seen.best()
         self._looked = time.monotonic()
         self._cost = self._looked - start
 
 
 def state_of(plan: Plan, search: Search) -> ProgressState:
     """Return the numbers of a study as its storage has them now."""
-    return ProgressState(search.counts(), search.best(), plan.spec.trials, plan.metric)
+    seen = search.view()
+    return ProgressState(seen.counts, seen.best(), plan.spec.trials, plan.metric)
 
 
 class PlainProgress(Progress):

@@ -13,7 +13,9 @@ from hpo.errors import ExportError, HpoError, Interrupted, masked
 from hpo.export.bundle import FILES, Model, export
 from hpo.runner.custom import TrialReporter, train_custom
 from hpo.runner.prepare import OUTPUT, Plan
-from hpo.search.search import Best, Search
+from hpo.search import schema
+from hpo.search.search import Search
+from hpo.search.view import Best, StudyView
 from hpo.study.data import Data
 from hpo.study.objective import Function
 from hpo.tracking.base import Tracker
@@ -23,9 +25,6 @@ from hpo.training.batches import Batches, feed
 from hpo.training.loop import train
 from hpo.training.stack import LoopStack, Member, SingleStack, Stack, Task, evaluate
 
-_RESULT, _TESTS = "hpo:result", "hpo:test_evaluations"
-_TRACKED = "hpo:tracked"
-"""The study's attribute that says where it is tracked, and whether its end has arrived there."""
 UNSENT = OUTPUT / "unsent"
 
 
@@ -47,7 +46,7 @@ def bundle_folder(plan: Plan) -> Path:
 
 def outcome(search: Search, best: Best | None) -> Outcome | None:
     """Return the stored outcome if it is that of `best` and its bundle is still there."""
-    stored = search.attrs.get(_RESULT)
+    stored = search.attrs.get(schema.RESULT)
     if not isinstance(stored, Mapping) or best is None or stored.get("number") != best.number:
         return None
     folder = stored["bundle"] and Path(stored["bundle"])
@@ -57,11 +56,18 @@ def outcome(search: Search, best: Best | None) -> Outcome | None:
 
 
 def conclude(
-    plan: Plan, data: Data, search: Search, tracker: Tracker, stopping: Callable[[], bool], note: Callable[[str], None]
+    plan: Plan,
+    data: Data,
+    search: Search,
+    tracker: Tracker,
+    stopping: Callable[[], bool],
+    note: Callable[[str], None],
+    seen: StudyView | None = None,
 ) -> Outcome | None:
     """Finish the study with its best trial, unless that was done already; None where no trial is complete.
 
-    Of several workers on this machine that come here at once, one does it and the others take its outcome.
+    Of several workers on this machine that come here at once, one does it and the others take its outcome. `seen` is a
+    view of the study, if there is a fresh one; before a refit the study is read again.
     """
     folder = bundle_folder(plan)
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
@@ -72,15 +78,18 @@ def conclude(
         why = f"{folder.parent} cannot be written ({error.strerror})"
         raise HpoError(f"{why}; no trial is lost, run it again") from error
     with held:
-        best = search.best()
+        best = (seen or search.view()).best()
         done = outcome(search, best)
+        if done is None and seen is not None:  # a peer may have finished more trials, and the study, since then
+            best = search.view().best()
+            done = outcome(search, best)
         if best is None:
             return None
         if done is None:
             done = finish(plan, data, search, best, folder, stopping, note)
             bundle = done.bundle and str(done.bundle)
             stored = {"number": done.number, "test": dict(done.test), "bundle": bundle, "parity": done.parity}
-            search.remember(_RESULT, stored)
+            search.remember(schema.RESULT, stored)
     _tell(plan, tracker, best, done)  # also what a peer has concluded: it may have been killed before it told it
     return done
 
@@ -95,17 +104,20 @@ def _tell(plan: Plan, tracker: Tracker, best: Best, done: Outcome) -> None:
 def begin_tracking(plan: Plan, search: Search) -> None:
     """Note in the storage that the study's run is open, until `end_tracking` has closed it."""
     if plan.spec.tracking != "off":
-        search.remember(_TRACKED, _tracked(plan, search, "RUNNING"))
+        search.remember(schema.TRACKED, _tracked(plan, search.view(), "RUNNING"))
 
 
-def end_tracking(plan: Plan, search: Search, tracker: Tracker, state: str) -> None:
-    """End the study's run, and note in the storage that its end has arrived, if it has."""
+def end_tracking(plan: Plan, search: Search, tracker: Tracker, state: str, seen: StudyView | None = None) -> None:
+    """End the study's run, and note in the storage that its end has arrived, if it has.
+
+    `seen` is a view of the study, if there is one since its last trial ended.
+    """
     if tracker.end_study(state) and state == "COMPLETE" and plan.spec.tracking != "off":
-        search.remember(_TRACKED, _tracked(plan, search, state))
+        search.remember(schema.TRACKED, _tracked(plan, seen or search.view(), state))
 
 
-def _tracked(plan: Plan, search: Search, state: str) -> dict[str, Any]:
-    return {"tracking": masked(plan.spec.tracking), "state": state, "trials": search.counts().finished}
+def _tracked(plan: Plan, seen: StudyView, state: str) -> dict[str, Any]:
+    return {"tracking": masked(plan.spec.tracking), "state": state, "trials": seen.counts.finished}
 
 
 def settle_runs(plan: Plan, search: Search, note: Callable[[str], None], always: bool = False) -> None:
@@ -117,24 +129,25 @@ def settle_runs(plan: Plan, search: Search, note: Callable[[str], None], always:
     """
     if plan.spec.tracking == "off":
         return
-    best, tracked = search.best(), search.attrs.get(_TRACKED)
+    seen = search.view()
+    best, tracked = seen.best(), search.attrs.get(schema.TRACKED)
     done = outcome(search, best)
-    over = search.counts().unfinished == 0 and (
+    over = seen.counts.unfinished == 0 and (
         done is not None or (best is not None and isinstance(plan.objective, Function))
     )
-    ended = _tracked(plan, search, "COMPLETE")
+    ended = _tracked(plan, seen, "COMPLETE")
     elsewhere = tracked is not None and tracked["tracking"] != ended["tracking"]
     all_told = elsewhere or tracked == ended or not over
     if all_told and not always and not left_behind(UNSENT, plan.spec.name):
         return
     tracker = open_tracker(plan.spec.tracking, plan.spec.name, UNSENT, note)
-    tracker.reconcile(search.ends())
+    tracker.reconcile(seen.ends)
     if not over:
         tracker.close()
         return
     if best is not None and done is not None:
         _tell(plan, tracker, best, done)
-    end_tracking(plan, search, tracker, "COMPLETE")
+    end_tracking(plan, search, tracker, "COMPLETE", seen)
 
 
 def finish(
@@ -166,7 +179,7 @@ def finish(
         network = _refit(plan, task, best, rows, epochs, stopping)
     metrics = {name: metric.to(plan.device) for name, metric in plan.objective.metrics().items()}
     test = evaluate(task, network, feed(data.test, preprocess, plan.device, plan.spec.loading), best.params, metrics)
-    search.remember(_TESTS, [*_tests(search), {"number": best.number, "test": test}])
+    search.remember(schema.TEST_EVALUATIONS, [*_tests(search), {"number": best.number, "test": test}])
     note("exporting, and comparing what was exported with the model that was measured")
     written = export(
         Model(
@@ -186,7 +199,7 @@ def finish(
 
 def _tests(search: Search) -> list[Any]:
     """Return every reading of the test set so far, as far as the storage holds a list of them."""
-    stored = search.attrs.get(_TESTS)
+    stored = search.attrs.get(schema.TEST_EVALUATIONS)
     return stored if isinstance(stored, list) else []
 
 

@@ -37,9 +37,11 @@ from hpo.runner.refit import (
     settle_runs,
 )
 from hpo.runner.worker import INTERRUPTED, work
-from hpo.search.retrying import StorageAway
-from hpo.search.search import CODE, STUDY_FILE, Search
+from hpo.search import schema
+from hpo.search.away import StorageAway
+from hpo.search.search import Search
 from hpo.search.storage import close_storage, open_storage
+from hpo.search.view import StudyView
 from hpo.stopping import Stop, signals
 from hpo.study.data import Data
 from hpo.study.objective import Function, source_fingerprint
@@ -75,21 +77,26 @@ class StudyFile:
         return ["worker", str(self.path), *sets]
 
 
-def run(plan: Plan, search: Search, file: StudyFile, show: Show, options: WorkerOptions) -> Outcome | None:
-    """Train what is left of the study's trials, refit, test and export the best; return the outcome, if there is one.
+def run(
+    plan: Plan, search: Search, file: StudyFile, show: Show, options: WorkerOptions
+) -> tuple[Outcome | None, StudyView]:
+    """Train what is left of the study's trials, refit, test and export the best.
+
+    Return the outcome, if there is one, and the study as it was seen at its end.
 
     Where all of that is done already, the stored outcome is returned and nothing is trained.
     Raises HpoError where no trial is complete, Interrupted when asked to stop.
     """
-    best, done = search.best(), None
-    over = search.counts().unfinished == 0
+    seen = search.view()
+    best, done = seen.best(), None
+    over = seen.counts.unfinished == 0
     if over:
         done = outcome(search, best)
-        checkpoints.settle_weights(plan, search, log.info)
+        seen = checkpoints.settle_weights(plan, search, log.info)
         settle_runs(plan, search, log.info)
         log.info("%s: all %d trials are done", plan.spec.name, plan.spec.trials)
     if done is not None or (over and best is not None and isinstance(plan.objective, Function)):
-        return done
+        return done, seen
     with signals() as stopping:
         search.storage.interrupt = stopping
         return _run(plan, search, file, show, options, stopping)
@@ -97,14 +104,14 @@ def run(plan: Plan, search: Search, file: StudyFile, show: Show, options: Worker
 
 def _run(
     plan: Plan, search: Search, file: StudyFile, show: Show, options: WorkerOptions, stopping: Stop
-) -> Outcome | None:
+) -> tuple[Outcome | None, StudyView]:
     data = load_data(plan, search)
     tracker = open_tracker(plan.spec.tracking, plan.spec.name, UNSENT, log.warning)
     begin_tracking(plan, search)
     of_what = f"of {plan.spec.epochs} epochs on {plan.device}, {len(data.train)} rows" if data else "of a function"
     log.info("%s: %d trials %s; %s", plan.spec.name, plan.spec.trials, of_what, masked(plan.spec.storage))
     _remember(plan, search)
-    state = "FAIL"
+    state, seen = "FAIL", None
     try:
         tracker.start_study(_tags(plan), {"study.yaml": masked(file.path.read_text(encoding="utf-8"))})
         n = how_many(options.workers, plan.device)
@@ -115,27 +122,27 @@ def _run(
             else:
                 workers = _workers(plan, search, file, progress, options, n)
                 _watch(plan, search, workers, progress, stopping)
-        checkpoints.settle_weights(plan, search, log.info)  # the last trial may have been trained elsewhere
-        if search.counts().running == 0:
-            tracker.reconcile(search.ends())
-        ended = conclude(plan, data, search, tracker, stopping, log.info) if data else None
-        if search.best() is None:
-            raise HpoError(_why_no_best(search))
-        state = "COMPLETE" if search.counts().waiting == 0 else "INTERRUPTED"
-        return ended
+        seen = checkpoints.settle_weights(plan, search, log.info)  # the last trial may have been trained elsewhere
+        if seen.counts.running == 0:
+            tracker.reconcile(seen.ends)
+        ended = conclude(plan, data, search, tracker, stopping, log.info, seen) if data else None
+        if seen.best() is None:
+            raise HpoError(_why_no_best(seen, plan.spec.name))
+        state = "COMPLETE" if seen.counts.waiting == 0 else "INTERRUPTED"
+        return ended, seen
     except Interrupted:
         state = "INTERRUPTED"
         raise
     finally:
-        end_tracking(plan, search, tracker, state)
+        end_tracking(plan, search, tracker, state, seen)
 
 
 def _remember(plan: Plan, search: Search) -> None:
     """Store what workers without a study file need; say so where the objective's code is another one by now."""
     if source_differs(plan, search):
         log.warning("the objective's code has changed since the study began: its earlier trials may not compare")
-        search.remember(CODE, source_fingerprint(plan.objective))
-    search.remember(STUDY_FILE, plan.document.as_json(without=("storage",)))
+        search.remember(schema.CODE, source_fingerprint(plan.objective))
+    search.remember(schema.STUDY_FILE, plan.document.as_json(without=("storage",)))
 
 
 def _workers(
@@ -191,26 +198,27 @@ def check(plan: Plan) -> tuple[Data | None, torch.nn.Module | None]:
     return data, model
 
 
-def repair(plan: Plan, search: Search) -> None:
-    """Free the budget's slots of trials whose worker died, and bring the tracker's runs in line with the storage."""
+def repair(plan: Plan, search: Search) -> StudyView:
+    """Free the budget's slots of trials whose worker died, bring the tracker's runs in line; return the study then."""
     end = time.monotonic() + plan.spec.grace
     while search.repair() and time.monotonic() < end:
         time.sleep(_LOOK_SECONDS)  # to see whether a lease that has run out is renewed
     for lost in search.drain_lost():
         what = "its retries are spent" if lost.state == "FAIL" else "it will be retried"
         log.info("trial %d is ended: %s; %s", lost.number, lost.reason, what)
-    checkpoints.settle_weights(plan, search, log.info)
+    seen = checkpoints.settle_weights(plan, search, log.info)
     settle_runs(plan, search, log.info, always=True)
+    return seen
 
 
-def export(plan: Plan, search: Search, number: int | None, folder: Path | None) -> Outcome:
+def export(plan: Plan, search: Search, seen: StudyView, number: int | None, folder: Path | None) -> Outcome:
     """Train a complete trial's params on train + validation, test and export them; `number` None: the best.
 
     Raises InputError where there is no such trial or no network, ExportError, Interrupted.
     """
-    best = search.best(number)
+    best = seen.best(number)
     if best is None:
-        raise InputError(_no_such_trial(search, number))
+        raise InputError(_no_such_trial(seen, plan.spec.name, number))
     if folder is not None:
         require_place(folder)
     data = load_data(plan, search)
@@ -222,12 +230,12 @@ def export(plan: Plan, search: Search, number: int | None, folder: Path | None) 
         return finish(plan, data, search, best, folder or default, stopping, log.info)
 
 
-def _no_such_trial(search: Search, number: int | None) -> str:
-    complete = [t.number for t in search.trials() if t.state.name == "COMPLETE"]
+def _no_such_trial(seen: StudyView, study: str, number: int | None) -> str:
+    complete = [trial.number for trial in seen.complete]
     if number is None:
-        return f"study {search.spec.name!r} has no complete trial yet, so there is nothing to export"
+        return f"study {study!r} has no complete trial yet, so there is nothing to export"
     some = ", ".join(map(str, complete[:20])) or "none"
-    return f"--trial {number}: is no complete trial of study {search.spec.name!r}; complete are: {some}"
+    return f"--trial {number}: is no complete trial of study {study!r}; complete are: {some}"
 
 
 def _tags(plan: Plan) -> dict[str, str]:
@@ -241,11 +249,11 @@ def _tags(plan: Plan) -> dict[str, str]:
     }
 
 
-def _why_no_best(search: Search) -> str:
-    counts = search.counts()
-    reasons = [t.user_attrs["error"] for t in search.trials() if "error" in t.user_attrs]
+def _why_no_best(seen: StudyView, study: str) -> str:
+    counts = seen.counts
+    reasons = [t.user_attrs[schema.ERROR] for t in seen.trials if schema.ERROR in t.user_attrs]
     last = f"; the last one failed: {reasons[-1]}" if reasons else ""
     return (
-        f"study {search.spec.name!r} has no complete trial to choose from: {counts.pruned} pruned, "
+        f"study {study!r} has no complete trial to choose from: {counts.pruned} pruned, "
         f"{counts.failed} failed, {counts.waiting} not begun{last}"
     )

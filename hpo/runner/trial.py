@@ -10,6 +10,7 @@ from hpo.runner import checkpoints
 from hpo.runner.checkpoints import Origin
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
+from hpo.search import schema
 from hpo.search.search import Claim, Search
 from hpo.tracking.base import Tracker
 from hpo.training.faults import TrialFault, all_alike
@@ -36,7 +37,7 @@ class TrialRun:
         self._checkpointed = time.monotonic()
         run_id = tracker.start_trial(claim.number, claim.params)
         if run_id is not None:
-            search.annotate(claim.number, mlflow_run_id=run_id)
+            search.annotate(claim.number, {schema.RUN_ID: run_id})
         progress.trial_started(claim.number, plan.space.searched(claim.params))
         if claim.is_retry:
             self._resume()
@@ -118,7 +119,7 @@ class TrialRun:
     def end_by(self, fault: TrialFault, error: BaseException) -> None:
         """End the trial by `error`; raise it again where all trials so far have failed by it, as a bug makes them."""
         self.end(fault.state, fault=fault.text)
-        if fault.caught and all_alike(self._search.failures()):
+        if fault.caught and all_alike(self._search.view().failures):
             raise error
 
     def log(self, epoch: int, metrics: dict[str, float]) -> None:
@@ -130,9 +131,9 @@ class TrialRun:
         """Tell that the trial has ended, with the best (or the last) that was reported of it."""
         assert self._best is not None
         value, epoch, metrics = self._best
-        self._search.annotate(self.member.number, best_epoch=epoch, metrics=metrics)
+        self._search.annotate(self.member.number, {schema.BEST_EPOCH: epoch, schema.METRICS: metrics})
         if self.member.joined:  # the round whose data order its first epoch had
-            self._search.annotate(self.member.number, joined=self.member.joined)
+            self._search.annotate(self.member.number, {schema.JOINED: self.member.joined})
         self.end("PRUNED" if pruned else "COMPLETE", value)
 
     @property
@@ -146,7 +147,7 @@ class TrialRun:
         self.ended = True
         failed = self._keep_weights(value) if state == "COMPLETE" and self._kept and value is not None else None
         if state == "PRUNED" and fault is not None:
-            search.annotate(number, error=fault)
+            search.annotate(number, {schema.ERROR: fault})
         if state == "COMPLETE":
             assert value is not None
             ours = search.complete(number, value)

@@ -17,8 +17,9 @@ from hpo.runner.launch import LAUNCHED
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
 from hpo.runner.trial import Trials
-from hpo.search.retrying import StorageAway
-from hpo.search.search import TIMED_OUT, Search
+from hpo.search import schema
+from hpo.search.away import StorageAway
+from hpo.search.search import Search
 from hpo.stacks.padding import Padding, PaddingPlan
 from hpo.stacks.pool import Pool
 from hpo.stacks.sizing import AS_GIVEN, Sizing, StackSize, looked_at
@@ -36,8 +37,6 @@ ROUNDS = 4
 _EXAMPLE_ROWS = 8
 _DRAWS = 64
 INTERRUPTED = "interrupted; the running trials were given back, run the same command again to go on"
-CHOICE = "hpo:stack"
-"""The study's attribute that says what `stack: auto` has chosen, why, and on which machine."""
 
 
 def work(
@@ -95,12 +94,13 @@ def work(
             with suppress(StorageAway), search.storage.at_once():  # if nobody can be told, the lease runs out
                 trials.give_back(f"{type(error).__name__}: {error}")
             raise
-        if search.counts().unfinished == 0:
-            search.tidy()
+        seen = search.view()
+        if seen.counts.unfinished == 0:
+            search.tidy(seen)
             checkpoints.remove_old(plan)
             return
         time.sleep(WAIT_SECONDS)  # others still train; should they die, their trials are ours to take up
-    search.remember(TIMED_OUT, plan.spec.timeout)
+    search.remember(schema.TIMED_OUT, plan.spec.timeout)
     progress.note(
         f"the study's time ({plan.spec.timeout:g} s) is over: no new trial is begun; raise `timeout` to go on"
     )
@@ -232,7 +232,7 @@ class _Worker:
         if n_trials == 0:
             return StackSize(why=AS_GIVEN)
         where = f"{platform.node()} {self._plan.device}"
-        before = self._search.attrs.get(CHOICE, {}) if spec.stack == "auto" else {}
+        before = self._search.attrs.get(schema.STACK, {}) if spec.stack == "auto" else {}
         with suppress(AttributeError, KeyError, TypeError):  # as it was chosen, or as another version wrote it
             if before["where"] == where:
                 return StackSize(**before["choice"])
@@ -254,7 +254,7 @@ class _Worker:
         if spec.stack != "auto":
             return sizing.given(spec.stack)
         choice = sizing.choose()
-        self._search.remember(CHOICE, {"where": where, "choice": asdict(choice)})
+        self._search.remember(schema.STACK, {"where": where, "choice": asdict(choice)})
         return choice
 
     def _halve(self) -> None:

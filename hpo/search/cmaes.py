@@ -17,8 +17,8 @@ from optuna.samplers import CmaEsSampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial
 
-X_FOR_TELL = "x_for_tell"
-"""Optuna's attribute of a trial, with margin: the point before it was rounded to a step."""
+from hpo.search import schema
+
 _LARGEST = 1e32
 """`cmaes` refuses to be told of larger coordinates."""
 
@@ -59,7 +59,7 @@ class RebuiltCmaEsSampler(CmaEsSampler):
         attrs = {self._attr_key_generation: optimizer.generation}
         if self._with_margin:
             point, before_rounding = point
-            attrs[X_FOR_TELL] = before_rounding.tolist()
+            attrs[schema.X_FOR_TELL] = before_rounding.tolist()
         for key, value in attrs.items():
             study._storage.set_trial_system_attr(trial._trial_id, key, value)
         return transform.untransform(point)
@@ -108,7 +108,7 @@ class RebuiltCmaEsSampler(CmaEsSampler):
     def _point(self, trial: FrozenTrial, transform: _SearchSpaceTransform) -> np.ndarray | None:
         """Return the point that a trial stands for, (D,); None where the storage holds none: it is not trusted."""
         try:
-            attr = trial.system_attrs[X_FOR_TELL] if self._with_margin else transform.transform(trial.params)
+            attr = trial.system_attrs[schema.X_FOR_TELL] if self._with_margin else transform.transform(trial.params)
             point = np.asarray(attr, dtype=float)
         except (KeyError, TypeError, ValueError):
             return None

@@ -62,7 +62,8 @@ class JournalFile(BaseJournalBackend):
             while (line := lines.readline()).endswith(b"\n") and start + len(line) <= size:
                 start += len(line)
                 if line.strip(b"\0 \t\r\n"):
-                    record = _record(line) or self._refuse(line, start)
+                    if (record := _record(line)) is None:
+                        raise self._refusal(line, start)
                     self._starts.append(start)
                     yield record
 
@@ -98,13 +99,13 @@ class JournalFile(BaseJournalBackend):
         if torn.startswith(_HEAD) or _HEAD.startswith(torn):
             os.ftruncate(file, start)
             return start
-        return self._refuse(tail, size)
+        raise self._refusal(tail, size)
 
-    def _refuse(self, line: bytes, end: int) -> Any:
-        """Raise StorageError for a line that ends there and is no record, not even at its end."""
+    def _refusal(self, line: bytes, end: int) -> StorageError:
+        """Return the error for a line that ends there and is no record, not even at its end."""
         with self._path.open("rb") as file:
             number = file.read(end - 1).count(b"\n") + 1
-        raise self._error(
+        return self._error(
             f"line {number} holds no record of Optuna's ({line[:40]!r}); put back a copy of the file, or remove that "
             "line, and what it told is lost; if the file is another program's, give another path"
         )

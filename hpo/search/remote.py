@@ -65,7 +65,7 @@ def _listening(gen: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
 def engine_arguments(parsed: URL) -> dict[str, Any]:
     """Return what SQLAlchemy is to make PostgreSQL's engine with."""
     arguments, keywords = create_engine(parsed).dialect.create_connect_args(parsed)
-    keywords |= {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+    keywords = {**keywords, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
     keywords |= {"tcp_user_timeout": CUT_OFF_SECONDS * 1000, "connect_timeout": CONNECT_SECONDS}
     return {
         "pool_size": 4,  # one for training, one for the leases, one that holds the lock, one that asks after an outage
@@ -132,7 +132,8 @@ class GrpcStorage(GrpcStorageProxy):
 
     def _setup(self) -> None:
         super()._setup()
-        self._stub = self._cache.grpc_client = _Limited(self._stub)
+        limited: Any = _Limited(self._stub)  # Optuna's stub, as far as it is used
+        self._stub = self._cache.grpc_client = limited
 
 
 class _Limited:

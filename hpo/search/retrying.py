@@ -1,20 +1,17 @@
 """A storage that may be away for a while: a database that restarts or hangs, a network that is cut.
 
-Reports are kept and sent later, so training goes on; whatever else is asked waits until the storage is back. Past
-`outage` seconds StorageAway is raised, and no trial is lost: its worker's lease runs out, others take it up. Whether it
+Reports are kept and sent later, so training continues; whatever else is asked waits until the storage is back. Past
+`outage` seconds StorageAway is raised, and no trial is lost: its worker's lease expires, others retry it. Whether it
 is back is asked from a thread: a server that hangs would stop who asks it for seconds.
 """
 
 import math
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import ExitStack, contextmanager
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage, get_storage
-from optuna.study._study_direction import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.errors import HpoError
@@ -31,37 +28,65 @@ from hpo.search.away import (
     reason,
     was_cut,
 )
+from hpo.search.clock import SYSTEM, Clock
+from hpo.search.complete import CompleteTrialsCache
+from hpo.search.reports import Report, ReportBuffer
 from hpo.search.sqlite import reading
-from hpo.search.storage import StorageBusy, close_storage, complete_ids
+from hpo.search.storage import StorageBusy, close_storage, exclusive
 
 T = TypeVar("T")
+P = ParamSpec("P")
 _LONGEST_PAUSE = 30.0
-_AT_ONCE = 8
-"""From how many new trials on all are read at once, not one by one."""
+
+
+def _waited_for(
+    method: Callable[Concatenate[BaseStorage, P], T], reads: bool = False
+) -> Callable[Concatenate["RetryingStorage", P], T]:
+    """Return that method of Optuna's contract, waited for until the storage answers; `reads`: it only reads."""
+    name = method.__name__
+
+    def call(self: "RetryingStorage", /, *args: P.args, **keys: P.kwargs) -> T:
+        def once() -> T:
+            result: T = getattr(self._storage, name)(*args, **keys)
+            return result
+
+        return self.read(once) if reads else self.patiently(once)
+
+    call.__name__, call.__doc__ = name, method.__doc__
+    return call
 
 
 class RetryingStorage(BaseStorage):
-    """`inner`, waited for where it is away. `say` is told once that it is, and once that it is back.
+    """`inner`, waited for where it is away. `say` is called with a text once when it is, and once when it is back.
 
     Once `interrupt` says so, nothing is waited for any more: StoppedWhileAway is raised where the storage is away.
     """
 
-    def __init__(self, inner: BaseStorage, seconds: float, say: Callable[[str], None] = lambda text: None) -> None:
-        self.inner, self._seconds, self.say = inner, seconds, say
+    def __init__(
+        self,
+        inner: BaseStorage,
+        seconds: float,
+        say: Callable[[str], None] = lambda text: None,
+        clock: Clock = SYSTEM,
+    ) -> None:
+        self.inner, self._seconds, self.say, self._clock = inner, seconds, say, clock
         self.interrupt: Callable[[], bool] = lambda: False
         self._storage = get_storage(inner)  # for a database, Optuna's own cache of finished trials
+        self._complete = CompleteTrialsCache(inner, self._storage) if isinstance(inner, RDBStorage) else None
+        self._reports = ReportBuffer()
         self._names: dict[int, str] = {}
-        self._known_complete: dict[int, dict[int, FrozenTrial]] = {}
-        self._kept: deque[tuple[int, int, float]] = deque()
         self._away_since: float | None = None
         self._why = ""
         self.back_at = -math.inf
+        """When it was last known to be back after an outage (`Clock.monotonic`)."""
         self._probe: Probe | None = None
         self._pause = RETRY_SECONDS
         self._at_once = False
 
     def __getstate__(self) -> Any:
         raise TypeError("a RetryingStorage cannot be copied to another process: open the storage there, by its address")
+
+    # The policy: what is waited for, and until when.
 
     @property
     def away(self) -> bool:
@@ -71,7 +96,7 @@ class RetryingStorage(BaseStorage):
     @property
     def away_for_good(self) -> bool:
         """Whether it has been away for longer than the study allows."""
-        return self._away_since is not None and time.monotonic() - self._away_since > self._seconds
+        return self._away_since is not None and self._clock.monotonic() - self._away_since > self._seconds
 
     def in_a_hurry(self) -> bool:
         """Whether nothing is to be waited for: not even another process's lock."""
@@ -82,15 +107,22 @@ class RetryingStorage(BaseStorage):
         while True:
             self._wait_until_it_answers()
             try:
-                result = self._send_kept_and(call)
+                return self._flush_and(call)
             except StorageBusy as error:
                 if self._at_once:  # it is not away
                     raise StorageAway(str(error)) from error
                 self._note(error)
             except Exception as error:  # SQLAlchemy's, gRPC's, Optuna's
                 self._note(error)
-            else:
-                return result
+
+    def read(self, call: Callable[[], T]) -> T:
+        """Return what `call`, which only reads, gives, as soon as the storage answers. Raises as `patiently`."""
+
+        def once() -> T:
+            with reading():
+                return call()
+
+        return self.patiently(once)
 
     def _wait_until_it_answers(self) -> None:
         """Return at once where it is not away."""
@@ -98,12 +130,12 @@ class RetryingStorage(BaseStorage):
             if self._at_once or self.away_for_good:
                 raise StorageAway(
                     f"the storage has been away for {self._seconds:g} s ({self._why}); no trial is lost: run the same "
-                    "command again to go on"
+                    "command again to resume"
                 )
             if self.interrupt():
                 raise StoppedWhileAway(
                     f"interrupted while the storage was away ({self._why}); no trial is lost: the running ones are "
-                    "free once their leases run out, run the same command again to go on"
+                    "free once their leases expire, run the same command again to resume"
                 )
             self._probe.answered.wait(0.1)
 
@@ -116,40 +148,22 @@ class RetryingStorage(BaseStorage):
         finally:
             self._at_once = False
 
-    def _read(self, call: Callable[[], T]) -> T:
-        def read() -> T:
-            with reading():
-                return call()
-
-        return self.patiently(read)
-
-    def _send_kept_and(self, call: Callable[[], T]) -> T:
-        self._send_kept()
+    def _flush_and(self, call: Callable[[], T]) -> T:
+        self._reports.flush(self._send, self._refused)
         result = self._on_a_live_connection(call)
         if self._away_since is not None:
-            self.say(f"the storage is back after {time.monotonic() - self._away_since:.0f} s")
+            self.say(f"the storage is back after {self._clock.monotonic() - self._away_since:.0f} s")
             self._away_since, self._probe, self._pause = None, None, RETRY_SECONDS
-            self.back_at = time.monotonic()
+            self.back_at = self._clock.monotonic()
         return result
 
-    def _send_kept(self) -> None:
-        """Send what is kept. What the storage refuses for good is dropped: it would keep all others from it."""
-        while self._kept:
-            each = self._kept[0]
-            try:
-                self._report(*each)
-            except Exception as error:
-                if may_pass(error):
-                    raise
-                self._kept.popleft()
-                self._raise_if_gone(error)
-                if not isinstance(error, UpdateFinishedTrialError):  # a peer has taken the trial over
-                    self.say(f"a report of the trial with the id {each[0]} is dropped: {reason(error)}")
-            else:
-                self._kept.popleft()
+    def _send(self, report: Report) -> None:
+        self._on_a_live_connection(lambda: self._storage.set_trial_intermediate_value(*report))
 
-    def _report(self, trial_id: int, step: int, value: float) -> None:
-        self._on_a_live_connection(lambda: self._storage.set_trial_intermediate_value(trial_id, step, value))
+    def _refused(self, report: Report, error: Exception) -> None:
+        self._raise_if_gone(error)
+        if not isinstance(error, UpdateFinishedTrialError):  # a peer has taken the trial over
+            self.say(f"a report of the trial with the id {report[0]} is dropped: {reason(error)}")
 
     def _on_a_live_connection(self, call: Callable[[], T]) -> T:
         """Call once more where the pool's connection turned out to be cut while nobody used it."""
@@ -169,8 +183,8 @@ class RetryingStorage(BaseStorage):
             raise error
         self._why = line(error)
         if self._away_since is None:
-            self._away_since = time.monotonic()
-            self.say(f"the storage does not answer ({self._why}): training goes on, what is reported is kept")
+            self._away_since = self._clock.monotonic()
+            self.say(f"the storage does not answer ({self._why}): training continues, what is reported is kept")
         elif self._probe is not None:  # it has answered, but not to this call
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
         self._probe = Probe(self.inner, max(0.05, min(self._pause, self._seconds)))
@@ -189,20 +203,26 @@ class RetryingStorage(BaseStorage):
                     "it; run the same command again to start from scratch"
                 ) from error
 
+    def close(self) -> None:
+        """Let the storage go."""
+        if self._probe is not None:
+            self._probe.stop()
+        close_storage(self.inner)
+
+    # Optuna's contract, where more is to be done than to wait.
+
     def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
         """Set it, or keep it to be sent as soon as the storage is back."""
-        if self._probe is None or self._probe.answered.is_set():
-            try:
-                self._send_kept_and(
-                    lambda: self._storage.set_trial_intermediate_value(trial_id, step, intermediate_value)
-                )
-                return
-            except Exception as error:
-                if may_pass(error):
-                    self._kept.append((trial_id, step, intermediate_value))
-                self._note(error)
-        else:
-            self._kept.append((trial_id, step, intermediate_value))
+        report = (trial_id, step, intermediate_value)
+        if self._probe is not None and not self._probe.answered.is_set():
+            self._reports.append(report)
+            return
+        try:
+            self._flush_and(lambda: self._storage.set_trial_intermediate_value(*report))
+        except Exception as error:
+            if may_pass(error):
+                self._reports.append(report)
+            self._note(error)
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         tries = 0
@@ -238,82 +258,46 @@ class RetryingStorage(BaseStorage):
 
         return self.patiently(call)
 
-    def close(self) -> None:
-        """Let the storage go."""
-        if self._probe is not None:
-            self._probe.stop()
-        close_storage(self.inner)
-
-    # The rest of Optuna's contract, waited for.
-
-    def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
-        return self.patiently(lambda: self._storage.create_new_study(directions, study_name))
-
     def delete_study(self, study_id: int) -> None:
         self.patiently(lambda: self._storage.delete_study(study_id))
         self._names.pop(study_id, None)
 
-    def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
-        self.patiently(lambda: self._storage.set_study_user_attr(study_id, key, value))
-
-    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
-        self.patiently(lambda: self._storage.set_study_system_attr(study_id, key, value))
-
     def get_study_id_from_name(self, study_name: str) -> int:
-        study_id = self._read(lambda: self._storage.get_study_id_from_name(study_name))
+        study_id = self.read(lambda: self._storage.get_study_id_from_name(study_name))
         self._names[study_id] = study_name
         return study_id
 
-    def get_study_name_from_id(self, study_id: int) -> str:
-        return self._read(lambda: self._storage.get_study_name_from_id(study_id))
-
-    def get_study_directions(self, study_id: int) -> list[StudyDirection]:
-        return self._read(lambda: self._storage.get_study_directions(study_id))
-
-    def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
-        return self._read(lambda: self._storage.get_study_user_attrs(study_id))
-
-    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
-        return self._read(lambda: self._storage.get_study_system_attrs(study_id))
-
-    def get_all_studies(self) -> list[Any]:
-        return self._read(self._storage.get_all_studies)
-
-    def set_trial_param(self, trial_id: int, param_name: str, param_value_internal: float, distribution: Any) -> None:
-        self.patiently(lambda: self._storage.set_trial_param(trial_id, param_name, param_value_internal, distribution))
-
-    def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
-        return self._read(lambda: self._storage.get_trial_id_from_study_id_trial_number(study_id, trial_number))
-
-    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        self.patiently(lambda: self._storage.set_trial_user_attr(trial_id, key, value))
-
-    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        self.patiently(lambda: self._storage.set_trial_system_attr(trial_id, key, value))
-
-    def get_trial(self, trial_id: int) -> FrozenTrial:
-        return self._read(lambda: self._storage.get_trial(trial_id))
-
     def get_all_trials(self, study_id: int, deepcopy: bool = True, states: Any = None) -> list[FrozenTrial]:
-        if isinstance(self.inner, RDBStorage) and states == (TrialState.COMPLETE,) and not deepcopy:
-            return self._complete(self.inner, study_id)
-        return self._read(lambda: self._storage.get_all_trials(study_id, deepcopy=deepcopy, states=states))
-
-    def _complete(self, storage: RDBStorage, study_id: int) -> list[FrozenTrial]:
-        """Return the complete trials, which pruners ask for each epoch; only those that are new are read."""
-        known = self._known_complete.get(study_id, {})
-        ids = self._read(lambda: complete_ids(storage, study_id, len(known)))
-        new = set(ids or ()) - known.keys()
-        if len(new) > _AT_ONCE:
-            states = (TrialState.COMPLETE,)
-            read = self._read(lambda: self._storage.get_all_trials(study_id, deepcopy=False, states=states))
-        else:
-            read = [self.get_trial(trial_id) for trial_id in new]
-        if new:
-            everything = [*known.values(), *(trial for trial in read if trial._trial_id not in known)]
-            known = {trial._trial_id: trial for trial in sorted(everything, key=lambda trial: trial.number)}
-            self._known_complete[study_id] = known
-        return list(known.values())
+        if self._complete is not None and states == (TrialState.COMPLETE,) and not deepcopy:
+            complete = self._complete
+            return self.read(lambda: complete.trials(study_id))
+        return self.read(lambda: self._storage.get_all_trials(study_id, deepcopy=deepcopy, states=states))
 
     def remove_session(self) -> None:
         self._storage.remove_session()
+
+    # The rest of it, waited for.
+
+    create_new_study = _waited_for(BaseStorage.create_new_study)
+    set_study_user_attr = _waited_for(BaseStorage.set_study_user_attr)
+    set_study_system_attr = _waited_for(BaseStorage.set_study_system_attr)
+    set_trial_param = _waited_for(BaseStorage.set_trial_param)
+    set_trial_user_attr = _waited_for(BaseStorage.set_trial_user_attr)
+    set_trial_system_attr = _waited_for(BaseStorage.set_trial_system_attr)
+    get_study_name_from_id = _waited_for(BaseStorage.get_study_name_from_id, reads=True)
+    get_study_directions = _waited_for(BaseStorage.get_study_directions, reads=True)
+    get_study_user_attrs = _waited_for(BaseStorage.get_study_user_attrs, reads=True)
+    get_study_system_attrs = _waited_for(BaseStorage.get_study_system_attrs, reads=True)
+    get_all_studies = _waited_for(BaseStorage.get_all_studies, reads=True)
+    get_trial_id_from_study_id_trial_number = _waited_for(
+        BaseStorage.get_trial_id_from_study_id_trial_number, reads=True
+    )
+    get_trial = _waited_for(BaseStorage.get_trial, reads=True)
+
+
+@contextmanager
+def locked(storage: RetryingStorage, url: str) -> Iterator[None]:
+    """Hold the lock of the storage at `url`, waited for where the storage is away. Raises StorageAway, StorageError."""
+    with ExitStack() as stack:
+        storage.patiently(lambda: stack.enter_context(exclusive(url, storage.inner, storage.in_a_hurry)))
+        yield

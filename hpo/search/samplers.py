@@ -13,12 +13,13 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.errors import Fault, InputError, did_you_mean, is_number
+from hpo.search import schema
 from hpo.search.cmaes import Evolution, RebuiltCmaEsSampler
 from hpo.seeds import derive
 from hpo.study.space import Space
 from hpo.study.spec import PRUNERS, Plugin
 
-_SAMPLERS: dict[str, type[BaseSampler]] = {
+_SAMPLERS: dict[str, Callable[..., BaseSampler]] = {
     "tpe": optuna.samplers.TPESampler,
     "gp": optuna.samplers.GPSampler,
     "cmaes": optuna.samplers.CmaEsSampler,
@@ -27,7 +28,7 @@ _SAMPLERS: dict[str, type[BaseSampler]] = {
     "grid": optuna.samplers.GridSampler,
     "brute_force": optuna.samplers.BruteForceSampler,
 }
-_PRUNERS: dict[str, type[BasePruner]] = {
+_PRUNERS: dict[str, Callable[..., BasePruner]] = {
     "median": optuna.pruners.MedianPruner,
     "percentile": optuna.pruners.PercentilePruner,
     "successive_halving": optuna.pruners.SuccessiveHalvingPruner,
@@ -42,11 +43,11 @@ _ONE_STREAM = ("qmc", "grid")
 
 
 class PerTrialSampler(BaseSampler):
-    """A sampler that is made anew for each trial, seeded by the trial's place in the budget.
+    """A sampler of its own for each trial, seeded by the trial's slot of the budget.
 
     So draws do not repeat after a restart or on another worker, as they do with one seed for every process, and a
-    study that was interrupted goes on as it would have without. Optuna's samplers keep what they have learned in the
-    storage, so nothing is lost with the object.
+    study that was interrupted draws what it would have drawn without. Optuna's samplers keep what they have learned in
+    the storage, so nothing is lost with the object.
     """
 
     def __init__(self, make: Callable[[int], BaseSampler]) -> None:
@@ -57,7 +58,7 @@ class PerTrialSampler(BaseSampler):
         if trial.number not in self._current:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                self._current[trial.number] = self._make(trial.user_attrs.get("place", trial.number))
+                self._current[trial.number] = self._make(trial.user_attrs.get(schema.SLOT, trial.number))
         return self._current[trial.number]
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
@@ -165,7 +166,7 @@ _NOT_PLAIN = (
 _KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 
 
-def _key_faults(cls: type, keys: Mapping[str, Any], at: tuple[str, ...]) -> list[Fault]:
+def _key_faults(cls: Callable[..., Any], keys: Mapping[str, Any], at: tuple[str, ...]) -> list[Fault]:
     """Return the keys that Optuna's `cls` has not, and those whose plain type is another than its annotation says."""
     known = {n: p for n, p in inspect.signature(cls).parameters.items() if n not in ("args", "kwargs")}
     required = [name for name, p in known.items() if p.default is p.empty and name not in _FILLED_IN]

@@ -240,6 +240,7 @@ def _open_grpc(url: str) -> BaseStorage:
     try:
         storage.wait_server_ready(timeout=CONNECT_SECONDS)
     except ConnectionError as error:
+        storage.close()
         raise StorageError(
             f"storage {url} cannot be opened: no server answers there; start one: hpo serve STUDY --port {port}"
         ) from error
@@ -255,12 +256,24 @@ def _open_database(url: str) -> BaseStorage:
     with exclusive(url, seconds=ANSWER_SECONDS):
         _refuse_other_programs(parsed, url)
         give_no_id_twice()
-        storage = RDBStorage(_text(parsed), engine_kwargs=_engine_arguments(parsed))
+        storage = _Database(_text(parsed), engine_kwargs=_engine_arguments(parsed))
     if parsed.get_backend_name() == "sqlite":
         serialise_writers(storage.engine)
     elif parsed.get_backend_name() == "postgresql":
         end_sessions_that_are_cut_off(storage.engine)
     return storage
+
+
+class _Database(RDBStorage):
+    """Optuna's storage of a database, which keeps no connection open where its schema is refused."""
+
+    def __init__(self, url: str, engine_kwargs: dict[str, Any]) -> None:
+        try:
+            super().__init__(url, engine_kwargs=engine_kwargs)
+        except BaseException:
+            if hasattr(self, "scoped_session"):  # else there is no connection yet
+                close_storage(self)
+            raise
 
 
 def _engine(parsed: URL, **arguments: Any) -> Engine:

@@ -118,7 +118,7 @@ def same(left: Any, right: Any) -> bool:
         return False
     if isinstance(left, float) and isinstance(right, int | float):
         return math.isclose(left, right, rel_tol=1e-9, abs_tol=1e-15)
-    return left == right
+    return bool(left == right)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,35 @@
+"""A trial's learning curves as they are stored with it: plain JSON, which has no NaN and no infinity."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Curves = Mapping[str, Sequence[float]]
+"""Each metric's values by its name, one an epoch; NaN where an epoch did not report it."""
+
+
+def curves_of(epochs: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Return the curves of a trial that reported these metrics, epoch by epoch."""
+    names = dict.fromkeys(name for metrics in epochs for name in metrics)
+    return {name: [float(metrics.get(name, math.nan)) for metrics in epochs] for name in names}
+
+
+def to_json(curves: Curves) -> dict[str, list[float | str]]:
+    """Return `curves` in plain JSON: what is not finite is a text (`nan`, `inf`, `-inf`)."""
+    return {name: [float(x) if math.isfinite(x) else str(float(x)) for x in values] for name, values in curves.items()}
+
+
+def from_json(stored: Any) -> dict[str, list[float]]:
+    """Return what `to_json` was given. Raises ValueError for anything else, which others may write into the storage."""
+    if not isinstance(stored, Mapping):
+        raise ValueError(f"are {stored!r:.100}, not lists of numbers by name")
+    curves = {}
+    for name, values in stored.items():
+        if not isinstance(values, list) or not all(_is_number(x) for x in values):
+            raise ValueError(f"{name} is {values!r:.100}, not a list of numbers")
+        curves[str(name)] = [float(x) for x in values]
+    return curves
+
+
+def _is_number(x: Any) -> bool:
+    return type(x) in (int, float) or x in ("nan", "inf", "-inf")

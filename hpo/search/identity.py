@@ -1,0 +1,99 @@
+"""What must not change while a study is resumed, and whether a stored study is the one that a study file describes."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from hpo.errors import InputError, did_you_mean
+from hpo.search import schema
+from hpo.search.storage import close_storage, open_storage
+from hpo.study.space import Space
+from hpo.study.spec import StudySpec
+
+_ABSENT = "absent"
+_KEYS = ("objective", "metric", "value", "epochs", "patience", "precision", "deterministic", "seed")
+_LATER_KEYS: Mapping[str, Any] = {"precision": "float32", "deterministic": False}
+"""What a key meant in studies that were stored before there was one."""
+
+
+def identity(spec: StudySpec, space: Space, metric: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what must not change while a study is resumed, as plain values: its trials would not compare.
+
+    `options` are the spec's, without what must not be seen (`Document.options`).
+    """
+    plain = {
+        "objective": spec.objective,
+        "options": options,
+        "metric": metric,
+        "value": spec.value,
+        "epochs": spec.epochs,
+        "patience": spec.patience,
+        "precision": spec.precision,
+        "deterministic": spec.deterministic,
+        "seed": spec.seed,
+        "params": space.identity(),
+    }
+    stored: dict[str, Any] = json.loads(json.dumps(plain))  # as the storage gives it back
+    return stored
+
+
+def compare(spec: StudySpec, attrs: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise InputError where the stored study is not the one that the study file describes; it says what differs."""
+    stored = attrs.get(schema.IDENTITY)
+    if not isinstance(stored, Mapping) or not isinstance(stored.get("options", {}), Mapping):
+        raise another_study(spec, ["it was not made by hpo"])
+    differences = []
+    for key in _KEYS:
+        there = stored.get(key, _LATER_KEYS.get(key))
+        if there != wanted[key]:
+            differences.append(f"{key} is {wanted[key]!r} here, {there!r} there")
+    differences += _different_options(spec, wanted["options"], stored.get("options", {}))
+    here, there = wanted["params"], stored.get("params", {})
+    for name in sorted({*here, *there}):
+        if here.get(name, _ABSENT) != there.get(name, _ABSENT):
+            differences.append(f"params.{name} is {here.get(name, _ABSENT)} here, {there.get(name, _ABSENT)} there")
+    if differences:
+        raise another_study(spec, differences)
+
+
+def _different_options(spec: StudySpec, wanted: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """Return in what the options `there` differ; those of an older version's study may be in clear."""
+    plain = json.loads(json.dumps(spec.options))
+    differences = []
+    for key in sorted({*wanted, *there}) if there != plain else []:
+        here, was = wanted.get(key, _ABSENT), there.get(key, _ABSENT)
+        if was not in (here, plain.get(key, _ABSENT)) and str(was) != str(plain.get(key)):
+            hidden = plain.get(key, _ABSENT) != here
+            came = "another value than" if hidden else f"{here!r} here, {was!r}"
+            differences.append(f"options.{key} is {came} there")
+    return differences
+
+
+def another_study(spec: StudySpec, differences: list[str]) -> InputError:
+    """Return the error for a storage whose study of that name is another one."""
+    lines = "".join(f"\n  {difference}" for difference in differences)
+    return InputError(
+        f"the storage {spec.storage} has another study named {spec.name!r}:{lines}\n"
+        "give this one another `name`, or another `storage`"
+    )
+
+
+def stored_file(url: str, name: str) -> dict[str, Any]:
+    """Return the values of the study file that the storage keeps of study `name`. Raises InputError, StorageError."""
+    storage = open_storage(url)
+    try:
+        studies = {study.study_name: study for study in storage.get_all_studies()}
+        text = studies[name].user_attrs.get(schema.STUDY_FILE) if name in studies else None
+    finally:
+        close_storage(storage)
+    if name not in studies:
+        raise InputError(f"the storage {url} has no study {name!r}{did_you_mean(name, studies)}")
+    if text is None:
+        raise InputError(f"study {name!r} in {url} was not started by `hpo run`; give its study file")
+    try:
+        values = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"study {name!r} in {url}: its study file cannot be read ({error}); give the file") from error
+    if not isinstance(values, dict) or not isinstance(values.get("objective"), str):
+        raise InputError(f"study {name!r} in {url}: its study file names no objective; give the file")
+    return values

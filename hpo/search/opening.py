@@ -1,0 +1,110 @@
+"""Opening a study in its storage: made if it is not there, refused if it is another one."""
+
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import optuna
+
+from hpo.search import schema
+from hpo.search.away import open_patiently
+from hpo.search.clock import SYSTEM, Clock
+from hpo.search.identity import another_study, compare, identity
+from hpo.search.retrying import RetryingStorage, locked
+from hpo.search.samplers import make_pruner, make_sampler
+from hpo.search.search import Search
+from hpo.search.storage import exists
+from hpo.study.space import Space
+from hpo.study.spec import StudySpec
+
+_MAKING_SECONDS = 5.0
+"""How long to wait for a peer that makes the study just now, where no lock keeps us out."""
+
+
+def open_search(
+    spec: StudySpec,
+    space: Space,
+    metric: str,
+    *,
+    maximize: bool,
+    options: Mapping[str, Any] | None = None,
+    make: bool = True,
+    wait: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+    clock: Clock = SYSTEM,
+) -> Search | None:
+    """Return the study in its storage, made if it is not there (None with `make=False`). Close it at the end.
+
+    `options` are the spec's as they may be stored. With `wait`, a storage that does not answer is waited for, as it is
+    later on; `say` is called with a text about later waits.
+    Raises StorageError where the storage cannot be opened, InputError where its study of that name is another one; no
+    connection is left open then.
+    """
+    if not make and not exists(spec.storage):
+        return None
+    with ExitStack() as unless_opened:
+        inner = open_patiently(spec.storage, spec.outage, wait, say)
+        storage = RetryingStorage(inner, spec.outage, say, clock)
+        unless_opened.callback(storage.close)
+        wanted = identity(spec, space, metric, spec.options if options is None else options)
+        with locked(storage, spec.storage):
+            found = _find(spec, storage, wanted, "maximize" if maximize else "minimize")
+            study = _make(spec, space, storage, wanted, maximize) if found or make else None
+        if study is None:
+            return None
+        search = Search(study, storage, spec, space, metric, clock)
+        unless_opened.pop_all()
+    return search
+
+
+def _find(spec: StudySpec, storage: RetryingStorage, wanted: Mapping[str, Any], direction: str) -> bool:
+    """Return whether the study is there already. Raises InputError where it is another one. The lock must be held."""
+    if spec.name not in [study.study_name for study in storage.get_all_studies()]:
+        return False
+    study_id = storage.get_study_id_from_name(spec.name)
+    attrs = _attrs_of(storage, study_id)
+    compare(spec, attrs, wanted)
+    stored = attrs[schema.IDENTITY]
+    if stored.get("options") != wanted["options"]:  # an older version stored them in clear
+        storage.set_study_user_attr(study_id, schema.IDENTITY, stored | {"options": wanted["options"]})
+    if storage.get_study_directions(study_id)[0].name.lower() != direction:
+        raise another_study(spec, [f"it goes to {direction} here, the other way there"])
+    return True
+
+
+def _make(
+    spec: StudySpec, space: Space, storage: RetryingStorage, wanted: Mapping[str, Any], maximize: bool
+) -> optuna.Study:
+    """Return the study, made with all of its attributes if it is not there. The lock must be held."""
+    direction: Literal["minimize", "maximize"] = "maximize" if maximize else "minimize"
+    sampler, _ = make_sampler(spec.sampler, spec.seed, space)
+    pruner, _ = make_pruner(spec.pruner, spec.epochs)
+    study = optuna.create_study(
+        study_name=spec.name,
+        storage=storage,
+        direction=direction,
+        load_if_exists=True,
+        sampler=sampler,
+        pruner=pruner,
+    )
+    if schema.MAKING not in study.user_attrs:
+        study.set_user_attr(schema.MAKING, uuid.uuid4().hex)
+    if schema.IDENTITY not in study.user_attrs:
+        study.set_user_attr(schema.IDENTITY, wanted)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names([wanted["metric"]])  # the dashboard's axis
+    return study
+
+
+def _attrs_of(storage: RetryingStorage, study_id: int) -> dict[str, Any]:
+    """Return the study's attributes; a peer that makes it just now, where no lock keeps us out, is waited for."""
+    end = time.monotonic() + _MAKING_SECONDS
+    attrs = storage.get_study_user_attrs(study_id)
+    while schema.IDENTITY not in attrs and time.monotonic() < end and not storage.get_all_trials(study_id):
+        time.sleep(0.05)
+        attrs = storage.get_study_user_attrs(study_id)
+    return attrs

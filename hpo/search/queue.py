@@ -1,0 +1,203 @@
+"""The budget as a queue: WAITING trials are queued for its free slots, claimed, withdrawn, retried.
+
+A claim is the storage's own compare-and-set WAITING -> RUNNING. A trial whose worker died, or that was interrupted,
+becomes FAIL, and a successor that names it (`retry_of`) gets its slot of the budget, its params and its seed.
+"""
+
+import math
+import random
+from collections import deque
+from collections.abc import Container, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from hpo.errors import masked
+from hpo.processes import this_process
+from hpo.search import schema
+from hpo.search.budget import holders, lease_of, refill, worker_of
+from hpo.search.clock import Clock
+from hpo.search.lease import LeaseKeeper, LeaseMonitor
+from hpo.search.retrying import RetryingStorage, locked
+from hpo.search.view import TrialReader
+from hpo.seeds import derive
+from hpo.study.space import Space
+from hpo.study.spec import StudySpec
+
+_CHUNK = 16
+"""How many trials are queued at a time: who asks for all trials reads those that wait again each time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lost:
+    """A trial whose worker died: INTERRUPTED where a successor has its slot, FAIL where its retries are used up."""
+
+    number: int
+    state: str
+    reason: str
+
+
+class Queue:
+    """The queued trials of one study, shared with its other workers."""
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        storage: RetryingStorage,
+        spec: StudySpec,
+        space: Space,
+        reader: TrialReader,
+        lease: LeaseKeeper,
+        ours: Container[int],
+        clock: Clock,
+    ) -> None:
+        """`ours` are the numbers of the trials that this process has claimed and not ended."""
+        self._study, self._storage, self._spec, self._space = study, storage, spec, space
+        self._reader, self._lease, self._ours, self._clock = reader, lease, ours, clock
+        self._monitor = LeaseMonitor(spec.grace, clock)
+        self._waiting: deque[FrozenTrial] = deque()
+        self._lost: list[Lost] = []
+        self._look_at = -math.inf
+
+    # Claims.
+
+    def take(self) -> FrozenTrial | None:
+        """Claim the next trial: from now on it is RUNNING, and without a lease. None: there is none left to claim."""
+        if not self._waiting:
+            self._look_for_waiting()
+        while self._waiting:
+            frozen = self._waiting.popleft()
+            with suppress(UpdateFinishedTrialError):
+                if self._storage.set_trial_state_values(frozen._trial_id, TrialState.RUNNING):
+                    return frozen
+            if not self._waiting:  # peers were faster; there may be more
+                self._look_for_waiting()
+        return None
+
+    def _look_for_waiting(self) -> None:
+        """Read which trials wait, and queue more where there are none; reading is what claims of a large study cost."""
+        taken = holders(self._reader.read())
+        if len(taken) > self._spec.trials or all(trial.state != TrialState.WAITING for trial in taken):
+            taken = holders(self.fill())
+        self._waiting = deque(self._share([trial for trial in taken if trial.state == TrialState.WAITING], taken))
+
+    def _share(self, waiting: list[FrozenTrial], taken: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """Return all that wait, or, beside peers, a share drawn at random: to try what a peer takes is time lost."""
+        peers = {worker_of(trial) for trial in taken if trial.state == TrialState.RUNNING and lease_of(trial)}
+        peers -= {this_process()}
+        return random.sample(waiting, math.ceil(len(waiting) / (1 + len(peers)))) if peers else waiting
+
+    # The budget.
+
+    def fill(self) -> Sequence[FrozenTrial]:
+        """Queue trials up to the budget (a chunk at a time), or withdraw those that are queued beyond it.
+
+        Trials whose worker died are retried too. Return all trials of the study as they are now.
+        """
+        with locked(self._storage, self._spec.storage):
+            everything: Sequence[FrozenTrial] = self._reader.read()
+            if any(self._reclaim(everything).values()):
+                everything = self._reader.read()
+            change = refill(everything, self._spec.trials, len(self._spec.start_with), _CHUNK)
+            for slot, start in change.queue:
+                self._enqueue_new(slot, start)
+            self._withdraw(change.withdraw)
+        return self._reader.read() if change.queue or change.withdraw else everything
+
+    def _enqueue_new(self, slot: int, start: int | None) -> None:
+        """Queue a new trial for a free slot, with the params of that `start_with` entry, if any."""
+        attrs = {schema.SLOT: slot, schema.SEED: derive(self._spec.seed, "init", slot)}
+        if start is None:
+            self._enqueue({}, attrs)
+        else:
+            self._enqueue(self._space.queued(self._spec.start_with[start]), attrs | {schema.START_WITH: start})
+
+    def _enqueue(
+        self, config: Mapping[str, Any], attrs: Mapping[str, Any], inherited: Mapping[str, Any] | None = None
+    ) -> None:
+        """Queue a trial that has the params of `config`; the others are sampled when it is claimed."""
+        fixed = {schema.FIXED_PARAMS: dict(config)} if config else {}  # not {}: see grid
+        system = {**(inherited or {}), **fixed}
+        self._study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=dict(attrs), system_attrs=system))
+
+    def _withdraw(self, trials: Sequence[FrozenTrial]) -> None:
+        """End WAITING trials that the budget has no slot for."""
+        for trial in trials:
+            with suppress(UpdateFinishedTrialError):  # claimed and finished by a peer just now
+                self._storage.set_trial_user_attr(trial._trial_id, schema.WITHDRAWN, True)
+                self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+
+    # Trials whose worker died, or that were interrupted.
+
+    def look_for_the_dead(self) -> None:
+        """Now and then, retry the trials whose worker died, even while there is other work."""
+        if self._clock.monotonic() < self._look_at:
+            return
+        self._look_at = self._clock.monotonic() + self._spec.grace / 4
+        if any(self._judge(holders(self._reader.read())).values()):
+            self.repair()
+
+    def repair(self) -> bool:
+        """Retry the trials whose worker died, as every worker does when it looks for work.
+
+        Return whether it is not known yet of any trial: call it again in a moment then.
+        """
+        with locked(self._storage, self._spec.storage):
+            return None in self._reclaim(self._reader.read()).values()
+
+    def _reclaim(self, everything: Sequence[FrozenTrial]) -> dict[int, bool | None]:
+        """Retry those of `everything` whose worker died; return what `_judge` does. The storage's lock must be held."""
+        counted = {trial.number for trial in holders(everything)}
+        judged = self._judge(everything)
+        for trial in everything:
+            if judged.get(trial.number):
+                lease = lease_of(trial)
+                attempt = lease.get(schema.LEASE_ATTEMPT, 1) if trial.number in counted else math.inf  # has a successor
+                self._replace(trial, f"worker {worker_of(trial)} died", attempt)
+        return judged
+
+    def _judge(self, trials: Sequence[FrozenTrial]) -> dict[int, bool | None]:
+        """Return the numbers of those of `trials` that other workers train; whether each is dead (`LeaseMonitor`)."""
+        trouble = max(self._storage.back_at, self._lease.failed_at)
+        others = (t for t in trials if t.state == TrialState.RUNNING and t.number not in self._ours)
+        return {trial.number: self._monitor.is_dead(trial, trouble) for trial in others}
+
+    def give_back(self, trial_id: int, reason: str) -> None:
+        """End a trial of ours that was interrupted, unless a peer has ended it, and queue its successor."""
+        with locked(self._storage, self._spec.storage):
+            frozen = self._storage.get_trial(trial_id)
+            if frozen.state == TrialState.RUNNING:
+                self._replace(frozen, reason, attempt=0)  # an interruption is nobody's fault: it costs no attempt
+
+    def _replace(self, trial: FrozenTrial, reason: str, attempt: float) -> None:
+        """End `trial` as FAIL and queue its successor; the successor first, so that a crash between loses nothing."""
+        succeeded = attempt <= self._spec.retries
+        if succeeded:
+            self._enqueue_successor(trial, attempt + 1)
+        with suppress(UpdateFinishedTrialError):  # a peer was faster
+            self._storage.set_trial_user_attr(trial._trial_id, schema.ERROR, masked(reason))
+            self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+            if trial.number not in self._ours:
+                state = "INTERRUPTED" if succeeded or attempt == math.inf else "FAIL"
+                self._lost.append(Lost(number=trial.number, state=state, reason=reason))
+
+    def _enqueue_successor(self, trial: FrozenTrial, attempt: float) -> None:
+        attrs = {
+            schema.RETRY_OF: trial.number,
+            schema.ATTEMPT: attempt,
+            schema.LINEAGE: trial.user_attrs.get(schema.LINEAGE, trial.number),
+        }
+        kept = (schema.SLOT, schema.SEED, schema.START_WITH)
+        attrs |= {key: trial.user_attrs[key] for key in kept if key in trial.user_attrs}
+        of_the_grid = (schema.GRID_ID, schema.SEARCH_SPACE)
+        grid = {key: trial.system_attrs[key] for key in of_the_grid if key in trial.system_attrs}
+        self._enqueue(trial.params, attrs, grid)
+
+    def drain_lost(self) -> list[Lost]:
+        """Return other workers' trials that were ended here since the last call."""
+        lost, self._lost = self._lost, []
+        return lost

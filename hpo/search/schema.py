@@ -1,0 +1,79 @@
+"""Every key that hpo stores with a study or a trial in Optuna's storage. Nothing else of hpo's stands there.
+
+The strings are a format: studies that were stored by an earlier version must be read, so none of them ever changes its
+meaning. In code the budget's `place` is called a slot.
+"""
+
+# Attributes of the study (`user_attrs`).
+
+IDENTITY = "hpo:identity"
+"""What must not change while a study is resumed (`hpo.search.identity.identity`)."""
+MAKING = "hpo:making"
+"""A random text that tells this study from another one of its name, made before or in another storage."""
+DATA = "hpo:data"
+"""The fingerprint of the study's data."""
+CODE = "hpo:code"
+"""The fingerprint of the source of the study's objective."""
+STUDY_FILE = "hpo:study_file"
+"""The study file as JSON, for workers that have none."""
+TIMED_OUT = "hpo:timed_out"
+"""The `timeout`, in seconds, that has ended the study."""
+STACK = "hpo:stack"
+"""What `stack: auto` has chosen, why, and on which machine."""
+RESULT = "hpo:result"
+"""The outcome of the refit: the trial's `number`, its `test` metrics, the `bundle`'s folder, its `parity`."""
+TEST_EVALUATIONS = "hpo:test_evaluations"
+"""Each reading of the test set: the trial's `number`, and its `test` metrics."""
+TRACKED = "hpo:tracked"
+"""Where the study is tracked, the `state` of its run, and how many `trials` had finished then."""
+
+# Attributes of a trial (`user_attrs`).
+
+SLOT = "place"
+"""The slot of the budget that the trial was queued for: an int, from 0."""
+SEED = "seed"
+"""The seed of its weights and batches; its successors have the same."""
+START_WITH = "start_with"
+"""The index of the `start_with` entry that it was queued with."""
+RETRY_OF = "retry_of"
+"""The number of the trial that it succeeds."""
+ATTEMPT = "attempt"
+"""Which attempt it is, from 1; an interruption costs none."""
+LINEAGE = "lineage"
+"""The number of the first trial that had its params and seed."""
+WITHDRAWN = "withdrawn"
+"""True where the budget had no slot for it: it was ended before anybody claimed it."""
+ERROR = "error"
+"""Why it failed, or was ended."""
+BEST_EPOCH = "best_epoch"
+"""The epoch, from 0, whose value is the trial's."""
+METRICS = "metrics"
+"""All metrics of that epoch, by name."""
+JOINED = "joined"
+"""The round of its stack, from 0, in which it started, where that is not the first: it had that round's batches."""
+RUN_ID = "mlflow_run_id"
+"""The id of its run in MLflow."""
+CURVES = "curves"
+"""Its metrics by name, each a list with one number an epoch (`hpo.search.curves`)."""
+
+# Attributes of a trial that Optuna's own code does not show as the user's (`system_attrs`).
+
+LEASE = "hpo:lease"
+"""Who trains a running trial: LEASE_WORKER, LEASE_UNTIL, LEASE_ATTEMPT (`hpo.search.lease`)."""
+LEASE_WORKER = "worker"
+"""The process that trains it (`hpo.processes.this_process`)."""
+LEASE_UNTIL = "until"
+"""Until when that holds unless it is renewed: seconds since 1970 by the worker's clock."""
+LEASE_ATTEMPT = "attempt"
+"""Which attempt it is, as ATTEMPT."""
+
+# Optuna's own attributes of a trial that hpo reads or hands on (`system_attrs`).
+
+FIXED_PARAMS = "fixed_params"
+"""The params that a trial was queued with; those that are missing are sampled."""
+GRID_ID = "grid_id"
+"""Which configuration of the grid it is."""
+SEARCH_SPACE = "search_space"
+"""The grid that GRID_ID counts in."""
+X_FOR_TELL = "x_for_tell"
+"""CMA-ES with margin: the point before it was rounded to a step."""

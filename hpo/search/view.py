@@ -1,0 +1,209 @@
+"""What is known of a study, from one read of all its trials: counts, the best, ends, curves, time used."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.errors import StorageError
+from hpo.search import schema
+from hpo.search.budget import Counts, count, holders, seconds_used, worker_of, wrong_row
+from hpo.search.curves import from_json
+from hpo.search.retrying import RetryingStorage
+from hpo.seeds import derive
+from hpo.study.space import FreeSpace, Space
+from hpo.study.spec import StudySpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """A trial in progress, as another process sees it. `epoch` counts finished epochs."""
+
+    number: int
+    epoch: int
+    value: float | None
+    worker: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """A finished trial: its value, all of its params, and at which epoch (counted from 0) it had that value."""
+
+    number: int
+    value: float
+    params: Mapping[str, Any]
+    epoch: int
+    seed: int
+    metrics: Mapping[str, float]
+
+
+class TrialReader:
+    """Reads all trials of a study, and looks at each that hpo may not have written."""
+
+    def __init__(self, storage: RetryingStorage, study_id: int, spec: StudySpec) -> None:
+        self._storage, self._study_id, self._spec = storage, study_id, spec
+        self._sound: set[int] = set()
+
+    def read(self) -> list[FrozenTrial]:
+        """Return all trials of the study. Raises StorageError for one that hpo cannot have written, StorageAway."""
+        trials = self._storage.get_all_trials(self._study_id, deepcopy=False)
+        for trial in trials:
+            if trial.number in self._sound:
+                continue
+            if (wrong := wrong_row(trial)) is not None:
+                raise foreign(trial.number, self._spec, wrong)
+            if trial.state.is_finished():
+                self._sound.add(trial.number)
+        return trials
+
+
+def foreign(number: int, spec: StudySpec, wrong: str) -> StorageError:
+    """Return the error for a trial that hpo cannot have written."""
+    return StorageError(
+        f"trial {number} of study {spec.name!r} in {spec.storage}: {wrong}; hpo did not "
+        "write that: mend or delete the trial in the storage, or give the study another `name`"
+    )
+
+
+class StudyView:
+    """A study as it was at one moment: however much is asked of a view, the trials are read once.
+
+    Make it with `Search.view`. All trials are those of the budget, unless it is said otherwise.
+    """
+
+    def __init__(
+        self, everything: Sequence[FrozenTrial], spec: StudySpec, space: Space, metric: str, *, maximize: bool
+    ) -> None:
+        """`everything` is all trials of the study, as `TrialReader.read` gives them."""
+        self.everything, self._spec, self._space = everything, spec, space
+        self._metric_key = metric if isinstance(space, FreeSpace) else f"valid_{metric}"
+        self._sign = -1 if maximize else 1
+
+    @cached_property
+    def trials(self) -> Sequence[FrozenTrial]:
+        """The trials that hold the slots of the budget, in the order of their numbers."""
+        return holders(self.everything)
+
+    @cached_property
+    def counts(self) -> Counts:
+        return count(self.trials, self._spec.trials)
+
+    @cached_property
+    def ends(self) -> Mapping[int, tuple[str, str | None]]:
+        """By the number of every trial that has ended, retried ones too: how, and why if it failed.
+
+        How is a key of `hpo.tracking.base.STATUS`.
+        """
+        counted = {trial.number for trial in self.trials}
+        return {
+            trial.number: (
+                trial.state.name if trial.number in counted else "INTERRUPTED",
+                trial.user_attrs.get(schema.ERROR),
+            )
+            for trial in self.everything
+            if trial.state.is_finished()
+        }
+
+    @cached_property
+    def failures(self) -> Sequence[str | None]:
+        """Of each trial that has ended, why it failed; None: it did not."""
+        ended = [trial for trial in self.trials if trial.state.is_finished()]
+        return [t.user_attrs.get(schema.ERROR) if t.state == TrialState.FAIL else None for t in ended]
+
+    @property
+    def n_claimed(self) -> int:
+        """How many trials have been claimed so far, each retry counted."""
+        return sum(trial.state != TrialState.WAITING for trial in self.everything)
+
+    @cached_property
+    def running(self) -> Sequence[Running]:
+        """The trials in progress."""
+        return [
+            Running(
+                number=trial.number,
+                epoch=len(trial.intermediate_values),
+                value=trial.intermediate_values[trial.last_step] if trial.last_step is not None else None,
+                worker=worker_of(trial),
+            )
+            for trial in self.trials
+            if trial.state == TrialState.RUNNING
+        ]
+
+    @cached_property
+    def complete(self) -> Sequence[FrozenTrial]:
+        """The complete trials, in the order of their numbers."""
+        return [trial for trial in self.trials if trial.state == TrialState.COMPLETE]
+
+    def best(self, number: int | None = None) -> Best | None:
+        """Return the best complete trial (the first of equals), or the complete trial `number`; None: there is none.
+
+        Raises StorageError where its params are not of the study's space.
+        """
+        trial = self._best if number is None else next((t for t in self.complete if t.number == number), None)
+        if trial is None:
+            return None
+        assert trial.value is not None
+        attrs = trial.user_attrs
+        return Best(
+            number=trial.number,
+            value=trial.value,
+            params=self._resolved(trial),
+            epoch=min(attrs.get(schema.BEST_EPOCH, self._spec.epochs), self._spec.epochs - 1),
+            seed=attrs.get(schema.SEED, derive(self._spec.seed, "init", trial.number)),
+            metrics=attrs.get(schema.METRICS, {}),
+        )
+
+    @cached_property
+    def _best(self) -> FrozenTrial | None:
+        return min(self.complete, key=lambda t: (self._sign * (t.value or 0.0), t.number), default=None)
+
+    def none_is_better(self, value: float) -> bool:
+        """Whether no complete trial is better than one of that value."""
+        return self._best is None or self._sign * value <= self._sign * (self._best.value or 0.0)
+
+    def _resolved(self, trial: FrozenTrial) -> dict[str, Any]:
+        try:
+            return self._space.resolve(trial.params)
+        except (KeyError, ValueError, TypeError) as error:
+            raise StorageError(
+                f"trial {trial.number} of study {self._spec.name!r}: its params {trial.params!r:.200} are none of the "
+                "study's space; hpo did not write them: delete that trial, or give the study another `name`"
+            ) from error
+
+    def params_of(self, number: int) -> dict[str, Any]:
+        """Return all params of any trial, as far as they were sampled. Raises KeyError: there is no such trial."""
+        return self._space.resolve(self._by_number[number].params)
+
+    def value_of(self, number: int) -> float | None:
+        """Return any trial's value; None where it is not complete. Raises KeyError: there is no such trial."""
+        trial = self._by_number[number]
+        return trial.value if trial.state == TrialState.COMPLETE else None
+
+    def curves(self, number: int) -> dict[str, list[float]]:
+        """Return the metrics of any trial by name (`train_loss`, `valid_...`), each a list with one number an epoch.
+
+        An epoch that did not report a metric has NaN there. They are stored when the trial ends; of a running trial,
+        one that was interrupted, and one of an earlier version only the study's metric is known, which is reported
+        epoch by epoch. A plain Optuna objective's are listed by step.
+
+        Raises KeyError: there is no such trial; StorageError: hpo did not write what is stored.
+        """
+        trial = self._by_number[number]
+        stored = trial.user_attrs.get(schema.CURVES)
+        if stored is None:
+            values = [value for _, value in sorted(trial.intermediate_values.items())]
+            return {self._metric_key: values} if values else {}
+        try:
+            return from_json(stored)
+        except ValueError as error:
+            raise foreign(number, self._spec, f"its {schema.CURVES}: {error}") from error
+
+    @cached_property
+    def _by_number(self) -> Mapping[int, FrozenTrial]:
+        return {trial.number: trial for trial in self.everything}
+
+    def seconds_used(self) -> float:
+        """Return for how long at least one trial was running until now, over all workers and restarts."""
+        return seconds_used(self.everything)
