@@ -27,7 +27,6 @@ from hpo.runner.prepare import OUTPUT, Plan, prepare
 from hpo.runner.progress import Progress
 from hpo.runner.ray_workers import RayWorkers
 from hpo.runner.refit import (
-    UNSENT,
     Outcome,
     begin_tracking,
     bundle_folder,
@@ -36,6 +35,7 @@ from hpo.runner.refit import (
     finish,
     outcome,
     settle_runs,
+    tracker_of,
 )
 from hpo.runner.worker import INTERRUPTED, work
 from hpo.search.retrying import StorageAway
@@ -46,7 +46,6 @@ from hpo.study import objective as objectives
 from hpo.study.data import Data
 from hpo.study.objective import Function
 from hpo.study.trust import code_references, require_harmless, require_passwords
-from hpo.tracking.mlflow import open_tracker
 
 _LOOK_SECONDS = 1.0
 """How often to look what other processes have done."""
@@ -88,7 +87,7 @@ def _run(
     plan: Plan, search: Search, stopping: Stop, out: Console, overrides: Mapping[str, str], several: WorkerOptions
 ) -> Outcome | None:
     data = _load(plan, search)
-    tracker = open_tracker(plan.spec.tracking, plan.spec.name, UNSENT, out.print)
+    tracker = tracker_of(plan, search, out.print)
     begin_tracking(plan, search)
     of_what = f"of {plan.spec.epochs} epochs on {plan.device}, {len(data.train)} rows" if data else "of a function"
     out.print(f"{plan.spec.name}: {plan.spec.trials} trials {of_what}; {masked(plan.spec.storage)}")
@@ -186,7 +185,7 @@ def worker(
         stopping = stack.enter_context(signals(int(launcher) if launcher else None)) if stop is None else stop
         search.storage.interrupt = stopping
         data = _load(plan, search)
-        tracker = open_tracker(plan.spec.tracking, plan.spec.name, UNSENT, out.print)
+        tracker = tracker_of(plan, search, out.print)
         stack.callback(tracker.close)
         with nullcontext(Notes(out.print)) if launched else _progress(plan, search, out) as progress:
             work(plan, data, search, tracker, progress, stopping, stopping.overdue)
