@@ -2,10 +2,12 @@
 
 import json
 import os
+import resource
 import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -109,7 +111,7 @@ def test_a_tracker_that_fails_says_it_once_and_sends_everything_later(
     assert "sqlite:///mlruns/mlflow.db does not work (ConnectionError: http://bob:***@h:5000 refused)" in warnings[0]
     assert "training goes on, and what could not be sent is kept in" in warnings[0]
     (unsent,) = (tmp_path / "unsent/s").iterdir()
-    assert "s3cret" not in unsent.read_text()
+    assert b"s3cret" not in unsent.read_bytes()
 
     later = MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", no_warning)
     later.start_study({}, {})
@@ -162,21 +164,32 @@ def test_an_outbox_cut_short_by_a_kill_is_read_as_far_as_it_goes(here: None, tmp
     assert query("select name from runs") == [("s",)]
 
 
-def test_an_outbox_on_a_full_disk_stops_nothing(mlflow: MlflowTracker, tmp_path: Path) -> None:
-    mlflow.start_study({}, {})
-    mlflow.start_trial(0, {})
-    mlflow._warn = lambda text: None
-    mlflow._outbox.append({"do": "metrics"})  # opens the file
-    mlflow._outbox._log.close()
-    mlflow._outbox._log = open("/dev/full", "w")  # noqa: SIM115
-    for epoch in range(3):
-        mlflow.log_metrics(0, epoch, {"valid_loss": 0.5})
-    mlflow._note_failure(RuntimeError("the disk is full"))
-    mlflow.log_metrics(0, 3, {"valid_loss": 0.5})
-    mlflow.end_trial(0, "COMPLETE")
-    mlflow._retry_at = 0.0
-    mlflow.end_study("COMPLETE")
-    assert query("select count(distinct step) from metrics where key = 'valid_loss'") == [(4,)]
+@contextmanager
+def full_disk(n_bytes: int) -> Iterator[None]:
+    """Let no file of this process grow beyond so many bytes, as where a disk is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_an_outbox_on_a_full_disk_stops_nothing_and_loses_nothing(here: None, tmp_path: Path) -> None:
+    said: list[str] = []
+    tracker = _Server("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", said.append)
+    tracker.start_study({}, {})
+    tracker.start_trial(0, {})
+    with full_disk(50_000):
+        for epoch in range(500):
+            tracker.log_metrics(0, epoch, {"valid_loss": 0.5})
+        assert tracker._outbox._in_memory
+    tracker.end_trial(0, "COMPLETE")
+    assert not tracker.end_study("COMPLETE")  # there is room again: now the file holds all
+    later = MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", no_warning)
+    assert later.close()
+    assert query("select count(distinct step) from metrics where key = 'valid_loss'") == [(500,)]
+    assert query("select name, status from runs order by name") == [("s", "FINISHED"), ("trial 0", "FINISHED")]
 
 
 def test_what_another_machine_left_long_ago_is_sent(mlflow: MlflowTracker, tmp_path: Path) -> None:

@@ -12,13 +12,12 @@ from hpo.runner.launch import LAUNCHED, LAUNCHER
 from hpo.runner.opening import load_data, log, open_or_make, source_differs, torch_set
 from hpo.runner.prepare import Plan, prepare
 from hpo.runner.progress import Notes, Progress
-from hpo.runner.refit import UNSENT
+from hpo.runner.refit import tracker_of
 from hpo.runner.worker import work
 from hpo.search.identity import stored_file
 from hpo.search.search import Search
 from hpo.stopping import Stop, signals
 from hpo.study.trust import require_harmless, require_passwords
-from hpo.tracking.mlflow import open_tracker
 
 ShowOf = Callable[[Plan, Search], AbstractContextManager[Progress]]
 """Gives what shows the trials of a study that was opened."""
@@ -64,7 +63,7 @@ def joined(
         stopping = stack.enter_context(signals(int(launcher) if launcher else None)) if stop is None else stop
         search.storage.interrupt = stopping
         data = load_data(plan, search)
-        tracker = open_tracker(plan.spec.tracking, plan.spec.name, UNSENT, log.warning)
+        tracker = tracker_of(plan, search, log.warning)
         stack.callback(tracker.close)
         with show(plan, search) as progress:
             work(plan, data, search, tracker, progress, stopping, stopping.overdue)

@@ -19,8 +19,8 @@ from hpo.search.view import Best, StudyView
 from hpo.study.data import Data
 from hpo.study.objective import Function
 from hpo.tracking.base import Tracker
+from hpo.tracking.leftovers import left_behind
 from hpo.tracking.mlflow import open_tracker
-from hpo.tracking.outbox import left_behind
 from hpo.training.batches import Batches, feed
 from hpo.training.loop import train
 from hpo.training.stack import LoopStack, Member, SingleStack, Stack, Task, evaluate
@@ -101,6 +101,14 @@ def _tell(plan: Plan, tracker: Tracker, best: Best, done: Outcome) -> None:
         tracker.log_folder(done.bundle, "bundle")
 
 
+def tracker_of(plan: Plan, search: Search, note: Callable[[str], None]) -> Tracker:
+    """Return the study's tracker. Raises InputError for an address that can never work."""
+    if schema.OWN_RUNS not in search.attrs and search.view().n_claimed == 0:
+        search.remember(schema.OWN_RUNS, True)
+    adopts = schema.OWN_RUNS not in search.attrs
+    return open_tracker(plan.spec.tracking, plan.spec.name, UNSENT, note, making=search.making, adopts=adopts)
+
+
 def begin_tracking(plan: Plan, search: Search) -> None:
     """Note in the storage that the study's run is open, until `end_tracking` has closed it."""
     if plan.spec.tracking != "off":
@@ -138,9 +146,9 @@ def settle_runs(plan: Plan, search: Search, note: Callable[[str], None], always:
     ended = _tracked(plan, seen, "COMPLETE")
     elsewhere = tracked is not None and tracked["tracking"] != ended["tracking"]
     all_told = elsewhere or tracked == ended or not over
-    if all_told and not always and not left_behind(UNSENT, plan.spec.name):
+    if all_told and not always and not left_behind(UNSENT, plan.spec.name, search.making):
         return
-    tracker = open_tracker(plan.spec.tracking, plan.spec.name, UNSENT, note)
+    tracker = tracker_of(plan, search, note)
     tracker.reconcile(seen.ends)
     if not over:
         tracker.close()

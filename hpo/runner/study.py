@@ -26,7 +26,6 @@ from hpo.runner.prepare import OUTPUT, Plan
 from hpo.runner.progress import Progress
 from hpo.runner.ray_workers import RayWorkers
 from hpo.runner.refit import (
-    UNSENT,
     Outcome,
     begin_tracking,
     bundle_folder,
@@ -35,6 +34,7 @@ from hpo.runner.refit import (
     finish,
     outcome,
     settle_runs,
+    tracker_of,
 )
 from hpo.runner.worker import INTERRUPTED, work
 from hpo.search import schema
@@ -46,7 +46,6 @@ from hpo.stopping import Stop, signals
 from hpo.study.data import Data
 from hpo.study.objective import Function, source_fingerprint
 from hpo.study.trust import code_references
-from hpo.tracking.mlflow import open_tracker
 
 _LOOK_SECONDS = 1.0
 """How often to look what other processes have done."""
@@ -106,7 +105,7 @@ def _run(
     plan: Plan, search: Search, file: StudyFile, show: Show, options: WorkerOptions, stopping: Stop
 ) -> tuple[Outcome | None, StudyView]:
     data = load_data(plan, search)
-    tracker = open_tracker(plan.spec.tracking, plan.spec.name, UNSENT, log.warning)
+    tracker = tracker_of(plan, search, log.warning)
     begin_tracking(plan, search)
     of_what = f"of {plan.spec.epochs} epochs on {plan.device}, {len(data.train)} rows" if data else "of a function"
     log.info("%s: %d trials %s; %s", plan.spec.name, plan.spec.trials, of_what, masked(plan.spec.storage))

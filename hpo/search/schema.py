@@ -27,6 +27,9 @@ TEST_EVALUATIONS = "hpo:test_evaluations"
 TRACKED = "hpo:tracked"
 """Where the study is tracked, the `state` of its run, and how many `trials` had finished then."""
 
+OWN_RUNS = "hpo:own_runs"
+"""True: all runs of the study in the tracker have its making, so that none of an older version is its own."""
+
 # Attributes of a trial (`user_attrs`).
 
 SLOT = "place"

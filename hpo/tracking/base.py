@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hpo.errors import InputError
+from hpo.errors import InputError, masked
 
 STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED", "INTERRUPTED": "KILLED"}
 """Optuna's state of a trial (and ours of a study) -> MLflow's status of its run."""
@@ -122,7 +122,7 @@ class MemoryTracker(Tracker):
         self.metrics.setdefault(trial, []).append((step, dict(metrics)))
 
     def end_trial(self, trial: int, state: str, error: str | None = None) -> None:
-        self.ended[trial] = (state, error)
+        self.ended[trial] = (state, error and masked(error))
 
     def log_folder(self, folder: Path, name: str) -> None:
         self.folders.append(folder)

@@ -1,247 +1,235 @@
-"""The outbox: what a tracker is yet to send, in memory and in a file that outlives the process.
+"""The outbox: what a tracker is yet to send, in a SQLite database of its process, which outlives it.
 
-<folder>/<study>/<process>.jsonl   one item a line, of one process; the folder belongs to exactly one study
-<folder>/<study>/refused.jsonl     what will never be sent, and why: items that were refused, lines that are none
-<folder>/<study>.<process>.jsonl   how older versions named it; adopted where it is certain which study's it is
+An item is in the file before `append` returns, and until `replace` has it removed: a kill at any moment loses nothing.
+Where the file cannot be written (a full disk), all is kept in memory, until `save` can write it. What will never be
+sent goes to `refused.jsonl` beside it, with the reason. Where files lie: `hpo.tracking.leftovers`.
 """
 
 import json
-import re
-import socket
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+import os
+import sqlite3
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TypeVar
 
 from filelock import FileLock, Timeout
 
 from hpo.errors import masked
-from hpo.processes import is_gone, this_process
-from hpo.tracking.base import STATUS
+from hpo.processes import this_process
+from hpo.tracking import leftovers
+from hpo.tracking.items import Item, can_merge
 
-Item = dict[str, Any]
 _ADOPT_SECONDS = 10.0
-_LONG_SECONDS = 3600.0
-"""A tracker that works sends within seconds, one that does not writes its outbox again whenever it has tried."""
+_MOST_ROWS = 900
+"""MLflow takes at most 1,000 metrics in a call."""
+_T = TypeVar("_T")
+
+
+class Batch(NamedTuple):
+    """What is to be sent next: one item, or the metrics of several as one."""
+
+    ids: tuple[int, ...]
+    item: Item
 
 
 class Outbox:
     """What one process is yet to send of a study. Whoever uses it from several threads holds a lock of its own."""
 
-    def __init__(self, folder: Path, study: str) -> None:
-        self._folder, self._study = folder, study
-        self.file = folder / study / f"{this_process()}.jsonl"
+    def __init__(self, folder: Path, study: str, making: str = "") -> None:
+        self._folder, self._study, self._making = folder, study, making
+        self.file = folder / study / leftovers.database_name(making, this_process())
         self.refused = folder / study / "refused.jsonl"
-        self.items: deque[Item] = deque()
-        self._log: TextIO | None = None
+        self._database: sqlite3.Connection | None = None
+        self._in_memory = False
+        self._is_copied = False
+        """Whether what the file holds is in memory too, so that it may be removed when all of that was sent."""
 
-    def append(self, item: Mapping[str, Any]) -> None:
-        """Add `item` to the file (not to `items`); a full disk costs the line only."""
-        with suppress(OSError):
-            if self._log is None:
-                self._log = _open(self.file, "a")
-            self._log.write(json.dumps(item) + "\n")
-            self._log.flush()
+    @property
+    def where(self) -> str:
+        """Where the items are kept, in words."""
+        return f"memory only, since {self.file} cannot be written," if self._in_memory else str(self.file)
 
-    def write(self) -> bool:
-        """Write `items` as they are; return whether the file holds them now."""
-        if not self.items:
-            self.forget()
-            return True
-        part = self.file.with_suffix(".part")
-        try:
-            self._close_file()
-            with _open(part, "w") as file:
-                file.writelines(json.dumps(item) + "\n" for item in self.items)
-            part.replace(self.file)
-        except OSError:  # a full disk: what the file held before, it still holds
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
-            return False
-        return True
+    def __len__(self) -> int:
+        if self._database is None and not self.file.exists():
+            return 0
+        return int(self._do(lambda db: db.execute("select count(*) from items").fetchone()[0]))
 
-    def forget(self) -> None:
-        """Remove the file, since everything in it was sent."""
-        self._close_file()
-        with suppress(OSError):
-            self.file.unlink(missing_ok=True)
-            self.file.parent.rmdir()  # if nothing else is in it
+    def append(self, item: Item) -> None:
+        """Add `item` at the end."""
+        self._do(lambda db: _add(db, [item], None))
 
-    def _close_file(self) -> None:
-        log, self._log = self._log, None
-        if log is not None:
-            with suppress(OSError):  # a full disk, and a rest in its buffer
-                log.close()
+    def first(self, without: Collection[str] = ()) -> Batch | None:
+        """Return what is to be sent next, but for kinds that are to wait; None where there is nothing."""
+        if self._database is None and not self.file.exists():
+            return None
+        return self._do(lambda db: _first(db, tuple(without)))
+
+    def replace(self, batch: Batch, items: Sequence[Item] = ()) -> None:
+        """Put `items` where `batch` was; without them: it was sent."""
+
+        def change(db: sqlite3.Connection) -> None:
+            (place,) = db.execute("select min(place) from items where id = ?", batch.ids[:1]).fetchone()
+            db.executemany("delete from items where id = ?", [(each,) for each in batch.ids])
+            _add(db, items, place)
+
+        self._do(change)
 
     def set_aside(self, item: Any, why: str) -> None:
         """Keep what will never be sent beside the outbox, for a person to look at."""
-        with suppress(OSError), _open(self.refused, "a") as file:
-            file.write(json.dumps({"why": masked(why)[:1000], "item": item}) + "\n")
+        line = json.dumps({"why": masked(why)[:1000], "item": item}) + "\n"
+        for _ in range(10):  # a peer that has nothing left to send may remove the folder at any moment
+            with suppress(OSError):
+                self.refused.parent.mkdir(parents=True, exist_ok=True)
+                with self.refused.open("a", encoding="utf-8") as file:
+                    file.write(line)
+                return
 
     def adopt(self, own: bool = False) -> int:
-        """Take over what processes that are gone could not send; return how many of its lines were set aside.
+        """Take over what processes that are gone could not send; return how much of it was no item, and set aside.
 
         With `own`, also what one left that had this process's name, as happens in containers.
         """
-        files = left_behind(self._folder, self._study) + ([self.file] if own and self.file.exists() else [])
-        n_bad = 0
+        files = leftovers.left_behind(self._folder, self._study, self._making)
+        files += [file for file in self._of_this_name() if own and file.exists()]
         if not files:
-            return n_bad
+            return 0
         with suppress(OSError, Timeout), FileLock(self._folder.with_name(f".{self._folder.name}.lock"), _ADOPT_SECONDS):
-            read: list[tuple[Path, list[str]]] = []
-            for file in files:
-                with suppress(OSError):  # a peer was faster; another user's
-                    items, bad = _read(file)
-                    self.items.extend(items)
-                    read.append((file, bad))
-            if self.write():  # before theirs go, so that a kill in between loses nothing
-                for file, bad in read:
-                    n_bad += len(bad)
-                    for line in bad:
-                        self.set_aside(line, "is no item of an outbox")
-                    if file != self.file:
-                        file.with_suffix(".part").unlink(missing_ok=True)
-                        file.unlink(missing_ok=True)
-        return n_bad
+            return sum(self._adopt(file) for file in files)
+        return 0
 
+    def _of_this_name(self) -> list[Path]:
+        return [self.file, self.file.with_name(f"{this_process()}.jsonl")]
 
-def _open(file: Path, mode: str) -> TextIO:
-    """Open `file` in its folder, which a peer that has nothing left to send may remove at any moment."""
-    for _ in range(10):
-        with suppress(FileNotFoundError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            return file.open(mode, encoding="utf-8")
-    raise FileNotFoundError(file)
-
-
-def left_behind(folder: Path, study: str) -> list[Path]:
-    """Return the outbox files of `study` whose process is gone.
-
-    Of another machine's, or of one that was started again, that is so where nothing has been written for long.
-    """
-    of_study = {file: file.stem for file in (folder / study).glob("*.jsonl") if re.fullmatch(r".+-\d+", file.stem)}
-    for file in folder.glob("*.jsonl"):
-        whose, process = _study_and_process(file.stem)
-        if whose == study:
-            of_study[file] = process
-    found = []
-    for file, process in sorted(of_study.items()):
-        with suppress(OSError):
-            if process != this_process() and (is_gone(process) or time.time() - file.stat().st_mtime > _LONG_SECONDS):
-                found.append(file)
-    return found
-
-
-def _study_and_process(name: str) -> tuple[str, str]:
-    """Return whose an older outbox of that name is: of one study only, though both names may hold dots and dashes."""
-    ours = rf"(.+)\.({re.escape(socket.gethostname())}-[^.]*\d)"  # this machine's own name may have dots
-    match = re.fullmatch(ours, name) or re.fullmatch(r"(.+)\.([^.]+-\d+)", name)
-    return (match[1], match[2]) if match else ("", "")
-
-
-def _read(file: Path) -> tuple[list[Item], list[str]]:
-    """Return the items of an outbox that another process left, and its lines that are none.
-
-    A last line that a kill cut short is in neither.
-    """
-    items: list[Item] = []
-    bad: list[str] = []
-    *lines, last = file.read_bytes().split(b"\n")
-    for line in (*lines, last):
-        if not line.strip():
-            continue
+    def _adopt(self, file: Path) -> int:
+        """Take over one file; ours before theirs goes, so that a kill in between loses nothing."""
         try:
-            value = json.loads(line.decode())
-        except (ValueError, RecursionError):  # of numbers and of depths beyond Python's limits, too
-            bad += [line.decode(errors="backslashreplace")] if line is not last else []
-            continue
-        if is_item(value):
-            items += _as_left(value)
-        else:
-            bad.append(line.decode())
-    return items, bad
+            items, bad = leftovers.read(file)
+        except OSError:  # a peer was faster; another user's; or its process lives after all
+            return 0
+        except leftovers.Damaged as error:
+            self.set_aside(file.name, f"{error}; it is kept as {file.name}.damaged")
+            with suppress(OSError):
+                file.replace(file.with_name(f"{file.name}.damaged"))
+                leftovers.remove(file)
+            return 1
+
+        def take(db: sqlite3.Connection) -> None:
+            if file == self.file:  # what it held, it holds again, as left
+                db.execute("delete from items")
+            _add(db, items, None)
+
+        self._do(take)
+        if not self.save():
+            return 0
+        for text in bad:
+            self.set_aside(text, "is no item of an outbox")
+        if file != self.file:
+            with suppress(OSError):
+                leftovers.remove(file)
+        return len(bad)
+
+    # The file, and memory in its place.
+
+    def touch(self) -> None:
+        """Show other processes that this one lives."""
+        with suppress(OSError):
+            os.utime(self.file)
+
+    def save(self) -> bool:
+        """Write what is in memory only to the file, if that can be now; return whether the file holds everything."""
+        if self._database is None or not self._in_memory:
+            return True
+        rows = self._database.execute("select * from items").fetchall()
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            file = leftovers.connect(self.file)
+        except (OSError, sqlite3.Error):
+            return False
+        try:
+            with file:
+                file.execute("delete from items")
+                file.executemany("insert into items values (?, ?, ?, ?, ?)", rows)
+        except sqlite3.Error:
+            file.close()
+            return False
+        self._database.close()
+        self._database, self._in_memory = file, False
+        return True
+
+    def close(self) -> None:
+        """Let the file go, until it is needed again; remove it where all of it was sent."""
+        self.save()
+        n_left = len(self)
+        if self._database is not None and not (self._in_memory and n_left):
+            is_ours = not self._in_memory or self._is_copied
+            self._database.close()
+            self._database, self._in_memory = None, False
+            if n_left == 0 and is_ours:
+                with suppress(OSError):
+                    leftovers.remove(self.file)
+        with suppress(OSError):
+            self.file.parent.rmdir()  # if nothing else is in it
+
+    def _do(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        """Have `work` done as a whole: in the file, or, from the first time that fails, in memory."""
+        if self._database is None:
+            self._database = self._open()
+        try:
+            with self._database as database:
+                return work(database)
+        except sqlite3.Error:
+            if self._in_memory:
+                raise
+        with self._to_memory(self._database) as database:
+            return work(database)
+
+    def _open(self) -> sqlite3.Connection:
+        for _ in range(3):  # a peer that has nothing left to send may remove the folder at any moment
+            with suppress(OSError, sqlite3.Error):
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                return leftovers.connect(self.file)
+        self._in_memory, self._is_copied = True, False
+        return leftovers.connect(None)
+
+    def _to_memory(self, file: sqlite3.Connection) -> sqlite3.Connection:
+        """Use a database in memory from now on, with what the file holds."""
+        self._database, self._in_memory, self._is_copied = leftovers.connect(None), True, False
+        with suppress(sqlite3.Error), self._database as memory:
+            rows = file.execute("select * from items").fetchall()
+            memory.executemany("insert into items values (?, ?, ?, ?, ?)", rows)
+            self._is_copied = True
+        with suppress(sqlite3.Error):
+            file.close()
+        return self._database
 
 
-def _as_left(item: Item) -> Iterator[Item]:
-    """Give `item` as what a process left that is gone: the study's run is not begun by it, nor ended again."""
-    texts = item.pop("texts", None) if item["do"] == "start" else None  # as older versions had them
-    item.pop("status", None) if item["do"] == "start" else None
-    yield item | {"left": True}
-    if texts:
-        yield {"do": "texts", "trial": item["trial"], "time": item["time"], "texts": texts, "left": True}
+def _add(db: sqlite3.Connection, items: Iterable[Item], place: int | None) -> None:
+    """Add `items` at a `place` of the order; None: at the end."""
+    for item in items:
+        at = "(select coalesce(max(place), 0) + 1 from items)" if place is None else "?"
+        row = [*([] if place is None else [place]), item["do"], item["trial"], json.dumps(item)]
+        db.execute(f"insert into items (place, kind, trial, item) values ({at}, ?, ?, ?)", row)
 
 
-# What an item is. `trial` is a number, None for the study; `time` is in ms.
-
-
-def is_item(value: Any) -> bool:
-    """Whether `value`, read from a file that anything may have happened to, is an item that can be sent."""
-    if not isinstance(value, dict) or not isinstance(value.get("do"), str) or value["do"] not in _KINDS:
-        return False
-    if "trial" not in value or not (value["trial"] is None or _is_count(value["trial"])):
-        return False
-    return _is_count(value.get("time")) and _KINDS[value["do"]](value)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(x, str) for pair in value.items() for x in pair)
-
-
-def _is_row(row: Any) -> bool:
-    if not isinstance(row, list | tuple) or len(row) != 4:
-        return False
-    key, value, when, step = row
-    is_number = isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
-    return isinstance(key, str) and is_number and _is_count(when) and type(step) is int and abs(step) < 2**63
-
-
-def _is_end(end: Any) -> bool:
-    return (
-        isinstance(end, list | tuple)
-        and len(end) == 2
-        and isinstance(end[0], str)
-        and end[0] in STATUS
-        and isinstance(end[1], str | None)
-    )
-
-
-def _is_file_name(name: Any) -> bool:
-    return isinstance(name, str) and re.fullmatch(r"\w[\w.-]{0,200}", name) is not None
-
-
-_KINDS: Mapping[str, Callable[[Item], bool]] = {
-    "start": lambda item: (
-        all(_are_texts(item.get(key, {})) for key in ("params", "tags", "texts"))
-        and all(map(_is_file_name, item.get("texts", {})))
-        and item.get("status") in (None, "RUNNING")
-    ),
-    "texts": lambda item: _are_texts(item.get("texts")) and all(map(_is_file_name, item["texts"])),
-    "metrics": lambda item: isinstance(item.get("rows"), list) and all(map(_is_row, item["rows"])),
-    "end": lambda item: item.get("status") in STATUS.values() and _are_texts(item.get("tags")),
-    "folder": lambda item: isinstance(item.get("folder"), str) and _is_file_name(item.get("name")),
-    "reconcile": lambda item: (
-        isinstance(item.get("ends"), dict)
-        and all(isinstance(trial, str) and _is_end(end) for trial, end in item["ends"].items())
-    ),
-}
-FILES = ("texts", "folder")
-"""Kinds of items that go to a store of their own, which may be away while the rest works; their order is free."""
-
-
-def halves(item: Item) -> list[Item]:
-    """Return two items that say what `item` says, or nothing where it says one thing only."""
-    several = [key for key in ("rows", "params", "tags", "texts", "ends") if item.get(key)]
-    if len(several) > 1:
-        return [item | {key: {} for key in several[1:]}, item | {several[0]: {}}]
-    if not several or len(item[several[0]]) < 2:
-        return []
-    key, things = several[0], item[several[0]]
-    parts = list(things.items()) if isinstance(things, dict) else list(things)
-    cut = (parts[: len(parts) // 2], parts[len(parts) // 2 :])
-    return [item | {key: dict(part) if isinstance(things, dict) else part} for part in cut]
+def _first(db: sqlite3.Connection, without: Sequence[str]) -> Batch | None:
+    marks = ", ".join("?" * len(without))
+    query = f"select id, place, item from items where kind not in ({marks}) order by place, id limit 1"
+    row = db.execute(query, without).fetchone()
+    if row is None:
+        return None
+    id_, place, item = row[0], row[1], json.loads(row[2])
+    ids = [id_]
+    if can_merge(item):
+        later = db.execute(
+            "select id, item from items where trial is ? and (place > ? or (place = ? and id > ?)) order by place, id",
+            (item["trial"], place, place, id_),
+        )
+        for next_id, text in later:
+            more = json.loads(text)
+            if not can_merge(more) or len(item["rows"]) + len(more["rows"]) > _MOST_ROWS:
+                break
+            ids.append(next_id)
+            item["rows"] += more["rows"]
+        later.close()
+    return Batch(tuple(ids), item)

@@ -1,11 +1,11 @@
 """The runs of one study in MLflow: found, made, written to and ended. MLflow is imported here only, and when needed.
 
-One run a trial under one parent run for the study, all with the tag `hpo.study`, a trial's with `hpo.trial`. COMPLETE
-ends as FINISHED, PRUNED as KILLED with the tag `hpo.state`, FAIL as FAILED with `hpo.error`; a trial that a successor
+One run a trial under one parent run for the study, all with the tags `hpo.study` and `hpo.trial`, and with
+`hpo.making`, which tells a study from another one of its name (two storages may share a tracking server). COMPLETE ends
+as FINISHED, PRUNED as KILLED with the tag `hpo.state`, FAIL as FAILED with `hpo.error`; a trial that a successor
 replaces is INTERRUPTED, which ends as KILLED.
 """
 
-import hashlib
 import logging
 import os
 import re
@@ -21,9 +21,9 @@ from filelock import FileLock
 
 from hpo.errors import InputError, masked
 from hpo.tracking.base import STATUS
-from hpo.tracking.outbox import FILES, Item
+from hpo.tracking.items import FILES, Item
+from hpo.tracking.values import MAX_PARAM, MAX_TAG, digest_of, legal_name, plain, same
 
-_MAX_PARAM, _MAX_TAG, _MAX_NAME = 6000, 5000, 250
 _REFUSED = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "NOT_FOUND")
 _UNCLEAR = ("BAD_REQUEST", "INTERNAL_ERROR")
 """What MLflow also says of a cut connection, a proxy's refusal, or a time-out: others must be taken meanwhile."""
@@ -37,8 +37,12 @@ class Runs:
     PEER_SECONDS = 5.0
     """How long to wait for the study's run where a peer has made the experiment: two would make it twice."""
 
-    def __init__(self, uri: str, study: str, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, uri: str, study: str, say: Callable[[str], None], *, making: str = "", adopts: bool = True
+    ) -> None:
+        """`making` and `adopts`: see `hpo.tracking.mlflow.open_tracker`."""
         self._uri, self._study, self._say = uri, study, say
+        self._making, self._adopts = making, adopts
         self._client: Any = None
         self._experiment = ""
         self._is_first = False
@@ -127,33 +131,61 @@ class Runs:
     def _find_or_make(self, trial: int | None, item: Item) -> str:
         mark = "study" if trial is None else str(trial)
         wait = trial is None and not self._is_first
+        parent = None if trial is None else self._id_of(None, item)
         end = time.monotonic() + (self.PEER_SECONDS if wait else 0.0)
-        while not (found := self._search(mark)) and time.monotonic() < end:
+        while not (found := self._search(mark, parent)) and time.monotonic() < end:
             time.sleep(0.2)
         if found:
-            run = min(found, key=lambda run: run.info.lifecycle_stage)  # active before deleted
-            if run.info.lifecycle_stage == "deleted":
-                self._client.restore_run(run.info.run_id)
-                which = "the study" if trial is None else f"trial {trial}"
-                self._say(f"tracking: the run of {which} was deleted, but is still written to: it is restored")
-            return run.info.run_id
+            return self._taken(trial, min(found, key=lambda run: run.info.lifecycle_stage))  # active before deleted
         tags = {"hpo.study": self._study, "hpo.trial": mark}
-        if trial is not None:
-            tags["mlflow.parentRunId"] = self._id_of(None, item)
+        tags |= {"hpo.making": self._making} if self._making else {}
+        tags |= {"mlflow.parentRunId": parent} if parent is not None else {}
         name = self._study if trial is None else f"trial {trial}"
         run = self._client.create_run(self._experiment, start_time=item["time"], tags=tags, run_name=name)
-        return run.info.run_id
+        return str(run.info.run_id)
 
-    def _search(self, mark: str) -> Sequence[Any]:
+    def _taken(self, trial: int | None, run: Any) -> str:
+        """Return the id of a run that was found: restored if it was deleted, marked as ours if it was not yet."""
+        run_id = str(run.info.run_id)
+        if run.info.lifecycle_stage == "deleted":
+            self._client.restore_run(run_id)
+            which = "the study" if trial is None else f"trial {trial}"
+            self._say(f"tracking: the run of {which} was deleted, but is still written to: it is restored")
+        if self._making and "hpo.making" not in run.data.tags:
+            self._client.set_tag(run_id, "hpo.making", self._making)
+        return run_id
+
+    def _search(self, mark: str, parent: str | None) -> Sequence[Any]:
+        """Return the runs with that mark that are this study's: of its making, else as an older version left them.
+
+        Those are of no making: a trial's under the study's own run, the study's own where it `adopts` one.
+        """
+        of_mark = f"tags.`hpo.trial` = '{mark}'"
+        if not self._making:
+            return self._all_runs(of_mark)
+        if found := self._all_runs(f"{of_mark} and tags.`hpo.making` = '{self._making}'"):
+            return found
+        if parent is None and not self._adopts:
+            return []
+        under = "" if parent is None else f" and tags.`mlflow.parentRunId` = '{parent}'"
+        return [run for run in self._all_runs(of_mark + under) if "hpo.making" not in run.data.tags]
+
+    def _all_runs(self, query: str) -> list[Any]:
         from mlflow.entities import ViewType
 
-        return self._client.search_runs([self._experiment], f"tags.`hpo.trial` = '{mark}'", ViewType.ALL, 10)
+        found: list[Any] = []
+        token = None
+        while token is None or token:
+            page = self._client.search_runs([self._experiment], query, ViewType.ALL, 1000, page_token=token)
+            found += page
+            token = page.token or ""
+        return found
 
     def _start(self, item: Item) -> None:
         from mlflow.entities import Param
 
         run = self._id_of(item["trial"], item)
-        params = [Param(self._legal(key), _plain(x, _MAX_PARAM)) for key, x in item.get("params", {}).items()]
+        params = [Param(self._legal(key), plain(x, MAX_PARAM)) for key, x in item.get("params", {}).items()]
         for start in range(0, len(params), 100):
             self._client.log_batch(run, params=params[start : start + 100])
         self._tag(run, item.get("tags", {}))
@@ -163,7 +195,7 @@ class Runs:
     def _tag(self, run: str, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        made = [RunTag(self._legal(key), _plain(value, _MAX_TAG)) for key, value in tags.items()]
+        made = [RunTag(self._legal(key), plain(value, MAX_TAG)) for key, value in tags.items()]
         for start in range(0, len(made), 100):
             self._client.log_batch(run, tags=made[start : start + 100])
 
@@ -174,7 +206,7 @@ class Runs:
         rows = [(self._legal(key), float(value), when, step) for key, value, when, step in item["rows"]]
         if item["trial"] is None:  # those of the study's end are told again where it is unclear if they were
             there = self._client.get_run(run).data.metrics
-            rows = [row for row in rows if not _same(there.get(row[0]), row[1])]
+            rows = [row for row in rows if not same(there.get(row[0]), row[1])]
         for start in range(0, len(rows), 1000):
             self._client.log_batch(run, metrics=[Metric(*row) for row in rows[start : start + 1000]])
 
@@ -189,31 +221,30 @@ class Runs:
 
     def _reconcile(self, item: Item) -> None:
         """End the runs of ended trials that are open, or that have another end; most are FINISHED and right."""
-        wrong, token = [], None
-        while token is None or token:
-            page = self._client.search_runs(
-                [self._experiment], "attributes.status != 'FINISHED'", max_results=1000, page_token=token
-            )
-            for run in page:
-                state, error = item["ends"].get(run.data.tags.get("hpo.trial"), (None, None))
-                if state is not None and (run.info.status, run.data.tags.get("hpo.state")) != (STATUS[state], state):
-                    wrong.append((run.info, state, error))
-            token = page.token or ""
-        for info, state, error in wrong:  # only now: a page is a place in what is searched for
-            self._tag(info.run_id, end_tags(state, error))
-            self._client.set_terminated(info.run_id, STATUS[state], end_time=info.end_time or item["time"])
+        parents = {self.ids[None]} if None in self.ids else {run.info.run_id for run in self._search("study", None)}
+        for run in self._all_runs("attributes.status != 'FINISHED'"):
+            tags = run.data.tags
+            state, error = item["ends"].get(tags.get("hpo.trial"), (None, None))
+            is_ours = not self._making or tags.get("hpo.making") == self._making
+            if "hpo.making" not in tags:
+                is_ours = is_ours or tags.get("mlflow.parentRunId") in parents
+            is_right = (run.info.status, tags.get("hpo.state")) == (STATUS.get(state), state)
+            if is_ours and state is not None and not is_right and run.info.lifecycle_stage == "active":
+                self._tag(run.info.run_id, end_tags(state, error))
+                end = run.info.end_time or item["time"]
+                self._client.set_terminated(run.info.run_id, STATUS[state], end_time=end)
 
     def _texts(self, item: Item) -> None:
         run = self._id_of(item["trial"], item)
         for name, text in item["texts"].items():
-            self._client.log_text(run, _plain(text, sys.maxsize), name)
+            self._client.log_text(run, plain(text, sys.maxsize), name)
 
     def _folder(self, item: Item) -> None:
         """Send the files of a folder, unless they are there: a tag with their digest is set once all are."""
         folder, run = Path(item["folder"]), self._id_of(None, item)
         if not folder.is_dir():
             return
-        mark, digest = f"hpo.files.{item['name']}", _digest(folder)
+        mark, digest = f"hpo.files.{item['name']}", digest_of(folder)
         there = len(self._client.list_artifacts(run, item["name"]))
         if there and self._client.get_run(run).data.tags.get(mark) == digest:
             return
@@ -228,39 +259,6 @@ class Runs:
         return legal
 
 
-def legal_name(name: str) -> str:
-    """Return `name` as MLflow takes it. What had to be changed ends in a digest of it, so that two names stay two."""
-    plain = re.sub(r"[^/\w.\- :]", "_", name)
-    plain = "/".join(part for part in plain.split("/") if part not in ("", ".", ".."))  # as paths are shortened
-    if plain == name and 0 < len(name) <= _MAX_NAME:
-        return name
-    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
-    return f"{plain[: _MAX_NAME - 9]}_{digest}"
-
-
-def _plain(text: str, most: int) -> str:
-    """Return `text` as every database takes it."""
-    return text[:most].replace("\0", "\\0").encode(errors="backslashreplace").decode()[:most]
-
-
-def _same(one: float | None, two: float) -> bool:
-    """Whether MLflow would keep both values as the same: it has no infinity."""
-    if one is None or one != one or two != two:
-        return one is not None and one != one and two != two
-    most = sys.float_info.max
-    return max(-most, min(most, one)) == max(-most, min(most, two))
-
-
-def _digest(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{file.relative_to(folder)}\0{file.stat().st_size}\0".encode(errors="surrogateescape"))
-        with file.open("rb") as content:
-            for block in iter(lambda: content.read(1 << 20), b""):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 def sqlite_path(uri: str) -> Path | None:
     """Return the file of a `sqlite:///` address; None for any other."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
@@ -268,7 +266,7 @@ def sqlite_path(uri: str) -> Path | None:
 
 def end_tags(state: str, error: str | None) -> dict[str, str]:
     """Return what a trial's run is tagged with at its end."""
-    return {"hpo.state": state} | ({"hpo.error": masked(error[: 2 * _MAX_TAG])[:_MAX_TAG]} if error else {})
+    return {"hpo.state": state} | ({"hpo.error": masked(error[: 2 * MAX_TAG])[:MAX_TAG]} if error else {})
 
 
 def cause(error: Exception) -> str:
@@ -284,7 +282,7 @@ def _now() -> int:
 def require_mlflow(uri: str) -> None:
     """Import MLflow, with its own long waits cut. Raises InputError where it is not there."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # its own 7 retries of 120 s stall the trainer
+    os.environ.setdefault("MLFLOW_HTTP_REQUESTMAX_RETRIES", "1")  # its own 7 retries of 120 s stall the trainer
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     try:
         import mlflow  # noqa: F401

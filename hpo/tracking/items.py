@@ -1,0 +1,97 @@
+"""What a tracker is told, as items of plain values that can be kept in a file and sent later, twice without harm.
+
+An item has `do` (its kind), `trial` (Optuna's number; None: the study), `time` (in ms), and what its kind needs.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from hpo.tracking.base import STATUS
+
+Item = dict[str, Any]
+FILES = ("texts", "folder")
+"""Kinds of items that go to a store of their own, which may be away while the rest works; their order is free."""
+
+
+def is_item(value: Any) -> bool:
+    """Whether `value`, read from a file that anything may have happened to, is an item that can be sent."""
+    if not isinstance(value, dict) or not isinstance(value.get("do"), str) or value["do"] not in _KINDS:
+        return False
+    if "trial" not in value or not (value["trial"] is None or _is_count(value["trial"])):
+        return False
+    return _is_count(value.get("time")) and _KINDS[value["do"]](value)
+
+
+def as_left(item: Item) -> Iterator[Item]:
+    """Give `item` as what a process left that is gone: it neither opens the study's run nor ends it again."""
+    texts = item.pop("texts", None) if item["do"] == "start" else None  # as older versions had them
+    item.pop("status", None) if item["do"] == "start" else None
+    yield item | {"left": True}
+    if texts:
+        yield {"do": "texts", "trial": item["trial"], "time": item["time"], "texts": texts, "left": True}
+
+
+def can_merge(item: Item) -> bool:
+    """Whether more metrics of the same trial may be sent with `item`, in one call."""
+    return item["do"] == "metrics" and set(item) <= {"do", "trial", "time", "rows", "left"}
+
+
+def halves(item: Item) -> list[Item]:
+    """Return two items that say what `item` says, or nothing where it says one thing only."""
+    several = [key for key in ("rows", "params", "tags", "texts", "ends") if item.get(key)]
+    if len(several) > 1:
+        return [item | {key: {} for key in several[1:]}, item | {several[0]: {}}]
+    if not several or len(item[several[0]]) < 2:
+        return []
+    key, things = several[0], item[several[0]]
+    parts = list(things.items()) if isinstance(things, dict) else list(things)
+    cut = (parts[: len(parts) // 2], parts[len(parts) // 2 :])
+    return [item | {key: dict(part) if isinstance(things, dict) else part} for part in cut]
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(x, str) for pair in value.items() for x in pair)
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, list | tuple) or len(row) != 4:
+        return False
+    key, value, when, step = row
+    is_number = isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+    return isinstance(key, str) and is_number and _is_count(when) and type(step) is int and abs(step) < 2**63
+
+
+def _is_end(end: Any) -> bool:
+    return (
+        isinstance(end, list | tuple)
+        and len(end) == 2
+        and isinstance(end[0], str)
+        and end[0] in STATUS
+        and isinstance(end[1], str | None)
+    )
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"\w[\w.-]{0,200}", name) is not None
+
+
+_KINDS: Mapping[str, Callable[[Item], bool]] = {
+    "start": lambda item: (
+        all(_are_texts(item.get(key, {})) for key in ("params", "tags", "texts"))
+        and all(map(_is_file_name, item.get("texts", {})))
+        and item.get("status") in (None, "RUNNING")
+    ),
+    "texts": lambda item: _are_texts(item.get("texts")) and all(map(_is_file_name, item["texts"])),
+    "metrics": lambda item: isinstance(item.get("rows"), list) and all(map(_is_row, item["rows"])),
+    "end": lambda item: item.get("status") in STATUS.values() and _are_texts(item.get("tags")),
+    "folder": lambda item: isinstance(item.get("folder"), str) and _is_file_name(item.get("name")),
+    "reconcile": lambda item: (
+        isinstance(item.get("ends"), dict)
+        and all(isinstance(trial, str) and _is_end(end) for trial, end in item["ends"].items())
+    ),
+}

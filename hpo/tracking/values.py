@@ -1,0 +1,42 @@
+"""Names, texts and numbers as MLflow and its databases take them."""
+
+import hashlib
+import re
+import sys
+from pathlib import Path
+
+MAX_PARAM, MAX_TAG, MAX_NAME = 6000, 5000, 250
+
+
+def legal_name(name: str) -> str:
+    """Return `name` as MLflow takes it. What had to be changed ends in a digest of it, so that two names stay two."""
+    legal = re.sub(r"[^/\w.\- :]", "_", name)
+    legal = "/".join(part for part in legal.split("/") if part not in ("", ".", ".."))  # as paths are shortened
+    if legal == name and 0 < len(name) <= MAX_NAME:
+        return name
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{legal[: MAX_NAME - 9]}_{digest}"
+
+
+def plain(text: str, most: int) -> str:
+    """Return `text` as every database takes it."""
+    return text[:most].replace("\0", "\\0").encode(errors="backslashreplace").decode()[:most]
+
+
+def same(one: float | None, two: float) -> bool:
+    """Whether MLflow would keep both values as the same: it has no infinity."""
+    if one is None or one != one or two != two:
+        return one is not None and one != one and two != two
+    most = sys.float_info.max
+    return max(-most, min(most, one)) == max(-most, min(most, two))
+
+
+def digest_of(folder: Path) -> str:
+    """Return a SHA-256 over the names, sizes and contents of the files in `folder`."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{file.relative_to(folder)}\0{file.stat().st_size}\0".encode(errors="surrogateescape"))
+        with file.open("rb") as content:
+            for block in iter(lambda: content.read(1 << 20), b""):
+                digest.update(block)
+    return digest.hexdigest()
