@@ -7,6 +7,7 @@ key, its type, its default, its docstring. A line `<!-- api: NAME, NAME -->` bec
 
 import ast
 import inspect
+import itertools
 import re
 import textwrap
 import types
@@ -48,7 +49,7 @@ def _docstrings(cls: type) -> dict[str, str]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     body = tree.body[0].body  # type: ignore[attr-defined]
     found = {}
-    for field, below in zip(body, body[1:], strict=False):
+    for field, below in itertools.pairwise(body):
         if (
             isinstance(field, ast.AnnAssign)
             and isinstance(field.target, ast.Name)
