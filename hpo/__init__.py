@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hpo.api import check, open_study, run
+    from hpo.api import adopt, check, open_study, run
     from hpo.errors import DataError, ExportError, HpoError, InputError, Interrupted, SpecError, StorageError
     from hpo.export.loading import load_bundle
     from hpo.report.results import Study
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _HOMES = {
-    "hpo.api": ("check", "open_study", "run"),
+    "hpo.api": ("adopt", "check", "open_study", "run"),
     "hpo.errors": ("DataError", "ExportError", "HpoError", "InputError", "Interrupted", "SpecError", "StorageError"),
     "hpo.export.loading": ("load_bundle",),
     "hpo.report.results": ("Study",),
@@ -49,6 +49,7 @@ __all__ = [
     "Standardize",
     "StorageError",
     "Study",
+    "adopt",
     "check",
     "load_bundle",
     "open_study",

@@ -23,6 +23,7 @@ from hpo.runner.opening import open_or_make, torch_set
 from hpo.runner.prepare import Given, Plan, prepare, prepare_values
 from hpo.runner.progress import PlainProgress, Progress, Refresh, state_of
 from hpo.runner.study import StudyFile, WorkerOptions
+from hpo.search import adoption
 from hpo.study import catalog, spec
 from hpo.study.document import of_values
 from hpo.study.objective import Objective
@@ -108,6 +109,45 @@ def open_study(name_or_path: str | Path, storage: str | None = None) -> Study:
         return Study(draft.spec.name, draft.spec.storage)
     default = str(spec.StudySpec.model_fields["storage"].default)
     return Study(str(name_or_path), default if storage is None else storage)
+
+
+def adopt(study: Named, source: Any, source_name: str | None = None, *, quiet: bool = False, **overrides: Any) -> int:
+    """Give a study the trials of an existing Optuna study as history for its sampler; return how many were taken.
+
+    `source` is an `optuna.Study`, or the address of a storage with the study `source_name` in it. Complete trials whose
+    params the study's space could have given are taken, once; they hold no slot of the budget, are in no table and are
+    never the best. Others are left out, and it is said why. The other arguments are as for `hpo.run`; adopt before it
+    is run, or in between.
+
+    Raises InputError where there is no such study, or it goes in the other direction.
+
+    >>> import optuna
+    >>> optuna.logging.set_verbosity(optuna.logging.WARNING)
+    >>> def old(trial):
+    ...     return trial.suggest_float("x", 0, 1) ** 2
+    >>> earlier = optuna.create_study(study_name="earlier")
+    >>> earlier.optimize(old, n_trials=12)
+    >>> hpo.adopt(old, earlier, tracking="off", quiet=True)
+    12
+    >>> hpo.run(old, trials=3, tracking="off", quiet=True).counts.complete
+    3
+    """
+    plan, file = _prepared(study, overrides, alone=True)
+    with file, torch_set(plan), ExitStack() as stack:
+        if not quiet:
+            stack.enter_context(_shown())
+        if isinstance(source, str):
+            if source_name is None:
+                raise InputError(f"source_name: give the name of the study in {masked(source)}")
+            trials, called = adoption.trials_of(source, source_name, maximize=plan.maximize), source_name
+        elif hasattr(source, "get_trials") and hasattr(source, "directions"):
+            adoption.require_alike(source, maximize=plan.maximize)
+            trials, called = source.get_trials(), source.study_name
+        else:
+            raise InputError(f"source: must be an optuna.Study or a storage's address, but got {source!r:.100}")
+        search = open_or_make(plan)
+        stack.callback(search.close)
+        return studies.adopt(plan, search, trials, called)
 
 
 def _prepared(

@@ -35,6 +35,7 @@ PUBLIC = [
     "Standardize",
     "StorageError",
     "Study",
+    "adopt",
     "check",
     "load_bundle",
     "open_study",

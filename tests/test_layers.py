@@ -114,7 +114,7 @@ def test_mlflow_is_imported_only_when_first_used() -> None:
     assert importlib.util.find_spec("mlflow") is not None, "else that says nothing"
 
 
-COMMANDS = ("run", "check", "status", "export", "worker", "repair", "serve", "objectives")
+COMMANDS = ("run", "check", "status", "export", "worker", "repair", "serve", "adopt", "objectives")
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
@@ -204,6 +204,7 @@ def test_the_surface_is_frozen() -> None:
         },
         "repair": {"--storage", "--tracking", "--set", "--json"},
         "serve": {"--port", "--host", "--storage", "--set"},
+        "adopt": {"--from", "--study", "--storage", "--set"},
         "objectives": set(),
     }
 

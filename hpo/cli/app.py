@@ -177,6 +177,23 @@ def export(
 
 
 @app.command()
+def adopt(
+    study: Study,
+    source: Annotated[str, typer.Option("--from", metavar="STORAGE", help="The storage of an Optuna study.")],
+    name: Annotated[str, typer.Option("--study", help="Its name there.")],
+    storage: Storage = None,
+    set_: Set = None,
+) -> None:
+    """Give a study the trials of an existing Optuna study, as history for its sampler; they are no trials of its own.
+
+    Example: hpo adopt wine.yaml --from sqlite:///old.db --study first_try
+    """
+    from hpo.cli import commands
+
+    commands.adopt(study, _overrides(set_, storage=storage), source, name)
+
+
+@app.command()
 def objectives() -> None:
     """List the objectives there are, one line each.
 

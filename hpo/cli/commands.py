@@ -20,6 +20,7 @@ from hpo.runner.prepare import Plan, prepare
 from hpo.runner.progress import PlainProgress, Progress, ProgressState, Refresh, duration, shown, state_of
 from hpo.runner.refit import Outcome, outcome
 from hpo.runner.study import StudyFile, WorkerOptions
+from hpo.search import adoption
 from hpo.search.search import Search
 from hpo.search.storage import serve_storage
 from hpo.search.view import Best, StudyView
@@ -76,6 +77,16 @@ def repair(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
             f"{counts.waiting} waiting; the runs in {masked(plan.spec.tracking)} say the same"
         )
         return _summary(plan, seen, seen.best(), None)
+
+
+def adopt(path: Path, overrides: Mapping[str, str], source: str, name: str) -> None:
+    """`hpo adopt`."""
+    with _screen(), ExitStack() as stack:
+        plan = _prepared(path, overrides, stack)
+        trials = adoption.trials_of(source, name, maximize=plan.maximize)
+        search = open_or_make(plan)
+        stack.callback(search.close)
+        studies.adopt(plan, search, trials, name)
 
 
 def serve(path: Path, overrides: Mapping[str, str], host: str, port: int) -> None:

@@ -15,7 +15,7 @@ from hpo.search import schema
 from hpo.search.budget import Counts, count, holders, worker_of
 from hpo.search.curves import from_json
 from hpo.search.storage import close_storage, exists, open_storage
-from hpo.search.view import Best
+from hpo.search.view import Best, own
 
 _OR = ":or"
 """How the name ends under which Optuna stores the branch of a parameter with an `or`."""
@@ -88,7 +88,7 @@ class Study:
         Raises InputError where the study has no such trial.
         """
         with self._opened() as study:
-            trials = {each.number: each for each in study.get_trials(deepcopy=False)}
+            trials = {each.number: each for each in own(study.get_trials(deepcopy=False))}
         if trial not in trials:
             last = f"its trials are 0 to {max(trials)}" if trials else "it has none yet"
             raise InputError(f"study {self.name!r} has no trial {trial!r}; {last}")
@@ -106,7 +106,7 @@ class Study:
     def counts(self) -> Counts:
         """How many trials of the budget are complete, pruned, failed, running, waiting; `finished`, `unfinished`."""
         with self._opened() as study:
-            return count(holders(study.get_trials(deepcopy=False)), _budget(study))
+            return count(holders(own(study.get_trials(deepcopy=False))), _budget(study))
 
     @property
     def bundle(self) -> Path | None:
@@ -145,7 +145,7 @@ class Study:
 
     def _trials(self) -> list[FrozenTrial]:
         with self._opened() as study:
-            return holders(study.get_trials(deepcopy=False))
+            return holders(own(study.get_trials(deepcopy=False)))
 
     def _result(self) -> Mapping[str, Any]:
         with self._opened() as study:
@@ -183,4 +183,4 @@ def _budget(study: optuna.Study) -> int:
     try:
         return int(json.loads(study.user_attrs[schema.STUDY_FILE])["trials"])
     except (KeyError, TypeError, ValueError):
-        return len(holders(study.get_trials(deepcopy=False)))
+        return len(holders(own(study.get_trials(deepcopy=False))))

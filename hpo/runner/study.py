@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ from hpo.runner.refit import (
     tracker_of,
 )
 from hpo.runner.worker import INTERRUPTED, work
-from hpo.search import schema
+from hpo.search import adoption, schema
 from hpo.search.away import StorageAway
 from hpo.search.search import Search
 from hpo.search.storage import close_storage, open_storage
@@ -208,6 +209,15 @@ def repair(plan: Plan, search: Search) -> StudyView:
     seen = checkpoints.settle_weights(plan, search, log.info)
     settle_runs(plan, search, log.info, always=True)
     return seen
+
+
+def adopt(plan: Plan, search: Search, trials: Sequence[Any], source: str) -> int:
+    """Add another study's `trials` as history for the sampler; return how many, and log why others are left out."""
+    n, left_out = adoption.adopt(search.study, search.storage, plan.spec.storage, plan.space, trials, source)
+    log.info("%s: %d of %d trials of %s are history for the sampler now", plan.spec.name, n, len(trials), source)
+    for reason, times in left_out.most_common():
+        log.info("  left out: %d trials, %s", times, reason)
+    return n
 
 
 def export(plan: Plan, search: Search, seen: StudyView, number: int | None, folder: Path | None) -> Outcome:

@@ -56,6 +56,8 @@ JOINED = "joined"
 """The round of its stack, from 0, in which it started, where that is not the first: it had that round's batches."""
 RUN_ID = "mlflow_run_id"
 """The id of its run in MLflow."""
+ADOPTED = "hpo:adopted"
+"""`study#number` of the trial of another study that it is: history for the sampler, no trial of the budget."""
 CURVES = "curves"
 """Its metrics by name, each a list with one number an epoch (`hpo.search.curves`)."""
 

@@ -47,8 +47,11 @@ class TrialReader:
         self._sound: set[int] = set()
 
     def read(self) -> list[FrozenTrial]:
-        """Return all trials of the study. Raises StorageError for one that hpo cannot have written, StorageAway."""
-        trials = self._storage.get_all_trials(self._study_id, deepcopy=False)
+        """Return all trials of the study, but for adopted ones, which only its sampler sees.
+
+        Raises StorageError for one that hpo cannot have written, StorageAway.
+        """
+        trials = own(self._storage.get_all_trials(self._study_id, deepcopy=False))
         for trial in trials:
             if trial.number in self._sound:
                 continue
@@ -57,6 +60,11 @@ class TrialReader:
             if trial.state.is_finished():
                 self._sound.add(trial.number)
         return trials
+
+
+def own(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Return those of a study's trials that it had itself; the others are another study's, adopted as history."""
+    return [trial for trial in trials if schema.ADOPTED not in trial.user_attrs]
 
 
 def foreign(number: int, spec: StudySpec, wrong: str) -> StorageError:

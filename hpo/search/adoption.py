@@ -1,0 +1,126 @@
+"""Trials of another Optuna study as history: the sampler sees them, the budget and the results do not.
+
+Each is added to the study as a COMPLETE trial that bears the mark `schema.ADOPTED`, and with the distributions of this
+study's own space, so that a sampler takes it for one of its own.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from hpo.errors import InputError, did_you_mean, masked
+from hpo.search import schema
+from hpo.search.retrying import RetryingStorage, locked
+from hpo.search.storage import close_storage, exists, open_storage
+from hpo.study.space import Dimension, FreeSpace, Space, same
+from hpo.study.spec import Categorical
+
+
+def trials_of(url: str, name: str, *, maximize: bool) -> list[FrozenTrial]:
+    """Return all trials of study `name` in the storage at `url`. Raises InputError, StorageError."""
+    if not exists(url):
+        raise InputError(f"there is no storage {masked(url)}")
+    storage = open_storage(url)
+    try:
+        names = [study.study_name for study in storage.get_all_studies()]
+        if name not in names:
+            raise InputError(f"the storage {masked(url)} has no study {name!r}{did_you_mean(name, names)}")
+        study = optuna.load_study(study_name=name, storage=storage)
+        require_alike(study, maximize=maximize)
+        return study.get_trials()
+    finally:
+        close_storage(storage)
+
+
+def require_alike(study: optuna.Study, *, maximize: bool) -> None:
+    """Raise InputError where the values of `study` do not compare with those of the one that adopts its trials."""
+    if len(study.directions) > 1:
+        raise InputError(f"study {study.study_name!r} has {len(study.directions)} objectives; hpo's has one")
+    if (study.direction == optuna.study.StudyDirection.MAXIMIZE) != maximize:
+        here = "maximize" if maximize else "minimize"
+        raise InputError(f"study {study.study_name!r} goes to {study.direction.name.lower()}, this one to {here}")
+
+
+def as_history(
+    trials: Sequence[FrozenTrial], space: Space, source: str, adopted: Sequence[FrozenTrial]
+) -> tuple[list[FrozenTrial], Counter[str]]:
+    """Return those of `trials` that `space` could have given, to be added, and how many were left out, by the reason.
+
+    `source` names the study they come from; what stands in `adopted` already is left out too.
+    """
+    there = {trial.user_attrs[schema.ADOPTED] for trial in adopted}
+    history, left_out = [], Counter[str]()
+    for trial in trials:
+        mark = f"{source}#{trial.number}"
+        reason = _why_not(trial, space)
+        if reason is not None or mark in there:
+            left_out[reason or "adopted before"] += 1
+            continue
+        free = isinstance(space, FreeSpace)
+        params, distributions = (trial.params, trial.distributions) if free else _fitted(trial.params, space)
+        history.append(
+            create_trial(
+                state=TrialState.COMPLETE,
+                value=trial.value,
+                params=params,
+                distributions=distributions,
+                user_attrs={schema.ADOPTED: mark},
+            )
+        )
+    return history, left_out
+
+
+def _why_not(trial: FrozenTrial, space: Space) -> str | None:
+    """Return why a trial is not one that `space` could have given; None: it is."""
+    if schema.ADOPTED in trial.user_attrs:
+        return "adopted from elsewhere itself"
+    if trial.state != TrialState.COMPLETE or trial.value is None:
+        return f"not complete ({trial.state.name})"
+    if isinstance(space, FreeSpace):
+        return None
+    for name, value in space.fixed.items():
+        if name in trial.params and trial.params[name] != value:
+            return f"{name} is fixed here at another value"
+    params = {**space.fixed, **trial.params}
+    for dimension in space.dimensions:
+        if not dimension.applies(params):
+            continue
+        if dimension.name not in trial.params:
+            return f"it has no {dimension.name}"
+        if not dimension.takes(trial.params[dimension.name]):
+            return f"its {dimension.name} is outside of the range here"
+    return None
+
+
+def _fitted(params: Mapping[str, Any], space: Space) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
+    """Return a trial's params as this study would have asked for them, with their distributions."""
+    applying = {d.name: _value(d, params[d.name]) for d in space.dimensions if d.applies({**space.fixed, **params})}
+    asked = space.queued(applying)
+    known: dict[str, BaseDistribution] = {}
+    for dimension in space.dimensions:
+        known[dimension.name] = dimension.distribution
+        if dimension.branch is not None:
+            known[dimension.branch_name] = dimension.branch
+    return asked, {name: known[name] for name in asked}
+
+
+def _value(dimension: Dimension, value: Any) -> Any:
+    """Return a value as this study's distribution has it: of choices the one that is meant."""
+    if isinstance(dimension.searched, Categorical):
+        return next(choice for choice in dimension.searched.choices if same(value, choice))
+    return value
+
+
+def adopt(
+    study: optuna.Study, storage: RetryingStorage, url: str, space: Space, trials: Sequence[FrozenTrial], source: str
+) -> tuple[int, Counter[str]]:
+    """Add `trials` to `study` as history; return how many were added, and how many not, by the reason."""
+    with locked(storage, url):
+        adopted = [trial for trial in study.get_trials(deepcopy=False) if schema.ADOPTED in trial.user_attrs]
+        history, left_out = as_history(trials, space, source, adopted)
+        study.add_trials(history)
+    return len(history), left_out
