@@ -9,14 +9,16 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics.regression import MeanSquaredError
 
-from hpo.stacks.vmap_stack import NotStackable, VmapStack
+from hpo.stacks.candidate import NotStackable
+from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.data import DataInfo, Split
 from hpo.study.objective import Objective
-from hpo.training import stack as stacks
+from hpo.training import evaluation
 from hpo.training.batches import Batches
 from hpo.training.loop import order
+from hpo.training.loop_stack import LoopStack
 from hpo.training.memory import is_out_of_memory
-from hpo.training.stack import LoopStack, Member, Task
+from hpo.training.stack import Member, Task
 
 CPU = torch.device("cpu")
 INFO = DataInfo(inputs={"x": (3,), "z": (2,)}, input_dtypes={"x": "float64", "z": "float64"})
@@ -111,7 +113,7 @@ def run(stack, rounds):
     """Train the stack's members for these rounds; return the losses of each step."""
     data = Batches(split(), CPU)
     return [
-        stack.step(inputs, targets) for r in rounds for inputs, targets in data.batches(BATCH_SIZE, order(N_ROWS, 7, r))
+        stack.step(inputs, targets) for r in rounds for inputs, targets in data.epoch(BATCH_SIZE, order(N_ROWS, 7, r))
     ]
 
 
@@ -191,7 +193,7 @@ class TestContract:
         assert_same(stack.state(each), alone(each, "adam", range(3))[0])
 
     def test_metrics_are_of_the_whole_set_in_evaluation_mode(self, make, monkeypatch):
-        monkeypatch.setattr(stacks, "EVALUATION_ROWS", 7)
+        monkeypatch.setattr(evaluation, "EVALUATION_ROWS", 7)
         stack, members, valid = make(), [member(0), member(1)], split(1)
         for each in members:
             stack.join(each)
@@ -314,7 +316,7 @@ def test_gathered_gradients_are_those_of_all_rows_at_once(batch_size, n, schedul
         stack.join(each)
         feed = Batches(split(), CPU)
         for epoch in range(3):
-            for inputs, targets in feed.batches(params["batch_size"], order(N_ROWS, 0, epoch)):
+            for inputs, targets in feed.epoch(params["batch_size"], order(N_ROWS, 0, epoch)):
                 stack.step(inputs, targets)
         return stack.state(each)
 

@@ -10,7 +10,7 @@ from hpo.runner.worker import work
 from hpo.search.search import open_search
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.tracking.base import MemoryTracker
-from tests.test_worker import Screen
+from tests.screens import Screen
 
 NETWORK = '''
 """Small networks of widths of their own, in double precision."""

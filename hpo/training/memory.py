@@ -74,14 +74,14 @@ def most_to_look_at() -> int:
     return int(_ONE_TO_LOOK_AT * free_bytes(torch.device("cpu")))
 
 
-class Within(TorchDispatchMode):
+class Within(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not annotate __init_subclass__
     """A context in which a tensor that the machine has no memory for is not made: MemoryError is raised instead.
 
     So is one with which those that were made would be more than `most` bytes in all.
     """
 
     def __init__(self, most: float = math.inf) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self._most, self._made = most, 0
         self._reserve: float | None = None
 
@@ -113,10 +113,10 @@ def shown(size: float) -> str:
 
 def _size_of_new(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """Return how many bytes of the machine's memory an operation that makes a tensor of a given size takes."""
-    place = _place_of_size(func)
-    if place is None or torch.device(kwargs.get("device") or "cpu").type != "cpu":
+    index = _index_of_size(func)
+    if index is None or torch.device(kwargs.get("device") or "cpu").type != "cpu":
         return 0
-    size = args[place] if place < len(args) else kwargs.get("size", ())
+    size = args[index] if index < len(args) else kwargs.get("size", ())
     like = next((x for x in args if isinstance(x, torch.Tensor)), None)
     if like is not None and like.device.type != "cpu" and kwargs.get("device") is None:
         return 0
@@ -125,7 +125,7 @@ def _size_of_new(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> i
 
 
 @cache
-def _place_of_size(func: Callable[..., Any]) -> int | None:
+def _index_of_size(func: Callable[..., Any]) -> int | None:
     """Return which of an operation's arguments is the size of the tensor that it makes; None: it makes none so."""
     schema = func._schema  # type: ignore[attr-defined]
     if any(result.alias_info is not None for result in schema.returns):
