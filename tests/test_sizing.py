@@ -271,6 +271,29 @@ def test_a_study_that_goes_on_goes_on_as_it_began(study, monkeypatch: pytest.Mon
     assert (again.notes, len(values)) == (first.notes, 9)
 
 
+def test_a_size_that_an_earlier_version_stored_is_that_of_this_one() -> None:
+    """Version 0.1 called the padding `grain`; what nobody has ever stored is refused, and chosen again."""
+    earlier = {"capacity": 3, "stacked": True, "grain": "coarse", "shared": 0.5, "threads": None, "why": "because"}
+    size = StackSize(capacity=3, stacked=True, padding="coarse", shared=0.5, why="because")
+    assert StackSize.stored(earlier) == StackSize.stored(asdict(size)) == size
+    with pytest.raises(TypeError):
+        StackSize.stored(earlier | {"depth": 3})
+
+
+def test_a_study_that_an_earlier_version_sized_is_resumed_as_it_began(study, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = StackSize(capacity=3, stacked=True, padding="coarse", shared=0.5, why="because")
+    monkeypatch.setattr(Sizing, "choose", lambda self: chosen)
+    monkeypatch.setattr(
+        "hpo.runner.worker.asdict",
+        lambda size: {"grain" if name == "padding" else name: value for name, value in asdict(size).items()},
+    )
+    _, remembered, _ = run(study)
+    assert remembered["choice"]["grain"] == "coarse"
+    monkeypatch.setattr(Sizing, "choose", None)
+    again, _, values = run(study, TEXT.replace("trials: 6", "trials: 9"))
+    assert (again.notes, len(values)) == (["stack: because"], 9)
+
+
 @pytest.mark.parametrize(("sampler", "most"), [("random", 40), ("tpe", 10), ("gp", 10), ("qmc", 40)])
 def test_a_sampler_that_learns_has_some_rounds(study, monkeypatch, sampler: str, most: int) -> None:
     seen = []

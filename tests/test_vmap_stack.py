@@ -16,7 +16,7 @@ from hpo.stacks.padding import Padder, unpadded
 from hpo.stacks.state import StackState
 from hpo.stacks.structure import RateDropout, common_structure
 from hpo.stacks.vmap_stack import VmapStack
-from hpo.stacks.vmap_step import Execution, Run, VmapStep
+from hpo.stacks.vmap_step import Execution, Run, VmapStep, has_compiler
 from hpo.study.data import Split
 from hpo.study.losses import cross_entropy
 from hpo.study.objective import Objective
@@ -76,6 +76,7 @@ def mlp(params: Any) -> nn.Module:
 
 
 ARCHITECTURES: dict[str, Callable[[Any], nn.Module]] = {
+    "two_layers": lambda p: nn.Sequential(nn.Linear(8, 3), nn.Tanh(), nn.Linear(3, 1)),
     "mlp": mlp,
     "wide_and_deep": lambda p: Wide(),
     "conv_batchnorm": lambda p: nn.Sequential(
@@ -154,6 +155,26 @@ def test_members_have_the_curves_they_would_have_alone(architecture: str, execut
     for member in expected:
         alone |= fit(loop(), [member], architecture)
     assert_equal(got, expected, got_weights, alone)
+
+
+def test_a_small_compiled_step_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fast one of those below: two layers, two members."""
+    if not has_compiler(CPU):
+        pytest.skip("torch compiles for a CPU with a C++ compiler, and there is no `c++` on the PATH")
+    compiled, real = [], VmapStep._compiled
+
+    def compile_it(self: VmapStep, run: Run, *arguments: Any) -> Run:
+        made = real(self, run, *arguments)
+        compiled.append(made is not run)  # it is `run`, where the compiler does not work
+        return made
+
+    monkeypatch.setattr(VmapStep, "_compiled", compile_it)
+    got, expected = members("two_layers", 2), members("two_layers", 2)
+    made = stack("two_layers", 2, "compiled")
+    got_weights = fit(made, got, "two_layers")
+    assert compiled == [True]  # not for the epoch's last, smaller batch
+    assert made.is_compiled(2)
+    assert_equal(got, expected, got_weights, fit(loop(2), expected, "two_layers"))
 
 
 @pytest.mark.slow

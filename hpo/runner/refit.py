@@ -13,6 +13,7 @@ from hpo.errors import ExportError, HpoError, Interrupted, masked
 from hpo.export.bundle import FILES, Model, export
 from hpo.runner.custom import TrialReporter, train_custom
 from hpo.runner.prepare import OUTPUT, Plan
+from hpo.runner.worker import chosen_before
 from hpo.search.search import Best, Search
 from hpo.study.data import Data
 from hpo.study.objective import Function
@@ -80,7 +81,9 @@ def conclude(
         if best is None:
             return None
         if done is None:
-            with torch_settings(plan.device, precision=plan.spec.precision if plan.objective.train is None else None):
+            size = chosen_before(plan, search)
+            precision = plan.spec.precision if plan.objective.train is None else None
+            with torch_settings(plan.device, precision=precision, threads=size and size.threads):
                 done = finish(plan, data, search, best, folder, stopping, note)
             bundle = done.bundle and str(done.bundle)
             stored = {"number": done.number, "test": dict(done.test), "bundle": bundle, "parity": done.parity}

@@ -60,7 +60,8 @@ def work(
     A trial's own fault (NaN, out of memory) fails that trial; any other error gives the trials back and is raised.
     torch's process-wide settings are as before at the end.
     """
-    with torch_settings(plan.device, precision=None if _trains_itself(plan, data) else plan.spec.precision):
+    trains_itself = data is None or plan.objective.train is not None
+    with torch_settings(plan.device, precision=None if trains_itself else plan.spec.precision):
         _work(plan, data, search, tracker, progress, stopping, overdue)
 
 
@@ -88,7 +89,7 @@ def _work(
     trials = Trials(plan, search, tracker, progress)
     checkpoints.settle_weights(plan, search, progress.note)
     worker: _Worker | CustomTraining
-    if _trains_itself(plan, data):
+    if data is None or plan.objective.train is not None:
         worker = CustomTraining(plan, data, search, tracker, trials, ending)
     else:
         worker = _Worker(plan, data, search, tracker, progress, trials, ending, at_once)
@@ -123,15 +124,24 @@ def _work(
     )
 
 
-def _trains_itself(plan: Plan, data: Data | None) -> bool:
-    """Whether the objective trains its trials itself, without the engine's loop."""
-    return data is None or plan.objective.train is not None
-
-
 def _deadline(plan: Plan, search: Search) -> float:
     if plan.spec.timeout is None:
         return math.inf
     return time.monotonic() + search.seconds_left(plan.spec.timeout)
+
+
+def chosen_before(plan: Plan, search: Search) -> StackSize | None:
+    """Return what `stack: auto` has chosen for this study on this machine; None where it has not."""
+    if plan.spec.stack != "auto":
+        return None
+    with suppress(AttributeError, KeyError, TypeError):  # there is none, or one that a later version wrote
+        stored = search.attrs[CHOICE]
+        return StackSize.stored(stored["choice"]) if stored["where"] == _where(plan) else None
+    return None
+
+
+def _where(plan: Plan) -> str:
+    return f"{platform.node()} {plan.device}"
 
 
 class _Worker:
@@ -247,11 +257,9 @@ class _Worker:
         n_trials = math.ceil(self._search.counts().waiting / int(os.environ.get(LAUNCHED, 1)))
         if n_trials == 0:
             return StackSize(why=AS_GIVEN)
-        where = f"{platform.node()} {self._plan.device}"
-        before = self._search.attrs.get(CHOICE, {}) if spec.stack == "auto" else {}
-        with suppress(AttributeError, KeyError, TypeError):  # as it was chosen, or as another version wrote it
-            if before["where"] == where:
-                return StackSize.stored(before["choice"])
+        before = chosen_before(self._plan, self._search)
+        if before is not None:
+            return before
         learns = spec.sampler.name not in ("random", "grid", "qmc", "brute_force")
         several = self._plan.space.draw(min(_DRAWS, n_trials), spec.seed)
         draws, n_too_large = looked_at(several, self._task.network)
@@ -270,7 +278,7 @@ class _Worker:
         if spec.stack != "auto":
             return sizing.given(spec.stack)
         choice = sizing.choose()
-        self._search.remember(CHOICE, {"where": where, "choice": asdict(choice)})
+        self._search.remember(CHOICE, {"where": _where(self._plan), "choice": asdict(choice)})
         return choice
 
     def _halve(self) -> None:
