@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hpo.stacks.candidate import NotStackable
-from hpo.stacks.structure import Gated, RateDropout, SelectOne, common_structure
+from hpo.stacks.structure import common_structure
+from hpo.stacks.tensor_modules import Gated, RateDropout, SelectOne
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.stacks.vmap_step import Execution
 from hpo.study.data import Split

@@ -14,7 +14,8 @@ from torchmetrics.regression import MeanSquaredError
 from hpo.stacks.candidate import NotStackable
 from hpo.stacks.padding import Padder, unpadded
 from hpo.stacks.state import StackState
-from hpo.stacks.structure import RateDropout, common_structure
+from hpo.stacks.structure import common_structure
+from hpo.stacks.tensor_modules import RateDropout
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.stacks.vmap_step import Execution, Run, VmapStep, has_compiler
 from hpo.study.data import Split
@@ -169,7 +170,7 @@ def test_a_small_compiled_step_is_the_same(monkeypatch: pytest.MonkeyPatch) -> N
         return made
 
     monkeypatch.setattr(VmapStep, "_compiled", compile_it)
-    got, expected = members("two_layers", 2), members("two_layers", 2)
+    got, expected = (members("two_layers", 2, optimizer="sgd") for _ in range(2))
     made = stack("two_layers", 2, "compiled")
     got_weights = fit(made, got, "two_layers")
     assert compiled == [True]  # not for the epoch's last, smaller batch

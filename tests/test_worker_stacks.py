@@ -137,8 +137,8 @@ def test_a_stack_that_does_not_fit_is_halved_and_loses_no_trial(study, monkeypat
     text = "trials: 6\nepochs: 2\nsampler: random\nparams: {learning_rate: {type: float, low: 0.01, high: 0.1}}\n"
     done = values(study, "oom", f"{text}stack: 8\n", screen)
     assert sorted(state for state, _, _ in done.values()).count("COMPLETE") == 6
-    assert "out of memory: from now on 4 trials at once, and those in training begin anew" in screen.notes
-    assert "out of memory: from now on 2 trials at once, and those in training begin anew" in screen.notes
+    assert "out of memory: from now on 4 trials at once; running trials restart from scratch" in screen.notes
+    assert "out of memory: from now on 2 trials at once; running trials restart from scratch" in screen.notes
     curves = {str(params): curve for state, params, curve in done.values() if state == "COMPLETE"}
     alone = {str(params): curve for _, params, curve in values(study, "alone", text).values()}
     assert curves.keys() == alone.keys()

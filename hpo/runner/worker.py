@@ -287,7 +287,7 @@ class _Worker:
         self._trials.give_back(f"out of memory in a stack of {capacity}")
         self._choice = replace(self._choice, capacity=max(1, capacity // 2), stacked=capacity > 1)
         self._say(
-            f"out of memory: from now on {self._choice.capacity} trials at once, and those in training begin anew"
+            f"out of memory: from now on {self._choice.capacity} trials at once; running trials restart from scratch"
         )
 
     def _unstack(self, error: TrialError) -> None:

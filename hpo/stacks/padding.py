@@ -25,7 +25,7 @@ Padding = Literal["fine", "coarse"]
 """Widths are rounded up to the next power of two, or to the study's largest: one stack for all."""
 _SMALLEST = 16
 _FEW = 16
-"""Of a space that reaches beyond memory, networks are looked at of which so many may be held at once."""
+"""Of a space that reaches beyond memory, networks are inspected of which so many may be held at once."""
 
 
 def _lower(searched: Any, value: Any) -> Any:
@@ -105,12 +105,12 @@ class PaddingPlan:
         return pad
 
     def _network(self, params: Params) -> nn.Module:
-        """Raises MemoryError where it would be too large to be looked at."""
+        """Raises MemoryError where it would be too large to be inspected."""
         with Within(most_to_look_at()):
             return self._build(params)
 
     def _largest(self) -> tuple[Params, int]:
-        """Return the largest configuration that may be looked at, and how many such; 0: there is none.
+        """Return the largest configuration that may be inspected, and how many such; 0: there is none.
 
         Of a space whose highest sizes are too large it is one of lower sizes: what is larger is not padded.
         """

@@ -36,9 +36,9 @@ class Pool(Stacks):
         ahead: Callable[[], int] = lambda: 0,
         shared: float = 1.0,
     ) -> None:
-        """`example`: a few rows as they are trained on. `say` is told, for a person, what cannot be stacked.
+        """`example`: a few rows as they are trained on. `say` is called with what cannot be stacked, for a person.
 
-        `ahead` tells how many trials are still to come, of which no more than the share `shared` have one signature:
+        `ahead` returns how many trials are still to come, of which no more than the share `shared` have one signature:
         that decides whether to compile.
         """
         self.capacity = capacity

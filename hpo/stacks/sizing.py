@@ -41,7 +41,7 @@ _ROOM = 0.7
 _PADDINGS: tuple[Padding, ...] = ("fine", "coarse")
 _WARM_UP, _STEPS = 2, 12
 _ENOUGH_SECONDS = 0.25
-"""Steps that take longer than this together are told apart by fewer of them."""
+"""Where steps take longer than this together, fewer of them are timed."""
 _ALONE = 8
 """How many of the drawn configurations are measured one at a time."""
 _LARGE_STEP = 2e-3
@@ -278,7 +278,7 @@ class Sizing:
 def looked_at(
     several: Sequence[Mapping[str, Any]], build: Callable[[Mapping[str, Any]], nn.Module]
 ) -> tuple[list[Mapping[str, Any]], int]:
-    """Return the first of `several` configurations whose networks may be held at once to be looked at, at least two.
+    """Return the first of `several` configurations whose networks may be held at once to be inspected, at least two.
 
     And how many of those before the last of them are too large for that.
     """

@@ -14,67 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from hpo.stacks.kinds import HOOKS, NOT_READ, Kinds
+from hpo.stacks.tensor_modules import Gated, SelectOne, is_control, tensor_dropout
 
-
-class RateDropout(nn.Module):
-    """nn.Dropout with its rate in a buffer."""
-
-    rate: Tensor
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.register_buffer("rate", torch.tensor(float(rate)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        keep = 1 - self.rate
-        # rate 1 keeps nothing, and nothing over nothing is no number
-        return torch.where(torch.rand_like(x) < keep, x / keep.clamp(min=1e-7), torch.zeros_like(x))
-
-
-class SelectOne(nn.Module):
-    """One of several modules that have no weights (activations, say); which one is in a buffer."""
-
-    chosen: Tensor
-
-    def __init__(self, options: Sequence[nn.Module], chosen: int) -> None:
-        super().__init__()
-        self.options = nn.ModuleList(options)
-        self.register_buffer("chosen", torch.tensor(chosen))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.options[0](x)
-        for index, option in enumerate(self.options[1:], start=1):
-            out = torch.where(self.chosen == index, option(x), out)
-        return out
-
-
-class Gated(nn.Sequential):
-    """A sequence of which the modules from `first` to `last` may be left out; how many are used is in a buffer."""
-
-    used: Tensor
-
-    def __init__(self, modules: Mapping[str, nn.Module], first: int, last: int, used: int) -> None:
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module)
-        self.first, self.last = first, last
-        self.register_buffer("used", torch.tensor(used))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for index, module in enumerate(self):
-            y = module(x)
-            if self.first <= index < self.last:
-                if y.shape != x.shape:
-                    raise ValueError(f"a layer that may be left out changes the shape {tuple(x.shape)}")
-                y = torch.where(self.used > index - self.first, y, x)
-            x = y
-        return x
-
-
-_CONTROLS = {RateDropout: "rate", SelectOne: "chosen", Gated: "used"}
-"""The buffers that the common structure adds to a network: no part of its own state."""
 _SIZES = ("in_features", "out_features", "num_features", "in_channels", "out_channels")
 """Attributes of torch.nn's own modules that say what the shapes say, and that their forward does not use."""
 
@@ -123,15 +64,15 @@ class CommonStructure:
 
         `shapes` are those of a network at least as large, see `shapes_of`.
         """
-        module = _tensor_dropout(module)
+        module = tensor_dropout(module)
         first_names = {id(tensor): name for name, tensor in tensors(module).items()}  # a tied weight has several
         kept = {key: first_names[id(tensor)] for key, tensor in module.state_dict(keep_vars=True).items()}
-        own = {key: name for key, name in kept.items() if not _is_control(module, name)}
+        own = {key: name for key, name in kept.items() if not is_control(module, name)}
         module, renamed = self._put(module)
         every = tensors(module)
         names = {key: _renamed(name, renamed) for key, name in own.items()}
         present = {_renamed(name, renamed) for name in first_names.values()}
-        left_out = frozenset(name for name in every if name not in present and not _is_control(module, name))
+        left_out = frozenset(name for name in every if name not in present and not is_control(module, name))
         shapes = {name: (shapes or {}).get(name, tuple(tensor.shape)) for name, tensor in every.items()}
         frozen = tuple(n for n, w in module.named_parameters() if not w.requires_grad)
         kinds = Kinds()
@@ -148,7 +89,7 @@ class CommonStructure:
 
     def shapes_of(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """Return the shapes of all tensors of `module`, which is changed, in this structure."""
-        module, _ = self._put(_tensor_dropout(module))
+        module, _ = self._put(tensor_dropout(module))
         return {name: tuple(tensor.shape) for name, tensor in tensors(module).items()}
 
     def _put(self, module: nn.Module) -> tuple[nn.Module, list[tuple[str, str]]]:
@@ -167,7 +108,7 @@ def common_structure(modules: Sequence[nn.Module], sizes_only: bool = False) -> 
 
     `sizes_only`: only the sizes of layers may differ, not which there are.
     """
-    modules = [_tensor_dropout(module) for module in modules]
+    modules = [tensor_dropout(module) for module in modules]
     if sizes_only:
         return CommonStructure(varied=_varied(modules))
     optional: dict[str, _Optional] = {}
@@ -206,20 +147,6 @@ def own_state(module: nn.Module) -> Hashable:
         for name, each in module.named_modules()
         if not type(each).__module__.startswith("torch.")
     )
-
-
-def _is_control(module: nn.Module, name: str) -> bool:
-    path, _, last = name.rpartition(".")
-    return _CONTROLS.get(type(module.get_submodule(path))) == last
-
-
-def _tensor_dropout(module: nn.Module) -> nn.Module:
-    """Return `module` with each nn.Dropout in it replaced by a RateDropout; the module given is changed."""
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if type(child) is nn.Dropout:
-                setattr(parent, name, RateDropout(child.p))
-    return RateDropout(module.p) if type(module) is nn.Dropout else module
 
 
 def _sequences(modules: Sequence[nn.Module]) -> list[str]:

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hpo.stacks.state import StackState, Trained
-from hpo.stacks.structure import RateDropout
+from hpo.stacks.tensor_modules import RateDropout
 from hpo.study.objective import Params
 from hpo.training import schedules, stacked_optim
 from hpo.training.evaluation import in_full

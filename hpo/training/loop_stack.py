@@ -143,7 +143,7 @@ class _Slot:
         return {"model": model, "optimizer": state, "steps": self._t}
 
     def restore(self, resume: Mapping[str, Any]) -> None:
-        """Go on from where a checkpoint was made, right after an epoch's end."""
+        """Resume from a checkpoint, which is made right after an epoch's end."""
         self.module.load_state_dict(resume["model"])
         device = self._task.device
         for name, weight in self.module.named_parameters():

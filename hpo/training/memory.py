@@ -65,12 +65,12 @@ def n_bytes(network: nn.Module) -> int:
 
 
 def networks_at_once(network: nn.Module) -> int:
-    """Return how many networks as large as this one may be held only to be looked at, on the CPU: at least two."""
+    """Return how many networks as large as this one may be held only to be inspected, on the CPU: at least two."""
     return max(2, int(TO_LOOK_AT * free_bytes(torch.device("cpu")) / max(1, n_bytes(network))))
 
 
 def most_to_look_at() -> int:
-    """Return how many bytes one network may have that is built to be looked at."""
+    """Return how many bytes one network may have that is built to be inspected."""
     return int(_ONE_TO_LOOK_AT * free_bytes(torch.device("cpu")))
 
 

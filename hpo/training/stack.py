@@ -80,7 +80,7 @@ class Task:
 
 @dataclass(eq=False, kw_only=True)
 class Member:
-    """One trial in training. `epoch` counts its finished epochs; `fault` is why it cannot go on.
+    """One trial in training. `epoch` counts its finished epochs; `fault` is why it cannot continue.
 
     `joined` is the round of its stack in which it began: 0, unless it took the slot of one that left early.
     """
@@ -146,9 +146,9 @@ class Stack(ABC):
 
     @abstractmethod
     def checkpoint(self, member: Member) -> dict[str, Any]:
-        """Return all that `member`'s training goes on from, on the CPU: tensors and plain numbers.
+        """Return all that `member`'s training resumes from, on the CPU: tensors and plain numbers.
 
-        `model` and `optimizer` by the network's own names, so that a stack of any kind takes it; `steps`, done so far;
+        `model` and `optimizer` by the network's own names, so that every implementation takes it; `steps` done so far;
         `random`, the state of torch's generators, where they are this member's own.
         """
 
@@ -167,7 +167,7 @@ class Stacks(ABC):
 
     @abstractmethod
     def join(self, members: Iterable[Member]) -> None:
-        """Take in new members, each in a stack of its kind."""
+        """Take in new members, each in a stack that fits it."""
 
     @property
     @abstractmethod
@@ -176,7 +176,7 @@ class Stacks(ABC):
 
 
 class SingleStack(Stacks):
-    """A single stack, for members that are all of its kind."""
+    """A single stack, for members that all fit it."""
 
     def __init__(self, stack: Stack) -> None:
         self._stack = stack
