@@ -83,7 +83,7 @@ def conclude(
         if done is None:
             size = chosen_before(plan, search)
             precision = plan.spec.precision if plan.objective.train is None else None
-            with torch_settings(plan.device, precision=precision, threads=size and size.threads):
+            with torch_settings(plan.device, precision=precision, threads=size.threads if size else None):
                 done = finish(plan, data, search, best, folder, stopping, note)
             bundle = done.bundle and str(done.bundle)
             stored = {"number": done.number, "test": dict(done.test), "bundle": bundle, "parity": done.parity}

@@ -10,7 +10,7 @@ from hpo.runner import checkpoints
 from hpo.runner.checkpoints import Origin
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
-from hpo.search.retrying import StorageAway
+from hpo.search.away import StorageAway
 from hpo.search.search import Claim, Search
 from hpo.tracking.base import Tracker
 from hpo.training.faults import TrialFault, all_alike
