@@ -50,8 +50,8 @@ def _study(name: str, folder: str, seed: int) -> dict[str, Any]:
 
 
 def fashion_512(seeds: Seeds) -> Rows:
-    def accuracy(network: torch.nn.Module, feeds: Mapping[str, Batches]) -> tuple[float, float]:
-        ((inputs, targets),) = feeds["test"].chunks(10**6)
+    def accuracy(network: torch.nn.Module, batches_of: Mapping[str, Batches]) -> tuple[float, float]:
+        ((inputs, targets),) = batches_of["test"].chunks(10**6)
         with torch.no_grad():
             logits = network(*inputs)
         return (logits.argmax(1) == targets).float().mean().item(), F.cross_entropy(logits, targets).item()
@@ -86,6 +86,6 @@ def _difference_when_loaded(done: Padder) -> float:
         torch.save(done.network.state_dict(), file)
         again = done.objective.build(done.params, done.data.info)
         again.load_state_dict(torch.load(file, weights_only=True))
-    ((inputs, _),) = done.feeds["test"].chunks(10**6)
+    ((inputs, _),) = done.batches_of["test"].chunks(10**6)
     with torch.no_grad():
         return (again.eval()(*inputs) - done.network.eval()(*inputs)).abs().max().item()

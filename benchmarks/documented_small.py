@@ -174,9 +174,9 @@ def blobs(seeds: Seeds) -> Rows:
 
 
 @torch.no_grad()
-def _accuracies(network: torch.nn.Module, feeds: Mapping[str, Batches]) -> tuple[float, float]:
+def _accuracies(network: torch.nn.Module, batches_of: Mapping[str, Batches]) -> tuple[float, float]:
     """Return the share of the rows of training, and of validation, that are told right."""
-    rows = [next(feeds[split].chunks(10**6)) for split in ("train", "valid")]
+    rows = [next(batches_of[split].chunks(10**6)) for split in ("train", "valid")]
     train, valid = (((network(*inputs) > 0) == targets).float().mean().item() for inputs, targets in rows)
     return train, valid
 
@@ -197,9 +197,9 @@ def two_classes(seeds: Seeds) -> Rows:
 
 
 @torch.no_grad()
-def _probabilities(network: torch.nn.Module, feeds: Mapping[str, Batches]) -> tuple[float, float]:
+def _probabilities(network: torch.nn.Module, batches_of: Mapping[str, Batches]) -> tuple[float, float]:
     """Return the mean probability of class 1 for the validation rows of class 0, and for those of class 1."""
-    ((inputs, targets),) = feeds["valid"].chunks(10**6)
+    ((inputs, targets),) = batches_of["valid"].chunks(10**6)
     probability = torch.sigmoid(network(*inputs))
     return probability[targets == 0].mean().item(), probability[targets == 1].mean().item()
 

@@ -20,9 +20,11 @@ import torch
 from hpo.study.data import Data, Split
 from hpo.study.objective import Objective, load
 from hpo.training import optim
-from hpo.training.batches import Batches, feed
-from hpo.training.loop import train
-from hpo.training.stack import LoopStack, Member, SingleStack, Stack, Task, evaluate
+from hpo.training.batches import Batches, make_batches
+from hpo.training.evaluation import evaluate
+from hpo.training.loop import Results, train
+from hpo.training.loop_stack import LoopStack
+from hpo.training.stack import Member, SingleStack, Stack, Task
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -111,13 +113,13 @@ class Padder:
     network: torch.nn.Module
     params: Mapping[str, Any]
     losses: list[float]
-    feeds: Mapping[str, Batches]
+    batches_of: Mapping[str, Batches]
     task: Task
     after: list[Any] = field(default_factory=list)
 
     def metric(self, name: str, split: str) -> float:
         metrics = {key: each for key, each in self.objective.metrics().items() if key == name}
-        return evaluate(self.task, self.network, self.feeds[split], self.params, metrics)[name]
+        return evaluate(self.task, self.network, self.batches_of[split], self.params, metrics)[name]
 
     @property
     def learned(self) -> bool:
@@ -155,13 +157,13 @@ def fits(
     objective.info = data.info
     params = {**optim.DEFAULTS, **objective.defaults, **params}
     preprocess = objective.preprocess(data.train)
-    feeds = {name: feed(split, preprocess, CPU) for name, split in data.splits.items()}
+    batches_of = {name: make_batches(split, preprocess, CPU) for name, split in data.splits.items()}
     if params["batch_size"] == "all":
         params["batch_size"] = len(data.train)
     task = Task(objective=objective, info=data.info, device=CPU, n_rows=len(data.train), epochs=epochs)
     done = []
     for seed in seeds:
-        network, losses, after = _trained(task, feeds, Member(number=0, seed=seed, params=params), each)
+        network, losses, after = _trained(task, batches_of, Member(number=0, seed=seed, params=params), each)
         done.append(
             Padder(
                 objective=objective,
@@ -169,7 +171,7 @@ def fits(
                 network=network,
                 params=params,
                 losses=losses,
-                feeds=feeds,
+                batches_of=batches_of,
                 task=task,
                 after=after,
             )
@@ -178,21 +180,21 @@ def fits(
 
 
 def _trained(
-    task: Task, feeds: Mapping[str, Batches], member: Member, each: Look | None
+    task: Task, batches_of: Mapping[str, Batches], member: Member, each: Look | None
 ) -> tuple[torch.nn.Module, list[float], list[Any]]:
     """Return the network, its training loss by epoch, and what `each` saw."""
     queue, looked, networks = [member], [], []
 
-    def report(stack: Stack, member: Member, metrics: dict[str, float]) -> bool:
+    def report(stack: Stack, results: Results) -> Results:
         networks[:] = [stack.module(member)]
         if each is not None:
-            looked.append(each(stack.module(member).eval(), feeds))
+            looked.append(each(stack.module(member).eval(), batches_of))
             stack.module(member).train()
-        return member.fault is None
+        return results  # one with a fault leaves anyway
 
     train(
         SingleStack(LoopStack(task)),
-        feeds["train"],
+        batches_of["train"],
         None,
         epochs=task.epochs,
         seed=member.seed,

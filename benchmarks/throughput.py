@@ -49,13 +49,14 @@ from hpo.runner.worker import work
 from hpo.search.opening import open_search
 from hpo.stacks.padding import PaddingPlan
 from hpo.stacks.pool import Pool
-from hpo.stacks.vmap_stack import VmapStack
+from hpo.stacks.vmap_step import VmapStep
 from hpo.study.objective import Params
 from hpo.tracking.mlflow import open_tracker
 from hpo.training import loop as training
 from hpo.training import optim
 from hpo.training.batches import Batches
-from hpo.training.stack import LoopStack, Member, SingleStack, Stacks
+from hpo.training.loop_stack import LoopStack
+from hpo.training.stack import Member, SingleStack, Stacks
 
 
 @dataclass(frozen=True)
@@ -165,22 +166,22 @@ def train_documented(name: str, device: str, threads: int, n: int, seconds: floa
     return _trained(bench, members, lambda: sum(bench.epoch(lambda: loader, each, seconds / n) for each in steps))
 
 
-def train_ours(name: str, device: str, n: int, seconds: float, grain: str | None) -> dict[str, float]:
-    """Ours on one thread: n members one at a time (`grain` None), or at once."""
+def train_ours(name: str, device: str, n: int, seconds: float, padding: str | None) -> dict[str, float]:
+    """Ours on one thread: n members one at a time (`padding` None), or at once."""
     bench = Bench(name, device, 1)
-    feed, members, size = Batches(bench.train, bench.device), bench.members(n), bench.case.fixed["batch_size"]
-    batches = partial(feed.batches, size, torch.randperm(len(feed)))
+    rows, members, size = Batches(bench.train, bench.device), bench.members(n), bench.case.fixed["batch_size"]
+    batches = partial(rows.epoch, size, torch.randperm(len(rows)))
     begin, stacks = time.perf_counter(), SingleStack(LoopStack(bench.task, n))
-    if grain is not None:
+    if padding is not None:
         stacks: Stacks = Pool(
-            bench.task, n, feed.head(8), PaddingPlan(bench.space, bench.build, grain), ahead=lambda: 10**9
+            bench.task, n, rows.head(8), PaddingPlan(bench.space, bench.build, padding), ahead=lambda: 10**9
         )
     stacks.join(members)
     assert sum(len(stack.members) for stack in stacks.active) == n, "some wait to be trained alone"
-    (inputs, targets), last = next(iter(batches())), len(feed) % size or size
+    (inputs, targets), last = next(iter(batches())), len(rows) % size or size
     for stack in stacks.active:
-        for rows in (size, size, last):
-            stack.step([x[:rows] for x in inputs], targets[:rows])
+        for n_rows in (size, size, last):
+            stack.step([x[:n_rows] for x in inputs], targets[:n_rows])
     bench.synchronize()
     begin, each = time.perf_counter() - begin, seconds / len(stacks.active)
     result = _trained(bench, members, lambda: sum(bench.epoch(batches, s.step, each) for s in stacks.active))
@@ -278,7 +279,7 @@ def study_ours(name: str, device: str, n: int, stack: int) -> dict[str, float]:
     assert search is not None
     data, tracker = plan.load_data(), open_tracker(plan.spec.tracking, name, Path("unsent"), print)
     tracker.start_study({}, {})
-    epochs, joins, compiles = _timed(training, "_epoch"), _timed(Pool, "join"), _timed(VmapStack, "_prepare")
+    epochs, joins, compiles = _timed(training, "_epoch"), _timed(Pool, "join"), _timed(VmapStep, "prepare")
     _barrier.wait()
     start, cpu = time.perf_counter(), _cpu_seconds()
     with open(os.devnull, "w") as nowhere, commands._progress(plan, search, Console(file=nowhere)) as progress:
@@ -374,9 +375,9 @@ def training_table(run: Together, name: str, device: str, cores: int, stacks: li
         row(f"documented loop, {n} thread{'s' * (n > 1)}", plain[n], n)
     row("one at a time, not compiled", run(1, train_ours, name, device, n_alone, seconds, None))
     best = (float("inf"), 1, "fine")
-    for grain, k in product(("fine", "coarse") if widths else ("fine",), sorted({1, *stacks})):
-        ms = row(f"stack of {k}{f', {grain}' * widths}", run(1, train_ours, name, device, k, seconds, grain))
-        best = min(best, (ms, k, grain))
+    for padding, k in product(("fine", "coarse") if widths else ("fine",), sorted({1, *stacks})):
+        ms = row(f"stack of {k}{f', {padding}' * widths}", run(1, train_ours, name, device, k, seconds, padding))
+        best = min(best, (ms, k, padding))
     if cores > 1 and device == "cpu":
         done = run(cores, train_ours, name, device, best[1], seconds, best[2])
         row(f"{cores} workers, {best[1]}{f', {best[2]}' * widths} each", done, cores)

@@ -29,7 +29,8 @@ from hpo.study.data import Data, DataInfo, Split
 from hpo.study.objective import Objective
 from hpo.training.batches import Batches
 from hpo.training.loop import order, train
-from hpo.training.stack import LoopStack, Member, SingleStack, Task
+from hpo.training.loop_stack import LoopStack
+from hpo.training.stack import Member, SingleStack, Task
 
 SEED = 42
 PARAMS = {"optimizer": "adam", "learning_rate": 1e-3, "batch_size": 64, "n_hidden1": 24, "n_hidden2": 24}
@@ -97,7 +98,7 @@ def ours(
         epochs=epochs,
         seed=SEED,
         ask=lambda n: [queue.pop()] if queue and n else [],
-        report=lambda stack, member, metrics: True,
+        report=lambda stack, results: results,
     )
     return time.perf_counter() - start, [row["valid_loss"] for row in member.history]
 

@@ -7,16 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn import functional as F
 
-from hpo.study.data import DataInfo, Split, batch_sizes
-from hpo.study.objective import Objective
+from hpo.study.data import Split, batch_sizes
 from hpo.study.spec import Loading
-from hpo.training.batches import Batches, feed
+from hpo.training.batches import Batches, make_batches
 from hpo.training.loop import order, train
-from hpo.training.stack import LoopStack, Member, SingleStack, Task
+from hpo.training.loop_stack import LoopStack
+from hpo.training.stack import Member, SingleStack, Task
+from tests.stacking import CPU, INFO, Toy, asking, keep_all
 
-CPU = torch.device("cpu")
 N_ROWS = 41
 
 
@@ -45,7 +44,7 @@ def ways(split: Split) -> dict[str, Batches]:
     """Return the same rows in every way that they may reach the networks."""
     prepare = Prepare().eval()
     return {
-        "as a CPU has it": feed(split, Prepare().train(), CPU),
+        "as a CPU has it": make_batches(split, Prepare().train(), CPU),
         "resident, prepared": Batches(split.through(prepare), CPU),
         "resident, raw": Batches(split, CPU, prepare),
         "streamed, prepared": Batches(split.through(prepare), CPU, resident=False),
@@ -79,7 +78,7 @@ def plainly(split: Split, parts) -> list:
 @pytest.mark.parametrize("batch_size", [1, 5, 8, 40, 41, 100])
 def test_batches_are_the_rows_in_their_order(way: str, n_inputs: int, batch_size: int) -> None:
     split, rows = raw(n_inputs), order(N_ROWS, 3, 0)
-    got = ways(split)[way].batches(batch_size, rows)
+    got = ways(split)[way].epoch(batch_size, rows)
     assert_same(got, plainly(split, rows.split(batch_sizes(N_ROWS, batch_size))))
 
 
@@ -87,10 +86,10 @@ def test_batches_are_the_rows_in_their_order(way: str, n_inputs: int, batch_size
 def test_each_epoch_has_an_order_of_its_own_and_one_that_was_broken_off_leaves_nothing(way: str) -> None:
     split = raw()
     given = ways(split)[way]
-    next(iter(given.batches(8, order(N_ROWS, 3, 5))))
+    next(iter(given.epoch(8, order(N_ROWS, 3, 5))))
     for r in range(3):
         rows = order(N_ROWS, 3, r)
-        assert_same(given.batches(8, rows), plainly(split, rows.split(batch_sizes(N_ROWS, 8))))
+        assert_same(given.epoch(8, rows), plainly(split, rows.split(batch_sizes(N_ROWS, 8))))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -126,7 +125,7 @@ def test_a_row_that_would_be_left_over_joins_the_batch_before(n_rows: int, batch
 def test_batches_cover_each_row_once_and_keep_inputs_and_targets_together(n, batch_size, resident):
     rows = order(n, 0, 0)
     split = Split(inputs={"x": torch.arange(n), "y": -torch.arange(n)}, targets=torch.arange(n, dtype=torch.float32))
-    made = list(Batches(split, CPU, resident=resident).batches(batch_size, rows))
+    made = list(Batches(split, CPU, resident=resident).epoch(batch_size, rows))
     assert torch.cat([targets for _, targets in made]).tolist() == rows.tolist()
     for inputs, targets in made:
         assert torch.equal(inputs[0], targets.long())
@@ -137,36 +136,26 @@ def test_batches_cover_each_row_once_and_keep_inputs_and_targets_together(n, bat
     assert last > 1 or n == 1 or batch_size == 1  # BatchNorm cannot train on one row
 
 
-class Brightness(Objective):
+class Brightness(Toy):
     """The mean of an image, from its pixels."""
-
-    def data(self):
-        raise AssertionError("a stack is given its data")
 
     def build(self, params, info):
         return nn.Sequential(nn.Flatten(), nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
 
-    def loss(self, outputs, targets, params):
-        return F.mse_loss(outputs, targets)
-
-    def metrics(self):
-        return {}
-
 
 def curve(way: str) -> list[dict[str, float]]:
     """Return what each epoch of a training run reports whose data come in that way."""
-    task = Task(objective=Brightness(), info=DataInfo(inputs={}, input_dtypes={}), device=CPU, n_rows=N_ROWS, epochs=3)
+    task = Task(objective=Brightness(), info=INFO, device=CPU, n_rows=N_ROWS, epochs=3)
     params = {"optimizer": "adam", "learning_rate": 0.01, "batch_size": 8}
     member, given = Member(number=0, seed=0, params=params), ways(raw(1))[way]
-    queue = [member]
     train(
         SingleStack(LoopStack(task)),
         given,
         ways(raw(1, 20))[way],
         epochs=3,
         seed=1,
-        ask=lambda n: [queue.pop()] if queue and n else [],
-        report=lambda stack, member, metrics: True,
+        ask=asking([member]),
+        report=keep_all,
     )
     return member.history
 
@@ -181,11 +170,11 @@ def test_what_preprocessing_would_blow_up_stays_as_it_is_on_another_device() -> 
     """On `meta`, a device without memory: bytes that become floats are prepared batch by batch, floats once."""
     meta = torch.device("meta")
     pixels, floats = raw(1), raw(1).through(Prepare().eval())
-    grows, stays = feed(pixels, Prepare(), meta), feed(floats, nn.Identity(), meta)
+    grows, stays = make_batches(pixels, Prepare(), meta), make_batches(floats, nn.Identity(), meta)
     assert next(iter(grows._split.inputs.values())).dtype == torch.uint8
     assert next(iter(stays._split.inputs.values())).dtype == torch.float32
     for each in (grows, stays):
-        (x,), targets = next(each.batches(8, order(N_ROWS, 0, 0)))
+        (x,), targets = next(each.epoch(8, order(N_ROWS, 0, 0)))
         assert (x.dtype, x.device, targets.device) == (torch.float32, meta, meta)
 
 
@@ -193,7 +182,7 @@ def test_one_preprocessing_serves_all_splits_wherever_they_lie() -> None:
     """Train, validation and test go through the same module, and the bundle holds it afterwards."""
     prepare, meta = Prepare(), torch.device("meta")
     for n in (N_ROWS, 20):
-        assert len(feed(raw(1, n), prepare, meta)) == n
+        assert len(make_batches(raw(1, n), prepare, meta)) == n
     assert prepare.scale.device == CPU
 
 
@@ -208,9 +197,9 @@ def test_one_preprocessing_serves_all_splits_wherever_they_lie() -> None:
 def test_however_it_is_loaded_the_batches_are_the_same(loading: Loading) -> None:
     split = Split(inputs={"x": torch.arange(40.0).reshape(20, 2)}, targets=torch.arange(20))
     rows = torch.randperm(20, generator=torch.Generator().manual_seed(0))
-    plain, streamed = (feed(split, nn.Identity(), CPU, each) for each in (Loading(), loading))
+    plain, streamed = (make_batches(split, nn.Identity(), CPU, each) for each in (Loading(), loading))
     for _ in range(2):
-        pairs = list(zip(plain.batches(6, rows), streamed.batches(6, rows), strict=True))
+        pairs = list(zip(plain.epoch(6, rows), streamed.epoch(6, rows), strict=True))
         assert len(pairs) == 4
         for (one, target), (other, other_target) in pairs:
             assert torch.equal(one[0], other[0])

@@ -10,18 +10,17 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hpo.stacks.kinds import Kinds
 from hpo.stacks.padding import PaddingPlan
 from hpo.stacks.pool import Pool
 from hpo.stacks.vmap_stack import VmapStack
-from hpo.study.data import DataInfo
-from hpo.study.objective import Objective
 from hpo.study.space import build as build_space
 from hpo.study.spec import parse_param
-from hpo.training.stack import LoopStack, Task
-from tests.test_pool import CPU, N_EPOCHS, N_ROWS, SingleStack, fit, members, rows
+from hpo.training.loop_stack import LoopStack
+from hpo.training.stack import Member, Stack, Stacks, Task
+from tests.stacking import CPU, INFO, Built, assert_same_curves, sines
+from tests.stacking import trained as train_in
 
 GLOBAL = "tanh"
 
@@ -127,27 +126,22 @@ OTHER = {
 }
 
 
-class Written(Objective):
-    """`build` is one of the functions here."""
-
-    def __init__(self, build: Callable[[Any], nn.Module]) -> None:
-        super().__init__()
-        self._build = build
-
-    def data(self):
-        raise AssertionError("a stack is given its data")
-
-    def build(self, params, info):
-        return self._build(params).double()
-
-    def loss(self, outputs, targets, params):
-        return F.mse_loss(outputs, targets)
-
-    def metrics(self):
-        return {}
-
-
 SPACE = {"width": {"type": "int", "low": 4, "high": 20}, "depth": {"type": "int", "low": 1, "high": 3}}
+
+
+N_ROWS, N_EPOCHS = 40, 3
+
+
+def members(*several: dict[str, Any]) -> list[Member]:
+    base = {"optimizer": "adam", "batch_size": 12}
+    return [
+        Member(number=n, seed=n, params={**base, "learning_rate": 0.002 * (n + 1), **params})
+        for n, params in enumerate(several)
+    ]
+
+
+def fit(stacks: Stack | Stacks, everyone: list[Member], **more: Any) -> None:
+    train_in(stacks, everyone, sines(N_ROWS), sines(20, 1), epochs=N_EPOCHS, **more)
 
 
 def trained(
@@ -155,8 +149,8 @@ def trained(
 ) -> tuple[set[Any], list[str]]:
     """Train members in a pool, each as it is alone; return the kinds of stacks and what was said."""
     task = Task(
-        objective=Written(build),
-        info=DataInfo(inputs={}, input_dtypes={}),
+        objective=Built(build),
+        info=INFO,
         device=CPU,
         n_rows=N_ROWS,
         epochs=N_EPOCHS,
@@ -164,16 +158,15 @@ def trained(
     entries = {**several[0], "optimizer": "adam", "batch_size": 12, **space}
     made, faults = build_space({name: parse_param(entry) for name, entry in entries.items()}, ())
     assert not faults
-    frames = PaddingPlan(made, lambda params: task.objective.build(params, task.info))
+    plan = PaddingPlan(made, lambda params: task.objective.build(params, task.info))
     said: list[str] = []
     stacks = set()
-    got = members(*several)
-    pool = Pool(task, len(several), rows(8), frames, say=said.append)
-    fit(pool, got, seen=lambda stack, member: stacks.add((id(stack), type(stack))))
-    for member, alone in zip(got, members(*several), strict=True):
-        fit(SingleStack(LoopStack(task)), [alone])
-        for epoch, reference in zip(member.history, alone.history, strict=True):
-            assert epoch == pytest.approx(reference, abs=1e-9), member.params
+    got, expected = members(*several), members(*several)
+    pool = Pool(task, len(several), sines(8), plan, say=said.append)
+    fit(pool, got, seen=lambda stack, member, metrics: stacks.add((id(stack), type(stack))))
+    for alone in expected:
+        fit(LoopStack(task), [alone])
+    assert_same_curves(got, expected)
     return {kind for _, kind in stacks}, said
 
 

@@ -1,4 +1,4 @@
-"""Loss and metrics of all members at once against `hpo.training.stack.measure`, member by member."""
+"""Loss and metrics of all members at once against `hpo.training.evaluation.measure`, member by member."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,8 +29,8 @@ from torchmetrics.regression import (
 from hpo.study.losses import cross_entropy
 from hpo.study.objective import Objective
 from hpo.training import metrics as measuring
+from hpo.training.evaluation import measure
 from hpo.training.metrics import Measuring
-from hpo.training.stack import measure
 
 CPU = torch.device("cpu")
 N, CLASSES = 60, 4

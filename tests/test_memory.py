@@ -137,8 +137,8 @@ def test_what_is_small_or_takes_no_memory_is_made():
 
 
 def test_a_network_that_fits_but_cannot_be_trained_fails_before_it_is(huge, monkeypatch):
-    monkeypatch.setattr("hpo.training.stack._LARGE", 1)
-    monkeypatch.setattr("hpo.training.stack.free_bytes", lambda device: 200_000)
+    monkeypatch.setattr("hpo.training.loop_stack._LARGE", 1)
+    monkeypatch.setattr("hpo.training.loop_stack.free_bytes", lambda device: 200_000)
     path = huge(f"{TEXT}start_with: [{{width: 900}}, {{width: 20}}]\ntrials: 2\nstack: 1\n".replace("trials: 8\n", ""))
     output = invoke("run", path, "--json")
     assert "out of memory on cpu: to train its 3.3 MB takes 9.8 MB more, and 0.2 MB are free" in output
@@ -159,7 +159,7 @@ def test_those_are_looked_at_that_may_be_held_at_once(monkeypatch):
 @pytest.mark.parametrize(
     "entry", [{"type": "int", "low": 16, "high": 10**6}, {"type": "categorical", "choices": [32, 10**6, 64]}]
 )
-def test_the_frame_of_a_space_that_is_too_large_is_that_of_its_smaller_networks(entry):
+def test_the_common_structure_of_a_space_that_is_too_large_is_that_of_its_smaller_networks(entry):
     space, faults = build_space({"width": parse_param(entry)}, ())
     assert not faults
     built = []
@@ -168,8 +168,8 @@ def test_the_frame_of_a_space_that_is_too_large_is_that_of_its_smaller_networks(
         built.append(params["width"])
         return nn.Sequential(nn.Linear(4, params["width"]), nn.Tanh(), nn.Linear(params["width"], params["width"]))
 
-    frames = PaddingPlan(space, build)
-    one, other = (frames[0](build(p), p) for p in ({"width": 33}, {"width": 40}))
+    plan = PaddingPlan(space, build)
+    one, other = (plan.loosest(build(p), p) for p in ({"width": 33}, {"width": 40}))
     padded = {"int": (64, 4), "categorical": (33, 4)}[entry["type"]]  # choices are no widths to round up
     assert one.shapes["0.weight"] == padded
     assert (one.signature == other.signature) == (entry["type"] == "int")

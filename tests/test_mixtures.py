@@ -12,16 +12,15 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from hpo.stacks.padding import PaddingPlan
 from hpo.stacks.pool import Pool
-from hpo.study.data import DataInfo, Split
+from hpo.study.data import Split
 from hpo.study.losses import cross_entropy
 from hpo.study.objective import Objective
 from hpo.study.space import build
 from hpo.study.spec import parse_param
-from hpo.training.batches import Batches
-from hpo.training.loop import train
-from hpo.training.stack import LoopStack, Member, SingleStack, Stack, Stacks, Task
+from hpo.training.loop_stack import LoopStack
+from hpo.training.stack import Member, SingleStack, Stacks, Task
+from tests.stacking import CPU, INFO, Toy, assert_same_curves, assert_same_weights, trained
 
-CPU = torch.device("cpu")
 N_EPOCHS = 3
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "silu": nn.SiLU}
 BASE = {
@@ -59,13 +58,10 @@ class Towers(nn.Module):
         return self.output(torch.cat([self.norm(numbers), deep], 1)), self.auxiliary(deep)
 
 
-class Mixed(Objective):
+class Mixed(Toy):
     """Three classes, class weights, label smoothing, and an auxiliary output with a weight of its own."""
 
     double = True
-
-    def data(self):
-        raise AssertionError("a stack is given its data")
 
     def build(self, params, info):
         return Towers(params).double() if self.double else Towers(params)
@@ -95,21 +91,9 @@ def split(seed: int, n_rows: int = 40, dtype: torch.dtype = torch.float64) -> Sp
     return Split(inputs={"numbers": numbers, "category": category}, targets=targets)
 
 
-def fit(stacks: Stacks, members: list[Member], stops: dict[int, int], seed: int = 7, **more: Any) -> dict[int, Any]:
+def fit(stacks: Stacks, members: list[Member], stops: dict[int, int], **more: Any) -> dict[int, Any]:
     """Train `members`, each up to `stops[number]` epochs; return the last weights by number."""
-    waiting, weights = list(members), {}
-
-    def ask(n: int) -> list[Member]:
-        taken, waiting[:] = waiting[:n], waiting[n:]
-        return taken
-
-    def report(stack: Stack, member: Member, metrics: dict[str, float]) -> bool:
-        weights[member.number] = stack.state(member)
-        return member.epoch < stops.get(member.number, N_EPOCHS)
-
-    feeds = (Batches(split(0, **more), CPU), Batches(split(1, 30, **more), CPU))
-    train(stacks, *feeds, epochs=N_EPOCHS, seed=seed, ask=ask, report=report)
-    return weights
+    return trained(stacks, members, split(0, **more), split(1, 30, **more), epochs=N_EPOCHS, stops=stops)
 
 
 def members(drawn: list[dict[str, Any]]) -> list[Member]:
@@ -120,7 +104,6 @@ def task(objective: Objective) -> Task:
     return Task(objective=objective, info=INFO, device=CPU, n_rows=40, epochs=N_EPOCHS)
 
 
-INFO = DataInfo(inputs={}, input_dtypes={})
 SPACE, _ = build(
     {name: value for name, value in BASE.items() if name not in ("depth", "width", "activation")}
     | {
@@ -132,9 +115,9 @@ SPACE, _ = build(
 )
 
 
-def pool(objective: Objective, capacity: int, grain: str = "fine", dtype: torch.dtype = torch.float64) -> Pool:
-    frames = PaddingPlan(SPACE, lambda params: objective.build(params, INFO), grain)
-    return Pool(task(objective), capacity, split(0, 8, dtype), frames)
+def pool(objective: Objective, capacity: int, padding: str = "fine", dtype: torch.dtype = torch.float64) -> Pool:
+    plan = PaddingPlan(SPACE, lambda params: objective.build(params, INFO), padding)
+    return Pool(task(objective), capacity, split(0, 8, dtype), plan)
 
 
 MEMBER = st.fixed_dictionaries(
@@ -157,41 +140,36 @@ MEMBER = st.fixed_dictionaries(
 )
 
 
-def check(drawn: list[dict[str, Any]], same: bool, grain: str) -> None:
+def check(drawn: list[dict[str, Any]], same: bool, padding: str) -> None:
     if same:  # all of one kind of optimizer and batch size, so that they share stacks
         drawn = [params | {"optimizer": drawn[0]["optimizer"], "batch_size": 12} for params in drawn]
     got, expected = members(drawn), members(drawn)
-    weights = fit(pool(Mixed(), len(drawn), grain), got, {})
-    for one, other in zip(got, expected, strict=True):
-        alone = fit(SingleStack(LoopStack(task(Mixed()))), [other], {})
-        for epoch, reference in zip(one.history, other.history, strict=True):
-            assert epoch == pytest.approx(reference, abs=1e-9)
-        assert set(weights[one.number]) == set(alone[one.number])
-        for name, weight in alone[one.number].items():
-            torch.testing.assert_close(
-                weights[one.number][name], weight, rtol=0, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
-            )
+    weights, alone = fit(pool(Mixed(), len(drawn), padding), got, {}), {}
+    for other in expected:
+        alone |= fit(SingleStack(LoopStack(task(Mixed()))), [other], {})
+    assert_same_curves(got, expected)
+    assert_same_weights(weights, alone, range(len(drawn)))
 
 
 MIXTURE = {
     "drawn": st.lists(MEMBER, min_size=3, max_size=6),
     "same": st.booleans(),
-    "grain": st.sampled_from(["fine", "coarse"]),
+    "padding": st.sampled_from(["fine", "coarse"]),
 }
 TELLING = settings(deadline=None, derandomize=True, phases=[Phase.generate])  # to shrink takes minutes
 
 
 @settings(TELLING, max_examples=3)
 @given(**MIXTURE)
-def test_any_mixture_of_members_is_what_each_is_alone(drawn: list[dict[str, Any]], same: bool, grain: str) -> None:
-    check(drawn, same, grain)
+def test_any_mixture_of_members_is_what_each_is_alone(drawn: list[dict[str, Any]], same: bool, padding: str) -> None:
+    check(drawn, same, padding)
 
 
 @pytest.mark.slow
 @settings(TELLING, max_examples=40)
 @given(**MIXTURE)
-def test_many_mixtures(drawn: list[dict[str, Any]], same: bool, grain: str) -> None:
-    check(drawn, same, grain)
+def test_many_mixtures(drawn: list[dict[str, Any]], same: bool, padding: str) -> None:
+    check(drawn, same, padding)
 
 
 KINDS = [{"depth": d, "width": w, "activation": a} for d, w, a in [(0, 7, "relu"), (1, 20, "tanh"), (4, 40, "silu")]]
@@ -213,12 +191,8 @@ def test_members_that_join_and_leave_midway_have_the_curves_of_a_loop_of_the_sam
     reference = fit(SingleStack(LoopStack(task(Mixed()), 3)), expected, stops)
     assert [m.joined for m in got] == [m.joined for m in expected]
     assert max(m.joined for m in got) > 0
-    for one, other in zip(got, expected, strict=True):
-        assert [e == pytest.approx(r, abs=1e-9) for e, r in zip(one.history, other.history, strict=True)].count(
-            False
-        ) == 0
-        for name, weight in reference[one.number].items():
-            torch.testing.assert_close(weights[one.number][name], weight, rtol=0, atol=1e-9)
+    assert_same_curves(got, expected)
+    assert_same_weights(weights, reference, range(len(drawn)))
 
 
 def test_single_precision_is_within_a_thousandth_over_five_epochs(monkeypatch: pytest.MonkeyPatch) -> None:

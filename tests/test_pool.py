@@ -12,15 +12,14 @@ from torch.nn import functional as F
 from hpo.stacks.padding import PaddingPlan
 from hpo.stacks.pool import WORTH_STACKING, Pool
 from hpo.stacks.vmap_stack import VmapStack
-from hpo.study.data import DataInfo, Split
-from hpo.study.objective import Objective
 from hpo.study.space import build as build_space
 from hpo.study.spec import parse_param
 from hpo.training.batches import Batches
 from hpo.training.loop import train
-from hpo.training.stack import LoopStack, Member, SingleStack, Stack, Stacks, Task
+from hpo.training.loop_stack import LoopStack
+from hpo.training.stack import Member, SingleStack, Stack, Stacks, Task
+from tests.stacking import CPU, INFO, Toy, assert_same_curves, one_by_one, sines, trained
 
-CPU = torch.device("cpu")
 N_ROWS, N_EPOCHS = 40, 3
 SPACE = {
     "optimizer": "adam",
@@ -73,11 +72,8 @@ LOSSES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-class Small(Objective):
+class Small(Toy):
     """A small regression in double precision; `loss` says in which way the loss reads its params."""
-
-    def data(self):
-        raise AssertionError("a stack is given its data")
 
     def build(self, params, info):
         made = {"mlp": mlp, "heads": heads, "lstm": lambda width: Last(), "local": lambda width: local()}
@@ -86,24 +82,16 @@ class Small(Objective):
     def loss(self, outputs, targets, params):
         return F.mse_loss(outputs, targets) * LOSSES[params["loss"]](params)
 
-    def metrics(self):
-        return {}
 
-
-def rows(n: int, seed: int = 0) -> Split:
-    x = torch.randn(n, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return Split(inputs={"x": x}, targets=x.sum(1, keepdim=True).sin())
-
-
-TASK = Task(objective=Small(), info=DataInfo(inputs={}, input_dtypes={}), device=CPU, n_rows=N_ROWS, epochs=N_EPOCHS)
+TASK = Task(objective=Small(), info=INFO, device=CPU, n_rows=N_ROWS, epochs=N_EPOCHS)
 
 
 def pool(capacity: int, said: list[str] | None = None, **params: Any) -> Pool:
     """Return a pool whose space has these params beside or in place of SPACE's."""
     space, faults = build_space({name: parse_param(entry) for name, entry in {**SPACE, **params}.items()}, ())
     assert not faults
-    frames = PaddingPlan(space, lambda params: TASK.objective.build(params, TASK.info))
-    return Pool(TASK, capacity, rows(8), frames, say=(said if said is not None else []).append)
+    plan = PaddingPlan(space, lambda params: TASK.objective.build(params, TASK.info))
+    return Pool(TASK, capacity, sines(8), plan, say=(said if said is not None else []).append)
 
 
 def members(*several: dict[str, Any]) -> list[Member]:
@@ -120,27 +108,16 @@ def fit(
     stops: dict[int, int] | None = None,
     seen: Callable[[Stack, Member], None] = lambda stack, member: None,
 ) -> None:
-    """Train `everyone`, each up to `stops[number]` epochs; `seen` is told of every epoch."""
-    waiting = list(everyone)
-
-    def ask(n: int) -> list[Member]:
-        taken, waiting[:] = waiting[:n], waiting[n:]
-        return taken
-
-    def report(stack: Stack, member: Member, metrics: dict[str, float]) -> bool:
-        seen(stack, member)
-        return member.epoch < (stops or {}).get(member.number, N_EPOCHS)
-
-    train(
-        stacks, Batches(rows(N_ROWS), CPU), Batches(rows(20, 1), CPU), epochs=N_EPOCHS, seed=7, ask=ask, report=report
+    """Train `everyone`, each up to `stops[number]` epochs; `seen` is called with every epoch of every member."""
+    trained(
+        stacks,
+        everyone,
+        sines(N_ROWS),
+        sines(20, 1),
+        epochs=N_EPOCHS,
+        stops=stops,
+        seen=lambda stack, member, metrics: seen(stack, member),
     )
-
-
-def assert_same(got: Sequence[Member], expected: Sequence[Member]) -> None:
-    for a, b in zip(got, expected, strict=True):
-        assert len(a.history) == len(b.history) > 0
-        for epoch, reference in zip(a.history, b.history, strict=True):
-            assert epoch == pytest.approx(reference, abs=1e-9), a.params
 
 
 def alone(*several: dict[str, Any]) -> list[Member]:
@@ -160,7 +137,7 @@ def test_members_of_several_kinds_are_trained_side_by_side_each_as_alone() -> No
     kinds: dict[Stack, list[dict[str, Any]]] = {}
     got = members(*several)
     fit(pool(12), got, seen=lambda stack, member: kinds.setdefault(stack, []).append(member.params))
-    assert_same(got, alone(*several))
+    assert_same_curves(got, alone(*several))
     together = [{(p["optimizer"], p["batch_size"]) for p in each} for each in kinds.values()]
     assert all(len(kind) == 1 for stack, kind in zip(kinds, together, strict=True) if isinstance(stack, VmapStack))
     stacked = [p["width"] for stack, each in kinds.items() if isinstance(stack, VmapStack) for p in each]
@@ -175,7 +152,7 @@ def test_fewer_than_are_worth_a_stack_train_alone_one_at_a_time() -> None:
     assert stack.members == few[:1]  # the other waits, and has its place
     assert made.free == 8 - len(few)
     fit(made, [])
-    assert_same(few, alone(*[{}] * len(few)))
+    assert_same_curves(few, alone(*[{}] * len(few)))
 
 
 def test_few_of_a_kind_join_a_stack_of_their_kind_that_is_there() -> None:
@@ -205,7 +182,7 @@ def test_what_cannot_be_stacked_says_why_and_is_trained_one_at_a_time(params: di
     (why,) = {text.partition(": ")[2] for text in said}
     assert why.startswith(reason)
     assert {kind for kind, _ in stacks} == {LoopStack, VmapStack}
-    assert_same(got, alone(*several))
+    assert_same_curves(got, alone(*several))
 
 
 def test_a_stack_is_as_large_as_its_members_need() -> None:
@@ -215,14 +192,14 @@ def test_a_stack_is_as_large_as_its_members_need() -> None:
     made = pool(8)
     fit(made, got, stops, lambda stack, member: sizes.append(stack.capacity))
     fit(SingleStack(LoopStack(TASK, 8)), expected, stops)
-    assert_same(got, expected)
+    assert_same_curves(got, expected)
     assert [m.joined for m in got] == [m.joined for m in expected] == [0] * 8 + [1]
     assert sizes == [8] * 8 + [2] * (len(sizes) - 8)
 
     late, sizes = members(*[{}] * 3), []
     fit(made, late, seen=lambda stack, member: sizes.append(stack.capacity))
     assert set(sizes) == {4}
-    assert_same(late, alone(*[{}] * 3))
+    assert_same_curves(late, alone(*[{}] * 3))
 
 
 @pytest.mark.parametrize("capacity", [1, 3, 5])
@@ -238,14 +215,13 @@ def test_never_more_than_its_capacity_are_in_it(capacity: int) -> None:
         most.append(len(running))
         return taken
 
-    def report(stack: Stack, member: Member, metrics: dict[str, float]) -> bool:
+    def keeps(stack: Stack, member: Member, metrics: dict[str, float]) -> bool:
         if member.epoch == 1 + member.number % N_EPOCHS:
             running.remove(member)
             return False
         return True
 
-    feed = Batches(rows(N_ROWS), CPU)
-    train(made, feed, None, epochs=N_EPOCHS, seed=0, ask=ask, report=report)
+    train(made, Batches(sines(N_ROWS), CPU), None, epochs=N_EPOCHS, seed=0, ask=ask, report=one_by_one(keeps))
     assert not waiting
     assert not running
     assert max(most) == capacity
@@ -269,7 +245,7 @@ def test_members_that_differ_in_what_the_loss_reads_have_losses_of_their_own(way
     several = [{"loss": way, "scale": scale} for scale in (0.5, 1.0, 2.0)]
     got = members(*several)
     fit(pool(3, loss=way, scale={"type": "float", "low": 0.5, "high": 2.0}), got)
-    assert_same(got, alone(*several))
+    assert_same_curves(got, alone(*several))
 
 
 def test_a_width_that_cannot_be_rounded_up_is_no_fault() -> None:
@@ -277,11 +253,15 @@ def test_a_width_that_cannot_be_rounded_up_is_no_fault() -> None:
     several = [{"kind": "heads", "width": width} for width in (18, 24, 30)]
     got = members(*several)
     fit(pool(3, kind="heads", width={"type": "int", "low": 6, "high": 60, "step": 6}), got)
-    assert_same(got, alone(*several))
+    assert_same_curves(got, alone(*several))
 
 
-def test_networks_of_a_class_made_anew_each_time_are_stacked_or_it_is_said_why_not() -> None:
+def test_networks_of_a_class_that_is_defined_at_each_call_are_stacked() -> None:
     said: list[str] = []
-    made = pool(4, said, kind="local")
-    made.join(members(*[{"kind": "local"}] * 4))
-    assert said or any(isinstance(stack, VmapStack) for stack in made.active)
+    made, got = pool(4, said, kind="local"), members(*[{"kind": "local"}] * 4)
+    made.join(got)
+    (stack,) = made.active
+    assert isinstance(stack, VmapStack)
+    assert (stack.members, said) == (got, [])
+    fit(made, [])
+    assert_same_curves(got, alone(*[{"kind": "local"}] * 4))

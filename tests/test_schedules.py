@@ -8,12 +8,12 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from hpo.stacks.vmap_stack import VmapStack
-from hpo.study.data import DataInfo, Split
-from hpo.study.objective import Objective
+from hpo.study.data import Split
 from hpo.training import schedules
-from hpo.training.stack import LoopStack, Member, Task
+from hpo.training.loop_stack import LoopStack
+from hpo.training.stack import Member, Task
+from tests.stacking import CPU, INFO, Toy
 
-CPU = torch.device("cpu")
 LENGTHS = [(1, 1), (1, 2), (3, 1), (1, 7), (4, 5), (13, 11), (40, 20)]
 """Steps per epoch, and epochs."""
 CASES = {
@@ -89,11 +89,8 @@ def test_members_at_steps_of_their_own_have_schedules_of_their_own(dtype: torch.
         assert got.tolist() == pytest.approx(expected, rel=1e-4 if dtype == torch.float32 else 1e-12, abs=1e-6)
 
 
-class Slope(Objective):
+class Slope(Toy):
     """One weight with a gradient of 1: under SGD, what a step takes from it is the learning rate."""
-
-    def data(self):
-        raise AssertionError("a stack is given its data")
 
     def build(self, params, info):
         return nn.Linear(1, 1, bias=False).double()
@@ -101,18 +98,13 @@ class Slope(Objective):
     def loss(self, outputs, targets, params):
         return outputs.mean()
 
-    def metrics(self):
-        return {}
-
 
 STEPS, EPOCHS = 3, 4
 ROWS = Split(inputs={"x": torch.ones(2, 1, dtype=torch.float64)}, targets=torch.zeros(2, 1))
 
 
 def made(stack: str, capacity: int):
-    task = Task(
-        objective=Slope(), info=DataInfo(inputs={}, input_dtypes={}), device=CPU, n_rows=2 * STEPS, epochs=EPOCHS
-    )
+    task = Task(objective=Slope(), info=INFO, device=CPU, n_rows=2 * STEPS, epochs=EPOCHS)
     return LoopStack(task, capacity) if stack == "loop" else VmapStack(task, capacity, ROWS, stack)
 
 

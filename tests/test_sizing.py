@@ -9,43 +9,32 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from hpo.errors import Interrupted
 from hpo.runner.prepare import prepare
 from hpo.runner.worker import CHOICE, work
 from hpo.search.opening import open_search
 from hpo.stacks import sizing
-from hpo.stacks.padding import PaddingPlan
+from hpo.stacks.padding import Padder, PaddingPlan
 from hpo.stacks.sizing import Sizing, StackSize
 from hpo.stacks.vmap_stack import VmapStack
-from hpo.study.data import DataInfo, Split
-from hpo.study.objective import Objective
+from hpo.study.data import Split
 from hpo.study.space import build as build_space
 from hpo.study.spec import parse_param
 from hpo.tracking.base import MemoryTracker
 from hpo.training.batches import Batches
 from hpo.training.stack import Task
-from tests.test_worker import Screen
+from tests.screens import Screen
+from tests.stacking import CPU, INFO, Toy
 
-CPU = torch.device("cpu")
 ROWS = Split(inputs={"x": torch.randn(40, 4)}, targets=torch.zeros(40, 1))
 
 
-class Line(Objective):
+class Line(Toy):
     """A hidden layer, if any, and a line."""
-
-    def data(self):
-        raise AssertionError("what is sized is given its data")
 
     def build(self, params, info):
         return nn.Sequential(nn.Linear(4, params["width"]), nn.Tanh(), nn.Linear(params["width"], 1))
-
-    def loss(self, outputs, targets, params):
-        return F.mse_loss(outputs, targets)
-
-    def metrics(self):
-        return {}
 
 
 def sized(n_trials: int = 1000, most: int = 1000, **params: Any) -> Sizing:
@@ -53,16 +42,16 @@ def sized(n_trials: int = 1000, most: int = 1000, **params: Any) -> Sizing:
     entries = {"optimizer": "adam", "learning_rate": 0.01, "batch_size": 8, "width": 8, **params}
     space, faults = build_space({name: parse_param(entry) for name, entry in entries.items()}, ())
     assert not faults
-    task = Task(objective=Line(), info=DataInfo(inputs={}, input_dtypes={}), device=CPU, n_rows=40, epochs=2)
-    feed = Batches(ROWS, CPU)
-    frames = {
+    task = Task(objective=Line(), info=INFO, device=CPU, n_rows=40, epochs=2)
+    batches = Batches(ROWS, CPU)
+    plans = {
         g: PaddingPlan(space, lambda params: task.objective.build(params, task.info), g) for g in ("fine", "coarse")
     }
     return Sizing(
         task=task,
-        feed=feed,
-        example=feed.head(8),
-        frames=frames.__getitem__,
+        batches=batches,
+        example=batches.head(8),
+        plan_of=plans.__getitem__,
         draws=space.draw(min(64, n_trials), 0),
         n_trials=n_trials,
         most=most,
@@ -79,11 +68,11 @@ class Clock:
         self.asked: list[tuple[str, int]] = []
         self.groups: list[int] = []
 
-        def stacked(given: Sizing, group: Any, frames: PaddingPlan, capacity: int, shared: float) -> Any:
-            grain = "fine" if frames is given.frames("fine") else "coarse"
-            self.asked.append((grain, capacity))
+        def stacked(given: Sizing, group: Any, padder: Padder, capacity: int, shared: float) -> Any:
+            padding = "fine" if padder is given.plan_of("fine").loosest else "coarse"
+            self.asked.append((padding, capacity))
             self.groups.append(len(group))
-            gain = gains.get(grain, gains).get(capacity)
+            gain = gains.get(padding, gains).get(capacity)
             return None if gain is None else (to_begin, len(group) * alone / gain)
 
         monkeypatch.setattr(Sizing, "_seconds_alone", lambda given, member: alone)
@@ -117,7 +106,7 @@ def test_the_fastest_size_is_chosen(clock, gains: Any, capacity: int, last: int,
 def test_padding_all_to_the_largest_is_chosen_where_that_is_faster(clock) -> None:
     clock({"fine": {1: 1, 4: 1.5, 16: 1.5}, "coarse": {1: 1, 4: 2, 16: 5, 64: 4}})
     choice = sized(width={"type": "int", "low": 4, "high": 200}).choose()
-    assert (choice.capacity, choice.grain) == (16, "coarse")
+    assert (choice.capacity, choice.padding) == (16, "coarse")
     assert choice.why == (
         "16 trials at once, all padded to the largest: 5.0 times as fast as one after the other (measured)"
     )
@@ -130,7 +119,7 @@ def test_of_k_trials_so_many_share_a_stack_as_are_of_one_kind(clock) -> None:
     assert same.groups[:5] == [1, 4, 16, 64, 256]
     mixed = clock({1: 1, 4: 2, 16: 4, 64: 8, 256: 9})
     sized(optimizer={"type": "categorical", "choices": ["adam", "sgd"]}).choose()
-    fine = [n for n, (grain, _) in zip(mixed.groups, mixed.asked, strict=True) if grain == "fine"]
+    fine = [n for n, (padding, _) in zip(mixed.groups, mixed.asked, strict=True) if padding == "fine"]
     assert fine == pytest.approx([1, 2, 8, 32, 128], rel=0.1)
 
 
@@ -272,7 +261,7 @@ def test_a_run_trains_in_stacks_of_the_size_that_was_chosen(study, monkeypatch: 
 
 
 def test_a_study_that_goes_on_goes_on_as_it_began(study, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = StackSize(capacity=3, stacked=True, grain="coarse", shared=0.5, why="because")
+    chosen = StackSize(capacity=3, stacked=True, padding="coarse", shared=0.5, why="because")
     monkeypatch.setattr(Sizing, "choose", lambda self: chosen)
     first, remembered, _ = run(study)
     monkeypatch.setattr(Sizing, "choose", None)
@@ -280,6 +269,29 @@ def test_a_study_that_goes_on_goes_on_as_it_began(study, monkeypatch: pytest.Mon
     assert unchanged == remembered
     assert remembered["choice"] == asdict(chosen)
     assert (again.notes, len(values)) == (first.notes, 9)
+
+
+def test_a_size_that_an_earlier_version_stored_is_that_of_this_one() -> None:
+    """Version 0.1 called the padding `grain`; what nobody has ever stored is refused, and chosen again."""
+    earlier = {"capacity": 3, "stacked": True, "grain": "coarse", "shared": 0.5, "threads": None, "why": "because"}
+    size = StackSize(capacity=3, stacked=True, padding="coarse", shared=0.5, why="because")
+    assert StackSize.stored(earlier) == StackSize.stored(asdict(size)) == size
+    with pytest.raises(TypeError):
+        StackSize.stored(earlier | {"depth": 3})
+
+
+def test_a_study_that_an_earlier_version_sized_is_resumed_as_it_began(study, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = StackSize(capacity=3, stacked=True, padding="coarse", shared=0.5, why="because")
+    monkeypatch.setattr(Sizing, "choose", lambda self: chosen)
+    monkeypatch.setattr(
+        "hpo.runner.worker.asdict",
+        lambda size: {"grain" if name == "padding" else name: value for name, value in asdict(size).items()},
+    )
+    _, remembered, _ = run(study)
+    assert remembered["choice"]["grain"] == "coarse"
+    monkeypatch.setattr(Sizing, "choose", None)
+    again, _, values = run(study, TEXT.replace("trials: 6", "trials: 9"))
+    assert (again.notes, len(values)) == (["stack: because"], 9)
 
 
 @pytest.mark.parametrize(("sampler", "most"), [("random", 40), ("tpe", 10), ("gp", 10), ("qmc", 40)])

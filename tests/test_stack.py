@@ -9,18 +9,21 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics.regression import MeanSquaredError
 
-from hpo.stacks.vmap_stack import NotStackable, VmapStack
+from hpo.stacks.candidate import NotStackable
+from hpo.stacks.vmap_stack import VmapStack
+from hpo.stacks.vmap_step import VmapStep
 from hpo.study.data import DataInfo, Split
-from hpo.study.objective import Objective
-from hpo.training import stack as stacks
+from hpo.training import stacked_optim
 from hpo.training.batches import Batches
 from hpo.training.loop import order
+from hpo.training.loop_stack import LoopStack
 from hpo.training.memory import is_out_of_memory
-from hpo.training.stack import LoopStack, Member, Task
+from hpo.training.stack import Member, Task
+from tests.stacking import CPU, Toy
 
-CPU = torch.device("cpu")
 INFO = DataInfo(inputs={"x": (3,), "z": (2,)}, input_dtypes={"x": "float64", "z": "float64"})
 TOLERANCE = 1e-12
+FULL = "out of memory on cpu: CUDA out of memory. Tried to allocate 2.00 GiB"
 N_ROWS, BATCH_SIZE, N_EPOCHS = 40, 16, 4
 
 OPTIMIZERS = {
@@ -62,11 +65,13 @@ class Network(nn.Module):
         return self.output(torch.tanh(self.norm(self.hidden(torch.cat([x, z], 1)))))
 
 
-class Regression(Objective):
-    """Its `kind` says where a member runs out of memory: in `build`, `step`, or `evaluate`."""
+class Regression(Toy):
+    """Its `kind` says where a member runs out of memory: in `build`, `step`, or `evaluate`.
 
-    def data(self):
-        raise AssertionError("a stack is given its data")
+    `full` is where all of them do, whatever their params say.
+    """
+
+    full: str | None = None
 
     def build(self, params, info):
         self._strike(params, "build")
@@ -74,22 +79,25 @@ class Regression(Objective):
 
     def loss(self, outputs, targets, params):
         self._strike(params, "step" if outputs.requires_grad else "evaluate")
-        return F.mse_loss(outputs, targets)
+        return super().loss(outputs, targets, params)
 
     def metrics(self):
         return {"rmse": MeanSquaredError(squared=False).set_dtype(torch.float64)}
 
     def _strike(self, params, where):
-        if params.get("kind") == where:
+        if where in (params.get("kind"), self.full):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nand a second line")
         if params.get("kind") == f"bug in {where}":
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
-@pytest.fixture(params=[LoopStack])
+STACKS = {"loop": LoopStack, "vmap": lambda task, capacity: VmapStack(task, capacity, split(n=8))}
+
+
+@pytest.fixture(params=STACKS)
 def make(request):
-    """Return a function that makes a stack; one more of the params holds another implementation to the contract."""
-    return lambda capacity=4, **keys: request.param(task(**keys), capacity)
+    """Return a function that makes a stack; one more entry of STACKS holds another implementation to the contract."""
+    return lambda capacity=4, **keys: STACKS[request.param](task(**keys), capacity)
 
 
 def task(**keys):
@@ -111,7 +119,7 @@ def run(stack, rounds):
     """Train the stack's members for these rounds; return the losses of each step."""
     data = Batches(split(), CPU)
     return [
-        stack.step(inputs, targets) for r in rounds for inputs, targets in data.batches(BATCH_SIZE, order(N_ROWS, 7, r))
+        stack.step(inputs, targets) for r in rounds for inputs, targets in data.epoch(BATCH_SIZE, order(N_ROWS, 7, r))
     ]
 
 
@@ -158,16 +166,14 @@ class TestContract:
         assert not torch.equal(stack.state(members[0])["output.weight"], stack.state(members[1])["output.weight"])
 
     def test_each_members_gradients_are_clipped_to_a_norm_of_its_own(self, make):
-        stack, members = make(), [member(n, 0.05, "sgd", max_grad_norm=norm) for n, norm in enumerate((0.05, 0.5))]
-        members.append(member(2, 0.05, "sgd"))
-        never = member(3, 0.05, "sgd", max_grad_norm=0)
-        for each in (*members, never):
+        stack, norms = make(), (0.05, 0.5, 0)
+        members = [member(n, 0.05, "sgd", max_grad_norm=norm) for n, norm in enumerate(norms)]
+        for each in members:
             stack.join(each)
         run(stack, range(2))
-        for each in members:
+        for each in members[:2]:
             assert_same(stack.state(each), alone(each, "sgd", range(2))[0])
-        del (plain := member(3, 0.05, "sgd", max_grad_norm=0)).params["max_grad_norm"]
-        assert_same(stack.state(never), alone(plain, "sgd", range(2))[0])
+        assert_same(stack.state(members[2]), alone(member(2, 0.05, "sgd"), "sgd", range(2))[0])  # 0: no clipping
 
     def test_who_joins_and_who_leaves_changes_nobody_else(self, make):
         stack, (first, second, third) = make(), [member(n, 0.01 * (n + 1)) for n in range(3)]
@@ -178,7 +184,7 @@ class TestContract:
         run(stack, [1])
         stack.join(third)
         run(stack, [2, 3])
-        assert list(stack.members) == [second, third]
+        assert set(stack.members) == {second, third}
         assert_same(stack.state(second), alone(second, "adam", [0, 1, 2, 3])[0])
         assert_same(stack.state(third), alone(third, "adam", [2, 3])[0])
 
@@ -191,7 +197,8 @@ class TestContract:
         assert_same(stack.state(each), alone(each, "adam", range(3))[0])
 
     def test_metrics_are_of_the_whole_set_in_evaluation_mode(self, make, monkeypatch):
-        monkeypatch.setattr(stacks, "EVALUATION_ROWS", 7)
+        in_chunks = Batches.chunks
+        monkeypatch.setattr(Batches, "chunks", lambda batches, size: in_chunks(batches, 7))
         stack, members, valid = make(), [member(0), member(1)], split(1)
         for each in members:
             stack.join(each)
@@ -207,26 +214,42 @@ class TestContract:
             assert result["rmse"] == pytest.approx(math.sqrt(error.mean().item()), rel=1e-9)
             assert result["rmse"] != pytest.approx(of_batches, rel=1e-4)
 
-    @pytest.mark.parametrize("where", ["build", "step", "evaluate"])
-    def test_out_of_memory_is_one_members_fault_and_the_others_go_on(self, make, where):
-        stack, (first, greedy, last) = make(), [member(0), member(1, kind=where), member(2)]
-        for each in (first, greedy, last):
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_out_of_memory_in_building_is_one_members_fault_and_touches_no_other(self, make, first):
+        stack, members = make(), [member(0), member(1), member(2)]
+        members[first] = greedy = member(first, kind="build")
+        for each in members:
             stack.join(each)
         losses = run(stack, [0, 1])[-1]
         results = stack.evaluate(Batches(split(1), CPU))
-        assert greedy.fault == "out of memory on cpu: CUDA out of memory. Tried to allocate 2.00 GiB"
-        assert [bool(result) for result in results] == [True, False, True]
-        assert torch.isfinite(losses).tolist() == [True, where == "evaluate", True]
-        for each in (first, last):
+        assert greedy.fault == FULL
+        assert list(stack.members) == members
+        others = [each for each in members if each is not greedy]
+        assert [bool(result) for result in results] == [each is not greedy for each in members]
+        assert torch.isfinite(losses).tolist() == [each is not greedy for each in members]
+        for each in others:
             assert each.fault is None
             assert_same(stack.state(each), alone(each, "adam", [0, 1])[0])
         stack.leave(greedy)
-        assert list(stack.members) == [first, last]
+        assert list(stack.members) == others
+        assert [bool(result) for result in stack.evaluate(Batches(split(1), CPU))] == [True, True]
+        stack.join(late := member(3))
+        run(stack, [2])
+        assert_same(stack.state(late), alone(late, "adam", [2])[0])
+
+    def test_members_that_all_run_out_of_memory_in_building_are_no_error(self, make):
+        stack, members = make(), [member(n, kind="build") for n in range(2)]
+        for each in members:
+            stack.join(each)
+        assert torch.isnan(run(stack, [0])[-1]).tolist() == [True, True]
+        assert stack.evaluate(Batches(split(1), CPU)) == [{}, {}]
+        assert [each.fault for each in members] == [FULL, FULL]
 
     @pytest.mark.parametrize("where", ["build", "step", "evaluate"])
     def test_any_other_error_is_a_bug_and_raised(self, make, where):
+        """A stack that calls the loss under torch.func cannot tell a bug from what torch.func has no rule for."""
         stack, broken = make(), member(0, kind=f"bug in {where}")
-        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # noqa: PT012
+        with pytest.raises((RuntimeError, NotStackable), match="shapes cannot be multiplied"):  # noqa: PT012
             stack.join(broken)
             run(stack, [0])
             stack.evaluate(Batches(split(1), CPU))
@@ -241,10 +264,72 @@ class TestContract:
         assert torch.equal(stack.module(each).state_dict()["output.weight"], stack.state(each)["output.weight"])
 
     def test_it_takes_no_more_than_its_capacity(self, make):
-        stack = make(capacity=1)
-        stack.join(member(0))
+        stack, first = make(capacity=1), member(0)
+        stack.join(first)
         with pytest.raises(AssertionError):
             stack.join(member(1))
+        assert list(stack.members) == [first]
+        run(stack, [0])
+        assert_same(stack.state(first), alone(first, "adam", [0])[0])
+
+
+@pytest.mark.parametrize("where", ["step", "evaluate"])
+def test_in_a_loop_out_of_memory_later_is_one_members_fault_too(where):
+    stack, (first, greedy, last) = LoopStack(task(), 3), [member(0), member(1, kind=where), member(2)]
+    for each in (first, greedy, last):
+        stack.join(each)
+    losses = run(stack, [0, 1])[-1]
+    results = stack.evaluate(Batches(split(1), CPU))
+    assert greedy.fault == FULL
+    assert [bool(result) for result in results] == [True, False, True]
+    assert torch.isfinite(losses).tolist() == [True, where == "evaluate", True]
+    for each in (first, last):
+        assert each.fault is None
+        assert_same(stack.state(each), alone(each, "adam", [0, 1])[0])
+
+
+def test_a_vmapped_step_that_runs_out_of_memory_is_raised_and_changes_no_member():
+    """What one member's step needs all need: so it is nobody's fault, and they may train in smaller stacks."""
+    given, members = task(), [member(0), member(1)]
+    stack = VmapStack(given, 2, split(n=8))
+    for each in members:
+        stack.join(each)
+    run(stack, [0])
+    real = stacked_optim.step
+
+    def full(*arguments):
+        real(*arguments)  # the very last of what a step does
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stacked_optim, "step", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            run(stack, [1])
+    given.objective.full = "evaluate"
+    with pytest.raises(torch.OutOfMemoryError):
+        stack.evaluate(Batches(split(1), CPU))
+    given.objective.full = None
+    run(stack, [1])
+    for each in members:
+        assert each.fault is None
+        assert_same(stack.state(each), alone(each, "adam", [0, 1])[0])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_vmapped_stack_that_has_no_memory_for_its_slots_takes_nobody(monkeypatch, first):
+    """At the first member, that gives the stack its shapes; or at a later one, which is tried beside the others."""
+    stack, (one, other) = VmapStack(task(), 2, split(n=8)), [member(0), member(1)]
+    if not first:
+        stack.join(one)
+    monkeypatch.setattr(VmapStep, "forward", lambda *arguments: torch.empty(10**14))
+    with pytest.raises(RuntimeError, match=r"allocate memory|not enough memory"):
+        stack.join(other)
+    monkeypatch.undo()
+    assert list(stack.members) == ([] if first else [one])
+    stack.join(other)
+    run(stack, [0])
+    for each in stack.members:
+        assert_same(stack.state(each), alone(each, "adam", [0])[0])
 
 
 class Plain(Regression):
@@ -312,9 +397,9 @@ def test_gathered_gradients_are_those_of_all_rows_at_once(batch_size, n, schedul
         stack = LoopStack(Task(objective=WithoutNorm(), info=INFO, device=CPU, n_rows=N_ROWS, epochs=3))
         each = member(0, **params, **schedule)
         stack.join(each)
-        feed = Batches(split(), CPU)
+        batches = Batches(split(), CPU)
         for epoch in range(3):
-            for inputs, targets in feed.batches(params["batch_size"], order(N_ROWS, 0, epoch)):
+            for inputs, targets in batches.epoch(params["batch_size"], order(N_ROWS, 0, epoch)):
                 stack.step(inputs, targets)
         return stack.state(each)
 

@@ -1,4 +1,4 @@
-"""Frames: what fits into one has in a stack the outputs and the names that it has alone; what does not is refused."""
+"""What is padded to a common structure has in a stack the outputs and names that it has alone; else it is refused."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -10,15 +10,18 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hpo.stacks.structure import Gated, RateDropout, SelectOne, frame_of
-from hpo.stacks.vmap_stack import NotStackable, VmapStack
+from hpo.stacks.candidate import NotStackable
+from hpo.stacks.structure import common_structure
+from hpo.stacks.tensor_modules import Gated, RateDropout, SelectOne
+from hpo.stacks.vmap_stack import VmapStack
+from hpo.stacks.vmap_step import Execution
 from hpo.study.blocks import MLP
-from hpo.study.data import DataInfo, Split
-from hpo.study.objective import Objective
+from hpo.study.data import Split
 from hpo.training.batches import Batches
-from hpo.training.stack import LoopStack, Member, Stack, Task
+from hpo.training.loop_stack import LoopStack
+from hpo.training.stack import Member, Stack, Task
+from tests.stacking import CPU, INFO, Built
 
-CPU = torch.device("cpu")
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "sigmoid": nn.Sigmoid,  # not 0 at 0: what is padded would leak if it were not masked
@@ -65,24 +68,11 @@ class Residual(nn.Module):
 BUILDERS = {"numbered": numbered, "named": named, "residual": Residual}
 
 
-class Any_(Objective):
-    """Whatever `build` builds. The loss of one row is its output, so that `evaluate` tells it."""
-
-    def __init__(self, build: Callable[[Any], nn.Module]) -> None:
-        super().__init__()
-        self._build = build
-
-    def data(self):
-        raise AssertionError("a stack is given its data")
-
-    def build(self, params, info):
-        return self._build(params).double()
+class Output(Built):
+    """The loss of one row is its output, so that `evaluate` gives it."""
 
     def loss(self, outputs, targets, params):
         return (outputs * targets).mean()
-
-    def metrics(self):
-        return {}
 
 
 def rows(n: int, seed: int = 0) -> Split:
@@ -91,17 +81,19 @@ def rows(n: int, seed: int = 0) -> Split:
 
 
 def task(build: Callable[[Any], nn.Module]) -> Task:
-    info = DataInfo(inputs={}, input_dtypes={})
-    return Task(objective=Any_(build), info=info, device=CPU, n_rows=12, epochs=2)
+    return Task(objective=Output(build), info=INFO, device=CPU, n_rows=12, epochs=2)
 
 
 def stack(
-    build: Callable[[Any], nn.Module], capacity: int = 3, extremes: Sequence[Any] = EXTREMES, how: str = "eager"
+    build: Callable[[Any], nn.Module],
+    capacity: int = 3,
+    extremes: Sequence[Any] = EXTREMES,
+    execution: Execution = "eager",
 ) -> VmapStack:
-    """Return a stack of the frame of these extremes, the first of which is the largest."""
-    frame = frame_of([build(params).double() for params in extremes])
-    shapes = frame.shapes_of(build(extremes[0]).double())
-    return VmapStack(task(build), capacity, rows(8), how, lambda module, params: frame.fit(module, shapes))
+    """Return a stack of the common structure of these extremes, the first of which is the largest."""
+    structure = common_structure([build(params).double() for params in extremes])
+    shapes = structure.shapes_of(build(extremes[0]).double())
+    return VmapStack(task(build), capacity, rows(8), execution, lambda module, params: structure.pad(module, shapes))
 
 
 def members(several: Sequence[Any]) -> list[Member]:
@@ -112,8 +104,8 @@ def members(several: Sequence[Any]) -> list[Member]:
 def outputs(made: Stack, n: int = 4) -> list[list[float]]:
     """Return what each member's network gives for `n` rows that it has not seen, in evaluation mode."""
     data = rows(n, seed=9)
-    feeds = [Batches(Split(inputs={"x": data.inputs["x"][i : i + 1]}, targets=data.targets[:1]), CPU) for i in range(n)]
-    results = [made.evaluate(feed) for feed in feeds]
+    both = [Batches(Split(inputs={"x": data.inputs["x"][i : i + 1]}, targets=data.targets[:1]), CPU) for i in range(n)]
+    results = [made.evaluate(feed) for feed in both]
     return [[result[k]["loss"] for result in results] for k in range(len(made.members))]
 
 
@@ -156,7 +148,7 @@ def test_any_mixture_has_the_outputs_and_the_names_of_the_plain_networks(build: 
 
 @pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
 def test_each_extreme_fits_its_own_frame(build: Any) -> None:
-    made = stack(build, capacity=len(EXTREMES), how="graph")
+    made = stack(build, capacity=len(EXTREMES), execution="graph")
     for member in members(EXTREMES):
         made.join(member)
     for params, member, got in zip(EXTREMES, made.members, outputs(made), strict=True):
@@ -164,8 +156,8 @@ def test_each_extreme_fits_its_own_frame(build: Any) -> None:
 
 
 def test_names_say_where_a_network_stands_in_its_frame() -> None:
-    frame = frame_of([numbered(params) for params in EXTREMES])
-    names = frame.fit(numbered(HIGHEST | {"depth": 1})).names
+    structure = common_structure([numbered(params) for params in EXTREMES])
+    names = structure.pad(numbered(HIGHEST | {"depth": 1})).names
     assert names["2.weight"] == "2.weight"  # the first of three hidden layers
     assert names["5.weight"] == "11.weight"  # the last layer
     assert set(names) == set(numbered(HIGHEST | {"depth": 1}).state_dict())

@@ -11,8 +11,8 @@ from hpo.study.data import Split
 from hpo.training.batches import Batches
 from hpo.training.loop import order, train
 from hpo.training.stack import Member, SingleStack, Stack, Stacks
+from tests.stacking import CPU, asking, keep_all
 
-CPU = torch.device("cpu")
 N_ROWS, BATCH_SIZE = 10, 4
 
 
@@ -41,8 +41,8 @@ class Notebook(Stack):
     def checkpoint(self, member):
         raise AssertionError("the loop keeps nothing")
 
-    def evaluate(self, feed):
-        self.evaluated.append(feed)
+    def evaluate(self, batches):
+        self.evaluated.append(batches)
         if self._fault_at is not None:
             for member in self._members:
                 member.fault = "out of memory" if (member.number, member.epoch) == self._fault_at else member.fault
@@ -66,15 +66,17 @@ class Queue:
 
     def __init__(self, waiting, drop=()):
         self.waiting, self.drop, self.asked, self.reports = list(waiting), set(drop), [], []
+        self.batches = []
 
     def ask(self, n):
         self.asked.append(n)
         return [self.waiting.pop(0) for _ in range(min(n, len(self.waiting)))]
 
-    def report(self, stack, member, metrics):
-        assert member in stack.members
-        self.reports.append((member.number, member.epoch, metrics))
-        return (member.number, member.epoch) not in self.drop
+    def report(self, stack, results):
+        assert list(results) == list(stack.members)
+        self.batches.append([member.number for member in results])
+        self.reports += [(member.number, member.epoch, metrics) for member, metrics in results.items()]
+        return [member for member in results if (member.number, member.epoch) not in self.drop]
 
 
 def go(stack, queue, valid=None, epochs=3, seed=0, **more):
@@ -120,6 +122,12 @@ def test_a_member_with_a_fault_is_reported_once_and_leaves():
     assert epochs_of(queue, 1) == [1, 2]
     assert epochs_of(queue, 2) == [1, 2, 3]
     assert [set(metrics) for n, epoch, metrics in queue.reports if (n, epoch) == (1, 2)] == [{"train_loss"}]
+
+
+def test_the_members_of_a_stack_are_reported_together_once_an_epoch():
+    queue = Queue(members(1, 2, 3), drop={(1, 1)})
+    go(Notebook(capacity=2), queue, epochs=2)
+    assert queue.batches == [[1, 2], [2, 3], [3]]
 
 
 def test_nothing_to_train_is_nothing_done():
@@ -244,18 +252,18 @@ def test_orders_of_other_rounds_and_seeds_differ_and_leave_torchs_own_stream_alo
 
 def test_members_that_go_on_see_the_rounds_that_they_would_have_seen():
     targets = torch.arange(6.0)
-    feed = Batches(Split(inputs={"x": targets.unsqueeze(1)}, targets=targets), CPU)
+    batches = Batches(Split(inputs={"x": targets.unsqueeze(1)}, targets=targets), CPU)
 
     def rounds(members, epochs=4):
-        queue, notebook = list(members), Notebook(capacity=2)
+        notebook = Notebook(capacity=2)
         train(
             SingleStack(notebook),
-            feed,
+            batches,
             None,
             epochs=epochs,
             seed=3,
-            ask=lambda n: [queue.pop(0) for _ in range(min(n, len(queue)))],
-            report=lambda stack, member, metrics: True,
+            ask=asking(members),
+            report=keep_all,
         )
         return [tuple(targets) for _, _, targets in notebook.rounds]
 

@@ -11,18 +11,20 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from torchmetrics.regression import MeanSquaredError
 
-from hpo.stacks.padding import Padder, as_it_is
-from hpo.stacks.structure import RateDropout, frame_of
-from hpo.stacks.vmap_stack import NotStackable, VmapStack
-from hpo.study.data import DataInfo, Split
+from hpo.stacks.candidate import NotStackable
+from hpo.stacks.padding import Padder, unpadded
+from hpo.stacks.state import StackState
+from hpo.stacks.structure import common_structure
+from hpo.stacks.tensor_modules import RateDropout
+from hpo.stacks.vmap_stack import VmapStack
+from hpo.stacks.vmap_step import Execution, Run, VmapStep, has_compiler
+from hpo.study.data import Split
 from hpo.study.losses import cross_entropy
 from hpo.study.objective import Objective
-from hpo.training.batches import Batches
-from hpo.training.loop import train
-from hpo.training.stack import LoopStack, Member, SingleStack, Stack, Task
+from hpo.training.loop_stack import LoopStack
+from hpo.training.stack import Member, Stack, Task
+from tests.stacking import CPU, INFO, Toy, assert_same_curves, assert_same_weights, trained
 
-CPU = torch.device("cpu")
-INFO = DataInfo(inputs={}, input_dtypes={})
 N_ROWS, BATCH_SIZE, N_EPOCHS = 40, 12, 3  # 40 = 3 * 12 + 4: the last batch is smaller
 
 
@@ -75,6 +77,7 @@ def mlp(params: Any) -> nn.Module:
 
 
 ARCHITECTURES: dict[str, Callable[[Any], nn.Module]] = {
+    "two_layers": lambda p: nn.Sequential(nn.Linear(8, 3), nn.Tanh(), nn.Linear(3, 1)),
     "mlp": mlp,
     "wide_and_deep": lambda p: Wide(),
     "conv_batchnorm": lambda p: nn.Sequential(
@@ -95,17 +98,11 @@ ARCHITECTURES: dict[str, Callable[[Any], nn.Module]] = {
 STACKS = ("mlp", "wide_and_deep", "conv_batchnorm", "layernorm", "dropout_0")
 
 
-class Regression(Objective):
+class Regression(Toy):
     """Any of the architectures on one small regression, in double precision."""
-
-    def data(self):
-        raise AssertionError("a stack is given its data")
 
     def build(self, params, info):
         return ARCHITECTURES[params["architecture"]](params).double()
-
-    def loss(self, outputs, targets, params):
-        return F.mse_loss(outputs, targets)
 
     def metrics(self):
         return {"rmse": MeanSquaredError(squared=False).set_dtype(torch.float64)}
@@ -127,8 +124,8 @@ def task(objective: Objective | None = None, **keys: Any) -> Task:
     return Task(objective=objective or Regression(), info=INFO, device=CPU, n_rows=N_ROWS, epochs=N_EPOCHS, **keys)
 
 
-def stack(architecture: str, capacity: int = 4, how: str = "eager", fit: Padder = as_it_is) -> VmapStack:
-    return VmapStack(task(), capacity, split(architecture, 8), how, fit)
+def stack(architecture: str, capacity: int = 4, execution: Execution = "eager", padder: Padder = unpadded) -> VmapStack:
+    return VmapStack(task(), capacity, split(architecture, 8), execution, padder)
 
 
 def loop(capacity: int = 1, objective: Objective | None = None) -> LoopStack:
@@ -136,58 +133,56 @@ def loop(capacity: int = 1, objective: Objective | None = None) -> LoopStack:
 
 
 def fit(
-    stack: Stack, everyone: Sequence[Member], architecture: str, stop_after: dict[int, int] | None = None
+    stack: Stack, everyone: Sequence[Member], architecture: str, stops: dict[int, int] | None = None
 ) -> dict[int, dict[str, Tensor]]:
-    """Train `everyone`, each member up to `stop_after[number]` epochs; return the last weights by number."""
-    waiting, weights = list(everyone), {}
-
-    def ask(n: int) -> list[Member]:
-        taken, waiting[:] = waiting[:n], waiting[n:]
-        return taken
-
-    def report(stack: Stack, member: Member, metrics: dict[str, float]) -> bool:
-        weights[member.number] = stack.state(member)
-        return member.epoch < (stop_after or {}).get(member.number, N_EPOCHS)
-
-    train(
-        SingleStack(stack),
-        Batches(split(architecture), CPU),
-        Batches(split(architecture, 30, seed=1), CPU),
-        epochs=N_EPOCHS,
-        seed=7,
-        ask=ask,
-        report=report,
-    )
-    return weights
+    """Train `everyone`, each member up to `stops[number]` epochs; return the last weights by number."""
+    rows, valid = split(architecture), split(architecture, 30, seed=1)
+    return trained(stack, everyone, rows, valid, epochs=N_EPOCHS, stops=stops)
 
 
 def assert_equal(got: Sequence[Member], expected: Sequence[Member], got_weights: dict, expected_weights: dict) -> None:
-    for a, b in zip(got, expected, strict=True):
-        assert len(a.history) == len(b.history)
-        for epoch_a, epoch_b in zip(a.history, b.history, strict=True):
-            assert epoch_a == pytest.approx(epoch_b, abs=1e-9)
-        for name, weight in expected_weights[b.number].items():
-            torch.testing.assert_close(got_weights[a.number][name], weight, rtol=0, atol=1e-9)
+    assert_same_curves(got, expected)
+    assert_same_weights(got_weights, expected_weights, [member.number for member in got])
 
 
 @pytest.mark.parametrize("architecture", STACKS)
-@pytest.mark.parametrize("how", ["eager", "graph"])
+@pytest.mark.parametrize("execution", ["eager", "graph"])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_members_have_the_curves_they_would_have_alone(architecture: str, how: str, optimizer: str) -> None:
+def test_members_have_the_curves_they_would_have_alone(architecture: str, execution: Execution, optimizer: str) -> None:
     params = {"momentum": 0.9, "weight_decay": 0.01} if optimizer == "sgd" else {"weight_decay": 0.01}
     got, expected = (members(architecture, optimizer=optimizer, **params) for _ in range(2))
-    got_weights = fit(stack(architecture, how=how), got, architecture)
+    got_weights = fit(stack(architecture, execution=execution), got, architecture)
     alone = {}
     for member in expected:
         alone |= fit(loop(), [member], architecture)
     assert_equal(got, expected, got_weights, alone)
 
 
+def test_a_small_compiled_step_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fast one of those below: two layers, two members."""
+    if not has_compiler(CPU):
+        pytest.skip("torch compiles for a CPU with a C++ compiler, and there is no `c++` on the PATH")
+    compiled, real = [], VmapStep._compiled
+
+    def compile_it(self: VmapStep, run: Run, *arguments: Any) -> Run:
+        made = real(self, run, *arguments)
+        compiled.append(made is not run)  # it is `run`, where the compiler does not work
+        return made
+
+    monkeypatch.setattr(VmapStep, "_compiled", compile_it)
+    got, expected = (members("two_layers", 2, optimizer="sgd") for _ in range(2))
+    made = stack("two_layers", 2, "compiled")
+    got_weights = fit(made, got, "two_layers")
+    assert compiled == [True]  # not for the epoch's last, smaller batch
+    assert made.is_compiled(2)
+    assert_equal(got, expected, got_weights, fit(loop(2), expected, "two_layers"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", STACKS)
 def test_the_compiled_step_is_the_same(architecture: str) -> None:
     got, expected = members(architecture), members(architecture)
-    got_weights = fit(stack(architecture, how="compiled"), got, architecture)
+    got_weights = fit(stack(architecture, execution="compiled"), got, architecture)
     assert_equal(got, expected, got_weights, fit(loop(4), expected, architecture))
 
 
@@ -217,7 +212,7 @@ def test_nan_in_one_member_touches_no_other() -> None:
     ],
 )
 def test_what_cannot_be_stacked_says_why(architecture: str, reason: str) -> None:
-    made = stack(architecture, how="graph")
+    made = stack(architecture, execution="graph")
     with pytest.raises(NotStackable, match=reason):
         made.join(members(architecture)[0])
     assert made.members == []
@@ -279,8 +274,8 @@ ARCHITECTURES["wide"] = wide
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "adamw", "rmsprop", "adagrad"])
 def test_members_of_widths_20_to_300_share_a_stack(optimizer: str) -> None:
     """A narrow network in a wide one's corner has the curve it has alone; here all are padded to the widest."""
-    frame = frame_of([wide({"widths": (20, 20)}), wide({"widths": (300, 300)})])
-    shapes = frame.shapes_of(wide({"widths": (300, 300)}))
+    structure = common_structure([wide({"widths": (20, 20)}), wide({"widths": (300, 300)})])
+    shapes = structure.shapes_of(wide({"widths": (300, 300)}))
 
     def everyone() -> list[Member]:
         base = members("wide", len(WIDTHS), optimizer=optimizer, weight_decay=0.01)
@@ -291,7 +286,7 @@ def test_members_of_widths_20_to_300_share_a_stack(optimizer: str) -> None:
         ]
 
     got, expected = everyone(), everyone()
-    made = stack("wide", len(WIDTHS), fit=lambda module, params: frame.fit(module, shapes))
+    made = stack("wide", len(WIDTHS), padder=lambda module, params: structure.pad(module, shapes))
     got_weights = fit(made, got, "wide")
     weights = fit(loop(len(WIDTHS)), expected, "wide")
     assert_equal(got, expected, got_weights, weights)
@@ -349,32 +344,32 @@ class Replay:
 
     fault = ""
 
-    def __init__(self, run: Any, arguments: Any, inputs: Any, targets: Any) -> None:
+    def __init__(self, run: Run, state: StackState, inputs: Any, targets: Tensor) -> None:
         if self.fault == "raises":
             raise RuntimeError("operation not permitted when stream is capturing")
-        self._run, self._arguments = run, arguments
+        self._run, self._state = run, state
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, state: StackState, inputs: Any, targets: Tensor) -> Any:
         with torch.no_grad():
-            *new, losses = self._run(*self._arguments, *arguments[-2:])
-            for own, now in zip(tree_leaves(self._arguments[:4]), tree_leaves(new), strict=True):
+            trained, losses = self._run(self._state, inputs, targets)
+            for own, now in zip(tree_leaves(self._state.trained), tree_leaves(trained), strict=True):
                 own.copy_(now)
-        return *self._arguments[:4], losses * (2 if self.fault == "wrong" else 1)
+        return self._state.trained, losses * (2 if self.fault == "wrong" else 1)
 
 
 @pytest.mark.parametrize("fault", ["", "raises", "wrong"])
 def test_a_recorded_step_is_used_if_it_gives_what_the_step_gives(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """Without a GPU: what is recorded is a stand-in, what is done with it is not."""
-    monkeypatch.setattr("hpo.stacks.vmap_stack.CudaReplay", Replay)
+    monkeypatch.setattr("hpo.stacks.vmap_step.CudaReplay", Replay)
     monkeypatch.setattr(Replay, "fault", fault)
     made = []
-    real = VmapStack._prepare
+    real = VmapStep.prepare
 
-    def prepare(self: VmapStack, inputs: Any, targets: Any) -> Any:
-        made.append(self._recorded(real(self, inputs, targets), inputs, targets))
+    def prepare(self: VmapStep, state: StackState, inputs: Any, targets: Tensor, execution: Execution) -> Run:
+        made.append(self.recorded(real(self, state, inputs, targets, execution), state, inputs, targets))
         return made[-1]
 
-    monkeypatch.setattr(VmapStack, "_prepare", prepare)
+    monkeypatch.setattr(VmapStep, "prepare", prepare)
     got, expected = members("conv_batchnorm"), members("conv_batchnorm")
     got_weights = fit(stack("conv_batchnorm"), got, "conv_batchnorm")
     assert {isinstance(each, Replay) for each in made} == {not fault}

@@ -9,10 +9,10 @@ from optuna.trial import TrialState
 
 from hpo.errors import Interrupted
 from hpo.runner.prepare import prepare
-from hpo.runner.progress import Progress
 from hpo.runner.worker import work
 from hpo.search.opening import open_search
 from hpo.tracking.base import MemoryTracker
+from tests.screens import Screen
 
 KINDS = (
     "params: {{kind: {{type: categorical, choices: [good, nan, oom]}}}}\nstart_with: [{}]\ntrials: {}\npruner: none\n"
@@ -54,26 +54,6 @@ class Rising(Objective):
     def metrics(self):
         return {"mse": MeanSquaredError()}
 '''
-
-
-class Screen(Progress):
-    """Writes down what a person would be shown; `during` is called after each epoch."""
-
-    def __init__(self, during=lambda number, epoch: None):
-        self.started, self.epochs, self.ended, self.notes, self._during = [], [], [], [], during
-
-    def trial_started(self, number, params):
-        self.started.append((number, dict(params)))
-
-    def epoch_ended(self, number, epoch, epochs, metrics):
-        self.epochs.append((number, epoch, epochs))
-        self._during(number, epoch)
-
-    def trial_ended(self, number, state, value, reason):
-        self.ended.append((number, state, value, reason))
-
-    def note(self, text):
-        self.notes.append(text)
 
 
 class Run:

@@ -8,9 +8,10 @@ import torch
 from hpo.runner.prepare import prepare
 from hpo.runner.worker import work
 from hpo.search.opening import open_search
+from hpo.stacks.sizing import Sizing, StackSize
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.tracking.base import MemoryTracker
-from tests.test_worker import Screen
+from tests.screens import Screen
 
 NETWORK = '''
 """Small networks of widths of their own, in double precision."""
@@ -136,11 +137,25 @@ def test_a_stack_that_does_not_fit_is_halved_and_loses_no_trial(study, monkeypat
     text = "trials: 6\nepochs: 2\nsampler: random\nparams: {learning_rate: {type: float, low: 0.01, high: 0.1}}\n"
     done = values(study, "oom", f"{text}stack: 8\n", screen)
     assert sorted(state for state, _, _ in done.values()).count("COMPLETE") == 6
-    assert "out of memory: from now on 4 trials at once, and those in training begin anew" in screen.notes
-    assert "out of memory: from now on 2 trials at once, and those in training begin anew" in screen.notes
+    assert "out of memory: from now on 4 trials at once; running trials restart from scratch" in screen.notes
+    assert "out of memory: from now on 2 trials at once; running trials restart from scratch" in screen.notes
     curves = {str(params): curve for state, params, curve in done.values() if state == "COMPLETE"}
-    alone = values(study, "alone", text)
-    assert set(curves) == {str(params) for _, params, _ in alone.values()}
+    alone = {str(params): curve for _, params, curve in values(study, "alone", text).values()}
+    assert curves.keys() == alone.keys()
+    for params, curve in alone.items():
+        assert curves[params] == pytest.approx(curve, abs=1e-9)
+
+
+def test_torchs_settings_are_as_before_once_a_study_has_run(study, monkeypatch: pytest.MonkeyPatch) -> None:
+    n_threads, during = torch.get_num_threads(), []
+    monkeypatch.setattr(Sizing, "choose", lambda self: StackSize(threads=n_threads + 1, why="because"))
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    screen = Screen(lambda number, epoch: during.append(torch.get_num_threads()))
+    values(study, "threads", "trials: 2\nstack: auto\nsampler: random\n", screen)
+    assert set(during) == {n_threads + 1}
+    assert torch.get_num_threads() == n_threads
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_nan_fails_alone_in_a_stack(study) -> None:

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from hpo.errors import InputError, masked
 from hpo.runner.preflight import preflight
 from hpo.runner.prepare import Plan
@@ -16,6 +14,7 @@ from hpo.search.opening import open_search
 from hpo.search.search import Search
 from hpo.study.data import Data
 from hpo.study.objective import file_fingerprint, source_fingerprint
+from hpo.training.torch_settings import torch_settings
 
 log = logging.getLogger("hpo")
 
@@ -27,17 +26,9 @@ def torch_set(plan: Plan) -> Iterator[None]:
     On a CPU one thread, unless OMP_NUM_THREADS says otherwise: torch's own default makes small networks many times
     slower.
     """
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    if plan.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(plan.spec.deterministic)
-    if plan.spec.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA's matrix products need for it
-    try:
+    one = plan.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ
+    with torch_settings(plan.device, deterministic=plan.spec.deterministic, threads=1 if one else None):
         yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
 
 
 def open_study(plan: Plan, *, make: bool = True, wait: bool = False) -> Search | None:

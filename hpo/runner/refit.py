@@ -13,6 +13,7 @@ from hpo.errors import ExportError, HpoError, Interrupted, masked
 from hpo.export.bundle import FILES, Model, export
 from hpo.runner.custom import TrialReporter, train_custom
 from hpo.runner.prepare import OUTPUT, Plan
+from hpo.runner.worker import chosen_before
 from hpo.search import schema
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
@@ -21,9 +22,12 @@ from hpo.study.objective import Function
 from hpo.tracking.base import Tracker
 from hpo.tracking.leftovers import left_behind
 from hpo.tracking.mlflow import open_tracker
-from hpo.training.batches import Batches, feed
-from hpo.training.loop import train
-from hpo.training.stack import LoopStack, Member, SingleStack, Stack, Task, evaluate
+from hpo.training.batches import Batches, make_batches
+from hpo.training.evaluation import evaluate
+from hpo.training.loop import Results, train
+from hpo.training.loop_stack import LoopStack
+from hpo.training.stack import Member, SingleStack, Stack, Task
+from hpo.training.torch_settings import torch_settings
 
 UNSENT = OUTPUT / "unsent"
 
@@ -86,7 +90,10 @@ def conclude(
         if best is None:
             return None
         if done is None:
-            done = finish(plan, data, search, best, folder, stopping, note)
+            size = chosen_before(plan, search)
+            precision = plan.spec.precision if plan.objective.train is None else None
+            with torch_settings(plan.device, precision=precision, threads=size.threads if size else None):
+                done = finish(plan, data, search, best, folder, stopping, note)
             bundle = done.bundle and str(done.bundle)
             stored = {"number": done.number, "test": dict(done.test), "bundle": bundle, "parity": done.parity}
             search.remember(schema.RESULT, stored)
@@ -183,10 +190,11 @@ def finish(
             note("train returned no network: there is nothing to test or to export")
             return Outcome(number=best.number, test={}, bundle=None, parity=None)
     else:
-        rows = feed(data_refit.train, preprocess, plan.device, plan.spec.loading)
-        network = _refit(plan, task, best, rows, epochs, stopping)
+        batches = make_batches(data_refit.train, preprocess, plan.device, plan.spec.loading)
+        network = _refit(plan, task, best, batches, epochs, stopping)
     metrics = {name: metric.to(plan.device) for name, metric in plan.objective.metrics().items()}
-    test = evaluate(task, network, feed(data.test, preprocess, plan.device, plan.spec.loading), best.params, metrics)
+    test_batches = make_batches(data.test, preprocess, plan.device, plan.spec.loading)
+    test = evaluate(task, network, test_batches, best.params, metrics)
     search.remember(schema.TEST_EVALUATIONS, [*_tests(search), {"number": best.number, "test": test}])
     note("exporting, and comparing what was exported with the model that was measured")
     written = export(
@@ -212,24 +220,25 @@ def _tests(search: Search) -> list[Any]:
 
 
 def _refit(
-    plan: Plan, task: Task, best: Best, train_feed: Batches, epochs: int, stopping: Callable[[], bool]
+    plan: Plan, task: Task, best: Best, batches: Batches, epochs: int, stopping: Callable[[], bool]
 ) -> nn.Module:
-    """Return a network of `best`'s params and seed, trained on `train_feed` for so many epochs."""
+    """Return a network of `best`'s params and seed, trained on `batches` for so many epochs."""
     member = Member(number=best.number, seed=best.seed, params=best.params)
     queue = [member]
     network = None
 
-    def report(stack: Stack, member: Member, metrics: Mapping[str, float]) -> bool:
+    def report(stack: Stack, results: Results) -> Results:
         nonlocal network
-        if member.fault is None and not math.isfinite(metrics["train_loss"]):
-            member.fault = f"train_loss became {metrics['train_loss']} in epoch {member.epoch}"
+        loss = results[member]["train_loss"]
+        if member.fault is None and not math.isfinite(loss):
+            member.fault = f"train_loss became {loss} in epoch {member.epoch}"
         if member.fault is None:  # a member that ran out of memory when it was built has none
             network = stack.module(member)
-        return member.fault is None
+        return results  # one with a fault leaves anyway
 
     train(
         SingleStack(LoopStack(task)),
-        train_feed,
+        batches,
         None,
         epochs=epochs,
         seed=plan.spec.seed,

@@ -11,6 +11,7 @@ from hpo.runner.checkpoints import Origin
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
 from hpo.search import schema
+from hpo.search.away import StorageAway
 from hpo.search.search import Claim, Search
 from hpo.tracking.base import Tracker
 from hpo.training.faults import TrialFault, all_alike
@@ -218,6 +219,17 @@ class Trials:
         trial = TrialRun(self._plan, self._origin, claim, self._search, self._tracker, self._progress)
         self._active[claim.number] = trial
         return trial
+
+    def claim_up_to(self, n: int, wait: bool) -> list[TrialRun]:
+        """Claim up to `n` trials. Without `wait`, neither peers nor a storage that is away are waited for."""
+        claimed: list[TrialRun] = []
+        try:
+            while len(claimed) < n and (trial := self.claim(wait)) is not None:
+                claimed.append(trial)
+        except StorageAway:
+            if wait:
+                raise
+        return claimed
 
     def done(self, number: int) -> None:
         """Forget a trial whose end was told."""

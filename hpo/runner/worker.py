@@ -25,10 +25,13 @@ from hpo.stacks.pool import Pool
 from hpo.stacks.sizing import AS_GIVEN, Sizing, StackSize, looked_at
 from hpo.study.data import Data
 from hpo.tracking.base import Tracker
-from hpo.training.batches import feed
+from hpo.training.batches import make_batches
 from hpo.training.faults import TrialError
-from hpo.training.loop import train
-from hpo.training.stack import LoopStack, Member, SingleStack, Stack, Stacks, is_out_of_memory
+from hpo.training.loop import Results, train
+from hpo.training.loop_stack import LoopStack
+from hpo.training.memory import is_out_of_memory
+from hpo.training.stack import Member, SingleStack, Stack, Stacks
+from hpo.training.torch_settings import torch_settings
 
 WAIT_SECONDS = 1.0
 """How often to look again while all that is left of a study is with other workers."""
@@ -54,7 +57,22 @@ def work(
     `overdue` says so, between two batches.
 
     A trial's own fault (NaN, out of memory) fails that trial; any other error gives the trials back and is raised.
+    torch's process-wide settings are as before at the end.
     """
+    trains_itself = data is None or plan.objective.train is not None
+    with torch_settings(plan.device, precision=None if trains_itself else plan.spec.precision):
+        _work(plan, data, search, tracker, progress, stopping, overdue)
+
+
+def _work(
+    plan: Plan,
+    data: Data | None,
+    search: Search,
+    tracker: Tracker,
+    progress: Progress,
+    stopping: Callable[[], bool],
+    overdue: Callable[[], bool] | None,
+) -> None:
     deadline = math.inf
     search.storage.say = progress.note
 
@@ -112,6 +130,20 @@ def _deadline(plan: Plan, search: Search) -> float:
     return time.monotonic() + search.seconds_left(plan.spec.timeout)
 
 
+def chosen_before(plan: Plan, search: Search) -> StackSize | None:
+    """Return what `stack: auto` has chosen for this study on this machine; None where it has not."""
+    if plan.spec.stack != "auto":
+        return None
+    with suppress(AttributeError, KeyError, TypeError):  # there is none, or one that a later version wrote
+        stored = search.attrs[schema.STACK]
+        return StackSize.stored(stored["choice"]) if stored["where"] == _where(plan) else None
+    return None
+
+
+def _where(plan: Plan) -> str:
+    return f"{platform.node()} {plan.device}"
+
+
 class _Worker:
     """The trials that this process has claimed, and the stacks that they are trained in."""
 
@@ -131,14 +163,11 @@ class _Worker:
         self._task = plan.task(data.info, len(data.train))
         preprocess = plan.objective.preprocess(data.train)
         self._train, self._valid = (
-            feed(split, preprocess, plan.device, plan.spec.loading) for split in (data.train, data.valid)
+            make_batches(split, preprocess, plan.device, plan.spec.loading) for split in (data.train, data.valid)
         )
         self._example = self._train.head(_EXAMPLE_ROWS)
         self._trials = trials
         self._said: set[str] = set()
-        if plan.spec.precision == "tf32" and plan.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
-            torch.backends.cudnn.allow_tf32 = True
 
     def train(self) -> None:
         """Train until there is no trial left to claim. Raises Interrupted.
@@ -182,23 +211,20 @@ class _Worker:
                 )
             raise Interrupted("interrupted")
         training = any(stack.members for stack in self._stacks.active)
-        members: list[Member] = []
-        try:
-            while len(members) < n and (trial := self._trials.claim(wait=not training)) is not None:
-                members.append(trial.member)
-        except StorageAway:
-            if not training:
-                raise
-        return members  # those in training do not wait for more
+        return [trial.member for trial in self._trials.claim_up_to(n, wait=not training)]
 
-    def _report(self, stack: Stack, member: Member, metrics: dict[str, float]) -> bool:
-        trial = self._trials[member.number]
-        go_on = trial.report(metrics, stack)
-        if not go_on:
-            self._trials.done(member.number)
-        elif trial.checkpoint_is_due:
-            trial.checkpoint(stack)
-        return go_on
+    def _report(self, stack: Stack, results: Results) -> list[Member]:
+        """Report an epoch of all members of a stack; return those that go on."""
+        kept = []
+        for member, metrics in results.items():
+            trial = self._trials[member.number]
+            if not trial.report(metrics, stack):
+                self._trials.done(member.number)
+                continue
+            if trial.checkpoint_is_due:
+                trial.checkpoint(stack)
+            kept.append(member)
+        return kept
 
     def _new_stacks(self) -> Stacks:
         """Return new, empty stacks of the size that was chosen."""
@@ -208,14 +234,14 @@ class _Worker:
             self._task,
             self._choice.capacity,
             self._example,
-            self._frames(self._choice.grain),
+            self._padding_plan(self._choice.padding),
             say=self._say,
             ahead=lambda: self._search.counts().waiting,
             shared=self._choice.shared,
         )
 
-    def _frames(self, grain: Padding) -> PaddingPlan:
-        return PaddingPlan(self._plan.space, self._task.network, grain)
+    def _padding_plan(self, padding: Padding) -> PaddingPlan:
+        return PaddingPlan(self._plan.space, self._task.network, padding)
 
     def choose(self) -> None:
         """Choose the size of the stacks, measured where the study says `auto`. Raises Interrupted."""
@@ -231,19 +257,17 @@ class _Worker:
         n_trials = math.ceil(self._search.counts().waiting / int(os.environ.get(LAUNCHED, 1)))
         if n_trials == 0:
             return StackSize(why=AS_GIVEN)
-        where = f"{platform.node()} {self._plan.device}"
-        before = self._search.attrs.get(schema.STACK, {}) if spec.stack == "auto" else {}
-        with suppress(AttributeError, KeyError, TypeError):  # as it was chosen, or as another version wrote it
-            if before["where"] == where:
-                return StackSize(**before["choice"])
+        before = chosen_before(self._plan, self._search)
+        if before is not None:
+            return before
         learns = spec.sampler.name not in ("random", "grid", "qmc", "brute_force")
         several = self._plan.space.draw(min(_DRAWS, n_trials), spec.seed)
         draws, n_too_large = looked_at(several, self._task.network)
         sizing = Sizing(
             task=self._task,
-            feed=self._train,
+            batches=self._train,
             example=self._example,
-            frames=self._frames,
+            plan_of=self._padding_plan,
             draws=draws,
             n_too_large=n_too_large,
             n_trials=n_trials,
@@ -254,7 +278,7 @@ class _Worker:
         if spec.stack != "auto":
             return sizing.given(spec.stack)
         choice = sizing.choose()
-        self._search.remember(schema.STACK, {"where": where, "choice": asdict(choice)})
+        self._search.remember(schema.STACK, {"where": _where(self._plan), "choice": asdict(choice)})
         return choice
 
     def _halve(self) -> None:
@@ -263,7 +287,7 @@ class _Worker:
         self._trials.give_back(f"out of memory in a stack of {capacity}")
         self._choice = replace(self._choice, capacity=max(1, capacity // 2), stacked=capacity > 1)
         self._say(
-            f"out of memory: from now on {self._choice.capacity} trials at once, and those in training begin anew"
+            f"out of memory: from now on {self._choice.capacity} trials at once; running trials restart from scratch"
         )
 
     def _unstack(self, error: TrialError) -> None:

@@ -11,7 +11,7 @@ import functools
 import sys
 import types
 import weakref
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ class _Same:
 
     def __init__(self, value: Any) -> None:
         self._hash = id(value)
+        self._get: Callable[[], Any]
         try:
             self._get = weakref.ref(value)
         except TypeError:
@@ -192,10 +193,10 @@ def _keys_read(code: types.CodeType, name: str) -> set[str] | None:
         return None
     steps = list(dis.get_instructions(code))
     keys = set()
-    for place, step in enumerate(steps):
+    for index, step in enumerate(steps):
         if step.argval != name or "DEREF" not in step.opname:
             continue
-        after = steps[place + 1 : place + 3]
+        after = steps[index + 1 : index + 3]
         reads = [s.opname for s in after] == ["LOAD_CONST", "BINARY_SUBSCR"] and isinstance(after[0].argval, str)
         if step.opname != "LOAD_DEREF" or not reads:
             return None

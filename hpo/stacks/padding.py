@@ -1,17 +1,18 @@
-"""The frames that a study's networks are tried in, and how much larger than itself a network may be made to fit.
+"""How the networks of a study are padded to share stacks: to which structure, and how much larger than they are.
 
 Widths are padded by building, for the same params, a network whose widths are rounded up: so its shapes agree with each
 other whatever the objective's code does with a width (adds to it, concatenates). Which params are widths, and which
 change how many layers there are, is seen on networks at the ends of the space.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
 
 from hpo.errors import is_number
-from hpo.stacks.structure import Frame, PaddedModule, frame_of, tensors
+from hpo.stacks.cost import power_of_two
+from hpo.stacks.structure import CommonStructure, PaddedModule, common_structure, tensors
 from hpo.study.objective import Params
 from hpo.study.space import Space
 from hpo.study.spec import Categorical, FloatRange, IntRange
@@ -19,12 +20,12 @@ from hpo.training.faults import TrialError
 from hpo.training.memory import Within, is_out_of_memory, most_to_look_at, networks_at_once
 
 Padder = Callable[[nn.Module, Params], PaddedModule]
-"""Puts a network, built with those params, into a frame."""
+"""Pads a network that was built with those params."""
 Padding = Literal["fine", "coarse"]
 """Widths are rounded up to the next power of two, or to the study's largest: one stack for all."""
 _SMALLEST = 16
 _FEW = 16
-"""Of a space that reaches beyond memory, networks are looked at of which so many may be held at once."""
+"""Of a space that reaches beyond memory, networks are inspected of which so many may be held at once."""
 
 
 def _lower(searched: Any, value: Any) -> Any:
@@ -37,71 +38,79 @@ def _lower(searched: Any, value: Any) -> Any:
     return value
 
 
-def as_it_is(module: nn.Module, params: Params) -> PaddedModule:
-    """Put a network into a frame that turns nothing but dropout rates into tensors."""
-    return Frame().fit(module)
+def unpadded(module: nn.Module, params: Params) -> PaddedModule:
+    """Pad nothing: only dropout rates are turned into tensors."""
+    return CommonStructure().pad(module)
 
 
 class PaddingPlan:
-    """From what stacks most to what fits all: layers and widths may differ, only widths, neither."""
+    """The padders of a study, loosest first: layers and widths may differ, only widths, neither."""
 
-    def __init__(self, space: Space, build: Callable[[Params], nn.Module], grain: Padding = "fine") -> None:
-        self._space, self._build, self._grain = space, build, grain
-        self._made: list[Padder] = []
+    def __init__(self, space: Space, build: Callable[[Params], nn.Module], padding: Padding = "fine") -> None:
+        self._space, self._build, self._padding = space, build, padding
+        self._padders: list[Padder] = []
 
-    def __len__(self) -> int:
-        return 3
+    def __iter__(self) -> Iterator[Padder]:
+        if not self._padders:
+            self._padders = self._made()
+        return iter(self._padders)
 
-    def __getitem__(self, level: int) -> Padder:
-        if not self._made:
-            self._made = self._make()
-        return self._made[level]
+    @property
+    def loosest(self) -> Padder:
+        """The one with which most members share a stack."""
+        return next(iter(self))
 
-    def _make(self) -> list[Padder]:
+    def _made(self) -> list[Padder]:
         try:
-            return self._read_off()
+            return self._inferred()
         except TrialError:  # an end of the space is infeasible: nothing is known of its networks
-            return [as_it_is] * len(self)
+            return [unpadded]
 
-    def _read_off(self) -> list[Padder]:
+    def _inferred(self) -> list[Padder]:
         highs, n_at_once = self._largest()
         if not n_at_once:
-            return [as_it_is] * len(self)
+            return [unpadded]
         several = [self._lowered(params, highs) for params in self._space.extremes(min(64, n_at_once))]
         highs, *others = {repr(sorted(each.items())): each for each in several}.values()
         widths, depths = self._sizes(highs)
         everything = [highs, *others]
+        layers = common_structure([self._network(params) for params in everything])
+        sizes = common_structure([self._network(params) for params in everything], sizes_only=True)
+        return [
+            self._padder(layers, highs, widths, to_highest=depths),
+            self._padder(sizes, highs, widths),
+            unpadded,
+        ]
 
-        def fit_in(frame: Frame, to_highest: Sequence[str]) -> Padder:
-            known: dict[str, Mapping[str, tuple[int, ...]]] = {}
+    def _padder(
+        self, structure: CommonStructure, highs: Params, widths: Sequence[str], to_highest: Sequence[str] = ()
+    ) -> Padder:
+        """Return what pads to `structure`: `widths` are rounded up, the params `to_highest` are those of `highs`."""
+        known: dict[str, Mapping[str, tuple[int, ...]]] = {}
 
-            def fit(module: nn.Module, params: Params) -> PaddedModule:
-                larger = {name: self._rounded(params[name], highs[name]) for name in widths if name in params}
-                larger |= {name: highs[name] for name in to_highest if name in params}
-                if all(params[name] == value for name, value in larger.items()):
-                    return frame.fit(module)
-                structural = {n: v for n, v in {**params, **larger}.items() if not isinstance(v, float)}
-                key = repr(sorted(structural.items()))
-                if key not in known:
-                    try:
-                        known[key] = frame.shapes_of(self._network(self._space.completed({**params, **larger})))
-                    except Exception:  # user's code: a width that is rounded up may be one that it does not take
-                        known[key] = {}
-                return frame.fit(module, known[key])
+        def pad(module: nn.Module, params: Params) -> PaddedModule:
+            larger = {name: self._rounded(params[name], highs[name]) for name in widths if name in params}
+            larger |= {name: highs[name] for name in to_highest if name in params}
+            if all(params[name] == value for name, value in larger.items()):
+                return structure.pad(module)
+            structural = {n: v for n, v in {**params, **larger}.items() if not isinstance(v, float)}
+            key = repr(sorted(structural.items()))
+            if key not in known:
+                try:
+                    known[key] = structure.shapes_of(self._network(self._space.completed({**params, **larger})))
+                except Exception:  # user's code: a width that is rounded up may be one that it does not take
+                    known[key] = {}
+            return structure.pad(module, known[key])
 
-            return fit
-
-        layers = frame_of([self._network(params) for params in everything])
-        sizes = frame_of([self._network(params) for params in everything], sizes_only=True)
-        return [fit_in(layers, depths), fit_in(sizes, ()), as_it_is]
+        return pad
 
     def _network(self, params: Params) -> nn.Module:
-        """Raises MemoryError where it would be too large to be looked at."""
+        """Raises MemoryError where it would be too large to be inspected."""
         with Within(most_to_look_at()):
             return self._build(params)
 
     def _largest(self) -> tuple[Params, int]:
-        """Return the largest configuration that may be looked at, and how many such; 0: there is none.
+        """Return the largest configuration that may be inspected, and how many such; 0: there is none.
 
         Of a space whose highest sizes are too large it is one of lower sizes: what is larger is not padded.
         """
@@ -143,7 +152,7 @@ class PaddingPlan:
                     widths.append(dimension.name)
         return widths, depths
 
-    def _rounded(self, size: Any, highest: int) -> int:
-        if self._grain == "coarse" or size > highest:
+    def _rounded(self, size: int, highest: int) -> int:
+        if self._padding == "coarse" or size > highest:
             return max(size, highest)
-        return min(highest, max(_SMALLEST, 1 << (size - 1).bit_length()))
+        return min(highest, max(_SMALLEST, power_of_two(size)))

@@ -1,14 +1,15 @@
 """How many trials to train at once, and with how many threads: measured, since it depends on networks, data, machine.
 
-On a CPU a stack must stay inside the cache; on a GPU it must fill it. Trials of other kinds (another batch size, sizes
-of another bucket) are other stacks, so what a stack gains depends on how many of a study's trials are of one kind too:
-that is seen on configurations drawn from its space. What is too short to be worth the measuring is not measured.
+On a CPU a stack must stay inside the cache; on a GPU it must fill it. Trials of other signatures (another batch size,
+widths padded to another size) are in other stacks, so what a stack gains also depends on how many of a study's trials
+have one signature: that is seen on configurations drawn from its space. A short study is not measured: that would not
+pay.
 """
 
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,14 +17,18 @@ import torch
 from torch import nn
 
 from hpo.errors import Interrupted
-from hpo.stacks.padding import Padding, PaddingPlan
-from hpo.stacks.pool import WORTH_COMPILING
-from hpo.stacks.vmap_stack import Candidate, How, NotStackable, VmapStack, candidate
+from hpo.stacks.candidate import Candidate, NotStackable, candidate
+from hpo.stacks.cost import compile_pays, power_of_two
+from hpo.stacks.padding import Padder, Padding, PaddingPlan
+from hpo.stacks.vmap_stack import VmapStack
+from hpo.stacks.vmap_step import Execution
 from hpo.study.data import Split
 from hpo.training.batches import Batch, Batches
 from hpo.training.faults import TrialError
+from hpo.training.loop_stack import LoopStack
 from hpo.training.memory import TO_LOOK_AT, Within, free_bytes, is_out_of_memory, most_to_look_at, n_bytes
-from hpo.training.stack import LoopStack, Member, Stack, Task
+from hpo.training.stack import Member, Stack, Task
+from hpo.training.torch_settings import torch_settings
 
 SIZES = (1, 4, 16, 64, 256)
 SHORT_SECONDS = 20.0
@@ -33,9 +38,10 @@ _SHARE = 0.1
 """How much of the time that a study takes one at a time may go into measuring."""
 _ROOM = 0.7
 """How much of the free memory a stack may take, by an estimate."""
+_PADDINGS: tuple[Padding, ...] = ("fine", "coarse")
 _WARM_UP, _STEPS = 2, 12
 _ENOUGH_SECONDS = 0.25
-"""Steps that take longer than this together are told apart by fewer of them."""
+"""Where steps take longer than this together, fewer of them are timed."""
 _ALONE = 8
 """How many of the drawn configurations are measured one at a time."""
 _LARGE_STEP = 2e-3
@@ -45,17 +51,25 @@ _LARGE_STEP = 2e-3
 _TOO_LARGE = "one trial at a time: no networks could be drawn from the space to be compared"
 
 
+_EARLIER_NAMES = {"grain": "padding"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class StackSize:
-    """`capacity` trials at once, padded by `grain`, with so many `threads`; and why. `stacked`: as a VmapStack."""
+    """`capacity` trials at once, with this `padding` and so many `threads`; and why. `stacked`: as a VmapStack."""
 
     capacity: int = 1
     stacked: bool = False
-    grain: Padding = "fine"
+    padding: Padding = "fine"
     shared: float = 1.0
-    """Of the trials in training, so many are of one kind on average."""
+    """Of the trials in training, what share has one signature on average."""
     threads: int | None = None
     why: str
+
+    @classmethod
+    def stored(cls, values: Mapping[str, Any]) -> "StackSize":
+        """Return what `dataclasses.asdict` gave of one, in this version or an earlier one. Raises TypeError."""
+        return cls(**{_EARLIER_NAMES.get(name, name): value for name, value in values.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +77,12 @@ class Sizing:
     """What is measured: `draws` are params as the study will have them (`looked_at`), `n_trials` are still to come."""
 
     task: Task
-    feed: Batches
+    batches: Batches
     example: Split
-    frames: Callable[[Padding], PaddingPlan]
+    plan_of: Callable[[Padding], PaddingPlan]
     draws: Sequence[Mapping[str, Any]]
     n_too_large: int = 0
-    """How many more were drawn, whose networks are too large to be looked at: they are trained one at a time."""
+    """How many more were drawn, whose networks are too large to be built for this: they train one at a time."""
     n_trials: int
     most: int
     """No stack is larger: a sampler that learns from the trials before must have some rounds."""
@@ -78,8 +92,8 @@ class Sizing:
 
     def room(self) -> int:
         """Return how many of the largest trials fit into the device's memory at once, and at least 1."""
-        kinds, _ = self._kinds("coarse")
-        largest = max((each.bytes_in_a_stack() for group in kinds.values() for each in group), default=0)
+        groups, _ = self._groups("coarse")
+        largest = max((each.bytes_in_a_stack() for group in groups.values() for each in group), default=0)
         return max(1, int(_ROOM * free_bytes(self.task.device) / largest)) if largest else 1
 
     def given(self, capacity: int) -> StackSize:
@@ -90,12 +104,11 @@ class Sizing:
         if not self.draws:
             return StackSize(why=_TOO_LARGE)
         n_steps = self.n_trials * self._n_steps(self.draws[0])
-        if capacity == 1 and (n_steps < WORTH_COMPILING or self._has_large_steps()):
+        if capacity == 1 and (not compile_pays(n_steps) or self._has_large_steps()):
             return StackSize(why=AS_GIVEN)
-        kinds = self._kinds("fine")[0]
-        shared = self._shared(kinds)
+        shared = self._shared(self._groups("fine")[0])
         if capacity == 1:
-            return StackSize(stacked=n_steps * shared >= WORTH_COMPILING, shared=shared, why=AS_GIVEN)
+            return StackSize(stacked=compile_pays(n_steps * shared), shared=shared, why=AS_GIVEN)
         room = self.room()
         why = AS_GIVEN
         if room < min(capacity, self.n_trials):
@@ -108,27 +121,27 @@ class Sizing:
         seconds = self._seconds_alone(first) / self._n_steps(first.params)
         return self.task.device.type != "cuda" and seconds >= _LARGE_STEP
 
-    def _kinds(self, grain: Padding) -> tuple[dict[Any, list[Candidate]], list[str]]:
-        """Return those of the drawn trials that can be stacked, by their kind, and why others cannot."""
-        fit = self.frames(grain)[0]
-        kinds: dict[Any, list[Candidate]] = {}
+    def _groups(self, padding: Padding) -> tuple[dict[Hashable, list[Candidate]], list[str]]:
+        """Return those of the drawn trials that can be stacked, by their signature, and why others cannot."""
+        padder = self.plan_of(padding).loosest
+        groups: dict[Hashable, list[Candidate]] = {}
         reasons = []
         for i, params in enumerate(self.draws):
             try:
-                each = candidate(self.task, Member(number=-1 - i, seed=i, params=params), fit, self.example)
-                kinds.setdefault(each.signature, []).append(each)
+                each = candidate(self.task, Member(number=-1 - i, seed=i, params=params), padder, self.example)
+                groups.setdefault(each.signature, []).append(each)
             except (NotStackable, TrialError) as error:
                 reasons.append(str(error))
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
                 reasons.append(f"out of memory: {str(error).partition(chr(10))[0]}")
-        return kinds, reasons
+        return groups, reasons
 
-    def _shared(self, kinds: Mapping[Any, Sequence[Candidate]]) -> float:
-        """Return which share of the other trials is of a trial's own kind, on average."""
+    def _shared(self, groups: Mapping[Hashable, Sequence[Candidate]]) -> float:
+        """Return which share of the other trials has a trial's own signature, on average."""
         n_drawn = len(self.draws) + self.n_too_large
-        return sum((len(group) / n_drawn) ** 2 for group in kinds.values())
+        return sum((len(group) / n_drawn) ** 2 for group in groups.values())
 
     def choose(self) -> StackSize:
         """Return what gives the most trials per hour. Raises Interrupted as soon as `stopping` says so."""
@@ -144,15 +157,15 @@ class Sizing:
             return StackSize(why=f"one trial at a time: all of it takes about {total:.0f} s")
         deadline, room = time.monotonic() + _SHARE * min(total, self.seconds), self.room()
         best, best_gain, reasons = StackSize(why="one trial at a time"), 1.0, []
-        for grain in ("fine", "coarse"):
+        for padding in _PADDINGS:
             try:
-                for choice, gain in self._gains(members, grain, total, min(self.most, room), deadline):
+                for choice, gain in self._gains(members, padding, total, min(self.most, room), deadline):
                     if gain > best_gain:
                         best, best_gain = choice, gain
             except NotStackable as error:
                 reasons.append(str(error))
         if best.stacked:
-            width = "" if best.grain == "fine" else ", all padded to the largest"
+            width = "" if best.padding == "fine" else ", all padded to the largest"
             how_fast = f"{best_gain:.1f} times as fast as one after the other (measured)"
             n = "one trial at a time, compiled" if best.capacity == 1 else f"{best.capacity} trials at once"
             why = f"{n}{width}: {how_fast}"
@@ -161,22 +174,21 @@ class Sizing:
         return self._with_threads(replace(best, why=why), members)
 
     def _gains(
-        self, members: Sequence[Member], grain: Padding, total: float, most: int, deadline: float
+        self, members: Sequence[Member], padding: Padding, total: float, most: int, deadline: float
     ) -> Iterator[tuple[StackSize, float]]:
         """Yield choices and how many times as fast as one at a time they are; until more members gain no more.
 
-        One at a time the study takes `total` seconds. Making a stack of each kind is counted too: compiling takes long.
+        One at a time the study takes `total` seconds. Making a stack for each signature counts too: compiling is slow.
         """
-        frames = self.frames(grain)
-        kinds, reasons = self._kinds(grain)
-        if not kinds:
+        padder = self.plan_of(padding).loosest
+        groups, reasons = self._groups(padding)
+        if not groups:
             raise NotStackable(reasons[0])
-        common = max(kinds.values(), key=len)
-        stacked = (
-            total * sum(map(len, kinds.values())) / (len(members) + self.n_too_large)
-        )  # the others train one at a time
-        # of K trials at once, so many are of one kind on average, from a trial's point of view
-        shared = self._shared(kinds)
+        common = max(groups.values(), key=len)
+        # the others train one at a time
+        stacked = total * sum(map(len, groups.values())) / (len(members) + self.n_too_large)
+        # of K trials at once, so many have one signature on average, from a trial's point of view
+        shared = self._shared(groups)
         alone = sum(self._seconds_alone(each.member) for each in common[:_ALONE]) / len(common[:_ALONE])
         before, measured = 0.0, 0
         for k in SIZES:
@@ -185,13 +197,13 @@ class Sizing:
                 return
             if n == measured:
                 continue
-            took = self._seconds_stacked([common[i % len(common)] for i in range(n)], frames, k, shared)
+            took = self._seconds_stacked([common[i % len(common)] for i in range(n)], padder, k, shared)
             if took is None:
                 return
             to_begin, seconds = took
-            will_take = total - stacked + len(kinds) * to_begin + stacked * seconds / n / alone
+            will_take = total - stacked + len(groups) * to_begin + stacked * seconds / n / alone
             gain, measured = total / will_take, n
-            yield StackSize(capacity=k, stacked=True, grain=grain, shared=shared, why=""), gain
+            yield StackSize(capacity=k, stacked=True, padding=padding, shared=shared, why=""), gain
             if gain < 1.1 * before:
                 return
             before = gain
@@ -203,24 +215,23 @@ class Sizing:
         return self._seconds_per_step(stack) * self._n_steps(member.params)
 
     def _seconds_stacked(
-        self, group: Sequence[Candidate], frames: PaddingPlan, capacity: int, shared: float
+        self, group: Sequence[Candidate], padder: Padder, capacity: int, shared: float
     ) -> tuple[float, float] | None:
         """Return the time to make a stack of `group`, and that of all its trials; None where there is no memory."""
         params = group[0].member.params
         rounds = max(1, round(self.n_trials / capacity))
-        how: How = "compiled" if rounds * shared * self._n_steps(params) >= WORTH_COMPILING else "graph"
-        slots = 1 << (len(group) - 1).bit_length()
-        begun = time.perf_counter()
+        execution: Execution = "compiled" if compile_pays(rounds * shared * self._n_steps(params)) else "graph"
+        start = time.perf_counter()
         try:
-            stack = VmapStack(self.task, slots, self.example, how, frames[0])
+            stack = VmapStack(self.task, power_of_two(len(group)), self.example, execution, padder)
             reason = stack.open(group[0])
             copies = [replace(each, member=replace(each.member, number=-1 - i)) for i, each in enumerate(group)]
             reason = reason or next(iter(stack.take(copies).values()), None)
             if reason is not None:
                 raise NotStackable(reason)
             stack.step(*self._batch(params["batch_size"]))
-            begun = time.perf_counter() - begun
-            return begun, self._seconds_per_step(stack) * self._n_steps(params)
+            to_begin = time.perf_counter() - start
+            return to_begin, self._seconds_per_step(stack) * self._n_steps(params)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -244,7 +255,7 @@ class Sizing:
         return (time.perf_counter() - start) / n
 
     def _batch(self, batch_size: int) -> Batch:
-        return next(self.feed.batches(batch_size, torch.arange(min(batch_size, len(self.feed)))))
+        return next(self.batches.epoch(batch_size, torch.arange(min(batch_size, len(self.batches)))))
 
     def _with_threads(self, choice: StackSize, members: Sequence[Member]) -> StackSize:
         """Return `choice` with as many threads as there are cores, where large steps are faster so."""
@@ -255,9 +266,8 @@ class Sizing:
         one = self._seconds_alone(member)
         if one / self._n_steps(member.params) < _LARGE_STEP:
             return choice
-        torch.set_num_threads(n_cores)
-        several = self._seconds_alone(member)
-        torch.set_num_threads(now)
+        with torch_settings(self.task.device, threads=n_cores):
+            several = self._seconds_alone(member)
         if several > 0.8 * one:
             return choice
         return replace(
@@ -268,12 +278,13 @@ class Sizing:
 def looked_at(
     several: Sequence[Mapping[str, Any]], build: Callable[[Mapping[str, Any]], nn.Module]
 ) -> tuple[list[Mapping[str, Any]], int]:
-    """Return the first of `several` configurations whose networks may be held at once to be looked at, at least two.
+    """Return the first of `several` configurations whose networks may be held at once to be inspected, at least two.
 
     And how many of those before the last of them are too large for that.
     """
     limit, most = TO_LOOK_AT * free_bytes(torch.device("cpu")), most_to_look_at()
-    held, n_too_large, taken = [], 0, 0
+    held: list[Mapping[str, Any]] = []
+    n_too_large, taken = 0, 0
     for params in several:
         try:
             with Within(most):

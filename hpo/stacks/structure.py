@@ -1,9 +1,9 @@
-"""What the networks of one study have in common: a `Frame` into which those fit that a stack trains as one.
+"""What the networks of one study have in common: the `CommonStructure` that those are padded to which a stack trains.
 
 Members of a stack run the same code, so what makes their networks differ is turned into tensors: a dropout's rate, the
-place of an activation among several, whether a layer is there at all, how much of a padded weight is used. Nothing is
-declared for that: a frame is read off some networks of the study that show its extremes. What it cannot turn into
-tensors stays in a network's signature, and members share a stack if theirs are equal.
+index of an activation among several, whether a layer is there at all, how much of a padded weight is used. Nothing is
+declared for that: the common structure is inferred from some networks of the study that show its extremes. What it
+cannot turn into tensors stays in a network's signature, and members share a stack if theirs are equal.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -14,71 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from hpo.stacks.kinds import HOOKS, NOT_READ, Kinds
+from hpo.stacks.tensor_modules import Gated, SelectOne, is_control, tensor_dropout
 
-
-class RateDropout(nn.Module):
-    """nn.Dropout with its rate in a buffer."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.register_buffer("rate", torch.tensor(float(rate)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        keep = 1 - self.rate
-        # rate 1 keeps nothing, and nothing over nothing is no number
-        return torch.where(torch.rand_like(x) < keep, x / keep.clamp(min=1e-7), torch.zeros_like(x))
-
-
-class SelectOne(nn.Module):
-    """One of several modules that have no weights (activations, say); which one is in a buffer."""
-
-    def __init__(self, options: Sequence[nn.Module], chosen: int) -> None:
-        super().__init__()
-        self.options = nn.ModuleList(options)
-        self.register_buffer("chosen", torch.tensor(chosen))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.options[0](x)
-        for place, option in enumerate(self.options[1:], start=1):
-            out = torch.where(self.chosen == place, option(x), out)
-        return out
-
-
-class Gated(nn.Sequential):
-    """A sequence of which the modules from `first` to `last` may be left out; which ones are is in a buffer."""
-
-    def __init__(self, modules: Mapping[str, nn.Module], first: int, last: int, used: int) -> None:
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module)
-        self.first, self.last = first, last
-        self.register_buffer("used", torch.tensor(used))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for place, module in enumerate(self):
-            y = module(x)
-            if self.first <= place < self.last:
-                if y.shape != x.shape:
-                    raise ValueError(f"a layer that may be left out changes the shape {tuple(x.shape)}")
-                y = torch.where(self.used > place - self.first, y, x)
-            x = y
-        return x
-
-
-_CONTROLS = {RateDropout: "rate", SelectOne: "chosen", Gated: "used"}
-"""The buffers that a frame adds to a network: no part of its own state."""
 _SIZES = ("in_features", "out_features", "num_features", "in_channels", "out_channels")
 """Attributes of torch.nn's own modules that say what the shapes say, and that their forward does not use."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PaddedModule:
-    """A network in a frame. `names` are the frame's names by the network's own, for all that its state_dict has.
+    """A network in the common structure. `names` are the structure's names by the network's own, for its state_dict.
 
-    `shapes` are what its tensors have in the stack, by the frame's names; `varied` those that are not the same in all
-    networks of the study, `left_out` those of layers that it has not.
+    `shapes` are those of its tensors in the stack, by the structure's names; `varied` the tensors whose sizes differ
+    among the networks of the study, `left_out` those of layers that this network lacks.
     """
 
     module: nn.Module
@@ -89,8 +36,8 @@ class PaddedModule:
     signature: Hashable
     """Equal for networks that only the numbers in their tensors tell apart."""
 
-    def filled(self) -> dict[str, Tensor]:
-        """Return the tensors of the frame that this network fills, with their own shapes; the others stay zero."""
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Return this network's own tensors by the structure's names, in their own shapes; all others are padding."""
         return {name: tensor for name, tensor in tensors(self.module).items() if name not in self.left_out}
 
 
@@ -104,49 +51,49 @@ class _Optional:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Frame:
-    """See the module's docstring. `Frame()` turns nothing but dropout into tensors."""
+class CommonStructure:
+    """See the module's docstring. `CommonStructure()` turns nothing but dropout into tensors."""
 
     optional: Mapping[str, _Optional] = field(default_factory=dict)
     choices: Mapping[str, tuple[nn.Module, ...]] = field(default_factory=dict)
     varied: frozenset[str] = frozenset()
     """The tensors whose sizes are not the same in all networks of the study."""
 
-    def fit(self, module: nn.Module, shapes: Mapping[str, tuple[int, ...]] | None = None) -> PaddedModule:
-        """Return `module`, which is changed, in this frame, to be stacked with those `shapes` or else its own.
+    def pad(self, module: nn.Module, shapes: Mapping[str, tuple[int, ...]] | None = None) -> PaddedModule:
+        """Return `module`, which is changed, in this structure, to be stacked with those `shapes` or else its own.
 
         `shapes` are those of a network at least as large, see `shapes_of`.
         """
-        module = _tensor_dropout(module)
+        module = tensor_dropout(module)
         first_names = {id(tensor): name for name, tensor in tensors(module).items()}  # a tied weight has several
         kept = {key: first_names[id(tensor)] for key, tensor in module.state_dict(keep_vars=True).items()}
-        own = {key: name for key, name in kept.items() if not _is_control(module, name)}
+        own = {key: name for key, name in kept.items() if not is_control(module, name)}
         module, renamed = self._put(module)
         every = tensors(module)
         names = {key: _renamed(name, renamed) for key, name in own.items()}
         present = {_renamed(name, renamed) for name in first_names.values()}
-        left_out = frozenset(name for name in every if name not in present and not _is_control(module, name))
+        left_out = frozenset(name for name in every if name not in present and not is_control(module, name))
         shapes = {name: (shapes or {}).get(name, tuple(tensor.shape)) for name, tensor in every.items()}
         frozen = tuple(n for n, w in module.named_parameters() if not w.requires_grad)
-        kinds_of = Kinds()
-        parts = tuple((n, kinds_of.of(type(m)), _attributes(m, kinds_of)) for n, m in module.named_modules())
-        kinds = tuple((n, shapes[n], t.dtype) for n, t in every.items())
+        kinds = Kinds()
+        parts = tuple((n, kinds.of(type(m)), _attributes(m, kinds)) for n, m in module.named_modules())
+        layout = tuple((n, shapes[n], t.dtype) for n, t in every.items())
         return PaddedModule(
             module=module,
             names=names,
             shapes=shapes,
             varied=self.varied,
             left_out=left_out,
-            signature=(kinds, frozen, parts),
+            signature=(layout, frozen, parts),
         )
 
     def shapes_of(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of all tensors of `module`, which is changed, in this frame."""
-        module, _ = self._put(_tensor_dropout(module))
+        """Return the shapes of all tensors of `module`, which is changed, in this structure."""
+        module, _ = self._put(tensor_dropout(module))
         return {name: tuple(tensor.shape) for name, tensor in tensors(module).items()}
 
     def _put(self, module: nn.Module) -> tuple[nn.Module, list[tuple[str, str]]]:
-        """Return `module` with the frame's layers and choices, and (old, new) beginnings of names."""
+        """Return `module` with this structure's layers and choices, and (old, new) prefixes of names."""
         renamed: list[tuple[str, str]] = []
         for path, optional in self.optional.items():
             module, more = _gate(module, path, optional)
@@ -156,15 +103,15 @@ class Frame:
         return module, renamed
 
 
-def frame_of(modules: Sequence[nn.Module], sizes_only: bool = False) -> Frame:
-    """Return the frame that some networks of a study have in common; they are changed.
+def common_structure(modules: Sequence[nn.Module], sizes_only: bool = False) -> CommonStructure:
+    """Return the structure that some networks of a study have in common; they are changed.
 
     `sizes_only`: only the sizes of layers may differ, not which there are.
     """
-    modules = [_tensor_dropout(module) for module in modules]
+    modules = [tensor_dropout(module) for module in modules]
     if sizes_only:
-        return Frame(varied=_varied(modules))
-    optional = {}
+        return CommonStructure(varied=_varied(modules))
+    optional: dict[str, _Optional] = {}
     for path in _sequences(modules):
         lists = [list(module.get_submodule(path).named_children()) for module in modules]
         found = _optional(lists)
@@ -179,8 +126,8 @@ def frame_of(modules: Sequence[nn.Module], sizes_only: bool = False) -> Frame:
     for module in gated:
         for path, leaf in module.named_modules():
             if not list(leaf.children()) and not tensors(leaf) and path:
-                choices.setdefault(path, {})[_whole_kind(leaf)] = leaf
-    return Frame(
+                choices.setdefault(path, {})[_layer_and_settings(leaf)] = leaf
+    return CommonStructure(
         optional=optional,
         choices={path: tuple(each.values()) for path, each in choices.items() if len(each) > 1},
         varied=_varied(gated),
@@ -202,20 +149,6 @@ def own_state(module: nn.Module) -> Hashable:
     )
 
 
-def _is_control(module: nn.Module, name: str) -> bool:
-    path, _, last = name.rpartition(".")
-    return _CONTROLS.get(type(module.get_submodule(path))) == last
-
-
-def _tensor_dropout(module: nn.Module) -> nn.Module:
-    """Return `module` with each nn.Dropout in it replaced by a RateDropout; the module given is changed."""
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if type(child) is nn.Dropout:
-                setattr(parent, name, RateDropout(child.p))
-    return RateDropout(module.p) if type(module) is nn.Dropout else module
-
-
 def _sequences(modules: Sequence[nn.Module]) -> list[str]:
     """Return the paths at which every module has an nn.Sequential."""
     paths = [{p for p, m in module.named_modules() if type(m) is nn.Sequential} for module in modules]
@@ -229,7 +162,7 @@ def _optional(lists: Sequence[Children]) -> _Optional | None:
     """Return which modules of the longest of these sequences the shorter ones lack, if it is one run of them.
 
     Of the ways to lay a shorter sequence on the longest, that is the right one in which all their tensors have the same
-    shapes: networks of the same widths, but another depth, are among those that a frame is read off.
+    shapes: networks of the same widths, but another depth, are among those that the structure is inferred from.
     """
     longest = max(lists, key=len)
     shortest = min(map(len, lists))
@@ -246,22 +179,22 @@ def _optional(lists: Sequence[Children]) -> _Optional | None:
 
 
 def _alike(a: nn.Module, b: nn.Module) -> bool:
-    return _kind(a) == _kind(b) and [t.shape for t in tensors(a).values()] == [t.shape for t in tensors(b).values()]
+    shapes_a, shapes_b = ([t.shape for t in tensors(each).values()] for each in (a, b))
+    return _layer_type(a) == _layer_type(b) and shapes_a == shapes_b
 
 
-def _kind(module: nn.Module) -> Hashable:
-    """Return what a layer is, apart from its sizes; all that has no weights is of one kind (see `SelectOne`)."""
-    has_tensors = bool(tensors(module))
-    return Kinds().of(type(module)) if has_tensors else None
+def _layer_type(module: nn.Module) -> Hashable:
+    """Return a layer's type, whatever its sizes; None for all that have no weights (see `SelectOne`)."""
+    return Kinds().of(type(module)) if tensors(module) else None
 
 
-def _whole_kind(module: nn.Module) -> Hashable:
+def _layer_and_settings(module: nn.Module) -> Hashable:
     kinds = Kinds()
     return kinds.of(type(module)), _attributes(module, kinds)
 
 
 def _gate(module: nn.Module, path: str, optional: _Optional) -> tuple[nn.Module, list[tuple[str, str]]]:
-    """Return `module` with the sequence at `path` filled up to the frame's, and (old, new) beginnings of names."""
+    """Return `module` with the sequence at `path` filled up to the structure's, and (old, new) prefixes of names."""
     try:
         sequence = module.get_submodule(path)
     except AttributeError:
@@ -271,36 +204,38 @@ def _gate(module: nn.Module, path: str, optional: _Optional) -> tuple[nn.Module,
     used = len(own) - optional.first - tail
     if type(sequence) is not nn.Sequential or not 0 <= used <= optional.last - optional.first:
         return module, []
-    places = [*range(optional.first + used), *range(optional.last, n)]
-    if any(_kind(child) != _kind(optional.modules[place][1]) for (_, child), place in zip(own, places, strict=True)):
+    indices = [*range(optional.first + used), *range(optional.last, n)]
+    expected = [optional.modules[index][1] for index in indices]
+    if any(_layer_type(child) != _layer_type(other) for (_, child), other in zip(own, expected, strict=True)):
         return module, []
     begin = f"{path}." if path else ""
-    filled = dict.fromkeys(name for name, _ in optional.modules)
+    present: dict[str, nn.Module] = {}
     renamed = []
-    for (name, child), place in zip(own, places, strict=True):
-        frame_name = optional.modules[place][0]
-        filled[frame_name] = child
-        renamed.append((f"{begin}{name}.", f"{begin}{frame_name}."))
-    left_out = {name: deepcopy(each) for name, each in optional.modules if filled[name] is None}
+    for (name, child), index in zip(own, indices, strict=True):
+        common_name = optional.modules[index][0]
+        present[common_name] = child
+        renamed.append((f"{begin}{name}.", f"{begin}{common_name}."))
+    left_out = {name: deepcopy(each) for name, each in optional.modules if name not in present}
     with torch.no_grad():
         for each in left_out.values():
             for tensor in tensors(each).values():
                 tensor.zero_()
     device = next((t.device for t in tensors(module).values()), None)
-    gated = Gated(filled | left_out, optional.first, optional.last, used).to(device)
+    both = {name: present[name] if name in present else left_out[name] for name, _ in optional.modules}
+    gated = Gated(both, optional.first, optional.last, used).to(device)
     return _replaced(module, path, gated.train(module.training)), renamed
 
 
 def _choose(module: nn.Module, path: str, options: Sequence[nn.Module]) -> nn.Module:
-    """Return `module` with the one at `path` replaced by a Choice; unchanged where it is none of the options."""
+    """Return `module` with the one at `path` replaced by a SelectOne; unchanged where it is not an option."""
     try:
         child = module.get_submodule(path)
     except AttributeError:
         return module
-    for place, option in enumerate(options):
-        if _whole_kind(child) == _whole_kind(option):
+    for index, option in enumerate(options):
+        if _layer_and_settings(child) == _layer_and_settings(option):
             device = next((t.device for t in tensors(module).values()), None)
-            return _replaced(module, path, SelectOne(options, place).to(device).train(module.training))
+            return _replaced(module, path, SelectOne(options, index).to(device).train(module.training))
     return module
 
 
@@ -338,7 +273,7 @@ def _attributes(module: nn.Module, kinds: Kinds) -> Hashable:
 
     Of torch's own modules, not what they derive from others (`_flat_weights`), nor sizes, which their shapes have.
     """
-    left_out = frozenset()
+    left_out: frozenset[str] = frozenset()
     if _runs_torchs_code(type(module)):
         left_out = frozenset(key for key in vars(module) if key in _SIZES or key.startswith("_")) - HOOKS
     return kinds.attributes(module, left_out)

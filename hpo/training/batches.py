@@ -62,33 +62,33 @@ class Batches:
             rows = slice(start, start + size)
             yield self._prepared([x[rows] for x in self._split.inputs.values()]), self.targets[rows]
 
-    def batches(self, batch_size: int, rows: Tensor) -> Iterator[Batch]:
-        """Yield batches of `batch_size` rows (see `hpo.study.data.batch_sizes`), in the order of `rows` (N,)."""
+    def epoch(self, batch_size: int, rows: Tensor) -> Iterator[Batch]:
+        """Yield an epoch's batches of `batch_size` rows (see `hpo.study.data.batch_sizes`), in `rows`' order (N,)."""
         sizes = batch_sizes(len(rows), batch_size)
         if not self._resident:
-            yield from self._stream(rows.split(sizes))
+            yield from self._stream(torch.split(rows, sizes))
             return
         rows = rows.to(self._device)
         # all rows are put in order at once: slicing them afterwards copies nothing
-        columns = [x[rows].split(sizes) for x in (*self._split.inputs.values(), self.targets)]
+        columns = [torch.split(x[rows], sizes) for x in (*self._split.inputs.values(), self.targets)]
         for *inputs, targets in zip(*columns, strict=True):
             yield self._prepared(inputs), targets
 
     def _stream(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
         if self._loader is None:
-            said, gpu = self._loading, self._device.type == "cuda"
-            pinned = gpu if said.pin_memory is None else said.pin_memory
-            n_workers = said.num_workers
+            loading, gpu = self._loading, self._device.type == "cuda"
+            pinned = gpu if loading.pin_memory is None else loading.pin_memory
+            n_workers = loading.num_workers
             if n_workers is None:
                 n_workers = min(4, max(0, (os.cpu_count() or 1) - 1)) if gpu else 0
             self._loader = DataLoader(
                 _Rows(self._split),
-                batch_sampler=self._order,  # type: ignore[arg-type]
-                collate_fn=_as_it_is,
+                batch_sampler=self._order,
+                collate_fn=_unchanged,
                 pin_memory=pinned,
                 num_workers=n_workers,
-                persistent_workers=said.persistent_workers and n_workers > 0,
-                prefetch_factor=said.prefetch_factor or 4 if n_workers else None,
+                persistent_workers=loading.persistent_workers and n_workers > 0,
+                prefetch_factor=loading.prefetch_factor or 4 if n_workers else None,
             )
         self._order.batches = batches
         for *inputs, targets in self._loader:
@@ -108,8 +108,11 @@ class Batches:
         return (out,) if isinstance(out, Tensor) else tuple(out)
 
 
-def feed(split: Split, preprocess: nn.Module, device: torch.device, loading: Loading = AS_IT_FITS) -> Batches:
-    """Return the feed of `split` through `preprocess` on `device` that its size, or else `loading`, allows."""
+def make_batches(split: Split, preprocess: nn.Module, device: torch.device, loading: Loading = AS_IT_FITS) -> Batches:
+    """Return the batches of `split` through `preprocess` on `device`, resident or streamed as its size allows.
+
+    `loading` may say instead which of the two.
+    """
     preprocess = preprocess.eval()
     if loading.resident is False:
         return Batches(split, device, preprocess, resident=False, loading=loading)
@@ -133,7 +136,7 @@ def _bytes_per_row(split: Split) -> float:
 
 
 class _Order:
-    """A batch sampler whose order is set anew for each epoch, so that the loader's workers may live on."""
+    """A batch sampler whose order is set for each epoch, so that the loader's workers are kept."""
 
     batches: Sequence[Tensor] = ()
 
@@ -157,5 +160,5 @@ class _Rows(Dataset[Any]):
         return [column[rows] for column in self._columns]
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch

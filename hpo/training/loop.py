@@ -1,10 +1,10 @@
 """THE epoch loop. It serves search, refit and whatever else trains, and knows neither Optuna nor MLflow.
 
-It asks for members and reports on them through two callables: `ask(n)` gives up to n new members, and
-`report(stack, member, metrics)` says whether a member goes on.
+It asks for members and reports on them through two callables, both for many at once: `ask(n)` returns up to n new
+members, `report(stack, results)` which members of a stack to keep after an epoch. As Vizier's suggest and update.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,13 +15,16 @@ from hpo.training.batches import Batches
 from hpo.training.stack import Member, Stack, Stacks
 
 Ask = Callable[[int], Iterable[Member]]
-OnEpoch = Callable[[Stack, Member, dict[str, float]], bool]
+Results = Mapping[Member, dict[str, float]]
+"""An epoch's metrics of all members of a stack, in the order of its members."""
+OnEpoch = Callable[[Stack, Results], Collection[Member]]
+"""Takes a stack's results of an epoch; returns the members to keep training."""
 
 
 def train(
     stacks: Stacks,
-    train_feed: Batches,
-    valid_feed: Batches | None,
+    train_batches: Batches,
+    valid_batches: Batches | None,
     *,
     epochs: int,
     seed: int,
@@ -29,11 +32,12 @@ def train(
     report: OnEpoch,
     stopping: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Train whatever `ask` gives, `epochs` epochs each, until it gives nothing and the stacks are empty.
+    """Train whatever `ask` returns, `epochs` epochs each, until it returns nothing and the stacks are empty.
 
-    After each epoch `report` gets the member and its metrics over the whole validation split: `train_loss` (the mean
-    over the epoch's batches), `valid_loss`, `valid_<metric>`. Raises Interrupted, between two batches, as soon as
-    `stopping` says so.
+    After each epoch of a stack `report` is called once, with the metrics of each of its members: `train_loss` (the mean
+    over the epoch's batches), and over the whole validation split `valid_loss` and `valid_<metric>`. A member that it
+    does not return, that has a fault, or that has trained for `epochs` epochs leaves its stack. Raises Interrupted,
+    between two batches, as soon as `stopping` says so.
     """
     rounds: dict[Stack, int] = {}
     known: set[Member] = set()
@@ -47,45 +51,47 @@ def train(
             rounds[stack] = _round(new) if len(new) == len(stack.members) else rounds[stack] + 1
             for member in new:
                 member.joined = (rounds[stack] - member.epoch) % epochs if member.epoch else rounds[stack]
-            results = _epoch(
-                stack, train_feed, valid_feed, order(len(train_feed), seed, rounds[stack] % epochs), stopping
-            )
-            for member, result in zip(list(stack.members), results, strict=True):
-                member.history.append(result)
+            rows = order(len(train_batches), seed, rounds[stack] % epochs)
+            results = _epoch(stack, train_batches, valid_batches, rows, stopping)
+            for member, metrics in results.items():
+                member.history.append(metrics)
                 member.epoch += 1
-                if not report(stack, member, result) or member.epoch >= epochs or member.fault is not None:
+            kept = set(report(stack, results))
+            for member in results:
+                if member not in kept or member.epoch >= epochs or member.fault is not None:
                     stack.leave(member)
                     known.discard(member)
 
 
 def _round(members: Sequence[Member]) -> int:
-    """Return the round in which a stack of new members begins: those that go on from a checkpoint, where they were."""
+    """Return the round in which a stack of new members begins: the one after their checkpoints', if they have any."""
     rounds = {member.joined + member.epoch for member in members}
     return rounds.pop() if len(rounds) == 1 else 0
 
 
 def _epoch(
-    stack: Stack, train_feed: Batches, valid_feed: Batches | None, rows: Tensor, stopping: Callable[[], bool]
-) -> list[dict[str, float]]:
+    stack: Stack, train_batches: Batches, valid_batches: Batches | None, rows: Tensor, stopping: Callable[[], bool]
+) -> dict[Member, dict[str, float]]:
     """Train every member of `stack` on all batches of `rows` (N,); return their metrics."""
     losses, sizes = [], []
-    for inputs, targets in train_feed.batches(stack.members[0].params["batch_size"], rows):
+    for inputs, targets in train_batches.epoch(stack.members[0].params["batch_size"], rows):
         if stopping():
             raise Interrupted("interrupted")
         losses.append(stack.step(inputs, targets))
         sizes.append(len(targets))
     train_losses = _mean(losses, sizes)
-    valid = stack.evaluate(valid_feed) if valid_feed is not None else [{} for _ in train_losses]
-    return [
-        {"train_loss": train_loss} | {f"valid_{name}": value for name, value in metrics.items()}
-        for train_loss, metrics in zip(train_losses, valid, strict=True)
-    ]
+    valid = stack.evaluate(valid_batches) if valid_batches is not None else [{} for _ in train_losses]
+    return {
+        member: {"train_loss": train_loss} | {f"valid_{name}": value for name, value in metrics.items()}
+        for member, train_loss, metrics in zip(stack.members, train_losses, valid, strict=True)
+    }
 
 
-def _mean(losses: Sequence[Tensor], sizes: Sequence[int]) -> list[float]:
+def _mean(losses: list[Tensor], sizes: Sequence[int]) -> list[float]:
     """Return the mean over all rows of `losses`, each (K,) and the mean over its batch of so many rows."""
     weights = torch.tensor(sizes, dtype=losses[0].dtype, device=losses[0].device)
-    return (weights @ torch.stack(losses) / weights.sum()).tolist()
+    means: list[float] = (weights @ torch.stack(losses) / weights.sum()).tolist()
+    return means
 
 
 def order(n_rows: int, seed: int, rounds: int) -> Tensor:

@@ -65,23 +65,23 @@ def n_bytes(network: nn.Module) -> int:
 
 
 def networks_at_once(network: nn.Module) -> int:
-    """Return how many networks as large as this one may be held only to be looked at, on the CPU: at least two."""
+    """Return how many networks as large as this one may be held only to be inspected, on the CPU: at least two."""
     return max(2, int(TO_LOOK_AT * free_bytes(torch.device("cpu")) / max(1, n_bytes(network))))
 
 
 def most_to_look_at() -> int:
-    """Return how many bytes one network may have that is built to be looked at."""
+    """Return how many bytes one network may have that is built to be inspected."""
     return int(_ONE_TO_LOOK_AT * free_bytes(torch.device("cpu")))
 
 
-class Within(TorchDispatchMode):
+class Within(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not annotate __init_subclass__
     """A context in which a tensor that the machine has no memory for is not made: MemoryError is raised instead.
 
     So is one with which those that were made would be more than `most` bytes in all.
     """
 
     def __init__(self, most: float = math.inf) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self._most, self._made = most, 0
         self._reserve: float | None = None
 
@@ -113,10 +113,10 @@ def shown(size: float) -> str:
 
 def _size_of_new(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """Return how many bytes of the machine's memory an operation that makes a tensor of a given size takes."""
-    place = _place_of_size(func)
-    if place is None or torch.device(kwargs.get("device") or "cpu").type != "cpu":
+    index = _index_of_size(func)
+    if index is None or torch.device(kwargs.get("device") or "cpu").type != "cpu":
         return 0
-    size = args[place] if place < len(args) else kwargs.get("size", ())
+    size = args[index] if index < len(args) else kwargs.get("size", ())
     like = next((x for x in args if isinstance(x, torch.Tensor)), None)
     if like is not None and like.device.type != "cpu" and kwargs.get("device") is None:
         return 0
@@ -125,7 +125,7 @@ def _size_of_new(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> i
 
 
 @cache
-def _place_of_size(func: Callable[..., Any]) -> int | None:
+def _index_of_size(func: Callable[..., Any]) -> int | None:
     """Return which of an operation's arguments is the size of the tensor that it makes; None: it makes none so."""
     schema = func._schema  # type: ignore[attr-defined]
     if any(result.alias_info is not None for result in schema.returns):

@@ -18,8 +18,18 @@ from torchmetrics import Metric
 from hpo.study.data import prediction
 from hpo.study.objective import Objective, Params
 
-Way = Callable[[Metric, Tensor, Tensor], Tensor]
+MetricFunction = Callable[[Metric, Tensor, Tensor], Tensor]
 """Takes a metric, the members' predictions (K, N, ...) and the targets (N, ...); returns K values."""
+
+
+def shared_params(first: Params, numbers: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the params that the loss of all members of a stack is called with: `first`'s, one of the members.
+
+    That is right although the other members' params differ. A param that the loss reads is either a plain float, which
+    `numbers` hold with a value for each member, or the same for all members of a stack: otherwise they would not share
+    one. Of all other params (the learning rate, say) the loss reads none, so it does not matter whose they are.
+    """
+    return {**first, **numbers}
 
 
 class Measuring:
@@ -28,7 +38,7 @@ class Measuring:
     def __init__(self, objective: Objective, device: torch.device) -> None:
         self._objective = objective
         self._metrics = {name: metric.to(device) for name, metric in objective.metrics().items()}
-        self._ways: dict[str, Way] = {}
+        self._functions: dict[str, MetricFunction] = {}
 
     @torch.no_grad()
     def __call__(
@@ -41,7 +51,7 @@ class Measuring:
         """
 
         def loss_of(outputs: Any, numbers: Mapping[str, Tensor]) -> Tensor:
-            return self._objective.loss(outputs, targets, {**params[0], **numbers})
+            return self._objective.loss(outputs, targets, shared_params(params[0], numbers))
 
         columns = {"loss": vmap(loss_of, randomness="different")(outputs, dict(numbers))}
         predictions = prediction(outputs)
@@ -51,22 +61,22 @@ class Measuring:
         return [{name: value[k] for name, value in values.items()} for k in range(len(params))]
 
     def _measured(self, name: str, metric: Metric, predictions: Tensor, targets: Tensor) -> Tensor:
-        way = self._ways.get(name)
-        if way is not None:
-            return way(metric, predictions, targets)
-        if len(predictions) == 1:  # it would tell nothing of several
+        function = self._functions.get(name)
+        if function is not None:
+            return function(metric, predictions, targets)
+        if len(predictions) == 1:  # that would tell nothing about several
             return _one_by_one(metric, predictions, targets)
         expected = _one_by_one(metric, predictions, targets)
-        self._ways[name] = _one_by_one
-        for way in (_as_columns, _batched):
+        self._functions[name] = _one_by_one
+        for function in (_as_columns, _batched):
             try:
-                values = way(metric, predictions, targets)
+                values = function(metric, predictions, targets)
             except Exception:  # a metric that does not allow it says so in many ways
                 continue
             if values.shape == expected.shape and torch.allclose(
                 values.to(expected.dtype), expected, rtol=1e-4, atol=1e-6, equal_nan=True
             ):
-                self._ways[name] = way
+                self._functions[name] = function
                 break
         return expected
 
@@ -77,8 +87,13 @@ def _one_by_one(metric: Metric, predictions: Tensor, targets: Tensor) -> Tensor:
 
 def _value(metric: Metric, predictions: Tensor, targets: Tensor) -> Tensor:
     metric.reset()
+    return _updated(metric, predictions, targets)
+
+
+def _updated(metric: Metric, predictions: Tensor, targets: Tensor) -> Tensor:
     metric.update(predictions, targets)
-    return metric.compute()
+    value: Tensor = metric.compute()
+    return value
 
 
 def _as_columns(metric: Metric, predictions: Tensor, targets: Tensor) -> Tensor:
@@ -107,7 +122,7 @@ def _batched(metric: Metric, predictions: Tensor, targets: Tensor) -> Tensor:
         zero = torch.zeros_like(predictions.flatten()[0])
         for name in metric._defaults:  # states that are added to in place must be batched from the beginning
             setattr(metric, name, getattr(metric, name) + zero.to(getattr(metric, name).dtype))
-        metric.update(predictions, targets)
-        return metric.compute()
+        return _updated(metric, predictions, targets)
 
-    return vmap(value)(predictions)
+    values: Tensor = vmap(value)(predictions)
+    return values

@@ -28,7 +28,7 @@ _DIV, _FINAL_DIV = 25.0, 1e4  # OneCycleLR's own div_factor and final_div_factor
 
 
 def hyperparameters(params: Mapping[str, Any]) -> dict[str, float]:
-    """Return a trial's schedule as numbers, `schedule` as its place in NAMES."""
+    """Return a trial's schedule as numbers, `schedule` as its index in NAMES."""
     values = {name: params.get(name, default) for name, default in DEFAULTS.items()}
     return {name: float(value) for name, value in (values | {"schedule": NAMES.index(values["schedule"])}).items()}
 
@@ -47,8 +47,8 @@ def factor(hyper: Mapping[str, Any], i: Tensor, steps_per_epoch: int, epochs: in
         which = i.new_tensor(which)
     forms = (torch.ones_like(i), cosine, one_cycle, step * torch.ones_like(i))
     result = forms[0]
-    for place, form in enumerate(forms[1:], start=1):
-        result = torch.where(which == place, form, result)
+    for index, form in enumerate(forms[1:], start=1):
+        result = torch.where(which == index, form, result)
     return result
 
 

@@ -32,7 +32,8 @@ from hpo.study.space import build
 from hpo.study.spec import parse_param
 from hpo.training.batches import Batches
 from hpo.training.loop import train
-from hpo.training.stack import LoopStack, Member, SingleStack, Task
+from hpo.training.loop_stack import LoopStack
+from hpo.training.stack import Member, SingleStack, Task
 
 CPU = torch.device("cpu")
 DEEP = {"n_layers": 2, "n_hidden": 6, "dropout": 0.0, "ensemble": 0}
@@ -205,15 +206,15 @@ def test_members_of_a_stack_differ_in_all_sizes_and_each_is_as_alone(kind, ensem
     for stacks in (SingleStack(LoopStack(task, len(drawn))), pool):
         members = [Member(number=i, seed=i, params=params) for i, params in enumerate(drawn)]
         queue = list(members)
-        feed = Batches(split, CPU)
+        batches = Batches(split, CPU)
         train(
             stacks,
-            feed,
-            feed,
+            batches,
+            batches,
             epochs=2,
             seed=0,
             ask=lambda n, queue=queue: [queue.pop(0) for _ in range(min(n, len(queue)))],
-            report=lambda stack, member, metrics: seen.add(stack) or True,
+            report=lambda stack, results: seen.add(stack) or results,
         )
         curves.append([member.history for member in members])
     assert not said

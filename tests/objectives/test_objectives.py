@@ -16,7 +16,8 @@ from PIL import Image
 from torch import nn
 
 from hpo.export.bundle import TOLERANCE, Model, export
-from hpo.stacks.vmap_stack import NotStackable, VmapStack
+from hpo.stacks.candidate import NotStackable
+from hpo.stacks.vmap_stack import VmapStack
 from hpo.study import catalog
 from hpo.study.data import Split, data_home, prediction
 from hpo.study.objective import Objective, load
@@ -25,7 +26,8 @@ from hpo.study.spec import parse_param
 from hpo.training import optim
 from hpo.training.batches import Batches
 from hpo.training.loop import train
-from hpo.training.stack import LoopStack, Member, SingleStack, Task
+from hpo.training.loop_stack import LoopStack
+from hpo.training.stack import Member, SingleStack, Task
 
 FILES = {
     "california_housing": "sklearn/cal_housing_py3.pkz",
@@ -353,9 +355,9 @@ def test_it_learns_something(built):
     member = Member(number=0, seed=0, params=params | {"batch_size": min(32, params["batch_size"])})
     queue, losses = [member], []
 
-    def report(stack, member, metrics):
-        losses.append(metrics["train_loss"])
-        return losses[-1] > 0.9 * losses[0]
+    def report(stack, results):
+        losses.append(results[member]["train_loss"])
+        return [member] if losses[-1] > 0.9 * losses[0] else []
 
     train(
         SingleStack(LoopStack(built.task(len(rows), 100))),
@@ -395,7 +397,7 @@ def test_its_networks_are_trained_in_a_stack_as_alone_or_say_why_not(built):
         for member in members:
             stack.join(member)
             alone.join(member)
-        for inputs, targets in Batches(rows, CPU).batches(16, torch.arange(len(rows))):
+        for inputs, targets in Batches(rows, CPU).epoch(16, torch.arange(len(rows))):
             torch.testing.assert_close(stack.step(inputs, targets), alone.step(inputs, targets))
         for member in members:
             torch.testing.assert_close(stack.state(member), alone.state(member), rtol=1e-6, atol=1e-9)

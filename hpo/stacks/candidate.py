@@ -1,0 +1,165 @@
+"""A member on its way into a stack: its network built, padded, and tried alone; or why it cannot be stacked."""
+
+import inspect
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from hpo.stacks.padding import Padder, PaddingPlan
+from hpo.stacks.structure import PaddedModule, own_state
+from hpo.study.data import Split
+from hpo.study.objective import Params
+from hpo.training import stacked_optim
+from hpo.training.evaluation import in_full
+from hpo.training.memory import is_out_of_memory
+from hpo.training.optim import ACCUMULATION, ARGUMENTS, MAX_GRAD_NORM, optimizer_class
+from hpo.training.stack import Member, Task
+
+
+class NotStackable(Exception):
+    """A member cannot be trained in a stack, and why; it trains in a LoopStack instead."""
+
+
+class RecordingParams(Mapping[str, Any]):
+    """Params that record which of them are read, one by one or all at once."""
+
+    def __init__(self, params: Params) -> None:
+        self._params = params
+        self.names: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.names.add(name)
+        return self._params[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self.names.update(self._params)
+        return iter(self._params)
+
+    def __len__(self) -> int:
+        return len(self._params)
+
+    def copy(self) -> dict[str, Any]:
+        """As a dict has it, which is what the loss is given while training."""
+        return dict(self)
+
+    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(self) | dict(other)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Candidate:
+    """A member with its network padded, before it joins a stack.
+
+    `probe` is the same network with other weights, padded too, and `outputs` what it gave alone on the stack's example:
+    an initialisation may hide what padding does to a network (a last layer of zeros hides all that is before it).
+    `reads` are the params that the loss reads there, `activations` the bytes that all layers give for one row.
+    """
+
+    member: Member
+    padded: PaddedModule
+    probe: PaddedModule
+    outputs: Any
+    reads: Sequence[str]
+    activations: int
+    padder: Padder
+
+    def bytes_in_a_stack(self) -> int:
+        """Return about how much memory this member needs there, training a batch: weights and what is kept of them,
+        gradients, and what lies between layers (forward and backward)."""
+        optimizer = str(self.member.params["optimizer"]).lower()
+        copies = 4 + 2 * len(stacked_optim.STATE[optimizer])  # old, new, gradient, mask; each state old and new
+        module, shapes = self.padded.module, self.padded.shapes
+        weights = sum(math.prod(shapes[n]) * w.element_size() for n, w in module.named_parameters())
+        batch_size: int = self.member.params["batch_size"]
+        return copies * weights + 3 * batch_size * self.activations
+
+    @property
+    def signature(self) -> Hashable:
+        """What members of one stack have in common."""
+        params = self.member.params
+        engine = tuple(name in params for name in ("schedule", MAX_GRAD_NORM))
+        return str(params["optimizer"]).lower(), params["batch_size"], engine, self.padded.signature
+
+
+def candidate(task: Task, member: Member, padder: Padder, example: Split) -> Candidate:
+    """Build `member`'s network and try it on `example`, a few rows as they are trained on.
+
+    Raises NotStackable for an optimizer that has no stacked form, or a module that holds state outside of tensors;
+    TrialError where the objective's code says that the configuration is at fault.
+    """
+    _require_stacked_form(member.params)
+    probe = task.build(member).eval()
+    reads = RecordingParams(member.params)
+    before = own_state(probe)
+    with torch.no_grad(), task.autocast(), _counting(probe) as given:
+        for weight in probe.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+        with task.guarding():
+            outputs = in_full(probe(*example.inputs.values()))
+            task.objective.loss(outputs, example.targets, reads)
+    if own_state(probe) != before:
+        raise NotStackable("its forward changes the module's own attributes")
+    return Candidate(
+        member=member,
+        padded=padder(task.build(member).train(), member.params),
+        probe=padder(probe.train(), member.params),
+        outputs=outputs,
+        reads=sorted(reads.names),
+        activations=sum(given) // len(example),
+        padder=padder,
+    )
+
+
+def candidates(task: Task, member: Member, plan: PaddingPlan, example: Split) -> Iterator[Candidate]:
+    """Yield `member` with each padding of `plan`, loosest first: that with which the most members share a stack.
+
+    Raises NotStackable where there is no padding left, or none that memory has room for (a network that the machine has
+    no memory for may fail, but alone). A GPU may be full of others, which raises: stacks are to be smaller.
+    """
+    why: Exception | None = None
+    for padder in plan:
+        try:
+            yield candidate(task, member, padder, example)
+            why = None
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or not is_out_of_memory(error):
+                raise
+            why = error
+    if why is not None:
+        raise NotStackable("memory has no room to try its network in a stack") from why
+
+
+@contextmanager
+def _counting(module: nn.Module) -> Iterator[list[int]]:
+    """Yield a list that collects the bytes of what each layer of `module` outputs."""
+    given: list[int] = []
+
+    def count(module: nn.Module, inputs: Any, outputs: Any) -> None:
+        given.extend(x.numel() * x.element_size() for x in tree_leaves(outputs) if isinstance(x, Tensor))
+
+    hooks = [each.register_forward_hook(count) for each in module.modules() if not list(each.children())]
+    try:
+        yield given
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _require_stacked_form(params: Params) -> None:
+    name = str(params["optimizer"]).lower()
+    if name not in stacked_optim.HYPERPARAMETERS:
+        raise NotStackable(f"optimizer {name} has no stacked form; {', '.join(stacked_optim.HYPERPARAMETERS)} have")
+    if params.get(ACCUMULATION, 1) > 1:
+        raise NotStackable("its gradients are gathered over several batches, to save memory")
+    cls = optimizer_class(name)
+    assert cls is not None
+    takes = inspect.signature(cls).parameters
+    for key in params:
+        if key in ARGUMENTS and key not in stacked_optim.HYPERPARAMETERS[name] and ARGUMENTS[key] in takes:
+            raise NotStackable(f"{name} with {key} has no stacked form")

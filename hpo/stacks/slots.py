@@ -1,0 +1,135 @@
+"""The slots of a stack: which member has which, and where its tensors are among the stacked ones.
+
+A network smaller than the shapes it is padded to fills a *region* of each stacked tensor, beginning at its first
+corner; the rest is padding: zeros, that stay zeros since their gradients are masked.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from hpo.stacks.state import StackState, hyperparameters
+from hpo.stacks.structure import PaddedModule
+from hpo.training.stack import Member
+
+Region = tuple[slice, ...]
+
+
+class Slots:
+    """Up to `capacity` members, and the state that holds their tensors, one row a slot."""
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        self._device = device
+        self._taken: list[Member | None] = [None] * capacity
+        self._regions: dict[Member, dict[str, tuple[str, Region]]] = {}
+        self.state = StackState.without_networks(capacity, device)
+
+    @property
+    def capacity(self) -> int:
+        """How many slots there are."""
+        return len(self._taken)
+
+    @property
+    def members(self) -> Sequence[Member]:
+        """The members, in the order of their slots."""
+        return [member for member in self._taken if member is not None]
+
+    @property
+    def free(self) -> int:
+        """How many slots are empty."""
+        return self._taken.count(None)
+
+    def live(self) -> Tensor:
+        """Return the slots that have a member, (n,)."""
+        slots = [slot for slot, member in enumerate(self._taken) if member is not None]
+        return torch.tensor(slots, dtype=torch.long, device=self._device)
+
+    def take(self, member: Member) -> int:
+        """Give `member` the first empty slot, and return which."""
+        slot = self._taken.index(None)
+        self._taken[slot] = member
+        return slot
+
+    def release(self, member: Member) -> None:
+        """Make a member's slot an empty one."""
+        self._taken[self._taken.index(member)] = None
+        self._regions.pop(member, None)
+
+    def resize(self, capacity: int) -> None:
+        """Change the number of slots to `capacity`, at least as many as there are members, who move together."""
+        kept, members = self.live(), self.members
+        assert len(members) <= capacity
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = tensor.new_zeros((capacity, *tensor.shape[1:]))
+            new[: len(members)] = tensor[kept]
+            return new
+
+        self.state = tree_map(moved, self.state)
+        self._taken = [*members, *[None] * (capacity - len(members))]
+
+    def fill(self, slot: int, member: Member, padded: PaddedModule) -> None:
+        """Put `member` with its network into a slot, at the beginning of its training."""
+        own = padded.own_tensors()
+        regions = {name: tuple(slice(0, size) for size in tensor.shape) for name, tensor in own.items()}
+        self._regions[member] = {key: (name, regions[name]) for key, name in padded.names.items()}
+        state = self.state
+        with torch.no_grad():
+            for name, rows in (*state.weights.items(), *state.buffers.items()):
+                mask = state.masks.get(name)
+                _fill_row(rows[slot], own.get(name), None if mask is None else mask[slot])
+            for states in state.optimizer.values():
+                for rows in states.values():
+                    rows[slot] = 0
+            state.t[slot] = 0
+            for name, value in hyperparameters(member.params).items():
+                state.hyper[name][slot] = value
+            for name, rows in state.loss_hyper.items():
+                rows[slot] = member.params[name]
+
+    def tensors(self, member: Member) -> dict[str, Tensor]:
+        """Return copies of a member's weights and buffers, by its network's own names."""
+        slot, rows = self._taken.index(member), {**self.state.weights, **self.state.buffers}
+        return {own: rows[name][slot][region].clone() for own, (name, region) in self._regions[member].items()}
+
+    def checkpoint(self, member: Member) -> dict[str, Any]:
+        """Return what `restore` takes: see `hpo.training.stack.Stack.checkpoint`."""
+        slot = self._taken.index(member)
+        t = self.state.t[slot]
+        step = {} if str(member.params["optimizer"]).lower() == "sgd" else {"step": t.float().cpu().clone()}
+        optimizer = {  # as torch.optim keeps it
+            own: step | {key: rows[slot][region].cpu().clone() for key, rows in self.state.optimizer[name].items()}
+            for own, (name, region) in self._regions[member].items()
+            if name in self.state.optimizer
+        }
+        model = {name: tensor.cpu() for name, tensor in self.tensors(member).items()}
+        return {"model": model, "optimizer": optimizer, "steps": int(t)}
+
+    def restore(self, slot: int, member: Member, resume: Mapping[str, Any]) -> None:
+        """Have the member in `slot` resume from a checkpoint."""
+        state = self.state
+        with torch.no_grad():
+            for own, (name, region) in self._regions[member].items():
+                rows = state.weights if name in state.weights else state.buffers
+                rows[name][slot][region] = resume["model"][own].to(self._device)
+                kept = resume["optimizer"].get(own, {})
+                for key, states in state.optimizer.get(name, {}).items():
+                    if kept.get(key) is not None:  # torch's SGD has no buffer before its first step
+                        states[slot][region] = kept[key].to(self._device)
+            state.t[slot] = resume["steps"]
+
+
+def _fill_row(row: Tensor, own: Tensor | None, mask: Tensor | None) -> None:
+    """Write a network's tensor into its region of a slot's row, zeros elsewhere; its mask is 1 there. None: no such."""
+    row.zero_()
+    if mask is not None:
+        mask.zero_()
+    if own is None:
+        return
+    region = tuple(slice(0, size) for size in own.shape)
+    row[region] = own
+    if mask is not None:
+        mask[region] = 1

@@ -1,0 +1,88 @@
+"""What a stack holds as tensors: everything in which its members may differ, one row a slot.
+
+Shapes: K slots; a weight, a buffer or an optimizer's state (K, ...), everything else (K,).
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hpo.stacks.candidate import Candidate
+from hpo.study.objective import Params
+from hpo.training import schedules, stacked_optim
+from hpo.training.optim import MAX_GRAD_NORM
+
+
+class Trained(NamedTuple):
+    """What a step changes."""
+
+    weights: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    """Weights that are not trained among them."""
+    optimizer: dict[str, stacked_optim.State]
+    t: Tensor
+    """How many steps each member has done."""
+
+
+class StackState(NamedTuple):
+    """What a step is given: `Trained`, and what stays as it is from a member's first step to its last."""
+
+    weights: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    optimizer: dict[str, stacked_optim.State]
+    t: Tensor
+    hyper: dict[str, Tensor]
+    """The hyperparameters of the optimizer, the schedule and the clipping."""
+    loss_hyper: dict[str, Tensor]
+    """The params that the loss reads as tensors."""
+    masks: dict[str, Tensor]
+    """1 where a weight is a member's own, 0 where it is padding; only of weights whose sizes differ in the study."""
+
+    @property
+    def trained(self) -> Trained:
+        """The part that a step changes."""
+        return Trained(self.weights, self.buffers, self.optimizer, self.t)
+
+    def after(self, trained: Trained) -> "StackState":
+        """Return the state in which a step has left it."""
+        return StackState(*trained, hyper=self.hyper, loss_hyper=self.loss_hyper, masks=self.masks)
+
+    @classmethod
+    def without_networks(cls, capacity: int, device: torch.device) -> "StackState":
+        """Return the state of a stack that knows no network yet."""
+        return cls({}, {}, {}, torch.zeros(capacity, device=device), {}, {}, {})
+
+    @classmethod
+    def empty(cls, first: Candidate, capacity: int, device: torch.device) -> "StackState":
+        """Return the state of `capacity` empty slots for members of `first`'s signature: zeros."""
+        module, shapes, params = first.padded.module, first.padded.shapes, first.member.params
+
+        def rows(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {n: torch.zeros((capacity, *shapes[n]), dtype=x.dtype, device=device) for n, x in named.items()}
+
+        weights = {name: w for name, w in module.named_parameters() if w.requires_grad}
+        frozen = {name: w for name, w in module.named_parameters() if not w.requires_grad}
+        dtype = next((w.dtype for w in weights.values()), torch.float32)
+
+        def column() -> Tensor:
+            return torch.zeros(capacity, dtype=dtype, device=device)
+
+        stacked = rows(weights)
+        return cls(
+            weights=stacked,
+            buffers=rows({**frozen, **dict(module.named_buffers())}),
+            optimizer=stacked_optim.initial_state(str(params["optimizer"]).lower(), stacked),
+            t=column(),
+            hyper={name: column() for name in hyperparameters(params)},
+            loss_hyper={name: column() for name in first.reads if type(params.get(name)) is float},
+            masks=rows({name: w for name, w in weights.items() if name in first.padded.varied}),
+        )
+
+
+def hyperparameters(params: Params) -> dict[str, float]:
+    """Return one member's hyperparameters that a step needs: the optimizer's, the schedule's, the largest norm."""
+    values = stacked_optim.hyperparameters(str(params["optimizer"]).lower(), params)
+    values |= schedules.hyperparameters(params) if "schedule" in params else {}
+    return values | ({MAX_GRAD_NORM: float(params[MAX_GRAD_NORM])} if MAX_GRAD_NORM in params else {})

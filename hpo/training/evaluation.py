@@ -1,0 +1,53 @@
+"""Loss and metrics of one network over a whole split.
+
+Never a mean of batches' own metrics: the RMSE of a set is not the mean of its batches' RMSEs.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from hpo.study.data import prediction
+from hpo.study.objective import Objective, Params
+from hpo.training.batches import Batches
+from hpo.training.stack import Task
+
+EVALUATION_ROWS = 8192
+"""How many rows go through a network at once where no gradient is kept; metrics are of all rows all the same."""
+
+
+def in_full(outputs: Any) -> Any:
+    """Return outputs that autocast left in bfloat16 in float32: losses and metrics are not to be rounded."""
+    return tree_map(lambda x: x.float() if x.dtype == torch.bfloat16 else x, outputs)
+
+
+def joined(parts: Sequence[Any], dim: int = 0) -> Any:
+    """Return the outputs of several batches as one."""
+    return tree_map(lambda *tensors: torch.cat(tensors, dim), *parts) if len(parts) > 1 else parts[0]
+
+
+@torch.no_grad()
+def evaluate(
+    task: Task, module: nn.Module, batches: Batches, params: Params, metrics: Mapping[str, Any]
+) -> dict[str, float]:
+    """Return `module`'s `loss` and `metrics` over all rows of `batches`; the module is left in evaluation mode."""
+    module.eval()
+    with task.guarding():
+        with task.autocast():
+            parts = [module(*inputs) for inputs, _ in batches.chunks(EVALUATION_ROWS)]
+        return measure(task.objective, in_full(joined(parts)), batches.targets, params, metrics)
+
+
+def measure(
+    objective: Objective, outputs: Any, targets: Tensor, params: Params, metrics: Mapping[str, Any]
+) -> dict[str, float]:
+    """Return the `loss` and the metrics of `outputs` (N, ...) against `targets`."""
+    result = {} if objective.train is not None else {"loss": float(objective.loss(outputs, targets, params))}
+    for name, metric in metrics.items():
+        metric.reset()
+        metric.update(prediction(outputs), targets)
+        result[name] = float(metric.compute())
+    return result

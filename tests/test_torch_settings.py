@@ -1,0 +1,74 @@
+"""torch's process-wide settings: set for a block, and as before it at its end, however it ends."""
+
+import os
+
+import pytest
+import torch
+
+from hpo.training.torch_settings import torch_settings
+from tests.stacking import CPU
+
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
+
+def now() -> tuple[object, ...]:
+    """Return all that a block could leave changed."""
+    return (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        os.environ.get(CUBLAS),
+        tuple(torch.get_rng_state().tolist()),
+    )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_settings_are_those_that_are_asked_for_and_as_before_at_the_end(
+    monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    monkeypatch.delenv(CUBLAS, raising=False)
+    before, threads = now(), torch.get_num_threads() + 1
+    try:
+        with torch_settings(CPU, precision="tf32", deterministic=True, threads=threads):
+            assert now()[:6] == (threads, True, False, "highest", before[4], ":4096:8")  # TF32 is CUDA's
+            torch.rand(3)
+            torch.set_num_threads(threads + 1)  # also what the block itself sets
+            if fails:
+                raise KeyError("a bug")
+    except KeyError:
+        assert fails
+    assert now() == before
+
+
+def test_what_is_not_asked_for_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CUBLAS, ":16:8")
+    before = now()
+    with torch_settings(CPU):
+        assert now() == before
+    with torch_settings(CPU, deterministic=True):
+        assert os.environ[CUBLAS] == ":16:8"
+    assert now() == before
+
+
+def test_warnings_in_place_of_determinism_are_restored_as_such() -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with torch_settings(CPU, deterministic=False):
+            assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_on_cuda_tf32_is_allowed_and_the_generator_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: the generators are stand-ins."""
+    second, generators = torch.device("cuda:1"), {}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.tensor([device.index]))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: generators.update({device: state.item()}))
+    before = now()
+    with torch_settings(second, precision="tf32"):
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
+    assert now() == before
+    assert generators == {second: 1}
