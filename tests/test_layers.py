@@ -28,8 +28,8 @@ ROOT_MODULES = {"__init__", "__main__", "errors", "seeds", "processes", "stoppin
 HOMES = {
     "optuna": {"search", "study.space"},
     "mlflow": {"tracking.runs"},
-    "yaml": {"study.document"},
-    "pydantic": {"study.spec"},
+    "yaml": {"study.yaml_values"},
+    "pydantic": {"study.spec", "study.ranges", "study.checking", "study.draft"},
     "sqlalchemy": {"search"},
     "rich": {"cli"},
     "typer": {"cli.app"},

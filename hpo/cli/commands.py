@@ -42,7 +42,7 @@ from hpo.search.retrying import StorageAway
 from hpo.search.search import CODE, DATA, STUDY_FILE, Best, Search, open_search, stored_file
 from hpo.search.storage import close_storage, open_storage, serve_storage
 from hpo.stopping import Stop, signals
-from hpo.study import objective as objectives
+from hpo.study import loading as objectives
 from hpo.study.data import Data
 from hpo.study.objective import Function
 from hpo.study.trust import code_references, require_harmless, require_passwords

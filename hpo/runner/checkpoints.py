@@ -23,7 +23,7 @@ from hpo.errors import HpoError
 from hpo.processes import this_process
 from hpo.runner.prepare import OUTPUT, Plan
 from hpo.search.search import DATA, Best, Claim, Search
-from hpo.study.objective import source_fingerprint
+from hpo.study.loading import source_fingerprint
 
 BEST = "best.pt"
 

@@ -11,7 +11,8 @@ from hpo.runner.prepare import Plan
 from hpo.runner.trial import TrialRun, Trials
 from hpo.search.search import Search, TakenOver
 from hpo.study.data import Data, Split
-from hpo.study.objective import Function, Params, origin
+from hpo.study.loading import origin
+from hpo.study.objective import Function, Params
 from hpo.tracking.base import Tracker
 from hpo.training.faults import ended_the_process, fault_of
 

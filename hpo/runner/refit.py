@@ -17,8 +17,8 @@ from hpo.search.search import Best, Search
 from hpo.study.data import Data
 from hpo.study.objective import Function
 from hpo.tracking.base import Tracker
-from hpo.tracking.mlflow import open_tracker
 from hpo.tracking.leftovers import left_behind
+from hpo.tracking.mlflow import open_tracker
 from hpo.training.batches import Batches, feed
 from hpo.training.loop import train
 from hpo.training.stack import LoopStack, Member, SingleStack, Stack, Task, evaluate

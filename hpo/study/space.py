@@ -22,7 +22,7 @@ from optuna.samplers import RandomSampler
 from optuna.trial import Trial
 
 from hpo.errors import Fault, InputError, did_you_mean
-from hpo.study.spec import Categorical, FloatRange, IntRange, Searched
+from hpo.study.ranges import Categorical, FloatRange, IntRange, Searched
 
 RANGE = "range"
 """The choice of `<name>:or` that stands for a value from the range."""
@@ -118,7 +118,7 @@ def same(left: Any, right: Any) -> bool:
         return False
     if isinstance(left, float) and isinstance(right, int | float):
         return math.isclose(left, right, rel_tol=1e-9, abs_tol=1e-15)
-    return left == right
+    return bool(left == right)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from hpo.study.data import DataInfo, batch_sizes, prediction
-from hpo.study.objective import Objective, Params, origin
+from hpo.study.loading import origin
+from hpo.study.objective import Objective, Params
 from hpo.training import optim, schedules, stacked_optim
 from hpo.training.batches import Batches
 from hpo.training.faults import TrialError, ended_the_process, fault_of

@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 
 from hpo.errors import DataError, InputError
 from hpo.export.bundle import Model, export
-from hpo.study.objective import load
+from hpo.study.loading import load
 from objectives.image_csv import ImageCsv, Options
 from objectives.models import Augmented, NormalizePixels, SmallConvNet, torchvision_classifier
 from tests.cli import invoke, summary

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hpo.errors import DataError
-from hpo.study.objective import load
+from hpo.study.loading import load
 from objectives import table_files
 from objectives.datasets import rows_of_splits
 from objectives.table_files import read_table
