@@ -4,4 +4,4 @@ The command line is `python -m hpo` (or `hpo`); what an objective of one's own n
 Importing this package imports none of its parts, so that `hpo --help` answers at once.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
