@@ -18,7 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from hpo.study.data import Data, Split
-from hpo.study.objective import Objective, load
+from hpo.study.loading import load
+from hpo.study.objective import Objective
 from hpo.training import optim
 from hpo.training.batches import Batches, make_batches
 from hpo.training.evaluation import evaluate

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 from torchmetrics.regression import R2Score
 
-from hpo.study import objective as objectives
+from hpo.study import loading as objectives
 from hpo.study.data import Data, DataInfo, Split
 from hpo.study.objective import Objective
 from hpo.training.batches import Batches

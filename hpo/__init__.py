@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hpo.study.data import Data, DataInfo, Split
     from hpo.study.objective import Objective, Reporter
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _HOMES = {
     "hpo.api": ("adopt", "check", "open_study", "run"),
     "hpo.errors": ("DataError", "ExportError", "HpoError", "InputError", "Interrupted", "SpecError", "StorageError"),

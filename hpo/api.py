@@ -24,9 +24,11 @@ from hpo.runner.prepare import Given, Plan, prepare, prepare_values
 from hpo.runner.progress import PlainProgress, Progress, Refresh, state_of
 from hpo.runner.study import StudyFile, WorkerOptions
 from hpo.search import adoption
-from hpo.study import catalog, spec
+from hpo.study import catalog
 from hpo.study.document import of_values
+from hpo.study.draft import read
 from hpo.study.objective import Objective
+from hpo.study.spec import StudySpec
 
 log = logging.getLogger("hpo")
 Named = str | Path | Mapping[str, Any] | Objective | type[Objective] | Callable[[Any], Any]
@@ -103,11 +105,11 @@ def open_study(name_or_path: str | Path, storage: str | None = None) -> Study:
     """
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml") or path.is_file():
-        draft = spec.read(path, {} if storage is None else {"storage": json.dumps(storage)})
+        draft = read(path, {} if storage is None else {"storage": json.dumps(storage)})
         if draft.spec is None:
             raise InputError("\n".join(draft.document.render(draft.faults)))
         return Study(draft.spec.name, draft.spec.storage)
-    default = str(spec.StudySpec.model_fields["storage"].default)
+    default = str(StudySpec.model_fields["storage"].default)
     return Study(str(name_or_path), default if storage is None else storage)
 
 
@@ -218,7 +220,7 @@ def _laid_over(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[
 
 def _texts(overrides: Mapping[str, Any]) -> dict[str, str]:
     """Return overrides as `--set` has them: dotted keys, and values as YAML."""
-    texts = {}
+    texts: dict[str, str] = {}
     for key, value in overrides.items():
         if key in ("params", "options") and isinstance(value, Mapping):
             texts |= {f"{key}.{name}": json.dumps(each) for name, each in value.items()}

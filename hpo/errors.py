@@ -14,7 +14,8 @@ passes through `masked`.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -40,7 +41,7 @@ def conceal(value: str, shown: str) -> None:
 def masked(text: str) -> str:
     """Return `text` with every password of an address replaced by `***`, and every value that is concealed."""
     for pattern, shown in _CONCEALED.values():
-        text = pattern.sub(lambda _, shown=shown: shown, text)
+        text = pattern.sub(shown.replace("\\", r"\\"), text)
     return without_passwords(text)
 
 
@@ -114,6 +115,23 @@ class Fault:
 
     path: tuple[str | int, ...]
     message: str
+
+
+class Faulty(Exception):
+    """What keeps a value from being made; `collecting` puts it with the other faults of the file."""
+
+    def __init__(self, at: tuple[str | int, ...], *messages: str) -> None:
+        super().__init__(*messages)
+        self.faults = [Fault(path=at, message=message) for message in messages]
+
+
+@contextmanager
+def collecting(faults: list[Fault]) -> Iterator[None]:
+    """Add to `faults` what is raised as `Faulty`; what was to be made then keeps the value that it had before."""
+    try:
+        yield
+    except Faulty as error:
+        faults += error.faults
 
 
 class SpecError(InputError):

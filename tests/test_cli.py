@@ -1,8 +1,10 @@
 """The commands end to end, and every kind of bad input: one clear message, exit status 2, nothing lost."""
 
 import json
+import os
 import sqlite3
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -341,6 +343,16 @@ def test_a_pipe_that_closes_early_gives_no_traceback(study: Write) -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait(timeout=200) == 1
+
+
+@pytest.mark.parametrize("arguments", [["objectives"], ["--help"]])
+def test_a_pipe_that_nobody_reads_gives_no_traceback(arguments: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "hpo", *arguments]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_a_folder_of_output_that_is_a_file_costs_no_trial(study: Write) -> None:

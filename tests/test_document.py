@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from hpo.errors import Fault, InputError
-from hpo.study.document import dotted, read
+from hpo.study.document import read
+from hpo.study.yaml_values import dotted
 
 
 @pytest.fixture

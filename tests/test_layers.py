@@ -31,8 +31,8 @@ FACES = {"__init__", "__main__", "api", "data", "objective"}
 HOMES = {
     "optuna": {"search", "study.space", "report"},
     "mlflow": {"tracking.runs"},
-    "yaml": {"study.document"},
-    "pydantic": {"study.spec"},
+    "yaml": {"study.yaml_values"},
+    "pydantic": {"study.spec", "study.ranges", "study.checking", "study.draft"},
     "sqlalchemy": {"search"},
     "rich": {"cli"},
     "typer": {"cli.app"},
@@ -229,3 +229,21 @@ def test_the_table_on_the_architecture_page_is_the_rule() -> None:
     for package, may in rows:
         told[package] = set(told) if "all of the above" in may else set(re.findall(r"`(\w+)`", may))
     assert told == ROOM
+
+
+def test_what_the_project_says_of_itself_agrees() -> None:
+    """The version in three places, the typed package, and the tests of `.ci/run`'s fast part."""
+    import tomllib
+
+    import hpo
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["version"] == hpo.__version__
+    newest = re.search(r"^## \[(.+)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert newest is not None
+    assert newest[1] == hpo.__version__
+    assert (ROOT / "hpo/py.typed").is_file()
+    assert "py.typed" in project["tool"]["setuptools"]["package-data"]["hpo"]
+    for each in project["tool"]["hpo"]["ci"]["fast"]:
+        file, _, test = each.partition("::")
+        assert f"def {test}" in (ROOT / file).read_text()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hpo.study.objective import load
+from hpo.study.loading import load
 from tests.conftest import LINEAR, ROOT
 
 

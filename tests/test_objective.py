@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from hpo.study import catalog
-from hpo.study.objective import NoOptions, load
+from hpo.study.loading import load
+from hpo.study.objective import NoOptions
 
 GOOD = """
     from dataclasses import dataclass

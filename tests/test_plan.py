@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchmetrics import Metric
 
-from hpo.errors import InputError, SpecError
+from hpo.errors import Faulty, InputError, SpecError
 from hpo.runner.preflight import preflight
 from hpo.runner.prepare import find_device, prepare
 
@@ -202,18 +202,19 @@ class TestDevice:
     )
     def test_auto_is_the_fastest_there_is(self, has, n_cuda, mps, expected):
         has(n_cuda, mps)
-        assert find_device("auto") == (torch.device(expected), [])
+        assert find_device("auto") == torch.device(expected)
 
     @pytest.mark.parametrize(("name", "expected"), [("cpu", "cpu"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1")])
     def test_one_that_is_there(self, has, name, expected):
         has(n_cuda=2)
-        assert find_device(name) == (torch.device(expected), [])
+        assert find_device(name) == torch.device(expected)
 
     @pytest.mark.parametrize("name", ["cuda:2", "mps", "gpu", "cuda:x", "meta"])
     def test_one_that_is_not_there(self, has, name):
         has(n_cuda=2)
-        device, (fault,) = find_device(name)
-        assert device == torch.device("cpu")
+        with pytest.raises(Faulty) as caught:
+            find_device(name)
+        (fault,) = caught.value.faults
         assert fault.path == ("device",)
         assert fault.message == f"there is no device {name!r} here; available: auto, cuda:0, cuda:1, cpu"
 

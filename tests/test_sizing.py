@@ -12,8 +12,9 @@ from torch import nn
 
 from hpo.errors import Interrupted
 from hpo.runner.prepare import prepare
-from hpo.runner.worker import CHOICE, work
+from hpo.runner.worker import work
 from hpo.search.opening import open_search
+from hpo.search.schema import STACK
 from hpo.stacks import sizing
 from hpo.stacks.padding import Padder, PaddingPlan
 from hpo.stacks.sizing import Sizing, StackSize
@@ -215,7 +216,7 @@ def run(study: Callable[..., Any], text: str = TEXT, **more: Any) -> tuple[Scree
     screen = Screen()
     try:
         work(plan, plan.load_data(), search, MemoryTracker(), screen, **more)
-        return screen, search.attrs.get(CHOICE), [trial.value for trial in search.study.get_trials()]
+        return screen, search.attrs.get(STACK), [trial.value for trial in search.study.get_trials()]
     finally:
         search.close()
 

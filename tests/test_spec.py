@@ -1,6 +1,7 @@
 """study.yaml as a spec: every rule's message with its line, defaults, and whose search space it is."""
 
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import pytest
 
 from hpo import processes
 from hpo.errors import SpecError
-from hpo.study import spec as specs
-from hpo.study.spec import Categorical, FloatRange, IntRange
+from hpo.study import draft as drafts
+from hpo.study.ranges import Categorical, FloatRange, IntRange
+from hpo.study.spec import StudySpec
 
 
 @pytest.fixture
@@ -19,7 +21,7 @@ def draft(tmp_path, monkeypatch):
 
     def read(text="", overrides=None, head="objective: x\n"):
         Path("study.yaml").write_text(head + text, encoding="utf-8")
-        return specs.read(Path("study.yaml"), overrides)
+        return drafts.read(Path("study.yaml"), overrides)
 
     return read
 
@@ -297,3 +299,20 @@ RANGE = "{type: int, low: 1, high: 2}"
 )
 def test_the_space_is_the_files_own_once_the_file_or_an_override_names_a_range(draft, text, overrides, own):
     assert draft(text, overrides).own_space is own
+
+
+@pytest.mark.parametrize("key", StudySpec.model_fields)
+def test_each_key_says_its_values_its_default_and_an_example_that_holds(draft, key: str) -> None:
+    """The documentation is made from these."""
+    field = StudySpec.model_fields[key]
+    text = " ".join((field.description or "").split())
+    found = re.fullmatch(r"(.+?) Values: (.+?) Default: (.+) Example: `(.+)`", text)
+    assert found, f"{key}: {text}"
+    example = draft(f"{found[4]}\n", head="" if key == "objective" else "objective: o\n")
+    assert [each for each in example.faults if "PASSWORD" not in each.message] == []
+    assert getattr(example.spec, key) != field.default
+    said = re.match(r"`([^`]+)`", found[3])
+    if said and key not in ("options", "params"):
+        default = draft(f"{key}: {said[1]}\n")
+        assert default.faults == []
+        assert getattr(default.spec, key) == field.default

@@ -54,9 +54,10 @@ def run(
     Example: hpo run studies/breast_cancer.yaml --trials 20 --set params.batch_size=32
     """
     from hpo.cli import commands
+    from hpo.runner.study import WorkerOptions
 
     overrides = _overrides(set_, trials=trials, storage=storage, tracking=tracking, device=device, stack=stack)
-    options = commands.WorkerOptions(workers=_count(workers), ray=ray, gpus_per_worker=gpus_per_worker)
+    options = WorkerOptions(workers=_count(workers), ray=ray, gpus_per_worker=gpus_per_worker)
     _finish(commands.run(study, overrides, options), json_)
 
 
@@ -208,13 +209,14 @@ def objectives() -> None:
 
 def _overrides(pairs: list[str] | None, **options: object) -> dict[str, str]:
     """Return `--set` and the options as one mapping of dotted keys to YAML text; an option is laid over `--set`."""
-    overrides = {}
+    overrides: dict[str, str] = {}
     for pair in pairs or []:
         key, equals, value = pair.partition("=")
         if not equals or not key.strip(".") or "" in key.split("."):
             raise typer.BadParameter(f"write KEY=VALUE (params.batch_size=64), but got {pair!r}", param_hint="--set")
         overrides[key] = value
-    plain = {key: value if key == "stack" else json.dumps(value) for key, value in options.items() if value is not None}
+    given = {key: value for key, value in options.items() if value is not None}
+    plain = {key: str(value) if key == "stack" else json.dumps(value) for key, value in given.items()}
     return overrides | plain
 
 

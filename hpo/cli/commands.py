@@ -25,7 +25,6 @@ from hpo.search.search import Search
 from hpo.search.storage import serve_storage
 from hpo.search.view import Best, StudyView
 from hpo.study.data import Data
-from hpo.study.objective import Function
 
 
 def run(path: Path, overrides: Mapping[str, str], options: WorkerOptions | None = None) -> dict[str, Any]:
@@ -131,7 +130,7 @@ def _print_check(plan: Plan, data: Data | None, model: torch.nn.Module | None, o
             ["parameter", "values"],
             [[d.name, d.describe()] for d in plan.space.dimensions]
             + [[name, f"{value} (fixed)"] for name, value in plan.space.fixed.items()]
-            + ([["(any)", "the function suggests its own"]] if isinstance(plan.objective, Function) else []),
+            + ([["(any)", "the function suggests its own"]] if plan.function is not None else []),
         )
     )
     if model is not None:
@@ -214,7 +213,7 @@ def _print_result(plan: Plan, seen: StudyView, best: Best | None, done: Outcome 
     rows = [
         ["trials", f"{counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed"],
         ["best", f"{plan.metric} {best.value:.4f} on validation (trial {best.number}, epoch {best.epoch + 1})"]
-        if not isinstance(plan.objective, Function)
+        if plan.function is None
         else ["best", f"{plan.metric} {best.value:.6g} (trial {best.number})"],
         ["params", shown(plan.space.searched(best.params)) or "all fixed"],
     ]
@@ -236,7 +235,8 @@ def _summary(plan: Plan, seen: StudyView, best: Best | None, done: Outcome | Non
         "test": None if done is None else dict(done.test),
         "bundle": None if done is None or done.bundle is None else str(done.bundle),
     }
-    return finite(summary)
+    whole: dict[str, Any] = finite(summary)
+    return whole
 
 
 class _MaskingConsole(Console):

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from hpo.errors import ExportError, InputError
 from hpo.study.data import DataInfo, Split, prediction
 
+_jit: Any = torch.jit  # whose functions have no types
 TOLERANCE = 1e-5
 """The largest difference between an exported model's predictions and the eager one's, of the largest of these where
 that is above 1: float32 has 7 digits, whatever the unit."""
@@ -82,7 +83,8 @@ class _Named(nn.Module):
         def forward(*inputs: Tensor) -> Tensor:
             prepared = inputs if isinstance(preprocess, nn.Identity) else preprocess(*inputs)
             prepared = (prepared,) if isinstance(prepared, Tensor) else prepared
-            return head(prediction(network(*prepared)))
+            predicted: Tensor = head(prediction(network(*prepared)))
+            return predicted
 
         plain = [n if n.isidentifier() and not iskeyword(n) else f"input{place}" for place, n in enumerate(names)]
         parameters = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in plain]
@@ -112,7 +114,7 @@ def export(model: Model, held_out: Split, folder: Path) -> dict[str, Any]:
             torch.save(state | json.loads(json.dumps(dict(model.about))), work / "model.pt")
         with _quiet_jit():
             how = _write_torchscript(eager, held_out, work / "model.torchscript.pt", folder)
-            loaded = torch.jit.load(work / "model.torchscript.pt")
+            loaded = _jit.load(work / "model.torchscript.pt")
             state = torch.load(work / "model.pt", weights_only=True)
             restored = _reset(model.predictor())
             restored.load_state_dict(state["model_state_dict"])
@@ -220,11 +222,11 @@ def _write_torchscript(eager: nn.Module, held_out: Split, path: Path, folder: Pa
         script = torch.jit.script(eager)
     except Exception as error:  # the compiler raises a dozen kinds of error for Python it does not take
         how = {"compiled": "trace", "not_scripted": str(error).strip().splitlines()[0][:200]}
-        script = torch.jit.trace(eager, example)
+        script = _jit.trace(eager, example)
     frozen = torch.jit.freeze(script)
     try:
         torch.jit.optimize_for_inference(frozen).save(str(path))
-        torch.jit.load(path)(*example)
+        _jit.load(path)(*example)
         how["optimized_for_inference"] = True
     except RuntimeError as error:
         # With convolutions it makes a file that torch.jit.load refuses ("attribute 'value' is undefined")

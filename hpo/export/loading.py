@@ -30,7 +30,8 @@ def load_bundle(path: str | Path) -> torch.nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.jit.*")  # deprecated, and what the bundle is
-            return torch.jit.load(file, map_location="cpu").eval()
+            model: torch.nn.Module = torch.jit.load(file, map_location="cpu")  # type: ignore[no-untyped-call]
+            return model.eval()
     except RuntimeError as error:
         reason = (str(error).splitlines() or [""])[0]
         raise InputError(f"{file}: cannot be read as a TorchScript model: {reason}") from error

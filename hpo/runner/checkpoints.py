@@ -25,7 +25,7 @@ from hpo.runner.prepare import OUTPUT, Plan
 from hpo.search import schema
 from hpo.search.search import Claim, Search
 from hpo.search.view import Best, StudyView
-from hpo.study.objective import source_fingerprint
+from hpo.study.loading import source_fingerprint
 
 BEST = "best.pt"
 
@@ -45,7 +45,7 @@ class Origin:
 
     @classmethod
     def of(cls, plan: Plan, search: Search) -> "Origin":
-        return cls(study=search.making, data=search.attrs.get(schema.DATA), code=source_fingerprint(plan.objective))
+        return cls(study=search.making, data=search.attrs.get(schema.DATA), code=source_fingerprint(plan.given))
 
 
 @dataclass(kw_only=True)

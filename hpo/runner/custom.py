@@ -11,7 +11,8 @@ from hpo.runner.prepare import Plan
 from hpo.runner.trial import TrialRun, Trials
 from hpo.search.search import Search, TakenOver
 from hpo.study.data import Data, Split
-from hpo.study.objective import Function, Params, origin
+from hpo.study.loading import origin
+from hpo.study.objective import Function, Params
 from hpo.tracking.base import Tracker
 from hpo.training.faults import ended_the_process, fault_of
 
@@ -66,8 +67,8 @@ class CustomTraining:
         """Train until there is no trial left to claim. Raises Interrupted."""
         while not self._stop() and (trial := self._trials.claim()) is not None:
             try:
-                if isinstance(self._plan.objective, Function):
-                    self._call(self._plan.objective, trial)
+                if self._plan.function is not None:
+                    self._call(self._plan.function, trial)
                 else:
                     self._train_one(trial)
             except TakenOver:

@@ -6,6 +6,7 @@ guess which tensor was meant.
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def try_measuring(plan: Plan, data: Data, outputs: Any, batch: Split, losses: It
                 _called(
                     plan,
                     "loss",
-                    lambda targets=targets, params=params: plan.objective.loss(outputs, targets, params),
+                    partial(plan.objective.loss, outputs, targets, params),
                     given,
                     params,
                 )
@@ -151,7 +152,7 @@ def _refuse_all_pairs(plan: Plan, outputs: Any, targets: Tensor, params: Params)
     """
     predicted = prediction(outputs)
     try:
-        shape = torch.broadcast_shapes(predicted.shape, targets.shape)
+        shape: torch.Size = torch.broadcast_shapes(predicted.shape, targets.shape)  # type: ignore[no-untyped-call]
     except RuntimeError:
         return
     other = (targets != targets[:1]).reshape(len(targets), -1).any(1).nonzero()[:, 0]

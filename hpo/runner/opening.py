@@ -13,7 +13,7 @@ from hpo.search import schema
 from hpo.search.opening import open_search
 from hpo.search.search import Search
 from hpo.study.data import Data
-from hpo.study.objective import file_fingerprint, source_fingerprint
+from hpo.study.loading import file_fingerprint, source_fingerprint
 from hpo.training.torch_settings import torch_settings
 
 log = logging.getLogger("hpo")
@@ -83,8 +83,8 @@ def load_data(plan: Plan, search: Search) -> Data | None:
 
 def source_differs(plan: Plan, search: Search) -> bool:
     """Whether the objective's source is not that of the study, which is that of the first who asks."""
-    code, before = source_fingerprint(plan.objective), search.attrs.get(schema.CODE)
-    older = file_fingerprint(plan.objective)  # as an older version stored it
+    code, before = source_fingerprint(plan.given), search.attrs.get(schema.CODE)
+    older = file_fingerprint(plan.given)  # as an older version stored it
     unchanged = before in (None, code, older)
     if unchanged and before != code:
         search.remember(schema.CODE, code)

@@ -13,18 +13,20 @@ from typing import Any
 import torch
 from torchmetrics import Metric
 
-from hpo.errors import Fault, HpoError, InputError, SpecError, did_you_mean
+from hpo.errors import Fault, Faulty, HpoError, InputError, SpecError, collecting, did_you_mean
 from hpo.search.samplers import make_pruner, make_sampler
+from hpo.study import loading as objectives
 from hpo.study import losses
-from hpo.study import objective as objectives
 from hpo.study import space as spaces
-from hpo.study import spec as specs
 from hpo.study.data import Data, DataInfo
-from hpo.study.document import Document, dotted, of_values
+from hpo.study.document import Document, of_values
+from hpo.study.draft import Draft, draft_of, read
 from hpo.study.objective import Function, Objective
+from hpo.study.ranges import Categorical, FloatRange, IntRange, Searched, parse_params
 from hpo.study.space import FreeSpace, Space
-from hpo.study.spec import Draft, StudySpec
+from hpo.study.spec import StudySpec
 from hpo.study.trust import unnamed_code
+from hpo.study.yaml_values import dotted
 from hpo.tracking.base import check_address
 from hpo.training import optim
 from hpo.training.stack import Task
@@ -43,7 +45,8 @@ class Plan:
 
     spec: StudySpec
     document: Document
-    objective: Objective | Function
+    given: Objective | Function
+    """The objective as it was given: `objective` or `function` has it by its kind."""
     space: Space
     metric: str
     maximize: bool
@@ -51,9 +54,25 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     @property
+    def objective(self) -> Objective:
+        """The objective; there is none where a plain Optuna function was given."""
+        assert isinstance(self.given, Objective)
+        return self.given
+
+    @property
+    def function(self) -> Function | None:
+        """The plain Optuna function; None where an objective was given."""
+        return self.given if isinstance(self.given, Function) else None
+
+    @property
+    def trains_itself(self) -> bool:
+        """Whether trials are trained by the objective's own `train`, or by a function, and not by the engine's loop."""
+        return self.function is not None or self.objective.train is not None
+
+    @property
     def metric_key(self) -> str:
         """The metric's name among those that are reported of an epoch."""
-        return self.metric if isinstance(self.objective, Function) else f"valid_{self.metric}"
+        return self.metric if self.function is not None else f"valid_{self.metric}"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -62,6 +81,7 @@ class Plan:
 
     def task(self, info: DataInfo, n_rows: int) -> Task:
         """Return what the members of this study share, when they are trained on so many rows."""
+        assert isinstance(self.objective, Objective), "a function has no networks"
         return Task(
             objective=self.objective,
             info=info,
@@ -74,7 +94,7 @@ class Plan:
 
     def load_data(self) -> Data | None:
         """Return the objective's data, checked; None: a function has none that is known. Raises DataError."""
-        if isinstance(self.objective, Function):
+        if self.function is not None:
             return None
         data = guarded(self, "data", self.objective.data)
         if not isinstance(data, Data):
@@ -90,7 +110,7 @@ def prepare(path: Path, overrides: Mapping[str, str] | None = None, may_run: Col
 
     Raises SpecError with every fault of the file, each with file and line, or InputError where there is no such file.
     """
-    return _planned(specs.read(path, overrides), path.parent, may_run)
+    return _planned(read(path, overrides), path.parent, may_run)
 
 
 def prepare_values(name: str, values: Any, overrides: Mapping[str, str], given: Given | None = None) -> Plan:
@@ -99,7 +119,7 @@ def prepare_values(name: str, values: Any, overrides: Mapping[str, str], given: 
     `name` stands for the file in messages; `given` is the objective itself, where there is one. Raises as `prepare`.
     """
     document = of_values(name, values, overrides)
-    return _planned(specs.draft_of(document, "study"), Path(), None, given)
+    return _planned(draft_of(document, "study"), Path(), None, given)
 
 
 def _planned(draft: Draft, folder: Path, may_run: Collection[str] | None, given: Given | None = None) -> Plan:
@@ -116,7 +136,10 @@ def _planned(draft: Draft, folder: Path, may_run: Collection[str] | None, given:
 
 
 def _check(draft: Draft, spec: StudySpec, folder: Path, given: Given | None) -> tuple[Plan | None, list[Fault]]:
-    device, faults = find_device(spec.device)
+    faults: list[Fault] = []
+    device = torch.device("cpu")
+    with collecting(faults):
+        device = find_device(spec.device)
     try:
         check_address(spec.tracking)
     except InputError as error:
@@ -127,18 +150,11 @@ def _check(draft: Draft, spec: StudySpec, folder: Path, given: Given | None) -> 
     faults += more
     if objective is None:
         return None, faults
-    if isinstance(objective, Function):
-        metric, maximize = spec.metric or "value", spec.direction == "maximize"
-        message = "a function suggests its own params; remove this"
-        faults += [Fault(path=("params", name), message=message) for name in spec.params]
-        space, more = FreeSpace(fixed={}, dimensions=()), []
-    else:
-        metric, maximize, more = _metric(objective, spec)
-        faults += more
-        params, more = _params(objective, draft, spec)
-        faults += more
-        faults += _name_losses(objective, params, folder)
-        space, more = spaces.build(params, spec.start_with)
+    metric, maximize = spec.metric or "value", spec.direction == "maximize"  # a function's
+    if isinstance(objective, Objective):
+        with collecting(faults):
+            metric, maximize = _metric(objective, spec)
+    space, more = _space(objective, draft, spec, folder)
     if any(fault.path[:1] == ("params",) for fault in draft.faults):  # its own faults come first: mend those
         more = [fault for fault in more if fault.path[0] != "start_with"]
     faults += more
@@ -155,7 +171,7 @@ def _check(draft: Draft, spec: StudySpec, folder: Path, given: Given | None) -> 
     return Plan(
         spec=spec,
         document=draft.document,
-        objective=objective,
+        given=objective,
         space=space,
         metric=metric,
         maximize=maximize,
@@ -168,7 +184,9 @@ def _objective(spec: StudySpec, folder: Path, given: Given | None) -> tuple[Obje
     if given is None:
         return objectives.load(spec.objective, spec.options, folder)
     if isinstance(given, Objective):
-        faults = objectives.lacking(given, type(given).__name__)
+        faults: list[Fault] = []
+        with collecting(faults):
+            objectives.require_trainable(given, type(given).__name__)
         return None if faults else given, faults
     if isinstance(given, type):
         return objectives.make(given, given.__name__, spec.options, folder)
@@ -176,43 +194,55 @@ def _objective(spec: StudySpec, folder: Path, given: Given | None) -> tuple[Obje
     return Function(given), unknown
 
 
-def _metric(objective: Objective, spec: StudySpec) -> tuple[str, bool, list[Fault]]:
-    """Return the study's metric and whether more of it is better."""
-    wanted = spec.metric
+def _space(objective: Objective | Function, draft: Draft, spec: StudySpec, folder: Path) -> tuple[Space, list[Fault]]:
+    """Return the space of the objective's params as the file has them; a function's is free."""
+    if isinstance(objective, Function):
+        message = "a function suggests its own params; remove this"
+        faults = [Fault(path=("params", name), message=message) for name in spec.params]
+        return FreeSpace(fixed={}, dimensions=()), faults
+    params, faults = _params(objective, draft, spec)
+    faults += _name_losses(objective, params, folder)
+    space, more = spaces.build(params, spec.start_with)
+    return space, faults + more
+
+
+def _metric(objective: Objective, spec: StudySpec) -> tuple[str, bool]:
+    """Return the study's metric and whether more of it is better. Raises Faulty."""
+    metrics = _metrics(objective)
+    known = [*metrics, "loss"]
+    name = known[0] if spec.metric is None else spec.metric
+    if name not in known:
+        raise Faulty(("metric",), f"the objective has no metric {name!r}{did_you_mean(name, known)}")
+    better = False if name == "loss" else metrics[name].higher_is_better
+    if better is None and spec.direction is None:
+        raise Faulty(
+            ("metric",),
+            f"{name} does not say in which direction it is better (higher_is_better); write a `direction`, or choose "
+            f"one of {', '.join(known)}",
+        )
+    maximize = spec.direction == "maximize" if better is None else bool(better)
+    if spec.direction not in (None, "maximize" if maximize else "minimize"):
+        raise Faulty(("direction",), f"of {name} {'more' if maximize else 'less'} is better; remove `direction`")
+    return name, maximize
+
+
+def _metrics(objective: Objective) -> Mapping[str, Metric]:
+    """Return the objective's metrics. Raises Faulty unless they are TorchMetrics objects by name."""
+    at = ("objective",)
     try:
         metrics = objective.metrics()
     except Exception as error:  # the user's own code
-        return "loss", False, [Fault(path=("objective",), message=f"metrics failed: {objectives.origin(error)}")]
+        raise Faulty(at, f"metrics failed: {objectives.origin(error)}") from error
     if not isinstance(metrics, Mapping):
         rule = "metrics must return a mapping of names to TorchMetrics objects"
         came = "None" if metrics is None else f"a {type(metrics).__name__}"
-        return "loss", False, [Fault(path=("objective",), message=f"{rule}, but returned {came}")]
+        raise Faulty(at, f"{rule}, but returned {came}")
     if "loss" in metrics:
-        message = "metrics must not name one of them loss, which is the engine's own; give it another name"
-        return "loss", False, [Fault(path=("objective",), message=message)]
+        raise Faulty(at, "metrics must not name one of them loss, which is the engine's own; give it another name")
     if wrong := [name for name, metric in metrics.items() if not isinstance(metric, Metric)]:
-        message = f"the objective's metrics must be TorchMetrics objects, but {wrong[0]} is {metrics[wrong[0]]!r:.100}"
-        return "loss", False, [Fault(path=("objective",), message=message)]
-    known = [*metrics, "loss"]
-    name = known[0] if wanted is None else wanted
-    if name not in known:
-        return (
-            "loss",
-            False,
-            [Fault(path=("metric",), message=f"the objective has no metric {name!r}{did_you_mean(name, known)}")],
-        )
-    better = False if name == "loss" else metrics[name].higher_is_better
-    if better is None and spec.direction is None:
-        message = (
-            f"{name} does not say in which direction it is better (higher_is_better); write a `direction`, or choose "
-            f"one of {', '.join(known)}"
-        )
-        return name, False, [Fault(path=("metric",), message=message)]
-    maximize = spec.direction == "maximize" if better is None else bool(better)
-    if spec.direction not in (None, "maximize" if maximize else "minimize"):
-        message = f"of {name} {'more' if maximize else 'less'} is better; remove `direction`"
-        return name, maximize, [Fault(path=("direction",), message=message)]
-    return name, maximize, []
+        came = f"{metrics[wrong[0]]!r:.100}"
+        raise Faulty(at, f"the objective's metrics must be TorchMetrics objects, but {wrong[0]} is {came}")
+    return metrics
 
 
 def _params(objective: Objective, draft: Draft, spec: StudySpec) -> tuple[dict[str, Any], list[Fault]]:
@@ -263,10 +293,10 @@ def _own_params(objective: Objective, engine: Sequence[str]) -> tuple[Mapping[st
         if isinstance(value, Mapping) or not _is_plain(value):
             rule = "must be a number, a text, true, false or null (ranges belong into its space)"
             faults.append(Fault(path=at, message=f"its default {name} {rule}, but is a {type(value).__name__}"))
-    ranges, more = specs.parse_params({n: dict(v) if isinstance(v, Mapping) else v for n, v in space.items()}, ())
+    ranges, more = parse_params({n: dict(v) if isinstance(v, Mapping) else v for n, v in space.items()}, ())
     faults += [Fault(path=at, message=f"its space: {dotted(fault.path)}: {fault.message}") for fault in more]
     for name, value in ranges.items():
-        if not isinstance(value, specs.Searched):
+        if not isinstance(value, Searched):
             rule = 'must be a range, {"type": "float", "low": ..., "high": ...}'
             faults.append(Fault(path=at, message=f"its space: {name} {rule}, but is {value!r:.60}"))
         hint = did_you_mean(name, [n for n in (*defaults, *engine) if n not in ranges])
@@ -284,13 +314,13 @@ def _is_plain(value: Any) -> bool:
 
 def _name_losses(objective: Objective, params: Mapping[str, Any], folder: Path) -> list[Fault]:
     """Give the objective the losses that its params name by import path; return what is wrong with the losses' own."""
-    faults, own = [], {}
+    faults: list[Fault] = []
+    own: dict[str, Any] = {}
     for name in _span(params["loss"]) if "loss" in objective.defaults else []:
         at = ("params", "loss")
         if ":" in str(name):
-            function, more = objectives.load_function(str(name), folder, at)
-            faults += more
-            own |= {str(name): function} if function is not None else {}
+            with collecting(faults):
+                own[str(name)] = objectives.load_function(str(name), folder, at)
         elif name not in losses.BY_NAME:
             message = f"there is no loss {name!r}{did_you_mean(str(name), losses.BY_NAME)}; or name your own, file.py:f"
             faults.append(Fault(path=at, message=message))
@@ -301,39 +331,35 @@ def _name_losses(objective: Objective, params: Mapping[str, Any], folder: Path) 
 def _reachable(entry: Any, params: Mapping[str, Any]) -> bool:
     """Whether the condition of a default range can be met at all: the file may have fixed what it depends on."""
     return all(
-        name not in params or isinstance(params[name], specs.Searched) or params[name] in values
+        name not in params or isinstance(params[name], Searched) or params[name] in values
         for name, values in entry.when.items()
     )
 
 
 def _span(value: Any) -> list[Any]:
     """Return every value, or both ends, of one entry of the params."""
-    if isinstance(value, specs.Categorical):
+    if isinstance(value, Categorical):
         return list(value.choices)
-    if isinstance(value, specs.FloatRange | specs.IntRange):
+    if isinstance(value, FloatRange | IntRange):
         return [value.low, value.high]
     return [value]
 
 
-def find_device(name: str) -> tuple[torch.device, list[Fault]]:
-    """Return the device of that name, `auto` being CUDA, else Apple's MPS, else the CPU."""
+def find_device(name: str) -> torch.device:
+    """Return the device of that name, `auto` being CUDA, else Apple's MPS, else the CPU. Raises Faulty."""
     available = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     available += ["mps"] if torch.backends.mps.is_available() else []
     available += ["cpu"]
     if name == "auto":
-        return torch.device(available[0]), []
+        return torch.device(available[0])
     try:
         device = torch.device(name)
+        wanted = f"cuda:{device.index or 0}" if device.type == "cuda" else device.type
     except RuntimeError:
-        device = None
-    wanted = None if device is None else f"cuda:{device.index or 0}" if device.type == "cuda" else device.type
+        wanted = None
     if wanted not in available:
-        return torch.device("cpu"), [
-            Fault(
-                path=("device",), message=f"there is no device {name!r} here; available: auto, {', '.join(available)}"
-            )
-        ]
-    return torch.device(wanted), []
+        raise Faulty(("device",), f"there is no device {name!r} here; available: auto, {', '.join(available)}")
+    return torch.device(wanted)
 
 
 def guarded(plan: Plan, what: str, call: Any) -> Any:

@@ -30,13 +30,16 @@ class RayWorkers:
             import ray
         except ImportError as error:
             raise InputError("--ray needs Ray: pip install 'hpo[ray]'") from error
-        self._ray, self._n, self._gpus, self._work = ray, n, gpus, work
+        self._n, self._gpus, self._work = n, gpus, work
+        self._ray: Any = ray  # its decorators are beyond what can be typed
         self._running: list[Any] = []
         _require_answer(address)
         cores = max(n, len(os.sched_getaffinity(0)))
-        where = {"num_cpus": cores, "include_dashboard": False} if address == "local" else {"address": address}
+        where: dict[str, Any] = (
+            {"num_cpus": cores, "include_dashboard": False} if address == "local" else {"address": address}
+        )
         try:
-            ray.init(**where, log_to_driver=False, logging_level="ERROR")
+            ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # ConnectionError, RuntimeError, ValueError, Ray's own
             line = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(

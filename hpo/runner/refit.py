@@ -18,7 +18,6 @@ from hpo.search import schema
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
 from hpo.study.data import Data
-from hpo.study.objective import Function
 from hpo.tracking.base import Tracker
 from hpo.tracking.leftovers import left_behind
 from hpo.tracking.mlflow import open_tracker
@@ -91,7 +90,7 @@ def conclude(
             return None
         if done is None:
             size = chosen_before(plan, search)
-            precision = plan.spec.precision if plan.objective.train is None else None
+            precision = plan.spec.precision if not plan.trains_itself else None
             with torch_settings(plan.device, precision=precision, threads=size.threads if size else None):
                 done = finish(plan, data, search, best, folder, stopping, note)
             bundle = done.bundle and str(done.bundle)
@@ -147,9 +146,7 @@ def settle_runs(plan: Plan, search: Search, note: Callable[[str], None], always:
     seen = search.view()
     best, tracked = seen.best(), search.attrs.get(schema.TRACKED)
     done = outcome(search, best)
-    over = seen.counts.unfinished == 0 and (
-        done is not None or (best is not None and isinstance(plan.objective, Function))
-    )
+    over = seen.counts.unfinished == 0 and (done is not None or (best is not None and plan.function is not None))
     ended = _tracked(plan, seen, "COMPLETE")
     elsewhere = tracked is not None and tracked["tracking"] != ended["tracking"]
     all_told = elsewhere or tracked == ended or not over

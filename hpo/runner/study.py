@@ -45,7 +45,7 @@ from hpo.search.storage import close_storage, open_storage
 from hpo.search.view import StudyView
 from hpo.stopping import Stop, signals
 from hpo.study.data import Data
-from hpo.study.objective import Function, source_fingerprint
+from hpo.study.loading import source_fingerprint
 from hpo.study.trust import code_references
 
 _LOOK_SECONDS = 1.0
@@ -95,7 +95,7 @@ def run(
         seen = checkpoints.settle_weights(plan, search, log.info)
         settle_runs(plan, search, log.info)
         log.info("%s: all %d trials are done", plan.spec.name, plan.spec.trials)
-    if done is not None or (over and best is not None and isinstance(plan.objective, Function)):
+    if done is not None or (over and best is not None and plan.function is not None):
         return done, seen
     with signals() as stopping:
         search.storage.interrupt = stopping
@@ -141,7 +141,7 @@ def _remember(plan: Plan, search: Search) -> None:
     """Store what workers without a study file need; say so where the objective's code is another one by now."""
     if source_differs(plan, search):
         log.warning("the objective's code has changed since the study began: its earlier trials may not compare")
-        search.remember(schema.CODE, source_fingerprint(plan.objective))
+        search.remember(schema.CODE, source_fingerprint(plan.given))
     search.remember(schema.STUDY_FILE, plan.document.as_json(without=("storage",)))
 
 

@@ -59,7 +59,7 @@ def work(
     A trial's own fault (NaN, out of memory) fails that trial; any other error gives the trials back and is raised.
     torch's process-wide settings are as before at the end.
     """
-    trains_itself = data is None or plan.objective.train is not None
+    trains_itself = data is None or plan.trains_itself
     with torch_settings(plan.device, precision=None if trains_itself else plan.spec.precision):
         _work(plan, data, search, tracker, progress, stopping, overdue)
 
@@ -88,7 +88,7 @@ def _work(
     trials = Trials(plan, search, tracker, progress)
     checkpoints.settle_weights(plan, search, progress.note)
     worker: _Worker | CustomTraining
-    if data is None or plan.objective.train is not None:
+    if data is None or plan.trains_itself:
         worker = CustomTraining(plan, data, search, tracker, trials, ending)
     else:
         worker = _Worker(plan, data, search, tracker, progress, trials, ending, at_once)

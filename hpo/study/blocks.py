@@ -83,7 +83,8 @@ class MLP(nn.Module):
         self.layers.add_module("output", nn.Linear(widths[-1], n_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+        y: Tensor = self.layers(x)
+        return y
 
 
 class Standardize(nn.Module):
@@ -92,6 +93,9 @@ class Standardize(nn.Module):
     >>> hpo.Standardize(torch.tensor([[1.0], [3.0]]))(torch.tensor([[2.0], [3.0]])).tolist()
     [[0.0], [1.0]]
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, train: Tensor) -> None:
         super().__init__()

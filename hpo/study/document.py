@@ -1,105 +1,28 @@
 """A YAML file as plain values, with the line each one stands on.
 
-`read` gives a `Document`: the values, and `line(path)` for messages. Beyond YAML 1.1 it reads `1e-5` as a number,
-takes `${NAME}` and `${NAME:-default}` from the environment, refuses a key written twice, and lets `--set a.b=1`
-replace or add a value. What is too large to be a study (a file, or what its aliases expand to) is refused before it is
-made. `yaml` is imported here and nowhere else.
+`read` gives a `Document`: the values, and `where(path)` for messages. It takes `${NAME}` and `${NAME:-default}` from
+the environment, refuses a key written twice, and lets `--set a.b=1` replace or add a value. What it reads as YAML:
+`hpo.study.yaml_values`.
 """
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hpo.errors import Fault, InputError, conceal, without_passwords
-
-Path_ = tuple[str | int, ...]
+from hpo.study.yaml_values import DEEPEST, TOO_DEEP, NotYaml, Path_, TooLarge, dotted, read_yaml
 
 _SECRET_KEYS = ("options", "storage", "tracking")
 """The keys whose variables may hold secrets: their values are shown to nobody."""
 _MOST_BYTES = 1_000_000
-_MOST_VALUES = 20_000
-"""How many keys and values a file may hold, aliases counted as often as they are used."""
-_DEEPEST = 50
-"""How far mappings and lists may be nested."""
-_LARGEST = 1 << 63
-"""Whole numbers are stored in 64 bits."""
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-5`, `off` and `1:30` as YAML 1.2 does (a number, words), and leaves dates as text.
-
-    It makes plain values only: no dates, sets or bytes, whatever tag is written.
-    """
-
-    n_values = depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuse what is too large while it is read, not after."""
-        self.n_values, self.depth = self.n_values + 1, self.depth + 1
-        if self.n_values > _MOST_VALUES:
-            raise _TooLarge(_TOO_MANY)
-        if self.depth > _DEEPEST:
-            raise _TooLarge(_TOO_DEEP)
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-
-class _TooLarge(ValueError):
-    """What is read is YAML, but too large or too deep to be a study."""
-
-
-_TOO_MANY = f"holds more than {_MOST_VALUES:,} values, aliases counted as often as they are used; leave some out"
-_TOO_DEEP = f"mappings and lists are nested more than {_DEEPEST} deep; put them into fewer"
-
-
-def _whole(loader: _Loader, node: Any) -> int:
-    try:
-        value = loader.construct_yaml_int(node)
-    except ValueError:  # Python itself refuses to read thousands of digits
-        value = None
-    if value is None or not -_LARGEST <= value < _LARGEST:
-        text = str(node.value)
-        came = text if len(text) <= 40 else f"{text[:20]}... of {len(text):,} digits"
-        mark = node.start_mark
-        raise yaml.constructor.ConstructorError(None, None, f"{came} is no whole number of at most 64 bits", mark)
-    return value
-
-
-_Loader.yaml_constructors = {
-    tag: construct
-    for tag, construct in yaml.SafeLoader.yaml_constructors.items()
-    if tag is None or not tag.endswith((":timestamp", ":binary", ":set", ":omap", ":pairs"))
-}
-_Loader.add_constructor("tag:yaml.org,2002:int", _whole)
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":float", ":bool", ":int"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(inf|Inf|INF))$"
-        r"|^\.(nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][\d_]*|0x[\da-fA-F_]+|0o?[0-7_]+)$"), list("-+0123456789")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
 
 
 @dataclass
@@ -148,7 +71,8 @@ class Document:
             text = self.variables.get(path, without_passwords(value) if isinstance(value, str) else value)
             return value if text == value else f"{text} #{_fingerprint(path, str(value))}"
 
-        return _mapped(self.values.get("options") or {}, ("options",), shown)
+        options = self.values.get("options") or {}
+        return {key: _mapped(value, ("options", key), shown) for key, value in options.items()}
 
     def render(self, faults: Sequence[Fault]) -> list[str]:
         """Return `faults` as `file:line: path: message`, in the order of the file."""
@@ -178,14 +102,6 @@ def _fingerprint(path: Path_, value: str) -> str:
     """Return 16 hex digits that tell one secret from another, and are slow to guess it from."""
     salt = f"hpo {dotted(path)}".encode()
     return hashlib.pbkdf2_hmac("sha256", value.encode(), salt, 100_000).hex()[:16]
-
-
-def dotted(path: Sequence[str | int]) -> str:
-    """Return ("params", "lr", 0) as `params.lr[0]`."""
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
-    return text
 
 
 def read(path: Path, overrides: Mapping[str, str] | None = None, environ: Mapping[str, str] = os.environ) -> Document:
@@ -263,91 +179,23 @@ def _finished(
 def _load(text: str, document: Document) -> Any:
     """Return the values of `text`, noting lines and double keys in `document`."""
     try:
-        return _values(text, document)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        at = f"{document.name}:{mark.line + 1}" if mark else document.name
-        raise InputError(f"{at}: not YAML: {_problem(error)}") from error
-    except _TooLarge as error:
+        read = read_yaml(text)
+    except NotYaml as error:
+        at = document.name if error.line is None else f"{document.name}:{error.line}"
+        raise InputError(f"{at}: not YAML: {error}") from error
+    except TooLarge as error:
         raise InputError(f"{document.name}: {error}") from error
-    except Exception as error:  # a value that its tag does not fit: PyYAML lets through whatever its parsing raises
-        raise InputError(f"{document.name}: not YAML: {_problem(error)}") from error
-
-
-def _values(text: str, document: Document | None = None) -> Any:
-    """Return the values of `text`, noting lines and double keys in `document`, if there is one.
-
-    Raises YAMLError, _TooLarge, or whatever PyYAML fails with where a tag's value is no such value.
-    """
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _require_small(node)
-        if document is not None:
-            _walk(node, (), document)
-        return loader.construct_document(node)
-    finally:
-        loader.dispose()
-
-
-def _problem(error: Exception) -> str:
-    return getattr(error, "problem", None) or (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _require_small(root: yaml.Node) -> None:
-    """Raise _TooLarge where the values under `root` are too many, once its aliases are expanded, or too deep."""
-    known: dict[int, tuple[int, int]] = {}  # how many values are under a node, and how deep
-    above: set[int] = set()
-
-    def measure(node: yaml.Node, path: Path_) -> tuple[int, int]:
-        if id(node) in above:
-            raise ValueError(f"{dotted(path)} holds itself")
-        if id(node) not in known:
-            above.add(id(node))
-            below = [measure(child, (*path, name)) for name, child in _children(node)]
-            above.remove(id(node))
-            known[id(node)] = 1 + sum(n for n, _ in below), 1 + max((deep for _, deep in below), default=0)
-        return known[id(node)]
-
-    n_values, depth = measure(root, ())
-    if n_values > _MOST_VALUES:
-        raise _TooLarge(_TOO_MANY)
-    if depth > _DEEPEST:
-        raise _TooLarge(_TOO_DEEP)
-
-
-def _children(node: yaml.Node) -> list[tuple[str | int, yaml.Node]]:
-    if isinstance(node, yaml.SequenceNode):
-        return list(enumerate(node.value))
-    if isinstance(node, yaml.MappingNode):
-        return [(str(key.value), each) for key, value in node.value for each in (key, value)]
-    return []
-
-
-def _walk(node: yaml.Node, path: Path_, document: Document) -> None:
-    document.lines.setdefault(path, node.start_mark.line + 1)
-    if isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            _walk(item, (*path, index), document)
-    elif isinstance(node, yaml.MappingNode):
-        seen: dict[Hashable, int] = {}
-        for key, value in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            if name in seen:
-                document.faults.append(
-                    Fault(path=(*path, name), message=f"is written twice, first in line {seen[name]}")
-                )
-            seen[name] = line
-            document.lines[(*path, name)] = line
-            _walk(value, (*path, name), document)
+    document.lines = read.lines
+    document.faults += [
+        Fault(path=path, message=f"is written twice, first in line {line}") for path, line in read.twice
+    ]
+    return read.values
 
 
 def _override(document: Document, key: str, text: str) -> None:
     path = tuple(key.split("."))
-    if len(path) > _DEEPEST:
-        raise InputError(f"--set {key[:40]}...: {_TOO_DEEP}")
+    if len(path) > DEEPEST:
+        raise InputError(f"--set {key[:40]}...: {TOO_DEEP}")
     target = document.values
     for part in path[:-1]:
         held = {} if target.get(part) is None else target[part]
@@ -356,10 +204,10 @@ def _override(document: Document, key: str, text: str) -> None:
         target[part] = dict(held)  # a copy: where the file has it as `*name` elsewhere, it stays as it is there
         target = target[part]
     try:
-        target[path[-1]] = _values(text)
-    except Exception as error:  # see `_load`
+        target[path[-1]] = read_yaml(text).values
+    except (NotYaml, TooLarge) as error:
         came = text if len(text) <= 80 else f"{text[:77]}..."
-        why = str(error) if isinstance(error, _TooLarge) else f"the value is not YAML: {_problem(error)}"
+        why = str(error) if isinstance(error, TooLarge) else f"the value is not YAML: {error}"
         raise InputError(f"--set {key}={came}: {why}") from error
     document.overridden.add(path)
     inside = [other for other in document.lines if other[: len(path)] == path and other != path]
@@ -397,7 +245,7 @@ def _expand(value: Any, path: Path_, document: Document, environ: Mapping[str, s
 def _scalar(text: str) -> int | float | bool | None:
     """Return the number or boolean that `text` is in YAML, so that `trials: ${N}` is one; None for any other text."""
     try:
-        value = _values(text)
-    except Exception:  # no YAML, so a text; see `_load`
+        value = read_yaml(text).values
+    except (NotYaml, TooLarge):  # so it is a text
         return None
     return value if isinstance(value, int | float) else None

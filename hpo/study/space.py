@@ -22,7 +22,7 @@ from optuna.samplers import RandomSampler
 from optuna.trial import Trial
 
 from hpo.errors import Fault, InputError, did_you_mean
-from hpo.study.spec import Categorical, FloatRange, IntRange, Searched
+from hpo.study.ranges import Categorical, FloatRange, IntRange, Searched
 
 RANGE = "range"
 """The choice of `<name>:or` that stands for a value from the range."""

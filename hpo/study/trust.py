@@ -8,8 +8,10 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from hpo.errors import Fault, InputError
-from hpo.study.document import Document, dotted
-from hpo.study.spec import Categorical, StudySpec
+from hpo.study.document import Document
+from hpo.study.ranges import Categorical
+from hpo.study.spec import StudySpec
+from hpo.study.yaml_values import dotted
 
 _LOCAL = str(StudySpec.model_fields["tracking"].default)
 """Where a worker tracks that is told nothing: a file below its own folder."""

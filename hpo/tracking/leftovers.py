@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 from hpo.processes import is_gone, this_process
 from hpo.tracking.items import Item, as_left, is_item
@@ -91,7 +92,7 @@ def read(file: Path) -> tuple[list[Item], list[str]]:
     return items, bad
 
 
-def _parsed(text: str) -> object:
+def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):  # of numbers and of depths beyond Python's limits, too

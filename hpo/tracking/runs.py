@@ -76,6 +76,8 @@ class Runs:
                     if client.get_experiment_by_name(self._study) is None:
                         raise  # it is not that another machine's worker has made it just now
                 experiment = client.get_experiment_by_name(self._study)
+            if experiment is None:
+                raise MlflowException(f"the experiment {self._study!r} was made, but is not there")
             if experiment.lifecycle_stage == "deleted":
                 client.restore_experiment(experiment.experiment_id)
             self._experiment = experiment.experiment_id

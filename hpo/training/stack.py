@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from hpo.study.data import DataInfo, batch_sizes
-from hpo.study.objective import Objective, Params, origin
+from hpo.study.loading import origin
+from hpo.study.objective import Objective, Params
 from hpo.training import optim
 from hpo.training.batches import Batches
 from hpo.training.faults import TrialError, ended_the_process, fault_of

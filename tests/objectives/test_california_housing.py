@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from hpo.study import losses
 from hpo.study.data import data_home, prediction
-from hpo.study.objective import load
+from hpo.study.loading import load
 from tests.conftest import ROOT, run_hpo
 
 FILE = data_home() / "sklearn/cal_housing_py3.pkz"

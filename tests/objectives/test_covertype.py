@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hpo.study.data import data_home
-from hpo.study.objective import load
+from hpo.study.loading import load
 
 FILE = data_home() / "sklearn/covertype/samples_py3"
 pytestmark = pytest.mark.skipif(not FILE.exists(), reason=f"there is no {FILE}")

@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 
 from hpo.errors import DataError, InputError
 from hpo.export.bundle import Model, export
-from hpo.study.objective import load
+from hpo.study.loading import load
 from tests.cli import invoke, summary
 
 N = 20

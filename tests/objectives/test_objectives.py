@@ -20,7 +20,8 @@ from hpo.stacks.candidate import NotStackable
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.study import catalog
 from hpo.study.data import Split, data_home, prediction
-from hpo.study.objective import Objective, load
+from hpo.study.loading import load
+from hpo.study.objective import Objective
 from hpo.study.space import build
 from hpo.study.spec import parse_param
 from hpo.training import optim

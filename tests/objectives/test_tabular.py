@@ -17,7 +17,7 @@ from hpo.objectives.tables import encode
 
 from hpo.errors import DataError
 from hpo.objectives import table_files
-from hpo.study.objective import load
+from hpo.study.loading import load
 from tests.conftest import run_hpo
 
 N = 60

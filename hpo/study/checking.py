@@ -1,0 +1,70 @@
+"""pydantic's errors as ours: the path as the file has it, the rule, what came, a hint."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from hpo.errors import Fault, did_you_mean
+
+
+def validate(cls: type, values: Mapping[str, Any], at: tuple[str | int, ...]) -> tuple[Any, list[Fault]]:
+    """Return an instance of the dataclass `cls` made of `values`, checked by its annotations, and the faults found."""
+    known = [field.name for field in fields(cls)]
+    faults = [
+        Fault(path=(*at, name), message=f"unknown option{did_you_mean(name, known)}")
+        for name in values
+        if name not in known
+    ]
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(cls, config=None)
+        return adapter.validate_python({k: v for k, v in values.items() if k in known}, strict=False), faults
+    except ValidationError as error:
+        return None, faults + list(faults_of(error, at, dict(values), known))
+
+
+def faults_of(error: ValidationError, at: tuple[str | int, ...], values: Any, known: Sequence[str]) -> Iterator[Fault]:
+    """Translate the errors of `values`, which stand `at` that place and may have the `known` keys."""
+    for item in error.errors(include_url=False):
+        path: list[str | int] = []
+        here = values
+        for part in item["loc"]:
+            inside = (isinstance(here, dict) and part in here) or (
+                isinstance(here, list | tuple) and isinstance(part, int) and part < len(here)
+            )
+            if inside:
+                here = here[part]
+                path.append(part)
+            elif part == item["loc"][-1] and item["type"] == "missing":
+                path.append(part)
+        yield Fault(path=(*at, *path), message=_message(item, here, here is values and isinstance(here, dict), known))
+
+
+def _message(item: ErrorDetails, here: Any, whole: bool, known: Sequence[str]) -> str:
+    kind, context = item["type"], item.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"unknown key{did_you_mean(item['loc'][-1], known)}"
+    if kind == "missing":
+        return "is missing"
+    if kind == "union_tag_not_found":
+        return "type is missing; write type: float, int or categorical"
+    if kind == "union_tag_invalid":
+        tag = context["tag"]
+        return f"type must be float, int or categorical, but got {tag!r}{near(tag, ('float', 'int', 'categorical'))}"
+    if kind == "value_error":
+        text = str(context["error"])
+        return text if "got" in text or whole else f"{text}, but got {here!r}"
+    rule = (
+        item["msg"].replace("Input should be", "must be").replace("a valid ", "a ").replace("a integer", "an integer")
+    )
+    rule = re.sub(r", (got a|unable to) .*", "", rule)
+    return f"{rule}, but got {here!r}"
+
+
+def near(name: str, known: Sequence[str]) -> str:
+    """Return ` (did you mean "x"?)` where one of `known` is near, else nothing."""
+    hint = did_you_mean(name, known)
+    return hint if "did you mean" in hint else ""
