@@ -330,3 +330,16 @@ def test_files_that_the_pages_name_exist() -> None:
         for name in re.findall(r"`((?:hpo|objectives|studies|tests|benchmarks|docs)/[\w/.-]+\.\w+)`", page.read_text()):
             if "NAME" not in name:
                 assert (ROOT / name).is_file(), f"{page.name}: {name}"
+
+
+def test_modules_that_the_architecture_page_names_exist() -> None:
+    text = prose_of(DOCS / "architecture.md")
+    packages = {path.name for path in (ROOT / "hpo").iterdir() if path.is_dir()}
+    named = [
+        *re.findall(r"`(\w+)/(\w+)\.py`", text),
+        *((package, module) for package, module in re.findall(r"`(\w+)\.(\w+)(?:\.[A-Z]\w+)?`", text)),
+    ]
+    ours = [(package, module) for package, module in named if package in packages]
+    assert len(ours) > 20
+    for package, module in ours:
+        assert (ROOT / "hpo" / package / f"{module}.py").is_file(), f"{package}.{module}"
