@@ -148,10 +148,38 @@ def _expand(app: Any, page: str, source: list[str]) -> None:
     source[0] = expanded(source[0])
 
 
+def as_rst(lines: list[str]) -> list[str]:
+    """Return a docstring, plain text with `names`, as reStructuredText: drawings as they are, names as code."""
+    made: list[str] = []
+    for block in "\n".join(lines).split("\n\n"):
+        rows = block.splitlines()
+        first = rows[0] if rows else ""
+        is_example = first.lstrip().startswith(">>>")
+        is_drawing = any(_indent(row) > _indent(first) for row in rows) and not first.lstrip().startswith(
+            ("-", ":", "..")
+        )
+        if is_drawing and not is_example:
+            made += ["::", "", *(f"    {row}" for row in rows), ""]
+        elif is_example:
+            made += [*rows, ""]
+        else:
+            made += [*(re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``", row) for row in rows), ""]
+    return made
+
+
+def _indent(row: str) -> int:
+    return len(row) - len(row.lstrip())
+
+
+def _rewrite(app: Any, what: str, name: str, found: Any, options: Any, lines: list[str]) -> None:
+    lines[:] = as_rst(lines)
+
+
 def setup(app: Any) -> dict[str, Any]:
     """Sphinx's entry point."""
     from pygments.lexers.special import TextLexer
 
     app.add_lexer("tree", TextLexer)
     app.connect("source-read", _expand)
+    app.connect("autodoc-process-docstring", _rewrite)
     return {"parallel_read_safe": True}

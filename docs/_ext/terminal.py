@@ -21,7 +21,7 @@ WIDTH = 104
 _CONTROL = re.compile(r"\x1b\[(\?25[lh]|\d*[AK])|\r|\n")
 MIDDLE = re.compile(r" (8|9|10)/20")
 """What the live view shows when the first picture is taken: half of the trials are done, and one is running."""
-TRAINING = re.compile(r"trial \d+.*epoch")
+TRAINING = re.compile(r"\b[1-9]\d?/50")
 END = "20/20"
 
 
