@@ -16,7 +16,8 @@ from sqlalchemy import text
 
 from hpo.errors import StorageError
 from hpo.search import storage as storages
-from hpo.search.storage import exclusive, exists, open_storage
+from hpo.search.address import exists
+from hpo.search.storage import exclusive, open_storage
 
 N_PROCESSES, N_QUEUED = 8, 60
 
