@@ -24,7 +24,7 @@ def journal_path(url: str) -> Path:
 
 
 def parsed_url(url: str) -> URL:
-    """Return `url` taken apart. Raises StorageError where it is no address of a database that we can use."""
+    """Return `url` taken apart. Raises StorageError where it is not the address of a database that we can use."""
     try:
         parsed = make_url(url)
         if parsed.drivername in ("postgresql", "postgres"):
@@ -32,7 +32,7 @@ def parsed_url(url: str) -> URL:
         parsed.get_dialect().import_dbapi()
     except (ArgumentError, NoSuchModuleError, ValueError) as error:
         hint = "write sqlite:///path/to/file.db, postgresql://..., journal:///path, grpc://host:port"
-        raise StorageError(f"storage {url}: is no database address; {hint}") from error
+        raise StorageError(f"storage {url}: is not a database address; {hint}") from error
     except ImportError as error:
         raise StorageError(f"storage {url}: its driver is not installed ({error}); pip install it") from error
     if parsed.get_backend_name() == "sqlite" and (not parsed.database or parsed.database == ":memory:"):

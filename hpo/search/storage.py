@@ -106,7 +106,7 @@ def see_whether_it_answers(storage: BaseStorage) -> None:
 
 
 def close_storage(storage: BaseStorage) -> None:
-    """Let the database, the file or the connection go."""
+    """Close the database or the connection."""
     if isinstance(storage, RDBStorage):
         storage.remove_session()
         storage.engine.dispose()
@@ -212,7 +212,7 @@ def _open_grpc(url: str) -> BaseStorage:
     except ValueError:
         host = port = None
     if host is None or port is None or parts.path not in ("", "/"):
-        raise StorageError(f"storage {url}: is no address of a server; write grpc://host:port")
+        raise StorageError(f"storage {url}: is not the address of a server; write grpc://host:port")
     storage = GrpcStorage(host=host, port=port)
     try:
         storage.wait_server_ready(timeout=CONNECT_SECONDS)
@@ -265,7 +265,9 @@ def _make_folder(path: Path, url: str) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StorageError(f"storage {url} cannot be opened: {folder} is no folder ({error.strerror})") from error
+            raise StorageError(
+                f"storage {url} cannot be opened: {folder} is not a folder ({error.strerror})"
+            ) from error
     if not folder.is_dir():
         raise StorageError(f"storage {url} cannot be opened: there is no folder {folder}; make it, or give another")
 
