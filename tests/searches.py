@@ -1,6 +1,9 @@
 """What the tests of `search` and `lease` share: opening one study several times, as workers do."""
 
+import time
+
 from hpo.runner.progress import Progress
+from hpo.search.clock import SYSTEM, Clock
 from hpo.search.opening import open_search
 from hpo.study.space import build
 from hpo.study.spec import Plugin, StudySpec, parse_param
@@ -12,13 +15,24 @@ PARAMS = {
 }
 
 
+class HandClock:
+    """A clock that stands still until it is moved: `clock` is what a study is opened with."""
+
+    def __init__(self):
+        self._seconds, self._start = 0.0, time.time()
+        self.clock = Clock(monotonic=lambda: self._seconds, now=lambda: self._start + self._seconds)
+
+    def move(self, seconds):
+        self._seconds += seconds
+
+
 class Opener:
     """Opens the study `s` in `<folder>/s.db` at each call, as another worker or a second run would."""
 
     def __init__(self, folder):
         self._folder, self._searches = folder, []
 
-    def __call__(self, params=PARAMS, maximize=True, make=True, wait=False, **keys):
+    def __call__(self, params=PARAMS, maximize=True, make=True, wait=False, clock=SYSTEM, **keys):
         keys = {
             "name": "s",
             "objective": "o",
@@ -30,7 +44,7 @@ class Opener:
         spec = StudySpec(**keys)
         space, faults = build({name: parse_param(entry) for name, entry in params.items()}, spec.start_with)
         assert not faults
-        search = open_search(spec, space, "accuracy", maximize=maximize, make=make, wait=wait)
+        search = open_search(spec, space, "accuracy", maximize=maximize, make=make, wait=wait, clock=clock)
         if search is not None:
             self._searches.append(search)
         return search

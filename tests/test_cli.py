@@ -173,7 +173,7 @@ def test_tracking_off_needs_no_mlflow(study: Write) -> None:
             'sampler.n_startup: unknown key of Optuna\'s TPESampler; did you mean "n_startup_trials"?',
         ),
         ("tracking: ./mlruns", "tracking: './mlruns' must be off, a server (http://host:5000) or a database"),
-        ("storage: nonsense", "storage nonsense: is no database address; write sqlite:///path/to/file.db"),
+        ("storage: nonsense", "storage nonsense: is not a database address; write sqlite:///path/to/file.db"),
         (
             "storage: sqlite:////no/where/x.db",
             "cannot be opened: there is no folder /no/where; make it, or give another",

@@ -230,7 +230,7 @@ def test_a_holder_that_is_stopped_is_waited_for_no_longer_than_that(path, monkey
         for step in range(3):
             storage.set_trial_intermediate_value(trial._trial_id, step, 0.5)
     why = f"another process held {path} for 0.2 s"
-    assert said == [f"the storage does not answer ({why}): training goes on, what is reported is kept"]
+    assert said == [f"the storage does not answer ({why}): training continues, what is reported is kept"]
     storage._seconds = 60.0
     storage.set_trial_user_attr(trial._trial_id, "k", 1)
     assert said[1:] == ["the storage is back after 0 s"]

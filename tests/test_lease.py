@@ -4,15 +4,15 @@ import math
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
+from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 from hpo.search import schema
 from hpo.search.lease import LeaseKeeper, LeaseMonitor
 from hpo.study.space import Space
-from tests.searches import Opener, claims, stored
+from tests.searches import HandClock, Opener, claims, stored
 
 ATTEMPTS, GRACE = 3, 60
 """A study's defaults: two retries, a minute."""
@@ -43,12 +43,15 @@ def gone_pid():
 
 @pytest.mark.parametrize("how", ["lease", "pid"])
 def test_a_dead_workers_trial_is_taken_up_with_its_params_and_seed(opened, how):
-    dead, alive = opened(trials=1), opened(trials=1, grace=0.4)
+    time = HandClock()
+    dead, alive = opened(trials=1), opened(trials=1, clock=time.clock)
     lost = dead.ask()
     abandon(dead, lost.number, worker=None if how == "pid" else "elsewhere-1-1")
     if how == "lease":  # it would be renewed by then
         assert alive.ask() is None
-        time.sleep(0.4)
+        time.move(0.74 * GRACE)
+        assert alive.ask() is None
+        time.move(0.02 * GRACE)
     claim = alive.ask()
     assert (claim.params, claim.seed, claim.attempt) == (lost.params, lost.seed, 2)
     assert claim.number != lost.number
@@ -63,11 +66,14 @@ def test_a_dead_workers_trial_is_taken_up_with_its_params_and_seed(opened, how):
 
 
 def test_a_death_is_noticed_while_there_is_other_work(opened):
-    dead, alive = opened(trials=4), opened(trials=4, grace=0.2)
+    time = HandClock()
+    dead, alive = opened(trials=4), opened(trials=4, clock=time.clock)
     lost, mine = dead.ask(), alive.ask()
     abandon(dead, lost.number)
-    time.sleep(0.1)
     assert alive.report(mine.number, 0, 0.5)
+    assert alive.drain_lost() == []  # it has looked just before
+    time.move(GRACE / 4)
+    assert alive.report(mine.number, 1, 0.5)
     assert [ended.number for ended in alive.drain_lost()] == [lost.number]
     assert alive.counts().waiting == 3
 
@@ -119,44 +125,71 @@ def test_a_claim_without_a_lease_yet_is_given_time(opened):
     search = opened()
     trial = stored(search, search.ask().number)
     trial.system_attrs.pop(schema.LEASE)
-    deaths = LeaseMonitor(grace=0.4)
-    assert deaths.is_dead(trial) is None
-    time.sleep(0.35)
-    assert deaths.is_dead(trial) is True
+    time = HandClock()
+    monitor = LeaseMonitor(GRACE, time.clock)
+    for _ in range(3):
+        assert monitor.is_dead(trial) is None
+        time.move(0.25 * GRACE)
+    assert monitor.is_dead(trial) is True
 
 
 @pytest.mark.parametrize("wrong", [-7200, -30, 7200])
 def test_a_clock_that_is_wrong_neither_kills_a_worker_of_another_machine_nor_keeps_it_alive(opened, wrong):
     search = opened()
     trial = stored(search, search.ask().number)
-    deaths = LeaseMonitor(grace=0.4)
-    for n in range(5):
-        until = time.time() + wrong + n
+    time = HandClock()
+    monitor = LeaseMonitor(GRACE, time.clock)
+    for _ in range(5):
+        until = time.clock.now() + wrong
         trial.system_attrs[schema.LEASE] = {"worker": f"elsewhere-1-{gone_pid()}", "until": until, "attempt": 1}
-        assert deaths.is_dead(trial) is (False if wrong > 0 else None)
-        time.sleep(0.1)
-    time.sleep(0.25)
-    assert deaths.is_dead(trial, trouble=time.monotonic()) is not True  # nobody could renew a lease just now
-    assert deaths.is_dead(trial) is True
+        assert monitor.is_dead(trial) is (False if wrong > 0 else None)
+        time.move(GRACE / 4)
+    time.move(GRACE / 2)
+    assert monitor.is_dead(trial, trouble=time.clock.monotonic()) is not True  # nobody could renew a lease just now
+    assert monitor.is_dead(trial) is True
 
 
 def test_a_lease_is_renewed_even_after_an_error(opened, monkeypatch):
-    search = opened(grace=0.2)
+    time = HandClock()
+    search = opened(clock=time.clock)
     write, failures = search.storage.inner.set_trial_system_attr, []
 
     def fails_twice(*arguments):
-        if len(failures) < 2 and threading.current_thread().name == "hpo-lease":
+        if len(failures) < 2:
             failures.append(1)
             raise OSError("the database is away")
         write(*arguments)
 
-    monkeypatch.setattr(search.storage.inner, "set_trial_system_attr", fails_twice)
     number = search.ask().number
-    first, end = stored(search, number).system_attrs[schema.LEASE]["until"], time.monotonic() + 10
-    while stored(search, number).system_attrs[schema.LEASE]["until"] == first:
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    assert len(failures) == 2
+    first = stored(search, number).system_attrs[schema.LEASE]["until"]
+    monkeypatch.setattr(search.storage.inner, "set_trial_system_attr", fails_twice)
+    for _ in range(2):
+        time.move(GRACE / 4)
+        search._lease.renew()
+        assert stored(search, number).system_attrs[schema.LEASE]["until"] == first
+    assert search._lease.failed_at == time.clock.monotonic()
+    time.move(GRACE / 4)
+    search._lease.renew()
+    assert stored(search, number).system_attrs[schema.LEASE]["until"] == first + 0.75 * GRACE
+
+
+def test_the_thread_that_renews_survives_errors():
+    calls, renewed = [], threading.Event()
+
+    class Away(InMemoryStorage):
+        def set_trial_system_attr(self, *arguments):
+            calls.append(threading.current_thread().name)
+            if len(calls) in (2, 3):
+                raise OSError("the database is away")
+            if len(calls) == 4:
+                renewed.set()
+
+    keeper = LeaseKeeper(Away(), grace=0.02)
+    keeper.add(0, 1)
+    assert renewed.wait(10)
+    keeper.stop()
+    assert calls[1:4] == ["hpo-lease"] * 3
+    assert keeper.failed_at > -math.inf
 
 
 @pytest.mark.parametrize(
@@ -188,7 +221,8 @@ def test_giving_back_a_trial_that_a_peer_took_over_queues_no_other(opened):
 @pytest.mark.parametrize("moment", ["lease", "params"])
 def test_a_claim_that_is_lost_inside_ask_leaves_no_lease_behind(opened, monkeypatch, moment):
     """Each failed renewal of it once restarted the wait for others: nobody was ever counted as dead again."""
-    slow, peer = opened(trials=3, grace=0.4), opened(trials=3, grace=0.4)
+    time = HandClock()
+    slow, peer = opened(trials=3, clock=time.clock), opened(trials=3)
     where = (LeaseKeeper, "_renew") if moment == "lease" else (Space, "suggest")
     first = getattr(*where)
 
@@ -205,19 +239,17 @@ def test_a_claim_that_is_lost_inside_ask_leaves_no_lease_behind(opened, monkeypa
     assert list(slow._claimed) == [claim.number]
     lost = peer.ask()
     abandon(peer, lost.number, worker="elsewhere-1-1")
-    end = time.monotonic() + 10
-    while not slow.drain_lost():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-        slow.repair()
+    slow.repair()
+    time.move(0.75 * GRACE)
+    slow._lease.renew()
+    slow.repair()
+    assert [ended.number for ended in slow.drain_lost()] == [lost.number]
 
 
 def test_a_lease_of_a_trial_that_a_peer_has_ended_is_no_trouble_of_the_storage(opened):
-    slow, peer = opened(trials=2, grace=0.2), opened(trials=2)
+    slow, peer = opened(trials=2), opened(trials=2)
     number = slow.ask().number
     peer.storage.set_trial_state_values(stored(peer, number)._trial_id, TrialState.FAIL)
-    end = time.monotonic() + 10
-    while slow._lease.held:
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    slow._lease.renew()
+    assert not slow._lease.held
     assert slow._lease.failed_at == -math.inf

@@ -151,7 +151,9 @@ def test_a_place_that_is_none_names_no_file(place):
     search = open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize)
     search.study.enqueue_trial({}, user_attrs={"place": place, "seed": 1})
     search.close()
-    with pytest.raises(StorageError, match=r"its place is .*, no whole number of at least 0; hpo did not write that"):
+    with pytest.raises(
+        StorageError, match=r"its place is .*, not a whole number of at least 0; hpo did not write that"
+    ):
         train()
     assert victim.read_text() == "precious"
 

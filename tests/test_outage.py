@@ -1,4 +1,4 @@
-"""A storage that is away, hangs, or has lost the study: training goes on, a stop is obeyed, the end is said plainly."""
+"""A storage that is away, hangs, or has lost the study: training continues, a stop is obeyed, the end is plain."""
 
 import os
 import signal

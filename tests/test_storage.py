@@ -16,7 +16,8 @@ from sqlalchemy import text
 
 from hpo.errors import StorageError
 from hpo.search import storage as storages
-from hpo.search.storage import exclusive, exists, open_storage
+from hpo.search.address import exists
+from hpo.search.storage import exclusive, open_storage
 
 N_PROCESSES, N_QUEUED = 8, 60
 
@@ -156,9 +157,9 @@ def test_an_absolute_folder_that_is_not_there_is_refused(tmp_path):
 def test_a_file_where_the_folder_should_be_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("out").write_text("a file")
-    with pytest.raises(StorageError, match=r"cannot be opened: out is no folder \(File exists\)"):
+    with pytest.raises(StorageError, match=r"cannot be opened: out is not a folder \(File exists\)"):
         open_storage("sqlite:///out/optuna.db")
-    with pytest.raises(StorageError, match=r"cannot be opened: out/deep is no folder \(Not a directory\)"):
+    with pytest.raises(StorageError, match=r"cannot be opened: out/deep is not a folder \(Not a directory\)"):
         open_storage("sqlite:///out/deep/optuna.db")
     with pytest.raises(StorageError, match=f"there is no folder {tmp_path}/out; make it"):
         open_storage(f"sqlite:///{tmp_path}/out/optuna.db")
@@ -180,7 +181,7 @@ def test_a_database_in_memory_is_refused(url):
 
 @pytest.mark.parametrize("url", ["optuna.db", "nosuch://host/db", ""])
 def test_what_is_no_address_is_refused(url):
-    with pytest.raises(StorageError, match=r"is no database address; write sqlite:///path/to/file.db, postgr"):
+    with pytest.raises(StorageError, match=r"is not a database address; write sqlite:///path/to/file.db, postgr"):
         open_storage(url)
 
 
@@ -222,7 +223,7 @@ def test_the_lock_keeps_others_out_and_says_for_how_long(tmp_path, monkeypatch):
 )
 def test_what_is_no_address_of_a_file_or_server_is_refused(url):
     with pytest.raises(
-        StorageError, match=r"names no file; write journal:///|is no address of a server; write grpc://"
+        StorageError, match=r"names no file; write journal:///|is not the address of a server; write grpc://"
     ):
         open_storage(url)
 

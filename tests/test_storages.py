@@ -16,7 +16,7 @@ from hpo.search import schema
 from hpo.search.away import StorageAway, StudyGone
 from hpo.search.storage import close_storage, open_storage
 from hpo.study.spec import Plugin
-from tests.searches import PARAMS, Opener, claims, stored
+from tests.searches import PARAMS, HandClock, Opener, claims, stored
 from tests.servers import grpc_server
 
 KINDS = ("sqlite", "postgresql", "journal", "grpc")
@@ -78,12 +78,13 @@ def test_exactly_so_many_trials_by_turns_and_over_restarts(opened):
 
 
 def test_a_dead_workers_trial_is_taken_up_once_by_one_of_its_peers(opened):
-    dead, one, two = (opened(trials=2, grace=0.4) for _ in range(3))
+    time = HandClock()
+    dead, one, two = (opened(trials=2, clock=time.clock) for _ in range(3))
     lost = dead.ask()
     abandon(dead, lost.number)
     for peer in (one, two, one, two):
         peer.repair()
-        time.sleep(0.2)
+        time.move(one.spec.grace / 2)
     done = claims(one) + claims(two)
     assert sorted(claim.slot for claim in done) == [0, 1]
     (again,) = [claim for claim in done if claim.slot == lost.slot]
@@ -273,13 +274,14 @@ def test_postgresql_that_restarts_while_its_lock_is_held_costs_a_wait(server, tm
 
 
 def test_postgresql_that_stays_away_is_given_up_in_time(server, tmp_path):
-    opener = Opener(tmp_path)
-    search = opener(storage=server.database(), outage=0.5)
+    opener, time = Opener(tmp_path), HandClock()
+    search = opener(storage=server.database(), outage=0.5, clock=time.clock)
     claim = search.ask()
     server.stop()
     try:
         assert search.report(claim.number, 0, 0.5)
-        time.sleep(0.6)
+        assert not search.storage.away_for_good
+        time.move(0.6)
         assert search.storage.away_for_good
         with pytest.raises(StorageAway, match=r"away for 0.5 s .*; no trial is lost: run the same command again"):
             search.complete(claim.number, 0.5)
@@ -303,20 +305,20 @@ def test_a_worker_that_starts_while_postgresql_is_away_waits_for_it(server, tmp_
 
 
 def test_after_an_outage_nobody_is_taken_for_dead_at_once(server, tmp_path):
-    opener = Opener(tmp_path)
+    opener, time = Opener(tmp_path), HandClock()
     url = server.database()
-    cut, peer = opener(storage=url, trials=1), opener(storage=url, trials=1, grace=2.0)
+    cut, peer = opener(storage=url, trials=1), opener(storage=url, trials=1, grace=2.0, clock=time.clock)
     number = cut.ask().number
     abandon(cut, number)
     peer.repair()  # it sees the lease
     server.stop()
     peer.storage.set_trial_intermediate_value(1, 0, 0.0)  # it sees that the storage is away
     server.start()
-    time.sleep(1.6)
+    time.move(1.6)
     peer.repair()
     assert peer.storage.back_at > 0
     assert peer.drain_lost() == []
-    time.sleep(1.6)
+    time.move(1.6)
     peer.repair()
     assert [lost.number for lost in peer.drain_lost()] == [number]
     opener.close()

@@ -54,4 +54,7 @@ def test_a_study_of_an_earlier_version_is_resumed(begun: Path, request: pytest.F
     retried = complete[2]
     assert retried.user_attrs["retry_of"] == 2
     assert len(retried.intermediate_values) == 8
+    curves = retried.user_attrs["curves"]  # also of the epochs before the checkpoint, which that commit wrote
+    assert curves["valid_r2"] == list(retried.intermediate_values.values())
+    assert [len(values) for values in curves.values()] == [8] * 3
     assert (begun.parent / "mlruns" / "bundles" / "stored" / "model.pt").is_file()

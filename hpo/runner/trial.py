@@ -11,7 +11,8 @@ from hpo.runner.checkpoints import Origin
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
 from hpo.search import schema
-from hpo.search.away import StorageAway
+from hpo.search.away import StorageAway, line
+from hpo.search.curves import curves_of, to_json
 from hpo.search.search import Claim, Search
 from hpo.tracking.base import Tracker
 from hpo.training.faults import TrialFault, all_alike
@@ -29,6 +30,8 @@ class TrialRun:
         self._plan, self._origin, self._claim, self._search = plan, origin, claim, search
         self._tracker, self._progress = tracker, progress
         self.member = Member(number=claim.number, seed=claim.seed, params=claim.params)
+        self._logged: list[dict[str, float]] = []
+        """The metrics of each epoch, those before a checkpoint that it resumes from too."""
         self._best: tuple[float, int, dict[str, float]] | None = None
         self._kept: dict[str, Tensor] = {}
         self._peak: float | None = None
@@ -56,6 +59,7 @@ class TrialRun:
             return
         member.resume, member.epoch, member.joined = kept.training, kept.epoch, kept.joined
         member.history[:] = kept.history
+        self._logged[:] = kept.history
         self._best, self._kept = kept.best, kept.kept
         self._peak, self._improved = kept.peak, kept.improved
         self._progress.note(f"trial {claim.number} resumes after epoch {member.epoch}")
@@ -125,6 +129,7 @@ class TrialRun:
 
     def log(self, epoch: int, metrics: dict[str, float]) -> None:
         """Log and show metrics at an epoch (counted from 0)."""
+        self._logged.append(dict(metrics))
         self._tracker.log_metrics(self.member.number, epoch, metrics)
         self._progress.epoch_ended(self.member.number, epoch + 1, self._plan.spec.epochs, metrics)
 
@@ -147,6 +152,7 @@ class TrialRun:
         number, search = self.member.number, self._search
         self.ended = True
         failed = self._keep_weights(value) if state == "COMPLETE" and self._kept and value is not None else None
+        self._keep_curves()
         if state == "PRUNED" and fault is not None:
             search.annotate(number, {schema.ERROR: fault})
         if state == "COMPLETE":
@@ -164,6 +170,22 @@ class TrialRun:
         self._progress.trial_ended(number, state, value, fault)
         if failed is not None:
             raise failed
+
+    def _keep_curves(self) -> None:
+        """Store the curves of all metrics with the trial, before it is told: afterwards it cannot be changed.
+
+        They are whole for a trial that was retried, too: it resumes from a checkpoint, which keeps the metrics of the
+        epochs before it, or it starts from scratch. One that is given back has none: its successor's are stored.
+        """
+        if not self._logged:
+            return
+        number = self.member.number
+        try:
+            self._search.annotate(number, {schema.CURVES: to_json(curves_of(self._logged))})
+        except HpoError:
+            raise
+        except Exception as error:  # a database, or gRPC, that takes no text of that length: the trial counts without
+            self._progress.note(f"the curves of trial {number} are not stored: {line(error)}")
 
     def _keep_weights(self, value: float) -> HpoError | None:
         """Keep the weights of a trial that may be the best, before it is told; return why they could not be written."""

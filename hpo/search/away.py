@@ -23,7 +23,7 @@ class StorageAway(HpoError):
 
 
 class StoppedWhileAway(StorageAway, Interrupted):
-    """The user asked to stop while the storage was away: nobody could be told."""
+    """The user asked to stop while the storage was away: no trial could be given back."""
 
 
 class StudyGone(HpoError):
@@ -65,7 +65,7 @@ def open_patiently(
 ) -> BaseStorage:
     """Return the storage at `url`, waited for (at most so long) while another process holds its lock.
 
-    With `wait`, where nobody answers too. `say` is told of it. Raises StorageError.
+    With `wait`, where the server does not answer too. `say` is called once with a text about it. Raises StorageError.
     """
     end, said = time.monotonic() + seconds, False
     while True:

@@ -40,7 +40,7 @@ def worker_of(trial: FrozenTrial) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """A study's trials by state. A trial that a successor replaced is none of them."""
+    """A study's trials by state. A trial that a successor replaced is not counted."""
 
     complete: int
     pruned: int
@@ -175,12 +175,12 @@ def utc(moment: datetime) -> datetime:
 def wrong_row(trial: FrozenTrial) -> str | None:
     """Return what is wrong with what a storage holds of a trial, as far as it is read here; None: nothing.
 
-    Whoever can write the storage can write anything there, and a slot is part of a file's name.
+    Who can write the storage can write anything there, and a slot is part of a file's name.
     """
     attrs, lease = trial.user_attrs, trial.system_attrs.get(schema.LEASE, {})
     for key in _NUMBERS:
         if key in attrs and not (type(attrs[key]) is int and 0 <= attrs[key] < 1 << 64):
-            return f"its {key} is {attrs[key]!r:.100}, no whole number of at least 0"
+            return f"its {key} is {attrs[key]!r:.100}, not a whole number of at least 0"
     for key, stored in ((schema.METRICS, attrs), (schema.FIXED_PARAMS, trial.system_attrs)):
         if not isinstance(stored.get(key, {}), Mapping):
             return f"its {key} are {stored[key]!r:.100}"

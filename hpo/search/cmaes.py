@@ -1,9 +1,9 @@
 """CMA-ES that unpickles nothing: Optuna's sampler, its state rebuilt from the finished trials' own numbers.
 
-Optuna's `CmaEsSampler` keeps its optimizer as a pickle in an attribute of a trial and loads that at the next: whoever
-can write the storage runs code in every worker. The state of CMA-ES is a function of the solutions that it was told,
+Optuna's `CmaEsSampler` keeps its optimizer as a pickle in an attribute of a trial and loads that at the next: who can
+write the storage runs code in every worker. The state of CMA-ES is a function of the solutions that it was given,
 generation by generation, and these are in the storage anyway: params and value of trials, each with the number of its
-generation. So the generations are told again, and only the new ones where a process has told the others before.
+generation. So the generations are replayed, and only the new ones where a process has replayed the others before.
 """
 
 import math
@@ -20,11 +20,11 @@ from optuna.trial import FrozenTrial
 from hpo.search import schema
 
 _LARGEST = 1e32
-"""`cmaes` refuses to be told of larger coordinates."""
+"""`cmaes` refuses larger coordinates."""
 
 
 class Evolution:
-    """An optimizer, the space it is of, and the trials that it was told of so far: shared by a process's samplers."""
+    """An optimizer, the space it is of, and the trials that it was given so far: shared by a process's samplers."""
 
     def __init__(self) -> None:
         self.optimizer: Any = None
@@ -34,7 +34,7 @@ class Evolution:
         """By a trial's number its point (D,) and its loss; None: what is stored of it is unusable."""
 
     def start(self, space: Any, optimizer: Any) -> None:
-        """Take an optimizer of that space that was told nothing yet."""
+        """Start with an optimizer of that space that was given no trial yet."""
         self.space, self.optimizer, self.told, self.solutions = space, optimizer, [], {}
 
 
@@ -71,7 +71,7 @@ class RebuiltCmaEsSampler(CmaEsSampler):
         transform: _SearchSpaceTransform,
         search_space: dict[str, BaseDistribution],
     ) -> Any:
-        """Return the optimizer that was told of every full generation among `completed`."""
+        """Return the optimizer that was given every full generation among `completed`."""
         known, space = self._evolution, repr(sorted(search_space.items()))
         if known.space != space:
             known.start(space, self._init_optimizer(transform, study.direction))

@@ -1,6 +1,6 @@
 """Optuna's journal, a file of one JSON record a line, which neither a full disk nor kill -9 damages.
 
-A record counts once its line has ended. A writer that finds a torn last line, which nobody was told is written, removes
+A record counts once its line has ended. A writer that finds a torn last line, whose write was never confirmed, removes
 it before it appends; one whose own write fails puts the file back as it was. Older versions, and plain Optuna, append
 to a torn line: what they appended is read, the torn part is skipped.
 
@@ -36,7 +36,7 @@ class JournalFile(BaseJournalBackend):
     """The journal at `path`, made if it is not there.
 
     All methods raise StorageError where the file is gone, another one, or damaged; OSError where the disk is full;
-    TimeoutError where another process does not let go of the lock.
+    TimeoutError where another process keeps the lock.
     """
 
     def __init__(self, path: Path) -> None:
@@ -107,7 +107,7 @@ class JournalFile(BaseJournalBackend):
             number = file.read(end - 1).count(b"\n") + 1
         return self._error(
             f"line {number} holds no record of Optuna's ({line[:40]!r}); put back a copy of the file, or remove that "
-            "line, and what it told is lost; if the file is another program's, give another path"
+            "line, and its change is lost; if the file is another program's, give another path"
         )
 
     def _size(self) -> int:
@@ -117,7 +117,7 @@ class JournalFile(BaseJournalBackend):
         except OSError as error:
             raise self._error(f"cannot be read any more ({error.strerror}); put it back") from error
         if _identity(found) != self._file:
-            raise self._error("was replaced by another file while in use; run the same command again to go on with it")
+            raise self._error("was replaced by another file while in use; run the same command again to resume with it")
         return found.st_size
 
     @contextmanager

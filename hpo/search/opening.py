@@ -10,13 +10,13 @@ from typing import Any, Literal
 import optuna
 
 from hpo.search import schema
+from hpo.search.address import exists
 from hpo.search.away import open_patiently
 from hpo.search.clock import SYSTEM, Clock
 from hpo.search.identity import another_study, compare, identity
 from hpo.search.retrying import RetryingStorage, locked
 from hpo.search.samplers import make_pruner, make_sampler
 from hpo.search.search import Search
-from hpo.search.storage import exists
 from hpo.study.space import Space
 from hpo.study.spec import StudySpec
 

@@ -47,7 +47,7 @@ class _Impatient(psycopg.Connection[Any]):
 
 
 def _listening(gen: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-    """Pass on what psycopg's `gen` waits for; it is told each `interval` that nothing came."""
+    """Pass on what psycopg's `gen` waits for; it is sent None each `interval` in which nothing came."""
     heard = time.monotonic()
     try:
         wanted = next(gen)
@@ -99,7 +99,7 @@ def advisory_lock(engine: Engine, seconds: float, stopping: Callable[[], bool]) 
     with ExitStack() as stack:
         while not _won(engine, stack, min(_LOCK_SECONDS, seconds)):
             if stopping() or time.monotonic() >= end:
-                raise TimeoutError("PostgreSQL's lock was not to be had")
+                raise TimeoutError("PostgreSQL's lock could not be taken")
         yield
 
 

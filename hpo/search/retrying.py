@@ -204,7 +204,7 @@ class RetryingStorage(BaseStorage):
                 ) from error
 
     def close(self) -> None:
-        """Let the storage go."""
+        """Close the storage."""
         if self._probe is not None:
             self._probe.stop()
         close_storage(self.inner)
@@ -253,7 +253,7 @@ class RetryingStorage(BaseStorage):
             except UpdateFinishedTrialError:
                 now = self._storage.get_trial(trial_id)
                 if tries > 1 and now.state == state and (values is None or now.values == list(values)):
-                    return True  # it was told when the connection was cut
+                    return True  # it was written when the connection was cut
                 raise
 
         return self.patiently(call)

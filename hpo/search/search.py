@@ -182,15 +182,15 @@ class Search:
         return False
 
     def call(
-        self, number: int, function: Callable[[Trial], Any], told: Callable[[int, float], None]
+        self, number: int, function: Callable[[Trial], Any], on_report: Callable[[int, float], None]
     ) -> tuple[Mapping[str, Any], float | None]:
         """Return the params that `function`, a plain Optuna objective, asked for, and its value; None: it pruned.
 
-        `told` is called with each step and value that it reports. Raises InputError where it returns no number,
+        `on_report` is called with each step and value that it reports. Raises InputError where it returns no number,
         TakenOver where a peer has ended the trial meanwhile.
         """
         trial = self._claimed[number]
-        trial.on_report = told
+        trial.on_report = on_report
         try:
             value = function(trial)
         except optuna.TrialPruned:
@@ -230,7 +230,7 @@ class Search:
     def give_back(self, number: int, reason: str) -> bool:
         """End a trial that was interrupted; a successor with its slot, params and seed is queued.
 
-        Return False, and do nothing, for one whose end was told already.
+        Return False, and do nothing, for one that was ended already.
         """
         trial = self._claimed.get(number)
         if trial is None:
@@ -294,7 +294,7 @@ class Search:
         self.study.set_user_attr(key, value)
 
     def close(self) -> None:
-        """Stop renewing leases and let the database go."""
+        """Stop renewing leases and close the storage."""
         self._lease.stop()
         self.storage.close()
 

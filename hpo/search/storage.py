@@ -34,10 +34,11 @@ from optuna.storages import (
 from optuna.trial import TrialState
 from sqlalchemy import create_engine, func, inspect, make_url, select
 from sqlalchemy.engine import URL, Engine
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from hpo.errors import StorageError, masked
+from hpo.search.address import as_text, exists, journal_path, kind_of, parsed_url
 from hpo.search.journal import JournalFile
 from hpo.search.remote import (
     CONNECT_SECONDS,
@@ -67,14 +68,14 @@ def open_storage(url: str) -> BaseStorage:
     Raises StorageError where it cannot be opened, or holds another program's tables, StorageBusy where another process
     holds its lock.
     """
-    kind = _kind(url)
+    kind = kind_of(url)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             if kind == "grpc":
                 return _open_grpc(url)
             if kind == "journal":
-                path = _journal(url)
+                path = journal_path(url)
                 _make_folder(path, url)
                 return JournalStorage(JournalFile(path))
         return _open_database(url)
@@ -86,8 +87,9 @@ def open_storage(url: str) -> BaseStorage:
         raise StorageError(f"storage {url}: {error}") from error
     except (SQLAlchemyError, OSError, ValueError) as error:
         busy = isinstance(error, TimeoutError) or "database is locked" in str(error)
-        kind_of = StorageBusy if busy else StorageError
-        raise kind_of(f"storage {url} cannot be opened: {_first_line(error)}") from error
+        raise (StorageBusy if busy else StorageError)(
+            f"storage {url} cannot be opened: {_first_line(error)}"
+        ) from error
 
 
 def see_whether_it_answers(storage: BaseStorage) -> None:
@@ -104,7 +106,7 @@ def see_whether_it_answers(storage: BaseStorage) -> None:
 
 
 def close_storage(storage: BaseStorage) -> None:
-    """Let the database, the file or the connection go."""
+    """Close the database or the connection."""
     if isinstance(storage, RDBStorage):
         storage.remove_session()
         storage.engine.dispose()
@@ -141,17 +143,6 @@ def complete_ids(storage: RDBStorage, study_id: int, known: int) -> list[int] | 
         return list(connection.execute(select(trials.trial_id).where(*where)).scalars())
 
 
-def exists(url: str) -> bool:
-    """Whether there is a database at `url` to look into, so that looking does not make one."""
-    kind = _kind(url)
-    if kind == "journal":
-        return _journal(url).is_file()
-    if kind == "grpc":
-        return True
-    parsed = _parse(url)
-    return parsed.get_backend_name() != "sqlite" or (parsed.database is not None and Path(parsed.database).is_file())
-
-
 @contextmanager
 def exclusive(
     url: str,
@@ -165,12 +156,12 @@ def exclusive(
     `storage` is that storage, where it is open: PostgreSQL is not connected to once more then. Behind gRPC there is no
     lock: what is done under it is harmless when done twice, only not as quick.
     """
-    kind, seconds = _kind(url), BUSY_SECONDS if seconds is None else seconds
+    kind, seconds = kind_of(url), BUSY_SECONDS if seconds is None else seconds
     if kind == "grpc":
         yield
         return
     if kind == "postgresql":
-        engine = storage.engine if isinstance(storage, RDBStorage) else _engine(_parse(url), poolclass=NullPool)
+        engine = storage.engine if isinstance(storage, RDBStorage) else _engine(parsed_url(url), poolclass=NullPool)
         lock, what = advisory_lock(engine, seconds, stopping), "its lock"
     else:
         what = str(_lock_path(kind, url))
@@ -190,7 +181,7 @@ def exclusive(
 
 def _lock_path(kind: str, url: str) -> Path:
     if kind == "journal":  # its `.lock` is that of plain Optuna
-        return Path(f"{_journal(url)}.queue.lock")
+        return Path(f"{journal_path(url)}.queue.lock")
     if kind == "sqlite":
         return Path(f"{make_url(url).database}.lock")
     # another database that SQLAlchemy knows: of this machine's processes at least
@@ -214,20 +205,6 @@ def _file_lock(path: str, seconds: float, stopping: Callable[[], bool]) -> Itera
         lock.release()
 
 
-def _kind(url: str) -> str:
-    """Return `grpc`, `journal`, or the name of a database. Raises StorageError."""
-    scheme = url.partition(":")[0]
-    return scheme if scheme in ("grpc", "journal") else _parse(url).get_backend_name()
-
-
-def _journal(url: str) -> Path:
-    """Return the path of `journal:///relative` or `journal:////absolute`."""
-    scheme, _, path = url.partition(":///")
-    if scheme != "journal" or not path:
-        raise StorageError(f"storage {url}: names no file; write journal:///mlruns/journal.log")
-    return Path(path)
-
-
 def _open_grpc(url: str) -> BaseStorage:
     parts = urlsplit(url)
     try:
@@ -235,7 +212,7 @@ def _open_grpc(url: str) -> BaseStorage:
     except ValueError:
         host = port = None
     if host is None or port is None or parts.path not in ("", "/"):
-        raise StorageError(f"storage {url}: is no address of a server; write grpc://host:port")
+        raise StorageError(f"storage {url}: is not the address of a server; write grpc://host:port")
     storage = GrpcStorage(host=host, port=port)
     try:
         storage.wait_server_ready(timeout=CONNECT_SECONDS)
@@ -248,7 +225,7 @@ def _open_grpc(url: str) -> BaseStorage:
 
 
 def _open_database(url: str) -> BaseStorage:
-    parsed = _parse(url)
+    parsed = parsed_url(url)
     if parsed.get_backend_name() == "sqlite":
         path = Path(str(parsed.database))
         _make_folder(path, url)
@@ -256,7 +233,7 @@ def _open_database(url: str) -> BaseStorage:
     with exclusive(url, seconds=ANSWER_SECONDS):
         _refuse_other_programs(parsed, url)
         give_no_id_twice()
-        storage = _Database(_text(parsed), engine_kwargs=_engine_arguments(parsed))
+        storage = _Database(as_text(parsed), engine_kwargs=_engine_arguments(parsed))
     if parsed.get_backend_name() == "sqlite":
         serialise_writers(storage.engine)
     elif parsed.get_backend_name() == "postgresql":
@@ -281,27 +258,6 @@ def _engine(parsed: URL, **arguments: Any) -> Engine:
     return create_engine(parsed, **own, **arguments)
 
 
-def _text(parsed: URL) -> str:
-    return parsed.render_as_string(hide_password=False)
-
-
-def _parse(url: str) -> URL:
-    """Return `url` taken apart. Raises StorageError where it is no address of a database that we can use."""
-    try:
-        parsed = make_url(url)
-        if parsed.drivername in ("postgresql", "postgres"):
-            parsed = parsed.set(drivername="postgresql+psycopg")
-        parsed.get_dialect().import_dbapi()
-    except (ArgumentError, NoSuchModuleError, ValueError) as error:
-        hint = "write sqlite:///path/to/file.db, postgresql://..., journal:///path, grpc://host:port"
-        raise StorageError(f"storage {url}: is no database address; {hint}") from error
-    except ImportError as error:
-        raise StorageError(f"storage {url}: its driver is not installed ({error}); pip install it") from error
-    if parsed.get_backend_name() == "sqlite" and (not parsed.database or parsed.database == ":memory:"):
-        raise StorageError(f"storage {url}: names no file, so nothing would be kept; write sqlite:///mlruns/optuna.db")
-    return parsed
-
-
 def _make_folder(path: Path, url: str) -> None:
     """Make the folder of a relative path, which is output of ours; an absolute one must be there."""
     folder = path.parent
@@ -309,7 +265,9 @@ def _make_folder(path: Path, url: str) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StorageError(f"storage {url} cannot be opened: {folder} is no folder ({error.strerror})") from error
+            raise StorageError(
+                f"storage {url} cannot be opened: {folder} is not a folder ({error.strerror})"
+            ) from error
     if not folder.is_dir():
         raise StorageError(f"storage {url} cannot be opened: there is no folder {folder}; make it, or give another")
 

@@ -176,7 +176,7 @@ class StudyView:
             return self._space.resolve(trial.params)
         except (KeyError, ValueError, TypeError) as error:
             raise StorageError(
-                f"trial {trial.number} of study {self._spec.name!r}: its params {trial.params!r:.200} are none of the "
+                f"trial {trial.number} of study {self._spec.name!r}: its params {trial.params!r:.200} are not of the "
                 "study's space; hpo did not write them: delete that trial, or give the study another `name`"
             ) from error
 
