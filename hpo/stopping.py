@@ -1,5 +1,6 @@
 """How a person, a scheduler or a container's manager stops a process: Ctrl-C and SIGTERM, once or twice."""
 
+import math
 import os
 import signal
 import threading
@@ -8,11 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 ANSWER_SECONDS = 6.0
-"""How long a storage may take to answer before it counts as away: with `Stop.SECONDS` less than 30 s."""
+"""How long a storage may take to answer before it counts as away: with `StopToken.SECONDS` less than 30 s."""
 
 
-class Stop:
-    """Whether the user has asked to stop (Ctrl-C, SIGTERM): a worker then finishes its epoch, if it can in time."""
+class StopToken:
+    """Whether to stop: the one thing that all who wait or train ask.
+
+    `requested`: finish the epoch, if it can be done in time. `immediate`: stop between two batches.
+    """
 
     SECONDS = 20.0
     """How long an epoch may still take: Slurm and Kubernetes wait 30 s before they kill."""
@@ -22,12 +26,14 @@ class Stop:
         self._asked: float | None = None
         self._parent = parent
 
-    def __call__(self) -> bool:
+    def requested(self) -> bool:
+        """Whether the user has asked to stop (Ctrl-C, SIGTERM)."""
         if self._asked is None and self._parent is not None and os.getppid() != self._parent:
             self._asked = time.monotonic()
         return self._asked is not None
 
-    def overdue(self) -> bool:
+    def immediate(self) -> bool:
+        """Whether the time to finish an epoch is over, too."""
         return self._asked is not None and time.monotonic() - self._asked > self.SECONDS
 
     def ask(self, number: int, frame: object) -> None:
@@ -36,11 +42,33 @@ class Stop:
             raise KeyboardInterrupt
         self._asked = time.monotonic()
 
+    def limited(self) -> "LimitedStop":
+        """Return a token that also stops at a deadline of its own."""
+        return LimitedStop(self)
+
+
+class LimitedStop(StopToken):
+    """A token that stops when `token` does, or at its `deadline` (by time.monotonic), whichever is first."""
+
+    def __init__(self, token: StopToken) -> None:
+        super().__init__()
+        self._token = token
+        self.deadline = math.inf
+
+    def out_of_time(self) -> bool:
+        return time.monotonic() >= self.deadline
+
+    def requested(self) -> bool:
+        return self._token.requested() or self.out_of_time()
+
+    def immediate(self) -> bool:
+        return self._token.immediate() or self.out_of_time()
+
 
 @contextmanager
-def signals(parent: int | None = None) -> Iterator[Stop]:
+def signals(parent: int | None = None) -> Iterator[StopToken]:
     """Have Ctrl-C and SIGTERM ask to stop, and the death of `parent`, if there is one."""
-    stop = Stop(parent)
+    stop = StopToken(parent)
     if threading.current_thread() is not threading.main_thread():  # only the main thread is given signals
         yield stop
         return

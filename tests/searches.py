@@ -5,6 +5,7 @@ import time
 from hpo.runner.progress import Progress
 from hpo.search.clock import SYSTEM, Clock
 from hpo.search.opening import open_search
+from hpo.stopping import StopToken
 from hpo.study.space import build
 from hpo.study.spec import Plugin, StudySpec, parse_param
 
@@ -24,6 +25,20 @@ class HandClock:
 
     def move(self, seconds):
         self._seconds += seconds
+
+
+class StopWhen(StopToken):
+    """Asks to stop as soon as `condition` holds: between two batches, or, if `in_time`, at the end of the epoch."""
+
+    def __init__(self, condition, in_time=False):
+        super().__init__()
+        self._condition, self._in_time = condition, in_time
+
+    def requested(self):
+        return bool(self._condition())
+
+    def immediate(self):
+        return not self._in_time and self.requested()
 
 
 class Opener:

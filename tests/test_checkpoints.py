@@ -9,7 +9,7 @@ from hpo.runner.prepare import prepare
 from hpo.runner.worker import work
 from hpo.search.opening import open_search
 from hpo.tracking.base import MemoryTracker
-from tests.searches import Quiet
+from tests.searches import Quiet, StopWhen
 
 OBJECTIVE = """
 import torch
@@ -61,7 +61,7 @@ def run(folder, name, text, stop_at=None, dropout=0.0):
         tracker, progress = MemoryTracker(), Quiet()
         try:
             stopping = lambda stop=stop, p=progress: stop is not None and p.epochs >= stop  # noqa: E731
-            work(plan, data, search, tracker, progress, stopping, overdue=lambda: False)
+            work(plan, data, search, tracker, progress, StopWhen(stopping, in_time=True))
         except Interrupted:
             assert stop is not None
             assert list(checkpoints(plan).glob("place-*.pt"))
@@ -121,7 +121,7 @@ def interrupted_then(folder, name, text, before, after):
         progress = Quiet()
         try:
             stopping = lambda stop=stop, p=progress: stop is not None and p.epochs >= stop  # noqa: E731
-            work(plan, plan.load_data(), search, MemoryTracker(), progress, stopping, overdue=lambda: False)
+            work(plan, plan.load_data(), search, MemoryTracker(), progress, StopWhen(stopping, in_time=True))
         except Interrupted:
             pass
         trials = search.trials()
@@ -142,7 +142,7 @@ def test_one_that_is_damaged_costs_the_epochs_only(folder):
             file.write_bytes(file.read_bytes()[:500])
         stopping = lambda p=progress, damage=damage: not damage and p.epochs >= 2  # noqa: E731
         try:
-            work(plan, plan.load_data(), search, MemoryTracker(), progress, stopping, overdue=lambda: False)
+            work(plan, plan.load_data(), search, MemoryTracker(), progress, StopWhen(stopping, in_time=True))
         except Interrupted:
             assert not damage
         trials = search.trials()

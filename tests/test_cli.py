@@ -39,7 +39,7 @@ def test_run_then_run_again_then_more_trials(study: Write) -> None:
 def test_timeout_ends_the_study_and_says_so(study: Write) -> None:
     path = study("timeout: 2\ntrials: 300\nstack: 1")
     output = invoke("run", path, "--json")
-    assert "the study's time (2 s) is over: no new trial is begun; raise `timeout` to go on" in output
+    assert "the study's time (2 s) is over: no new trial is started; raise `timeout` to train more" in output
     assert 0 < summary(output)["trials"]["complete"] < 300
     assert summary(output)["bundle"] is not None
     done = summary(output)["trials"]

@@ -29,7 +29,7 @@ ROOT_MODULES = {"__init__", "__main__", "errors", "seeds", "processes", "stoppin
 FACES = {"__init__", "__main__", "api", "data", "objective"}
 """What stands before the packages and hands their names on; no package imports one of these."""
 HOMES = {
-    "optuna": {"search", "study.space", "report"},
+    "optuna": {"search", "study.space", "study.dimension", "report"},
     "mlflow": {"tracking.runs"},
     "yaml": {"study.yaml_values"},
     "pydantic": {"study.spec", "study.ranges", "study.checking", "study.draft"},

@@ -15,7 +15,7 @@ from hpo.runner.worker import work
 from hpo.search.opening import open_search
 from hpo.search.schema import DATA
 from hpo.tracking.base import MemoryTracker
-from tests.searches import Quiet
+from tests.searches import Quiet, StopWhen
 
 OBJECTIVE = """
 import os
@@ -71,7 +71,7 @@ def train(stop_at=None, trials=1):
     progress = Quiet()
     try:
         stopping = lambda: stop_at is not None and progress.epochs >= stop_at  # noqa: E731
-        work(plan, data, search, MemoryTracker(), progress, stopping, overdue=lambda: False)
+        work(plan, data, search, MemoryTracker(), progress, StopWhen(stopping, in_time=True))
     except Interrupted:
         assert PLACE.exists()
     values = [t.value for t in search.trials() if t.value is not None]

@@ -26,6 +26,7 @@ from hpo.tracking.base import MemoryTracker
 from hpo.training.batches import Batches
 from hpo.training.stack import Task
 from tests.screens import Screen
+from tests.searches import StopWhen
 from tests.stacking import CPU, INFO, Toy
 
 ROWS = Split(inputs={"x": torch.randn(40, 4)}, targets=torch.zeros(40, 1))
@@ -243,7 +244,7 @@ def test_measuring_ends_with_the_studys_time_and_where_it_is_to_stop(study, monk
     monkeypatch.setenv("LINEAR_SECONDS", "0.02")
     begun, stop = time.monotonic(), (lambda: time.monotonic() - begun > 0.5) if not text else (lambda: False)
     with contextlib.suppress(Interrupted):
-        run(study, TEXT.replace("epochs: 2", "epochs: 1000") + text, stopping=stop)
+        run(study, TEXT.replace("epochs: 2", "epochs: 1000") + text, stop=StopWhen(stop))
     assert time.monotonic() - begun < 3
 
 
@@ -301,5 +302,5 @@ def test_a_sampler_that_learns_has_some_rounds(study, monkeypatch, sampler: str,
     monkeypatch.setattr(Sizing, "choose", lambda self: seen.append(self) or StackSize(why="because"))
     text = TEXT.replace("random", sampler).replace("trials: 6", "trials: 40").replace("epochs: 2", "epochs: 1")
     with pytest.raises(Interrupted):
-        run(study, text, stopping=lambda: bool(seen))
+        run(study, text, stop=StopWhen(lambda: bool(seen)))
     assert [(each.most, each.n_trials, len(each.draws)) for each in seen] == [(most, 40, 40)]

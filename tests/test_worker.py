@@ -13,6 +13,7 @@ from hpo.runner.worker import work
 from hpo.search.opening import open_search
 from hpo.tracking.base import MemoryTracker
 from tests.screens import Screen
+from tests.searches import StopWhen
 
 KINDS = (
     "params: {{kind: {{type: categorical, choices: [good, nan, oom]}}}}\nstart_with: [{}]\ntrials: {}\npruner: none\n"
@@ -198,7 +199,7 @@ def test_when_the_time_is_over_the_running_trial_is_given_back_and_no_other_begu
     first = run("epochs: 1000\ntimeout: 0.5\npruner: none\nstack: 1").work()
     assert first.screen.ended == [(0, "INTERRUPTED", None, "the study's time was over")]
     assert first.tracker.ended == {0: ("INTERRUPTED", "the study's time was over")}
-    note = "the study's time (0.5 s) is over: no new trial is begun; raise `timeout` to go on"
+    note = "the study's time (0.5 s) is over: no new trial is started; raise `timeout` to train more"
     assert first.screen.notes == [note]
     assert first.search.counts().waiting == 3
 
@@ -209,7 +210,7 @@ def test_when_the_time_is_over_the_running_trial_is_given_back_and_no_other_begu
 def test_a_stop_gives_the_running_trial_back_with_its_params_and_seed(run):
     stopped = run("trials: 2\npruner: none")
     with pytest.raises(Interrupted, match="the running trials were given back, run the same command again to go on"):
-        stopped.work(stopping=lambda: len(stopped.screen.epochs) == 3)
+        stopped.work(stop=StopWhen(lambda: len(stopped.screen.epochs) == 3))
     assert stopped.tracker.ended == {0: ("COMPLETE", None), 1: ("INTERRUPTED", "interrupted")}
     assert stopped.attrs[1]["error"] == "interrupted"
     again = run("trials: 2\npruner: none").work()
@@ -223,7 +224,7 @@ def test_a_stop_before_the_first_trial_begins_none(run):
     with pytest.raises(
         Interrupted, match="interrupted; the running trials were given back, run the same command again to go on"
     ):
-        stopped.work(stopping=lambda: True)
+        stopped.work(stop=StopWhen(lambda: True))
     assert (stopped.states, stopped.screen.started) == ([], [])
 
 

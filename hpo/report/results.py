@@ -12,9 +12,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.errors import InputError, did_you_mean, masked
 from hpo.search import schema
+from hpo.search.address import exists
 from hpo.search.budget import Counts, count, holders, worker_of
 from hpo.search.curves import from_json
-from hpo.search.storage import close_storage, exists, open_storage
+from hpo.search.storage import close_storage, open_storage
 from hpo.search.view import Best, own
 
 _OR = ":or"

@@ -10,6 +10,7 @@ from hpo.errors import InputError, Interrupted
 from hpo.runner.prepare import Plan
 from hpo.runner.trial import TrialRun, Trials
 from hpo.search.search import Search, TakenOver
+from hpo.stopping import StopToken
 from hpo.study.data import Data, Split
 from hpo.study.loading import origin
 from hpo.study.objective import Function, Params
@@ -52,10 +53,10 @@ class CustomTraining:
         search: Search,
         tracker: Tracker,
         trials: Trials,
-        stopping: Callable[[], bool],
+        stop: StopToken,
     ) -> None:
         self._plan, self._search, self._tracker, self._trials = plan, search, tracker, trials
-        self._stopping = stopping
+        self._token = stop
         if data is not None:
             preprocess = plan.objective.preprocess(data.train)
             self._train, self._valid = (x.through(preprocess).to(plan.device) for x in (data.train, data.valid))
@@ -87,7 +88,7 @@ class CustomTraining:
         trial.end_by(fault, error)
 
     def _stop(self) -> bool:
-        if self._stopping():
+        if self._token.requested():
             raise Interrupted("interrupted")
         return False
 

@@ -16,7 +16,7 @@ from hpo.runner.refit import tracker_of
 from hpo.runner.worker import work
 from hpo.search.identity import stored_file
 from hpo.search.search import Search
-from hpo.stopping import Stop, signals
+from hpo.stopping import StopToken, signals
 from hpo.study.trust import require_harmless, require_passwords
 
 ShowOf = Callable[[Plan, Search], AbstractContextManager[Progress]]
@@ -39,7 +39,7 @@ def joined(
     path: Path,
     overrides: Mapping[str, str],
     show: ShowOf,
-    stop: Stop | None = None,
+    stop: StopToken | None = None,
     named: Collection[str] | None = None,
 ) -> Iterator[tuple[Plan, Search]]:
     """Train trials of the study at `path` until there are none left; then give its plan and its opened storage.
@@ -61,16 +61,16 @@ def joined(
             )
         launcher = os.environ.get(LAUNCHER)
         stopping = stack.enter_context(signals(int(launcher) if launcher else None)) if stop is None else stop
-        search.storage.interrupt = stopping
+        search.storage.interrupt = stopping.requested
         data = load_data(plan, search)
         tracker = tracker_of(plan, search, log.warning)
         stack.callback(tracker.close)
         with show(plan, search) as progress:
-            work(plan, data, search, tracker, progress, stopping, stopping.overdue)
+            work(plan, data, search, tracker, progress, stopping)
         yield plan, search
 
 
-def join_stored(name: str, overrides: Mapping[str, str], named: Collection[str] | None, stop: Stop) -> None:
+def join_stored(name: str, overrides: Mapping[str, str], named: Collection[str] | None, stop: StopToken) -> None:
     """Train trials of a study that the storage in `overrides` knows by its `name`, until `stop` or its end."""
     with stored_study(name, overrides, named) as path, joined(path, overrides, notes_only, stop, named):
         pass

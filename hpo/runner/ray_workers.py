@@ -14,10 +14,10 @@ from typing import Any
 
 from hpo.errors import HpoError, InputError
 from hpo.runner.launch import LAUNCHED
-from hpo.stopping import Stop
+from hpo.stopping import StopToken
 
 _ANSWER_SECONDS = 5.0
-Work = Callable[[Stop], Any]
+Work = Callable[[StopToken], Any]
 """One worker's share of the study, until there is nothing left or it is asked to stop."""
 
 
@@ -98,7 +98,7 @@ class _Actor:
     def __init__(self, folder: str) -> None:
         if Path(folder).is_dir():
             os.chdir(folder)  # relative addresses of storage and data mean the same as where the study was begun
-        self._stop = Stop()
+        self._stop = StopToken()
         log = logging.getLogger("hpo")
         log.addHandler(logging.StreamHandler(sys.stdout))  # Ray shows what its workers print
         log.setLevel(logging.INFO)

@@ -43,7 +43,7 @@ from hpo.search.away import StorageAway
 from hpo.search.search import Search
 from hpo.search.storage import close_storage, open_storage
 from hpo.search.view import StudyView
-from hpo.stopping import Stop, signals
+from hpo.stopping import StopToken, signals
 from hpo.study.data import Data
 from hpo.study.loading import source_fingerprint
 from hpo.study.trust import code_references
@@ -98,12 +98,12 @@ def run(
     if done is not None or (over and best is not None and plan.function is not None):
         return done, seen
     with signals() as stopping:
-        search.storage.interrupt = stopping
+        search.storage.interrupt = stopping.requested
         return _run(plan, search, file, show, options, stopping)
 
 
 def _run(
-    plan: Plan, search: Search, file: StudyFile, show: Show, options: WorkerOptions, stopping: Stop
+    plan: Plan, search: Search, file: StudyFile, show: Show, options: WorkerOptions, stopping: StopToken
 ) -> tuple[Outcome | None, StudyView]:
     data = load_data(plan, search)
     tracker = tracker_of(plan, search, log.warning)
@@ -118,14 +118,14 @@ def _run(
         alone = options.ray is None and n == 1
         with show(alone) as progress:
             if alone:
-                work(plan, data, search, tracker, progress, stopping, stopping.overdue)
+                work(plan, data, search, tracker, progress, stopping)
             else:
                 workers = _workers(plan, search, file, progress, options, n)
                 _watch(plan, search, workers, progress, stopping)
         seen = checkpoints.settle_weights(plan, search, log.info)  # the last trial may have been trained elsewhere
         if seen.counts.running == 0:
             tracker.reconcile(seen.ends)
-        ended = conclude(plan, data, search, tracker, stopping, log.info, seen) if data else None
+        ended = conclude(plan, data, search, tracker, stopping.requested, log.info, seen) if data else None
         if seen.best() is None:
             raise HpoError(_why_no_best(seen, plan.spec.name))
         state = "COMPLETE" if seen.counts.waiting == 0 else "INTERRUPTED"
@@ -157,13 +157,13 @@ def _workers(
     return RayWorkers(options.ray, n, options.gpus_per_worker, share)
 
 
-def _watch(plan: Plan, search: Search, workers: Workers | RayWorkers, progress: Progress, stopping: Stop) -> None:
+def _watch(plan: Plan, search: Search, workers: Workers | RayWorkers, progress: Progress, stopping: StopToken) -> None:
     """Have the workers train and show what they do, until they are done. Raises Interrupted when asked to stop."""
     monitor = StudyMonitor(plan, search, progress)
     workers.start()
     try:
         while workers.look():
-            if stopping():
+            if stopping.requested():
                 raise Interrupted(INTERRUPTED)
             with suppress(StorageAway), search.storage.at_once():  # a storage that is away must not hold up a stop
                 monitor.look()
@@ -235,8 +235,8 @@ def export(plan: Plan, search: Search, seen: StudyView, number: int | None, fold
         raise InputError(f"objective {plan.spec.objective} is a function: it has no model to export")
     default = bundle_folder(plan) if number is None else OUTPUT / "bundles" / f"{plan.spec.name}-trial-{number}"
     with signals() as stopping:
-        search.storage.interrupt = stopping
-        return finish(plan, data, search, best, folder or default, stopping, log.info)
+        search.storage.interrupt = stopping.requested
+        return finish(plan, data, search, best, folder or default, stopping.requested, log.info)
 
 
 def _no_such_trial(seen: StudyView, study: str, number: int | None) -> str:

@@ -4,7 +4,6 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 
@@ -23,6 +22,7 @@ from hpo.search.search import Search
 from hpo.stacks.padding import Padding, PaddingPlan
 from hpo.stacks.pool import Pool
 from hpo.stacks.sizing import AS_GIVEN, Sizing, StackSize, looked_at
+from hpo.stopping import StopToken
 from hpo.study.data import Data
 from hpo.tracking.base import Tracker
 from hpo.training.batches import make_batches
@@ -48,80 +48,64 @@ def work(
     search: Search,
     tracker: Tracker,
     progress: Progress,
-    stopping: Callable[[], bool] = lambda: False,
-    overdue: Callable[[], bool] | None = None,
+    stop: StopToken | None = None,
 ) -> None:
     """Train trials until the budget or the time is spent.
 
-    Raises Interrupted once `stopping` says so: at the end of the epoch, with a checkpoint of every trial, or, when
-    `overdue` says so, between two batches.
+    Raises Interrupted once `stop` says so: at the end of the epoch, with a checkpoint of every trial, or, when it says
+    that at once, between two batches.
 
     A trial's own fault (NaN, out of memory) fails that trial; any other error gives the trials back and is raised.
     torch's process-wide settings are as before at the end.
     """
+    search.storage.say = progress.note
+    stop = stop or StopToken()
+    limited = stop.limited()
     trains_itself = data is None or plan.trains_itself
     with torch_settings(plan.device, precision=None if trains_itself else plan.spec.precision):
-        _work(plan, data, search, tracker, progress, stopping, overdue)
-
-
-def _work(
-    plan: Plan,
-    data: Data | None,
-    search: Search,
-    tracker: Tracker,
-    progress: Progress,
-    stopping: Callable[[], bool],
-    overdue: Callable[[], bool] | None,
-) -> None:
-    deadline = math.inf
-    search.storage.say = progress.note
-
-    def out_of_time() -> bool:
-        return time.monotonic() >= deadline
-
-    def ending() -> bool:
-        return stopping() or out_of_time()
-
-    def at_once() -> bool:
-        return (overdue or stopping)() or out_of_time()
-
-    trials = Trials(plan, search, tracker, progress)
-    checkpoints.settle_weights(plan, search, progress.note)
-    worker: _Worker | CustomTraining
-    if data is None or plan.trains_itself:
-        worker = CustomTraining(plan, data, search, tracker, trials, ending)
-    else:
-        worker = _Worker(plan, data, search, tracker, progress, trials, ending, at_once)
-    try:
-        worker.choose()
-    except Interrupted:
-        raise Interrupted(INTERRUPTED) from None
-    deadline = _deadline(plan, search)  # measuring is not counted: no trial runs
-    while not out_of_time():
+        trials = Trials(plan, search, tracker, progress)
+        checkpoints.settle_weights(plan, search, progress.note)
+        worker: _Worker | CustomTraining
+        if data is None or trains_itself:
+            worker = CustomTraining(plan, data, search, tracker, trials, limited)
+        else:
+            worker = _Worker(plan, data, search, tracker, progress, trials, limited)
         try:
-            worker.train()
+            worker.choose()
         except Interrupted:
-            if stopping():
-                trials.give_back("interrupted")
-                raise Interrupted(INTERRUPTED) from None
-            trials.give_back("the study's time was over")
-            break
-        except StorageAway:
-            raise  # nobody could be told
-        except BaseException as error:
-            with suppress(StorageAway), search.storage.at_once():  # if nobody can be told, the lease runs out
-                trials.give_back(f"{type(error).__name__}: {error}")
-            raise
-        seen = search.view()
-        if seen.counts.unfinished == 0:
-            search.tidy(seen)
-            checkpoints.remove_old(plan)
-            return
-        time.sleep(WAIT_SECONDS)  # others still train; should they die, their trials are ours to take up
+            raise Interrupted(INTERRUPTED) from None
+        limited.deadline = _deadline(plan, search)  # measuring is not counted: no trial runs
+        while not limited.out_of_time():
+            _train_some(worker, trials, search, stop)
+            if limited.out_of_time():
+                break
+            seen = search.view()
+            if seen.counts.unfinished == 0:
+                search.tidy(seen)
+                checkpoints.remove_old(plan)
+                return
+            time.sleep(WAIT_SECONDS)  # others still train; should they die, their trials are ours to take up
     search.remember(schema.TIMED_OUT, plan.spec.timeout)
     progress.note(
-        f"the study's time ({plan.spec.timeout:g} s) is over: no new trial is begun; raise `timeout` to go on"
+        f"the study's time ({plan.spec.timeout:g} s) is over: no new trial is started; raise `timeout` to train more"
     )
+
+
+def _train_some(worker: "_Worker | CustomTraining", trials: Trials, search: Search, stop: StopToken) -> None:
+    """Train until there is no trial left to claim, or the time is over; give trials back where it ends otherwise."""
+    try:
+        worker.train()
+    except Interrupted:
+        if stop.requested():
+            trials.give_back("interrupted")
+            raise Interrupted(INTERRUPTED) from None
+        trials.give_back("the study's time was over")
+    except StorageAway:
+        raise  # nobody could be told
+    except BaseException as error:
+        with suppress(StorageAway), search.storage.at_once():  # if nobody can be told, the lease runs out
+            trials.give_back(f"{type(error).__name__}: {error}")
+        raise
 
 
 def _deadline(plan: Plan, search: Search) -> float:
@@ -155,10 +139,9 @@ class _Worker:
         tracker: Tracker,
         progress: Progress,
         trials: Trials,
-        stopping: Callable[[], bool],
-        at_once: Callable[[], bool],
+        stop: StopToken,
     ) -> None:
-        self._plan, self._stopping, self._at_once = plan, stopping, at_once
+        self._plan, self._stop = plan, stop
         self._search, self._tracker, self._progress = search, tracker, progress
         self._task = plan.task(data.info, len(data.train))
         preprocess = plan.objective.preprocess(data.train)
@@ -185,7 +168,7 @@ class _Worker:
                     seed=self._plan.spec.seed,
                     ask=self._ask,
                     report=self._report,
-                    stopping=self._at_once,
+                    stopping=self._stop.immediate,
                 )
                 return
             except (RuntimeError, MemoryError) as error:
@@ -200,7 +183,7 @@ class _Worker:
     def _ask(self, n: int) -> list[Member]:
         """Claim up to `n` trials; all stacks are at the end of an epoch then."""
         away = self._search.storage.away_for_good
-        if self._stopping() or away:
+        if self._stop.requested() or away:
             for stack in self._stacks.active:
                 for member in stack.members:
                     self._trials[member.number].checkpoint(stack)
@@ -273,7 +256,7 @@ class _Worker:
             n_trials=n_trials,
             most=max(1, n_trials // ROUNDS) if learns else n_trials,
             seconds=math.inf if spec.timeout is None else self._search.seconds_left(spec.timeout),
-            stopping=self._stopping,
+            stopping=self._stop.requested,
         )
         if spec.stack != "auto":
             return sizing.given(spec.stack)

@@ -14,9 +14,11 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from hpo.errors import InputError, did_you_mean, masked
 from hpo.search import schema
+from hpo.search.address import exists
 from hpo.search.retrying import RetryingStorage, locked
-from hpo.search.storage import close_storage, exists, open_storage
-from hpo.study.space import Dimension, FreeSpace, Space, same
+from hpo.search.storage import close_storage, open_storage
+from hpo.study.dimension import Dimension, same
+from hpo.study.space import FreeSpace, Space
 from hpo.study.spec import Categorical
 
 
