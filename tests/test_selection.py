@@ -152,6 +152,16 @@ def test_a_bundle_that_was_deleted_is_exported_anew_and_that_is_counted(told):
     assert json.loads((done.bundle / "bundle.json").read_text())["n_test_evaluations"] == 2
 
 
+def test_what_a_peer_has_finished_since_the_study_was_seen_is_not_undone(told):
+    _, _, search = told([(0.05, 0.9, 1)])
+    seen = search.view()
+    plan, data, search = told([(0.05, 0.9, 1), (0.09, 0.95, 0)])
+    newer = Ending(plan, data, search)()
+    assert conclude(plan, data, search, MemoryTracker(), lambda: False, lambda text: None, seen) == newer
+    assert newer.number == 1
+    assert n_tests(search) == 1
+
+
 def test_another_best_trial_is_another_outcome(told):
     plan, data, search = told([(0.05, 0.9, 1)])
     assert Ending(plan, data, search)().number == 0
