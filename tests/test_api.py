@@ -25,6 +25,7 @@ PUBLIC = [
     "HpoError",
     "InputError",
     "Interrupted",
+    "LightningObjective",
     "LogitAccuracy",
     "Objective",
     "Reporter",
