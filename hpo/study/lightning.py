@@ -137,8 +137,8 @@ class LightningObjective(Objective):
         lacking = [each.name for each in keywords if each.default is each.empty and each.name not in known]
         if lacking:
             raise InputError(
-                f"{self._name}: {self.module.__name__}.__init__ demands {lacking[0]!r}, which is no param and no size of "
-                f"the data (n_features, n_classes){did_you_mean(lacking[0], list(params))}; add it to `defaults`"
+                f"{self._name}: {self.module.__name__}.__init__ demands {lacking[0]!r}, which is no param and no "
+                f"size of the data (n_features, n_classes){did_you_mean(lacking[0], list(params))}; add it to defaults"
             )
         return {each.name: known[each.name] for each in keywords if each.name in known}
 

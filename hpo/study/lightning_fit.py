@@ -88,10 +88,14 @@ class Hooks:
         """Take SIGTERM back, which Lightning would make an exit of; refuse a module without an optimizer."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._on_sigterm)
-        if self._rehearsal and module.automatic_optimization and not trainer.optimizers:
+        # where none was returned, Lightning has one of its own, of a tensor of its own
+        held = {
+            id(each) for optimizer in trainer.optimizers for group in optimizer.param_groups for each in group["params"]
+        }
+        if self._rehearsal and module.automatic_optimization and held.isdisjoint(map(id, module.parameters())):
             raise InputError(
-                f"{type(module).__name__}.configure_optimizers returns no optimizer, so nothing would be learned; "
-                "return one, or set self.automatic_optimization = False and step your own"
+                f"{type(module).__name__}.configure_optimizers returns no optimizer of the module's parameters, so nothing "
+                "would be learned; return one, or set self.automatic_optimization = False and step your own"
             )
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
