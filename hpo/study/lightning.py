@@ -84,7 +84,7 @@ class LightningObjective(Objective):
         """Return more arguments of Trainer: `gradient_clip_val`, `accumulate_grad_batches`, `callbacks`, ..."""
         return {}
 
-    def train(self, params: Params, report: Reporter) -> nn.Module:  # type: ignore[override]
+    def train(self, params: Params, report: Reporter) -> nn.Module:
         """Train the module of one trial's `params`; return its network. Raises InputError."""
         return self._fit(params, report, rehearsal=False)
 
@@ -154,12 +154,17 @@ class LightningObjective(Objective):
 
     def _network(self, module: nn.Module, base: type[nn.Module]) -> nn.Module:
         """Return the network that `network` names. Raises InputError."""
+        known = [name for name, _ in module.named_children()]
         if self.network is None:
+            if not any("forward" in vars(each) for each in type(module).__mro__ if each not in base.__mro__):
+                raise InputError(
+                    f"{self._name}: {type(module).__name__} has no forward of its own; write which attribute holds its "
+                    f'network, network = "{known[0] if known else "net"}"; its networks: {", ".join(known) or "none"}'
+                )
             return plain(module, base)
         try:
             found = attrgetter(self.network)(module)
         except AttributeError as error:
-            known = [name for name, _ in module.named_children()]
             raise InputError(
                 f'{self._name}: network = "{self.network}", but {type(module).__name__} has no such attribute'
                 f"{did_you_mean(self.network, known)}; its networks: {', '.join(known) or 'none'}"
@@ -178,7 +183,7 @@ class LightningObjective(Objective):
         def measured() -> dict[str, float]:
             network = self._network(module, base)
             with fitting.evaluating(network):
-                chunks = zip(*(x.split(fitting.EVALUATION_ROWS) for x in rows.inputs.values()), strict=True)
+                chunks = zip(*(torch.split(x, fitting.EVALUATION_ROWS) for x in rows.inputs.values()), strict=True)
                 outputs = torch.cat([prediction(network(*inputs)) for inputs in chunks])
             values = {}
             for name, metric in metrics.items():

@@ -30,7 +30,7 @@ _LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric", "pytorch_light
 
 
 def fit(
-    base: type[nn.Module],
+    base: Any,
     module: Any,
     hooks: "Hooks",
     report: Reporter,
@@ -89,10 +89,9 @@ class Hooks:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._on_sigterm)
         # where none was returned, Lightning has one of its own, of a tensor of its own
-        held = {
-            id(each) for optimizer in trainer.optimizers for group in optimizer.param_groups for each in group["params"]
-        }
-        if self._rehearsal and module.automatic_optimization and held.isdisjoint(map(id, module.parameters())):
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        trained = {id(each) for group in groups for each in group["params"]}
+        if self._rehearsal and module.automatic_optimization and trained.isdisjoint(map(id, module.parameters())):
             raise InputError(
                 f"{type(module).__name__}.configure_optimizers returns no optimizer of the module's parameters, so nothing "
                 "would be learned; return one, or set self.automatic_optimization = False and step your own"
@@ -164,7 +163,7 @@ class _Order:
         return len(self._sizes)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter(self._order().split(self._sizes))
+        return iter(torch.split(self._order(), self._sizes))
 
 
 @contextmanager

@@ -22,7 +22,7 @@ def base_of(cls: Any, where: str) -> type[nn.Module]:
         )
     for each in cls.__mro__ if isinstance(cls, type) else ():
         if each.__name__ == "LightningModule" and each.__module__.startswith(_PACKAGES):
-            return each  # type: ignore[no-any-return]
+            return each
     came = "None" if cls is None else f"the class {cls.__name__}" if isinstance(cls, type) else f"{cls!r:.60}"
     raise InputError(f"{where}: module must be the class of a LightningModule, but is {came}")
 
@@ -50,7 +50,9 @@ def plain(module: nn.Module, base: type[nn.Module]) -> nn.Module:
                 'the network into an attribute of its own, and name that (network = "net")'
             ) from None
 
-    made = type(cls.__name__, (nn.Module,), {**members, "__module__": cls.__module__, "__getattr__": lacking})()
+    made: nn.Module = type(
+        cls.__name__, (nn.Module,), {**members, "__module__": cls.__module__, "__getattr__": lacking}
+    )()
     lightnings = vars(base())
     for name, value in vars(module).items():
         if name in ("_parameters", "_buffers", "_modules") or name not in lightnings:
