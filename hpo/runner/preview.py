@@ -19,7 +19,7 @@ from hpo.runner.custom import TrialReporter
 from hpo.runner.firststep import missing_param, module_from, settings_stay, try_forward, try_measuring
 from hpo.runner.prepare import Plan, guarded
 from hpo.study.data import Data, Split
-from hpo.study.objective import Params, origin
+from hpo.study.objective import Objective, Params, origin
 from hpo.training.memory import Within
 
 _SEED = 1
@@ -29,6 +29,8 @@ class Preview:
     """Tries an objective's `preview` with a few rows, `raw` and as `preprocess` makes `batch` of them."""
 
     def __init__(self, plan: Plan, data: Data, preprocess: nn.Module, raw: Split, batch: Split) -> None:
+        assert isinstance(plan.objective, Objective)
+        self._objective: Objective = plan.objective
         self._plan, self._data, self._preprocess, self._raw, self._batch = plan, data, preprocess, raw, batch
         self._exported: set[tuple[str, ...]] = set()
 
@@ -59,7 +61,7 @@ class Preview:
         try:
             with settings_stay(plan, "train"), Within(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                network = guarded(plan, what, lambda: plan.objective.preview(params, report))
+                network = guarded(plan, what, lambda: self._objective.preview(params, report))
         except InputError as error:
             raise InputError(f"{error}{missing_param(error, params)}") from error.__cause__
         return None if network is None else module_from(plan, "preview", lambda: network)
@@ -71,7 +73,7 @@ class Preview:
     def _export(self, network: nn.Module, params: Params) -> None:
         """Export the network into a temporary folder, as it will be at the study's end. Raises InputError."""
         plan = self._plan
-        head = module_from(plan, "head", plan.objective.head)
+        head = module_from(plan, "head", self._objective.head)
         model = Model(
             preprocess=self._preprocess, network=network, head=head, params=params, info=self._data.info, about={}
         )
@@ -81,7 +83,7 @@ class Preview:
         except Exception as error:  # whatever TorchScript, the user's forward or the comparison raise
             why = str(error) if isinstance(error, HpoError) else origin(error)
             raise InputError(
-                f"objective {plan.spec.objective}: {plan.objective.returns} ({type(network).__name__}) cannot be "
+                f"objective {plan.spec.objective}: {self._objective.returns} ({type(network).__name__}) cannot be "
                 f"exported: {why}; its forward must take tensors and give a tensor by torch's own functions, the same "
                 "for the same rows, so that torch.jit can script or trace it"
             ) from error

@@ -93,8 +93,8 @@ class Hooks:
         trained = {id(each) for group in groups for each in group["params"]}
         if self._rehearsal and module.automatic_optimization and trained.isdisjoint(map(id, module.parameters())):
             raise InputError(
-                f"{type(module).__name__}.configure_optimizers returns no optimizer of the module's parameters, so nothing "
-                "would be learned; return one, or set self.automatic_optimization = False and step your own"
+                f"{type(module).__name__}.configure_optimizers returns no optimizer of the module's parameters, so "
+                "nothing would be learned; return one, or set self.automatic_optimization = False and step your own"
             )
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
