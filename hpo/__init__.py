@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hpo.report.results import Study
     from hpo.study.blocks import MLP, LogitAccuracy, Standardize, tabular_splits
     from hpo.study.data import Data, DataInfo, Split
+    from hpo.study.lightning import LightningObjective
     from hpo.study.objective import Objective, Reporter
 
 __version__ = "0.2.0"
@@ -29,6 +30,7 @@ _HOMES = {
     "hpo.report.results": ("Study",),
     "hpo.study.blocks": ("MLP", "LogitAccuracy", "Standardize", "tabular_splits"),
     "hpo.study.data": ("Data", "DataInfo", "Split"),
+    "hpo.study.lightning": ("LightningObjective",),
     "hpo.study.objective": ("Objective", "Reporter"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -41,6 +43,7 @@ __all__ = [
     "HpoError",
     "InputError",
     "Interrupted",
+    "LightningObjective",
     "LogitAccuracy",
     "Objective",
     "Reporter",

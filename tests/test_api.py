@@ -27,6 +27,7 @@ PUBLIC = [
     "HpoError",
     "InputError",
     "Interrupted",
+    "LightningObjective",
     "LogitAccuracy",
     "Objective",
     "Reporter",

@@ -37,6 +37,8 @@ HOMES = {
     "rich": {"cli"},
     "typer": {"cli.app"},
     "ray": {"runner.ray_workers"},
+    "lightning": {"study.lightning_fit"},
+    "pytorch_lightning": {"study.lightning_fit"},
 }
 
 

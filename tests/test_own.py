@@ -136,6 +136,43 @@ class TestOwnTraining:
         assert (summary(done)["test"], summary(done)["bundle"]) == ({}, None)
         assert "all 6 trials are done" in study(self.TEXT)
 
+    def test_a_nan_in_the_first_epoch_fails_that_trial_alone(self, study, tmp_path):
+        diverges = '"accuracy": accuracy if params["alpha"] < 0.5 else float("nan")'
+        (tmp_path / "own.py").write_text(OWN.replace('"accuracy": accuracy', diverges))
+        text = "objective: own.py\nepochs: 2\ntrials: 2\ntracking: off\nsampler: grid\n"
+        result = summary(study(text + "params: {alpha: {type: categorical, choices: [0.1, 0.9]}}\n"))
+        assert (result["trials"]["complete"], result["trials"]["failed"]) == (1, 1)
+
+    @pytest.mark.parametrize(
+        ("preview", "said"),
+        [
+            ("nn.Linear(4, 2)", None),
+            ("None", None),
+            ("nn.Linear(3, 2)", "forward failed: RuntimeError"),
+            ("nn.Linear(4, 1)", "metric accuracy failed"),
+            ("Odd()", "the network that train returns (Odd) cannot be exported: "),
+            ("3", "preview must return a torch.nn.Module, but returned 3"),
+            ("nn.Linear(params['n'], 2)", "failed: KeyError: 'n'"),
+        ],
+    )
+    def test_its_preview_is_tried_before_the_first_trial(self, study, tmp_path, preview, said):
+        odd = """
+class Odd(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 2)
+
+    def forward(self, x):
+        return super().forward(x) + float(x.sum())
+
+class Own("""
+        method = f"    def preview(self, params, report):\n        return {preview}\n\n    def train("
+        (tmp_path / "own.py").write_text(OWN.replace("    def train(", method).replace("\nclass Own(", odd))
+        if said is None:
+            assert "nothing is wrong" in study(self.TEXT, "check")
+        else:
+            assert said in study(self.TEXT, "check", call=refused)
+            assert said in study(self.TEXT, call=refused)
+
     def test_a_bug_costs_no_trial(self, study, tmp_path):
         (tmp_path / "own.py").write_text(OWN.replace("network = nn.Linear(4, 2)", "raise KeyError('mine')"))
         with pytest.raises(KeyError, match="mine"):

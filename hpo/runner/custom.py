@@ -102,10 +102,11 @@ class CustomTraining:
 
         report = TrialReporter(plan, self._train, self._valid, plan.spec.epochs, member.seed, told)
         train_custom(plan, member.params, report)
+        if trial.ended:  # by its last epoch, the pruner, or a fault of its first epoch
+            return
         if not trial.has_reported:
             raise InputError(f"objective {plan.spec.objective}: train returned without having called report")
-        if not trial.ended:
-            trial.conclude()  # it had enough before its epochs were over
+        trial.conclude()  # it had enough before its epochs were over
 
     def _call(self, function: Function, trial: TrialRun) -> None:
         plan, number = self._plan, trial.member.number

@@ -5,7 +5,8 @@ guess which tensor was meant.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -44,11 +45,17 @@ def came(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
+def try_forward(plan: Plan, module: nn.Module, batch: Split) -> Any:
+    """Return `module`'s outputs of `batch`, in the mode that it is in. Raises InputError."""
+    outputs = _called(plan, "forward", lambda: module(*batch.inputs.values()), batch.inputs)
+    _require_outputs(plan, outputs, len(batch))
+    return outputs
+
+
 def try_step(plan: Plan, module: nn.Module, optimizer: Any, batch: Split, params: Params) -> Any:
     """Train `module` on `batch`, once; return its outputs. Raises InputError."""
     module.train()
-    outputs = _called(plan, "forward", lambda: module(*batch.inputs.values()), batch.inputs)
-    _require_outputs(plan, outputs, len(batch))
+    outputs = try_forward(plan, module, batch)
     _refuse_all_pairs(plan, outputs, batch.targets, params)
     given = _given(outputs, batch.targets)
     loss = _called(plan, "loss", lambda: plan.objective.loss(outputs, batch.targets, params), given, params)
@@ -206,3 +213,24 @@ def _require_number(plan: Plan, name: str, value: Any) -> None:
         f"objective {plan.spec.objective}: metric {name} must give one number, but gives {came(value)}; have it take "
         'an average (average="macro", multioutput="uniform_average")'
     )
+
+
+_SETTINGS: Mapping[str, Callable[[], Any]] = {
+    "torch's default dtype": torch.get_default_dtype,
+    "whether torch computes gradients": torch.is_grad_enabled,
+    "torch's number of threads": torch.get_num_threads,
+    "torch's determinism": torch.are_deterministic_algorithms_enabled,
+}
+
+
+@contextmanager
+def settings_stay(plan: Plan, what: str) -> Iterator[None]:
+    """Raise InputError where the user's code changes what holds for the whole process: other trials train in it too."""
+    before = {name: look() for name, look in _SETTINGS.items()}
+    yield
+    for name, look in _SETTINGS.items():
+        if look() != before[name]:
+            raise InputError(
+                f"objective {plan.spec.objective}: {what} changes {name} from {before[name]} to {look()}; "
+                "set it back, other trials train in the same process"
+            )

@@ -4,18 +4,18 @@ What would otherwise fail, or silently go wrong, in the middle of a study is sai
 that is not one number, a `build` that gives another network each time, code that changes torch's settings or seeds.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from hpo.errors import InputError
-from hpo.runner.firststep import missing_param, module_from, try_measuring, try_step
+from hpo.runner.firststep import missing_param, module_from, settings_stay, try_measuring, try_step
 from hpo.runner.prepare import Plan, guarded
+from hpo.runner.preview import Preview
 from hpo.study.data import Data, Split
-from hpo.study.objective import Params
+from hpo.study.objective import Objective, Params
 from hpo.training import optim
 from hpo.training.faults import fault_of
 from hpo.training.memory import Within
@@ -24,32 +24,47 @@ from hpo.training.memory import Within
 def preflight(plan: Plan, data: Data, say: Callable[[str], None] = lambda text: None) -> nn.Module | None:
     """Build a network and its optimizer for every corner of the space, and train the first on one batch.
 
-    Return the first; None where the objective trains in its own way. `say` is told of corners that are
-    infeasible, or that the machine has no memory for: such trials will be ended, the others not. Raises InputError.
+    Return the first; None where the objective trains in its own way and has no `preview` of it. `say` is told of
+    corners that are infeasible, or that the machine has no memory for: such trials will be ended, the others not.
+    Raises InputError.
     """
     objective = plan.objective
-    if objective.train is not None:
+    if objective.train is not None and type(objective).preview is Objective.preview:
         return None
     preprocess = module_from(plan, "preprocess", lambda: objective.preprocess(data.train))
     head = Split(inputs={n: x[:8] for n, x in data.train.inputs.items()}, targets=data.train.targets[:8])
     batch = guarded(plan, "preprocess", lambda: head.through(preprocess))
-    first = outputs = None
-    losses: dict[Any, Params] = {}
+    if objective.train is not None:
+        return _each_corner(plan, Preview(plan, data, preprocess, head, batch), say)[0]
+    first, outputs = _each_corner(
+        plan, lambda params, is_first: _try_corner(plan, data, params, batch if is_first else None), say
+    )
+    losses = {params.get("loss"): params for params in reversed(plan.space.corners())}
+    try_measuring(plan, data, outputs, batch, reversed(losses.values()))
+    return first
+
+
+def _each_corner(
+    plan: Plan, attempt: Callable[[Params, bool], tuple[nn.Module | None, Any]], say: Callable[[str], None]
+) -> tuple[nn.Module | None, Any]:
+    """Return what `attempt` makes of the first corner of the space (told so), once it has made something of each.
+
+    Corners that would end their own trial only are told by `say`. Raises InputError.
+    """
+    first: tuple[nn.Module | None, Any] | None = None
     infeasible: list[InputError] = []
     for params in plan.space.corners():
-        losses.setdefault(params.get("loss"), params)
         try:
-            made = _try_corner(plan, data, params, batch if first is None else None)
+            made = attempt(params, first is None)
         except InputError as error:
             if error.__cause__ is None or fault_of(error.__cause__, plan.spec.catch, "") is None:
                 raise
             infeasible.append(error)
         else:
-            first, outputs = (first, outputs) if first is not None else made
+            first = first or made
             del made  # a network may be large: one is kept
     if first is None:
         raise InputError(f"no corner of the space can be trained; {infeasible[0]}") from infeasible[0]
-    try_measuring(plan, data, outputs, batch, losses.values())
     if infeasible:
         more = f" (and so for {len(infeasible) - 1} more corners of the space)" if len(infeasible) > 1 else ""
         say(f"{infeasible[0]}{more}: such trials will be ended, the others will be trained")
@@ -62,7 +77,7 @@ def _try_corner(plan: Plan, data: Data, params: Params, batch: Split | None) -> 
     shown = ", ".join(f"{name}={value}" for name, value in searched) or "its fixed params"
 
     def build() -> nn.Module:
-        with _settings_stay(plan, "build"), Within():
+        with settings_stay(plan, "build"), Within():
             return module_from(plan, f"build with {shown}", lambda: plan.objective.build(params, data.info))
 
     try:
@@ -75,7 +90,7 @@ def _try_corner(plan: Plan, data: Data, params: Params, batch: Split | None) -> 
     optimizer = guarded(plan, made, lambda: optim.make(params, module.parameters()))
     if batch is None:
         return module, None
-    with _settings_stay(plan, "a training step"):
+    with settings_stay(plan, "a training step"):
         return module, try_step(plan, module, optimizer, batch, params)
 
 
@@ -108,24 +123,3 @@ def _name(module: nn.Module) -> str:
 
 def _shape(tensor: torch.Tensor) -> torch.Size:
     return tensor.shape
-
-
-_SETTINGS: Mapping[str, Callable[[], Any]] = {
-    "torch's default dtype": torch.get_default_dtype,
-    "whether torch computes gradients": torch.is_grad_enabled,
-    "torch's number of threads": torch.get_num_threads,
-    "torch's determinism": torch.are_deterministic_algorithms_enabled,
-}
-
-
-@contextmanager
-def _settings_stay(plan: Plan, what: str) -> Iterator[None]:
-    """Raise InputError where the user's code changes what holds for the whole process: other trials train in it too."""
-    before = {name: look() for name, look in _SETTINGS.items()}
-    yield
-    for name, look in _SETTINGS.items():
-        if look() != before[name]:
-            raise InputError(
-                f"objective {plan.spec.objective}: {what} changes {name} from {before[name]} to {look()}; "
-                "set it back, other trials train in the same process"
-            )

@@ -141,6 +141,19 @@ class Objective(ABC):
     """In place of `build` and `loss`: an objective's own training of one trial's params, in whatever way. It calls
     `report` after each epoch until that says no, and returns a network to be tested and exported, or None."""
 
+    def preview(self, params: Params, report: Reporter) -> nn.Module | None:
+        """Return the network that `train` would return for `params`; None: nothing is known before the first trial.
+
+        Optional, for objectives with their own `train`: what cannot be trained, or exported, is then refused before
+        anything runs. `report` has a few rows and one epoch; an error that is raised here is shown as it is.
+        """
+        return None
+
+    @property
+    def returns(self) -> str:
+        """What messages call the network that `train` returns."""
+        return "the network that train returns"
+
     def preprocess(self, train: Split) -> nn.Module:
         """Return a module without parameters that takes raw inputs to what the network takes.
 

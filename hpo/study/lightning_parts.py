@@ -1,0 +1,99 @@
+"""What is taken out of Lightning's classes: a module's network without Lightning in it, a datamodule's rows."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from hpo.errors import DataError, InputError
+from hpo.study.data import Split
+
+_PACKAGES = ("lightning.pytorch.", "pytorch_lightning.")
+
+
+def base_of(cls: Any, where: str) -> type[nn.Module]:
+    """Return the LightningModule that `cls` is a child of. Raises InputError where it is not one's class."""
+    if isinstance(cls, nn.Module):
+        name = type(cls).__name__
+        raise InputError(
+            f"{where}: module must be the class {name}, but is an instance of it; each trial makes its own: "
+            f"write module = {name}, and its arguments as `defaults`"
+        )
+    for each in cls.__mro__ if isinstance(cls, type) else ():
+        if each.__name__ == "LightningModule" and each.__module__.startswith(_PACKAGES):
+            return each
+    came = "None" if cls is None else f"the class {cls.__name__}" if isinstance(cls, type) else f"{cls!r:.60}"
+    raise InputError(f"{where}: module must be the class of a LightningModule, but is {came}")
+
+
+def plain(module: nn.Module, base: type[nn.Module]) -> nn.Module:
+    """Return `module` itself, or, if it is a LightningModule (`base`), a network with its forward and its weights.
+
+    That has the layers, the tensors, the plain attributes and the methods of the user's own classes, and nothing of
+    Lightning's: a forward that needs a Trainer cannot be exported, and says so.
+    """
+    if not isinstance(module, base):
+        return module
+    cls = type(module)
+    own = [each for each in reversed(cls.__mro__) if each not in base.__mro__]
+    members = {name: value for each in own for name, value in vars(each).items() if not name.startswith("__")}
+
+    def lacking(self: nn.Module, name: str) -> Any:
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            if not hasattr(base, name):
+                raise
+            raise AttributeError(
+                f"forward of {cls.__name__} uses self.{name}, which is Lightning's and not in an exported network; put "
+                'the network into an attribute of its own, and name that (network = "net")'
+            ) from None
+
+    made: nn.Module = type(
+        cls.__name__, (nn.Module,), {**members, "__module__": cls.__module__, "__getattr__": lacking}
+    )()
+    lightnings = vars(base())
+    for name, value in vars(module).items():
+        if name in ("_parameters", "_buffers", "_modules") or name not in lightnings:
+            made.__dict__[name] = value
+    made.__dict__["hparams"] = module.hparams
+    made.training = module.training
+    return made
+
+
+def split_of(datamodule: Any, kind: str) -> Split:
+    """Return the rows of a datamodule's `kind` (train, val, test) of dataloader, each once and in order."""
+    name = type(datamodule).__name__
+    try:
+        loader = getattr(datamodule, f"{kind}_dataloader")()
+    except Exception as error:
+        if type(error).__name__ != "MisconfigurationException":
+            raise
+        loader = None
+    dataset = getattr(loader, "dataset", None)
+    if dataset is None:
+        came = "none" if loader is None else f"a {type(loader).__name__}"
+        raise DataError(
+            f"{name}.{kind}_dataloader must return one DataLoader, but there is {came}; a study trains on train, "
+            "chooses on val and tests once on test"
+        )
+    inputs: dict[str, list[Tensor]] = {}
+    targets: list[Tensor] = []
+    for batch in DataLoader(dataset, batch_size=256):
+        *parts, target = batch.values() if isinstance(batch, dict) else batch
+        names = list(batch)[:-1] if isinstance(batch, dict) else _names(len(parts))
+        for each, part in zip(names, parts, strict=True):
+            inputs.setdefault(each, []).append(_single(part))
+        targets.append(_single(target))
+    y = torch.cat(targets)
+    rows = {each: torch.cat(parts) for each, parts in inputs.items()}
+    return Split(inputs=rows, targets=y.unsqueeze(1) if y.is_floating_point() and y.ndim == 1 else y)
+
+
+def _names(n: int) -> list[str]:
+    return ["features"] if n == 1 else [f"input{index}" for index in range(n)]
+
+
+def _single(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.float64 else x
