@@ -19,7 +19,8 @@ from hpo.runner.custom import TrialReporter
 from hpo.runner.firststep import missing_param, module_from, settings_stay, try_forward, try_measuring
 from hpo.runner.prepare import Plan, guarded
 from hpo.study.data import Data, Split
-from hpo.study.objective import Objective, Params, origin
+from hpo.study.loading import origin
+from hpo.study.objective import Objective, Params
 from hpo.training.memory import Within
 
 _SEED = 1
