@@ -1,3 +1,4 @@
+
 """A line through 300 points: the smallest whole objective."""
 
 import os
