@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,7 @@ def test_check_shows_space_model_and_data_and_leaves_no_study(study: Write) -> N
         "nothing is wrong",
     ):
         assert text in output
-    with sqlite3.connect("mlruns/optuna.db") as db:
+    with closing(sqlite3.connect("mlruns/optuna.db")) as db:
         assert db.execute("select count(*) from studies").fetchone() == (0,)
 
 
@@ -216,11 +217,11 @@ def test_a_storage_that_is_no_database_or_another_programs_is_left_as_it_was(stu
     Path("letter.db").write_text("Dear Sir")
     assert "is it a database at all?" in refused("run", study(), "--storage", "sqlite:///letter.db")
     assert Path("letter.db").read_text() == "Dear Sir"
-    with sqlite3.connect("shop.db") as db:
+    with closing(sqlite3.connect("shop.db")) as db, db:
         db.execute("create table customers (name text)")
     message = refused("run", study(), "--storage", "sqlite:///shop.db")
     assert "is another program's database (it has tables customers, but none of Optuna's)" in message
-    with sqlite3.connect("shop.db") as db:
+    with closing(sqlite3.connect("shop.db")) as db, db:
         assert db.execute("select name from sqlite_master").fetchall() == [("customers",)]
 
 
@@ -297,7 +298,7 @@ def test_what_could_not_be_sent_is_sent_by_a_run_of_the_finished_study(study: Wr
     assert list(Path("mlruns/unsent").iterdir())
     assert "all 3 trials are done" in run_hpo("run", path).stdout
     assert not list(Path("mlruns/unsent").iterdir())
-    with sqlite3.connect("mlruns/mlflow.db") as db:
+    with closing(sqlite3.connect("mlruns/mlflow.db")) as db:
         assert db.execute("select name, status from runs order by name").fetchall() == [
             ("study", "FINISHED"),
             *[(f"trial {i}", "FINISHED") for i in range(3)],

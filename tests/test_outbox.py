@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -386,9 +387,8 @@ def test_a_commit_is_in_the_file_at_once(tmp_path: Path) -> None:
     copy = tmp_path / "copy.sqlite"
     for side in ("", "-wal"):
         copy.with_name(f"{copy.name}{side}").write_bytes(box.file.with_name(f"{box.file.name}{side}").read_bytes())
-    with sqlite3.connect(copy) as database:
+    with closing(sqlite3.connect(copy)) as database:
         assert database.execute("select trial from items").fetchall() == [(4,)]
-    database.close()
     drained(box)
     box.close()
 

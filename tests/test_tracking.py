@@ -7,7 +7,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,7 +34,7 @@ def mlflow(here: None, tmp_path: Path) -> Iterator[MlflowTracker]:
 
 
 def query(sql: str) -> list[tuple]:
-    with sqlite3.connect("mlruns/mlflow.db") as db:
+    with closing(sqlite3.connect("mlruns/mlflow.db")) as db:
         return db.execute(sql).fetchall()
 
 

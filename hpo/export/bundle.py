@@ -136,6 +136,8 @@ def require_place(folder: Path) -> None:
     """Raise InputError where `--out folder` is no place for a bundle: it would replace anything else, or cannot be."""
     try:
         place = folder.resolve()
+        if place.is_symlink():  # from Python 3.13 on, links that lead to each other are not an error
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         if place.exists() and not place.is_dir():
             raise InputError(f"--out {folder}: is a file; give a folder")
         foreign = sorted({file.name for file in place.iterdir()} - set(FILES)) if place.exists() else []
