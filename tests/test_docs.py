@@ -26,6 +26,7 @@ import yaml
 import hpo
 from hpo.cli.app import app
 from hpo.study import spec
+from hpo.study.draft import read
 from tests.cli import invoke
 from tests.conftest import ROOT, run_hpo
 
@@ -132,7 +133,7 @@ def test_study_files_have_no_faults(block: Block, tmp_path: Path, monkeypatch: p
     path = tmp_path / "study.yaml"
     with_objective = re.search(r"^objective:", block.text, re.M)
     path.write_text(block.text if with_objective else f"objective: breast_cancer\n{block.text}")
-    draft = spec.read(path)
+    draft = read(path)
     assert not draft.faults, draft.document.render(draft.faults)
 
 
@@ -339,7 +340,7 @@ def test_modules_that_the_architecture_page_names_exist() -> None:
         *re.findall(r"`(\w+)/(\w+)\.py`", text),
         *((package, module) for package, module in re.findall(r"`(\w+)\.(\w+)(?:\.[A-Z]\w+)?`", text)),
     ]
-    ours = [(package, module) for package, module in named if package in packages]
+    ours = [each for each in named if each[0] in packages and each[1] != "NAME"]
     assert len(ours) > 20
     for package, module in ours:
         assert (ROOT / "hpo" / package / f"{module}.py").is_file(), f"{package}.{module}"
