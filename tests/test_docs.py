@@ -157,12 +157,9 @@ def test_the_study_file_page_is_made_from_the_code() -> None:
     assert "`or`\n: *number; optional.*" in page
 
 
-WITHOUT_DOCSTRING = {"epochs", "seed", "sampler", "pruner", "storage", "tracking", "device", "loading"}
-"""Keys that say nothing of themselves yet; there must not be more."""
-
-
 def test_the_keys_of_the_study_file_have_docstrings() -> None:
-    assert set(generated.missing_docstrings("StudySpec")) <= WITHOUT_DOCSTRING
+    for name in ("StudySpec", "Loading"):
+        assert not generated.missing_docstrings(name), name
 
 
 def test_samplers_and_pruners_on_the_search_page_are_those_there_are() -> None:
