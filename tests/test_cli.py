@@ -56,7 +56,7 @@ def test_an_exit_status_for_each_end(study: Write) -> None:
     failing = run_hpo("run", path, "--set", "params.kind=nan", "--set", "name=nan", "--json")
     assert failing.returncode == 1
     assert (
-        "hpo: study 'nan' has no complete trial to choose from: 0 pruned, 3 failed, 0 not begun; "
+        "hpo: study 'nan' has no complete trial to choose from: 0 pruned, 3 failed, 0 not started; "
         "the last one failed: train_loss became nan in epoch 1"
     ) in failing.stderr
     assert "Traceback" not in failing.stderr
@@ -95,7 +95,7 @@ def test_export_any_trial_and_refuse_what_is_none(study: Write) -> None:
     assert json.loads(Path("one/bundle.json").read_text())["trial"] == 1
     assert (
         refused("export", path, "--trial", 9)
-        == "--trial 9: is no complete trial of study 'study'; complete are: 0, 1, 2"
+        == "--trial 9: is not a complete trial of study 'study'; complete are: 0, 1, 2"
     )
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("years of work")

@@ -88,11 +88,11 @@ def test_a_trial_that_resumes_from_a_checkpoint_has_the_epochs_before_it(study, 
     asked = worker._Worker._report
     epochs = []
 
-    def interrupted_after_three(self, stack, member, metrics):
-        epochs.append(metrics)
+    def interrupted_after_three(self, stack, results):
+        epochs.extend(results.values())
         if len(epochs) == 4:
             raise RuntimeError("a bug")
-        return asked(self, stack, member, metrics)
+        return asked(self, stack, results)
 
     monkeypatch.setattr(worker._Worker, "_report", interrupted_after_three)
     with pytest.raises(RuntimeError, match="a bug"):

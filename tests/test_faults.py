@@ -269,7 +269,7 @@ def test_without_catch_it_is_said_before_anything_runs():
 
 def test_a_space_that_is_infeasible_as_a_whole_is_said():
     message = network("build", "optuna.TrialPruned", 1, "params: {width: {type: int, low: 5, high: 8}}\n", call=refused)
-    assert "no corner of the space can be trained" in message
+    assert "no extreme configuration of the space can be trained" in message
 
 
 def test_three_networks_that_fail_alike_stop_the_study():

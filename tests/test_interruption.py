@@ -51,7 +51,7 @@ def test_a_signal_gives_the_trial_back_and_a_second_run_goes_on(study: Callable[
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "interrupted; the running trials were given back, run the same command again to go on" in err
+    assert "interrupted; the running trials were given back, run the same command again to resume" in err
     assert "Traceback" not in err
     assert (0, "FAIL") in states()
     assert attribute(0, "error") == "interrupted"

@@ -73,7 +73,7 @@ def test_a_signal_stops_all_workers_and_a_second_run_goes_on_from_their_checkpoi
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert time.monotonic() - begun < 30
-    assert "run the same command again to go on" in err
+    assert "run the same command again to resume" in err
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     assert len(list(Path("mlruns/checkpoints/study").glob("place-*.pt"))) == 2
 

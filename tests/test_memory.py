@@ -105,8 +105,9 @@ def test_check_says_which_corners_are_too_large_and_refuses_a_space_that_is_so_a
     assert "nothing is wrong" in output
     path = huge(f"{TEXT}params: {{width: {{type: int, low: 2000, high: 3000}}}}\n")
     for command in ("check", "run"):
-        assert "no corner of the space can be trained; objective huge.py: build with width=2000" in refused(
-            command, path
+        assert (
+            "no extreme configuration of the space can be trained; objective huge.py: build with width=2000"
+            in refused(command, path)
         )
 
 

@@ -112,7 +112,7 @@ class TestOwnTraining:
         ("old", "new", "said"),
         [
             ('report({"accuracy"', 'report({"acc"', "reported acc, train_rows, but the study's metric is accuracy"),
-            ("if not report(", "if [] is report(", "went on after report had said no; return when it"),
+            ("if not report(", "if [] is report(", "continued after report returned False; return when it"),
             ("for _ in", "return None\n        for _ in", "train returned without having called report"),
             ("return network", "return 3", "train must return a network (nn.Module) or None, but got 3"),
             ('"accuracy": accuracy', '"accuracy": "high"', "must report numbers by name"),

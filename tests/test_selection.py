@@ -87,7 +87,7 @@ def test_the_best_params_are_trained_on_train_and_validation_for_the_best_epochs
         "loss": pytest.approx(residual.mean().item(), rel=1e-3),
         "r2": pytest.approx(1 - (residual.sum() / variance).item(), abs=1e-4),
     }
-    assert ending.notes[0] == f"training the params of trial 1 anew on train + validation, {epochs} epochs"
+    assert ending.notes[0] == f"training the params of trial 1 from scratch on train + validation, {epochs} epochs"
     about = json.loads((done.bundle / "bundle.json").read_text())
     assert (about["epochs"], about["trial"], about["trained_on"]) == (epochs, 1, ["train", "valid"])
     assert about["metrics"] == {"of_the_trial": {"valid_r2": 0.9}, "test": dict(done.test)}
@@ -98,7 +98,7 @@ def test_a_trial_that_ended_early_by_patience_is_trained_anew_for_as_long_as_it_
     plan, data, search = told([(0.05, 0.9, 2)], EPOCHS + "value: last\npatience: 1\n")
     ending = Ending(plan, data, search)
     ending()
-    assert ending.notes[0] == "training the params of trial 0 anew on train + validation, 3 epochs"
+    assert ending.notes[0] == "training the params of trial 0 from scratch on train + validation, 3 epochs"
 
 
 class Two(nn.Module):
@@ -197,7 +197,7 @@ def test_an_interrupted_refit_leaves_nothing_and_reads_no_test(told):
 def test_a_refit_that_fails_says_so_and_reads_no_test(told, tmp_path, kind, reason):
     params = f"params: {{kind: {kind}, learning_rate: {{type: float, low: 0.01, high: 0.1}}}}\n"
     plan, data, search = told([(0.05, 0.9, 1)], EPOCHS + params)
-    with pytest.raises(ExportError, match=f"^trial 0, trained anew on train \\+ validation, failed: {reason}"):
+    with pytest.raises(ExportError, match=f"^trial 0, trained from scratch on train \\+ validation, failed: {reason}"):
         finish(plan, data, search, search.best(), tmp_path / "b", lambda: False, lambda text: None)
     assert n_tests(search) == 0
     assert not (tmp_path / "b").exists()
@@ -207,6 +207,6 @@ def test_a_refit_whose_network_does_not_fit_says_so(told, tmp_path):
     plan, data, search = told([(0.05, 0.9, 1)])
     best = search.best()
     plan.objective.build = lambda params, info: torch.empty(10**14)
-    message = r"^trial 0, trained anew on train \+ validation, failed: out of memory on cpu: "
+    message = r"^trial 0, trained from scratch on train \+ validation, failed: out of memory on cpu: "
     with pytest.raises(ExportError, match=message):
         finish(plan, data, search, best, tmp_path / "b", lambda: False, lambda text: None)

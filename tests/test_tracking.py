@@ -109,7 +109,7 @@ def test_a_tracker_that_fails_says_it_once_and_sends_everything_later(
     tell(_Server("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", warnings.append))
     assert len(warnings) == 1
     assert "sqlite:///mlruns/mlflow.db does not work (ConnectionError: http://bob:***@h:5000 refused)" in warnings[0]
-    assert "training goes on, and what could not be sent is kept in" in warnings[0]
+    assert "training continues, and what could not be sent is kept in" in warnings[0]
     (unsent,) = (tmp_path / "unsent/s").iterdir()
     assert b"s3cret" not in unsent.read_bytes()
 

@@ -209,7 +209,7 @@ def test_when_the_time_is_over_the_running_trial_is_given_back_and_no_other_begu
 
 def test_a_stop_gives_the_running_trial_back_with_its_params_and_seed(run):
     stopped = run("trials: 2\npruner: none")
-    with pytest.raises(Interrupted, match="the running trials were given back, run the same command again to go on"):
+    with pytest.raises(Interrupted, match="the running trials were given back, run the same command again to resume"):
         stopped.work(stop=StopWhen(lambda: len(stopped.screen.epochs) == 3))
     assert stopped.tracker.ended == {0: ("COMPLETE", None), 1: ("INTERRUPTED", "interrupted")}
     assert stopped.attrs[1]["error"] == "interrupted"
@@ -222,7 +222,7 @@ def test_a_stop_gives_the_running_trial_back_with_its_params_and_seed(run):
 def test_a_stop_before_the_first_trial_begins_none(run):
     stopped = run()
     with pytest.raises(
-        Interrupted, match="interrupted; the running trials were given back, run the same command again to go on"
+        Interrupted, match="interrupted; the running trials were given back, run the same command again to resume"
     ):
         stopped.work(stop=StopWhen(lambda: True))
     assert (stopped.states, stopped.screen.started) == ([], [])

@@ -30,7 +30,7 @@ Tracking = Annotated[str | None, typer.Option(help="MLflow's address, e.g. http:
 Device = Annotated[str | None, typer.Option(help="auto, cuda, cuda:1, mps or cpu.")]
 Stack = Annotated[str | None, typer.Option(help="auto, or how many trials to train at once, as one stack.")]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Lay a value over the file's; repeatable.")
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the file; repeatable.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object, on the last line of stdout.")]
 
@@ -49,7 +49,7 @@ def run(
     set_: Set = None,
     json_: Json = False,
 ) -> None:
-    """Search, then train the best params anew, test and export them. Run again, it goes on.
+    """Search, then train the best params from scratch, test and export them. Run again to resume.
 
     Example: hpo run studies/breast_cancer.yaml --trials 20 --set params.batch_size=32
     """
@@ -106,7 +106,7 @@ def worker(
 def repair(
     study: Study, storage: Storage = None, tracking: Tracking = None, set_: Set = None, json_: Json = False
 ) -> None:
-    """Free the places of trials whose workers died, and end the MLflow runs that they left open.
+    """Free the budget slots of trials whose workers died, and end the MLflow runs that they left open.
 
     Example: hpo repair studies/breast_cancer.yaml --storage postgresql://host/hpo
     """
@@ -167,7 +167,7 @@ def export(
     set_: Set = None,
     json_: Json = False,
 ) -> None:
-    """Train a trial's params anew on train + validation, test and export them.
+    """Train a trial's params from scratch on train + validation, test and export them.
 
     Example: hpo export studies/breast_cancer.yaml --trial 7 --out model/
     """
@@ -185,7 +185,7 @@ def adopt(
     storage: Storage = None,
     set_: Set = None,
 ) -> None:
-    """Give a study the trials of an existing Optuna study, as history for its sampler; they are no trials of its own.
+    """Give a study the trials of an existing Optuna study, as history for its sampler; they take no slot of its budget.
 
     Example: hpo adopt wine.yaml --from sqlite:///old.db --study first_try
     """
@@ -242,7 +242,8 @@ def main() -> None:
             sys.exit(1)
         lines = [line for e in (error.__cause__, error) if e is not None for line in str(e).splitlines()[:1]]
         print(
-            f"hpo: the storage failed: {masked('; '.join(lines))}; run the same command again to go on", file=sys.stderr
+            f"hpo: the storage failed: {masked('; '.join(lines))}; run the same command again to resume",
+            file=sys.stderr,
         )
         sys.exit(1)
     except KeyboardInterrupt:

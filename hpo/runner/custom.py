@@ -30,7 +30,7 @@ class TrialReporter:
     def __call__(self, metrics: Mapping[str, float]) -> bool:
         where = f"objective {self._plan.spec.objective}: train"
         if self._over:
-            raise InputError(f"{where} went on after report had said no; return when it gives False")
+            raise InputError(f"{where} continued after report returned False; return when it gives False")
         try:
             named = {n if n.startswith("train_") else f"valid_{n}": float(value) for n, value in metrics.items()}
         except (AttributeError, TypeError, ValueError):

@@ -95,7 +95,7 @@ class Workers:
         self._claimed = claimed
         if self._deaths >= DEATHS:
             self.stop()
-            said = process.said() or "it said nothing; where memory runs out, the system kills with signal 9"
+            said = process.said() or "it printed nothing; where memory runs out, the system kills with signal 9"
             raise HpoError(
                 f"workers were killed {self._deaths} times, the last by signal {signal_number}, before they claimed a "
                 f"trial; none is lost. Worker {place}, before it was killed:\n{said}"

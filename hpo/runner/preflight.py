@@ -64,7 +64,7 @@ def _each_corner(
             first = first or made
             del made  # a network may be large: one is kept
     if first is None:
-        raise InputError(f"no corner of the space can be trained; {infeasible[0]}") from infeasible[0]
+        raise InputError(f"no extreme configuration of the space can be trained; {infeasible[0]}") from infeasible[0]
     if infeasible:
         more = f" (and so for {len(infeasible) - 1} more corners of the space)" if len(infeasible) > 1 else ""
         say(f"{infeasible[0]}{more}: such trials will be ended, the others will be trained")

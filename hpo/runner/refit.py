@@ -1,4 +1,4 @@
-"""After the search: the best params are trained anew on train + validation, tested once, and exported."""
+"""After the search: the best params are trained from scratch on train + validation, tested once, and exported."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -171,13 +171,13 @@ def finish(
     stopping: Callable[[], bool],
     note: Callable[[str], None],
 ) -> Outcome:
-    """Train `best`'s params anew on train + validation, evaluate on the test set once, export to `folder`.
+    """Train `best`'s params from scratch on train + validation, evaluate on the test set once, export to `folder`.
 
     Every reading of the test set is counted in the study's attributes. Raises ExportError, Interrupted.
     """
     whole = plan.spec.value == "last" and plan.spec.patience is None
     epochs = plan.spec.epochs if whole else best.epoch + 1
-    note(f"training the params of trial {best.number} anew on train + validation, {epochs} epochs")
+    note(f"training the params of trial {best.number} from scratch on train + validation, {epochs} epochs")
     data_refit = data.for_refit()
     preprocess = plan.objective.preprocess(data_refit.train)
     task = plan.task(data.info, len(data_refit.train))
@@ -244,7 +244,7 @@ def _refit(
         stopping=stopping,
     )
     if member.fault is not None or network is None:
-        raise ExportError(f"trial {best.number}, trained anew on train + validation, failed: {member.fault}")
+        raise ExportError(f"trial {best.number}, trained from scratch on train + validation, failed: {member.fault}")
     return network
 
 

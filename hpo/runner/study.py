@@ -140,7 +140,7 @@ def _run(
 def _remember(plan: Plan, search: Search) -> None:
     """Store what workers without a study file need; say so where the objective's code is another one by now."""
     if source_differs(plan, search):
-        log.warning("the objective's code has changed since the study began: its earlier trials may not compare")
+        log.warning("the objective's code has changed since the study began: its earlier trials may not be comparable")
         search.remember(schema.CODE, source_fingerprint(plan.given))
     search.remember(schema.STUDY_FILE, plan.document.as_json(without=("storage",)))
 
@@ -244,7 +244,7 @@ def _no_such_trial(seen: StudyView, study: str, number: int | None) -> str:
     if number is None:
         return f"study {study!r} has no complete trial yet, so there is nothing to export"
     some = ", ".join(map(str, complete[:20])) or "none"
-    return f"--trial {number}: is no complete trial of study {study!r}; complete are: {some}"
+    return f"--trial {number}: is not a complete trial of study {study!r}; complete are: {some}"
 
 
 def _tags(plan: Plan) -> dict[str, str]:
@@ -264,5 +264,5 @@ def _why_no_best(seen: StudyView, study: str) -> str:
     last = f"; the last one failed: {reasons[-1]}" if reasons else ""
     return (
         f"study {study!r} has no complete trial to choose from: {counts.pruned} pruned, "
-        f"{counts.failed} failed, {counts.waiting} not begun{last}"
+        f"{counts.failed} failed, {counts.waiting} not started{last}"
     )

@@ -39,7 +39,7 @@ ROUNDS = 4
 """Into how many rounds `stack: auto` divides a study at the least whose sampler learns from the trials before."""
 _EXAMPLE_ROWS = 8
 _DRAWS = 64
-INTERRUPTED = "interrupted; the running trials were given back, run the same command again to go on"
+INTERRUPTED = "interrupted; the running trials were given back, run the same command again to resume"
 
 
 def work(
@@ -190,7 +190,7 @@ class _Worker:
             if away:
                 raise StorageAway(
                     f"the storage has been away for {self._plan.spec.outage:g} s: the running trials are kept in "
-                    "checkpoints; run the same command again to go on"
+                    "checkpoints; run the same command again to resume"
                 )
             raise Interrupted("interrupted")
         training = any(stack.members for stack in self._stacks.active)

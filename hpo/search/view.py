@@ -71,7 +71,7 @@ def foreign(number: int, spec: StudySpec, wrong: str) -> StorageError:
     """Return the error for a trial that hpo cannot have written."""
     return StorageError(
         f"trial {number} of study {spec.name!r} in {spec.storage}: {wrong}; hpo did not "
-        "write that: mend or delete the trial in the storage, or give the study another `name`"
+        "write that: repair or delete the trial in the storage, or give the study another `name`"
     )
 
 

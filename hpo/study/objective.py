@@ -49,8 +49,8 @@ class Reporter(Protocol):
     >>> hpo.run(Mean, trials=3, epochs=2, tracking="off", quiet=True).counts.finished
     3
 
-    `train` and `valid` are prepared by the objective's `preprocess`. When the best params are trained anew, `train`
-    has the validation rows too, and what is reported of them is not used.
+    `train` and `valid` are prepared by the objective's `preprocess`. In the refit of the best params `train` has the
+    validation rows too, and what is reported of them is not used.
     """
 
     train: Split

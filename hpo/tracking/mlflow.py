@@ -258,7 +258,7 @@ class MlflowTracker(Tracker):
             self._changed.notify_all()
         if was != "failing":
             self._warn(
-                f"tracking: {self._uri} does not work ({cause(error)}); training goes on, and what could not be sent "
+                f"tracking: {self._uri} does not work ({cause(error)}); training continues, and what could not be sent "
                 f"is kept in {where} and sent later"
             )
 

@@ -123,7 +123,7 @@ class Outbox:
         if not self.save():
             return 0
         for text in bad:
-            self.set_aside(text, "is no item of an outbox")
+            self.set_aside(text, "is not an outbox item")
         if file != self.file:
             with suppress(OSError):
                 leftovers.remove(file)
