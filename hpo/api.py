@@ -188,7 +188,8 @@ def _of_objective(given: Given, overrides: Mapping[str, Any], alone: bool) -> di
             f"{name} was defined in a notebook or within a function, which no worker can import; save it in a file, "
             "or run with workers=1"
         )
-    values: dict[str, Any] = {"objective": reference, "name": re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()}
+    called = "function" if name == "<lambda>" else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    values: dict[str, Any] = {"objective": reference, "name": called}
     if isinstance(given, Objective) and dataclasses.is_dataclass(given.options):
         if "options" in overrides:
             raise InputError(f"options: an instance of {name} has its own; give the class, or no options")

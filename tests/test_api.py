@@ -126,7 +126,8 @@ class TestWaysToNameAStudy:
         assert one.best.value == two.best.value
         assert list(one.trials["params_learning_rate"]) == list(two.trials["params_learning_rate"])
         square = lambda trial: trial.suggest_float("x", 0, 1) ** 2  # noqa: E731 (a cell may well have one)
-        plain = hpo.run(square, name="plain", trials=3, tracking="off", quiet=True)
+        plain = hpo.run(square, trials=3, tracking="off", quiet=True)
+        assert plain.name == "function"
         assert plain.counts.complete == 3
         assert set(plain.best.params) == {"x"}
 
