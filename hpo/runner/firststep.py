@@ -5,7 +5,7 @@ guess which tensor was meant.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -69,7 +69,7 @@ def try_step(plan: Plan, module: nn.Module, optimizer: Any, batch: Split, params
     return outputs
 
 
-def try_measuring(plan: Plan, data: Data, outputs: Any, batch: Split, losses: Iterable[Params]) -> None:
+def try_measuring(plan: Plan, data: Data, outputs: Any, batch: Split, losses: Sequence[Params]) -> None:
     """Try metrics and head on `outputs`, and them and the loss of each of the `losses` params on targets of all kinds.
 
     Of all targets the least and the largest are tried too: a class that is out of range would else fail, or on a GPU

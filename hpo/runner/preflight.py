@@ -39,8 +39,10 @@ def preflight(plan: Plan, data: Data, say: Callable[[str], None] = lambda text: 
     first, outputs = _each_corner(
         plan, lambda params, is_first: _try_corner(plan, data, params, batch if is_first else None), say
     )
-    losses = {params.get("loss"): params for params in reversed(plan.space.corners())}
-    try_measuring(plan, data, outputs, batch, reversed(losses.values()))
+    losses: dict[Any, Params] = {}
+    for params in plan.space.corners():
+        losses.setdefault(params.get("loss"), params)
+    try_measuring(plan, data, outputs, batch, [*losses.values()])
     return first
 
 
