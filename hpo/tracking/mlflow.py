@@ -127,9 +127,13 @@ class MlflowTracker(Tracker):
         while self._thread is not None and self._thread.is_alive() and (self._state == "ok" or time.monotonic() < end):
             self._thread.join(0.1)
         with self._changed:
-            n_left = len(self._outbox)
+            n_left, state, where = len(self._outbox), self._state, self._outbox.where
             self._outbox.close()
-            return n_left == 0
+        if n_left and state == "slow":  # nobody was told yet: it neither answers nor fails
+            self._warn(
+                f"tracking: {self._uri} has not answered; what could not be sent is kept in {where} and sent later"
+            )
+        return n_left == 0
 
     def _put(self, do: str, trial: int | None, within: float = 0.0, **what: Any) -> None:
         """Have something sent within so many seconds."""
