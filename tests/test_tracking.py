@@ -5,6 +5,8 @@ import os
 import resource
 import shutil
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -229,3 +231,15 @@ def test_addresses_that_can_work(address: str) -> None:
 def test_addresses_that_never_work(address: str) -> None:
     with pytest.raises(InputError, match=r"must be off, a server \(http://host:5000\) or a database"):
         open_tracker(address, "s", Path("unsent"), no_warning)
+
+
+def test_mlflow_is_told_not_to_try_for_minutes_by_names_that_it_reads() -> None:
+    code = (
+        "import os; from hpo.tracking.runs import require_mlflow; require_mlflow('sqlite:///x.db')\n"
+        "import mlflow.environment_variables as known\n"
+        "ours = ('MLFLOW_HTTP_REQUEST_MAX_RETRIES', 'MLFLOW_HTTP_REQUEST_TIMEOUT')\n"
+        "print(*(getattr(known, name).get() for name in ours))"
+    )
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_HTTP")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environ)
+    assert done.stdout.split() == ["1", "10"], done.stderr

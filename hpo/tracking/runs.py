@@ -284,7 +284,7 @@ def _now() -> int:
 def require_mlflow(uri: str) -> None:
     """Import MLflow, with its own long waits cut. Raises InputError where it is not there."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUESTMAX_RETRIES", "1")  # its own 7 retries of 120 s stall the trainer
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # its own 7 retries of 120 s stall the trainer
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     try:
         import mlflow  # noqa: F401
