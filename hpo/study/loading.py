@@ -51,8 +51,9 @@ def make(
     faults: list[Fault] = []
     with collecting(faults):
         _require_whole(cls, called)
-        made, faults = validate(cls.Options, options, ("options",))
-        if not faults:
+        made, more = validate(cls.Options, options, ("options",))
+        faults += more
+        if not more:
             return _made(cls, called, _beside(made, folder)), []
     return None, faults
 
