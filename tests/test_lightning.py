@@ -381,8 +381,12 @@ def test_sigterm_finishes_the_epoch_and_gives_the_trial_back() -> None:
 
 
 def test_ctrl_c_without_a_study_stays_ctrl_c() -> None:
-    with pytest.raises(KeyboardInterrupt):
-        trained(wine(signalling("SIGINT")))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell has it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            trained(wine(signalling("SIGINT")))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_scheduler_around_the_worker_is_none_of_lightnings_business(monkeypatch: pytest.MonkeyPatch) -> None:
