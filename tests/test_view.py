@@ -2,7 +2,7 @@
 
 import pytest
 
-from hpo.cli import commands
+from hpo.runner import study as studies
 from hpo.search.retrying import RetryingStorage
 from hpo.search.search import Search
 from tests.cli import invoke, summary
@@ -54,7 +54,7 @@ def test_a_view_reads_once_however_much_it_is_asked(tmp_path, reads):
 def test_the_end_of_a_run_reads_all_trials_once_and_again_before_a_refit(study, reads, monkeypatch):
     """It read them eight times."""
     at_the_end = []
-    complete, work = Search.complete, commands.work
+    complete, work = Search.complete, studies.work
 
     def told(self, number, value):
         ours = complete(self, number, value)
@@ -67,7 +67,7 @@ def test_the_end_of_a_run_reads_all_trials_once_and_again_before_a_refit(study, 
         reads.clear()
 
     monkeypatch.setattr(Search, "complete", told)
-    monkeypatch.setattr(commands, "work", worked)
+    monkeypatch.setattr(studies, "work", worked)
     path = study("trials: 2\nepochs: 1\nstack: 1\npruner: none\n")
     assert summary(invoke("run", path, "--json"))["trials"]["complete"] == 2
     # weights settled, progress shown; asked for more, and under the lock; whether all is done
