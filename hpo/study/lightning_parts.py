@@ -2,9 +2,7 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 
 from hpo.errors import DataError, InputError
 from hpo.study.data import Split
@@ -78,22 +76,4 @@ def split_of(datamodule: Any, kind: str) -> Split:
             f"{name}.{kind}_dataloader must return one DataLoader, but there is {came}; a study trains on train, "
             "chooses on val and tests once on test"
         )
-    inputs: dict[str, list[Tensor]] = {}
-    targets: list[Tensor] = []
-    for batch in DataLoader(dataset, batch_size=256):
-        *parts, target = batch.values() if isinstance(batch, dict) else batch
-        names = list(batch)[:-1] if isinstance(batch, dict) else _names(len(parts))
-        for each, part in zip(names, parts, strict=True):
-            inputs.setdefault(each, []).append(_single(part))
-        targets.append(_single(target))
-    y = torch.cat(targets)
-    rows = {each: torch.cat(parts) for each, parts in inputs.items()}
-    return Split(inputs=rows, targets=y.unsqueeze(1) if y.is_floating_point() and y.ndim == 1 else y)
-
-
-def _names(n: int) -> list[str]:
-    return ["features"] if n == 1 else [f"input{index}" for index in range(n)]
-
-
-def _single(x: Tensor) -> Tensor:
-    return x.float() if x.dtype == torch.float64 else x
+    return Split.from_dataset(dataset)
