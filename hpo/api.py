@@ -9,7 +9,6 @@ import json
 import logging
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from hpo.errors import InputError, masked
 from hpo.report.results import Study
 from hpo.runner import study as studies
-from hpo.runner.joining import is_launched
+from hpo.runner.joining import as_file, is_launched
 from hpo.runner.opening import open_or_make, torch_set
 from hpo.runner.prepare import Given, Plan, prepare, prepare_values
 from hpo.runner.progress import PlainProgress, Progress, Refresh, state_of
@@ -175,7 +174,8 @@ def _prepared(
         raise InputError(
             f"study: must be a path, a mapping, an hpo.Objective or a function of a trial, but got {study!r:.100}"
         )
-    return prepare_values("study", values, {}, given), _written(values)
+    plan = prepare_values("study", values, {}, given)
+    return plan, _written(plan)
 
 
 def _of_objective(given: Given, overrides: Mapping[str, Any], alone: bool) -> dict[str, Any]:
@@ -231,11 +231,9 @@ def _texts(overrides: Mapping[str, Any]) -> dict[str, str]:
 
 
 @contextmanager
-def _written(values: Mapping[str, Any]) -> Iterator[StudyFile]:
-    """Give a study that was written in Python as a file, for workers and for MLflow; only its owner may read it."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "study.yaml"
-        path.write_text(json.dumps(of_values("study", values).written, indent=1), encoding="utf-8")
+def _written(plan: Plan) -> Iterator[StudyFile]:
+    """Give a study that was written in Python as a file, for workers and for MLflow."""
+    with as_file(plan.document.written) as path:
         yield StudyFile(path=path, overrides={})
 
 

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from hpo.errors import InputError
 from hpo.runner.launch import LAUNCHED, LAUNCHER
@@ -86,7 +87,14 @@ def stored_study(name: str | None, overrides: Mapping[str, str], named: Collecti
     if named is not None:
         require_harmless(name, values, overrides)
     require_passwords(name, values, overrides)
+    with as_file(values) as path:
+        yield path
+
+
+@contextmanager
+def as_file(values: Mapping[str, Any]) -> Iterator[Path]:
+    """Give the values of a study as a study file, which only its owner may read, for as long as it is needed."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "study.yaml"  # a name may be a path
-        path.write_text(json.dumps(values), encoding="utf-8")
+        path.write_text(json.dumps(values, indent=1), encoding="utf-8")
         yield path
