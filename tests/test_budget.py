@@ -118,18 +118,18 @@ def test_covered_does_not_mind_the_order_nor_what_is_said_twice(spans, random):
 
 def test_seconds_used_are_those_in_which_a_trial_ran():
     trials = [trial(0, start=0, end=10), trial(1, start=5, end=12), trial(2, start=100, end=101), trial(3)]
-    assert seconds_used(trials) == pytest.approx(13)
+    assert seconds_used(trials, {}) == pytest.approx(13)
 
 
 def test_a_running_trial_uses_time_until_now():
     start = (datetime.now(UTC).replace(tzinfo=None) - NOON).total_seconds() - 7
     running = trial(0, TrialState.RUNNING, start=start, lease=start + 60)
-    assert seconds_used([running]) == pytest.approx(7, abs=1)
+    assert seconds_used([running], {}) == pytest.approx(7, abs=1)
 
 
 @pytest.mark.parametrize(("state", "end"), [(TrialState.RUNNING, None), (TrialState.FAIL, 36_000)])
 def test_a_killed_trial_uses_no_time_after_its_lease(state, end):
-    assert seconds_used([trial(0, state, start=0, end=end, lease=90)]) == pytest.approx(90)
+    assert seconds_used([trial(0, state, start=0, end=end, lease=90)], {}) == pytest.approx(90)
 
 
 def test_utc_is_said_only_where_it_was_not():

@@ -10,6 +10,7 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 from hpo.search import schema
+from hpo.search.budget import held_until
 from hpo.search.lease import LeaseKeeper, LeaseMonitor
 from hpo.study.space import Space
 from tests.searches import HandClock, Opener, claims, stored
@@ -30,8 +31,7 @@ def abandon(search, number, worker=None):
     trial = stored(search, number)
     lease = dict(trial.system_attrs[schema.LEASE])
     place, _, _ = lease["worker"].rpartition("-")
-    lease |= {"worker": worker or f"{place}-{gone_pid()}"}
-    search._lease.drop(trial._trial_id)
+    lease |= {"worker": worker or f"{place}-{gone_pid()}", "lease": "nobody's"}
     search.storage.set_trial_system_attr(trial._trial_id, schema.LEASE, lease)
 
 
@@ -128,9 +128,9 @@ def test_a_claim_without_a_lease_yet_is_given_time(opened):
     time = HandClock()
     monitor = LeaseMonitor(GRACE, time.clock)
     for _ in range(3):
-        assert monitor.is_dead(trial) is None
+        assert monitor.is_dead(trial, {}) is None
         time.move(0.25 * GRACE)
-    assert monitor.is_dead(trial) is True
+    assert monitor.is_dead(trial, {}) is True
 
 
 @pytest.mark.parametrize("wrong", [-7200, -30, 7200])
@@ -140,19 +140,63 @@ def test_a_clock_that_is_wrong_neither_kills_a_worker_of_another_machine_nor_kee
     time = HandClock()
     monitor = LeaseMonitor(GRACE, time.clock)
     for _ in range(5):
-        until = time.clock.now() + wrong
-        trial.system_attrs[schema.LEASE] = {"worker": f"elsewhere-1-{gone_pid()}", "until": until, "attempt": 1}
-        assert monitor.is_dead(trial) is (False if wrong > 0 else None)
+        leases = {"a": time.clock.now() + wrong}
+        trial.system_attrs[schema.LEASE] = {"worker": f"elsewhere-1-{gone_pid()}", "lease": "a", "attempt": 1}
+        assert monitor.is_dead(trial, leases) is (False if wrong > 0 else None)
         time.move(GRACE / 4)
     time.move(GRACE / 2)
-    assert monitor.is_dead(trial, trouble=time.clock.monotonic()) is not True  # nobody could renew a lease just now
-    assert monitor.is_dead(trial) is True
+    now = time.clock.monotonic()
+    assert monitor.is_dead(trial, leases, trouble=now) is not True  # nobody could renew a lease just now
+    assert monitor.is_dead(trial, leases) is True
+
+
+def test_a_trial_that_an_older_version_left_running_has_a_lease_of_its_own(opened):
+    search, time = opened(), HandClock()
+    trial = stored(search, search.ask().number)
+    until = time.clock.now() + GRACE
+    trial.system_attrs[schema.LEASE] = {"worker": f"elsewhere-1-{gone_pid()}", "until": until, "attempt": 1}
+    monitor = LeaseMonitor(GRACE, time.clock)
+    assert monitor.is_dead(trial, {}) is False
+    time.move(0.75 * GRACE)
+    assert monitor.is_dead(trial, {}) is True
+
+
+def test_a_worker_has_one_lease_however_many_trials_it_holds(opened):
+    time = HandClock()
+    first, second = opened(trials=4, clock=time.clock), opened(trials=4, clock=time.clock)
+    numbers = [first.ask().number for _ in range(3)]
+    other = second.ask().number
+    ids = [stored(first, number).system_attrs[schema.LEASE]["lease"] for number in (*numbers, other)]
+    assert len(set(ids)) == 2  # of one process: what opens the study again is another worker
+    assert len(set(ids[:3])) == 1
+    assert first.view()._leases == dict.fromkeys(ids, time.clock.now() + GRACE)
+    time.move(GRACE)  # nobody renews the first one's
+    second._lease.renew()
+    second.repair()
+    assert sorted(ended.number for ended in second.drain_lost()) == numbers
+    assert stored(second, other).state == TrialState.RUNNING
+
+
+def test_the_time_of_a_trial_that_a_peer_ended_is_up_to_its_lease(opened):
+    time = HandClock()
+    dead, alive = opened(trials=1, clock=time.clock), opened(trials=1, clock=time.clock)
+    number = dead.ask().number
+    lease = stored(dead, number).system_attrs[schema.LEASE]
+    elsewhere = lease | {"worker": "elsewhere-1-1"}
+    alive.storage.set_trial_system_attr(stored(dead, number)._trial_id, schema.LEASE, elsewhere)
+    until = time.clock.now() + GRACE
+    assert alive.ask() is None
+    time.move(0.75 * GRACE)
+    assert alive.ask() is not None
+    assert stored(alive, number).system_attrs[schema.LEASE] == elsewhere | {"until": until}
+    dead._lease.renew()  # it was cut off only: what it does later changes nothing
+    assert held_until(stored(alive, number), alive._reader.leases()) == until
 
 
 def test_a_lease_is_renewed_even_after_an_error(opened, monkeypatch):
     time = HandClock()
     search = opened(clock=time.clock)
-    write, failures = search.storage.inner.set_trial_system_attr, []
+    write, failures = search.storage.inner.set_study_system_attr, []
 
     def fails_twice(*arguments):
         if len(failures) < 2:
@@ -160,17 +204,19 @@ def test_a_lease_is_renewed_even_after_an_error(opened, monkeypatch):
             raise OSError("the database is away")
         write(*arguments)
 
-    number = search.ask().number
-    first = stored(search, number).system_attrs[schema.LEASE]["until"]
-    monkeypatch.setattr(search.storage.inner, "set_trial_system_attr", fails_twice)
+    search.ask()
+    until = lambda: list(search._reader.leases().values())  # noqa: E731
+    first = time.clock.now() + GRACE
+    assert until() == [first]
+    monkeypatch.setattr(search.storage.inner, "set_study_system_attr", fails_twice)
     for _ in range(2):
         time.move(GRACE / 4)
         search._lease.renew()
-        assert stored(search, number).system_attrs[schema.LEASE]["until"] == first
+        assert until() == [first]
     assert search._lease.failed_at == time.clock.monotonic()
     time.move(GRACE / 4)
     search._lease.renew()
-    assert stored(search, number).system_attrs[schema.LEASE]["until"] == first + 0.75 * GRACE
+    assert until() == [first + 0.75 * GRACE]
 
 
 def test_the_thread_that_renews_survives_errors():
@@ -178,14 +224,17 @@ def test_the_thread_that_renews_survives_errors():
 
     class Away(InMemoryStorage):
         def set_trial_system_attr(self, *arguments):
+            pass
+
+        def set_study_system_attr(self, *arguments):
             calls.append(threading.current_thread().name)
             if len(calls) in (2, 3):
                 raise OSError("the database is away")
             if len(calls) == 4:
                 renewed.set()
 
-    keeper = LeaseKeeper(Away(), grace=0.02)
-    keeper.add(0, 1)
+    keeper = LeaseKeeper(Away(), 0, grace=0.02)
+    keeper.hold(0, 1)
     assert renewed.wait(10)
     keeper.stop()
     assert calls[1:4] == ["hpo-lease"] * 3
@@ -219,11 +268,11 @@ def test_giving_back_a_trial_that_a_peer_took_over_queues_no_other(opened):
 
 
 @pytest.mark.parametrize("moment", ["lease", "params"])
-def test_a_claim_that_is_lost_inside_ask_leaves_no_lease_behind(opened, monkeypatch, moment):
-    """Each failed renewal of it once restarted the wait for others: nobody was ever counted as dead again."""
+def test_a_claim_that_is_lost_inside_ask_is_let_go(opened, monkeypatch, moment):
+    """Each failed renewal of its lease once restarted the wait for others: nobody was ever counted as dead again."""
     time = HandClock()
     slow, peer = opened(trials=3, clock=time.clock), opened(trials=3)
-    where = (LeaseKeeper, "_renew") if moment == "lease" else (Space, "suggest")
+    where = (LeaseKeeper, "hold") if moment == "lease" else (Space, "suggest")
     first = getattr(*where)
 
     def is_overtaken(*arguments):
@@ -235,7 +284,6 @@ def test_a_claim_that_is_lost_inside_ask_leaves_no_lease_behind(opened, monkeypa
     monkeypatch.setattr(*where, is_overtaken)
     claim = slow.ask()
     assert claim.number != 0
-    assert list(slow._lease.held) == [stored(slow, claim.number)._trial_id]
     assert list(slow._claimed) == [claim.number]
     lost = peer.ask()
     abandon(peer, lost.number, worker="elsewhere-1-1")
@@ -244,12 +292,3 @@ def test_a_claim_that_is_lost_inside_ask_leaves_no_lease_behind(opened, monkeypa
     slow._lease.renew()
     slow.repair()
     assert [ended.number for ended in slow.drain_lost()] == [lost.number]
-
-
-def test_a_lease_of_a_trial_that_a_peer_has_ended_is_no_trouble_of_the_storage(opened):
-    slow, peer = opened(trials=2), opened(trials=2)
-    number = slow.ask().number
-    peer.storage.set_trial_state_values(stored(peer, number)._trial_id, TrialState.FAIL)
-    slow._lease.renew()
-    assert not slow._lease.held
-    assert slow._lease.failed_at == -math.inf

@@ -205,7 +205,7 @@ def test_a_peer_that_holds_the_queues_lock_stops_neither_training_nor_the_end(tm
     search = opener(grace=0.1, outage=60.0)
     number = search.ask().number
     dead = opener().ask().number
-    search._queue._monitor.is_dead = lambda trial, trouble: trial.number == dead
+    search._queue._monitor.is_dead = lambda trial, leases, trouble: trial.number == dead
     with exclusive(f"sqlite:///{tmp_path}/s.db"):
         begun = time.monotonic()
         for epoch in range(5):
@@ -264,6 +264,11 @@ def steps():
     return os.path.getsize("steps") if os.path.exists("steps") else 0
 
 
+def trains():
+    """Whether a trial is in training: the first epochs of the preflight are fewer than 30 steps."""
+    return steps() > 60
+
+
 def wait_for(condition, seconds=60.0):
     end = time.monotonic() + seconds
     while not condition():
@@ -298,10 +303,15 @@ class Hpo:
         try:
             self.process.wait(seconds)
         finally:
-            self.process.kill()
-            self._thread.join()
-            self.process.stdout.close()
+            self.close()
         return self.process.returncode, "".join(self.lines)
+
+    def close(self):
+        """Kill it, and let go of its output."""
+        self.process.kill()
+        self.process.wait()
+        self._thread.join()
+        self.process.stdout.close()
 
 
 @contextmanager
@@ -331,9 +341,8 @@ def trains_on():
 
 def hang_twice(path, url, server, **environ):
     """Let a study's server hang, come back, hang again; stop the run then. Return what it said."""
-    hpo = Hpo("run", path, "--storage", url, **environ)
-    try:
-        wait_for(lambda: steps() > 8)
+    with closing(Hpo("run", path, "--storage", url, **environ)) as hpo:
+        wait_for(trains)
         with stopped(*server()):
             wait_for(lambda: hpo.has_said("the storage does not answer ("))
             assert trains_on()
@@ -343,15 +352,14 @@ def hang_twice(path, url, server, **environ):
             assert trains_on()
             hpo.process.send_signal(signal.SIGTERM)
             status, said = hpo.end(20)
-    finally:
-        status, said = hpo.end(0.0) if hpo.process.poll() is None else (status, said)
     assert status == 130, said
     assert "Traceback" not in said
     assert "interrupted while the storage was away (" in said
     return said
 
 
-STUDY = "stack: 1\ntrials: 2\nepochs: 300\ngrace: 2s\nseed: 1\n"
+# Long enough that a slow machine is still in the first trial when the server hangs for the second time.
+STUDY = "stack: 1\ntrials: 2\nepochs: 500\ngrace: 2s\nseed: 1\n"
 
 
 def test_a_postgresql_that_hangs_stops_neither_training_nor_the_end(stepping, server):
@@ -379,9 +387,8 @@ def test_a_grpc_server_that_hangs_stops_neither_training_nor_the_end(stepping):
 @pytest.mark.slow
 def test_a_stop_is_obeyed_while_a_trials_end_is_to_be_told_and_by_every_worker(stepping, server):
     path, url = stepping("stack: 1\ntrials: 9\nepochs: 20\ngrace: 2s\nseed: 1\n"), server.database()
-    hpo = Hpo("run", path, "--storage", url, "--workers", "2", LINEAR_SECONDS="0.01")
-    try:
-        wait_for(lambda: steps() > 8)
+    with closing(Hpo("run", path, "--storage", url, "--workers", "2", LINEAR_SECONDS="0.01")) as hpo:
+        wait_for(trains)
         workers = psutil.Process(hpo.process.pid).children()
         with stopped(*processes_of(server)):
             wait_for(lambda: hpo.has_said("the storage does not answer (", 2))
@@ -393,8 +400,6 @@ def test_a_stop_is_obeyed_while_a_trials_end_is_to_be_told_and_by_every_worker(s
             status, said = hpo.end(25)
             assert status == 130, said
             assert not any(worker.is_running() for worker in workers)
-    finally:
-        hpo.process.kill()
     assert "Traceback" not in said
     counts = summary(invoke("run", path, "--storage", url, "--json"))["trials"]
     assert counts == {"complete": 9, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
@@ -403,16 +408,13 @@ def test_a_stop_is_obeyed_while_a_trials_end_is_to_be_told_and_by_every_worker(s
 @pytest.mark.parametrize("kind", ["sqlite", pytest.param("journal", marks=pytest.mark.slow)])
 def test_a_study_that_is_deleted_while_it_runs_ends_the_run_plainly_and_harms_no_other(stepping, kind):
     path, url = stepping("stack: 1\ntrials: 2\nepochs: 400\n"), f"{kind}:///s.db"
-    hpo = Hpo("run", path, "--storage", url, LINEAR_SECONDS="0.01")
-    try:
-        wait_for(lambda: steps() > 8)
+    with closing(Hpo("run", path, "--storage", url, LINEAR_SECONDS="0.01")) as hpo:
+        wait_for(trains)
         storage = open_storage(url)
         optuna.delete_study(study_name="study", storage=storage)
         other = optuna.create_study(study_name="study", storage=storage)
         trials = [other.ask() for _ in range(3)]
         status, said = hpo.end(30)
-    finally:
-        hpo.process.kill()
     assert status == 1, said
     assert "hpo: study 'study' is no longer in the storage: it was deleted while it was in use" in said
     assert "Traceback" not in said

@@ -23,6 +23,7 @@ _NUMBERS = (
 """The attributes of a trial that are whole numbers."""
 _LEASE_TYPES: Mapping[str, type | tuple[type, ...]] = {
     schema.LEASE_WORKER: str,
+    schema.LEASE_ID: str,
     schema.LEASE_UNTIL: (int, float),
     schema.LEASE_ATTEMPT: int,
 }
@@ -31,6 +32,22 @@ _LEASE_TYPES: Mapping[str, type | tuple[type, ...]] = {
 def lease_of(trial: FrozenTrial) -> Mapping[str, Any]:
     """Return a trial's lease, with the keys `hpo.search.schema.LEASE_...`; empty where nobody has claimed it."""
     return cast(Mapping[str, Any], trial.system_attrs.get(schema.LEASE, {}))
+
+
+def leases_in(attrs: Mapping[str, Any]) -> dict[str, float]:
+    """Return until when each worker's lease holds, by its id, from a study's `system_attrs`."""
+    return {
+        key.removeprefix(schema.WORKER_LEASE): float(value)
+        for key, value in attrs.items()
+        if key.startswith(schema.WORKER_LEASE) and isinstance(value, int | float)
+    }
+
+
+def held_until(trial: FrozenTrial, leases: Mapping[str, float]) -> float | None:
+    """Return until when a trial is, or was, its worker's; None where that is not known. See `leases_in`."""
+    lease = lease_of(trial)
+    until: float | None = lease.get(schema.LEASE_UNTIL, leases.get(lease.get(schema.LEASE_ID, "")))
+    return until
 
 
 def worker_of(trial: FrozenTrial) -> str:
@@ -146,25 +163,19 @@ def covered(spans: Sequence[tuple[float, float]]) -> float:
     return total
 
 
-def seconds_used(trials: Sequence[FrozenTrial]) -> float:
+def seconds_used(trials: Sequence[FrozenTrial], leases: Mapping[str, float]) -> float:
     """Return for how long at least one of `trials` was running, over all workers and restarts.
 
-    A trial whose worker was killed ran until its lease expired, not until somebody retried it.
+    A trial whose worker was killed ran until its lease expired, not until somebody retried it. See `leases_in`.
     """
     now = datetime.now(UTC)
-    return covered(
-        [
-            (
-                utc(trial.datetime_start).timestamp(),
-                min(
-                    utc(trial.datetime_complete or now).timestamp(),
-                    lease_of(trial).get(schema.LEASE_UNTIL, float("inf")),
-                ),
-            )
-            for trial in trials
-            if trial.datetime_start is not None
-        ]
-    )
+    spans = []
+    for trial in trials:
+        if trial.datetime_start is not None:
+            until = held_until(trial, {} if trial.state.is_finished() else leases)
+            end = utc(trial.datetime_complete or now).timestamp()
+            spans.append((utc(trial.datetime_start).timestamp(), end if until is None else min(end, until)))
+    return covered(spans)
 
 
 def utc(moment: datetime) -> datetime:

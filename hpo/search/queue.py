@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from hpo.errors import masked
 from hpo.processes import this_process
 from hpo.search import schema
-from hpo.search.budget import holders, lease_of, refill, worker_of
+from hpo.search.budget import held_until, holders, lease_of, refill, worker_of
 from hpo.search.clock import Clock
 from hpo.search.lease import LeaseKeeper, LeaseMonitor
 from hpo.search.retrying import RetryingStorage, locked
@@ -59,6 +59,7 @@ class Queue:
         self._study, self._storage, self._spec, self._space = study, storage, spec, space
         self._reader, self._lease, self._ours, self._clock = reader, lease, ours, clock
         self._monitor = LeaseMonitor(spec.grace, clock)
+        self._leases: dict[str, float] = {}
         self._waiting: deque[FrozenTrial] = deque()
         self._lost: list[Lost] = []
         self._look_at = -math.inf
@@ -155,16 +156,18 @@ class Queue:
         judged = self._judge(everything)
         for trial in everything:
             if judged.get(trial.number):
-                lease = lease_of(trial)
-                attempt = lease.get(schema.LEASE_ATTEMPT, 1) if trial.number in counted else math.inf  # has a successor
+                attempt = lease_of(trial).get(schema.LEASE_ATTEMPT, 1)
+                if trial.number not in counted:  # it has a successor
+                    attempt = math.inf
                 self._replace(trial, f"worker {worker_of(trial)} died", attempt)
         return judged
 
     def _judge(self, trials: Sequence[FrozenTrial]) -> dict[int, bool | None]:
         """Return the numbers of those of `trials` that other workers train; whether each is dead (`LeaseMonitor`)."""
         trouble = max(self._storage.back_at, self._lease.failed_at)
-        others = (t for t in trials if t.state == TrialState.RUNNING and t.number not in self._ours)
-        return {trial.number: self._monitor.is_dead(trial, trouble) for trial in others}
+        others = [t for t in trials if t.state == TrialState.RUNNING and t.number not in self._ours]
+        self._leases = self._reader.leases() if others else {}
+        return {trial.number: self._monitor.is_dead(trial, self._leases, trouble) for trial in others}
 
     def give_back(self, trial_id: int, reason: str) -> None:
         """End a trial of ours that was interrupted, unless a peer has ended it, and queue its successor."""
@@ -179,6 +182,9 @@ class Queue:
         if succeeded:
             self._enqueue_successor(trial, attempt + 1)
         with suppress(UpdateFinishedTrialError):  # a peer was faster
+            if (until := held_until(trial, self._leases)) is not None and trial.number not in self._ours:
+                lease = {**lease_of(trial), schema.LEASE_UNTIL: until}  # of the time that it used (`seconds_used`)
+                self._storage.set_trial_system_attr(trial._trial_id, schema.LEASE, lease)
             self._storage.set_trial_user_attr(trial._trial_id, schema.ERROR, masked(reason))
             self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
             if trial.number not in self._ours:

@@ -30,6 +30,12 @@ TRACKED = "hpo:tracked"
 OWN_RUNS = "hpo:own_runs"
 """True: all runs of the study in the tracker have its making, so that none of an older version is its own."""
 
+# Attributes of the study that Optuna's own code does not show as the user's (`system_attrs`).
+
+WORKER_LEASE = "hpo:lease:"
+"""With a lease's id behind it: until when that worker's trials are its own unless it is renewed, in seconds since 1970
+by the worker's clock (`hpo.search.lease`)."""
+
 # Attributes of a trial (`user_attrs`).
 
 SLOT = "place"
@@ -64,11 +70,14 @@ CURVES = "curves"
 # Attributes of a trial that Optuna's own code does not show as the user's (`system_attrs`).
 
 LEASE = "hpo:lease"
-"""Who trains a running trial: LEASE_WORKER, LEASE_UNTIL, LEASE_ATTEMPT (`hpo.search.lease`)."""
+"""Who trains a running trial: LEASE_WORKER, LEASE_ID, LEASE_ATTEMPT (`hpo.search.lease`)."""
 LEASE_WORKER = "worker"
 """The process that trains it (`hpo.processes.this_process`)."""
+LEASE_ID = "lease"
+"""The id of its worker's lease (WORKER_LEASE)."""
 LEASE_UNTIL = "until"
-"""Until when that holds unless it is renewed: seconds since 1970 by the worker's clock."""
+"""Until when the trial was held, once it was ended by somebody else: seconds since 1970 by the worker's clock. In a
+trial that an older version left running, until when it is held: it had a lease of its own."""
 LEASE_ATTEMPT = "attempt"
 """Which attempt it is, as ATTEMPT."""
 

@@ -81,7 +81,7 @@ class Search:
         """What tells this study from another one of its name, made before or in another storage."""
         self._claimed: dict[int, _Trial] = {}
         self._seen: StudyView | None = None
-        self._lease = LeaseKeeper(storage.inner, spec.grace, clock)
+        self._lease = LeaseKeeper(storage.inner, study_id, spec.grace, clock)
         self._reader = TrialReader(storage, study_id, spec)
         self._queue = Queue(study, storage, spec, space, self._reader, self._lease, self._claimed, clock)
 
@@ -101,7 +101,7 @@ class Search:
             try:
                 return self._claim(frozen)
             except UpdateFinishedTrialError:  # a peer took this worker for dead meanwhile
-                self._let_go(frozen.number, frozen._trial_id)
+                self.forget(frozen.number)
             except (KeyError, TypeError, ValueError) as error:
                 if not frozen.system_attrs.get(schema.FIXED_PARAMS):
                     raise
@@ -109,7 +109,7 @@ class Search:
 
     def _claim(self, frozen: FrozenTrial) -> Claim:
         attempt = frozen.user_attrs.get(schema.ATTEMPT, 1)
-        self.storage.patiently(lambda: self._lease.add(frozen._trial_id, attempt))
+        self.storage.patiently(lambda: self._lease.hold(frozen._trial_id, attempt))
         # What Study.ask does, without making a trial beyond the budget.
         self.study._thread_local.cached_all_trials = None
         trial = _Trial(self.study, frozen._trial_id)
@@ -130,13 +130,8 @@ class Search:
         )
 
     def forget(self, number: int) -> None:
-        """Stop renewing the lease of a trial that a peer has ended."""
-        self._let_go(number, self._claimed[number]._trial_id)
-
-    def _let_go(self, number: int, trial_id: int) -> None:
-        """Forget a trial that is no longer ours: its lease must not be renewed."""
+        """Forget a trial that a peer has ended: it is no longer ours."""
         self._claimed.pop(number, None)
-        self._lease.drop(trial_id)
 
     def repair(self) -> bool:
         """Retry the trials whose worker died (`Queue.repair`); return whether to call it again in a moment."""
@@ -236,12 +231,11 @@ class Search:
         if trial is None:
             return False
         self._queue.give_back(trial._trial_id, reason)
-        self._let_go(number, trial._trial_id)
+        self.forget(number)
         return True
 
     def _finish(self, number: int, state: TrialState, value: float | None = None) -> bool:
-        trial = self._claimed[number]
-        self._let_go(number, trial._trial_id)
+        trial = self._claimed.pop(number)
         try:
             self.study.tell(trial, values=value, state=state)
         except (ValueError, UpdateFinishedTrialError) as error:
@@ -256,7 +250,8 @@ class Search:
 
     def view(self) -> StudyView:
         """Return the study as it is now: all trials are read, once. Ask it, where several things are asked in a row."""
-        self._seen = StudyView(self._reader.read(), self.spec, self.space, self._metric, maximize=self.maximize)
+        everything, leases = self._reader.read(), self._reader.leases()
+        self._seen = StudyView(everything, leases, self.spec, self.space, self._metric, maximize=self.maximize)
         return self._seen
 
     def trials(self) -> list[FrozenTrial]:
@@ -294,7 +289,7 @@ class Search:
         self.study.set_user_attr(key, value)
 
     def close(self) -> None:
-        """Stop renewing leases and close the storage."""
+        """Stop renewing the lease and close the storage."""
         self._lease.stop()
         self.storage.close()
 

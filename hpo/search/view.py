@@ -9,7 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.errors import StorageError
 from hpo.search import schema
-from hpo.search.budget import Counts, count, holders, seconds_used, worker_of, wrong_row
+from hpo.search.budget import Counts, count, holders, leases_in, seconds_used, worker_of, wrong_row
 from hpo.search.curves import from_json
 from hpo.search.retrying import RetryingStorage
 from hpo.seeds import derive
@@ -61,6 +61,10 @@ class TrialReader:
                 self._sound.add(trial.number)
         return trials
 
+    def leases(self) -> dict[str, float]:
+        """Return until when each worker's lease holds, by its id. Raises StorageAway."""
+        return leases_in(self._storage.get_study_system_attrs(self._study_id))
+
 
 def own(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """Return those of a study's trials that it had itself; the others are another study's, adopted as history."""
@@ -82,10 +86,17 @@ class StudyView:
     """
 
     def __init__(
-        self, everything: Sequence[FrozenTrial], spec: StudySpec, space: Space, metric: str, *, maximize: bool
+        self,
+        everything: Sequence[FrozenTrial],
+        leases: Mapping[str, float],
+        spec: StudySpec,
+        space: Space,
+        metric: str,
+        *,
+        maximize: bool,
     ) -> None:
-        """`everything` is all trials of the study, as `TrialReader.read` gives them."""
-        self.everything, self._spec, self._space = everything, spec, space
+        """`everything` is all trials of the study, and `leases` its workers', as `TrialReader` gives them."""
+        self.everything, self._leases, self._spec, self._space = everything, leases, spec, space
         self._metric_key = metric if isinstance(space, FreeSpace) else f"valid_{metric}"
         self._sign = -1 if maximize else 1
 
@@ -214,4 +225,4 @@ class StudyView:
 
     def seconds_used(self) -> float:
         """Return for how long at least one trial was running until now, over all workers and restarts."""
-        return seconds_used(self.everything)
+        return seconds_used(self.everything, self._leases)
