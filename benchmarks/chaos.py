@@ -84,7 +84,7 @@ def after(owner, name, at):
         return result
     setattr(owner, name, watched)
 
-before(lease.LeaseKeeper, "add", "claim")
+before(lease.LeaseKeeper, "hold", "claim")
 before(space.Space, "suggest", "lease")
 before(search.Search, "_finish", "tell")
 after(search.Search, "_finish", "told")
