@@ -117,9 +117,11 @@ class Sizing:
 
     def _has_large_steps(self) -> bool:
         """Whether a step is as fast as it can be on a CPU: inductor's was three times slower, measured."""
+        if self.task.device.type == "cuda":
+            return False
         first = Member(number=-1, seed=0, params=self.draws[0])
         seconds = self._seconds_alone(first) / self._n_steps(first.params)
-        return self.task.device.type != "cuda" and seconds >= _LARGE_STEP
+        return seconds >= _LARGE_STEP
 
     def _groups(self, padding: Padding) -> tuple[dict[Hashable, list[Candidate]], list[str]]:
         """Return those of the drawn trials that can be stacked, by their signature, and why others cannot."""
@@ -244,14 +246,14 @@ class Sizing:
         inputs, targets = self._batch(stack.members[0].params["batch_size"])
         for _ in range(_WARM_UP):
             stack.step(inputs, targets)
-        _synchronize()
+        _synchronize(self.task.device)
         start, n = time.perf_counter(), 0
         while n < _STEPS and (n == 0 or time.perf_counter() - start < _ENOUGH_SECONDS):
             if self.stopping():
                 raise Interrupted("interrupted")
             stack.step(inputs, targets)
             n += 1
-        _synchronize()
+        _synchronize(self.task.device)
         return (time.perf_counter() - start) / n
 
     def _batch(self, batch_size: int) -> Batch:
@@ -303,6 +305,9 @@ def looked_at(
     return held, n_too_large
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _synchronize(device: torch.device) -> None:
+    """Wait until `device` has done what was asked of it so far: a GPU is only told what to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

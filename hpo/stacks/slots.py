@@ -25,6 +25,7 @@ class Slots:
         self._device = device
         self._taken: list[Member | None] = [None] * capacity
         self._regions: dict[Member, dict[str, tuple[str, Region]]] = {}
+        self._live: Tensor | None = None
         self.state = StackState.without_networks(capacity, device)
 
     @property
@@ -43,19 +44,21 @@ class Slots:
         return self._taken.count(None)
 
     def live(self) -> Tensor:
-        """Return the slots that have a member, (n,)."""
-        slots = [slot for slot, member in enumerate(self._taken) if member is not None]
-        return torch.tensor(slots, dtype=torch.long, device=self._device)
+        """Return the slots that have a member, (n,). Kept until they change: a copy to a GPU waits for it."""
+        if self._live is None:
+            slots = [slot for slot, member in enumerate(self._taken) if member is not None]
+            self._live = torch.tensor(slots, dtype=torch.long, device=self._device)
+        return self._live
 
     def take(self, member: Member) -> int:
         """Give `member` the first empty slot, and return which."""
         slot = self._taken.index(None)
-        self._taken[slot] = member
+        self._taken[slot], self._live = member, None
         return slot
 
     def release(self, member: Member) -> None:
         """Make a member's slot an empty one."""
-        self._taken[self._taken.index(member)] = None
+        self._taken[self._taken.index(member)], self._live = None, None
         self._regions.pop(member, None)
 
     def resize(self, capacity: int) -> None:
@@ -69,7 +72,7 @@ class Slots:
             return new
 
         self.state = tree_map(moved, self.state)
-        self._taken = [*members, *[None] * (capacity - len(members))]
+        self._taken, self._live = [*members, *[None] * (capacity - len(members))], None
 
     def fill(self, slot: int, member: Member, padded: PaddedModule) -> None:
         """Put `member` with its network into a slot, at the beginning of its training."""

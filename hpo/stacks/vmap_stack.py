@@ -78,6 +78,10 @@ class VmapStack(Stack):
         assert self._step is not None, "no member has given this stack its signature"
         return self._step
 
+    @property
+    def path(self) -> str | None:
+        return None if self._step is None else self._step.path(self.capacity, self.execution)
+
     def is_compiled(self, capacity: int) -> bool:
         """Whether there is a compiled step for so many slots."""
         return self._opened.is_compiled(capacity)
@@ -188,6 +192,8 @@ class VmapStack(Stack):
         """Change the number of slots to `capacity`, at least as many as there are members, who move together."""
         self._slots.resize(capacity)
         self.capacity = capacity
+        if self._step is not None:
+            self._step.forget()
 
     def leave(self, member: Member) -> None:
         self._slots.release(member)
@@ -197,8 +203,7 @@ class VmapStack(Stack):
         if self._step is None:  # no member has a network
             return torch.full((len(self.members),), math.nan, device=self._task.device)
         state = self._slots.state
-        trained, losses = self._step(state, inputs, targets, self.execution)
-        self._slots.state = state.after(trained)
+        self._slots.state, losses = self._step(state, inputs, targets, self.execution)
         if self._slots.free:
             losses = losses[self._slots.live()]
         if self._without_network:
@@ -206,7 +211,7 @@ class VmapStack(Stack):
         return losses
 
     def _missing(self) -> Tensor:
-        """Return which members have no network, (n,)."""
+        """Return which members have no network, (n,), as they are since the last member joined or left."""
         return torch.tensor([member in self._without_network for member in self.members], device=self._task.device)
 
     def evaluate(self, batches: Batches) -> list[dict[str, float]]:

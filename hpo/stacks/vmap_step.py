@@ -8,15 +8,16 @@ Shapes: K slots, B rows of a batch; a weight (K, ...), a loss (K,).
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
+from hpo.stacks.recording import CudaReplay, NotRecorded, Run, difference, in_place, line, recorded, records
 from hpo.stacks.state import StackState, Trained
 from hpo.stacks.tensor_modules import RateDropout
 from hpo.study.objective import Params
@@ -28,13 +29,23 @@ from hpo.training.optim import MAX_GRAD_NORM
 from hpo.training.stack import Task
 
 Execution = Literal["eager", "graph", "compiled"]
-Run = Callable[[StackState, Sequence[Tensor], Tensor], tuple[Trained, Tensor]]
-"""A step: from the state, a batch's inputs (B, ...) and targets (B, ...), the state after it and the losses (K,)."""
 
 
 def has_compiler(device: torch.device) -> bool:
     """Whether torch finds what it compiles with: on a CPU a C++ compiler."""
     return device.type != "cpu" or shutil.which("c++") is not None
+
+
+class _Prepared(NamedTuple):
+    run: Run
+    form: str
+    why: tuple[str, ...] = ()
+    """Why it is not a faster one."""
+
+    @property
+    def path(self) -> str:
+        replayed = ", replayed from a CUDA graph" if isinstance(self.run, CudaReplay) else ""
+        return "; ".join((self.form + replayed, *self.why))
 
 
 class VmapStep:
@@ -47,22 +58,39 @@ class VmapStep:
         self.params = params
         self._task, self._template = task, template
         self._optimizer = str(params["optimizer"]).lower()
-        self._prepared: dict[tuple[int, int, Execution], Run] = {}
+        self._prepared: dict[tuple[int, int, Execution], _Prepared] = {}
+        self._forms: dict[tuple[int, int, Execution], _Prepared] = {}
+        """What is recorded: compiled, if it is to be; it outlives its recordings, which each hold a whole state."""
 
     def __call__(
         self, state: StackState, inputs: Sequence[Tensor], targets: Tensor, execution: Execution
-    ) -> tuple[Trained, Tensor]:
-        """Do one step, prepared at the first batch of its size. The state given is not changed, but by a CUDA graph."""
+    ) -> tuple[StackState, Tensor]:
+        """Do one step, prepared at the first batch of its size; return the state after it and the losses (K,).
+
+        The state given is not changed, but by a CUDA graph: that has tensors of its own, the state returned.
+        """
         key = (len(state.t), len(targets), execution)
-        run = self._prepared.get(key)
-        if run is None:
-            run = self._prepared[key] = self.prepare(state, inputs, targets, execution)
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            prepared = self._prepared[key] = self.prepare(state, inputs, targets, execution)
+        run = prepared.run
         with torch.no_grad():
-            return run(state, inputs, targets)
+            trained, losses = run(state, inputs, targets)
+        return run.state if isinstance(run, CudaReplay) else state.after(trained), losses
 
     def is_compiled(self, capacity: int) -> bool:
         """Whether there is a compiled step for so many slots."""
-        return (capacity, self.params["batch_size"], "compiled") in self._prepared
+        key: tuple[int, int, Execution] = (capacity, self.params["batch_size"], "compiled")
+        return key in self._prepared or key in self._forms
+
+    def path(self, capacity: int, execution: Execution) -> str | None:
+        """Return how steps of so many slots run, and why not faster, for a person; None: there was none yet."""
+        prepared = self._prepared.get((capacity, self.params["batch_size"], execution))
+        return None if prepared is None else prepared.path
+
+    def forget(self) -> None:
+        """Let go of what is recorded, and with it of the tensors of its state."""
+        self._prepared = {key: each for key, each in self._prepared.items() if not isinstance(each.run, CudaReplay)}
 
     def try_out(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor, execution: Execution) -> None:
         """Raise what torch.func raises where it has no rule for the network or the loss."""
@@ -86,18 +114,42 @@ class VmapStep:
         finally:
             self._template.train()
 
-    def prepare(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor, execution: Execution) -> Run:
-        """Return the step for batches of this size, captured or compiled as `execution` says."""
+    def prepare(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor, execution: Execution) -> _Prepared:
+        """Return the step for batches of this size, captured or compiled as `execution` says, recorded on CUDA.
+
+        What cannot be compiled or recorded, or gives something else so, is left out, and the path says why.
+        """
         self._template.train()
         if execution == "eager":
-            return self.eager
-        run = self.captured(state, inputs, targets)
-        common = len(targets) == self.params["batch_size"]  # an epoch's last, smaller batch is not worth compiling
-        if execution == "compiled" and common and has_compiler(self._task.device):
-            run = self._compiled(run, state, inputs, targets)
-        if self._task.device.type == "cuda":
-            return self.recorded(run, state, inputs, targets)
-        return run
+            return _Prepared(self.eager, "eager")
+        batch = (state, inputs, targets)
+        captured = self.captured(*batch)
+        compiles = execution == "compiled" and len(targets) == self.params["batch_size"]  # not the last, smaller one
+        if not records(self._task.device):
+            return self._fastest(captured, compiles, *batch)
+        key = (len(state.t), len(targets), execution)
+        if key not in self._forms:
+            self._forms[key] = self._fastest(_traced(in_place(captured), *batch), compiles, *batch)
+        form = self._forms[key]
+        try:
+            return form._replace(run=recorded(form.run, *batch, self._tolerance(1e-4)))
+        except NotRecorded as error:
+            # what writes in place must not run out of memory midway: a replay's is its own, a plain step's is not
+            form = self._fastest(captured, compiles, *batch)
+            return form._replace(why=(*form.why, f"not replayed from a CUDA graph: {error}"))
+
+    def _fastest(
+        self, run: Run, compiles: bool, state: StackState, inputs: Sequence[Tensor], targets: Tensor
+    ) -> _Prepared:
+        """Return `run` compiled, if it `compiles` and that gives the same; else as it is, and why."""
+        if not compiles:
+            return _Prepared(run, "captured")
+        try:
+            return _Prepared(self._compiled(run, state, inputs, targets), "compiled")
+        except Exception as error:  # a compiler's errors have no common base
+            if is_out_of_memory(error):
+                raise
+            return _Prepared(run, "captured", (f"not compiled: {line(error)}",))
 
     def eager(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> tuple[Trained, Tensor]:
         """The step as it is. Nothing is changed in place."""
@@ -134,72 +186,37 @@ class VmapStep:
 
     def captured(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> Run:
         """Return the step as a graph of plain operations, for batches of this size."""
-        copies = tree_map(torch.clone, (state, list(inputs), targets))
-        with torch.no_grad():
-            # on copies: tracing runs BatchNorm once; a plain function, since make_fx counts a method's self as a tensor
-            return cast(Run, make_fx(lambda *arguments: self.eager(*arguments))(*copies))
+        return _traced(self.eager, state, inputs, targets)
 
     def _compiled(self, run: Run, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> Run:
-        """Return `run` compiled; as it is, where the compiler does not work."""
+        """Return `run` compiled. Raises what the compiler raises, ValueError where it gives something else."""
+        if not has_compiler(self._task.device):
+            raise ValueError("no C++ compiler was found")
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
-        compiled = torch.compile(run, dynamic=False)
-        try:
-            with torch.no_grad():
-                compiled(*tree_map(torch.clone, (state, list(inputs), targets)))
-        except Exception as error:  # a compiler's errors have no common base
-            if is_out_of_memory(error):
-                raise
-            return run
+        compiled: Run = torch.compile(run, dynamic=False)
+        with torch.no_grad():
+            compiled(*tree_map(torch.clone, (state, list(inputs), targets)))
+        if self._is_random:  # the compiler draws other masks
+            return compiled
+        why = difference(run, compiled, state, inputs, targets, self._tolerance(1e-3))
+        if why is not None:
+            raise ValueError(f"compiled it differs in {why}")
         return compiled
 
-    def recorded(self, run: Run, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> Run:
-        """Return `run` recorded as a CUDA graph; as it is, where that fails or gives something else than `run`."""
-        before = tree_map(torch.clone, state.trained)
-        try:
-            replay = CudaReplay(run, state, inputs, targets)
-            with torch.no_grad():
-                _, losses = run(*tree_map(torch.clone, (state, list(inputs), targets)))
-                _, replayed = replay(state, inputs, targets)
-            random = any(isinstance(module, RateDropout) for module in self._template.modules())
-            good = random or torch.allclose(losses, replayed, rtol=1e-3, atol=1e-5, equal_nan=True)
-        except Exception as error:  # whatever CUDA cannot record
-            if is_out_of_memory(error):
-                raise
-            good = False
-        finally:
-            with torch.no_grad():
-                for now, then in zip(tree_leaves(state.trained), tree_leaves(before), strict=True):
-                    now.copy_(then)  # nothing was trained yet
-        return replay if good else run
+    @property
+    def _is_random(self) -> bool:
+        return any(isinstance(module, RateDropout) for module in self._template.modules())
+
+    def _tolerance(self, single: float) -> float:
+        """Return how much two forms of a step may differ, from what it is in single precision."""
+        if self._task.precision != "float32":
+            return 50 * single
+        return single if all(w.dtype != torch.float64 for w in self._template.parameters()) else 1e-6 * single
 
 
-class CudaReplay:
-    """A step recorded as a CUDA graph, for the tensors it is given: they are changed in place from then on.
-
-    A replay costs one launch for all of the step's kernels. Source: PyTorch's notes on CUDA graphs.
-    """
-
-    def __init__(self, run: Run, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> None:
-        self._state = state
-        self._inputs, self._targets = [x.clone() for x in inputs], targets.clone()
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch does not annotate it
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.no_grad(), torch.cuda.stream(side):
-            for _ in range(2):  # what is set up at a first call must not be recorded; on copies, so nothing is trained
-                run(*tree_map(torch.clone, (state, self._inputs, self._targets)))
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self._graph):
-            trained, self._losses = run(state, self._inputs, self._targets)
-            for old_tensor, new_tensor in zip(tree_leaves(state.trained), tree_leaves(trained), strict=True):
-                old_tensor.copy_(new_tensor)
-
-    def __call__(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> tuple[Trained, Tensor]:
-        for own, now in zip(tree_leaves(self._state), tree_leaves(state), strict=True):
-            if own is not now:
-                own.copy_(now)  # another batch size's graph has tensors of its own
-        for own, now in zip(self._inputs, inputs, strict=True):
-            own.copy_(now)
-        self._targets.copy_(targets)
-        self._graph.replay()
-        return self._state.trained, self._losses.clone()
+def _traced(run: Run, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> Run:
+    """Return `run` as a graph of plain operations."""
+    copies = tree_map(torch.clone, (state, list(inputs), targets))
+    with torch.no_grad():
+        # on copies: tracing runs it once; a plain function, since make_fx counts a method's self as a tensor
+        return cast(Run, make_fx(lambda *arguments: run(*arguments))(*copies))

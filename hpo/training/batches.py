@@ -23,6 +23,8 @@ AS_IT_FITS = Loading()
 Batch = tuple[Sequence[Tensor], Tensor]
 _SHARE = 0.5
 """How much of the device's free memory data may take; the rest is for networks and what lies between their layers."""
+_PIECE = 1 << 28
+"""Bytes of the rows that are put in order at once: all of them would take the data's memory once more."""
 
 
 class Batches:
@@ -69,10 +71,14 @@ class Batches:
             yield from self._stream(torch.split(rows, sizes))
             return
         rows = rows.to(self._device)
-        # all rows are put in order at once: slicing them afterwards copies nothing
-        columns = [torch.split(x[rows], sizes) for x in (*self._split.inputs.values(), self.targets)]
-        for *inputs, targets in zip(*columns, strict=True):
-            yield self._prepared(inputs), targets
+        columns = (*self._split.inputs.values(), self.targets)
+        n = max(1, int(_PIECE / max(1, batch_size * _bytes_per_row(self._split))))  # batches in a piece
+        for start in range(0, len(sizes), n):
+            some, first = sizes[start : start + n], sum(sizes[:start])
+            piece = rows[first : first + sum(some)]
+            # its rows are put in order at once: slicing them afterwards copies nothing
+            for *inputs, targets in zip(*(torch.split(x[piece], some) for x in columns), strict=True):
+                yield self._prepared(inputs), targets
 
     def _stream(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
         if self._loader is None:

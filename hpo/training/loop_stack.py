@@ -148,11 +148,17 @@ class _Slot:
         device = self._task.device
         for name, weight in self.module.named_parameters():
             state = {key: _moved(value, device) for key, value in resume["optimizer"].get(name, {}).items()}
+            if "step" in state and not self._counts_on_device():
+                state["step"] = state["step"].cpu()  # where torch reads it: on the device it would wait for each
             if state:
                 self._optimizer.state[weight] = state
         self._t = resume["steps"]
         if resume.get("random") is not None:
             set_random_states(resume["random"], device)
+
+    def _counts_on_device(self) -> bool:
+        """Whether the optimizer keeps its count of steps on the device: torch.optim does where it need not read it."""
+        return any(group.get("fused") or group.get("capturable") for group in self._optimizer.param_groups)
 
     def _gather(self, loss: Tensor) -> Tensor:
         """Add one batch's part of a step's gradient; with the last of its batches, do the step."""

@@ -3,6 +3,7 @@
 So what would take too much is refused before it is made: `Within` looks at every tensor that code asks for.
 """
 
+import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -27,15 +28,22 @@ TO_LOOK_AT, _ONE_TO_LOOK_AT = 0.05, 0.1
 """How much of the free memory networks may take that are built to be compared, and how much one of the first two."""
 _KEPT_FREE = 0.2
 """How much of the free memory is left to others while a network is built."""
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "calculation overflowed")
+_NO_MEMORY = (
+    *("can't allocate memory", "not enough memory", "calculation overflowed"),  # the machine's own
+    "out of memory",  # CUDA's runtime ("CUDA error: out of memory"), MPS's, HIP's; a loader's worker repeats it
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "cudaErrorMemoryAllocation"),
+)
+"""What the texts of RuntimeErrors have in common that come from a lack of memory; not all are OutOfMemoryErrors."""
 _LARGE = 1 << 24
 """Bytes of a tensor for which it is asked how much memory is free: that takes a tenth of a millisecond."""
 
 
 def free_bytes(device: torch.device) -> int:
     """Return how many bytes may still be taken on `device`: of the GPU, or of the machine and its container."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # what torch holds, and nobody uses, is free to us
+        return torch.cuda.mem_get_info(device)[0] + max(
+            0, torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        )
     free = psutil.virtual_memory().available
     for limit, used, stat in _CGROUPS:
         with suppress(OSError, ValueError):  # there is none, or it says "max"
@@ -52,11 +60,29 @@ def _cached(stat: Path) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that the device, or the machine, has no memory left."""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)
-    )
+    """Whether `error` says that the device, or the machine, has no memory left.
+
+    So does a RuntimeError that was raised while such an error was handled: the end of a CUDA graph's capture, say, that
+    ran out of memory within.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    before = error.__cause__ or error.__context__
+    return any(words in str(error) for words in _NO_MEMORY) or (before is not None and is_out_of_memory(before))
+
+
+def free_all(device: torch.device) -> None:
+    """Give back what torch holds of `device`'s memory and nobody uses, once more memory than it has was asked for.
+
+    Compiled steps and graphs are in reference cycles, and neither torch nor CUDA collects those itself.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def n_bytes(network: nn.Module) -> int:

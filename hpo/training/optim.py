@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from hpo.errors import Fault, broken_rules, did_you_mean, is_number
 from hpo.training import schedules
+from hpo.training.memory import is_out_of_memory
 
 DEFAULTS: Mapping[str, Any] = {"optimizer": "adam", "learning_rate": 1e-3, "batch_size": 64}
 """What every study has, whatever its objective says."""
@@ -65,9 +67,27 @@ def make(params: Mapping[str, Any], weights: Iterable[nn.Parameter]) -> torch.op
         default = accepted["betas"].default
         arguments["betas"] = (params.get("beta1", default[0]), params.get("beta2", default[1]))
     weights = list(weights)
-    if "fused" in accepted and all(w.is_floating_point() for w in weights):
+    if "fused" in accepted and all(_has_fused(str(params["optimizer"]).lower(), w.device, w.dtype) for w in weights):
         arguments["fused"] = True
     return cls(weights, **arguments)
+
+
+@cache
+def _has_fused(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has a fused step of an optimizer for such weights, tried on one number.
+
+    Not wherever the class takes `fused`: torch 2.11's Adagrad has it on a CPU only, and MPS has that of some.
+    """
+    weight = nn.Parameter(torch.zeros(1, device=device, dtype=dtype), requires_grad=dtype.is_floating_point)
+    weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
+    arguments: dict[str, Any] = {"fused": True}
+    try:
+        _classes()[name]([weight], **arguments).step()
+    except (RuntimeError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def faults(values: Mapping[str, list[Any]]) -> list[Fault]:

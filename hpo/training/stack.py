@@ -125,6 +125,11 @@ class Stack(ABC):
     def members(self) -> Sequence[Member]:
         """The members in it now, in the order of `step`'s and `evaluate`'s results."""
 
+    @property
+    def path(self) -> str | None:
+        """How its steps run where there are several ways to, and why not in a faster one, for a person."""
+        return None
+
     @abstractmethod
     def join(self, member: Member) -> None:
         """Build `member`'s network from its seed and take it in."""

@@ -35,18 +35,22 @@ def torch_settings(
         restoring.callback(torch.set_num_threads, n_threads)
         if threads is not None:
             torch.set_num_threads(threads)
-        if precision == "tf32" and device.type == "cuda":
-            _allow_tf32(restoring)
+        if device.type == "cuda":
+            restoring.callback(torch.cuda.set_device, torch.cuda.current_device())
+            torch.cuda.set_device(device)  # streams, graphs and synchronizing take the current one
+            if precision is not None:
+                _set_tf32(precision == "tf32", restoring)
         if deterministic is not None:
             _set_deterministic(deterministic, restoring)
         yield
 
 
-def _allow_tf32(restoring: ExitStack) -> None:
+def _set_tf32(allowed: bool, restoring: ExitStack) -> None:
+    """Have matrix products and convolutions both use TF32, or neither: torch's own default is convolutions only."""
     restoring.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
     restoring.callback(setattr, torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def _set_deterministic(wanted: bool, restoring: ExitStack) -> None:
@@ -61,7 +65,11 @@ def _set_deterministic(wanted: bool, restoring: ExitStack) -> None:
 def random_states(device: torch.device) -> dict[str, Tensor]:
     """Return the states of torch's generators that code on `device` draws from."""
     states = {"cpu": torch.get_rng_state()}
-    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
 
 
 def set_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
@@ -69,3 +77,5 @@ def set_random_states(states: Mapping[str, Tensor], device: torch.device) -> Non
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)
+    elif "mps" in states and device.type == "mps":
+        torch.mps.set_rng_state(states["mps"])

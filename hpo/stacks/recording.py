@@ -1,0 +1,185 @@
+"""A step recorded as a CUDA graph: one launch replays all of its kernels.
+
+What CUDA cannot record, or what does not give what the step itself gives, is not used, and the reason is kept for a
+person. Source: PyTorch's notes on CUDA graphs (`torch.cuda.graph`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from hpo.stacks.state import StackState, Trained
+from hpo.training.memory import is_out_of_memory
+from hpo.training.torch_settings import random_states, set_random_states
+
+Run = Callable[[StackState, Sequence[Tensor], Tensor], tuple[Trained, Tensor]]
+"""A step: from the state, a batch's inputs (B, ...) and targets (B, ...), the state after it and the losses (K,)."""
+_PROBED: Mapping[str, float] = {"learning_rate": 0.1, "eps": 1.0}
+"""Hyperparameters with which two forms of a step are compared: an update is then as large as its gradient, where
+Adam's own would be as large as the learning rate even of a gradient that is nothing but rounding."""
+_given_up: list[str] = []
+"""Why no more steps are recorded in this process: torch 2.11 cannot record after a capture that failed."""
+
+
+class NotRecorded(Exception):
+    """A step is not replayed from a CUDA graph, and why."""
+
+
+def records(device: torch.device) -> bool:
+    """Whether steps on `device` can be recorded, as far as is known."""
+    return device.type == "cuda"
+
+
+def in_place(run: Run) -> Run:
+    """Return `run` so that it writes the state after it into the tensors of the state that it is given."""
+
+    def step(state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> tuple[Trained, Tensor]:
+        trained, losses = run(state, inputs, targets)
+        for own, new in zip(tree_leaves(state.trained), tree_leaves(trained), strict=True):
+            own.copy_(new)
+        return state.trained, losses
+
+    return step
+
+
+class CudaReplay:
+    """A step recorded as a CUDA graph on the tensors of `state`, which are changed in place from then on.
+
+    `run` writes in place (`in_place`). It is called twice before, on copies: what is set up at a first call must not be
+    recorded.
+    """
+
+    def __init__(self, run: Run, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> None:
+        self.state = state
+        self._leaves = tree_leaves(state)
+        self._inputs, self._targets = [x.clone() for x in inputs], targets.clone()
+        here = torch.cuda.current_stream()
+        side = _side_stream(targets.device)
+        side.wait_stream(here)
+        with torch.no_grad(), torch.cuda.stream(side):
+            for _ in range(2):
+                run(*tree_map(torch.clone, (state, self._inputs, self._targets)))
+        here.wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        # other threads may allocate meanwhile: one that pins batches in memory does
+        recording = torch.cuda.graph(self._graph, pool=_pool(targets.device), capture_error_mode="thread_local")
+        with torch.no_grad(), recording:
+            _, self._losses = run(state, self._inputs, self._targets)
+
+    def __call__(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> tuple[Trained, Tensor]:
+        if state is not self.state:
+            for own, now in zip(self._leaves, tree_leaves(state), strict=True):
+                if own is not now:
+                    own.copy_(now)
+        for own, now in zip(self._inputs, inputs, strict=True):
+            own.copy_(now)
+        self._targets.copy_(targets)
+        self._graph.replay()
+        return self.state.trained, self._losses.clone()
+
+
+def recorded(run: Run, state: StackState, inputs: Sequence[Tensor], targets: Tensor, tolerance: float) -> CudaReplay:
+    """Return `run`, which writes in place, as a CUDA graph on the tensors of `state`, which are as before at the end.
+
+    Raises NotRecorded where CUDA cannot record it, or where two replays do not give what two calls of `run` give.
+    """
+    if _given_up:
+        raise NotRecorded(_given_up[0])
+    device = targets.device
+    before, generators = tree_map(torch.clone, state), random_states(device)
+    try:
+        replay = CudaReplay(run, state, inputs, targets)
+    except Exception as error:  # whatever CUDA cannot record
+        if _fails_ever_after():
+            _given_up.append(f"an earlier one failed in this process: {line(error)}")
+        if is_out_of_memory(error):
+            raise
+        raise NotRecorded(line(error)) from error
+    else:
+        why = difference(run, replay, before, inputs, targets, tolerance)
+        if why is not None:
+            raise NotRecorded(f"replayed it differs in {why}")
+    finally:
+        with torch.no_grad():
+            for now, then in zip(tree_leaves(state), tree_leaves(before), strict=True):
+                now.copy_(then)  # nothing was trained yet
+        set_random_states(generators, device)
+    return replay
+
+
+def difference(
+    reference: Run, other: Run, state: StackState, inputs: Sequence[Tensor], targets: Tensor, tolerance: float
+) -> str | None:
+    """Return in what two forms of a step differ, over all that a step changes and its losses; None: in nothing.
+
+    Both do two steps from equal states, of other hyperparameters and rows the second time, and draw the same random
+    numbers. Neither is given `state` itself. What each member's updates differ by is measured by its largest one.
+    """
+    hyper = {name: torch.full_like(x, _PROBED[name]) if name in _PROBED else x for name, x in state.hyper.items()}
+    state = state._replace(hyper=hyper)
+    for _ in range(2):
+        generators = random_states(targets.device)
+        with torch.no_grad():
+            expected, losses = reference(*tree_map(torch.clone, (state, list(inputs), targets)))
+            set_random_states(generators, targets.device)
+            got, other_losses = other(*tree_map(torch.clone, (state, list(inputs), targets)))
+            why = _different(state.trained, expected, got, tolerance)
+            if why is None and not _close(losses, other_losses, tolerance * (1 + losses.abs())):
+                why = "the losses"
+        if why is not None:
+            return why
+        halved = {name: x / 2 if name in _PROBED else x for name, x in state.hyper.items()}
+        state = tree_map(torch.clone, state.after(expected)._replace(hyper=halved))
+        inputs, targets = [x.flip(0) for x in inputs], targets.flip(0)
+    return None
+
+
+def _different(before: Trained, expected: Trained, got: Trained, tolerance: float) -> str | None:
+    for part in Trained._fields:
+        old, new, other = (tree_leaves(getattr(each, part)) for each in (before, expected, got))
+        pairs = [(o, n, x) for o, n, x in zip(old, new, other, strict=True) if n.numel()]
+        if not pairs:
+            continue
+        largest = torch.stack([_largest((n - o).double()) for o, n, _ in pairs]).amax(0)
+        for _, n, x in pairs:
+            rounding = 8 * torch.finfo(n.dtype).eps * _largest(n.double()) if n.is_floating_point() else 0.0
+            bound = (tolerance * largest + rounding).view(-1, *[1] * (n.ndim - 1))
+            if not _close(n.double(), x.double(), bound):
+                return f"the {part}" if part != "t" else "the count of steps"
+    return None
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Return each slot's largest finite number, (K,)."""
+    return x.abs().nan_to_num(0.0, 0.0, 0.0).reshape(len(x), -1).amax(1)
+
+
+def _close(expected: Tensor, got: Tensor, bound: Tensor) -> bool:
+    same = (expected == got) | (expected.isnan() & got.isnan())
+    return bool((same | ((expected - got).abs() <= bound)).all())
+
+
+def line(error: BaseException) -> str:
+    """Return an error in one line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+
+
+def _fails_ever_after() -> bool:
+    """Whether torch cannot record any more once a capture has failed (pytorch/pytorch#180395, mended in 2.12)."""
+    return tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < (2, 12)
+
+
+@cache
+def _side_stream(device: torch.device) -> Any:
+    """Return one stream for all recordings: each holds a workspace of cuBLAS's."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch does not annotate it
+
+
+@cache
+def _pool(device: torch.device) -> Any:
+    """Return the memory that all graphs share: they are never replayed at once, and nothing in it outlives a replay."""
+    return torch.cuda.graph_pool_handle()

@@ -1,0 +1,151 @@
+"""torch.cuda's graphs without a GPU: what is captured is recorded, undone, and replayed on the same tensors.
+
+The stand-in keeps the rules that matter to code that uses graphs. An operation that would wait for the GPU is refused
+while capturing; nothing that is captured has happened at the end of the capture; a replay reads and writes the very
+tensors of the capture, those that it made among them; random operations draw new numbers at each replay.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hpo.stacks import recording
+
+WAITING = (
+    *("_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select", "bincount"),
+    *("unique", "_unique", "_unique2", "unique_dim", "lift_fresh", "lift_fresh_copy"),
+)
+"""Operations of aten that wait for a GPU; `lift_fresh` is torch.tensor(...), a copy from memory that is not pinned."""
+
+
+def waits(func: Any, args: Sequence[Any]) -> bool:
+    """Whether an operation would wait for a GPU: to index by booleans does, since it counts them."""
+    name = func._schema.name.removeprefix("aten::")
+    if name in ("index", "index_put", "index_put_"):
+        return any(x is not None and x.dtype == torch.bool for x in args[1])
+    return name in WAITING
+
+
+def written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the tensors that an operation writes into."""
+    arguments = func._schema.arguments
+    given = {**{argument.name: value for argument, value in zip(arguments, args, strict=False)}, **kwargs}
+    writes = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [x for name in writes for x in tree_leaves(given.get(name)) if isinstance(x, Tensor)]
+
+
+class Graph:
+    """As torch.cuda.CUDAGraph."""
+
+    made: list["Graph"] = []
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, Sequence[Any], Mapping[str, Any], Any]] = []
+        self.n_replays = 0
+        Graph.made.append(self)
+
+    def replay(self) -> None:
+        self.n_replays += 1
+        with torch.no_grad():
+            for func, args, kwargs, out in self.calls:
+                again = func(*args, **kwargs)
+                for own, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                    if isinstance(own, Tensor) and own.data_ptr() != new.data_ptr():
+                        own.copy_(new)
+
+
+class Capture(TorchDispatchMode):
+    """As torch.cuda.graph."""
+
+    fails: str | None = None
+    """What CUDA says to every capture, if it is to fail."""
+    arguments: list[dict[str, Any]] = []
+
+    def __init__(self, graph: Graph, **arguments: Any) -> None:
+        super().__init__()
+        self._graph, self._before = graph, dict[int, tuple[Tensor, Tensor]]()
+        Capture.arguments.append(arguments)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if waits(func, args) or Capture.fails:
+            raise RuntimeError(Capture.fails or "CUDA error: operation not permitted when stream is capturing")
+        for x in written(func, args, kwargs):
+            self._before.setdefault(id(x), (x, x.clone()))
+        out = func(*args, **kwargs)
+        self._graph.calls.append((func, args, kwargs, out))
+        return out
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for x, before in self._before.values():
+            x.copy_(before)  # captured, not done
+
+
+class Stream:
+    """As torch.cuda.Stream."""
+
+    def __init__(self, device: Any = None) -> None:
+        pass
+
+    def wait_stream(self, other: "Stream") -> None:
+        pass
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Capture]:
+    """Have steps on the CPU recorded as on CUDA, by the project's own code on these stand-ins."""
+    monkeypatch.setattr("hpo.stacks.vmap_step.records", lambda device: True)
+    monkeypatch.setattr(recording, "_given_up", [])
+    recording._side_stream.cache_clear()
+    recording._pool.cache_clear()
+    pools = iter(range(100))
+    for name, stand_in in {
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": lambda stream: nullcontext(),
+        "CUDAGraph": Graph,
+        "graph": Capture,
+        "graph_pool_handle": lambda: next(pools),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(Capture, "fails", None)
+    monkeypatch.setattr(Capture, "arguments", [])
+    monkeypatch.setattr(Graph, "made", [])
+    yield Capture
+    recording._side_stream.cache_clear()
+    recording._pool.cache_clear()
+
+
+class NoWaiting(TorchDispatchMode):
+    """Within it an operation that would wait for a GPU raises, and what reads numbers past the dispatcher."""
+
+    READING = ("tolist", "numpy", "cpu", "__array__")
+
+    def __enter__(self) -> "NoWaiting":
+        self._real = {name: getattr(Tensor, name) for name in self.READING}
+        for name in self.READING:
+            setattr(Tensor, name, partial(self._refused, name))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for name, real in self._real.items():
+            setattr(Tensor, name, real)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if waits(func, args):
+            self._refused(func)
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _refused(what: Any, *arguments: Any) -> None:
+        raise RuntimeError(f"{what} would wait for the GPU")

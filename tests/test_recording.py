@@ -1,0 +1,359 @@
+"""Steps replayed from CUDA graphs, without a GPU: the real CudaReplay on stand-ins for torch.cuda's graphs.
+
+Shapes: K slots, B rows.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hpo.stacks import recording, vmap_step
+from hpo.stacks.recording import CudaReplay, Run
+from hpo.stacks.state import StackState
+from hpo.stacks.vmap_stack import VmapStack
+from hpo.stacks.vmap_step import Execution
+from hpo.training.batches import Batches
+from hpo.training.loop import order
+from hpo.training.loop_stack import LoopStack
+from hpo.training.memory import is_out_of_memory
+from hpo.training.stack import Member, Task
+from tests.graphs import Capture, Graph, NoWaiting, graphs  # noqa: F401  # a fixture
+from tests.stacking import CPU, INFO, Built, assert_same_curves, assert_same_weights, sines, trained
+
+N_ROWS, BATCH_SIZE, N_EPOCHS, K = 28, 8, 3, 4  # the last batch has 4 rows
+REPLAYED = "captured, replayed from a CUDA graph"
+
+
+def conv(params: Any) -> nn.Module:
+    biased = params.get("biased", False)  # its gradient would be rounding only, since BatchNorm takes the mean off
+    layers = nn.Conv1d(1, 3, 3, bias=biased), nn.BatchNorm1d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 1)
+    return nn.Sequential(nn.Unflatten(1, (1, 6)), *layers)
+
+
+NETWORKS: dict[str, Callable[[Any], nn.Module]] = {
+    "mlp": lambda params: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)),
+    "conv_batchnorm": conv,
+    "layernorm": lambda params: nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.ReLU(), nn.Linear(5, 1)),
+}
+
+
+def dropout(params: Any) -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 40), nn.Dropout(params["rate"]), nn.Linear(40, 1))
+
+
+def task(build: Callable[[Any], nn.Module]) -> Task:
+    return Task(objective=Built(build), info=INFO, device=CPU, n_rows=N_ROWS, epochs=N_EPOCHS)
+
+
+def stack(build: Callable[[Any], nn.Module], capacity: int = K, execution: Execution = "graph") -> VmapStack:
+    return VmapStack(task(build), capacity, sines(8), execution)
+
+
+def members(n: int = K, **params: Any) -> list[Member]:
+    base = {"optimizer": "adam", "batch_size": BATCH_SIZE} | params
+    return [Member(number=i, seed=i, params=base | {"learning_rate": 0.004 * (i + 1)}) for i in range(n)]
+
+
+def one_step(made: VmapStack) -> tuple[Tensor, list[Tensor]]:
+    """Do one step; return the losses and all that it has changed."""
+    rows = sines(BATCH_SIZE, 5)
+    losses = made.step([rows.inputs["x"]], rows.targets)
+    return losses, [x.clone() for x in tree_leaves(made._slots.state.trained)]
+
+
+def assert_trained_as_alone(made: VmapStack, build: Callable[[Any], nn.Module], **params: Any) -> None:
+    """Train members in `made`, one of which leaves early, and a fifth that takes its slot; compare with each alone."""
+    got, expected, stops = members(K + 1, **params), members(K + 1, **params), {1: 1}
+    weights = trained(made, got, sines(N_ROWS), sines(20, 1), epochs=N_EPOCHS, stops=stops)
+    alone = LoopStack(task(build), K)
+    expected_weights = trained(alone, expected, sines(N_ROWS), sines(20, 1), epochs=N_EPOCHS, stops=stops)
+    assert_same_curves(got, expected)
+    assert_same_weights(weights, expected_weights, range(K + 1))
+
+
+@pytest.mark.parametrize(
+    ("network", "optimizer"),
+    [*((name, "adam") for name in NETWORKS), *(("mlp", name) for name in ("adamw", "sgd", "rmsprop", "adagrad"))],
+)
+def test_what_is_replayed_trains_as_each_alone(graphs: type[Capture], network: str, optimizer: str) -> None:  # noqa: F811
+    made = stack(NETWORKS[network])
+    momentum = {"momentum": 0.9} if optimizer == "sgd" else {}
+    assert_trained_as_alone(made, NETWORKS[network], optimizer=optimizer, weight_decay=0.01, **momentum)
+    assert made.path == REPLAYED
+    assert len(Graph.made) == 2  # one of each batch size
+    assert min(graph.n_replays for graph in Graph.made) == 2 + N_EPOCHS + 1  # two to compare, one an epoch
+
+
+def test_a_gradient_of_rounding_only_does_not_make_a_replay_differ(graphs: type[Capture]) -> None:  # noqa: F811
+    """Adam makes a whole step of it: two forms of a step are compared with a large epsilon."""
+    made = stack(conv)
+    for member in members(biased=True):
+        made.join(member)
+    one_step(made)
+    assert made.path == REPLAYED
+
+
+def test_a_schedule_and_clipping_are_recorded(graphs: type[Capture]) -> None:  # noqa: F811
+    made = stack(NETWORKS["mlp"])
+    assert_trained_as_alone(made, NETWORKS["mlp"], schedule="one_cycle", max_grad_norm=0.5)
+    assert made.path == REPLAYED
+
+
+def test_other_threads_may_allocate_while_it_is_captured_and_graphs_share_memory(
+    graphs: type[Capture],  # noqa: F811
+) -> None:
+    assert_trained_as_alone(stack(NETWORKS["mlp"]), NETWORKS["mlp"])
+    assert graphs.arguments == [{"pool": 0, "capture_error_mode": "thread_local"}] * 2
+
+
+def test_dropout_draws_new_masks_at_each_replay(graphs: type[Capture]) -> None:  # noqa: F811
+    made = stack(dropout, 2)
+    for member in members(2, rate=0.5, learning_rate=0.0):
+        made.join(member)
+    x = torch.ones(BATCH_SIZE, 6, dtype=torch.float64)
+    y = torch.zeros(BATCH_SIZE, 1, dtype=torch.float64)
+    torch.manual_seed(3)
+    losses = torch.stack([made.step([x], y) for _ in range(8)])
+    assert made.path == REPLAYED
+    assert len(losses.unique()) == losses.numel()
+    again = stack(dropout, 2)
+    for member in members(2, rate=0.5, learning_rate=0.0):
+        again.join(member)
+    torch.manual_seed(3)
+    torch.testing.assert_close(torch.stack([again.step([x], y) for _ in range(8)]), losses)
+
+
+def test_recording_changes_nothing_of_the_state_nor_of_the_random_numbers(graphs: type[Capture]) -> None:  # noqa: F811
+    made = stack(dropout, 2)
+    for member in members(2, rate=0.5):
+        made.join(member)
+    state = made._slots.state
+    before = [x.clone() for x in tree_leaves(state)]
+    run: Run = recording.in_place(made._opened.eager)
+    torch.manual_seed(5)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    replay = recording.recorded(run, state, [torch.ones(4, 6).double()], torch.ones(4, 1).double(), 1e-9)
+    assert replay.state is state
+    assert all(torch.equal(now, then) for now, then in zip(tree_leaves(state), before, strict=True))
+    assert torch.equal(torch.rand(1), drawn)
+
+
+class Copies(TorchDispatchMode):
+    """Counts what is copied into existing tensors."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.n += func._schema.name == "aten::copy_"
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_copies_its_batch_and_nothing_else_also_after_a_change_of_size(
+    graphs: type[Capture],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = stack(NETWORKS["mlp"])
+    for member in members(2, momentum=0.9, optimizer="sgd"):
+        made.join(member)
+    monkeypatch.setattr(Graph, "replay", lambda self: None)  # what it copies itself is its own affair
+    monkeypatch.setattr("hpo.stacks.recording.difference", lambda *arguments: None)
+    x, y = torch.ones(BATCH_SIZE, 6).double(), torch.ones(BATCH_SIZE, 1).double()
+    for capacity in (K, 2, K):
+        made.resize(capacity)
+        for rows in (BATCH_SIZE, 4):
+            made.step([x[:rows]], y[:rows])
+        for rows in (BATCH_SIZE, 4, BATCH_SIZE):  # each has a graph of its own, on the same state
+            with Copies() as copies:
+                made.step([x[:rows]], y[:rows])
+            assert copies.n == 2
+    assert len(made._opened._prepared) == 2  # the tensors of the sizes before are let go of
+
+
+def leaves_out(which: int) -> Callable[[Run], Run]:
+    """Return an `in_place` that does not write one tensor of the state."""
+
+    def in_place(run: Run) -> Run:
+        def step(state: StackState, inputs: Any, targets: Tensor) -> Any:
+            trained, losses = run(state, inputs, targets)
+            pairs = [*zip(tree_leaves(state.trained), tree_leaves(trained), strict=True)]
+            for own, new in [*pairs[:which], *pairs[which + 1 :]]:
+                own.copy_(new)
+            return trained, losses  # as if it had
+
+        return step
+
+    return in_place
+
+
+def baked(name: str) -> Callable[..., None]:
+    """Return a CudaReplay.__init__ after which a part of its state is a copy, so that the graph reads another one."""
+    real = CudaReplay.__init__
+
+    def init(self: CudaReplay, run: Run, state: StackState, inputs: Any, targets: Tensor) -> None:
+        real(self, run, state, inputs, targets)
+        part = {key: x.clone() for key, x in getattr(state, name).items()}
+        self._leaves = tree_leaves(state._replace(**{name: part}))
+
+    return init
+
+
+def broken(how: str) -> Callable[..., Any]:
+    """Return a CudaReplay.__call__ with a fault."""
+
+    def call(self: CudaReplay, state: StackState, inputs: Any, targets: Tensor) -> Any:
+        for own, now in zip(self._leaves, tree_leaves(state), strict=True):
+            own.copy_(now)
+        if how != "inputs":
+            self._inputs[0].copy_(inputs[0])
+        if how != "targets":
+            self._targets.copy_(targets)
+        stale = self._losses.clone()
+        if how != "empty":
+            self._graph.replay()
+        return self.state.trained, stale if how == "losses" else self._losses.clone()
+
+    return call
+
+
+N_WRITTEN = 5 + 3 + 10 + 1
+"""conv_batchnorm under adam: 5 weights, 3 buffers of BatchNorm, two states a weight, the count of steps."""
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [*(f"write {i}" for i in range(N_WRITTEN)), "hyper", "inputs", "targets", "losses", "empty"],
+)
+def test_a_replay_that_is_not_the_step_is_found_and_not_used(
+    graphs: type[Capture],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+) -> None:
+    kind, _, which = fault.partition(" ")
+    if kind == "write":
+        monkeypatch.setattr(vmap_step, "in_place", leaves_out(int(which)))
+        monkeypatch.setattr(vmap_step, "_traced", lambda run, *batch: run)
+    elif kind == "hyper":
+        monkeypatch.setattr(CudaReplay, "__init__", baked(kind))
+    else:
+        monkeypatch.setattr(CudaReplay, "__call__", broken(kind))
+    made, reference = stack(conv), stack(conv, execution="eager")
+    for each in (made, reference):
+        for member in members():
+            each.join(member)
+    for _ in range(2):
+        torch.testing.assert_close(one_step(made), one_step(reference), rtol=0, atol=1e-12)
+    assert made.path is not None
+    assert made.path.startswith("captured; not replayed from a CUDA graph: replayed it differs in the ")
+
+
+@pytest.mark.parametrize("poisoned", [True, False])
+def test_a_capture_that_fails_is_said_and_training_is_the_same(
+    graphs: type[Capture],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    poisoned: bool,
+) -> None:
+    monkeypatch.setattr(graphs, "fails", "CUDA error: operation failed due to a previous error during capture")
+    monkeypatch.setattr(recording, "_fails_ever_after", lambda: poisoned)
+    first, second = stack(conv), stack(conv)
+    assert_trained_as_alone(first, conv)
+    n_tries = len(graphs.arguments)
+    assert n_tries == (1 if poisoned else 2)  # one of each batch size, unless the first has spoiled it
+    for member in members():
+        second.join(member)
+    one_step(second)
+    assert len(graphs.arguments) == (1 if poisoned else 3)
+    why = "RuntimeError: CUDA error: operation failed due to a previous error during capture"
+    assert first.path == f"captured; not replayed from a CUDA graph: {why}"
+    earlier = f"an earlier one failed in this process: {why}" if poisoned else why
+    assert second.path == f"captured; not replayed from a CUDA graph: {earlier}"
+
+
+def test_memory_that_runs_out_in_a_capture_is_that_and_members_are_as_before(
+    graphs: type[Capture],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = stack(conv)
+    for member in members():
+        made.join(member)
+    before = [x.clone() for x in tree_leaves(made._slots.state)]
+    monkeypatch.setattr(graphs, "fails", "CUDA error: out of memory")
+    with pytest.raises(RuntimeError) as caught:
+        made.step([torch.ones(BATCH_SIZE, 6).double()], torch.ones(BATCH_SIZE, 1).double())
+    assert is_out_of_memory(caught.value)
+    assert all(torch.equal(x, y) for x, y in zip(tree_leaves(made._slots.state), before, strict=True))
+
+
+def test_a_step_that_cannot_be_compiled_is_replayed_all_the_same_and_said(
+    graphs: type[Capture],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(run: Any, dynamic: bool) -> Any:
+        def call(*arguments: Any) -> Any:
+            raise ValueError("ptxas was not found\nmore of it")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", fails)
+    monkeypatch.setattr(vmap_step, "has_compiler", lambda device: True)
+    made = stack(conv, execution="compiled")
+    for member in members():
+        made.join(member)
+    one_step(made)
+    assert made.path == f"{REPLAYED}; not compiled: ValueError: ptxas was not found"
+
+
+def test_a_compiled_step_that_gives_something_else_is_not_used(
+    graphs: type[Capture],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def wrong(run: Run, dynamic: bool) -> Run:
+        def call(state: StackState, inputs: Any, targets: Tensor) -> Any:
+            with torch.no_grad():
+                for x in state.buffers.values():
+                    if x.is_floating_point():
+                        x.mul_(1.001)
+            return run(state, inputs, targets)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", wrong)
+    monkeypatch.setattr(vmap_step, "has_compiler", lambda device: True)
+    made = stack(conv, execution="compiled")
+    assert_trained_as_alone(made, conv)
+    assert made.path == f"{REPLAYED}; not compiled: ValueError: compiled it differs in the buffers"
+
+
+def test_without_a_compiler_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vmap_step, "has_compiler", lambda device: False)
+    made = stack(NETWORKS["mlp"], execution="compiled")
+    assert_trained_as_alone(made, NETWORKS["mlp"])
+    assert made.path == "captured; not compiled: ValueError: no C++ compiler was found"
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_no_step_waits_for_the_gpu_nor_does_what_is_between_steps(
+    request: pytest.FixtureRequest, recorded: bool
+) -> None:
+    """Over a whole epoch, with empty slots: a wait costs as long as the GPU is behind, at each of so many steps."""
+    if recorded:
+        request.getfixturevalue("graphs")
+    made = stack(conv)
+    for member in members(K - 1):
+        made.join(member)
+    batches = Batches(sines(N_ROWS), CPU)
+    rows = order(N_ROWS, 7, 0)
+    for inputs, targets in batches.epoch(BATCH_SIZE, rows):  # recording is once
+        made.step(inputs, targets)
+    with NoWaiting():
+        losses = [made.step(inputs, targets) for inputs, targets in batches.epoch(BATCH_SIZE, rows)]
+    assert all(math.isfinite(loss) for each in losses for loss in each.tolist())
+    for reads in (lambda x: x.tolist(), lambda x: x[0].item(), lambda x: x[x > 0], lambda x: torch.tensor([1.0])):
+        with pytest.raises(RuntimeError, match="would wait for the GPU"), NoWaiting():
+            reads(losses[0])
