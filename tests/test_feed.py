@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpo.study.data import Split, batch_sizes
 from hpo.study.spec import Loading
+from hpo.training import batches
 from hpo.training.batches import Batches, make_batches
 from hpo.training.loop import order, train
 from hpo.training.loop_stack import LoopStack
@@ -204,3 +206,28 @@ def test_however_it_is_loaded_the_batches_are_the_same(loading: Loading) -> None
         for (one, target), (other, other_target) in pairs:
             assert torch.equal(one[0], other[0])
             assert torch.equal(target, other_target)
+
+
+@pytest.mark.parametrize("piece", [1, 3 * 16 * 8, 1 << 28])
+def test_rows_are_put_in_order_in_pieces_that_take_no_more_memory(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    """The whole split once more would not fit beside data that takes half of a GPU."""
+    split = Split(inputs={"x": torch.arange(82.0).reshape(41, 2)}, targets=torch.arange(41))  # 8 bytes of inputs a row
+    rows = torch.randperm(41, generator=torch.Generator().manual_seed(0))
+    expected = list(Batches(split, CPU).epoch(16, rows))
+    monkeypatch.setattr(batches, "_PIECE", piece)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if func._schema.name == "aten::index":
+                largest = max(largest, len(out))
+            return out
+
+    with Watch():
+        got = list(Batches(split, CPU).epoch(16, rows))
+    assert largest == {1: 16, 3 * 16 * 8: 41, 1 << 28: 41}[piece]
+    for (one, target), (other, other_target) in zip(got, expected, strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(target, other_target)

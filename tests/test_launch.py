@@ -1,6 +1,7 @@
 """Several workers of one study in real processes: the budget is exact, whoever is killed; what differs is refused."""
 
 import json
+import os
 import signal
 import sqlite3
 import subprocess
@@ -8,9 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from hpo.errors import HpoError
 from hpo.runner import launch
+from hpo.runner.prepare import prepare
 from tests.cli import invoke, refused, summary
 from tests.conftest import run_hpo, start_hpo
 
@@ -191,3 +194,49 @@ def test_workers_that_die_at_their_start_are_not_started_for_ever(study, monkeyp
     assert "workers were killed 4 times, the last by signal 11, before they claimed a trial" in str(caught.value)
     assert "the driver is missing" in str(caught.value)
     assert query("select count(*) from trials where state not in ('WAITING', 'FAIL')") == [(0,)]
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Return a function that gives this machine so many GPUs; they are stand-ins."""
+
+    def make(n_gpus):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: n_gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+
+    return make
+
+
+def started(plan, n, monkeypatch):
+    """Return the environments of the processes that `n` workers of a study are started in."""
+    environs = []
+
+    class Process:
+        def __init__(self, command, environ, *rest):
+            environs.append(environ)
+
+    monkeypatch.setattr(launch, "_Process", Process)
+    launch.Workers(["worker"], n, launch.gpus(plan), print, None).start()
+    return [environ.get("CUDA_VISIBLE_DEVICES") for environ in environs]
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+@pytest.mark.parametrize(
+    ("visible", "expected"), [(None, ["0", "1", "2", "0", "1"]), ("5,3,GPU-8f", ["5", "3", "GPU-8f", "5", "3"])]
+)
+def test_workers_are_pinned_each_to_its_gpu(study, machine, monkeypatch, device, visible, expected):
+    machine(3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    plan = prepare(study(f"device: {device}"))
+    assert launch.how_many(None, plan) == 3
+    assert started(plan, 5, monkeypatch) == expected
+
+
+@pytest.mark.parametrize(("device", "n"), [("cuda:1", 1), ("cpu", len(os.sched_getaffinity(0)))])
+def test_workers_of_a_study_that_names_its_device_all_use_that(study, machine, monkeypatch, device, n):
+    machine(3)
+    plan = prepare(study(f"device: {device}"))
+    assert launch.how_many(None, plan) == n
+    assert started(plan, 2, monkeypatch) == [None, None]

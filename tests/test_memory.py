@@ -1,5 +1,7 @@
 """Memory that is not there: a network too large for it is refused before it is made, and fails alone."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from hpo.stacks.sizing import looked_at
 from hpo.study.space import build as build_space
 from hpo.study.spec import parse_param
 from hpo.training import memory
-from hpo.training.memory import Within, free_bytes, is_out_of_memory, n_bytes
+from hpo.training.memory import Within, free_all, free_bytes, is_out_of_memory, n_bytes
 from tests.cli import invoke, refused, summary
 
 CPU = torch.device("cpu")
@@ -194,3 +196,30 @@ def test_every_way_to_say_that_there_is_no_memory_is_understood():
 
 def test_a_plan_of_it_is_made(huge):
     assert prepare(huge(TEXT)).space.corners()[1]["width"] == 1_000_000
+
+
+def test_what_torch_holds_of_a_gpu_and_nobody_uses_is_free(monkeypatch):
+    cuda = torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 80_000) if device == cuda else (0, 0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 300)
+    assert free_bytes(cuda) == 1400
+
+
+def test_what_is_in_a_circle_is_given_back(monkeypatch):
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(held()))
+
+    class Graph:
+        pass
+
+    graph = Graph()
+    graph.itself, held = graph, weakref.ref(graph)
+    gc.disable()
+    try:
+        del graph
+        assert held() is not None
+        free_all(torch.device("cuda:0"))
+    finally:
+        gc.enable()
+    assert emptied == [None]  # collected first, so that torch has it to give back

@@ -35,6 +35,29 @@ def test_an_optimizer_is_found_in_any_case(name, cls):
     assert not messages(optimizer=[name])
 
 
+class OnCpuOnly(torch.optim.Adagrad):
+    """As torch 2.11's Adagrad on CUDA: it takes `fused`, and refuses it in its first step."""
+
+    def step(self, closure=None):
+        if any(group["fused"] for group in self.param_groups):
+            raise RuntimeError("`fused=True` requires all the params to be floating point Tensors of supported devices")
+        return super().step(closure)
+
+
+def test_a_fused_step_is_used_where_torch_has_one_and_no_other_is_tried(monkeypatch):
+    assert made(optimizer="adagrad").defaults["fused"] is True
+    optim._works_fused.cache_clear()
+    monkeypatch.setattr(torch.optim, "Adagrad", OnCpuOnly)
+    try:
+        got = made(optimizer="adagrad")
+        assert got.defaults["fused"] is None
+        (weight, _) = got.param_groups[0]["params"]
+        weight.grad = torch.ones_like(weight)
+        got.step()
+    finally:
+        optim._works_fused.cache_clear()
+
+
 @pytest.mark.parametrize("name", ["optimizer", "adm", "lr_scheduler", "", 3, None])
 def test_what_is_no_optimizer_is_not_found(name):
     assert optim.optimizer_class(name) is None

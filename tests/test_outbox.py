@@ -259,7 +259,7 @@ def test_killed_at_any_moment_nothing_is_lost_and_the_order_is_kept(tmp_path: Pa
     assert process.stdout is not None
     lines = [process.stdout.readline() for _ in range(n_lines)]
     process.send_signal(signal.SIGKILL)
-    lines += process.communicate()[0].splitlines()
+    lines += [line for line in process.communicate()[0].splitlines(keepends=True) if line.endswith("\n")]
     added = {int(n) for sign, n in map(str.split, lines) if sign == "+"}
     sent = {int(n) for sign, n in map(str.split, lines) if sign == "-"}
     box = Outbox(tmp_path, "s")

@@ -2,13 +2,17 @@
 
 import os
 import signal
+from unittest.mock import MagicMock
 
 import psutil
 import pytest
+import torch
 
 from hpo.errors import HpoError, InputError
 from hpo.runner import ray_workers
+from hpo.runner.prepare import prepare
 from hpo.runner.ray_workers import RayWorkers
+from hpo.runner.study import StudyFile, WorkerOptions, _workers
 from tests.cli import refused, summary
 from tests.conftest import start_hpo
 from tests.test_launch import RUNNING, query, wait_for
@@ -69,3 +73,42 @@ def test_what_a_worker_says_is_said(error, monkeypatch):
     workers._running = ["one"]
     with pytest.raises(type(error), match=str(error)):
         workers.look()
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "there", "expected"),
+    [
+        ("auto", None, 2, 1.0),
+        ("cuda", None, 8, 1.0),
+        ("auto", None, 0, 0.0),
+        ("cpu", None, 2, 0.0),
+        ("auto", 0.5, 2, 0.5),
+    ],
+)
+def test_an_actor_has_a_gpu_where_there_are_any(study, monkeypatch, caplog, device, asked, there, expected):
+    asked_for = []
+
+    class FakeRay:
+        def init(self, **keys):
+            pass
+
+        def cluster_resources(self):
+            return {"CPU": 4.0} | ({"GPU": float(there)} if there else {})
+
+        def remote(self, cls):
+            return self
+
+        def options(self, **keys):
+            asked_for.append(keys["num_gpus"])
+            return MagicMock()
+
+    monkeypatch.setitem(__import__("sys").modules, "ray", FakeRay())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    path = study(f"device: {device}")
+    options = WorkerOptions(ray="auto", gpus_per_worker=asked)
+    workers = _workers(prepare(path), None, StudyFile(path=path, overrides={}), None, options, 2)
+    with caplog.at_level("INFO", "hpo"):
+        workers.start()
+    assert asked_for == [expected]
+    assert ("each worker on Ray has a GPU of its own" in caplog.text) == (expected == 1.0)

@@ -20,6 +20,7 @@ STORED = {
     "STUDY_FILE": "hpo:study_file",
     "TIMED_OUT": "hpo:timed_out",
     "STACK": "hpo:stack",
+    "STACK_PATHS": "hpo:stack_paths",
     "RESULT": "hpo:result",
     "TEST_EVALUATIONS": "hpo:test_evaluations",
     "TRACKED": "hpo:tracked",

@@ -259,7 +259,11 @@ def test_a_run_trains_in_stacks_of_the_size_that_was_chosen(study, monkeypatch: 
     monkeypatch.setattr(VmapStack, "step", step)
     monkeypatch.setattr(Sizing, "choose", lambda self: StackSize(capacity=3, stacked=True, why="because"))
     screen, remembered, values = run(study)
-    assert (screen.notes, remembered["choice"]["capacity"], len(values)) == (["stack: because"], 3, 6)
+    assert (screen.notes, remembered["choice"]["capacity"], len(values)) == (
+        ["stack: because", "stacks run captured"],
+        3,
+        6,
+    )
     assert set(sizes) == {3}
 
 
@@ -294,7 +298,7 @@ def test_a_study_that_an_earlier_version_sized_is_resumed_as_it_began(study, mon
     assert remembered["choice"]["grain"] == "coarse"
     monkeypatch.setattr(Sizing, "choose", None)
     again, _, values = run(study, TEXT.replace("trials: 6", "trials: 9"))
-    assert (again.notes, len(values)) == (["stack: because"], 9)
+    assert (again.notes, len(values)) == (["stack: because", "stacks run captured"], 9)
 
 
 @pytest.mark.parametrize(("sampler", "most"), [("random", 40), ("tpe", 10), ("gp", 10), ("qmc", 40)])

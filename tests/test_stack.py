@@ -371,6 +371,17 @@ def single(n=N_ROWS):
     return Split(inputs={"x": rows.inputs["x"].float()}, targets=rows.targets.float())
 
 
+def after(first, error):
+    """Return `error` as it is when it was raised while `first` was handled."""
+    try:
+        try:
+            raise first
+        except Exception:
+            raise error  # noqa: B904  # as torch's context managers do
+    except Exception as raised:
+        return raised
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
@@ -378,6 +389,21 @@ def single(n=N_ROWS):
         (MemoryError(), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("not enough memory: you tried to allocate 4 bytes"), True),
+        (
+            torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+            True,
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB, max allowed: 9.07 GB)"), True),
+        (RuntimeError("Caught RuntimeError in pin memory thread for device 0.\n ... CUDA error: out of memory"), True),
+        (
+            after(torch.OutOfMemoryError("x"), RuntimeError("CUDA error: operation failed due to a previous error")),
+            True,
+        ),
+        (after(RuntimeError("shapes"), RuntimeError("the trial failed")), False),
+        (after(torch.OutOfMemoryError("x"), ValueError("too wide")), False),  # who catches it says what it is
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (RuntimeError("shapes"), False),
         (KeyError("not enough memory"), False),
     ],

@@ -63,12 +63,21 @@ def test_warnings_in_place_of_determinism_are_restored_as_such() -> None:
 
 
 def test_on_cuda_tf32_is_allowed_and_the_generator_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU: the generators are stand-ins."""
-    second, generators = torch.device("cuda:1"), {}
+    """Without a GPU: the generators, and what the current device is, are stand-ins."""
+    second, generators, current = torch.device("cuda:1"), {}, [torch.device("cuda:0")]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.tensor([device.index]))
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: generators.update({device: state.item()}))
     before = now()
     with torch_settings(second, precision="tf32"):
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
+        assert current[-1] == second  # streams, graphs and synchronizing take the current one
     assert now() == before
+    assert torch.backends.cudnn.allow_tf32, "torch's own default"
+    for precision in ("float32", "bf16"):
+        with torch_settings(second, precision=precision):  # convolutions too: what is float32 is no TF32
+            assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
+        assert now() == before
+    assert current[-1] == torch.device("cuda:0")
     assert generators == {second: 1}

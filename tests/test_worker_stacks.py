@@ -1,9 +1,11 @@
 """A worker with `stack: K`: the same study, each trial with the params and the value that it has one at a time."""
 
+import gc
 from pathlib import Path
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from hpo.runner.prepare import prepare
 from hpo.runner.worker import work
@@ -11,6 +13,8 @@ from hpo.search.opening import open_search
 from hpo.stacks.sizing import Sizing, StackSize
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.tracking.base import MemoryTracker
+from hpo.training import memory
+from tests.cli import invoke, summary
 from tests.screens import Screen
 
 NETWORK = '''
@@ -133,12 +137,21 @@ def test_a_stack_that_does_not_fit_is_halved_and_loses_no_trial(study, monkeypat
         return real(self, inputs, targets)
 
     monkeypatch.setattr(VmapStack, "step", step)
+    left = []
+    real_free = memory.free_all
+
+    def free(device):
+        real_free(device)
+        left.append(sum(len(each.members) for each in gc.get_objects() if type(each) is VmapStack))
+
+    monkeypatch.setattr("hpo.runner.worker.free_all", free)
     screen = Screen()
     text = "trials: 6\nepochs: 2\nsampler: random\nparams: {learning_rate: {type: float, low: 0.01, high: 0.1}}\n"
     done = values(study, "oom", f"{text}stack: 8\n", screen)
     assert sorted(state for state, _, _ in done.values()).count("COMPLETE") == 6
     assert "out of memory: from now on 4 trials at once; running trials restart from scratch" in screen.notes
     assert "out of memory: from now on 2 trials at once; running trials restart from scratch" in screen.notes
+    assert left == [0, 0]  # the stack that did not fit is gone before the next is made
     curves = {str(params): curve for state, params, curve in done.values() if state == "COMPLETE"}
     alone = {str(params): curve for _, params, curve in values(study, "alone", text).values()}
     assert curves.keys() == alone.keys()
@@ -162,3 +175,17 @@ def test_a_nan_fails_alone_in_a_stack(study) -> None:
     space = "params: {kind: {type: categorical, choices: [mlp, nan]}, learning_rate: 0.01}\n"
     done = values(study, "nan", f"trials: 8\nepochs: 2\nstack: 4\nsampler: random\npruner: none\n{space}")
     assert {params["kind"]: state for state, params, _ in done.values()} == {"mlp": "COMPLETE", "nan": "FAIL"}
+
+
+def test_how_stacks_run_is_said_once_tagged_and_in_the_status(study) -> None:
+    text = "trials: 6\nepochs: 2\nstack: 3\nsampler: random\ntracking: sqlite:///mlruns/mlflow.db\n"
+    path = study(f"name: paths\n{text}params: {{learning_rate: {{type: float, low: 0.01, high: 0.1}}}}\n")
+    assert invoke("run", path).count("stacks run captured") == 1
+    said = invoke("status", path, "--json")
+    assert "stacks run captured\n" in said
+    assert summary(said)["stacks"] == ["captured"]
+    client = MlflowClient("sqlite:///mlruns/mlflow.db")
+    (parent,) = client.search_runs(
+        [client.get_experiment_by_name("paths").experiment_id], "tags.`hpo.stack_path` != ''"
+    )
+    assert parent.data.tags["hpo.stack_path"] == "captured"

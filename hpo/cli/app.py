@@ -45,7 +45,9 @@ def run(
     stack: Stack = None,
     workers: Annotated[str, typer.Option(metavar="N", help="Local processes; auto: one a GPU, or one a core.")] = "1",
     ray: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Workers on Ray: local, auto, an address.")] = None,
-    gpus_per_worker: Annotated[float, typer.Option(help="On Ray; 0.5: two workers share a GPU.")] = 0.0,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(help="On Ray, where the cluster has GPUs: 1; 0.5: two workers share one.")
+    ] = None,
     set_: Set = None,
     json_: Json = False,
 ) -> None:

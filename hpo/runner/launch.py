@@ -29,29 +29,37 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0
 """Seconds before a killed worker is started again: doubled with each death while no trial is claimed."""
 
 
-def how_many(wanted: int | None, device: torch.device) -> int:
+def gpus(plan: Plan) -> int:
+    """Return over how many GPUs the study's workers are spread; 0: it names its device, which all of them use."""
+    return torch.cuda.device_count() if plan.device.type == "cuda" and plan.spec.device in ("auto", "cuda") else 0
+
+
+def how_many(wanted: int | None, plan: Plan) -> int:
     """Return the number of workers: what is wanted, or (None) one a GPU, on a CPU one a core."""
     if wanted is not None:
         return wanted
-    return torch.cuda.device_count() if device.type == "cuda" else len(os.sched_getaffinity(0))
+    return max(1, gpus(plan)) if plan.device.type != "cpu" else len(os.sched_getaffinity(0))
 
 
 class Workers:
-    """`n` processes of one command. On CUDA each sees one GPU, in turn."""
+    """`n` processes of one command. Where they are spread over GPUs, each sees one of these, in turn."""
 
     def __init__(
         self,
         command: Sequence[str],
         n: int,
-        device: torch.device,
+        gpus: int,
         say: Callable[[str], None],
         search: Search,
     ) -> None:
-        """`search` knows whether there is something left to do, and whether workers claim trials before they die."""
+        """`gpus`: over how many they are spread; 0: none, or the one that the study names.
+
+        `search` knows whether there is something left to do, and whether workers claim trials before they die.
+        """
         self._command, self._n, self._say, self._search = command, n, say, search
         self._deaths, self._claimed = 0, -1
         self._due: dict[int, float] = {}
-        self._gpus = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 0
+        self._gpus = gpus
         self._running: dict[int, _Process] = {}
 
     def start(self) -> None:

@@ -27,7 +27,12 @@ def torch_set(plan: Plan) -> Iterator[None]:
     slower.
     """
     one = plan.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ
-    with torch_settings(plan.device, deterministic=plan.spec.deterministic, threads=1 if one else None):
+    with torch_settings(
+        plan.device,
+        precision=None if plan.trains_itself else plan.spec.precision,
+        deterministic=plan.spec.deterministic,
+        threads=1 if one else None,
+    ):
         yield
 
 

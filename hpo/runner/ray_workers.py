@@ -17,14 +17,19 @@ from hpo.runner.launch import LAUNCHED
 from hpo.stopping import StopToken
 
 _ANSWER_SECONDS = 5.0
+log = logging.getLogger("hpo")
 Work = Callable[[StopToken], Any]
 """One worker's share of the study, until there is nothing left or it is asked to stop."""
 
 
 class RayWorkers:
-    """`n` actors on the cluster at `address` (local: of this process alone), each with so many GPUs."""
+    """`n` actors on the cluster at `address` (local: of this process alone), each with so many GPUs.
 
-    def __init__(self, address: str, n: int, gpus: float, work: Work) -> None:
+    None: one, where the cluster has any. To an actor that asks for none Ray leaves all GPUs of its machine, of which
+    every one would take the first, or hides them, so that it trains on the CPU.
+    """
+
+    def __init__(self, address: str, n: int, gpus: float | None, work: Work) -> None:
         """Raises InputError where there is no Ray, or none that answers."""
         try:
             import ray
@@ -47,6 +52,10 @@ class RayWorkers:
             ) from error
 
     def start(self) -> None:
+        if self._gpus is None:
+            self._gpus = 1.0 if self._ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+            if self._gpus:
+                log.info("each worker on Ray has a GPU of its own; --gpus-per-worker 0.5 has two share one")
         environ = {LAUNCHED: str(self._n), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         actor = self._ray.remote(_Actor).options(
             num_cpus=1,
@@ -99,7 +108,6 @@ class _Actor:
         if Path(folder).is_dir():
             os.chdir(folder)  # relative addresses of storage and data mean the same as where the study was begun
         self._stop = StopToken()
-        log = logging.getLogger("hpo")
         log.addHandler(logging.StreamHandler(sys.stdout))  # Ray shows what its workers print
         log.setLevel(logging.INFO)
 

@@ -90,8 +90,7 @@ def conclude(
             return None
         if done is None:
             size = chosen_before(plan, search)
-            precision = plan.spec.precision if not plan.trains_itself else None
-            with torch_settings(plan.device, precision=precision, threads=size.threads if size else None):
+            with torch_settings(plan.device, threads=size.threads if size else None):
                 done = finish(plan, data, search, best, folder, stopping, note)
             bundle = done.bundle and str(done.bundle)
             stored = {"number": done.number, "test": dict(done.test), "bundle": bundle, "parity": done.parity}

@@ -20,7 +20,7 @@ from hpo.errors import HpoError, InputError, Interrupted, masked
 from hpo.export.bundle import require_place
 from hpo.runner import checkpoints
 from hpo.runner.joining import join_stored
-from hpo.runner.launch import StudyMonitor, Workers, how_many
+from hpo.runner.launch import StudyMonitor, Workers, gpus, how_many
 from hpo.runner.opening import load_data, open_study, source_differs
 from hpo.runner.preflight import preflight
 from hpo.runner.prepare import OUTPUT, Plan
@@ -61,7 +61,8 @@ class WorkerOptions:
 
     workers: int | None = 1
     ray: str | None = None
-    gpus_per_worker: float = 0.0
+    gpus_per_worker: float | None = None
+    """On Ray; None: one where the study may use CUDA and the cluster has GPUs, else none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ def _run(
     state, seen = "FAIL", None
     try:
         tracker.start_study(_tags(plan), {"study.yaml": masked(file.path.read_text(encoding="utf-8"))})
-        n = how_many(options.workers, plan.device)
+        n = how_many(options.workers, plan)
         alone = options.ray is None and n == 1
         with show(alone) as progress:
             if alone:
@@ -150,11 +151,12 @@ def _workers(
 ) -> Workers | RayWorkers:
     """Return `n` processes that are to train, here or on Ray."""
     if options.ray is None:
-        return Workers(file.command(), n, plan.device, progress.note, search)
+        return Workers(file.command(), n, gpus(plan), progress.note, search)
     addresses = {key: json.dumps(getattr(plan.spec, key)) for key in ("storage", "tracking")}
     named = [code for _, code in code_references(plan.spec)]
     share = partial(join_stored, plan.spec.name, {**file.overrides, **addresses}, named)
-    return RayWorkers(options.ray, n, options.gpus_per_worker, share)
+    per_worker = 0.0 if plan.spec.device == "cpu" and options.gpus_per_worker is None else options.gpus_per_worker
+    return RayWorkers(options.ray, n, per_worker, share)
 
 
 def _watch(plan: Plan, search: Search, workers: Workers | RayWorkers, progress: Progress, stopping: StopToken) -> None:

@@ -4,8 +4,10 @@ import math
 import os
 import platform
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 
@@ -29,7 +31,7 @@ from hpo.training.batches import make_batches
 from hpo.training.faults import TrialError
 from hpo.training.loop import Results, train
 from hpo.training.loop_stack import LoopStack
-from hpo.training.memory import is_out_of_memory
+from hpo.training.memory import free_all, is_out_of_memory
 from hpo.training.stack import Member, SingleStack, Stack, Stacks
 from hpo.training.torch_settings import torch_settings
 
@@ -61,12 +63,11 @@ def work(
     search.storage.say = progress.note
     stop = stop or StopToken()
     limited = stop.limited()
-    trains_itself = data is None or plan.trains_itself
-    with torch_settings(plan.device, precision=None if trains_itself else plan.spec.precision):
+    with torch_settings(plan.device):
         trials = Trials(plan, search, tracker, progress)
         checkpoints.settle_weights(plan, search, progress.note)
         worker: _Worker | CustomTraining
-        if data is None or trains_itself:
+        if data is None or plan.trains_itself:
             worker = CustomTraining(plan, data, search, tracker, trials, limited)
         else:
             worker = _Worker(plan, data, search, tracker, progress, trials, limited)
@@ -151,6 +152,12 @@ class _Worker:
         self._example = self._train.head(_EXAMPLE_ROWS)
         self._trials = trials
         self._said: set[str] = set()
+        self._paths: set[str] = set()
+        self._stacks: Stacks | None = None
+
+    @property
+    def _active(self) -> Sequence[Stack]:
+        return [] if self._stacks is None else self._stacks.active
 
     def train(self) -> None:
         """Train until there is no trial left to claim. Raises Interrupted.
@@ -174,17 +181,19 @@ class _Worker:
             except (RuntimeError, MemoryError) as error:
                 if not (self._choice.stacked and is_out_of_memory(error)):
                     raise
-                self._halve()
+                retreat = self._halve
             except TrialError as error:
                 if not self._choice.stacked:
                     raise
-                self._unstack(error)
+                retreat = partial(self._unstack, str(error))
+            self._stacks = None
+            retreat()  # the error is gone by now, and with it the tensors that its traceback held
 
     def _ask(self, n: int) -> list[Member]:
         """Claim up to `n` trials; all stacks are at the end of an epoch then."""
         away = self._search.storage.away_for_good
         if self._stop.requested() or away:
-            for stack in self._stacks.active:
+            for stack in self._active:
                 for member in stack.members:
                     self._trials[member.number].checkpoint(stack)
             if away:
@@ -193,11 +202,12 @@ class _Worker:
                     "checkpoints; run the same command again to resume"
                 )
             raise Interrupted("interrupted")
-        training = any(stack.members for stack in self._stacks.active)
+        training = any(stack.members for stack in self._active)
         return [trial.member for trial in self._trials.claim_up_to(n, wait=not training)]
 
     def _report(self, stack: Stack, results: Results) -> list[Member]:
         """Report an epoch of all members of a stack; return those that go on."""
+        self._note_path(stack)
         kept = []
         for member, metrics in results.items():
             trial = self._trials[member.number]
@@ -208,6 +218,18 @@ class _Worker:
                 trial.checkpoint(stack)
             kept.append(member)
         return kept
+
+    def _note_path(self, stack: Stack) -> None:
+        """Say once how the steps of stacks run, and keep it with the study: what is slow has its reason there."""
+        path = stack.path
+        if path is None or path in self._paths:
+            return
+        self._paths.add(path)
+        self._say(f"stacks run {path}")
+        known = self._search.attrs.get(schema.STACK_PATHS, [])
+        if path not in known:
+            self._search.remember(schema.STACK_PATHS, [*known, path])
+        self._tracker.tag_study({"hpo.stack_path": " | ".join(sorted({*known, path}))})
 
     def _new_stacks(self) -> Stacks:
         """Return new, empty stacks of the size that was chosen."""
@@ -267,13 +289,14 @@ class _Worker:
     def _halve(self) -> None:
         """Give the trials back, and go on with stacks half as large; after those of one, without stacks."""
         capacity = self._choice.capacity
+        free_all(self._plan.device)
         self._trials.give_back(f"out of memory in a stack of {capacity}")
         self._choice = replace(self._choice, capacity=max(1, capacity // 2), stacked=capacity > 1)
         self._say(
             f"out of memory: from now on {self._choice.capacity} trials at once; running trials restart from scratch"
         )
 
-    def _unstack(self, error: TrialError) -> None:
+    def _unstack(self, error: str) -> None:
         """Give the trials back, and train one at a time from now on: an error in a stack may be any member's."""
         self._trials.give_back(f"an error in a stack: {error}")
         self._choice = replace(self._choice, capacity=1, stacked=False)

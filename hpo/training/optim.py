@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hpo.errors import Fault, broken_rules, did_you_mean, is_number
 from hpo.training import schedules
@@ -67,19 +67,23 @@ def make(params: Mapping[str, Any], weights: Iterable[nn.Parameter]) -> torch.op
         default = accepted["betas"].default
         arguments["betas"] = (params.get("beta1", default[0]), params.get("beta2", default[1]))
     weights = list(weights)
-    if "fused" in accepted and all(_has_fused(str(params["optimizer"]).lower(), w.device, w.dtype) for w in weights):
+    if "fused" in accepted and all(_has_fused(str(params["optimizer"]).lower(), w) for w in weights):
         arguments["fused"] = True
     return cls(weights, **arguments)
 
 
+def _has_fused(name: str, weight: Tensor) -> bool:
+    return weight.is_floating_point() and _works_fused(name, weight.device, weight.dtype)
+
+
 @cache
-def _has_fused(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+def _works_fused(name: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch has a fused step of an optimizer for such weights, tried on one number.
 
     Not wherever the class takes `fused`: torch 2.11's Adagrad has it on a CPU only, and MPS has that of some.
     """
-    weight = nn.Parameter(torch.zeros(1, device=device, dtype=dtype), requires_grad=dtype.is_floating_point)
-    weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
+    weight = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+    weight.grad = torch.zeros_like(weight)
     arguments: dict[str, Any] = {"fused": True}
     try:
         _classes()[name]([weight], **arguments).step()
