@@ -38,7 +38,7 @@ def test_equal_to_torch_optim_member_by_member(optimizer: str) -> None:
     reference = [make(m, list(each.values())) for m, each in zip(members, alone, strict=True)]
     each_hyper = [stacked_optim.hyperparameters(optimizer, m) for m in members]
     hyper = {key: torch.tensor([h[key] for h in each_hyper], dtype=torch.float64) for key in each_hyper[0]}
-    state = stacked_optim.initial_state(optimizer, stacked)
+    state = stacked_optim.initial_state(stacked_optim.STATE[optimizer], stacked)
     for t in range(1, 51):
         gradients = {name: torch.randn_like(w) for name, w in stacked.items()}
         stacked, state = stacked_optim.step(optimizer, stacked, gradients, state, hyper, torch.full((k,), float(t)))
@@ -49,6 +49,28 @@ def test_equal_to_torch_optim_member_by_member(optimizer: str) -> None:
     for index, each in enumerate(alone):
         for name, weight in each.items():
             torch.testing.assert_close(stacked[name][index], weight.detach(), rtol=0, atol=1e-12)
+
+
+def test_sgd_of_members_that_all_have_no_momentum_keeps_nothing() -> None:
+    torch.manual_seed(0)
+    members = [{"learning_rate": 0.01, "weight_decay": 0.1}, {"learning_rate": 0.1}]
+    hyper = {
+        key: torch.tensor([stacked_optim.hyperparameters("sgd", m)[key] for m in members], dtype=torch.float64)
+        for key in stacked_optim.HYPERPARAMETERS["sgd"]
+    }
+    assert stacked_optim.state_names("sgd", members[0]) == ()
+    assert stacked_optim.state_names("sgd", {"momentum": 0.0}) == ("momentum_buffer",)  # a peer may have some
+    both = [{"w": torch.randn(2, 3, dtype=torch.float64)}] * 2
+    states = [stacked_optim.initial_state(names, both[0]) for names in ((), stacked_optim.STATE["sgd"])]
+    for t in range(1, 5):
+        gradients = {"w": torch.randn(2, 3, dtype=torch.float64)}
+        done = [
+            stacked_optim.step("sgd", *each, hyper, torch.full((2,), float(t)))
+            for each in ((both[0], gradients, states[0]), (both[1], gradients, states[1]))
+        ]
+        both, states = [each[0] for each in done], [each[1] for each in done]
+        assert states[0] == {"w": {}}
+        torch.testing.assert_close(*both, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("spread", [1e-3, 1.0, 1e3])
@@ -74,7 +96,12 @@ def test_a_member_with_nan_touches_no_other() -> None:
     hyper = {key: torch.full((3,), value) for key, value in stacked_optim.hyperparameters("adam", {}).items()}
     gradients = {"w": torch.tensor([[1.0, 1.0], [float("nan"), 1.0], [1.0, 1.0]])}
     new, _ = stacked_optim.step(
-        "adam", weights, gradients, stacked_optim.initial_state("adam", weights), hyper, torch.ones(3)
+        "adam",
+        weights,
+        gradients,
+        stacked_optim.initial_state(stacked_optim.STATE["adam"], weights),
+        hyper,
+        torch.ones(3),
     )
     assert torch.isfinite(new["w"][[0, 2]]).all()
     assert torch.isnan(new["w"][1, 0])

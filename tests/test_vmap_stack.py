@@ -8,12 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 from torchmetrics.regression import MeanSquaredError
 
 from hpo.stacks.candidate import NotStackable
 from hpo.stacks.padding import Padder, unpadded
-from hpo.stacks.state import StackState
 from hpo.stacks.structure import common_structure
 from hpo.stacks.tensor_modules import RateDropout
 from hpo.stacks.vmap_stack import VmapStack
@@ -339,38 +337,25 @@ def test_a_loss_that_takes_numbers_only_divides_members_by_them() -> None:
         made.join(Member(number=2, seed=2, params=base | {"smoothing": 0.2}))
 
 
-class Replay:
-    """As CudaReplay is to be: changes the tensors it was made for in place. `fault` makes it another thing."""
-
-    fault = ""
-
-    def __init__(self, run: Run, state: StackState, inputs: Any, targets: Tensor) -> None:
-        if self.fault == "raises":
-            raise RuntimeError("operation not permitted when stream is capturing")
-        self._run, self._state = run, state
-
-    def __call__(self, state: StackState, inputs: Any, targets: Tensor) -> Any:
-        with torch.no_grad():
-            trained, losses = self._run(self._state, inputs, targets)
-            for own, now in zip(tree_leaves(self._state.trained), tree_leaves(trained), strict=True):
-                own.copy_(now)
-        return self._state.trained, losses * (2 if self.fault == "wrong" else 1)
-
-
-@pytest.mark.parametrize("fault", ["", "raises", "wrong"])
-def test_a_recorded_step_is_used_if_it_gives_what_the_step_gives(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    """Without a GPU: what is recorded is a stand-in, what is done with it is not."""
-    monkeypatch.setattr("hpo.stacks.vmap_step.CudaReplay", Replay)
-    monkeypatch.setattr(Replay, "fault", fault)
-    made = []
-    real = VmapStep.prepare
-
-    def prepare(self: VmapStep, state: StackState, inputs: Any, targets: Tensor, execution: Execution) -> Run:
-        made.append(self.recorded(real(self, state, inputs, targets, execution), state, inputs, targets))
-        return made[-1]
-
-    monkeypatch.setattr(VmapStep, "prepare", prepare)
-    got, expected = members("conv_batchnorm"), members("conv_batchnorm")
-    got_weights = fit(stack("conv_batchnorm"), got, "conv_batchnorm")
-    assert {isinstance(each, Replay) for each in made} == {not fault}
-    assert_equal(got, expected, got_weights, fit(loop(4), expected, "conv_batchnorm"))
+@pytest.mark.parametrize("execution", ["eager", "graph"])
+def test_what_is_kept_is_of_the_moment_it_was_kept_whoever_joins_or_leaves(execution: Execution) -> None:
+    made, rows = stack("conv_batchnorm", execution=execution), split("conv_batchnorm", BATCH_SIZE)
+    first, second, third, last = members("conv_batchnorm")
+    batch = [rows.inputs["x"]], rows.targets
+    for member in (first, second, third):
+        made.join(member)
+    made.step(*batch)
+    expected = {member: made.state(member) for member in (first, second)}
+    kept = {member: made.keep(member) for member in (first, second)}
+    made.leave(third)
+    made.join(last)  # takes its slot
+    made.step(*batch)
+    expected[second] = made.state(second)
+    kept[second] = made.keep(second)  # a better one
+    made.resize(8)
+    made.step(*batch)
+    for member, weights in expected.items():
+        got = kept[member]()
+        assert got.keys() == weights.keys()
+        assert all(torch.equal(got[name], weights[name]) for name in weights)
+        assert not torch.equal(got["5.weight"], made.state(member)["5.weight"])

@@ -3,8 +3,6 @@
 import math
 import time
 
-from torch import Tensor
-
 from hpo.errors import HpoError
 from hpo.runner import checkpoints
 from hpo.runner.checkpoints import Origin
@@ -16,7 +14,7 @@ from hpo.search.curves import curves_of, to_json
 from hpo.search.search import Claim, Search
 from hpo.tracking.base import Tracker
 from hpo.training.faults import TrialFault, all_alike
-from hpo.training.stack import Member, Stack
+from hpo.training.stack import Kept, Member, Stack
 
 TAKEN_OVER = "another worker took this trial over, since this one was not heard of for too long"
 
@@ -33,7 +31,7 @@ class TrialRun:
         self._logged: list[dict[str, float]] = []
         """The metrics of each epoch, those before a checkpoint that it resumes from too."""
         self._best: tuple[float, int, dict[str, float]] | None = None
-        self._kept: dict[str, Tensor] = {}
+        self._kept: Kept | None = None
         self._peak: float | None = None
         self.ended = False
         self._improved = 0
@@ -60,7 +58,8 @@ class TrialRun:
         member.resume, member.epoch, member.joined = kept.training, kept.epoch, kept.joined
         member.history[:] = kept.history
         self._logged[:] = kept.history
-        self._best, self._kept = kept.best, kept.kept
+        weights = kept.kept
+        self._best, self._kept = kept.best, (lambda: weights) if weights else None
         self._peak, self._improved = kept.peak, kept.improved
         self._progress.note(f"trial {claim.number} resumes after epoch {member.epoch}")
         self._search.repeat(claim.number, [epoch[self._plan.metric_key] for epoch in member.history])
@@ -76,7 +75,7 @@ class TrialRun:
             joined=member.joined,
             history=member.history,
             best=self._best,
-            kept={name: x.cpu() for name, x in self._kept.items()},
+            kept={} if self._kept is None else {name: x.cpu() for name, x in self._kept().items()},
             peak=self._peak,
             improved=self._improved,
             training=stack.checkpoint(member),
@@ -113,7 +112,7 @@ class TrialRun:
             self._peak, self._improved = value, epoch
         if self._best is None or plan.spec.value == "last" or self._improved == epoch:
             self._best = (value, epoch, dict(metrics))
-            self._kept = {} if stack is None else stack.state(member)
+            self._kept = None if stack is None else stack.keep(member)
         go_on = self._search.report(member.number, epoch, value)
         patience = plan.spec.patience
         last = member.epoch >= plan.spec.epochs or (patience is not None and epoch - self._improved >= patience)
@@ -192,9 +191,10 @@ class TrialRun:
         if not self._search.may_be_best(value):
             return None
         assert self._best is not None
+        assert self._kept is not None
         number, params, epoch = self.member.number, self.member.params, self._best[1]
         try:
-            checkpoints.keep_candidate(self._plan, self._origin, number, params, value, epoch, self._kept)
+            checkpoints.keep_candidate(self._plan, self._origin, number, params, value, epoch, self._kept())
         except HpoError as error:
             return error
         self._has_candidate = True

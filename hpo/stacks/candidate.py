@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from hpo.stacks.cost import records
 from hpo.stacks.padding import Padder, PaddingPlan
 from hpo.stacks.structure import PaddedModule, own_state
 from hpo.study.data import Split
@@ -20,6 +21,9 @@ from hpo.training.evaluation import in_full
 from hpo.training.memory import is_out_of_memory
 from hpo.training.optim import ACCUMULATION, ARGUMENTS, MAX_GRAD_NORM, optimizer_class
 from hpo.training.stack import Member, Task
+
+_TO_RECORD = 4
+"""How many copies of a stack's state there are besides while its step is recorded and compared."""
 
 
 class NotStackable(Exception):
@@ -72,18 +76,20 @@ class Candidate:
     def bytes_in_a_stack(self) -> int:
         """Return about how much memory this member needs there, training a batch: weights and what is kept of them,
         gradients, and what lies between layers (forward and backward)."""
-        optimizer = str(self.member.params["optimizer"]).lower()
-        copies = 4 + 2 * len(stacked_optim.STATE[optimizer])  # old, new, gradient, mask; each state old and new
-        module, shapes = self.padded.module, self.padded.shapes
+        params, module, shapes = self.member.params, self.padded.module, self.padded.shapes
+        n_states = len(stacked_optim.state_names(str(params["optimizer"]).lower(), params))
+        copies = 5 + 2 * n_states  # old, new, the best, gradient, mask; each state old and new
+        if any(records(w.device) for w in module.parameters()):
+            copies += _TO_RECORD * (1 + n_states)
         weights = sum(math.prod(shapes[n]) * w.element_size() for n, w in module.named_parameters())
-        batch_size: int = self.member.params["batch_size"]
+        batch_size: int = params["batch_size"]
         return copies * weights + 3 * batch_size * self.activations
 
     @property
     def signature(self) -> Hashable:
         """What members of one stack have in common."""
         params = self.member.params
-        engine = tuple(name in params for name in ("schedule", MAX_GRAD_NORM))
+        engine = tuple(name in params for name in ("schedule", MAX_GRAD_NORM, "momentum"))
         return str(params["optimizer"]).lower(), params["batch_size"], engine, self.padded.signature
 
 

@@ -1,5 +1,7 @@
 """What training in stacks costs: the one place for what sizing, the pool, and padding assume of it."""
 
+import torch
+
 STEPS_THAT_PAY = 10_000
 """How many steps of a stack pay for compiling it: that takes some 5 s, and saves about half a millisecond a step."""
 
@@ -17,3 +19,8 @@ def power_of_two(n: int) -> int:
     assert n >= 1
     power: int = 1 << (n - 1).bit_length()
     return power
+
+
+def records(device: torch.device) -> bool:
+    """Whether a stack's steps on `device` are recorded once and replayed (`hpo.stacks.recording`)."""
+    return device.type == "cuda"

@@ -29,11 +29,6 @@ class NotRecorded(Exception):
     """A step is not replayed from a CUDA graph, and why."""
 
 
-def records(device: torch.device) -> bool:
-    """Whether steps on `device` can be recorded, as far as is known."""
-    return device.type == "cuda"
-
-
 def in_place(run: Run) -> Run:
     """Return `run` so that it writes the state after it into the tensors of the state that it is given."""
 

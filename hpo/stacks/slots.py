@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from hpo.stacks.state import StackState, hyperparameters
 from hpo.stacks.structure import PaddedModule
-from hpo.training.stack import Member
+from hpo.training.stack import Kept, Member
 
 Region = tuple[slice, ...]
 
@@ -26,6 +26,8 @@ class Slots:
         self._taken: list[Member | None] = [None] * capacity
         self._regions: dict[Member, dict[str, tuple[str, Region]]] = {}
         self._live: Tensor | None = None
+        self._improved: set[int] = set()
+        self._kept: dict[str, Tensor] = {}
         self.state = StackState.without_networks(capacity, device)
 
     @property
@@ -58,11 +60,37 @@ class Slots:
 
     def release(self, member: Member) -> None:
         """Make a member's slot an empty one."""
-        self._taken[self._taken.index(member)], self._live = None, None
+        slot = self._taken.index(member)
+        self._taken[slot], self._live = None, None
+        self._improved.discard(slot)
         self._regions.pop(member, None)
+
+    def keep(self, member: Member) -> Kept:
+        """See `hpo.training.stack.Stack.keep`. What all members keep of one epoch is copied at once (`settle`)."""
+        self._improved.add(self._taken.index(member))
+
+        def kept() -> dict[str, Tensor]:
+            self.settle()
+            return self._rows(member, self._kept)
+
+        return kept
+
+    def settle(self) -> None:
+        """Copy what is to be kept: to be called before the state changes."""
+        if not self._improved:
+            return
+        improved = [slot in self._improved for slot in range(self.capacity)]
+        self._improved.clear()
+        mask = torch.tensor(improved).to(self._device, non_blocking=True)
+        for name, now in {**self.state.weights, **self.state.buffers}.items():
+            before = self._kept.get(name)
+            fits = before is not None and before.shape == now.shape
+            column = mask.view(-1, *[1] * (now.ndim - 1))
+            self._kept[name] = torch.where(column, now, before) if fits else now.clone()  # type: ignore[arg-type]
 
     def resize(self, capacity: int) -> None:
         """Change the number of slots to `capacity`, at least as many as there are members, who move together."""
+        self.settle()
         kept, members = self.live(), self.members
         assert len(members) <= capacity
 
@@ -72,6 +100,7 @@ class Slots:
             return new
 
         self.state = tree_map(moved, self.state)
+        self._kept = {name: moved(tensor) for name, tensor in self._kept.items()}
         self._taken, self._live = [*members, *[None] * (capacity - len(members))], None
 
     def fill(self, slot: int, member: Member, padded: PaddedModule) -> None:
@@ -95,8 +124,11 @@ class Slots:
 
     def tensors(self, member: Member) -> dict[str, Tensor]:
         """Return copies of a member's weights and buffers, by its network's own names."""
-        slot, rows = self._taken.index(member), {**self.state.weights, **self.state.buffers}
-        return {own: rows[name][slot][region].clone() for own, (name, region) in self._regions[member].items()}
+        return self._rows(member, {**self.state.weights, **self.state.buffers})
+
+    def _rows(self, member: Member, stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        slot = self._taken.index(member)
+        return {own: stacked[name][slot][region].clone() for own, (name, region) in self._regions[member].items()}
 
     def checkpoint(self, member: Member) -> dict[str, Any]:
         """Return what `restore` takes: see `hpo.training.stack.Stack.checkpoint`."""

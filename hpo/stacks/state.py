@@ -73,7 +73,9 @@ class StackState(NamedTuple):
         return cls(
             weights=stacked,
             buffers=rows({**frozen, **dict(module.named_buffers())}),
-            optimizer=stacked_optim.initial_state(str(params["optimizer"]).lower(), stacked),
+            optimizer=stacked_optim.initial_state(
+                stacked_optim.state_names(str(params["optimizer"]).lower(), params), stacked
+            ),
             t=column(),
             hyper={name: column() for name in hyperparameters(params)},
             loss_hyper={name: column() for name in first.reads if type(params.get(name)) is float},

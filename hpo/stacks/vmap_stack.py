@@ -27,10 +27,14 @@ from hpo.training.evaluation import EVALUATION_ROWS, joined
 from hpo.training.faults import TrialError
 from hpo.training.memory import is_out_of_memory
 from hpo.training.metrics import Measuring
-from hpo.training.stack import Member, Stack, Task
+from hpo.training.stack import Kept, Member, Precision, Stack, Task
 
 _ABSENT = "absent"
 _OTHER_STRUCTURE = "its structure is not that of the stack"
+_TOLERANCES: Mapping[Precision, float] = {"float32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}
+"""How much outputs in a stack may differ from those alone: other kernels round otherwise, at the most by so much."""
+_ROWS_AT_ONCE: Mapping[str, int] = {"cuda": 1 << 20}
+"""How many rows of all members together are evaluated at once; on a CPU so few that they stay in its cache."""
 _OTHER_OUTPUTS = "its outputs in a stack are not those alone: its module has state outside of tensors"
 
 
@@ -179,7 +183,7 @@ class VmapStack(Stack):
                 raise
             return dict.fromkeys(alone, _reason(error))
         wrong = {}
-        tolerance = 5e-2 if self._task.precision == "bf16" else 1e-4
+        tolerance = _TOLERANCES[self._task.precision]
         for slot, outputs in alone.items():
             for got, expected in zip(tree_leaves(stacked), tree_leaves(outputs), strict=True):
                 scale = expected.abs().max().clamp(min=1.0) * tolerance
@@ -202,6 +206,7 @@ class VmapStack(Stack):
     def step(self, inputs: Sequence[Tensor], targets: Tensor) -> Tensor:
         if self._step is None:  # no member has a network
             return torch.full((len(self.members),), math.nan, device=self._task.device)
+        self._slots.settle()
         state = self._slots.state
         self._slots.state, losses = self._step(state, inputs, targets, self.execution)
         if self._slots.free:
@@ -219,7 +224,7 @@ class VmapStack(Stack):
         if not having:
             return [{} for _ in self.members]
         state = self._slots.state
-        rows = max(256, EVALUATION_ROWS // self.capacity)
+        rows = max(256, _ROWS_AT_ONCE.get(self._task.device.type, EVALUATION_ROWS) // self.capacity)
         outputs = joined([self._opened.forward(state, inputs) for inputs, _ in batches.chunks(rows)], dim=1)
         live = self._slots.live()
         if self._without_network:
@@ -236,6 +241,9 @@ class VmapStack(Stack):
 
     def state(self, member: Member) -> dict[str, Tensor]:
         return self._slots.tensors(member)
+
+    def keep(self, member: Member) -> Kept:
+        return self._slots.keep(member)
 
     def checkpoint(self, member: Member) -> dict[str, Any]:
         return self._slots.checkpoint(member)

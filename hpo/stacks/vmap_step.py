@@ -17,7 +17,8 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map
 
-from hpo.stacks.recording import CudaReplay, NotRecorded, Run, difference, in_place, line, recorded, records
+from hpo.stacks.cost import records
+from hpo.stacks.recording import CudaReplay, NotRecorded, Run, difference, in_place, line, recorded
 from hpo.stacks.state import StackState, Trained
 from hpo.stacks.tensor_modules import RateDropout
 from hpo.study.objective import Params

@@ -92,7 +92,8 @@ def _require_room(module: nn.Module, params: Params, device: torch.device) -> No
     size = n_bytes(module)
     if device.type != "cpu" or size < _LARGE:
         return
-    copies = 2 + len(stacked_optim.STATE.get(str(params["optimizer"]).lower(), ()))
+    optimizer = str(params["optimizer"]).lower()
+    copies = 2 + (len(stacked_optim.state_names(optimizer, params)) if optimizer in stacked_optim.STATE else 0)
     free = free_bytes(device)
     if copies * size > free:
         raise MemoryError(f"to train its {shown(size)} takes {shown(copies * size)} more, and {shown(free)} are free")

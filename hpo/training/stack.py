@@ -5,7 +5,7 @@ every faster stack must match is `hpo.training.loop_stack.LoopStack`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,6 +23,10 @@ from hpo.training.memory import Within, is_out_of_memory
 
 Precision = Literal["float32", "tf32", "bf16"]
 """How a network computes: as it is; with TF32 in its matrix products (CUDA); under torch's autocast to bfloat16."""
+
+
+Kept = Callable[[], dict[str, Tensor]]
+"""Gives the weights and buffers of a member's network as they were when they were kept (`Stack.keep`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +161,14 @@ class Stack(ABC):
         `model` and `optimizer` by the network's own names, so that every implementation takes it; `steps` done so far;
         `random`, the state of torch's generators, where they are this member's own.
         """
+
+    def keep(self, member: Member) -> Kept:
+        """Keep `member`'s weights and buffers as they are now; return what gives them as long as it is in the stack.
+
+        What was kept of it before is let go.
+        """
+        weights = self.state(member)
+        return lambda: weights
 
     def state(self, member: Member) -> dict[str, Tensor]:
         """Return a copy of the weights and buffers of `member`'s network."""

@@ -7,7 +7,7 @@ them a member has is structural. Idea: HFTA (Wang et al., MLSys 2021).
 Shapes: K members; a weight `w` is (K, ...), a hyperparameter (K,), the step count `t` (K,).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 """One weight's optimizer state by name, each (K, ...)."""
-Rule = Callable[[Tensor, Tensor, State, Mapping[str, Tensor], Tensor], tuple[Tensor, State]]
+Rule = Callable[[Tensor, Tensor, State, Mapping[str, Tensor]], tuple[Tensor, State]]
 
 HYPERPARAMETERS: Mapping[str, Mapping[str, float]] = {
     "sgd": {"learning_rate": 1e-3, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": 0.0},
@@ -35,9 +35,14 @@ STATE: Mapping[str, tuple[str, ...]] = {
 """What each optimizer keeps of every weight."""
 
 
-def initial_state(optimizer: str, weights: Mapping[str, Tensor]) -> dict[str, State]:
-    """Return the state of `optimizer` before its first step, for every weight: all zeros."""
-    return {name: {key: torch.zeros_like(w) for key in STATE[optimizer]} for name, w in weights.items()}
+def state_names(optimizer: str, params: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what `optimizer` keeps of every weight of members that have `params`: SGD without momentum nothing."""
+    return () if optimizer == "sgd" and "momentum" not in params else STATE[optimizer]
+
+
+def initial_state(names: Sequence[str], weights: Mapping[str, Tensor]) -> dict[str, State]:
+    """Return an optimizer's state before its first step, for every weight: all zeros."""
+    return {name: {key: torch.zeros_like(w) for key in names} for name, w in weights.items()}
 
 
 def hyperparameters(optimizer: str, params: Mapping[str, Any]) -> dict[str, float]:
@@ -55,54 +60,70 @@ def step(
 ) -> tuple[dict[str, Tensor], dict[str, State]]:
     """Return the weights and the state after step number `t` (K,), counted from 1. Nothing is changed in place."""
     rule = _RULES[optimizer]
+    hyper = {**hyper, **_OF_A_STEP[optimizer](hyper, t)}
     new_weights, new_state = {}, {}
     for name, w in weights.items():
-        column = (-1,) + (1,) * (w.ndim - 1)
-        spread = {key: value.view(column) for key, value in hyper.items()}
-        new_weights[name], new_state[name] = rule(w, gradients[name], state[name], spread, t.view(column))
+        spread = {key: value.view(-1, *[1] * (w.ndim - 1)) for key, value in hyper.items()}
+        new_weights[name], new_state[name] = rule(w, gradients[name], state[name], spread)
     return new_weights, new_state
 
 
-def _sgd(w: Tensor, g: Tensor, s: State, h: Mapping[str, Tensor], t: Tensor) -> tuple[Tensor, State]:
+def _sgd(w: Tensor, g: Tensor, s: State, h: Mapping[str, Tensor]) -> tuple[Tensor, State]:
     g = g + h["weight_decay"] * w
+    if not s:
+        return w - h["learning_rate"] * g, {}
     # torch.optim's first buffer is the gradient itself, undampened
-    fresh = torch.where(t == 1, g, (1 - h["dampening"]) * g)
+    fresh = torch.where(h["is_first"], g, (1 - h["dampening"]) * g)
     buffer = h["momentum"] * s["momentum_buffer"] + fresh
     d = torch.where(h["nesterov"] > 0, g + h["momentum"] * buffer, torch.where(h["momentum"] == 0, g, buffer))
     return w - h["learning_rate"] * d, {"momentum_buffer": buffer}
 
 
-def _adam(w: Tensor, g: Tensor, s: State, h: Mapping[str, Tensor], t: Tensor) -> tuple[Tensor, State]:
+def _adam(w: Tensor, g: Tensor, s: State, h: Mapping[str, Tensor]) -> tuple[Tensor, State]:
     g = g + h["weight_decay"] * w
-    return _adam_update(w, g, s, h, t)
+    return _adam_update(w, g, s, h)
 
 
-def _adamw(w: Tensor, g: Tensor, s: State, h: Mapping[str, Tensor], t: Tensor) -> tuple[Tensor, State]:
-    return _adam_update(w * (1 - h["learning_rate"] * h["weight_decay"]), g, s, h, t)
+def _adamw(w: Tensor, g: Tensor, s: State, h: Mapping[str, Tensor]) -> tuple[Tensor, State]:
+    return _adam_update(w * (1 - h["learning_rate"] * h["weight_decay"]), g, s, h)
 
 
-def _adam_update(w: Tensor, g: Tensor, s: State, h: Mapping[str, Tensor], t: Tensor) -> tuple[Tensor, State]:
+def _adam_update(w: Tensor, g: Tensor, s: State, h: Mapping[str, Tensor]) -> tuple[Tensor, State]:
     average = torch.lerp(s["exp_avg"], g, 1 - h["beta1"])
     square = h["beta2"] * s["exp_avg_sq"] + (1 - h["beta2"]) * g * g
-    step_size = h["learning_rate"] / (1 - h["beta1"] ** t)
-    root = square.sqrt() / (1 - h["beta2"] ** t).sqrt() + h["eps"]
-    return w - step_size * average / root, {"exp_avg": average, "exp_avg_sq": square}
+    root = square.sqrt() / h["correction"] + h["eps"]
+    return w - h["step_size"] * average / root, {"exp_avg": average, "exp_avg_sq": square}
 
 
-def _rmsprop(w: Tensor, g: Tensor, s: State, h: Mapping[str, Tensor], t: Tensor) -> tuple[Tensor, State]:
+def _rmsprop(w: Tensor, g: Tensor, s: State, h: Mapping[str, Tensor]) -> tuple[Tensor, State]:
     g = g + h["weight_decay"] * w
     square = h["alpha"] * s["square_avg"] + (1 - h["alpha"]) * g * g
     buffer = h["momentum"] * s["momentum_buffer"] + g / (square.sqrt() + h["eps"])
     return w - h["learning_rate"] * buffer, {"square_avg": square, "momentum_buffer": buffer}
 
 
-def _adagrad(w: Tensor, g: Tensor, s: State, h: Mapping[str, Tensor], t: Tensor) -> tuple[Tensor, State]:
+def _adagrad(w: Tensor, g: Tensor, s: State, h: Mapping[str, Tensor]) -> tuple[Tensor, State]:
     g = g + h["weight_decay"] * w
     total = s["sum"] + g * g
     return w - h["learning_rate"] * g / (total.sqrt() + h["eps"]), {"sum": total}
 
 
 _RULES: Mapping[str, Rule] = {"sgd": _sgd, "adam": _adam, "adamw": _adamw, "rmsprop": _rmsprop, "adagrad": _adagrad}
+
+
+def _corrections(hyper: Mapping[str, Tensor], t: Tensor) -> dict[str, Tensor]:
+    step_size = hyper["learning_rate"] / (1 - hyper["beta1"] ** t)
+    return {"step_size": step_size, "correction": (1 - hyper["beta2"] ** t).sqrt()}
+
+
+_OF_A_STEP: Mapping[str, Callable[[Mapping[str, Tensor], Tensor], dict[str, Tensor]]] = {
+    "sgd": lambda hyper, t: {"is_first": t == 1},
+    "adam": _corrections,
+    "adamw": _corrections,
+    "rmsprop": lambda hyper, t: {},
+    "adagrad": lambda hyper, t: {},
+}
+"""What a rule needs besides, each (K,), from the hyperparameters and the number of the step: once, not per weight."""
 
 
 def clipped(gradients: Mapping[str, Tensor], max_norm: Tensor) -> dict[str, Tensor]:
