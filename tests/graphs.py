@@ -102,7 +102,8 @@ class Stream:
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Capture]:
     """Have steps on the CPU recorded as on CUDA, by the project's own code on these stand-ins."""
-    monkeypatch.setattr("hpo.stacks.vmap_step.records", lambda device: True)
+    for module in ("vmap_step", "vmap_stack"):
+        monkeypatch.setattr(f"hpo.stacks.{module}.records", lambda device: True)
     monkeypatch.setattr(recording, "_given_up", [])
     recording._side_stream.cache_clear()
     recording._pool.cache_clear()
@@ -129,12 +130,22 @@ class NoWaiting(TorchDispatchMode):
 
     READING = ("tolist", "numpy", "cpu", "__array__")
 
+    def __init__(self, lists: int = 0) -> None:
+        """`lists`: how many lists of numbers may be read all the same."""
+        super().__init__()
+        self._lists = lists
+
     def __enter__(self) -> "NoWaiting":
         self._real = {name: getattr(Tensor, name) for name in self.READING}
         for name in self.READING:
             setattr(Tensor, name, partial(self._refused, name))
+        Tensor.tolist = lambda x: self._tolist(x)
         super().__enter__()
         return self
+
+    def _tolist(self, x: Tensor) -> Any:
+        self._lists -= 1
+        return self._real["tolist"](x) if self._lists >= 0 else self._refused("tolist")
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)

@@ -13,18 +13,30 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hpo.errors import Interrupted
 from hpo.stacks import recording, vmap_step
-from hpo.stacks.recording import CudaReplay, Run
+from hpo.stacks.recording import CudaReplay, EpochReplay, Run
 from hpo.stacks.state import StackState
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.stacks.vmap_step import Execution
+from hpo.study.data import Split
 from hpo.training.batches import Batches
-from hpo.training.loop import order
+from hpo.training.loop import order, train
 from hpo.training.loop_stack import LoopStack
 from hpo.training.memory import is_out_of_memory
-from hpo.training.stack import Member, Task
+from hpo.training.stack import Member, SingleStack, Stack, Task
 from tests.graphs import Capture, Graph, NoWaiting, graphs  # noqa: F401  # a fixture
-from tests.stacking import CPU, INFO, Built, assert_same_curves, assert_same_weights, sines, trained
+from tests.stacking import (
+    CPU,
+    INFO,
+    Built,
+    asking,
+    assert_same_curves,
+    assert_same_weights,
+    one_by_one,
+    sines,
+    trained,
+)
 
 N_ROWS, BATCH_SIZE, N_EPOCHS, K = 28, 8, 3, 4  # the last batch has 4 rows
 REPLAYED = "captured, replayed from a CUDA graph"
@@ -357,3 +369,110 @@ def test_no_step_waits_for_the_gpu_nor_does_what_is_between_steps(
     for reads in (lambda x: x.tolist(), lambda x: x[0].item(), lambda x: x[x > 0], lambda x: torch.tensor([1.0])):
         with pytest.raises(RuntimeError, match="would wait for the GPU"), NoWaiting():
             reads(losses[0])
+
+
+class Pixels(nn.Module):
+    """What prepares bytes, batch by batch: within the graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(torch.float64) / 255 - 0.5
+
+
+MANY_ROWS = 11 * BATCH_SIZE + 4
+"""8 steps are recorded as one graph; the first of the first epoch and what is left over are done one by one."""
+
+
+def pixels(n: int) -> Split:
+    x = torch.randint(0, 256, (n, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return Split(inputs={"x": x}, targets=Pixels()(x).sum(1, keepdim=True).sin())
+
+
+@pytest.mark.parametrize("network", ["mlp", "conv_batchnorm"])
+@pytest.mark.parametrize("kind", ["floats", "bytes"])
+def test_many_steps_at_once_are_an_epoch_as_alone(graphs: type[Capture], network: str, kind: str) -> None:  # noqa: F811
+    rows = sines(MANY_ROWS) if kind == "floats" else pixels(MANY_ROWS)
+    prepare = None if kind == "floats" else Pixels()
+    made, alone = stack(NETWORKS[network]), LoopStack(task(NETWORKS[network]), K)
+    got, expected = members(K + 1), members(K + 1)
+    for each, everyone in ((made, got), (alone, expected)):
+        train(
+            SingleStack(each),
+            Batches(rows, CPU, prepare),
+            None,
+            epochs=N_EPOCHS,
+            seed=7,
+            ask=asking(everyone),
+            report=one_by_one(lambda stack, member, metrics: not (member.number == 1 and member.epoch == 1)),
+        )
+    assert_same_curves(got, expected)
+    assert made.path == REPLAYED
+    step, many, last = Graph.made
+    assert len(many.calls) > 7 * len(step.calls)
+    assert many.n_replays == 1 + N_EPOCHS + 1  # one to compare, one an epoch; the fifth member trains an epoch longer
+    assert last.n_replays == 2 + N_EPOCHS + 1
+
+
+def test_an_epoch_of_many_steps_reads_numbers_once(graphs: type[Capture]) -> None:  # noqa: F811
+    made, batches = stack(conv), Batches(sines(MANY_ROWS), CPU)
+    for member in members(K - 1):
+        made.join(member)
+    made.epoch(batches, order(MANY_ROWS, 7, 0), lambda: False)
+    for member in made.members:
+        made.keep(member)
+    made._slots.settle()  # between epochs
+    with NoWaiting(lists=1):
+        losses = made.epoch(batches, order(MANY_ROWS, 7, 1), lambda: False)
+    assert len(losses) == K - 1
+
+
+def test_a_stop_is_heard_between_two_graphs(graphs: type[Capture]) -> None:  # noqa: F811
+    made, batches, asked = stack(conv), Batches(sines(MANY_ROWS), CPU), []
+    for member in members():
+        made.join(member)
+    made.epoch(batches, order(MANY_ROWS, 7, 0), lambda: False)
+    many = Graph.made[1]
+    before = many.n_replays
+    with pytest.raises(Interrupted):
+        made.epoch(batches, order(MANY_ROWS, 7, 1), lambda: asked.append(1) or len(asked) > 1)
+    assert many.n_replays == before + 1
+
+
+def stands_still(self: EpochReplay, state: StackState, number: Tensor) -> Tensor:
+    losses = REAL_STEP(self, state, number)
+    number.sub_(1)
+    return losses
+
+
+def own_order(self: EpochReplay, state: StackState, number: Tensor) -> Tensor:
+    """The numbers of the rows are those of the recording."""
+    kept, self._order = self._order, torch.arange(self._order.numel()).view_as(self._order)
+    try:
+        return REAL_STEP(self, state, number)
+    finally:
+        self._order = kept
+
+
+def loses_sums(self: EpochReplay, state: StackState, number: Tensor) -> Tensor:
+    return REAL_STEP(self, state, number) * 0.99
+
+
+REAL_STEP = EpochReplay._step
+
+
+@pytest.mark.parametrize("fault", [stands_still, own_order, loses_sums])
+def test_many_steps_that_are_not_the_steps_are_found_and_not_used(
+    graphs: type[Capture],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Callable[..., Tensor],
+) -> None:
+    monkeypatch.setattr(EpochReplay, "_step", fault)
+    made, reference, batches = stack(conv), stack(conv, execution="eager"), Batches(sines(MANY_ROWS), CPU)
+    for each in (made, reference):
+        for member in members():
+            each.join(member)
+    for number in range(2):
+        rows = order(MANY_ROWS, 7, number)
+        losses = made.epoch(batches, rows, lambda: False)
+        assert losses == pytest.approx(Stack.epoch(reference, batches, rows, lambda: False), abs=1e-12)
+    assert made.path is not None
+    assert made.path.startswith(f"{REPLAYED}; step by step: 8 steps at once differ in the ")

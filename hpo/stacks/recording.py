@@ -4,7 +4,8 @@ What CUDA cannot record, or what does not give what the step itself gives, is no
 person. Source: PyTorch's notes on CUDA graphs (`torch.cuda.graph`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hpo.stacks.state import StackState, Trained
+from hpo.training.batches import Batches
 from hpo.training.memory import is_out_of_memory
 from hpo.training.torch_settings import random_states, set_random_states
 
@@ -44,26 +46,21 @@ def in_place(run: Run) -> Run:
 class CudaReplay:
     """A step recorded as a CUDA graph on the tensors of `state`, which are changed in place from then on.
 
-    `run` writes in place (`in_place`). It is called twice before, on copies: what is set up at a first call must not be
-    recorded.
+    `run` writes in place (`in_place`).
     """
 
     def __init__(self, run: Run, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> None:
         self.state = state
         self._leaves = tree_leaves(state)
         self._inputs, self._targets = [x.clone() for x in inputs], targets.clone()
-        here = torch.cuda.current_stream()
-        side = _side_stream(targets.device)
-        side.wait_stream(here)
-        with torch.no_grad(), torch.cuda.stream(side):
-            for _ in range(2):
-                run(*tree_map(torch.clone, (state, self._inputs, self._targets)))
-        here.wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        # other threads may allocate meanwhile: one that pins batches in memory does
-        recording = torch.cuda.graph(self._graph, pool=_pool(targets.device), capture_error_mode="thread_local")
-        with torch.no_grad(), recording:
+
+        def on_copies() -> None:
+            run(*tree_map(torch.clone, (state, self._inputs, self._targets)))
+
+        def record() -> None:
             _, self._losses = run(state, self._inputs, self._targets)
+
+        self._graph = _captured(on_copies, record, targets.device)
 
     def __call__(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> tuple[Trained, Tensor]:
         if state is not self.state:
@@ -77,32 +74,127 @@ class CudaReplay:
         return self.state.trained, self._losses.clone()
 
 
-def recorded(run: Run, state: StackState, inputs: Sequence[Tensor], targets: Tensor, tolerance: float) -> CudaReplay:
-    """Return `run`, which writes in place, as a CUDA graph on the tensors of `state`, which are as before at the end.
+class EpochReplay:
+    """`n_steps` steps recorded as one CUDA graph, each on the next batch of an order that lies on the device.
 
-    Raises NotRecorded where CUDA cannot record it, or where two replays do not give what two calls of `run` give.
+    A launch then costs a part of a step's time, whatever Python does meanwhile. `order` is (batches, B) numbers of
+    rows; `sums` (K,) is the sum of the losses since `start`.
+    """
+
+    def __init__(self, run: Run, state: StackState, batches: Batches, order: Tensor, n_steps: int) -> None:
+        self.state, self.n_steps = state, n_steps
+        self._order = order.clone()
+        self._next = torch.zeros(1, dtype=torch.long, device=order.device)
+        self._run, self._batches = run, batches
+        self.sums = torch.zeros_like(self._step(tree_map(torch.clone, state), self._next.clone()))
+
+        def on_copies() -> None:
+            self._step(tree_map(torch.clone, state), self._next.clone())
+
+        def record() -> None:
+            for _ in range(n_steps):
+                self.sums.add_(self._step(state, self._next))
+
+        self._graph = _captured(on_copies, record, order.device)
+
+    def _step(self, state: StackState, number: Tensor) -> Tensor:
+        """Do the step of that number (1,), and count it; return the losses."""
+        inputs, targets = self._batches.pick(self._order.index_select(0, number).squeeze(0))
+        with torch.no_grad():
+            _, losses = self._run(state, inputs, targets)
+        number.add_(1)
+        return losses
+
+    def start(self, order: Tensor, first: int = 0) -> None:
+        """Begin an epoch with the batches of `order`, of the same shape as at first, from number `first` on."""
+        self._order.copy_(order)
+        self._next.fill_(first)
+        self.sums.zero_()
+
+    def __call__(self) -> None:
+        """Do the next `n_steps` steps."""
+        self._graph.replay()
+
+
+def _captured(on_copies: Callable[[], None], record: Callable[[], None], device: torch.device) -> Any:
+    """Return what `record` does as a CUDA graph. Twice before, the same is done on copies: what is set up at a first
+    call must not be recorded."""
+    here, side = torch.cuda.current_stream(), _side_stream(device)
+    side.wait_stream(here)
+    with torch.no_grad(), torch.cuda.stream(side):
+        for _ in range(2):
+            on_copies()
+    here.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # other threads may allocate meanwhile: one that pins batches in memory does
+    with torch.no_grad(), torch.cuda.graph(graph, pool=_pool(device), capture_error_mode="thread_local"):
+        record()
+    return graph
+
+
+@contextmanager
+def _recording(state: StackState, device: torch.device) -> Iterator[None]:
+    """Give back at the end what recording and comparing have changed: the state, and the random generators.
+
+    Raises NotRecorded where CUDA cannot record, for whatever reason but memory.
     """
     if _given_up:
         raise NotRecorded(_given_up[0])
-    device = targets.device
     before, generators = tree_map(torch.clone, state), random_states(device)
     try:
-        replay = CudaReplay(run, state, inputs, targets)
-    except Exception as error:  # whatever CUDA cannot record
+        yield
+    except NotRecorded:
+        raise
+    except Exception as error:
         if _fails_ever_after():
             _given_up.append(f"an earlier one failed in this process: {line(error)}")
         if is_out_of_memory(error):
             raise
         raise NotRecorded(line(error)) from error
-    else:
-        why = difference(run, replay, before, inputs, targets, tolerance)
-        if why is not None:
-            raise NotRecorded(f"replayed it differs in {why}")
     finally:
         with torch.no_grad():
             for now, then in zip(tree_leaves(state), tree_leaves(before), strict=True):
                 now.copy_(then)  # nothing was trained yet
         set_random_states(generators, device)
+
+
+def recorded(run: Run, state: StackState, inputs: Sequence[Tensor], targets: Tensor, tolerance: float) -> CudaReplay:
+    """Return `run`, which writes in place, as a CUDA graph on the tensors of `state`, which are as before at the end.
+
+    Raises NotRecorded where CUDA cannot record it, or where two replays do not give what two calls of `run` give.
+    """
+    with _recording(state, targets.device):
+        before = tree_map(torch.clone, state)
+        replay = CudaReplay(run, state, inputs, targets)
+        why = difference(run, replay, before, inputs, targets, tolerance)
+        if why is not None:
+            raise NotRecorded(f"replayed it differs in {why}")
+    return replay
+
+
+def recorded_epoch(
+    run: Run, state: StackState, batches: Batches, order: Tensor, n_steps: int, tolerance: float
+) -> EpochReplay:
+    """Return `n_steps` steps of `run`, which writes in place, as one CUDA graph; see `EpochReplay`.
+
+    Raises NotRecorded where CUDA cannot record them, or where a replay does not give what the steps give one by one.
+    """
+    with _recording(state, order.device):
+        before, generators = tree_map(torch.clone, state), random_states(order.device)
+        replay = EpochReplay(run, state, batches, order, n_steps)
+        set_random_states(generators, order.device)
+        expected, sums = tree_map(torch.clone, before), torch.zeros_like(replay.sums)
+        with torch.no_grad():
+            for rows in order[:n_steps]:
+                sums += run(expected, *batches.pick(rows))[1]
+        set_random_states(generators, order.device)
+        replay.start(order)
+        replay()
+        why = _different(before.trained, expected.trained, state.trained, 10 * tolerance)
+        if why is None and not _close(sums, replay.sums, 10 * tolerance * (n_steps + sums.abs())):
+            why = "the losses"
+        if why is not None:
+            raise NotRecorded(f"{n_steps} steps at once differ in {why}")
     return replay
 
 

@@ -8,20 +8,22 @@ Shapes: K slots, B rows of a batch; a weight (K, ...), a loss (K,).
 """
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from hpo.errors import Interrupted
 from hpo.stacks.candidate import Candidate, NotStackable, candidate
+from hpo.stacks.cost import records
 from hpo.stacks.padding import Padder, unpadded
 from hpo.stacks.slots import Slots
 from hpo.stacks.state import StackState
 from hpo.stacks.structure import own_state
 from hpo.stacks.vmap_step import Execution, VmapStep
-from hpo.study.data import Split
+from hpo.study.data import Split, batch_sizes
 from hpo.training.batches import Batches
 from hpo.training.evaluation import EVALUATION_ROWS, joined
 from hpo.training.faults import TrialError
@@ -206,13 +208,50 @@ class VmapStack(Stack):
     def step(self, inputs: Sequence[Tensor], targets: Tensor) -> Tensor:
         if self._step is None:  # no member has a network
             return torch.full((len(self.members),), math.nan, device=self._task.device)
-        self._slots.settle()
-        state = self._slots.state
-        self._slots.state, losses = self._step(state, inputs, targets, self.execution)
+        losses = self._step_of_all(inputs, targets)
         if self._slots.free:
             losses = losses[self._slots.live()]
         if self._without_network:
             losses = losses.masked_fill(self._missing(), math.nan)
+        return losses
+
+    def epoch(self, batches: Batches, rows: Tensor, stopping: Callable[[], bool]) -> list[float]:
+        if self._step is None or self._without_network or not (batches.resident and records(self._task.device)):
+            return super().epoch(batches, rows, stopping)
+        rows = rows.to(self._task.device)
+        order = torch.split(rows, batch_sizes(len(rows), self._step.params["batch_size"]))
+        equal = torch.stack([each for each in order if len(each) == len(order[0])])  # all but the last, perhaps
+        sums = torch.zeros(self.capacity, device=rows.device)
+
+        def one_by_one(some: Sequence[Tensor]) -> None:
+            nonlocal sums
+            for each in some:
+                if stopping():
+                    raise Interrupted("interrupted")
+                sums = sums + self._step_of_all(*batches.pick(each)) * len(each)
+
+        n_done = 0
+        many = self._step.epoch(self._slots.state, batches, equal, self.execution)
+        if many is None:
+            one_by_one(order[:1])  # which records a step, or copies the state to where one is recorded
+            n_done, many = 1, self._step.epoch(self._slots.state, batches, equal, self.execution)
+        if many is not None:
+            self._slots.settle()
+            many.start(equal, n_done)
+            while n_done + many.n_steps <= len(equal):
+                if stopping():
+                    raise Interrupted("interrupted")
+                many()
+                n_done += many.n_steps
+            sums = sums + many.sums * len(order[0])
+        one_by_one(order[n_done:])
+        means: list[float] = (sums / len(rows))[self._slots.live()].tolist()
+        return means
+
+    def _step_of_all(self, inputs: Sequence[Tensor], targets: Tensor) -> Tensor:
+        """Do one step; return the losses of all slots, (K,), the empty ones too."""
+        self._slots.settle()
+        self._slots.state, losses = self._opened(self._slots.state, inputs, targets, self.execution)
         return losses
 
     def _missing(self) -> Tensor:

@@ -18,11 +18,22 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map
 
 from hpo.stacks.cost import records
-from hpo.stacks.recording import CudaReplay, NotRecorded, Run, difference, in_place, line, recorded
+from hpo.stacks.recording import (
+    CudaReplay,
+    EpochReplay,
+    NotRecorded,
+    Run,
+    difference,
+    in_place,
+    line,
+    recorded,
+    recorded_epoch,
+)
 from hpo.stacks.state import StackState, Trained
 from hpo.stacks.tensor_modules import RateDropout
 from hpo.study.objective import Params
 from hpo.training import schedules, stacked_optim
+from hpo.training.batches import Batches
 from hpo.training.evaluation import in_full
 from hpo.training.memory import is_out_of_memory
 from hpo.training.metrics import shared_params
@@ -30,6 +41,8 @@ from hpo.training.optim import MAX_GRAD_NORM
 from hpo.training.stack import Task
 
 Execution = Literal["eager", "graph", "compiled"]
+_STEPS_AT_ONCE, _FEWEST_AT_ONCE = 16, 4
+"""How many steps are one CUDA graph: so many that launching them takes no time, and a stop is heard soon enough."""
 
 
 def has_compiler(device: torch.device) -> bool:
@@ -60,6 +73,7 @@ class VmapStep:
         self._task, self._template = task, template
         self._optimizer = str(params["optimizer"]).lower()
         self._prepared: dict[tuple[int, int, Execution], _Prepared] = {}
+        self._epochs: dict[tuple[int, int, Execution], EpochReplay | None] = {}
         self._forms: dict[tuple[int, int, Execution], _Prepared] = {}
         """What is recorded: compiled, if it is to be; it outlives its recordings, which each hold a whole state."""
 
@@ -79,6 +93,27 @@ class VmapStep:
             trained, losses = run(state, inputs, targets)
         return run.state if isinstance(run, CudaReplay) else state.after(trained), losses
 
+    def epoch(self, state: StackState, batches: Batches, order: Tensor, execution: Execution) -> EpochReplay | None:
+        """Return many steps as one CUDA graph, to be started with `order` (batches, B); None where there is none.
+
+        There is one if a step of B rows is replayed, and `state` is in the tensors that this one changes.
+        """
+        key = (len(state.t), order.shape[1], execution)
+        n_steps = min(_STEPS_AT_ONCE, 1 << (len(order).bit_length() - 1)) if len(order) else 0
+        prepared = self._prepared.get(key)
+        if n_steps < _FEWEST_AT_ONCE or prepared is None or not isinstance(prepared.run, CudaReplay):
+            return None
+        if prepared.run.state is not state:
+            return None
+        if key not in self._epochs:
+            run = self._forms[key].run
+            try:
+                self._epochs[key] = recorded_epoch(run, state, batches, order, n_steps, self._tolerance(1e-4))
+            except NotRecorded as error:
+                self._epochs[key] = None
+                self._prepared[key] = prepared._replace(why=(*prepared.why, f"step by step: {error}"))
+        return self._epochs[key]
+
     def is_compiled(self, capacity: int) -> bool:
         """Whether there is a compiled step for so many slots."""
         key: tuple[int, int, Execution] = (capacity, self.params["batch_size"], "compiled")
@@ -92,6 +127,7 @@ class VmapStep:
     def forget(self) -> None:
         """Let go of what is recorded, and with it of the tensors of its state."""
         self._prepared = {key: each for key, each in self._prepared.items() if not isinstance(each.run, CudaReplay)}
+        self._epochs.clear()
 
     def try_out(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor, execution: Execution) -> None:
         """Raise what torch.func raises where it has no rule for the network or the loss."""

@@ -58,6 +58,16 @@ class Batches:
         inputs, targets = next(self.chunks(n))
         return Split(inputs=dict(zip(self._split.inputs, inputs, strict=True)), targets=targets)
 
+    @property
+    def resident(self) -> bool:
+        """Whether all rows are on the device."""
+        return self._resident
+
+    def pick(self, rows: Tensor) -> Batch:
+        """Return the batch of these rows (B,), whose numbers are on the device, as the data must be (`resident`)."""
+        inputs = [x.index_select(0, rows) for x in self._split.inputs.values()]
+        return self._prepared(inputs), self.targets.index_select(0, rows)
+
     def chunks(self, size: int) -> Iterator[Batch]:
         """Yield all rows in their own order, `size` at a time."""
         for start in range(0, len(self), size):

@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hpo.errors import Interrupted
 from hpo.seeds import derive
 from hpo.training.batches import Batches
 from hpo.training.stack import Member, Stack, Stacks
@@ -73,25 +72,12 @@ def _epoch(
     stack: Stack, train_batches: Batches, valid_batches: Batches | None, rows: Tensor, stopping: Callable[[], bool]
 ) -> dict[Member, dict[str, float]]:
     """Train every member of `stack` on all batches of `rows` (N,); return their metrics."""
-    losses, sizes = [], []
-    for inputs, targets in train_batches.epoch(stack.members[0].params["batch_size"], rows):
-        if stopping():
-            raise Interrupted("interrupted")
-        losses.append(stack.step(inputs, targets))
-        sizes.append(len(targets))
-    train_losses = _mean(losses, sizes)
+    train_losses = stack.epoch(train_batches, rows, stopping)
     valid = stack.evaluate(valid_batches) if valid_batches is not None else [{} for _ in train_losses]
     return {
         member: {"train_loss": train_loss} | {f"valid_{name}": value for name, value in metrics.items()}
         for member, train_loss, metrics in zip(stack.members, train_losses, valid, strict=True)
     }
-
-
-def _mean(losses: list[Tensor], sizes: Sequence[int]) -> list[float]:
-    """Return the mean over all rows of `losses`, each (K,) and the mean over its batch of so many rows."""
-    weights = torch.tensor(sizes, dtype=losses[0].dtype, device=losses[0].device)
-    means: list[float] = (weights @ torch.stack(losses) / weights.sum()).tolist()
-    return means
 
 
 def order(n_rows: int, seed: int, rounds: int) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hpo.errors import Interrupted
 from hpo.study.data import DataInfo, batch_sizes
 from hpo.study.loading import origin
 from hpo.study.objective import Objective, Params
@@ -146,6 +147,19 @@ class Stack(ABC):
     def step(self, inputs: Sequence[Tensor], targets: Tensor) -> Tensor:
         """Do one optimizer step of every member on one batch (B, ...); return their losses, (K,), without gradient."""
 
+    def epoch(self, batches: Batches, rows: Tensor, stopping: Callable[[], bool]) -> list[float]:
+        """Do an epoch's steps on `rows` (N,), in their order; return each member's mean loss over all of them.
+
+        Raises Interrupted, between two batches, as soon as `stopping` says so.
+        """
+        losses, sizes = [], []
+        for inputs, targets in batches.epoch(self.members[0].params["batch_size"], rows):
+            if stopping():
+                raise Interrupted("interrupted")
+            losses.append(self.step(inputs, targets))
+            sizes.append(len(targets))
+        return _mean(losses, sizes)
+
     @abstractmethod
     def evaluate(self, batches: Batches) -> list[dict[str, float]]:
         """Return each member's `loss` and metrics over all rows of `batches`; empty for a member with a fault."""
@@ -173,6 +187,13 @@ class Stack(ABC):
     def state(self, member: Member) -> dict[str, Tensor]:
         """Return a copy of the weights and buffers of `member`'s network."""
         return {name: tensor.detach().clone() for name, tensor in self.module(member).state_dict().items()}
+
+
+def _mean(losses: list[Tensor], sizes: Sequence[int]) -> list[float]:
+    """Return the mean over all rows of `losses`, each (K,) and the mean over its batch of so many rows."""
+    weights = torch.tensor(sizes, dtype=losses[0].dtype, device=losses[0].device)
+    means: list[float] = (weights @ torch.stack(losses) / weights.sum()).tolist()
+    return means
 
 
 class Stacks(ABC):
