@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hpo.errors import HpoError, InputError
+from hpo.log import log
 from hpo.runner.launch import LAUNCHED
 from hpo.stopping import StopToken
 
@@ -99,7 +100,6 @@ class _Actor:
         if Path(folder).is_dir():
             os.chdir(folder)  # relative addresses of storage and data mean the same as where the study was begun
         self._stop = StopToken()
-        log = logging.getLogger("hpo")
         log.addHandler(logging.StreamHandler(sys.stdout))  # Ray shows what its workers print
         log.setLevel(logging.INFO)
 
