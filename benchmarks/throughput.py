@@ -20,6 +20,7 @@ after each epoch. Imports and making the databases are before the clock; compili
 
 import argparse
 import json
+import logging
 import multiprocessing
 import os
 import platform
@@ -44,6 +45,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hpo.cli import commands
+from hpo.log import shown_by
 from hpo.runner.prepare import Plan, prepare
 from hpo.runner.worker import work
 from hpo.search.opening import open_search
@@ -277,13 +279,17 @@ def study_ours(name: str, device: str, n: int, stack: int) -> dict[str, float]:
     plan = plan_of(name, device, n, stack)
     search = open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize)
     assert search is not None
-    data, tracker = plan.load_data(), open_tracker(plan.spec.tracking, name, Path("unsent"), print)
+    data, tracker = plan.load_data(), open_tracker(plan.spec.tracking, name, Path("unsent"))
     tracker.start_study({}, {})
     epochs, joins, compiles = _timed(training, "_epoch"), _timed(Pool, "join"), _timed(VmapStep, "prepare")
     _barrier.wait()
     start, cpu = time.perf_counter(), _cpu_seconds()
-    with open(os.devnull, "w") as nowhere, commands._progress(plan, search, Console(file=nowhere)) as progress:
-        work(plan, data, search, tracker, progress)
+    aloud = logging.StreamHandler()
+    aloud.setLevel(logging.WARNING)
+    with open(os.devnull, "w") as nowhere, shown_by(aloud):
+        out = Console(file=nowhere)
+        with shown_by(commands.ConsoleHandler(out)), commands._progress(plan, search, out) as progress:
+            work(plan, data, search, tracker, progress)
     tracker.end_study("COMPLETE")
     spent = {"seconds": time.perf_counter() - start, "cpu": _cpu_seconds() - cpu}
     assert search.counts().complete == n

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hpo.errors import InputError, masked
+from hpo.log import shown_by
 from hpo.report.results import Study
 from hpo.runner import study as studies
 from hpo.runner.joining import as_file, is_launched
@@ -29,7 +30,6 @@ from hpo.study.draft import read
 from hpo.study.objective import Objective
 from hpo.study.spec import StudySpec
 
-log = logging.getLogger("hpo")
 Named = str | Path | Mapping[str, Any] | Objective | type[Objective] | Callable[[Any], Any]
 
 
@@ -58,19 +58,16 @@ def run(study: Named, *, workers: int | None = 1, quiet: bool = False, **overrid
     if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
         raise InputError(f"workers: must be a number of at least 1, or None, but got {workers!r}")
     with ExitStack() as stack:
-        if not quiet:
-            stack.enter_context(_shown())
+        stack.enter_context(_printed(quiet))
         plan, file = _prepared(study, overrides, alone=workers == 1)
         path = stack.enter_context(file)
         stack.enter_context(torch_set(plan))
-        for note in plan.notes:
-            log.info(note)
         search = open_or_make(plan)
         stack.callback(search.close)
 
         def show(alone: bool) -> AbstractContextManager[Progress]:
             board = state_of(plan, search)
-            return nullcontext(PlainProgress(board, Refresh(board, search, alone), lambda text: log.info(masked(text))))
+            return nullcontext(PlainProgress(board, Refresh(board, search, alone)))
 
         studies.run(plan, search, path, show, WorkerOptions(workers=workers))
     return Study(plan.spec.name, plan.spec.storage)
@@ -135,8 +132,7 @@ def adopt(study: Named, source: Any, source_name: str | None = None, *, quiet: b
     """
     plan, file = _prepared(study, overrides, alone=True)
     with file, torch_set(plan), ExitStack() as stack:
-        if not quiet:
-            stack.enter_context(_shown())
+        stack.enter_context(_printed(quiet))
         if isinstance(source, str):
             if source_name is None:
                 raise InputError(f"source_name: give the name of the study in {masked(source)}")
@@ -237,17 +233,6 @@ def _written(plan: Plan) -> Iterator[StudyFile]:
         yield StudyFile(path=path, overrides={})
 
 
-@contextmanager
-def _shown() -> Iterator[None]:
-    """Print what is logged, unless the program has its own handlers, which then decide."""
-    if log.handlers or logging.getLogger().handlers:
-        yield
-        return
-    handler, level = logging.StreamHandler(sys.stdout), log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
+def _printed(quiet: bool) -> AbstractContextManager[None]:
+    """Have printed what is logged, unless the program has its own handlers, or it is to be `quiet`."""
+    return nullcontext() if quiet else shown_by(logging.StreamHandler(sys.stdout), unless_handled=True)

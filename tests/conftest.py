@@ -5,7 +5,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -14,7 +14,8 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 import pytest
 import torch
 
-from tests.mlflows import empty_database, mlflow, tracking_server  # noqa: F401 (fixtures)
+from tests.logged import recorded
+from tests.mlflows import empty_database, mlflow, no_warning, tracking_server  # noqa: F401 (fixtures)
 
 torch.set_num_threads(1)
 
@@ -79,6 +80,13 @@ def server():
     # not in pytest's own folder: that is for its owner only, and PostgreSQL is another user where we are root
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, postgres(Path(folder) / "data") as made:
         yield made
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """Give the list of what is logged during the test."""
+    with recorded() as texts:
+        yield texts
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
 """What the tests of tracking share: MLflow as it is looked at from outside, over SQLite and over HTTP."""
 
+import logging
 import math
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,15 @@ import pytest
 from hpo.tracking.base import Tracker
 from hpo.tracking.mlflow import MlflowTracker
 from hpo.tracking.runs import quiet
+from tests.logged import recorded
 
 
-def no_warning(text: str) -> None:
-    raise AssertionError(text)
+@pytest.fixture
+def no_warning(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test in which a warning is logged, unless it looks itself at what is `said`."""
+    with recorded(logging.WARNING) as warned:
+        yield
+    assert "said" in request.fixturenames or not warned, warned
 
 
 @contextmanager
@@ -49,8 +55,8 @@ class Mlflow:
     def __init__(self, uri: str, study: str, outbox: Path) -> None:
         self.uri, self.study, self.outbox = uri, study, outbox
 
-    def tracker(self, warn: Callable[[str], None] = no_warning, cls: type[MlflowTracker] = MlflowTracker) -> Any:
-        return cls(self.uri, self.study, self.outbox, warn)
+    def tracker(self, cls: type[MlflowTracker] = MlflowTracker) -> MlflowTracker:
+        return cls(self.uri, self.study, self.outbox)
 
     @property
     def client(self) -> Any:
@@ -127,6 +133,6 @@ def in_store(kind: str, request: pytest.FixtureRequest, folder: Path) -> Mlflow:
 
 
 @pytest.fixture(params=["sqlite", "http"])
-def mlflow(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mlflow:
+def mlflow(request: pytest.FixtureRequest, no_warning: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mlflow:
     monkeypatch.chdir(tmp_path)
     return in_store(request.param, request, tmp_path)

@@ -7,7 +7,7 @@ class Screen(Progress):
     """Writes down what a person would be shown; `during` is called after each epoch."""
 
     def __init__(self, during=lambda number, epoch: None):
-        self.started, self.epochs, self.ended, self.notes, self._during = [], [], [], [], during
+        self.started, self.epochs, self.ended, self._during = [], [], [], during
 
     def trial_started(self, number, params):
         self.started.append((number, dict(params)))
@@ -18,6 +18,3 @@ class Screen(Progress):
 
     def trial_ended(self, number, state, value, reason):
         self.ended.append((number, state, value, reason))
-
-    def note(self, text):
-        self.notes.append(text)

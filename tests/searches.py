@@ -84,10 +84,10 @@ def stored(search, number):
 
 
 class Quiet(Progress):
-    """Counts the epochs of all trials and keeps the notes."""
+    """Counts the epochs of all trials."""
 
     def __init__(self):
-        self.epochs, self.notes = 0, []
+        self.epochs = 0
 
     def trial_started(self, number, params):
         pass
@@ -97,6 +97,3 @@ class Quiet(Progress):
 
     def trial_ended(self, number, state, value, reason):
         pass
-
-    def note(self, text):
-        self.notes.append(text)

@@ -55,7 +55,6 @@ def run(folder, name, text, stop_at=None, dropout=0.0):
     (folder / f"{name}.yaml").write_text(f"objective: noisy.py\ntrials: 4\nepochs: 6\npruner: none\n{text}")
     plan = prepare(folder / f"{name}.yaml")
     data = plan.load_data()
-    notes = []
     for stop in [stop_at, None] if stop_at is not None else [None]:
         search = open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize)
         tracker, progress = MemoryTracker(), Quiet()
@@ -65,53 +64,52 @@ def run(folder, name, text, stop_at=None, dropout=0.0):
         except Interrupted:
             assert stop is not None
             assert list(checkpoints(plan).glob("place-*.pt"))
-        notes += progress.notes
         trials = search.trials()
         search.close()
     assert not list(checkpoints(plan).glob("place-*.pt"))
     assert len(trials) == 4
     curves = {t.user_attrs["place"]: (t.params, list(t.intermediate_values.values()), t.value) for t in trials}
     weights = torch.load(checkpoints(plan) / "best.pt", weights_only=True)["model_state_dict"]
-    return curves, weights, notes
+    return curves, weights
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop", "adagrad", "adadelta"])
-def test_alone_it_goes_on_bit_for_bit(folder, optimizer):
+def test_alone_it_goes_on_bit_for_bit(folder, said, optimizer):
     text = f"stack: 1\nparams: {{optimizer: {optimizer}, schedule: cosine}}\n"
     text += "value: last\n" if optimizer == "sgd" else ""
-    plain, weights, _ = run(folder, "plain", text, dropout=0.3)
-    resumed, again, notes = run(folder, "resumed", text, stop_at=9, dropout=0.3)  # in the second trial's third epoch
-    assert any("resumes after epoch 3" in note for note in notes)
+    plain, weights = run(folder, "plain", text, dropout=0.3)
+    resumed, again = run(folder, "resumed", text, stop_at=9, dropout=0.3)  # in the second trial's third epoch
+    assert any("resumes after epoch 3" in text for text in said)
     assert resumed == plain
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "rmsprop"])
-def test_in_a_stack_it_goes_on_as_it_was(folder, optimizer):
+def test_in_a_stack_it_goes_on_as_it_was(folder, said, optimizer):
     text = f"stack: 4\nsampler: random\nparams: {{optimizer: {optimizer}, momentum: 0.9, "
     text += "learning_rate: {type: float, low: 1e-3, high: 3e-2}, n_hidden: {type: int, low: 4, high: 9}}\n"
     text = text.replace("momentum: 0.9, ", "") if optimizer == "adam" else text
-    plain, _, _ = run(folder, "plain", text)
-    resumed, _, notes = run(folder, "resumed", text, stop_at=12)  # the third epoch of all four
-    assert sum("resumes after epoch 3" in note for note in notes) == 4
+    plain, _ = run(folder, "plain", text)
+    resumed, _ = run(folder, "resumed", text, stop_at=12)  # the third epoch of all four
+    assert sum("resumes after epoch 3" in text for text in said) == 4
     for place, (params, values, value) in plain.items():
         assert resumed[place][0] == params
         assert resumed[place][1] == pytest.approx(values, abs=1e-5)
         assert resumed[place][2] == pytest.approx(value, abs=1e-5)
 
 
-def test_what_a_stack_kept_one_alone_takes_up_and_the_other_way_round(folder):
+def test_what_a_stack_kept_one_alone_takes_up_and_the_other_way_round(folder, said):
     text = "sampler: random\nparams: {optimizer: adam, learning_rate: {type: float, low: 1e-3, high: 3e-2}}\n"
-    plain, _, _ = run(folder, "plain", f"stack: 1\n{text}")
+    plain, _ = run(folder, "plain", f"stack: 1\n{text}")
     for before, after in (("4", "1"), ("1", "4")):
         name = f"from{before}"
-        resumed = interrupted_then(folder, name, text, before, after)
+        resumed = interrupted_then(folder, said, name, text, before, after)
         assert [len(values) for _, values, _ in resumed.values()] == [6] * 4
         if after == "1":  # in a stack its order is the others' from then on
             assert resumed[0][1] == pytest.approx(plain[0][1], abs=1e-4)
 
 
-def interrupted_then(folder, name, text, before, after):
+def interrupted_then(folder, said, name, text, before, after):
     (folder / "noisy.py").write_text(OBJECTIVE.replace("DROPOUT", "0.0"))
     path = folder / f"{name}.yaml"
     for stack, stop in ((before, 2 * int(before)), (after, None)):
@@ -119,6 +117,7 @@ def interrupted_then(folder, name, text, before, after):
         plan = prepare(path)
         search = open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize)
         progress = Quiet()
+        said.clear()
         try:
             stopping = lambda stop=stop, p=progress: stop is not None and p.epochs >= stop  # noqa: E731
             work(plan, plan.load_data(), search, MemoryTracker(), progress, StopWhen(stopping, in_time=True))
@@ -126,13 +125,13 @@ def interrupted_then(folder, name, text, before, after):
             pass
         trials = search.trials()
         search.close()
-    assert any("resumes after epoch 2" in note for note in progress.notes)
+    assert any("resumes after epoch 2" in text for text in said)
     return {t.user_attrs["place"]: (t.params, list(t.intermediate_values.values()), t.value) for t in trials}
 
 
-def test_one_that_is_damaged_costs_the_epochs_only(folder):
+def test_one_that_is_damaged_costs_the_epochs_only(folder, said):
     text = "stack: 1\n"
-    plain, _, _ = run(folder, "plain", text)
+    plain, _ = run(folder, "plain", text)
     (folder / "resumed.yaml").write_text(f"objective: noisy.py\ntrials: 4\nepochs: 6\npruner: none\n{text}")
     plan = prepare(folder / "resumed.yaml")
     for damage in (False, True):
@@ -147,7 +146,7 @@ def test_one_that_is_damaged_costs_the_epochs_only(folder):
             assert not damage
         trials = search.trials()
         search.close()
-    assert any("cannot be read" in note and "starts from scratch" in note for note in progress.notes)
+    assert any("cannot be read" in text and "starts from scratch" in text for text in said)
     resumed = {t.user_attrs["place"]: (t.params, list(t.intermediate_values.values()), t.value) for t in trials}
     assert resumed == plain
 

@@ -5,7 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
+from hpo.cli.commands import ConsoleHandler
 from hpo.cli.console import LiveProgress, table
+from hpo.log import log, shown_by
 from hpo.runner import progress as view
 from hpo.runner.progress import PlainProgress, ProgressState, duration, shown
 from hpo.search.budget import Counts
@@ -91,11 +93,7 @@ class TestBoard:
 
 class TestPlain:
     @pytest.fixture
-    def lines(self):
-        return []
-
-    @pytest.fixture
-    def plain(self, clock, lines):
+    def plain(self, clock):
         """Return a progress whose `refresh` takes what `plain.next` says, as the storage would, and notes its calls."""
         board = ProgressState(counts(), None, 4, "accuracy")
 
@@ -103,15 +101,15 @@ class TestPlain:
             made.told = (state, value)
             board.counts, board.best = made.next
 
-        made = PlainProgress(board, refresh, lines.append, epoch_seconds=15.0)
+        made = PlainProgress(board, refresh, epoch_seconds=15.0)
         return made
 
-    def test_a_line_a_trial(self, plain, lines, clock):
+    def test_a_line_a_trial(self, plain, said, clock):
         plain.trial_started(0, {"learning_rate": 0.01})
         clock.now += 12
         plain.next = (counts(complete=1), best(0, 0.5))
         plain.trial_ended(0, "COMPLETE", 0.5, None)
-        assert lines == [
+        assert said == [
             "[1/4] trial 0 complete: accuracy 0.5000; learning_rate=0.01; 12 s; "
             "best accuracy 0.5000 (trial 0); about 36 s left"
         ]
@@ -124,32 +122,28 @@ class TestPlain:
             ("INTERRUPTED", None, "interrupted", "interrupted: interrupted"),
         ],
     )
-    def test_what_became_of_it(self, plain, lines, state, value, reason, text):
+    def test_what_became_of_it(self, plain, said, state, value, reason, text):
         plain.trial_started(3, {"a": 1})
         plain.next = (counts(), None)
         plain.trial_ended(3, state, value, reason)
         assert plain.told == (state, value)
-        assert lines == [f"[0/4] trial 3 {text}; a=1; 0.0 s; no trial yet"]
+        assert said == [f"[0/4] trial 3 {text}; a=1; 0.0 s; no trial yet"]
 
-    def test_a_long_trial_is_heard_of_now_and_then(self, plain, lines, clock):
+    def test_a_long_trial_is_heard_of_now_and_then(self, plain, said, clock):
         plain.trial_started(0, {})
         for epoch in range(1, 8):
             clock.now += 5
             plain.epoch_ended(0, epoch, 7, {"train_loss": 0.5, "valid_accuracy": epoch / 10})
-        assert lines == [
+        assert said == [
             "trial 0: epoch 3/7, accuracy 0.3000, train loss 0.5000",
             "trial 0: epoch 6/7, accuracy 0.6000, train loss 0.5000",
         ]
 
-    def test_an_epoch_without_the_metric_shows_its_loss(self, plain, lines, clock):
+    def test_an_epoch_without_the_metric_shows_its_loss(self, plain, said, clock):
         plain.trial_started(0, {})
         clock.now += 15
         plain.epoch_ended(0, 1, 7, {"train_loss": float("nan")})
-        assert lines == ["trial 0: epoch 1/7, train loss nan"]
-
-    def test_a_note_is_a_line(self, plain, lines):
-        plain.note("the study's time is over")
-        assert lines == ["the study's time is over"]
+        assert said == ["trial 0: epoch 1/7, train loss nan"]
 
 
 def test_the_live_view_ends_with_the_counts_the_best_and_every_reason():
@@ -160,17 +154,18 @@ def test_the_live_view_ends_with_the_counts_the_best_and_every_reason():
     def refresh(state, value):
         board.counts, board.best = counts(complete=1, failed=1), best(0, 0.5)
 
-    with LiveProgress(board, refresh, console) as progress:
+    with shown_by(ConsoleHandler(console)), LiveProgress(board, refresh, console) as progress:
         for number in (0, 1):
             progress.trial_started(number, {"lr": 0.1})
             progress.epoch_ended(number, 1, 3, {"train_loss": 0.25, "valid_accuracy": 0.5})
         progress.trial_ended(0, "COMPLETE", 0.5, None)
         progress.trial_ended(1, "FAIL", None, "became [nan]")
-        progress.note("a note with [brackets]")
+        log.info("a note with [brackets] :bug: of postgresql://bob:s3cret@h/d")
         progress.trial_started(2, {"lr": 0.1})
     text = out.getvalue()
     assert "trial 1 failed: became [nan]" in text
-    assert "a note with [brackets]" in text
+    cleared = "\x1b[2K"
+    assert f"{cleared}a note with [brackets] :bug: of postgresql://bob:***@h/d\n" in text, "where the bars were"
     last = text.rpartition("trials ")[2]
     assert "2/2" in last
     assert "best accuracy 0.5000 (trial 0)" in last

@@ -219,10 +219,9 @@ def test_a_lock_ends_with_its_process_and_those_of_older_versions_block_nobody(p
     assert len(trials(path)) == 2
 
 
-def test_a_holder_that_is_stopped_is_waited_for_no_longer_than_that(path, monkeypatch):
+def test_a_holder_that_is_stopped_is_waited_for_no_longer_than_that(path, said, monkeypatch):
     monkeypatch.setattr("hpo.search.journal.ANSWER_SECONDS", 0.2)
-    storage, said = opened(path), []
-    storage.say = said.append
+    storage = opened(path)
     (trial,) = storage.get_all_trials(storage.get_study_id_from_name("s"))
     storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
     with path.open("rb") as file:

@@ -19,6 +19,7 @@ from hpo.study.space import build as build_space
 from hpo.study.spec import parse_param
 from hpo.training.loop_stack import LoopStack
 from hpo.training.stack import Member, Stack, Stacks, Task
+from tests.logged import recorded
 from tests.stacking import CPU, INFO, Built, assert_same_curves, sines
 from tests.stacking import trained as train_in
 
@@ -159,11 +160,11 @@ def trained(
     made, faults = build_space({name: parse_param(entry) for name, entry in entries.items()}, ())
     assert not faults
     plan = PaddingPlan(made, lambda params: task.objective.build(params, task.info))
-    said: list[str] = []
     stacks = set()
     got, expected = members(*several), members(*several)
-    pool = Pool(task, len(several), sines(8), plan, say=said.append)
-    fit(pool, got, seen=lambda stack, member, metrics: stacks.add((id(stack), type(stack))))
+    with recorded() as said:
+        pool = Pool(task, len(several), sines(8), plan)
+        fit(pool, got, seen=lambda stack, member, metrics: stacks.add((id(stack), type(stack))))
     for alone in expected:
         fit(LoopStack(task), [alone])
     assert_same_curves(got, expected)

@@ -216,7 +216,7 @@ def started(plan, n, monkeypatch):
             environs.append(environ)
 
     monkeypatch.setattr(launch, "_Process", Process)
-    launch.Workers(["worker"], n, launch.gpus(plan), print, None).start()
+    launch.Workers(["worker"], n, launch.gpus(plan), None).start()
     return [environ.get("CUDA_VISIBLE_DEVICES") for environ in environs]
 
 

@@ -25,7 +25,7 @@ ROOM = {
     "cli": {"study", "search", "training", "stacks", "tracking", "export", "runner", "report"},
 }
 """What each package may import beside itself; the modules of the root are open to all."""
-ROOT_MODULES = {"__init__", "__main__", "errors", "seeds", "processes", "stopping", "data", "objective", "api"}
+ROOT_MODULES = {"__init__", "__main__", "errors", "log", "seeds", "processes", "stopping", "data", "objective", "api"}
 FACES = {"__init__", "__main__", "api", "data", "objective"}
 """What stands before the packages and hands their names on; no package imports one of these."""
 HOMES = {
@@ -119,6 +119,13 @@ def test_only_the_command_line_prints_or_exits() -> None:
         calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
         if path.parent.name != "cli":
             assert not {"print", "sys.exit", "exit", "quit"} & set(calls), path
+
+
+def test_the_logger_whose_records_are_masked_is_the_only_one_of_ours() -> None:
+    for path in MODULES:
+        calls = [ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        ours = [call for call in calls if re.match(r"(logging\.)?getLogger\(('hpo|__name__)", call)]
+        assert ours == (["logging.getLogger('hpo')"] if name_of(path) == "log" else []), path
 
 
 def test_mlflow_is_imported_only_when_first_used() -> None:

@@ -7,11 +7,11 @@ import pytest
 
 from hpo.tracking.mlflow import MlflowTracker
 from tests.cli import invoke, summary
-from tests.mlflows import Mlflow, no_warning, quietly
+from tests.mlflows import Mlflow, quietly
 
 
 def tracker(mlflow: Mlflow, making: str, adopts: bool = False) -> MlflowTracker:
-    opened = MlflowTracker(mlflow.uri, mlflow.study, mlflow.outbox, no_warning, making=making, adopts=adopts)
+    opened = MlflowTracker(mlflow.uri, mlflow.study, mlflow.outbox, making=making, adopts=adopts)
     opened._runs.PEER_SECONDS = 0.3  # type: ignore[misc]
     return opened
 
@@ -60,7 +60,7 @@ def test_reconcile_ends_no_run_of_a_namesake(mlflow: Mlflow) -> None:
 
 def before(mlflow: Mlflow) -> None:
     """Leave the runs of a study that an older version was killed in: without a making."""
-    opened = MlflowTracker(mlflow.uri, mlflow.study, mlflow.outbox, no_warning)
+    opened = MlflowTracker(mlflow.uri, mlflow.study, mlflow.outbox)
     opened.start_study({}, {})
     for trial in range(2):
         opened.start_trial(trial, {"lr": 0.1})
@@ -97,7 +97,7 @@ def test_a_study_that_never_was_of_an_older_version_adopts_none(mlflow: Mlflow) 
 
 
 @pytest.mark.parametrize("mlflow", ["sqlite"], indirect=True)
-def test_two_storages_in_one_folder_end_to_end(mlflow: Mlflow, study: Any) -> None:
+def test_two_storages_in_one_folder_end_to_end(mlflow: Mlflow, study: Any, said: list[str]) -> None:
     path = study(f"name: {mlflow.study}\ntracking: {mlflow.uri}\ntrials: 2\n")
     for storage in ("one", "two", "one"):
         done = summary(invoke("run", path, "--json", "--storage", f"sqlite:///mlruns/{storage}.db"))
@@ -108,3 +108,4 @@ def test_two_storages_in_one_folder_end_to_end(mlflow: Mlflow, study: Any) -> No
     assert "" not in makings
     assert [(trial, status) for _, trial, status in found] == [(t, "FINISHED") for t in ("0", "1", "study")] * 2
     assert not list(Path("mlruns/unsent").glob("*"))
+    assert not [text for text in said if text.startswith("tracking: ")]

@@ -15,6 +15,7 @@ from hpo.runner.worker import work
 from hpo.search.opening import open_search
 from hpo.search.schema import DATA
 from hpo.tracking.base import MemoryTracker
+from tests.logged import recorded
 from tests.searches import Quiet, StopWhen
 
 OBJECTIVE = """
@@ -63,20 +64,21 @@ def write(slope=2, hidden=4, more=""):
 
 
 def train(stop_at=None, trials=1):
-    """Run the study, interrupted after so many epochs; return what was noted, and its trials' values."""
+    """Run the study, interrupted after so many epochs; return what was logged, and its trials' values."""
     plan = prepare(Path("study.yaml"), {"trials": str(trials)})
     data = plan.load_data()
     search = open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize)
     search.remember(DATA, data.fingerprint())
     progress = Quiet()
-    try:
-        stopping = lambda: stop_at is not None and progress.epochs >= stop_at  # noqa: E731
-        work(plan, data, search, MemoryTracker(), progress, StopWhen(stopping, in_time=True))
-    except Interrupted:
-        assert PLACE.exists()
+    with recorded() as notes:
+        try:
+            stopping = lambda: stop_at is not None and progress.epochs >= stop_at  # noqa: E731
+            work(plan, data, search, MemoryTracker(), progress, StopWhen(stopping, in_time=True))
+        except Interrupted:
+            assert PLACE.exists()
     values = [t.value for t in search.trials() if t.value is not None]
     search.close()
-    return progress.notes, values
+    return notes, values
 
 
 def alone():
@@ -220,8 +222,8 @@ if moment == "before tell":
     search.Search.complete = stop
 elif moment == "after tell":
     first = checkpoints.settle_weights
-    def settle_weights(plan, search, note):
-        return stop() if list(Path("mlruns/checkpoints/study").glob("best-*")) else first(plan, search, note)
+    def settle_weights(plan, search):
+        return stop() if list(Path("mlruns/checkpoints/study").glob("best-*")) else first(plan, search)
     checkpoints.settle_weights = settle_weights
 else:
     checkpoints.write = stop
@@ -248,30 +250,32 @@ def test_a_kill_around_best_pt_leaves_no_other_trials_weights(moment):
     search.close()
 
 
-def test_weights_that_are_not_the_best_trials_are_removed_and_said():
+def test_weights_that_are_not_the_best_trials_are_removed_and_said(said):
     train()
     plan = prepare(Path("study.yaml"))
     search = open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize)
     torch.save(torch.load(BEST, weights_only=True) | {"trial": 5}, BEST)
-    notes = []
-    settle_weights(plan, search, notes.append)
-    assert notes == [
+    settle_weights(plan, search)
+    assert said[-1:] == [
         f"{BEST} held trial 5's weights, but the best is trial 0, trained elsewhere: it was removed; `hpo export` "
         "trains the best trial again"
     ]
     assert not BEST.exists()
-    settle_weights(plan, search, notes.append)
-    assert len(notes) == 1
+    said.clear()
+    settle_weights(plan, search)
+    assert not said
     search.close()
 
 
-def test_of_two_writers_that_cross_the_best_trials_weights_stay():
+def test_of_two_writers_that_cross_the_best_trials_weights_stay(said):
     train(trials=2)
     plan = prepare(Path("study.yaml"))
     search = open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize)
     number, content = search.best().number, torch.load(BEST, weights_only=True)
     for name, trial in (("best.pt", 1 - number), (f"best-{number}.pt", number)):
         torch.save(content | {"trial": trial}, BEST.with_name(name))
-    settle_weights(plan, search, lambda text: pytest.fail(text))
+    said.clear()
+    settle_weights(plan, search)
+    assert not said
     assert best() == number
     search.close()

@@ -17,6 +17,7 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState, create_trial
 
 from hpo.errors import StorageError
+from hpo.log import log
 from hpo.search.away import StoppedWhileAway, StorageAway, StudyGone, open_patiently
 from hpo.search.retrying import RetryingStorage
 from hpo.search.storage import StorageBusy, exclusive, open_storage
@@ -62,10 +63,10 @@ class Flaky(InMemoryStorage):
 
 
 @pytest.fixture
-def flaky(monkeypatch):
+def flaky(monkeypatch, said):
     monkeypatch.setattr("hpo.search.retrying.RETRY_SECONDS", 0.05)
-    inner, said = Flaky(), []
-    storage = RetryingStorage(inner, 30.0, said.append)
+    inner = Flaky()
+    storage = RetryingStorage(inner, 30.0)
     storage.said = said
     yield storage
     inner.away = False
@@ -178,11 +179,10 @@ def write_lock(path):
         db.execute("ROLLBACK")
 
 
-def test_a_peer_that_holds_sqlites_lock_stops_neither_training_nor_the_end(tmp_path, monkeypatch):
+def test_a_peer_that_holds_sqlites_lock_stops_neither_training_nor_the_end(tmp_path, said, monkeypatch):
     monkeypatch.setattr("hpo.search.storage.ANSWER_SECONDS", 0.2)
     opener = Opener(tmp_path)
-    search, said = opener(outage=60.0), []
-    search.storage.say = said.append
+    search = opener(outage=60.0)
     number = search.ask().number
     with write_lock(tmp_path / "s.db"):
         begun = time.monotonic()
@@ -221,13 +221,13 @@ def test_a_peer_that_holds_the_queues_lock_stops_neither_training_nor_the_end(tm
     opener.close()
 
 
-def test_who_starts_while_a_peer_holds_the_lock_waits_and_says_so(tmp_path, monkeypatch):
+def test_who_starts_while_a_peer_holds_the_lock_waits_and_says_so(tmp_path, said, monkeypatch):
     monkeypatch.setattr("hpo.search.storage.ANSWER_SECONDS", 0.1)
     monkeypatch.setattr("hpo.search.away.RETRY_SECONDS", 0.05)
-    url, said = f"sqlite:///{tmp_path}/s.db", []
+    url = f"sqlite:///{tmp_path}/s.db"
     with exclusive(url):
         with pytest.raises(StorageBusy, match=r"another process held .*s\.db\.lock for 0\.1 s") as caught:
-            open_patiently(url, 0.3, wait=False, say=said.append)
+            open_patiently(url, 0.3, wait=False)
         assert caught.value.exit_status == 1
     assert said == [f"waiting for the storage ({caught.value})"]
     held = exclusive(url)
@@ -238,7 +238,8 @@ def test_who_starts_while_a_peer_holds_the_lock_waits_and_says_so(tmp_path, monk
     def let_go(text):
         held.__exit__(None, None, None)
 
-    RetryingStorage(open_patiently(url, 30.0, wait=False, say=let_go), 0.0).close()
+    monkeypatch.setattr(log, "warning", let_go)
+    RetryingStorage(open_patiently(url, 30.0, wait=False), 0.0).close()
     timer.cancel()
     with pytest.raises(StorageError, match="there is no folder"):  # what will not pass is not waited for
         open_patiently("sqlite:////nowhere/s.db", 30.0, wait=False)
@@ -364,7 +365,7 @@ STUDY = "stack: 1\ntrials: 1\nepochs: 400\ngrace: 2s\nseed: 1\n"
 
 def test_a_postgresql_that_hangs_stops_neither_training_nor_the_end(stepping, server):
     path, url = stepping(STUDY), server.database()
-    hang_twice(path, url, lambda: processes_of(server), LINEAR_SECONDS="0.01")
+    hang_twice(path, url, lambda: processes_of(server), LINEAR_SECONDS="0.04")
     counts = summary(invoke("run", path, "--storage", url, "--json"))["trials"]
     assert counts == {"complete": 1, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
 
@@ -376,7 +377,7 @@ def test_a_grpc_server_that_hangs_stops_neither_training_nor_the_end(stepping):
     try:
         wait_for_port(port)
         url = f"grpc://127.0.0.1:{port}"
-        hang_twice(path, url, lambda: [psutil.Process(serving.pid)], LINEAR_SECONDS="0.01")
+        hang_twice(path, url, lambda: [psutil.Process(serving.pid)], LINEAR_SECONDS="0.04")
         counts = summary(invoke("run", path, "--storage", url, "--json"))["trials"]
         assert counts == {"complete": 1, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
     finally:

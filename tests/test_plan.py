@@ -173,16 +173,16 @@ class TestTrials:
     GRID = "params: {n_hidden: {type: int, low: 1, high: 3}, batch_size: {type: categorical, choices: [2, 4]}}\n"
 
     @pytest.mark.parametrize("sampler", ["grid", "brute_force"])
-    def test_a_space_with_an_end_caps_the_budget_and_says_so(self, planned, sampler):
+    def test_a_space_with_an_end_caps_the_budget_and_says_so(self, planned, sampler, said):
         plan = planned(f"{self.GRID}sampler: {sampler}\ntrials: 50\n")
         assert plan.spec.trials == 6
-        assert plan.notes == ("the space has 6 configurations in all: trials is 6, not 50",)
+        assert said == ["the space has 6 configurations in all: trials is 6, not 50"]
 
     @pytest.mark.parametrize("text", ["sampler: grid\ntrials: 4", "sampler: tpe\ntrials: 50"])
-    def test_else_the_budget_is_what_the_file_says(self, planned, text):
+    def test_else_the_budget_is_what_the_file_says(self, planned, text, said):
         plan = planned(f"{self.GRID}{text}\n")
         assert plan.spec.trials == int(text.split()[-1])
-        assert plan.notes == ()
+        assert said == []
 
 
 class TestDevice:
@@ -222,9 +222,10 @@ class TestDevice:
 class TestTryOut:
     def test_a_good_objective_gives_the_first_corners_network(self, planned):
         plan = planned()
-        network = preflight(plan, plan.load_data())
+        network, infeasible = preflight(plan, plan.load_data())
         assert sum(p.numel() for p in network.parameters()) == 4 * 4 + 5
         assert network.training
+        assert infeasible == ""
 
     @pytest.mark.parametrize(
         ("fault", "text"),

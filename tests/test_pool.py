@@ -86,12 +86,12 @@ class Small(Toy):
 TASK = Task(objective=Small(), info=INFO, device=CPU, n_rows=N_ROWS, epochs=N_EPOCHS)
 
 
-def pool(capacity: int, said: list[str] | None = None, **params: Any) -> Pool:
+def pool(capacity: int, **params: Any) -> Pool:
     """Return a pool whose space has these params beside or in place of SPACE's."""
     space, faults = build_space({name: parse_param(entry) for name, entry in {**SPACE, **params}.items()}, ())
     assert not faults
     plan = PaddingPlan(space, lambda params: TASK.objective.build(params, TASK.info))
-    return Pool(TASK, capacity, sines(8), plan, say=(said if said is not None else []).append)
+    return Pool(TASK, capacity, sines(8), plan)
 
 
 def members(*several: dict[str, Any]) -> list[Member]:
@@ -171,11 +171,12 @@ def test_few_of_a_kind_join_a_stack_of_their_kind_that_is_there() -> None:
         ({"kind": "lstm"}, "torch.func cannot batch it ("),
     ],
 )
-def test_what_cannot_be_stacked_says_why_and_is_trained_one_at_a_time(params: dict[str, Any], reason: str) -> None:
-    said: list[str] = []
+def test_what_cannot_be_stacked_says_why_and_is_trained_one_at_a_time(
+    params: dict[str, Any], reason: str, said: list[str]
+) -> None:
     several, stacks = [params, params, {}, params, {}, {}], set()
     got = members(*several)
-    fit(pool(6, said, **params), got, seen=lambda stack, member: stacks.add((type(stack), member.params == {})))
+    fit(pool(6, **params), got, seen=lambda stack, member: stacks.add((type(stack), member.params == {})))
     assert {text.partition(": ")[0] for text in said} <= {
         f"trials like trial {n} are trained one at a time" for n in (0, 1, 3)
     }
@@ -228,14 +229,13 @@ def test_never_more_than_its_capacity_are_in_it(capacity: int) -> None:
     assert made.free == capacity
 
 
-def test_running_out_of_memory_on_the_way_in_is_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_on_the_way_in_is_let_through(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
     def take(self: VmapStack, candidates: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    said: list[str] = []
     monkeypatch.setattr(VmapStack, "take", take)
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
-        pool(4, said).join(members({}, {}, {}))
+        pool(4).join(members({}, {}, {}))
     assert not said
 
 
@@ -256,9 +256,8 @@ def test_a_width_that_cannot_be_rounded_up_is_no_fault() -> None:
     assert_same_curves(got, alone(*several))
 
 
-def test_networks_of_a_class_that_is_defined_at_each_call_are_stacked() -> None:
-    said: list[str] = []
-    made, got = pool(4, said, kind="local"), members(*[{"kind": "local"}] * 4)
+def test_networks_of_a_class_that_is_defined_at_each_call_are_stacked(said: list[str]) -> None:
+    made, got = pool(4, kind="local"), members(*[{"kind": "local"}] * 4)
     made.join(got)
     (stack,) = made.active
     assert isinstance(stack, VmapStack)

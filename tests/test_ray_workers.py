@@ -107,7 +107,7 @@ def test_an_actor_has_a_gpu_where_there_are_any(study, monkeypatch, caplog, devi
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     path = study(f"device: {device}")
     options = WorkerOptions(ray="auto", gpus_per_worker=asked)
-    workers = _workers(prepare(path), None, StudyFile(path=path, overrides={}), None, options, 2)
+    workers = _workers(prepare(path), None, StudyFile(path=path, overrides={}), options, 2)
     with caplog.at_level("INFO", "hpo"):
         workers.start()
     assert asked_for == [expected]

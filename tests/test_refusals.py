@@ -29,9 +29,8 @@ ILLEGAL = [
 ]
 
 
-def test_illegal_names_are_made_legal_stay_distinct_and_are_said_once(mlflow: Mlflow) -> None:
-    said: list[str] = []
-    tracker = mlflow.tracker(said.append)
+def test_illegal_names_are_made_legal_stay_distinct_and_are_said_once(mlflow: Mlflow, said: list[str]) -> None:
+    tracker = mlflow.tracker()
     tracker.start_study({}, {})
     tracker.start_trial(0, dict.fromkeys([*ILLEGAL, "plain"], "v"))
     for epoch in range(2):
@@ -89,10 +88,9 @@ def metrics(trial: int, *rows: list[object]) -> bytes:
     return json.dumps({"do": "metrics", "trial": trial, "time": 1, "rows": rows}).encode()
 
 
-def test_lines_that_are_no_items_are_set_aside_and_the_rest_is_sent(mlflow: Mlflow) -> None:
+def test_lines_that_are_no_items_are_set_aside_and_the_rest_is_sent(mlflow: Mlflow, said: list[str]) -> None:
     left = leave(mlflow, metrics(0, ["a", 1.0, 1, 0]), *LINES.values(), metrics(0, ["a", 2.0, 1, 1]))
-    said: list[str] = []
-    tracker = mlflow.tracker(said.append)
+    tracker = mlflow.tracker()
     tracker.end_trial(0, "COMPLETE")
     tracker.end_study("COMPLETE")
     assert mlflow.curve("0", "a") == [(0, 1.0), (1, 2.0)]
@@ -113,9 +111,8 @@ def test_a_line_that_a_kill_cut_short_is_left_out_without_a_word(mlflow: Mlflow)
     assert not mlflow.refused()
 
 
-def test_of_a_batch_only_what_is_refused_is_set_aside(mlflow: Mlflow) -> None:
-    said: list[str] = []
-    tracker = mlflow.tracker(said.append)
+def test_of_a_batch_only_what_is_refused_is_set_aside(mlflow: Mlflow, said: list[str]) -> None:
+    tracker = mlflow.tracker()
     tracker.start_study({}, {})
     tracker.start_trial(0, {"changed": 1, "same": 1})
     tracker.log_params(0, {"same": 1, "changed": 2, "new": 3})
@@ -161,9 +158,8 @@ def test_texts_of_any_length_and_kind_are_taken(mlflow: Mlflow) -> None:
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["same tracker", "next tracker"])
-def test_a_run_that_is_deleted_while_it_is_written_to_is_restored(mlflow: Mlflow, again: bool) -> None:
-    said: list[str] = []
-    tracker = mlflow.tracker(said.append)
+def test_a_run_that_is_deleted_while_it_is_written_to_is_restored(mlflow: Mlflow, again: bool, said: list[str]) -> None:
+    tracker = mlflow.tracker()
     tracker.start_study({}, {})
     tracker.start_trial(0, {"lr": 1})
     tracker.start_trial(1, {"lr": 2})
@@ -171,7 +167,7 @@ def test_a_run_that_is_deleted_while_it_is_written_to_is_restored(mlflow: Mlflow
         mlflow.client.delete_run(mlflow.runs()["0"].info.run_id)
     if again:
         tracker.close()
-        tracker = mlflow.tracker(said.append)
+        tracker = mlflow.tracker()
     tracker.log_metrics(0, 0, {"a": 1.0})
     tracker.log_metrics(1, 0, {"a": 2.0})
     for trial in range(2):
@@ -184,8 +180,7 @@ def test_a_run_that_is_deleted_while_it_is_written_to_is_restored(mlflow: Mlflow
 
 
 def test_an_experiment_that_is_deleted_while_it_is_written_to_is_restored(mlflow: Mlflow) -> None:
-    said: list[str] = []
-    tracker = mlflow.tracker(said.append)
+    tracker = mlflow.tracker()
     tracker.start_study({}, {})
     tracker.start_trial(0, {})
     with quietly():
@@ -208,20 +203,21 @@ class Away(MlflowTracker):
 
 
 @pytest.mark.parametrize("code", ["TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "PERMISSION_DENIED"])
-def test_what_may_pass_keeps_everything_in_order(mlflow: Mlflow, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+def test_what_may_pass_keeps_everything_in_order(
+    mlflow: Mlflow, monkeypatch: pytest.MonkeyPatch, code: str, said: list[str]
+) -> None:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
     from mlflow.protos import databricks_pb2
 
     error = MlflowException("not now", error_code=getattr(databricks_pb2, code))
-    said: list[str] = []
     with monkeypatch.context() as patch:
 
         def not_now(*args: object, **keys: object) -> None:
             raise error
 
         patch.setattr(MlflowClient, "log_batch", not_now)
-        tracker = mlflow.tracker(said.append, Away)
+        tracker = mlflow.tracker(Away)
         tracker.start_study({}, {})
         for epoch in range(3):
             tracker.log_metrics(0, epoch, {"a": float(epoch)})
@@ -231,10 +227,11 @@ def test_what_may_pass_keeps_everything_in_order(mlflow: Mlflow, monkeypatch: py
     assert not mlflow.refused()
     assert mlflow.tracker().end_study("COMPLETE")
     assert mlflow.curve("0", "a") == [(0, 0.0), (1, 1.0), (2, 2.0)]
+    assert len(said) == 1, "the next run has nothing to say"
 
 
 def test_one_item_that_a_server_cannot_digest_does_not_block_for_ever(
-    mlflow: Mlflow, monkeypatch: pytest.MonkeyPatch
+    mlflow: Mlflow, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     """An answer 500 to one item, while others are taken, is a refusal once it has come some times."""
     from mlflow import MlflowClient
@@ -248,14 +245,14 @@ def test_one_item_that_a_server_cannot_digest_does_not_block_for_ever(
         plain(self, run, metrics=metrics, **keys)
 
     monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
-    said: list[str] = []
     for trial in range(4):
-        tracker = mlflow.tracker(said.append, Away)
+        tracker = mlflow.tracker(Away)
         tracker.log_metrics(trial, 0, {"a": 1.0, "poison": 2.0})
         tracker.end_trial(trial, "COMPLETE")
         if tracker.end_study("COMPLETE"):  # at first it may pass by itself: it is kept for the next run
             break
     assert 0 < trial < 3
+    assert "refused something of trial 0" in said[-1]
     assert [set(mlflow.runs()[str(n)].data.metrics) for n in range(trial + 1)] == [{"a"}] * (trial + 1)
     assert set(mlflow.statuses().values()) == {"FINISHED"}
     assert "poison" in mlflow.refused()
@@ -263,20 +260,19 @@ def test_one_item_that_a_server_cannot_digest_does_not_block_for_ever(
 
 
 def test_files_that_their_store_does_not_take_hold_up_nothing_else(
-    mlflow: Mlflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mlflow: Mlflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     from mlflow import MlflowClient
 
     (tmp_path / "b").mkdir()
     (tmp_path / "b/model.pt").write_text("m")
-    said: list[str] = []
     with monkeypatch.context() as patch:
 
         def not_now(*args: object, **keys: object) -> None:
             raise PermissionError("no access to the bucket")
 
         patch.setattr(MlflowClient, "log_artifacts", not_now)
-        tracker = mlflow.tracker(said.append, Away)
+        tracker = mlflow.tracker(Away)
         tracker.start_study({}, {})
         tracker.log_folder(tmp_path / "b", "bundle")
         tracker.log_metrics(0, 0, {"a": 1.0})
@@ -286,6 +282,7 @@ def test_files_that_their_store_does_not_take_hold_up_nothing_else(
     assert len(said) == 1
     assert "no access to the bucket" in said[0]
     assert mlflow.tracker().close()
+    assert len(said) == 1, "the next run has nothing to say"
     assert mlflow.files("study", "bundle") == ["bundle/model.pt"]
     assert mlflow.statuses() == {"study": "FINISHED", "0": "FINISHED"}
     assert not mlflow.unsent()

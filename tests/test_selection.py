@@ -14,6 +14,7 @@ from hpo.runner.refit import bundle_folder, conclude, finish, outcome
 from hpo.search.opening import open_search
 from hpo.tracking.base import MemoryTracker
 from hpo.training.loop import order
+from tests.logged import recorded
 
 EPOCHS = "epochs: 5\npruner: none\n"
 
@@ -44,10 +45,11 @@ class Ending:
     """Calls `conclude` as `hpo run` does."""
 
     def __init__(self, plan, data, search):
-        self.parts, self.tracker, self.notes = (plan, data, search), MemoryTracker(), []
+        self.parts, self.tracker = (plan, data, search), MemoryTracker()
 
     def __call__(self, stopping=lambda: False):
-        return conclude(*self.parts, self.tracker, stopping, self.notes.append)
+        with recorded() as self.said:
+            return conclude(*self.parts, self.tracker, stopping)
 
 
 def n_tests(search):
@@ -87,7 +89,7 @@ def test_the_best_params_are_trained_on_train_and_validation_for_the_best_epochs
         "loss": pytest.approx(residual.mean().item(), rel=1e-3),
         "r2": pytest.approx(1 - (residual.sum() / variance).item(), abs=1e-4),
     }
-    assert ending.notes[0] == f"training the params of trial 1 from scratch on train + validation, {epochs} epochs"
+    assert ending.said[0] == f"training the params of trial 1 from scratch on train + validation, {epochs} epochs"
     about = json.loads((done.bundle / "bundle.json").read_text())
     assert (about["epochs"], about["trial"], about["trained_on"]) == (epochs, 1, ["train", "valid"])
     assert about["metrics"] == {"of_the_trial": {"valid_r2": 0.9}, "test": dict(done.test)}
@@ -98,7 +100,7 @@ def test_a_trial_that_ended_early_by_patience_is_trained_anew_for_as_long_as_it_
     plan, data, search = told([(0.05, 0.9, 2)], EPOCHS + "value: last\npatience: 1\n")
     ending = Ending(plan, data, search)
     ending()
-    assert ending.notes[0] == "training the params of trial 0 from scratch on train + validation, 3 epochs"
+    assert ending.said[0] == "training the params of trial 0 from scratch on train + validation, 3 epochs"
 
 
 class Two(nn.Module):
@@ -135,7 +137,7 @@ def test_the_test_set_is_read_once_and_counted_however_often_a_study_is_conclude
     again = Ending(plan, data, search)
     assert again() == done
     assert n_tests(search) == 1
-    assert again.notes == []
+    assert again.said == []
     assert again.tracker.metrics == first.tracker.metrics  # told again: whoever concluded may have been killed before
     assert again.tracker.folders == first.tracker.folders
     assert (done.bundle / "bundle.json").stat().st_mtime_ns == before
@@ -157,7 +159,7 @@ def test_what_a_peer_has_finished_since_the_study_was_seen_is_not_undone(told):
     seen = search.view()
     plan, data, search = told([(0.05, 0.9, 1), (0.09, 0.95, 0)])
     newer = Ending(plan, data, search)()
-    assert conclude(plan, data, search, MemoryTracker(), lambda: False, lambda text: None, seen) == newer
+    assert conclude(plan, data, search, MemoryTracker(), lambda: False, seen) == newer
     assert newer.number == 1
     assert n_tests(search) == 1
 
@@ -178,7 +180,7 @@ def test_without_a_complete_trial_there_is_no_outcome(told):
     search.fail(search.ask().number, "train_loss became nan in epoch 1")
     ending = Ending(plan, data, search)
     assert ending() is None
-    assert (n_tests(search), ending.notes) == (0, [])
+    assert (n_tests(search), ending.said) == (0, [])
 
 
 def test_an_interrupted_refit_leaves_nothing_and_reads_no_test(told):
@@ -198,7 +200,7 @@ def test_a_refit_that_fails_says_so_and_reads_no_test(told, tmp_path, kind, reas
     params = f"params: {{kind: {kind}, learning_rate: {{type: float, low: 0.01, high: 0.1}}}}\n"
     plan, data, search = told([(0.05, 0.9, 1)], EPOCHS + params)
     with pytest.raises(ExportError, match=f"^trial 0, trained from scratch on train \\+ validation, failed: {reason}"):
-        finish(plan, data, search, search.best(), tmp_path / "b", lambda: False, lambda text: None)
+        finish(plan, data, search, search.best(), tmp_path / "b", lambda: False)
     assert n_tests(search) == 0
     assert not (tmp_path / "b").exists()
 
@@ -209,4 +211,4 @@ def test_a_refit_whose_network_does_not_fit_says_so(told, tmp_path):
     plan.objective.build = lambda params, info: torch.empty(10**14)
     message = r"^trial 0, trained from scratch on train \+ validation, failed: out of memory on cpu: "
     with pytest.raises(ExportError, match=message):
-        finish(plan, data, search, best, tmp_path / "b", lambda: False, lambda text: None)
+        finish(plan, data, search, best, tmp_path / "b", lambda: False)

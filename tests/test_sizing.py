@@ -12,6 +12,7 @@ from torch import nn
 
 from hpo.errors import Interrupted
 from hpo.runner.prepare import prepare
+from hpo.runner.progress import NoProgress
 from hpo.runner.worker import work
 from hpo.search.opening import open_search
 from hpo.search.schema import STACK
@@ -25,7 +26,7 @@ from hpo.study.spec import parse_param
 from hpo.tracking.base import MemoryTracker
 from hpo.training.batches import Batches
 from hpo.training.stack import Task
-from tests.screens import Screen
+from tests.logged import recorded
 from tests.searches import StopWhen
 from tests.stacking import CPU, INFO, Toy
 
@@ -211,32 +212,32 @@ def test_no_memory_for_a_stack_is_no_fault_and_any_other_error_is(measured, monk
 TEXT = "trials: 6\nepochs: 2\nsampler: random\npruner: none\nstack: auto\n"
 
 
-def run(study: Callable[..., Any], text: str = TEXT, **more: Any) -> tuple[Screen, Any, list[float]]:
-    """Run a study; return what was shown, what it remembers of its stacks, and its trials' values."""
+def run(study: Callable[..., Any], text: str = TEXT, **more: Any) -> tuple[list[str], Any, list[float]]:
+    """Run a study; return what was said, what it remembers of its stacks, and its trials' values."""
     plan = prepare(study(text))
     search = open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize)
-    screen = Screen()
     try:
-        work(plan, plan.load_data(), search, MemoryTracker(), screen, **more)
-        return screen, search.attrs.get(STACK), [trial.value for trial in search.study.get_trials()]
+        with recorded() as said:
+            work(plan, plan.load_data(), search, MemoryTracker(), NoProgress(), **more)
+        return said, search.attrs.get(STACK), [trial.value for trial in search.study.get_trials()]
     finally:
         search.close()
 
 
 def test_a_run_says_and_remembers_what_it_has_chosen(study, measured) -> None:
-    screen, remembered, values = run(study)
+    said, remembered, values = run(study)
     assert remembered["choice"]["why"].endswith("(measured)")
-    assert screen.notes == [f"stack: {remembered['choice']['why']}"]
+    assert said == [f"stack: {remembered['choice']['why']}"]
     alone, nothing, expected = run(study, TEXT.replace("auto", "1") + "name: alone\n")
-    assert (alone.notes, nothing) == ([], None)
+    assert (alone, nothing) == ([], None)
     assert values == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_short_run_is_not_measured_and_says_so(study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sizing, "_seconds_stacked", None)
-    screen, remembered, _ = run(study)
+    said, remembered, _ = run(study)
     assert remembered["choice"] == asdict(StackSize(why="one trial at a time: all of it takes about 0 s"))
-    assert screen.notes == [f"stack: {remembered['choice']['why']}"]
+    assert said == [f"stack: {remembered['choice']['why']}"]
 
 
 @pytest.mark.parametrize("text", ["timeout: 0.5\n", ""])
@@ -258,12 +259,8 @@ def test_a_run_trains_in_stacks_of_the_size_that_was_chosen(study, monkeypatch: 
 
     monkeypatch.setattr(VmapStack, "step", step)
     monkeypatch.setattr(Sizing, "choose", lambda self: StackSize(capacity=3, stacked=True, why="because"))
-    screen, remembered, values = run(study)
-    assert (screen.notes, remembered["choice"]["capacity"], len(values)) == (
-        ["stack: because", "stacks run captured"],
-        3,
-        6,
-    )
+    said, remembered, values = run(study)
+    assert (said, remembered["choice"]["capacity"], len(values)) == (["stack: because", "stacks run captured"], 3, 6)
     assert set(sizes) == {3}
 
 
@@ -275,7 +272,7 @@ def test_a_study_that_goes_on_goes_on_as_it_began(study, monkeypatch: pytest.Mon
     again, unchanged, values = run(study, TEXT.replace("trials: 6", "trials: 9"))
     assert unchanged == remembered
     assert remembered["choice"] == asdict(chosen)
-    assert (again.notes, len(values)) == (first.notes, 9)
+    assert (again, len(values)) == (first, 9)
 
 
 def test_a_size_that_an_earlier_version_stored_is_that_of_this_one() -> None:
@@ -298,7 +295,7 @@ def test_a_study_that_an_earlier_version_sized_is_resumed_as_it_began(study, mon
     assert remembered["choice"]["grain"] == "coarse"
     monkeypatch.setattr(Sizing, "choose", None)
     again, _, values = run(study, TEXT.replace("trials: 6", "trials: 9"))
-    assert (again.notes, len(values)) == (["stack: because", "stacks run captured"], 9)
+    assert (again, len(values)) == (["stack: because", "stacks run captured"], 9)
 
 
 @pytest.mark.parametrize(("sampler", "most"), [("random", 40), ("tpe", 10), ("gp", 10), ("qmc", 40)])

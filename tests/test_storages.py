@@ -180,10 +180,9 @@ def test_a_study_that_was_deleted_is_said_and_what_is_done_for_it_harms_no_other
     close_storage(dashboard)
 
 
-def test_a_connection_that_was_cut_while_idle_costs_nothing(server, tmp_path):
+def test_a_connection_that_was_cut_while_idle_costs_nothing(server, tmp_path, said):
     opener = Opener(tmp_path)
-    search, said = opener(storage=server.database()), []
-    search.storage.say = said.append
+    search = opener(storage=server.database())
     number = search.ask().number
     server.stop()
     server.start()
@@ -211,10 +210,9 @@ def test_workers_that_start_together_on_nothing_all_run_and_no_two_draw_the_same
     assert len({rate for _, rate in lines}) == 24
 
 
-def test_postgresql_that_restarts_costs_a_wait_and_no_report(server, tmp_path):
+def test_postgresql_that_restarts_costs_a_wait_and_no_report(server, tmp_path, said):
     opener = Opener(tmp_path)
-    search, said = opener(storage=server.database(), outage=30.0), []
-    search.storage.say = said.append
+    search = opener(storage=server.database(), outage=30.0)
     claim = search.ask()
     server.stop()
     try:

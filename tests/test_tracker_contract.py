@@ -67,7 +67,7 @@ Opened = tuple[Callable[[], Tracker], Callable[[], Seen]]
 
 
 @pytest.fixture(params=["null", "memory", "sqlite", "http"])
-def opened(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Opened:
+def opened(request: pytest.FixtureRequest, no_warning: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Opened:
     """Return a function that opens the study's tracker, and one that looks at what is there then."""
     monkeypatch.chdir(tmp_path)
     if request.param == "null":

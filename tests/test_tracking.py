@@ -18,7 +18,9 @@ from hpo.errors import InputError
 from hpo.processes import this_process
 from hpo.tracking.base import check_address
 from hpo.tracking.mlflow import MlflowTracker, open_tracker
-from tests.mlflows import no_warning, tell
+from tests.mlflows import tell
+
+pytestmark = pytest.mark.usefixtures("no_warning")
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path) 
 
 @pytest.fixture
 def mlflow(here: None, tmp_path: Path) -> Iterator[MlflowTracker]:
-    yield MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", no_warning)
+    yield MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent")
     assert not list((tmp_path / "unsent").glob("*"))
 
 
@@ -75,7 +77,7 @@ def test_an_error_is_kept_without_its_password(mlflow: MlflowTracker) -> None:
 
 def test_told_twice_there_is_one_run_each(mlflow: MlflowTracker) -> None:
     tell(mlflow)
-    tell(MlflowTracker("sqlite:///mlruns/mlflow.db", "s", Path("unsent"), no_warning))
+    tell(MlflowTracker("sqlite:///mlruns/mlflow.db", "s", Path("unsent")))
     assert query("select count(*) from runs") == [(4,)]
     assert query("select count(*) from metrics") != [(0,)]
 
@@ -104,18 +106,17 @@ class _Server(MlflowTracker):
 
 
 def test_a_tracker_that_fails_says_it_once_and_sends_everything_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    warnings: list[str] = []
-    tell(_Server("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", warnings.append))
-    assert len(warnings) == 1
-    assert "sqlite:///mlruns/mlflow.db does not work (ConnectionError: http://bob:***@h:5000 refused)" in warnings[0]
-    assert "training continues, and what could not be sent is kept in" in warnings[0]
+    tell(_Server("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent"))
+    assert len(said) == 1
+    assert "sqlite:///mlruns/mlflow.db does not work (ConnectionError: http://bob:***@h:5000 refused)" in said[0]
+    assert "training continues, and what could not be sent is kept in" in said[0]
     (unsent,) = (tmp_path / "unsent/s").iterdir()
     assert b"s3cret" not in unsent.read_bytes()
 
-    later = MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", no_warning)
+    later = MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent")
     later.start_study({}, {})
     later.end_study("COMPLETE")
     assert query("select name, status from runs order by name") == [
@@ -124,12 +125,13 @@ def test_a_tracker_that_fails_says_it_once_and_sends_everything_later(
         ("trial 1", "KILLED"),
         ("trial 2", "FAILED"),
     ]
+    assert len(said) == 1, "the next run has nothing to say"
     assert query("select count(*) from metrics") == [(24,)]
     assert not list((tmp_path / "unsent").glob("*"))
 
 
-def test_a_tracker_that_fails_does_not_hold_up_training(tmp_path: Path) -> None:
-    tracker = _Server("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", lambda text: None)
+def test_a_tracker_that_fails_does_not_hold_up_training(tmp_path: Path, said: list[str]) -> None:
+    tracker = _Server("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent")
     start = time.monotonic()
     tracker.start_study({}, {})
     for trial in range(50):
@@ -138,11 +140,11 @@ def test_a_tracker_that_fails_does_not_hold_up_training(tmp_path: Path) -> None:
         tracker.end_trial(trial, "COMPLETE")
     assert time.monotonic() - start < 2.0
     tracker.close()
+    assert len(said) == 1
 
 
-def test_a_tracker_that_comes_back_midway_says_so(here: None, tmp_path: Path) -> None:
-    said: list[str] = []
-    tracker = _Server("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", said.append)
+def test_a_tracker_that_comes_back_midway_says_so(here: None, tmp_path: Path, said: list[str]) -> None:
+    tracker = _Server("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent")
     tracker.start_study({}, {})
     assert tracker.start_trial(0, {"a": 1}) is None
     tracker.away = False
@@ -152,6 +154,7 @@ def test_a_tracker_that_comes_back_midway_says_so(here: None, tmp_path: Path) ->
         time.sleep(0.1)
     tracker.end_trial(0, "COMPLETE")
     tracker.end_study("COMPLETE")
+    assert len(said) == 2
     assert said[1].endswith("is back; everything that was kept has been sent")
     assert {("s",), ("trial 0",), ("trial 1",)} <= set(query("select name from runs"))
 
@@ -162,7 +165,7 @@ def test_an_outbox_cut_short_by_a_kill_is_read_as_far_as_it_goes(here: None, tmp
     (tmp_path / f"unsent/s.{place}-999999999.jsonl").write_text(
         '{"do": "start", "trial": null, "time": 1}\n{"do": "sta'
     )
-    MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", no_warning).end_study("COMPLETE")
+    MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent").end_study("COMPLETE")
     assert query("select name from runs") == [("s",)]
 
 
@@ -177,9 +180,8 @@ def full_disk(n_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_an_outbox_on_a_full_disk_stops_nothing_and_loses_nothing(here: None, tmp_path: Path) -> None:
-    said: list[str] = []
-    tracker = _Server("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", said.append)
+def test_an_outbox_on_a_full_disk_stops_nothing_and_loses_nothing(here: None, tmp_path: Path, said: list[str]) -> None:
+    tracker = _Server("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent")
     tracker.start_study({}, {})
     tracker.start_trial(0, {})
     with full_disk(50_000):
@@ -188,8 +190,9 @@ def test_an_outbox_on_a_full_disk_stops_nothing_and_loses_nothing(here: None, tm
         assert tracker._outbox._in_memory
     tracker.end_trial(0, "COMPLETE")
     assert not tracker.end_study("COMPLETE")  # there is room again: now the file holds all
-    later = MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent", no_warning)
+    later = MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent")
     assert later.close()
+    assert len(said) == 1, "that it does not work"
     assert query("select count(distinct step) from metrics where key = 'valid_loss'") == [(500,)]
     assert query("select name, status from runs order by name") == [("s", "FINISHED"), ("trial 0", "FINISHED")]
 
@@ -230,7 +233,7 @@ def test_addresses_that_can_work(address: str) -> None:
 @pytest.mark.parametrize("address", ["./mlruns", "mlruns", "file:///tmp/mlruns", "", "on"])
 def test_addresses_that_never_work(address: str) -> None:
     with pytest.raises(InputError, match=r"must be off, a server \(http://host:5000\) or a database"):
-        open_tracker(address, "s", Path("unsent"), no_warning)
+        open_tracker(address, "s", Path("unsent"))
 
 
 def test_mlflow_is_told_not_to_try_for_minutes_by_names_that_it_reads() -> None:

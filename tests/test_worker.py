@@ -12,6 +12,7 @@ from hpo.runner.prepare import prepare
 from hpo.runner.worker import work
 from hpo.search.opening import open_search
 from hpo.tracking.base import MemoryTracker
+from tests.logged import recorded
 from tests.screens import Screen
 from tests.searches import StopWhen
 
@@ -68,7 +69,8 @@ class Run:
 
     def work(self, **more):
         try:
-            work(self.plan, self.plan.load_data(), self.search, self.tracker, self.screen, **more)
+            with recorded() as self.said:
+                work(self.plan, self.plan.load_data(), self.search, self.tracker, self.screen, **more)
         finally:
             self.states = [trial.state.name for trial in self.search.study.get_trials()]
             self.attrs = [trial.user_attrs for trial in self.search.study.get_trials()]
@@ -200,11 +202,11 @@ def test_when_the_time_is_over_the_running_trial_is_given_back_and_no_other_begu
     assert first.screen.ended == [(0, "INTERRUPTED", None, "the study's time was over")]
     assert first.tracker.ended == {0: ("INTERRUPTED", "the study's time was over")}
     note = "the study's time (0.5 s) is over: no new trial is started; raise `timeout` to train more"
-    assert first.screen.notes == [note]
+    assert first.said == [note]
     assert first.search.counts().waiting == 3
 
     again = run("epochs: 1000\ntimeout: 0.5\npruner: none\nstack: 1").work()
-    assert (again.screen.started, again.screen.notes) == ([], [note])
+    assert (again.screen.started, again.said) == ([], [note])
 
 
 def test_a_stop_gives_the_running_trial_back_with_its_params_and_seed(run):
@@ -261,5 +263,5 @@ def test_a_trial_that_a_peer_took_over_is_let_go_and_the_study_goes_on(run):
 def test_a_finished_study_trains_nothing(run, stack):
     run(f"trials: 1\nstack: {stack}").work()
     again = run(f"trials: 1\nstack: {stack}").work()
-    assert (again.screen.started, again.screen.notes, again.tracker.ended) == ([], [], {})
+    assert (again.screen.started, again.said, again.tracker.ended) == ([], [], {})
     assert math.isfinite(again.search.best().value)

@@ -94,7 +94,7 @@ def test_the_same_study_with_another_stack_has_the_same_params_and_values(study,
         assert stacked[number][2] == pytest.approx(curve, abs=1e-9)
 
 
-def test_optimizers_batch_sizes_and_widths_divide_a_study_into_stacks(study) -> None:
+def test_optimizers_batch_sizes_and_widths_divide_a_study_into_stacks(study, said: list[str]) -> None:
     space = """
 params:
   optimizer: {type: categorical, choices: [adam, sgd, adadelta]}
@@ -102,13 +102,11 @@ params:
   width: {type: int, low: 4, high: 40}
   learning_rate: 0.01
 """
-    screen = Screen()
     alone = values(study, "alone", HONEST + space)
-    stacked = values(study, "stacked", HONEST + space + "stack: 4\n", screen)
+    stacked = values(study, "stacked", HONEST + space + "stack: 4\n")
     assert {n: t[:2] for n, t in alone.items()} == {n: t[:2] for n, t in stacked.items()}
-    said = [note for note in screen.notes if "one at a time" in note]
-    assert len(said) == 1
-    assert "are trained one at a time: optimizer adadelta has no stacked form" in said[0]
+    (text,) = [text for text in said if "one at a time" in text]
+    assert "are trained one at a time: optimizer adadelta has no stacked form" in text
 
 
 def test_members_that_are_pruned_leave_and_others_take_their_place(study) -> None:
@@ -119,16 +117,16 @@ def test_members_that_are_pruned_leave_and_others_take_their_place(study) -> Non
     assert set(states) == {"COMPLETE", "PRUNED"}
 
 
-def test_a_network_that_cannot_be_stacked_runs_alone_and_says_why_once(study) -> None:
-    screen = Screen()
-    done = values(study, "lstm", "params: {kind: lstm}\ntrials: 4\nstack: 3\n", screen)
+def test_a_network_that_cannot_be_stacked_runs_alone_and_says_why_once(study, said: list[str]) -> None:
+    done = values(study, "lstm", "params: {kind: lstm}\ntrials: 4\nstack: 3\n")
     assert [state for state, _, _ in done.values()] == ["COMPLETE"] * 4
-    said = [note for note in screen.notes if "one at a time" in note]
-    assert len(said) == 1
-    assert "torch.func cannot batch it" in said[0]
+    (text,) = [text for text in said if "one at a time" in text]
+    assert "torch.func cannot batch it" in text
 
 
-def test_a_stack_that_does_not_fit_is_halved_and_loses_no_trial(study, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let there be memory for stacks of two, and for none larger; return how many members each retreat found left."""
     real = VmapStack.step
 
     def step(self: VmapStack, inputs, targets):
@@ -137,7 +135,7 @@ def test_a_stack_that_does_not_fit_is_halved_and_loses_no_trial(study, monkeypat
         return real(self, inputs, targets)
 
     monkeypatch.setattr(VmapStack, "step", step)
-    left = []
+    left: list[int] = []
     real_free = memory.free_all
 
     def free(device):
@@ -145,18 +143,35 @@ def test_a_stack_that_does_not_fit_is_halved_and_loses_no_trial(study, monkeypat
         left.append(sum(len(each.members) for each in gc.get_objects() if type(each) is VmapStack))
 
     monkeypatch.setattr("hpo.runner.worker.free_all", free)
-    screen = Screen()
+    return left
+
+
+def test_a_stack_that_does_not_fit_is_halved_and_loses_no_trial(
+    study, little_memory: list[int], said: list[str]
+) -> None:
     text = "trials: 6\nepochs: 2\nsampler: random\nparams: {learning_rate: {type: float, low: 0.01, high: 0.1}}\n"
-    done = values(study, "oom", f"{text}stack: 8\n", screen)
+    done = values(study, "oom", f"{text}stack: 8\n")
     assert sorted(state for state, _, _ in done.values()).count("COMPLETE") == 6
-    assert "out of memory: from now on 4 trials at once; running trials restart from scratch" in screen.notes
-    assert "out of memory: from now on 2 trials at once; running trials restart from scratch" in screen.notes
-    assert left == [0, 0]  # the stack that did not fit is gone before the next is made
+    assert "out of memory: from now on 4 trials at once; running trials restart from scratch" in said
+    assert "out of memory: from now on 2 trials at once; running trials restart from scratch" in said
+    assert little_memory == [0, 0]  # the stack that did not fit is gone before the next is made
     curves = {str(params): curve for state, params, curve in done.values() if state == "COMPLETE"}
     alone = {str(params): curve for _, params, curve in values(study, "alone", text).values()}
     assert curves.keys() == alone.keys()
     for params, curve in alone.items():
         assert curves[params] == pytest.approx(curve, abs=1e-9)
+
+
+def test_why_trials_are_not_stacked_is_said_once_though_the_stacks_are_halved(
+    study, little_memory: list[int], said: list[str]
+) -> None:
+    rates = [f"{{optimizer: {o}, learning_rate: 0.0{n}}}" for o in ("adam", "adadelta") for n in (1, 2, 3, 4)]
+    space = "params: {learning_rate: {type: float, low: 0.01, high: 0.1}, "
+    space += "optimizer: {type: categorical, choices: [adam, adadelta]}}\n"
+    values(study, "oom", f"trials: 8\nepochs: 1\nstack: 8\nstart_with: [{', '.join(rates)}]\n{space}")
+    halved = [place for place, text in enumerate(said) if text.startswith("out of memory: ")]
+    (alone,) = [place for place, text in enumerate(said) if "optimizer adadelta has no stacked form" in text]
+    assert alone < halved[0]
 
 
 def test_torchs_settings_are_as_before_once_a_study_has_run(study, monkeypatch: pytest.MonkeyPatch) -> None:

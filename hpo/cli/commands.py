@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from hpo.cli import console as view
 from hpo.errors import masked
 from hpo.export.bundle import finite
+from hpo.log import shown_by
 from hpo.runner import study as studies
-from hpo.runner.joining import is_launched, joined, notes_only, stored_study
+from hpo.runner.joining import is_launched, joined, no_progress, stored_study
 from hpo.runner.opening import open_existing, open_or_make, torch_set
 from hpo.runner.prepare import Plan, prepare
 from hpo.runner.progress import PlainProgress, Progress, ProgressState, Refresh, duration, shown, state_of
@@ -56,7 +58,7 @@ def worker(
             path = stack.enter_context(stored_study(study, overrides, named))
 
         def show(plan: Plan, search: Search) -> AbstractContextManager[Progress]:
-            return notes_only(plan, search) if is_launched() else _progress(plan, search, out)
+            return no_progress(plan, search) if is_launched() else _progress(plan, search, out)
 
         plan, search = stack.enter_context(joined(path, overrides, show, named=None if is_ours else named))
         seen = search.view()
@@ -259,36 +261,26 @@ def _prepared(path: Path, overrides: Mapping[str, str], stack: ExitStack) -> Pla
     """Return the plan of a study file, with torch set for it until `stack` is closed."""
     plan = prepare(path, overrides)
     stack.enter_context(torch_set(plan))
-    for text in plan.notes:
-        logging.getLogger("hpo").info(text)
     return plan
 
 
 @contextmanager
 def _screen() -> Iterator[Console]:
     """Give a console, on which the package's log is shown too."""
-    out, log = _console(), logging.getLogger("hpo")
-    handler, level, propagates = _ConsoleHandler(out), log.level, log.propagate
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False  # what the study says stands on the screen once
-    try:
+    out = _console()
+    with shown_by(ConsoleHandler(out)):
         yield out
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
-        log.propagate = propagates
 
 
-class _ConsoleHandler(logging.Handler):
-    """Prints what is logged."""
+class ConsoleHandler(logging.Handler):
+    """Prints what is logged, above a live view; rich's own handler would wrap lines in a file or a pipe."""
 
     def __init__(self, out: Console) -> None:
         super().__init__()
         self._out = out
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._out.print(record.getMessage())
+        self._out.print(Text(record.getMessage()))
 
 
 @contextmanager
@@ -299,4 +291,4 @@ def _progress(plan: Plan, search: Search, out: Console, alone: bool = True) -> I
         with view.LiveProgress(board, refresh, out) as progress:
             yield progress
     else:
-        yield PlainProgress(board, refresh, out.print)
+        yield PlainProgress(board, refresh)

@@ -72,9 +72,6 @@ class LiveProgress(Progress):
         more = len(self._tasks) - _SHOWN
         self._more.plain = f"  and {more} more in training" if more > 0 else ""
 
-    def note(self, text: str) -> None:
-        self._console.print(Text(masked(text)))
-
 
 _SHOWN = 8
 """How many of a stack's trials have a line of their own."""

@@ -9,7 +9,7 @@ else lies there is refused, with the reason: to train from scratch costs time, t
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from hpo.errors import HpoError
+from hpo.log import log
 from hpo.processes import this_process
 from hpo.runner.prepare import OUTPUT, Plan
 from hpo.search import schema
@@ -191,8 +192,8 @@ def _candidate(plan: Plan, number: int) -> Path:
     return folder_of(plan) / f"best-{number}.pt"
 
 
-def settle_weights(plan: Plan, search: Search, note: Callable[[str], None]) -> StudyView:
-    """See that `best.pt` holds the best trial's weights, or none: those of another trial are removed, and it is said.
+def settle_weights(plan: Plan, search: Search) -> StudyView:
+    """See that `best.pt` holds the best trial's weights, or none: those of another trial are removed, and it is logged.
 
     What this machine's workers are still telling stays. Return the study as it was seen. Raises HpoError where the
     folder cannot be written.
@@ -205,7 +206,7 @@ def settle_weights(plan: Plan, search: Search, note: Callable[[str], None]) -> S
             candidates = {file: _trial_in(file, search.making) for file in folder.glob("best-*.pt")}
             seen = search.view()  # after the candidates: a trial whose weights are there is running, or told
             running = {trial.number for trial in seen.running}
-            _settle(folder, search.making, candidates, seen.best(), note)
+            _settle(folder, search.making, candidates, seen.best())
             for each, number in candidates.items():
                 if number not in running:
                     each.unlink(missing_ok=True)
@@ -214,9 +215,7 @@ def settle_weights(plan: Plan, search: Search, note: Callable[[str], None]) -> S
     return seen
 
 
-def _settle(
-    folder: Path, making: str, candidates: Mapping[Path, int | None], best: Best | None, note: Callable[[str], None]
-) -> None:
+def _settle(folder: Path, making: str, candidates: Mapping[Path, int | None], best: Best | None) -> None:
     file, held = folder / BEST, _trial_in(folder / BEST, making)
     if best is not None and held != best.number:
         ours = next((each for each, number in candidates.items() if number == best.number), None)
@@ -226,7 +225,7 @@ def _settle(
     if file.exists() and (best is None or held != best.number):
         what = "another study's" if held is None else f"trial {held}'s"
         now = "there is no complete trial" if best is None else f"the best is trial {best.number}, trained elsewhere"
-        note(f"{file} held {what} weights, but {now}: it was removed; `hpo export` trains the best trial again")
+        log.warning(f"{file} held {what} weights, but {now}: it was removed; `hpo export` trains the best trial again")
         file.unlink()
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from hpo.errors import InputError
 from hpo.runner.launch import LAUNCHED, LAUNCHER
-from hpo.runner.opening import load_data, log, open_or_make, source_differs, torch_set
+from hpo.runner.opening import load_data, open_or_make, source_differs, torch_set
 from hpo.runner.prepare import Plan, prepare
-from hpo.runner.progress import Notes, Progress
+from hpo.runner.progress import NoProgress, Progress
 from hpo.runner.refit import tracker_of
 from hpo.runner.worker import work
 from hpo.search.identity import stored_file
@@ -30,9 +30,9 @@ def is_launched() -> bool:
 
 
 @contextmanager
-def notes_only(plan: Plan, search: Search) -> Iterator[Progress]:
+def no_progress(plan: Plan, search: Search) -> Iterator[Progress]:
     """Show no trial: what a launched worker does is shown by the process that has started it."""
-    yield Notes(log.info)
+    yield NoProgress()
 
 
 @contextmanager
@@ -49,8 +49,6 @@ def joined(
     None: all that the file names. Raises InputError where the objective's code or data is not that of the study.
     """
     plan = prepare(path, overrides, named)
-    for note in plan.notes:
-        log.info(note)
     with ExitStack() as stack:
         stack.enter_context(torch_set(plan))
         search = open_or_make(plan, wait=is_launched())  # a launched worker's study is known to be there
@@ -64,7 +62,7 @@ def joined(
         stopping = stack.enter_context(signals(int(launcher) if launcher else None)) if stop is None else stop
         search.storage.interrupt = stopping.requested
         data = load_data(plan, search)
-        tracker = tracker_of(plan, search, log.warning)
+        tracker = tracker_of(plan, search)
         stack.callback(tracker.close)
         with show(plan, search) as progress:
             work(plan, data, search, tracker, progress, stopping)
@@ -73,7 +71,7 @@ def joined(
 
 def join_stored(name: str, overrides: Mapping[str, str], named: Collection[str] | None, stop: StopToken) -> None:
     """Train trials of a study that the storage in `overrides` knows by its `name`, until `stop` or its end."""
-    with stored_study(name, overrides, named) as path, joined(path, overrides, notes_only, stop, named):
+    with stored_study(name, overrides, named) as path, joined(path, overrides, no_progress, stop, named):
         pass
 
 

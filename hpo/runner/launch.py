@@ -8,10 +8,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
 from hpo.errors import HpoError, InputError
+from hpo.log import log
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
 from hpo.search.search import Search
@@ -44,19 +46,12 @@ def how_many(wanted: int | None, plan: Plan) -> int:
 class Workers:
     """`n` processes of one command. Where they are spread over GPUs, each sees one of these, in turn."""
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        n: int,
-        gpus: int,
-        say: Callable[[str], None],
-        search: Search,
-    ) -> None:
+    def __init__(self, command: Sequence[str], n: int, gpus: int, search: Search) -> None:
         """`gpus`: over how many they are spread; 0: none, or the one that the study names.
 
         `search` knows whether there is something left to do, and whether workers claim trials before they die.
         """
-        self._command, self._n, self._say, self._search = command, n, say, search
+        self._command, self._n, self._search = command, n, search
         self._deaths, self._claimed = 0, -1
         self._due: dict[int, float] = {}
         self._gpus = gpus
@@ -70,7 +65,7 @@ class Workers:
         environ = {LAUNCHED: str(self._n), LAUNCHER: str(os.getpid())}
         if self._gpus:
             environ["CUDA_VISIBLE_DEVICES"] = _visible(place % self._gpus)
-        self._running[place] = _Process(self._command, environ, lambda line: self._say(f"worker {place}: {line}"))
+        self._running[place] = _Process(self._command, environ, f"worker {place}")
 
     def look(self) -> bool:
         """Return whether any still works. One that was killed is started again while there is something to do.
@@ -110,7 +105,7 @@ class Workers:
             )
         pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (self._deaths - 1))
         self._due[place] = time.monotonic() + pause
-        self._say(f"worker {place} was killed (signal {signal_number}); it is started again in {pause:g} s")
+        log.warning(f"worker {place} was killed (signal {signal_number}); it is started again in {pause:g} s")
 
     def stop(self) -> None:
         """Ask all to finish their epoch, and wait; what does not end in time is killed."""
@@ -161,7 +156,8 @@ def _visible(place: int) -> str:
 class _Process:
     """One worker, in a session of its own: Ctrl-C reaches it through us, once."""
 
-    def __init__(self, command: Sequence[str], environ: Mapping[str, str], say: Callable[[str], None]) -> None:
+    def __init__(self, command: Sequence[str], environ: Mapping[str, str], name: str) -> None:
+        """What it writes to stdout is logged, with its `name`."""
         self._process = subprocess.Popen(
             [sys.executable, "-m", "hpo", *command],
             env=os.environ | environ,
@@ -172,10 +168,8 @@ class _Process:
             start_new_session=True,
         )
         self._errors: deque[str] = deque(maxlen=_LAST_LINES)
-        self._threads = [
-            threading.Thread(target=_listen, args=(stream, hear), daemon=True)
-            for stream, hear in ((self._process.stdout, say), (self._process.stderr, self._errors.append))
-        ]
+        hears = (self._process.stdout, partial(log.info, f"{name}: %s")), (self._process.stderr, self._errors.append)
+        self._threads = [threading.Thread(target=_listen, args=each, daemon=True) for each in hears]
         for thread in self._threads:
             thread.start()
 

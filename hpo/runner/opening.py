@@ -1,6 +1,5 @@
 """A prepared study opened: torch's settings, its storage, its data and its code, each held against what is stored."""
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +14,6 @@ from hpo.search.search import Search
 from hpo.study.data import Data
 from hpo.study.loading import file_fingerprint, source_fingerprint
 from hpo.training.torch_settings import torch_settings
-
-log = logging.getLogger("hpo")
 
 
 @contextmanager
@@ -46,7 +43,6 @@ def open_study(plan: Plan, *, make: bool = True, wait: bool = False) -> Search |
         options=plan.options,
         make=make,
         wait=wait,
-        say=log.warning,
     )
 
 

@@ -21,37 +21,38 @@ from hpo.training.faults import fault_of
 from hpo.training.memory import Within
 
 
-def preflight(plan: Plan, data: Data, say: Callable[[str], None] = lambda text: None) -> nn.Module | None:
+def preflight(plan: Plan, data: Data) -> tuple[nn.Module | None, str]:
     """Build a network and its optimizer for every corner of the space, and train the first on one batch.
 
-    Return the first; None where the objective trains in its own way and has no `preview` of it. `say` is told of
+    Return the first (None where the objective trains in its own way and has no `preview` of it), and what to say of
     corners that are infeasible, or that the machine has no memory for: such trials will be ended, the others not.
     Raises InputError.
     """
     objective = plan.objective
     if objective.train is not None and type(objective).preview is Objective.preview:
-        return None
+        return None, ""
     preprocess = module_from(plan, "preprocess", lambda: objective.preprocess(data.train))
     head = Split(inputs={n: x[:8] for n, x in data.train.inputs.items()}, targets=data.train.targets[:8])
     batch = guarded(plan, "preprocess", lambda: head.through(preprocess))
     if objective.train is not None:
-        return _each_corner(plan, Preview(plan, data, preprocess, head, batch), say)[0]
-    first, outputs = _each_corner(
-        plan, lambda params, is_first: _try_corner(plan, data, params, batch if is_first else None), say
+        (first, _), infeasible = _each_corner(plan, Preview(plan, data, preprocess, head, batch))
+        return first, infeasible
+    (first, outputs), infeasible = _each_corner(
+        plan, lambda params, is_first: _try_corner(plan, data, params, batch if is_first else None)
     )
     losses: dict[Any, Params] = {}
     for params in plan.space.corners():
         losses.setdefault(params.get("loss"), params)
     try_measuring(plan, data, outputs, batch, [*losses.values()])
-    return first
+    return first, infeasible
 
 
 def _each_corner(
-    plan: Plan, attempt: Callable[[Params, bool], tuple[nn.Module | None, Any]], say: Callable[[str], None]
-) -> tuple[nn.Module | None, Any]:
+    plan: Plan, attempt: Callable[[Params, bool], tuple[nn.Module | None, Any]]
+) -> tuple[tuple[nn.Module | None, Any], str]:
     """Return what `attempt` makes of the first corner of the space (told so), once it has made something of each.
 
-    Corners that would end their own trial only are told by `say`. Raises InputError.
+    And what to say of corners that would end their own trial only. Raises InputError.
     """
     first: tuple[nn.Module | None, Any] | None = None
     infeasible: list[InputError] = []
@@ -67,10 +68,10 @@ def _each_corner(
             del made  # a network may be large: one is kept
     if first is None:
         raise InputError(f"no extreme configuration of the space can be trained; {infeasible[0]}") from infeasible[0]
-    if infeasible:
-        more = f" (and so for {len(infeasible) - 1} more corners of the space)" if len(infeasible) > 1 else ""
-        say(f"{infeasible[0]}{more}: such trials will be ended, the others will be trained")
-    return first
+    if not infeasible:
+        return first, ""
+    more = f" (and so for {len(infeasible) - 1} more corners of the space)" if len(infeasible) > 1 else ""
+    return first, f"{infeasible[0]}{more}: such trials will be ended, the others will be trained"
 
 
 def _try_corner(plan: Plan, data: Data, params: Params, batch: Split | None) -> tuple[nn.Module, Any]:

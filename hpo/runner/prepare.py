@@ -14,6 +14,7 @@ import torch
 from torchmetrics import Metric
 
 from hpo.errors import Fault, Faulty, HpoError, InputError, SpecError, collecting, did_you_mean
+from hpo.log import log
 from hpo.runner.params import space_of
 from hpo.search.samplers import make_pruner, make_sampler
 from hpo.study import loading as objectives
@@ -47,7 +48,6 @@ class Plan:
     metric: str
     maximize: bool
     device: torch.device
-    notes: tuple[str, ...] = ()
 
     @property
     def objective(self) -> Objective:
@@ -159,10 +159,9 @@ def _check(draft: Draft, spec: StudySpec, folder: Path, given: Given | None) -> 
     if spec.sampler.name == "grid" and spec.start_with:
         message = "the grid tries every configuration anyway; remove start_with, or use another sampler"
         faults.append(Fault(path=("start_with",), message=message))
-    notes = []
     size = space.size()
     if spec.sampler.name in ("grid", "brute_force") and not faults and size is not None and size < spec.trials:
-        notes.append(f"the space has {size} configurations in all: trials is {size}, not {spec.trials}")
+        log.info(f"the space has {size} configurations in all: trials is {size}, not {spec.trials}")
         spec = spec.model_copy(update={"trials": size})
     return Plan(
         spec=spec,
@@ -172,7 +171,6 @@ def _check(draft: Draft, spec: StudySpec, folder: Path, given: Given | None) -> 
         metric=metric,
         maximize=maximize,
         device=device,
-        notes=tuple(notes),
     ), faults
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from hpo.log import log
 from hpo.runner.prepare import Plan
 from hpo.search.budget import Counts
 from hpo.search.search import Search
@@ -29,10 +30,6 @@ class Progress(ABC):
     @abstractmethod
     def trial_ended(self, number: int, state: str, value: float | None, reason: str | None) -> None:
         """A trial is COMPLETE, PRUNED, FAIL, or INTERRUPTED."""
-
-    @abstractmethod
-    def note(self, text: str) -> None:
-        """Something is to be said once."""
 
 
 Refreshes = Callable[[str, float | None], None]
@@ -101,12 +98,10 @@ def state_of(plan: Plan, search: Search) -> ProgressState:
 
 
 class PlainProgress(Progress):
-    """One line a trial, and one every `epoch_seconds` while a long one runs."""
+    """Logs one line a trial, and one every `epoch_seconds` while a long one runs."""
 
-    def __init__(
-        self, board: ProgressState, refresh: Refreshes, write: Callable[[str], None], epoch_seconds: float = 15.0
-    ):
-        self._board, self._refresh, self._write, self._epoch_seconds = board, refresh, write, epoch_seconds
+    def __init__(self, board: ProgressState, refresh: Refreshes, epoch_seconds: float = 15.0) -> None:
+        self._board, self._refresh, self._epoch_seconds = board, refresh, epoch_seconds
         self._said_at = time.monotonic()
         self._running: dict[int, tuple[float, str]] = {}
 
@@ -118,7 +113,7 @@ class PlainProgress(Progress):
     def epoch_ended(self, number: int, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
         if time.monotonic() - self._said_at >= self._epoch_seconds:
             self._said_at = time.monotonic()
-            self._write(f"trial {number}: epoch {epoch}/{epochs}, {metric_text(self._board, metrics)}")
+            log.info(f"trial {number}: epoch {epoch}/{epochs}, {metric_text(self._board, metrics)}")
 
     def trial_ended(self, number: int, state: str, value: float | None, reason: str | None) -> None:
         self._refresh(state, value)
@@ -132,17 +127,11 @@ class PlainProgress(Progress):
             board.best_text(),
             board.left_text(),
         ]
-        self._write("; ".join(part for part in parts if part))
-
-    def note(self, text: str) -> None:
-        self._write(text)
+        log.info("; ".join(part for part in parts if part))
 
 
-class Notes(Progress):
-    """Says only what is to be said once: what a worker does is shown by the process that has started it."""
-
-    def __init__(self, write: Callable[[str], None]) -> None:
-        self._write = write
+class NoProgress(Progress):
+    """Shows nothing."""
 
     def trial_started(self, number: int, params: Mapping[str, Any]) -> None:
         pass
@@ -152,9 +141,6 @@ class Notes(Progress):
 
     def trial_ended(self, number: int, state: str, value: float | None, reason: str | None) -> None:
         pass
-
-    def note(self, text: str) -> None:
-        self._write(text)
 
 
 def metric_text(board: ProgressState, metrics: Mapping[str, float]) -> str:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from hpo.errors import HpoError, InputError
+from hpo.log import log
 from hpo.runner.launch import LAUNCHED
 from hpo.stopping import StopToken
 
 _ANSWER_SECONDS = 5.0
-log = logging.getLogger("hpo")
 Work = Callable[[StopToken], Any]
 """One worker's share of the study, until there is nothing left or it is asked to stop."""
 

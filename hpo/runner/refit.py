@@ -11,6 +11,7 @@ from torch import nn
 
 from hpo.errors import ExportError, HpoError, Interrupted, masked
 from hpo.export.bundle import FILES, Model, export
+from hpo.log import log
 from hpo.runner.custom import TrialReporter, train_custom
 from hpo.runner.prepare import OUTPUT, Plan
 from hpo.runner.worker import chosen_before
@@ -64,7 +65,6 @@ def conclude(
     search: Search,
     tracker: Tracker,
     stopping: Callable[[], bool],
-    note: Callable[[str], None],
     seen: StudyView | None = None,
 ) -> Outcome | None:
     """Finish the study with its best trial, unless that was done already; None where no trial is complete.
@@ -91,7 +91,7 @@ def conclude(
         if done is None:
             size = chosen_before(plan, search)
             with torch_settings(plan.device, threads=size.threads if size else None):
-                done = finish(plan, data, search, best, folder, stopping, note)
+                done = finish(plan, data, search, best, folder, stopping)
             bundle = done.bundle and str(done.bundle)
             stored = {"number": done.number, "test": dict(done.test), "bundle": bundle, "parity": done.parity}
             search.remember(schema.RESULT, stored)
@@ -106,12 +106,12 @@ def _tell(plan: Plan, tracker: Tracker, best: Best, done: Outcome) -> None:
         tracker.log_folder(done.bundle, "bundle")
 
 
-def tracker_of(plan: Plan, search: Search, note: Callable[[str], None]) -> Tracker:
+def tracker_of(plan: Plan, search: Search) -> Tracker:
     """Return the study's tracker. Raises InputError for an address that can never work."""
     if schema.OWN_RUNS not in search.attrs and search.view().n_claimed == 0:
         search.remember(schema.OWN_RUNS, True)
     adopts = schema.OWN_RUNS not in search.attrs
-    return open_tracker(plan.spec.tracking, plan.spec.name, UNSENT, note, making=search.making, adopts=adopts)
+    return open_tracker(plan.spec.tracking, plan.spec.name, UNSENT, making=search.making, adopts=adopts)
 
 
 def begin_tracking(plan: Plan, search: Search) -> None:
@@ -133,7 +133,7 @@ def _tracked(plan: Plan, seen: StudyView, state: str) -> dict[str, Any]:
     return {"tracking": masked(plan.spec.tracking), "state": state, "trials": seen.counts.finished}
 
 
-def settle_runs(plan: Plan, search: Search, note: Callable[[str], None], always: bool = False) -> None:
+def settle_runs(plan: Plan, search: Search, always: bool = False) -> None:
     """Bring the runs of a study in the tracker to the ends that they have in the storage, where they may differ.
 
     They do where whoever ended the study was killed, or the tracker was away, before all was told. What is there
@@ -151,7 +151,7 @@ def settle_runs(plan: Plan, search: Search, note: Callable[[str], None], always:
     all_told = elsewhere or tracked == ended or not over
     if all_told and not always and not left_behind(UNSENT, plan.spec.name, search.making):
         return
-    tracker = tracker_of(plan, search, note)
+    tracker = tracker_of(plan, search)
     tracker.reconcile(seen.ends)
     if not over:
         tracker.close()
@@ -161,29 +161,21 @@ def settle_runs(plan: Plan, search: Search, note: Callable[[str], None], always:
     end_tracking(plan, search, tracker, "COMPLETE", seen)
 
 
-def finish(
-    plan: Plan,
-    data: Data,
-    search: Search,
-    best: Best,
-    folder: Path,
-    stopping: Callable[[], bool],
-    note: Callable[[str], None],
-) -> Outcome:
+def finish(plan: Plan, data: Data, search: Search, best: Best, folder: Path, stopping: Callable[[], bool]) -> Outcome:
     """Train `best`'s params from scratch on train + validation, evaluate on the test set once, export to `folder`.
 
     Every reading of the test set is counted in the study's attributes. Raises ExportError, Interrupted.
     """
     whole = plan.spec.value == "last" and plan.spec.patience is None
     epochs = plan.spec.epochs if whole else best.epoch + 1
-    note(f"training the params of trial {best.number} from scratch on train + validation, {epochs} epochs")
+    log.info(f"training the params of trial {best.number} from scratch on train + validation, {epochs} epochs")
     data_refit = data.for_refit()
     preprocess = plan.objective.preprocess(data_refit.train)
     task = plan.task(data.info, len(data_refit.train))
     if plan.objective.train is not None:
         network = _refit_custom(plan, best, data_refit, preprocess, epochs, stopping)
         if network is None:
-            note("train returned no network: there is nothing to test or to export")
+            log.info("train returned no network: there is nothing to test or to export")
             return Outcome(number=best.number, test={}, bundle=None, parity=None)
     else:
         batches = make_batches(data_refit.train, preprocess, plan.device, plan.spec.loading)
@@ -192,7 +184,7 @@ def finish(
     test_batches = make_batches(data.test, preprocess, plan.device, plan.spec.loading)
     test = evaluate(task, network, test_batches, best.params, metrics)
     search.remember(schema.TEST_EVALUATIONS, [*_tests(search), {"number": best.number, "test": test}])
-    note("exporting, and comparing what was exported with the model that was measured")
+    log.info("exporting, and comparing what was exported with the model that was measured")
     written = export(
         Model(
             preprocess=preprocess,

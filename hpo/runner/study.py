@@ -1,11 +1,10 @@
 """A whole study, without a screen: opened, run to its end, repaired, a trial of it exported.
 
-The command line (`hpo.cli.commands`) and the Python API (`hpo.api`) call the same functions. What is to be said once is
-logged (`logging.getLogger("hpo")`); how the trials are shown is up to the caller, who hands in `show`.
+The command line (`hpo.cli.commands`) and the Python API (`hpo.api`) call the same functions. What is to be said is
+logged (`hpo.log`); how the trials are shown is up to the caller, who hands in `show`.
 """
 
 import json
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -18,6 +17,7 @@ import torch
 
 from hpo.errors import HpoError, InputError, Interrupted, masked
 from hpo.export.bundle import require_place
+from hpo.log import log
 from hpo.runner import checkpoints
 from hpo.runner.joining import join_stored
 from hpo.runner.launch import StudyMonitor, Workers, gpus, how_many
@@ -52,7 +52,6 @@ _LOOK_SECONDS = 1.0
 """How often to look what other processes have done."""
 Show = Callable[[bool], AbstractContextManager[Progress]]
 """Gives what shows the trials; told whether this process alone trains them."""
-log = logging.getLogger("hpo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +92,8 @@ def run(
     over = seen.counts.unfinished == 0
     if over:
         done = outcome(search, best)
-        seen = checkpoints.settle_weights(plan, search, log.info)
-        settle_runs(plan, search, log.info)
+        seen = checkpoints.settle_weights(plan, search)
+        settle_runs(plan, search)
         log.info("%s: all %d trials are done", plan.spec.name, plan.spec.trials)
     if done is not None or (over and best is not None and plan.function is not None):
         return done, seen
@@ -107,10 +106,10 @@ def _run(
     plan: Plan, search: Search, file: StudyFile, show: Show, options: WorkerOptions, stopping: StopToken
 ) -> tuple[Outcome | None, StudyView]:
     data = load_data(plan, search)
-    tracker = tracker_of(plan, search, log.warning)
+    tracker = tracker_of(plan, search)
     begin_tracking(plan, search)
     of_what = f"of {plan.spec.epochs} epochs on {plan.device}, {len(data.train)} rows" if data else "of a function"
-    log.info("%s: %d trials %s; %s", plan.spec.name, plan.spec.trials, of_what, masked(plan.spec.storage))
+    log.info("%s: %d trials %s; %s", plan.spec.name, plan.spec.trials, of_what, plan.spec.storage)
     _remember(plan, search)
     state, seen = "FAIL", None
     try:
@@ -121,12 +120,12 @@ def _run(
             if alone:
                 work(plan, data, search, tracker, progress, stopping)
             else:
-                workers = _workers(plan, search, file, progress, options, n)
+                workers = _workers(plan, search, file, options, n)
                 _watch(plan, search, workers, progress, stopping)
-        seen = checkpoints.settle_weights(plan, search, log.info)  # the last trial may have been trained elsewhere
+        seen = checkpoints.settle_weights(plan, search)  # the last trial may have been trained elsewhere
         if seen.counts.running == 0:
             tracker.reconcile(seen.ends)
-        ended = conclude(plan, data, search, tracker, stopping.requested, log.info, seen) if data else None
+        ended = conclude(plan, data, search, tracker, stopping.requested, seen) if data else None
         if seen.best() is None:
             raise HpoError(_why_no_best(seen, plan.spec.name))
         state = "COMPLETE" if seen.counts.waiting == 0 else "INTERRUPTED"
@@ -146,12 +145,10 @@ def _remember(plan: Plan, search: Search) -> None:
     search.remember(schema.STUDY_FILE, plan.document.as_json(without=("storage",)))
 
 
-def _workers(
-    plan: Plan, search: Search, file: StudyFile, progress: Progress, options: WorkerOptions, n: int
-) -> Workers | RayWorkers:
+def _workers(plan: Plan, search: Search, file: StudyFile, options: WorkerOptions, n: int) -> Workers | RayWorkers:
     """Return `n` processes that are to train, here or on Ray."""
     if options.ray is None:
-        return Workers(file.command(), n, gpus(plan), progress.note, search)
+        return Workers(file.command(), n, gpus(plan), search)
     addresses = {key: json.dumps(getattr(plan.spec, key)) for key in ("storage", "tracking")}
     named = [code for _, code in code_references(plan.spec)]
     share = partial(join_stored, plan.spec.name, {**file.overrides, **addresses}, named)
@@ -192,7 +189,10 @@ def check(plan: Plan) -> tuple[Data | None, torch.nn.Module | None]:
         problems.append(error)
     try:
         data = plan.load_data()
-        model = preflight(plan, data, log.info) if data else None
+        if data is not None:
+            model, infeasible = preflight(plan, data)
+            if infeasible:
+                log.warning(infeasible)
     except InputError as error:
         problems.append(error)
     if problems:
@@ -207,9 +207,9 @@ def repair(plan: Plan, search: Search) -> StudyView:
         time.sleep(_LOOK_SECONDS)  # to see whether a lease that has run out is renewed
     for lost in search.drain_lost():
         what = "its retries are spent" if lost.state == "FAIL" else "it will be retried"
-        log.info("trial %d is ended: %s; %s", lost.number, lost.reason, what)
-    seen = checkpoints.settle_weights(plan, search, log.info)
-    settle_runs(plan, search, log.info, always=True)
+        log.warning("trial %d is ended: %s; %s", lost.number, lost.reason, what)
+    seen = checkpoints.settle_weights(plan, search)
+    settle_runs(plan, search, always=True)
     return seen
 
 
@@ -238,7 +238,7 @@ def export(plan: Plan, search: Search, seen: StudyView, number: int | None, fold
     default = bundle_folder(plan) if number is None else OUTPUT / "bundles" / f"{plan.spec.name}-trial-{number}"
     with signals() as stopping:
         search.storage.interrupt = stopping.requested
-        return finish(plan, data, search, best, folder or default, stopping.requested, log.info)
+        return finish(plan, data, search, best, folder or default, stopping.requested)
 
 
 def _no_such_trial(seen: StudyView, study: str, number: int | None) -> str:

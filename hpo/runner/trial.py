@@ -4,6 +4,7 @@ import math
 import time
 
 from hpo.errors import HpoError
+from hpo.log import log
 from hpo.runner import checkpoints
 from hpo.runner.checkpoints import Origin
 from hpo.runner.prepare import Plan
@@ -51,7 +52,7 @@ class TrialRun:
             kept = checkpoints.load(self._plan, self._origin, claim)
         except checkpoints.Refused as error:
             file = checkpoints.file_of(self._plan, claim)
-            self._progress.note(f"{file} is not resumed from: {error}; trial {claim.number} starts from scratch")
+            log.warning(f"{file} is not resumed from: {error}; trial {claim.number} starts from scratch")
             return
         if kept is None:
             return
@@ -61,7 +62,7 @@ class TrialRun:
         weights = kept.kept
         self._best, self._kept = kept.best, (lambda: weights) if weights else None
         self._peak, self._improved = kept.peak, kept.improved
-        self._progress.note(f"trial {claim.number} resumes after epoch {member.epoch}")
+        log.info(f"trial {claim.number} resumes after epoch {member.epoch}")
         self._search.repeat(claim.number, [epoch[self._plan.metric_key] for epoch in member.history])
         for epoch, metrics in enumerate(member.history):
             self._tracker.log_metrics(claim.number, epoch, metrics)
@@ -83,7 +84,7 @@ class TrialRun:
         try:
             checkpoints.save(self._plan, self._origin, self._claim, content)
         except HpoError as error:
-            self._progress.note(f"no checkpoint: {error}")
+            log.warning(f"no checkpoint: {error}")
 
     @property
     def checkpoint_is_due(self) -> bool:
@@ -162,7 +163,7 @@ class TrialRun:
         if not ours:
             state, value, fault = "INTERRUPTED", None, TAKEN_OVER
         if self._has_candidate:
-            checkpoints.settle_weights(self._plan, search, self._progress.note)
+            checkpoints.settle_weights(self._plan, search)
         if ours:
             checkpoints.drop(self._plan, self._claim)
         self._tracker.end_trial(number, state, fault)
@@ -184,7 +185,7 @@ class TrialRun:
         except HpoError:
             raise
         except Exception as error:  # a database, or gRPC, that takes no text of that length: the trial counts without
-            self._progress.note(f"the curves of trial {number} are not stored: {line(error)}")
+            log.warning(f"the curves of trial {number} are not stored: {line(error)}")
 
     def _keep_weights(self, value: float) -> HpoError | None:
         """Keep the weights of a trial that may be the best, before it is told; return why they could not be written."""
@@ -235,7 +236,7 @@ class Trials:
         for lost in self._search.drain_lost():
             self._tracker.end_trial(lost.number, lost.state, lost.reason)
             what = "its retries are spent" if lost.state == "FAIL" else "it is retried"
-            self._progress.note(f"trial {lost.number} was lost ({lost.reason}): {what}")
+            log.warning(f"trial {lost.number} was lost ({lost.reason}): {what}")
         if claim is None:
             return None
         trial = TrialRun(self._plan, self._origin, claim, self._search, self._tracker, self._progress)

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from hpo.errors import Interrupted
+from hpo.log import Once, log
 from hpo.runner import checkpoints
 from hpo.runner.custom import CustomTraining
 from hpo.runner.launch import LAUNCHED
@@ -60,17 +61,16 @@ def work(
     A trial's own fault (NaN, out of memory) fails that trial; any other error gives the trials back and is raised.
     torch's process-wide settings are as before at the end.
     """
-    search.storage.say = progress.note
     stop = stop or StopToken()
     limited = stop.limited()
     with torch_settings(plan.device):
         trials = Trials(plan, search, tracker, progress)
-        checkpoints.settle_weights(plan, search, progress.note)
+        checkpoints.settle_weights(plan, search)
         worker: _Worker | CustomTraining
         if data is None or plan.trains_itself:
             worker = CustomTraining(plan, data, search, tracker, trials, limited)
         else:
-            worker = _Worker(plan, data, search, tracker, progress, trials, limited)
+            worker = _Worker(plan, data, search, tracker, trials, limited)
         try:
             worker.choose()
         except Interrupted:
@@ -87,7 +87,7 @@ def work(
                 return
             time.sleep(WAIT_SECONDS)  # others still train; should they die, their trials are ours to take up
     search.remember(schema.TIMED_OUT, plan.spec.timeout)
-    progress.note(
+    log.info(
         f"the study's time ({plan.spec.timeout:g} s) is over: no new trial is started; raise `timeout` to train more"
     )
 
@@ -138,12 +138,11 @@ class _Worker:
         data: Data,
         search: Search,
         tracker: Tracker,
-        progress: Progress,
         trials: Trials,
         stop: StopToken,
     ) -> None:
         self._plan, self._stop = plan, stop
-        self._search, self._tracker, self._progress = search, tracker, progress
+        self._search, self._tracker = search, tracker
         self._task = plan.task(data.info, len(data.train))
         preprocess = plan.objective.preprocess(data.train)
         self._train, self._valid = (
@@ -151,7 +150,7 @@ class _Worker:
         )
         self._example = self._train.head(_EXAMPLE_ROWS)
         self._trials = trials
-        self._said: set[str] = set()
+        self._once = Once()
         self._paths: set[str] = set()
         self._stacks: Stacks | None = None
 
@@ -225,7 +224,7 @@ class _Worker:
         if path is None or path in self._paths:
             return
         self._paths.add(path)
-        self._say(f"stacks run {path}")
+        log.info(f"stacks run {path}")
         known = self._search.attrs.get(schema.STACK_PATHS, [])
         if path not in known:
             self._search.remember(schema.STACK_PATHS, [*known, path])
@@ -240,7 +239,7 @@ class _Worker:
             self._choice.capacity,
             self._example,
             self._padding_plan(self._choice.padding),
-            say=self._say,
+            once=self._once,
             ahead=lambda: self._search.counts().waiting,
             shared=self._choice.shared,
         )
@@ -254,7 +253,7 @@ class _Worker:
         if self._choice.threads is not None:
             torch.set_num_threads(self._choice.threads)
         if self._choice.why != AS_GIVEN:
-            self._progress.note(f"stack: {self._choice.why}")
+            log.info(f"stack: {self._choice.why}")
             self._tracker.tag_study({"hpo.stack": self._choice.why})
 
     def _chosen_size(self) -> StackSize:
@@ -292,17 +291,12 @@ class _Worker:
         free_all(self._plan.device)
         self._trials.give_back(f"out of memory in a stack of {capacity}")
         self._choice = replace(self._choice, capacity=max(1, capacity // 2), stacked=capacity > 1)
-        self._say(
-            f"out of memory: from now on {self._choice.capacity} trials at once; running trials restart from scratch"
-        )
+        at_once = f"from now on {self._choice.capacity} trials at once; running trials restart from scratch"
+        self._once.warning("out of memory", at_once)
 
     def _unstack(self, error: str) -> None:
         """Give the trials back, and train one at a time from now on: an error in a stack may be any member's."""
         self._trials.give_back(f"an error in a stack: {error}")
         self._choice = replace(self._choice, capacity=1, stacked=False)
-        self._say(f"an error in a stack, of a kind that ends one trial: from now on one trial at a time ({error})")
-
-    def _say(self, text: str) -> None:
-        if text.partition(": ")[2] not in self._said:
-            self._said.add(text.partition(": ")[2])
-            self._progress.note(text)
+        what = "an error in a stack, of a kind that ends one trial"
+        self._once.warning(what, f"from now on one trial at a time ({error})")

@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections.abc import Callable
 
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage
@@ -10,6 +9,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from hpo.errors import HpoError, Interrupted, StorageError
+from hpo.log import log
 from hpo.search.remote import NoAnswer
 from hpo.search.storage import StorageBusy, open_storage, see_whether_it_answers
 
@@ -60,14 +60,12 @@ def may_pass(error: Exception) -> bool:
     return is_away(error) or full(error)
 
 
-def open_patiently(
-    url: str, seconds: float, wait: bool = True, say: Callable[[str], None] = lambda text: None
-) -> BaseStorage:
+def open_patiently(url: str, seconds: float, wait: bool = True) -> BaseStorage:
     """Return the storage at `url`, waited for (at most so long) while another process holds its lock.
 
-    With `wait`, where the server does not answer too. `say` is called once with a text about it. Raises StorageError.
+    With `wait`, where the server does not answer too. It is logged once that it waits. Raises StorageError.
     """
-    end, said = time.monotonic() + seconds, False
+    end, is_logged = time.monotonic() + seconds, False
     while True:
         try:
             return open_storage(url)
@@ -75,9 +73,9 @@ def open_patiently(
             waits = isinstance(error, StorageBusy) or (wait and is_away(error))
             if not waits or time.monotonic() >= end:
                 raise
-            if not said:
-                say(f"waiting for the storage ({error})")
-            said = True
+            if not is_logged:
+                log.warning(f"waiting for the storage ({error})")
+            is_logged = True
         time.sleep(min(RETRY_SECONDS, seconds))
 
 

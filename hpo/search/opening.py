@@ -3,7 +3,7 @@
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -33,21 +33,20 @@ def open_search(
     options: Mapping[str, Any] | None = None,
     make: bool = True,
     wait: bool = False,
-    say: Callable[[str], None] = lambda text: None,
     clock: Clock = SYSTEM,
 ) -> Search | None:
     """Return the study in its storage, made if it is not there (None with `make=False`). Close it at the end.
 
     `options` are the spec's as they may be stored. With `wait`, a storage that does not answer is waited for, as it is
-    later on; `say` is called with a text about later waits.
+    later on.
     Raises StorageError where the storage cannot be opened, InputError where its study of that name is another one; no
     connection is left open then.
     """
     if not make and not exists(spec.storage):
         return None
     with ExitStack() as unless_opened:
-        inner = open_patiently(spec.storage, spec.outage, wait, say)
-        storage = RetryingStorage(inner, spec.outage, say, clock)
+        inner = open_patiently(spec.storage, spec.outage, wait)
+        storage = RetryingStorage(inner, spec.outage, clock)
         unless_opened.callback(storage.close)
         wanted = identity(spec, space, metric, spec.options if options is None else options)
         with locked(storage, spec.storage):

@@ -15,6 +15,7 @@ from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.errors import HpoError
+from hpo.log import log
 from hpo.search.away import (
     RETRY_SECONDS,
     Probe,
@@ -57,7 +58,7 @@ def _waited_for(
 
 
 class RetryingStorage(BaseStorage):
-    """`inner`, waited for where it is away. `say` is called with a text once when it is, and once when it is back.
+    """`inner`, waited for where it is away. It is logged once when it is, and once when it is back.
 
     Once `interrupt` says so, nothing is waited for any more: StoppedWhileAway is raised where the storage is away.
     """
@@ -66,10 +67,9 @@ class RetryingStorage(BaseStorage):
         self,
         inner: BaseStorage,
         seconds: float,
-        say: Callable[[str], None] = lambda text: None,
         clock: Clock = SYSTEM,
     ) -> None:
-        self.inner, self._seconds, self.say, self._clock = inner, seconds, say, clock
+        self.inner, self._seconds, self._clock = inner, seconds, clock
         self.interrupt: Callable[[], bool] = lambda: False
         self._storage = get_storage(inner)  # for a database, Optuna's own cache of finished trials
         self._complete = CompleteTrialsCache(inner, self._storage) if isinstance(inner, RDBStorage) else None
@@ -152,7 +152,7 @@ class RetryingStorage(BaseStorage):
         self._reports.flush(self._send, self._refused)
         result = self._on_a_live_connection(call)
         if self._away_since is not None:
-            self.say(f"the storage is back after {self._clock.monotonic() - self._away_since:.0f} s")
+            log.warning(f"the storage is back after {self._clock.monotonic() - self._away_since:.0f} s")
             self._away_since, self._probe, self._pause = None, None, RETRY_SECONDS
             self.back_at = self._clock.monotonic()
         return result
@@ -163,7 +163,7 @@ class RetryingStorage(BaseStorage):
     def _refused(self, report: Report, error: Exception) -> None:
         self._raise_if_gone(error)
         if not isinstance(error, UpdateFinishedTrialError):  # a peer has taken the trial over
-            self.say(f"a report of the trial with the id {report[0]} is dropped: {reason(error)}")
+            log.warning(f"a report of the trial with the id {report[0]} is dropped: {reason(error)}")
 
     def _on_a_live_connection(self, call: Callable[[], T]) -> T:
         """Call once more where the pool's connection turned out to be cut while nobody used it."""
@@ -184,7 +184,7 @@ class RetryingStorage(BaseStorage):
         self._why = line(error)
         if self._away_since is None:
             self._away_since = self._clock.monotonic()
-            self.say(f"the storage does not answer ({self._why}): training continues, what is reported is kept")
+            log.warning(f"the storage does not answer ({self._why}): training continues, what is reported is kept")
         elif self._probe is not None:  # it has answered, but not to this call
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
         self._probe = Probe(self.inner, max(0.05, min(self._pause, self._seconds)))

@@ -8,6 +8,7 @@ LoopStack, and the reason is said once.
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
+from hpo.log import Once
 from hpo.stacks.candidate import Candidate, NotStackable, candidates
 from hpo.stacks.cost import compile_pays, power_of_two
 from hpo.stacks.padding import Padder, PaddingPlan
@@ -32,18 +33,18 @@ class Pool(Stacks):
         example: Split,
         plan: PaddingPlan,
         *,
-        say: Callable[[str], None] = lambda text: None,
+        once: Once | None = None,
         ahead: Callable[[], int] = lambda: 0,
         shared: float = 1.0,
     ) -> None:
-        """`example`: a few rows as they are trained on. `say` is called with what cannot be stacked, for a person.
+        """`example`: a few rows as they are trained on. `once` logs what cannot be stacked.
 
         `ahead` returns how many trials are still to come, of which no more than the share `shared` have one signature:
         that decides whether to compile.
         """
         self.capacity = capacity
         self._task, self._example, self._plan = task, example, plan
-        self._say, self._ahead, self._shared = say, ahead, shared
+        self._once, self._ahead, self._shared = once or Once(), ahead, shared
         self._stacks: list[VmapStack] = []
         self._hopeless: dict[tuple[Padder, Hashable], str] = {}
         self._alone = LoopStack(task)
@@ -91,7 +92,7 @@ class Pool(Stacks):
                 refused |= self._take(stack, group)
                 continue
             if self.capacity > 1:
-                self._say(f"trials of a kind that fewer than {WORTH_STACKING} share are trained alone: as fast")
+                self._once.info(f"trials of a kind that fewer than {WORTH_STACKING} share are trained alone", "as fast")
             self._queue += [each.member for each in group]
         return refused
 
@@ -106,7 +107,7 @@ class Pool(Stacks):
             self._queue.append(member)
             return None
         if each is None:
-            self._say(f"trials like trial {member.number} are trained one at a time: {reason}")
+            self._once.info(f"trials like trial {member.number} are trained one at a time", reason)
             self._queue.append(member)
         return each
 

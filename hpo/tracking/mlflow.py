@@ -7,11 +7,11 @@ MLflow refuses for good is set aside, and the rest is sent.
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from hpo.errors import masked
+from hpo.log import log
 from hpo.tracking.base import STATUS, NullTracker, Tracker, check_address
 from hpo.tracking.items import FILES, Item, halves
 from hpo.tracking.outbox import Batch, Outbox
@@ -35,20 +35,10 @@ class MlflowTracker(Tracker):
     CLOSE_SECONDS = 15.0
     """How long the study's end waits for a tracker that does not work; for one that works, as long as it takes."""
 
-    def __init__(
-        self,
-        uri: str,
-        study: str,
-        outbox: Path,
-        warn: Callable[[str], None],
-        *,
-        making: str = "",
-        adopts: bool = True,
-    ) -> None:
+    def __init__(self, uri: str, study: str, outbox: Path, *, making: str = "", adopts: bool = True) -> None:
         """`making` and `adopts`: see `open_tracker`."""
         self._uri = uri
-        self._warn: Callable[[str], None] = lambda text: warn(masked(text))
-        self._runs = Runs(uri, study, lambda text: self._warn(text), making=making, adopts=adopts)
+        self._runs = Runs(uri, study, making=making, adopts=adopts)
         self._outbox = Outbox(outbox, study, making)
         self._changed = threading.Condition()  # guards all that follows, and the outbox
         self._thread: threading.Thread | None = None
@@ -67,7 +57,7 @@ class MlflowTracker(Tracker):
             n_bad = self._outbox.adopt(own)
         if n_bad:
             self._refusal_said = True
-            self._warn(
+            log.warning(
                 f"tracking: {n_bad} lines that an earlier run left unsent cannot be read; they are kept in "
                 f"{self._outbox.refused}, and the rest is sent"
             )
@@ -130,7 +120,7 @@ class MlflowTracker(Tracker):
             n_left, state, where = len(self._outbox), self._state, self._outbox.where
             self._outbox.close()
         if n_left and state == "slow":  # nobody was told yet: it neither answers nor fails
-            self._warn(
+            log.warning(
                 f"tracking: {self._uri} has not answered; what could not be sent is kept in {where} and sent later"
             )
         return n_left == 0
@@ -206,7 +196,7 @@ class MlflowTracker(Tracker):
             was, self._state = self._state, "ok"
             self._outbox.save()
         if was == "failing":
-            self._warn(f"tracking: {self._uri} is back; everything that was kept has been sent")
+            log.warning(f"tracking: {self._uri} is back; everything that was kept has been sent")
 
     def _next(self, waiting: tuple[str, ...]) -> Batch | None:
         with self._changed:
@@ -237,7 +227,7 @@ class MlflowTracker(Tracker):
         self._outbox.set_aside(item, why)
         if not said:
             whose = "the study" if item["trial"] is None else f"trial {item['trial']}"
-            self._warn(
+            log.warning(
                 f"tracking: {self._uri} refused something of {whose} ({why}); it is kept in {self._outbox.refused}, "
                 "as whatever else it refuses, and the rest is sent"
             )
@@ -247,7 +237,7 @@ class MlflowTracker(Tracker):
             said, self._files_at = self._files_at, time.monotonic() + self.RETRY_SECONDS
             self._send_by(self._files_at)
         if not said:
-            self._warn(
+            log.warning(
                 f"tracking: {self._uri} does not take files ({cause(error)}); all else is sent, and they are kept to "
                 "be sent later"
             )
@@ -261,15 +251,13 @@ class MlflowTracker(Tracker):
             where = self._outbox.where
             self._changed.notify_all()
         if was != "failing":
-            self._warn(
+            log.warning(
                 f"tracking: {self._uri} does not work ({cause(error)}); training continues, and what could not be sent "
                 f"is kept in {where} and sent later"
             )
 
 
-def open_tracker(
-    uri: str, study: str, outbox: Path, warn: Callable[[str], None], *, making: str = "", adopts: bool = True
-) -> Tracker:
+def open_tracker(uri: str, study: str, outbox: Path, *, making: str = "", adopts: bool = True) -> Tracker:
     """Return the tracker that `tracking:` names. Raises InputError for an address that can never work.
 
     `making` tells the study from others of its name (`Search.making`); where it `adopts`, runs that are of no making,
@@ -279,7 +267,7 @@ def open_tracker(
     if uri == "off":
         return NullTracker()
     require_mlflow(uri)
-    return MlflowTracker(uri, study, outbox, warn, making=making, adopts=adopts)
+    return MlflowTracker(uri, study, outbox, making=making, adopts=adopts)
 
 
 def _texts(params: Mapping[str, Any]) -> dict[str, str]:

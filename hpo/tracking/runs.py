@@ -20,6 +20,7 @@ from typing import Any
 from filelock import FileLock
 
 from hpo.errors import InputError, masked
+from hpo.log import log
 from hpo.tracking.base import STATUS
 from hpo.tracking.items import FILES, Item
 from hpo.tracking.values import MAX_PARAM, MAX_TAG, digest_of, legal_name, plain, same
@@ -37,18 +38,16 @@ class Runs:
     PEER_SECONDS = 5.0
     """How long to wait for the study's run where a peer has made the experiment: two would make it twice."""
 
-    def __init__(
-        self, uri: str, study: str, say: Callable[[str], None], *, making: str = "", adopts: bool = True
-    ) -> None:
+    def __init__(self, uri: str, study: str, *, making: str = "", adopts: bool = True) -> None:
         """`making` and `adopts`: see `hpo.tracking.mlflow.open_tracker`."""
-        self._uri, self._study, self._say = uri, study, say
+        self._uri, self._study = uri, study
         self._making, self._adopts = making, adopts
         self._client: Any = None
         self._experiment = ""
         self._is_first = False
         """Whether this process has made the experiment, so that the study's run is its to make, not its peers'."""
         self.ids: dict[int | None, str] = {}
-        self._said: set[str] = set()
+        self._renamed: set[str] = set()
         self._indigestible: set[str] = set()
         """What the server answers again and again to some items, while it takes others."""
 
@@ -152,7 +151,7 @@ class Runs:
         if run.info.lifecycle_stage == "deleted":
             self._client.restore_run(run_id)
             which = "the study" if trial is None else f"trial {trial}"
-            self._say(f"tracking: the run of {which} was deleted, but is still written to: it is restored")
+            log.warning(f"tracking: the run of {which} was deleted, but is still written to: it is restored")
         if self._making and "hpo.making" not in run.data.tags:
             self._client.set_tag(run_id, "hpo.making", self._making)
         return run_id
@@ -255,9 +254,9 @@ class Runs:
 
     def _legal(self, name: str) -> str:
         legal = legal_name(name)
-        if legal != name and name not in self._said:
-            self._said.add(name)
-            self._say(f"tracking: MLflow does not take the name {name!r:.80}: there it is {legal!r}")
+        if legal != name and name not in self._renamed:
+            self._renamed.add(name)
+            log.warning(f"tracking: MLflow does not take the name {name!r:.80}: there it is {legal!r}")
         return legal
 
 
