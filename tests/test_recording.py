@@ -5,6 +5,7 @@ Shapes: K slots, B rows.
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from hpo.errors import Interrupted
 from hpo.stacks import recording, vmap_step
+from hpo.stacks.candidate import NotStackable
 from hpo.stacks.recording import CudaReplay, EpochReplay, Run
 from hpo.stacks.state import StackState
 from hpo.stacks.vmap_stack import VmapStack
@@ -25,6 +27,7 @@ from hpo.training.loop import order, train
 from hpo.training.loop_stack import LoopStack
 from hpo.training.memory import is_out_of_memory
 from hpo.training.stack import Member, SingleStack, Stack, Task
+from tests.cli import invoke, summary
 from tests.graphs import Capture, Graph, NoWaiting, graphs  # noqa: F401  # a fixture
 from tests.stacking import (
     CPU,
@@ -476,3 +479,68 @@ def test_many_steps_that_are_not_the_steps_are_found_and_not_used(
         assert losses == pytest.approx(Stack.epoch(reference, batches, rows, lambda: False), abs=1e-12)
     assert made.path is not None
     assert made.path.startswith(f"{REPLAYED}; step by step: 8 steps at once differ in the ")
+
+
+def test_a_whole_study_is_the_same_replayed_its_refit_too(
+    request: pytest.FixtureRequest, study: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "trials: 4\nepochs: 3\nstack: 4\nsampler: random\n"
+    space = "params: {learning_rate: {type: float, low: 0.001, high: 0.1, log: true}}\n"
+    plain = summary(invoke("run", study(f"name: plain\n{text}{space}"), "--json"))
+    request.getfixturevalue("graphs")
+    monkeypatch.setattr("hpo.runner.refit.records", lambda device: True)
+    said = invoke("run", study(f"name: replayed\n{text}{space}"), "--json")
+    replayed = summary(said)
+    assert f"stacks run {REPLAYED}" in said
+    assert replayed["best"]["params"] == plain["best"]["params"]
+    assert replayed["best"]["value"] == pytest.approx(plain["best"]["value"], rel=1e-5)
+    assert replayed["test"] == pytest.approx(plain["test"], rel=1e-5)
+    assert len(Graph.made[-1].calls) > 0
+    assert Graph.made[-1].n_replays >= 3, "the refit's steps are replayed too"
+
+
+def test_a_refit_that_cannot_be_stacked_is_trained_alone(study: Callable[..., Path], graphs: type[Capture]) -> None:  # noqa: F811
+    path = study("trials: 1\nepochs: 2\nstack: 1\nparams: {optimizer: adadelta}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hpo.runner.refit.records", lambda device: True)
+        assert summary(invoke("run", path, "--json"))["bundle"] is not None
+
+
+class Tf32(VmapStack):
+    """A stack that computes as a GPU would with TF32: what it multiplies has 10 bits after the point."""
+
+    def _wrong(self, alone: Any) -> dict[int, str]:
+        state = self._slots.state
+        rounded = {name: round_to_10_bits(x) for name, x in state.weights.items()}
+        self._slots.state = state._replace(weights=rounded)
+        try:
+            return super()._wrong(alone)
+        finally:
+            self._slots.state = state
+
+
+def round_to_10_bits(x: Tensor) -> Tensor:
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
+
+
+class Single(Built):
+    def build(self, params: Any, info: Any) -> nn.Module:
+        return super().build(params, info).float()
+
+
+@pytest.mark.parametrize(("precision", "joins"), [("tf32", True), ("float32", False)])
+def test_tf32_is_no_reason_against_a_stack_where_it_is_asked_for(precision: Any, joins: bool) -> None:
+    wide = lambda params: nn.Sequential(nn.Linear(6, 300), nn.Tanh(), nn.Linear(300, 1))  # noqa: E731
+    objective = Single(wide)
+    rows = sines(64)
+    example = Split(inputs={"x": 10 * rows.inputs["x"].float()}, targets=rows.targets.float())
+    settings = Task(objective=objective, info=INFO, device=CPU, n_rows=64, epochs=1, precision=precision)
+    made, refused = Tf32(settings, 4, example), 0
+    for member in members():
+        try:
+            made.join(member)
+        except NotStackable as error:
+            assert "its outputs in a stack are not those alone" in str(error)
+            refused += 1
+    assert refused == (0 if joins else 4)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ from hpo.export.bundle import FILES, Model, export
 from hpo.log import log
 from hpo.runner.custom import TrialReporter, train_custom
 from hpo.runner.prepare import OUTPUT, Plan
-from hpo.runner.worker import chosen_before
+from hpo.runner.worker import EXAMPLE_ROWS, chosen_before
 from hpo.search import schema
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
+from hpo.stacks.candidate import NotStackable
+from hpo.stacks.cost import records
+from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.data import Data
 from hpo.tracking.base import Tracker
 from hpo.tracking.leftovers import left_behind
@@ -26,6 +30,7 @@ from hpo.training.batches import Batches, make_batches
 from hpo.training.evaluation import evaluate
 from hpo.training.loop import Results, train
 from hpo.training.loop_stack import LoopStack
+from hpo.training.memory import free_all, is_out_of_memory
 from hpo.training.stack import Member, SingleStack, Stack, Task
 from hpo.training.torch_settings import torch_settings
 
@@ -211,6 +216,23 @@ def _refit(
     plan: Plan, task: Task, best: Best, batches: Batches, epochs: int, stopping: Callable[[], bool]
 ) -> nn.Module:
     """Return a network of `best`'s params and seed, trained on `batches` for so many epochs."""
+    again = partial(_trained_alone, plan, best, batches, epochs, stopping)
+    if records(task.device):  # a stack of one, whose step is replayed: a step by torch.optim takes as long as hundreds
+        try:
+            return again(VmapStack(task, 1, batches.head(EXAMPLE_ROWS), "graph"))
+        except NotStackable:
+            pass
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        free_all(task.device)
+    return again(LoopStack(task))
+
+
+def _trained_alone(
+    plan: Plan, best: Best, batches: Batches, epochs: int, stopping: Callable[[], bool], stack: Stack
+) -> nn.Module:
+    """Return a network of `best`'s params and seed, trained in an empty `stack`. Raises ExportError, Interrupted."""
     member = Member(number=best.number, seed=best.seed, params=best.params)
     queue = [member]
     network = None
@@ -220,12 +242,14 @@ def _refit(
         loss = results[member]["train_loss"]
         if member.fault is None and not math.isfinite(loss):
             member.fault = f"train_loss became {loss} in epoch {member.epoch}"
-        if member.fault is None:  # a member that ran out of memory when it was built has none
+        if (
+            member.fault is None and member.epoch == epochs
+        ):  # a member that ran out of memory when it was built has none
             network = stack.module(member)
         return results  # one with a fault leaves anyway
 
     train(
-        SingleStack(LoopStack(task)),
+        SingleStack(stack),
         batches,
         None,
         epochs=epochs,

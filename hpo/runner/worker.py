@@ -40,7 +40,8 @@ WAIT_SECONDS = 1.0
 """How often to look again while all that is left of a study is with other workers."""
 ROUNDS = 4
 """Into how many rounds `stack: auto` divides a study at the least whose sampler learns from the trials before."""
-_EXAMPLE_ROWS = 8
+EXAMPLE_ROWS = 8
+"""How many rows networks are tried on before they join a stack."""
 _DRAWS = 64
 INTERRUPTED = "interrupted; the running trials were given back, run the same command again to resume"
 
@@ -148,7 +149,7 @@ class _Worker:
         self._train, self._valid = (
             make_batches(split, preprocess, plan.device, plan.spec.loading) for split in (data.train, data.valid)
         )
-        self._example = self._train.head(_EXAMPLE_ROWS)
+        self._example = self._train.head(EXAMPLE_ROWS)
         self._trials = trials
         self._once = Once()
         self._paths: set[str] = set()

@@ -1,14 +1,22 @@
 """What training in stacks costs: the one place for what sizing, the pool, and padding assume of it."""
 
+import math
+
 import torch
 
-STEPS_THAT_PAY = 10_000
-"""How many steps of a stack pay for compiling it: that takes some 5 s, and saves about half a millisecond a step."""
+STEPS_THAT_PAY = {"cpu": 10_000, "cuda": 100_000}
+"""How many steps of a stack pay for compiling it, by the type of the device; elsewhere it is not worth a try.
+
+On a CPU compiling takes some 5 s, and saves about half a millisecond a step. On CUDA, where an uncompiled step is
+replayed too, it is 15 to 40 s for a quarter of a millisecond: an estimate, which benchmarks/gpu.py is to replace.
+"""
+SIZES = {"cpu": (1, 4, 16, 64, 256), "mps": (1, 4, 16, 64, 256), "cuda": (1, 4, 16, 64, 256, 1024, 4096)}
+"""How many trials at once `stack: auto` tries, by the type of the device."""
 
 
-def compile_pays(n_steps: float) -> bool:
+def compile_pays(n_steps: float, device: torch.device) -> bool:
     """Whether a stack that has so many steps to do is faster if it is compiled, the time to compile it counted."""
-    return n_steps >= STEPS_THAT_PAY
+    return n_steps >= STEPS_THAT_PAY.get(device.type, math.inf)
 
 
 def power_of_two(n: int) -> int:

@@ -158,4 +158,4 @@ class Pool(Stacks):
         share = min(self._shared, n_members / max(n_members, self.capacity - self.free))
         rounds = 1 + math.floor(self._ahead() * share / capacity)
         n_steps = rounds * self._task.epochs * stack.steps_per_epoch
-        return "compiled" if compile_pays(n_steps) else "graph"
+        return "compiled" if compile_pays(n_steps, self._task.device) else "graph"

@@ -18,7 +18,7 @@ from torch import nn
 
 from hpo.errors import Interrupted
 from hpo.stacks.candidate import Candidate, NotStackable, candidate
-from hpo.stacks.cost import compile_pays, power_of_two
+from hpo.stacks.cost import SIZES, compile_pays, power_of_two
 from hpo.stacks.padding import Padder, Padding, PaddingPlan
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.stacks.vmap_step import Execution
@@ -30,7 +30,6 @@ from hpo.training.memory import TO_LOOK_AT, Within, free_bytes, is_out_of_memory
 from hpo.training.stack import Member, Stack, Task
 from hpo.training.torch_settings import torch_settings
 
-SIZES = (1, 4, 16, 64, 256)
 SHORT_SECONDS = 20.0
 """What takes no longer than this one at a time is trained so: to measure and to compile takes about as long."""
 AS_GIVEN = "as the study says"
@@ -104,11 +103,11 @@ class Sizing:
         if not self.draws:
             return StackSize(why=_TOO_LARGE)
         n_steps = self.n_trials * self._n_steps(self.draws[0])
-        if capacity == 1 and (not compile_pays(n_steps) or self._has_large_steps()):
+        if capacity == 1 and (not compile_pays(n_steps, self.task.device) or self._has_large_steps()):
             return StackSize(why=AS_GIVEN)
         shared = self._shared(self._groups("fine")[0])
         if capacity == 1:
-            return StackSize(stacked=compile_pays(n_steps * shared), shared=shared, why=AS_GIVEN)
+            return StackSize(stacked=compile_pays(n_steps * shared, self.task.device), shared=shared, why=AS_GIVEN)
         room = self.room()
         why = AS_GIVEN
         if room < min(capacity, self.n_trials):
@@ -193,7 +192,7 @@ class Sizing:
         shared = self._shared(groups)
         alone = sum(self._seconds_alone(each.member) for each in common[:_ALONE]) / len(common[:_ALONE])
         before, measured = 0.0, 0
-        for k in SIZES:
+        for k in SIZES[self.task.device.type]:
             n = max(1, round(k * shared))
             if k > most or time.monotonic() > deadline:
                 return
@@ -222,7 +221,9 @@ class Sizing:
         """Return the time to make a stack of `group`, and that of all its trials; None where there is no memory."""
         params = group[0].member.params
         rounds = max(1, round(self.n_trials / capacity))
-        execution: Execution = "compiled" if compile_pays(rounds * shared * self._n_steps(params)) else "graph"
+        execution: Execution = (
+            "compiled" if compile_pays(rounds * shared * self._n_steps(params), self.task.device) else "graph"
+        )
         start = time.perf_counter()
         try:
             stack = VmapStack(self.task, power_of_two(len(group)), self.example, execution, padder)
