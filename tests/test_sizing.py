@@ -184,7 +184,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let everything be measured in earnest, however short it is."""
     monkeypatch.setattr(sizing, "SHORT_SECONDS", 0.0)
     monkeypatch.setattr(sizing, "_SHARE", 1e9)
-    monkeypatch.setattr(sizing, "SIZES", (1, 4))
+    monkeypatch.setattr(sizing, "SIZES", {"cpu": (1, 4)})
 
 
 @pytest.mark.parametrize("schedule", ["constant", "one_cycle"])
