@@ -242,9 +242,7 @@ def _trained_alone(
         loss = results[member]["train_loss"]
         if member.fault is None and not math.isfinite(loss):
             member.fault = f"train_loss became {loss} in epoch {member.epoch}"
-        if (
-            member.fault is None and member.epoch == epochs
-        ):  # a member that ran out of memory when it was built has none
+        if member.fault is None and member.epoch == epochs:
             network = stack.module(member)
         return results  # one with a fault leaves anyway
 
