@@ -180,6 +180,7 @@ def test_the_surface_is_frozen() -> None:
         "start_with",
         "storage",
         "tracking",
+        "output",
         "device",
         "precision",
         "deterministic",

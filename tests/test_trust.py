@@ -138,6 +138,9 @@ def test_losses_by_path_are_code_too():
         {"tracking": "http://127.0.0.1:9/${HF_TOKEN}"},
         {"tracking": "http://127.0.0.1:9/"},
         {"tracking": "sqlite:////elsewhere/m.db"},
+        {"output": "${HF_TOKEN}"},
+        {"output": "/elsewhere"},
+        {"output": "inside/../../elsewhere"},
     ],
     ids=str,
 )

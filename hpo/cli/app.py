@@ -162,7 +162,9 @@ def status(study: Study, trials: Trials = None, storage: Storage = None, set_: S
 def export(
     study: Study,
     trial: Annotated[int | None, typer.Option(help="A trial's number; default: the best.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The folder to write; default: mlruns/bundles/<name>.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to write; default: bundles/<name> in the study's `output`.")
+    ] = None,
     storage: Storage = None,
     tracking: Tracking = None,
     device: Device = None,

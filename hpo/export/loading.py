@@ -13,8 +13,8 @@ MODEL = "model.torchscript.pt"
 def load_bundle(path: str | Path) -> torch.nn.Module:
     """Return the model of a bundle, in evaluation mode on the CPU: raw inputs (B, ...) -> predictions (B, ...).
 
-    `path` is the bundle's folder (`study.bundle`, `mlruns/bundles/<name>`), or the TorchScript file in it. Several
-    inputs are given by name or in their order, which bundle.json has.
+    `path` is the bundle's folder (`study.bundle`; by default `mlruns/bundles/<name>`), or the TorchScript file in it.
+    Several inputs are given by name or in their order, which bundle.json has.
 
     Raises InputError where there is no bundle, or its file cannot be read.
 
@@ -26,7 +26,7 @@ def load_bundle(path: str | Path) -> torch.nn.Module:
     file = Path(path)
     file = file / MODEL if file.is_dir() else file
     if not file.is_file():
-        raise InputError(f"{path}: no bundle is there (no {MODEL}); `hpo export` makes one, in mlruns/bundles/<study>")
+        raise InputError(f"{path}: no bundle is there (no {MODEL}); `hpo export` makes one")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.jit.*")  # deprecated, and what the bundle is

@@ -1,4 +1,4 @@
-"""What a study keeps of its networks on disk, in `mlruns/checkpoints/<study>/`: a trial's checkpoint, the best weights.
+"""What a study keeps of its networks, in `<output>/checkpoints/<study>/`: a trial's checkpoint, the best weights.
 
     place-N.pt   what the trial that holds slot N of the budget resumes from
     best.pt      the weights of the best trial's best epoch
@@ -22,7 +22,7 @@ from torch import Tensor
 from hpo.errors import HpoError
 from hpo.log import log
 from hpo.processes import this_process
-from hpo.runner.prepare import OUTPUT, Plan
+from hpo.runner.prepare import Plan
 from hpo.search import schema
 from hpo.search.search import Claim, Search
 from hpo.search.view import Best, StudyView
@@ -69,7 +69,7 @@ class Checkpoint:
 
 def folder_of(plan: Plan) -> Path:
     """Return the study's folder of weights."""
-    return OUTPUT / "checkpoints" / plan.spec.name
+    return plan.output / "checkpoints" / plan.spec.name
 
 
 def file_of(plan: Plan, claim: Claim) -> Path:

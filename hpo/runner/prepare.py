@@ -5,6 +5,7 @@ all faults of the file at once. `load_data` then looks at the data, `preflight` 
 storage or the tracker.
 """
 
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +28,6 @@ from hpo.study.spec import StudySpec
 from hpo.study.trust import unnamed_code
 from hpo.tracking.base import check_address
 from hpo.training.stack import Task
-
-OUTPUT = Path("mlruns")
-"""The folder of all output, in the current one."""
-
 
 Given = Objective | type[Objective] | Callable[[Any], Any]
 """An objective that a study written in Python brings: an instance, its class, or a plain Optuna function."""
@@ -69,6 +66,11 @@ class Plan:
     def metric_key(self) -> str:
         """The metric's name among those that are reported of an epoch."""
         return self.metric if self.function is not None else f"valid_{self.metric}"
+
+    @property
+    def output(self) -> Path:
+        """The folder for checkpoints, bundles and what could not be sent yet."""
+        return Path(self.spec.output)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -140,6 +142,8 @@ def _check(draft: Draft, spec: StudySpec, folder: Path, given: Given | None) -> 
         check_address(spec.tracking)
     except InputError as error:
         faults.append(Fault(path=("tracking",), message=str(error)))
+    if os.path.exists(spec.output) and not os.path.isdir(spec.output):
+        faults.append(Fault(path=("output",), message=f"must be a folder, but {spec.output} is a file"))
     _pruner, more = make_pruner(spec.pruner, spec.epochs)
     faults += more
     objective, more = _objective(spec, folder, given)

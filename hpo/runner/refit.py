@@ -14,7 +14,7 @@ from hpo.errors import ExportError, HpoError, Interrupted, masked
 from hpo.export.bundle import FILES, Model, export
 from hpo.log import log
 from hpo.runner.custom import TrialReporter, train_custom
-from hpo.runner.prepare import OUTPUT, Plan
+from hpo.runner.prepare import Plan
 from hpo.runner.worker import EXAMPLE_ROWS, chosen_before
 from hpo.search import schema
 from hpo.search.search import Search
@@ -34,8 +34,6 @@ from hpo.training.memory import free_all, is_out_of_memory
 from hpo.training.stack import Member, SingleStack, Stack, Task
 from hpo.training.torch_settings import torch_settings
 
-UNSENT = OUTPUT / "unsent"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -48,9 +46,15 @@ class Outcome:
     parity: float | None
 
 
-def bundle_folder(plan: Plan) -> Path:
-    """Return where the study's bundle goes."""
-    return OUTPUT / "bundles" / plan.spec.name
+def bundle_folder(plan: Plan, number: int | None = None) -> Path:
+    """Return where the study's bundle goes, or that of its trial `number`."""
+    name = plan.spec.name if number is None else f"{plan.spec.name}-trial-{number}"
+    return plan.output / "bundles" / name
+
+
+def unsent_folder(plan: Plan) -> Path:
+    """Return where what the tracker has not taken yet is kept, of all studies."""
+    return plan.output / "unsent"
 
 
 def outcome(search: Search, best: Best | None) -> Outcome | None:
@@ -116,7 +120,7 @@ def tracker_of(plan: Plan, search: Search) -> Tracker:
     if schema.OWN_RUNS not in search.attrs and search.view().n_claimed == 0:
         search.remember(schema.OWN_RUNS, True)
     adopts = schema.OWN_RUNS not in search.attrs
-    return open_tracker(plan.spec.tracking, plan.spec.name, UNSENT, making=search.making, adopts=adopts)
+    return open_tracker(plan.spec.tracking, plan.spec.name, unsent_folder(plan), making=search.making, adopts=adopts)
 
 
 def begin_tracking(plan: Plan, search: Search) -> None:
@@ -154,7 +158,7 @@ def settle_runs(plan: Plan, search: Search, always: bool = False) -> None:
     ended = _tracked(plan, seen, "COMPLETE")
     elsewhere = tracked is not None and tracked["tracking"] != ended["tracking"]
     all_told = elsewhere or tracked == ended or not over
-    if all_told and not always and not left_behind(UNSENT, plan.spec.name, search.making):
+    if all_told and not always and not left_behind(unsent_folder(plan), plan.spec.name, search.making):
         return
     tracker = tracker_of(plan, search)
     tracker.reconcile(seen.ends)

@@ -23,7 +23,7 @@ from hpo.runner.joining import join_stored
 from hpo.runner.launch import StudyMonitor, Workers, gpus, how_many
 from hpo.runner.opening import load_data, open_study, source_differs
 from hpo.runner.preflight import preflight
-from hpo.runner.prepare import OUTPUT, Plan
+from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
 from hpo.runner.ray_workers import RayWorkers
 from hpo.runner.refit import (
@@ -149,9 +149,9 @@ def _workers(plan: Plan, search: Search, file: StudyFile, options: WorkerOptions
     """Return `n` processes that are to train, here or on Ray."""
     if options.ray is None:
         return Workers(file.command(), n, gpus(plan), search)
-    addresses = {key: json.dumps(getattr(plan.spec, key)) for key in ("storage", "tracking")}
+    places = {key: json.dumps(getattr(plan.spec, key)) for key in ("storage", "tracking", "output")}
     named = [code for _, code in code_references(plan.spec)]
-    share = partial(join_stored, plan.spec.name, {**file.overrides, **addresses}, named)
+    share = partial(join_stored, plan.spec.name, {**file.overrides, **places}, named)
     per_worker = 0.0 if plan.spec.device == "cpu" and options.gpus_per_worker is None else options.gpus_per_worker
     return RayWorkers(options.ray, n, per_worker, share)
 
@@ -235,10 +235,9 @@ def export(plan: Plan, search: Search, seen: StudyView, number: int | None, fold
     data = load_data(plan, search)
     if data is None:
         raise InputError(f"objective {plan.spec.objective} is a function: it has no model to export")
-    default = bundle_folder(plan) if number is None else OUTPUT / "bundles" / f"{plan.spec.name}-trial-{number}"
     with signals() as stopping:
         search.storage.interrupt = stopping.requested
-        return finish(plan, data, search, best, folder or default, stopping.requested)
+        return finish(plan, data, search, best, folder or bundle_folder(plan, number), stopping.requested)
 
 
 def _no_such_trial(seen: StudyView, study: str, number: int | None) -> str:

@@ -225,6 +225,12 @@ class StudySpec(Frozen):
     Values: a server's address, a database's, or `off`. Default: `sqlite:///mlruns/mlflow.db`.
     Example: `tracking: http://mlflow:5000`
     """
+    output: str = "mlruns"
+    """The folder for checkpoints, bundles and what MLflow has not taken yet: below it, each study has its own.
+
+    Values: a folder, from the working folder on or absolute. Default: `mlruns`.
+    Example: `output: /scratch/me/results`
+    """
     device: str = "auto"
     """What trials are trained on.
 
@@ -293,6 +299,13 @@ class StudySpec(Frozen):
         for why in _wrong_names(catch):
             raise ValueError(why)
         return catch
+
+    @field_validator("output")
+    @classmethod
+    def _folder(cls, output: str) -> str:
+        if not output.strip() or "\0" in output:
+            raise ValueError(f"must be a folder, but got {_cut(output)!r}")
+        return output
 
     @field_validator("name")
     @classmethod

@@ -5,6 +5,7 @@ only where its user names the same code, or trusts the storage. Passwords and va
 """
 
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import PurePath
 from typing import Any
 
 from hpo.errors import Fault, InputError
@@ -42,7 +43,8 @@ def unnamed_code(spec: StudySpec, document: Document, named: Collection[str]) ->
 def require_harmless(study: str, values: Mapping[str, Any], overrides: Collection[str]) -> None:
     """Raise InputError where a stored study file sends or reads what its writer should not choose.
 
-    That is a tracking address, which gets the worker's credentials, and environment variables outside of `options`.
+    That is a tracking address, which gets the worker's credentials, a folder to write to outside of the worker's own,
+    and environment variables outside of `options`.
     """
     for path, value in _not_given(values, overrides):
         if path[0] == "options":
@@ -52,11 +54,22 @@ def require_harmless(study: str, values: Mapping[str, Any], overrides: Collectio
                 f"study {study!r}: the storage names the tracking address {value!r}; repeat it with --tracking, give "
                 "another one (or off), or pass --trust-storage"
             )
+        if path[0] == "output" and not _is_inside(value):
+            raise InputError(
+                f"study {study!r}: the storage names the folder {value!r} to write to; give one with --set output=, or "
+                "pass --trust-storage"
+            )
         if isinstance(value, str) and "${" in value:
             raise InputError(
                 f"study {study!r}: the storage asks for this machine's variables in {dotted(path)}, {value!r}; give it "
                 f"with {_option(path)}, or pass --trust-storage"
             )
+
+
+def _is_inside(folder: Any) -> bool:
+    """Whether a folder is below the working folder."""
+    path = PurePath(str(folder))
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def require_passwords(study: str, values: Mapping[str, Any], overrides: Collection[str]) -> None:

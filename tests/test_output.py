@@ -1,0 +1,102 @@
+"""`output`: where checkpoints, bundles and what could not be sent go, whoever writes or looks for them."""
+
+import signal
+import sqlite3
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+import hpo
+from tests.cli import invoke, refused, summary
+from tests.conftest import run_hpo, start_hpo
+
+ELSEWHERE = "output: elsewhere\nstorage: sqlite:///elsewhere/optuna.db\n"
+Write = Callable[..., Path]
+
+
+def files(pattern: str) -> list[str]:
+    return sorted(str(path) for path in Path("elsewhere").glob(pattern))
+
+
+def test_nothing_is_written_into_mlruns_and_all_is_found_again(study: Write) -> None:
+    path = study(f"{ELSEWHERE}tracking: sqlite:///elsewhere/mlflow.db\n")
+    bundle = "elsewhere/bundles/study"
+    assert summary(invoke("run", path, "--json"))["bundle"] == bundle
+    assert files("checkpoints/study/*") == ["elsewhere/checkpoints/study/best.pt"]
+    assert summary(invoke("status", path, "--json"))["bundle"] == bundle
+    assert hpo.open_study(path).bundle == Path(bundle)
+    assert summary(invoke("export", path, "--json"))["bundle"] == bundle
+    assert summary(invoke("export", path, "--trial", "0", "--json"))["bundle"] == f"{bundle}-trial-0"
+    assert files("bundles/*/model.pt") == [f"{bundle}-trial-0/model.pt", f"{bundle}/model.pt"]
+    invoke("repair", path)
+    assert not Path("mlruns").exists()
+
+
+def test_it_is_no_part_of_what_a_study_is(study: Write) -> None:
+    invoke("run", study("storage: sqlite:///s.db"))
+    again = summary(invoke("run", study("storage: sqlite:///s.db\noutput: elsewhere\ntrials: 4\n"), "--json"))
+    assert again["trials"]["complete"] == 4
+    assert again["bundle"] == "elsewhere/bundles/study"
+
+
+def test_the_api_takes_it_too(study: Write) -> None:
+    study()
+    done = hpo.run({"objective": "linear.py"}, output="elsewhere", storage="sqlite:///s.db", tracking="off", trials=1)
+    assert done.bundle == Path("elsewhere/bundles/linear")
+    assert not Path("mlruns").exists()
+
+
+def test_what_could_not_be_sent_is_kept_there_and_sent_from_there(study: Write) -> None:
+    path = study(f"{ELSEWHERE}trials: 1\ntracking: sqlite:///elsewhere/mlflow.db\n")
+    done = run_hpo("run", path, "--tracking", "http://127.0.0.1:9/")
+    assert done.returncode == 0, done.stderr
+    assert files("unsent/study/*.sqlite")
+    assert "all 1 trials are done" in run_hpo("run", path).stdout
+    assert not files("unsent/*")
+    with closing(sqlite3.connect("elsewhere/mlflow.db")) as db:
+        assert db.execute("select name, status from runs order by name").fetchall() == [
+            ("study", "FINISHED"),
+            ("trial 0", "FINISHED"),
+        ]
+    assert not Path("mlruns").exists()
+
+
+def wait_for_epochs(seconds: float = 90) -> None:
+    """Wait until some epochs are reported, so that each worker is in the middle of a trial, or nearly."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if Path("elsewhere/optuna.db").is_file():
+            with closing(sqlite3.connect("elsewhere/optuna.db", timeout=30)) as db:
+                try:
+                    if db.execute("select count(*) from trial_intermediate_values").fetchone() > (3,):
+                        return
+                except sqlite3.OperationalError:
+                    pass  # its tables are not made yet
+        time.sleep(0.2)
+    raise AssertionError("no trial has reported an epoch")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_second_run_resumes_from_its_checkpoints(study: Write, workers: int) -> None:
+    path = study(f"{ELSEWHERE}epochs: 60\nstack: 1\npruner: none\n")
+    process = start_hpo("run", path, "--workers", workers, LINEAR_SECONDS="0.05")
+    wait_for_epochs()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert files("checkpoints/study/place-*.pt")
+    again = run_hpo("run", path, "--workers", workers)
+    assert again.returncode == 0, again.stderr
+    assert "resumes after epoch" in again.stdout
+    assert files("checkpoints/study/*") == ["elsewhere/checkpoints/study/best.pt"]
+    assert not Path("mlruns").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"), [("''", "must be a folder, but got ''"), ("linear.py", "linear.py is a file")]
+)
+def test_what_is_no_folder_is_refused(study: Write, text: str, why: str) -> None:
+    assert why in refused("check", study(f"output: {text}\n"))
