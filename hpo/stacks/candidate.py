@@ -60,7 +60,8 @@ class RecordingParams(Mapping[str, Any]):
 class Candidate:
     """A member with its network padded, before it joins a stack.
 
-    `probe` is the same network with other weights, padded too, and `outputs` what it gave alone on the stack's example:
+    `padded` is on the CPU, whence many are copied at once. `probe`, on the device, is the same network with other
+    weights, padded too, and `outputs` what it gave alone on the stack's example:
     an initialisation may hide what padding does to a network (a last layer of zeros hides all that is before it).
     `reads` are the params that the loss reads there, `activations` the bytes that all layers give for one row.
     """
@@ -79,7 +80,7 @@ class Candidate:
         params, module, shapes = self.member.params, self.padded.module, self.padded.shapes
         n_states = len(stacked_optim.state_names(str(params["optimizer"]).lower(), params))
         copies = 5 + 2 * n_states  # old, new, the best, gradient, mask; each state old and new
-        if any(records(w.device) for w in module.parameters()):
+        if any(records(w.device) for w in self.probe.module.parameters()):
             copies += _TO_RECORD * (1 + n_states)
         weights = sum(math.prod(shapes[n]) * w.element_size() for n, w in module.named_parameters())
         batch_size: int = params["batch_size"]
@@ -113,7 +114,7 @@ def candidate(task: Task, member: Member, padder: Padder, example: Split) -> Can
         raise NotStackable("its forward changes the module's own attributes")
     return Candidate(
         member=member,
-        padded=padder(task.build(member).train(), member.params),
+        padded=padder(task.drawn(member).train(), member.params),
         probe=padder(probe.train(), member.params),
         outputs=outputs,
         reads=sorted(reads.names),

@@ -103,24 +103,32 @@ class Slots:
         self._kept = {name: moved(tensor) for name, tensor in self._kept.items()}
         self._taken, self._live = [*members, *[None] * (capacity - len(members))], None
 
-    def fill(self, slot: int, member: Member, padded: PaddedModule) -> None:
-        """Put `member` with its network into a slot, at the beginning of its training."""
-        own = padded.own_tensors()
-        regions = {name: tuple(slice(0, size) for size in tensor.shape) for name, tensor in own.items()}
-        self._regions[member] = {key: (name, regions[name]) for key, name in padded.names.items()}
+    def fill(self, networks: Mapping[int, tuple[Member, PaddedModule]]) -> None:
+        """Put members with their networks into slots, at the beginning of their training.
+
+        Of each tensor all members' rows are put together where the networks are, and copied at once.
+        """
         state = self.state
+        own = [padded.own_tensors() for _, padded in networks.values()]
+        for (member, padded), tensors in zip(networks.values(), own, strict=True):
+            regions = {name: tuple(slice(0, size) for size in tensor.shape) for name, tensor in tensors.items()}
+            self._regions[member] = {key: (name, regions[name]) for key, name in padded.names.items()}
+        slots = torch.tensor(list(networks), device=self._device)
         with torch.no_grad():
             for name, rows in (*state.weights.items(), *state.buffers.items()):
-                mask = state.masks.get(name)
-                _fill_row(rows[slot], own.get(name), None if mask is None else mask[slot])
+                new, mask = _rows_of([tensors.get(name) for tensors in own], rows, name in state.masks)
+                rows.index_copy_(0, slots, new.to(self._device))
+                if mask is not None:
+                    state.masks[name].index_copy_(0, slots, mask.to(self._device))
             for states in state.optimizer.values():
                 for rows in states.values():
-                    rows[slot] = 0
-            state.t[slot] = 0
-            for name, value in hyperparameters(member.params).items():
-                state.hyper[name][slot] = value
+                    rows.index_fill_(0, slots, 0)
+            state.t.index_fill_(0, slots, 0)
+            hyper = [hyperparameters(member.params) for member, _ in networks.values()]
+            for name, rows in state.hyper.items():
+                rows.index_copy_(0, slots, rows.new_tensor([each[name] for each in hyper]))
             for name, rows in state.loss_hyper.items():
-                rows[slot] = member.params[name]
+                rows.index_copy_(0, slots, rows.new_tensor([member.params[name] for member, _ in networks.values()]))
 
     def tensors(self, member: Member) -> dict[str, Tensor]:
         """Return copies of a member's weights and buffers, by its network's own names."""
@@ -157,14 +165,21 @@ class Slots:
             state.t[slot] = resume["steps"]
 
 
-def _fill_row(row: Tensor, own: Tensor | None, mask: Tensor | None) -> None:
-    """Write a network's tensor into its region of a slot's row, zeros elsewhere; its mask is 1 there. None: no such."""
-    row.zero_()
-    if mask is not None:
-        mask.zero_()
-    if own is None:
-        return
-    region = tuple(slice(0, size) for size in own.shape)
-    row[region] = own
-    if mask is not None:
-        mask[region] = 1
+def _rows_of(own: Sequence[Tensor | None], rows: Tensor, masked: bool) -> tuple[Tensor, Tensor | None]:
+    """Return networks' tensors as rows (n, ...), each in its region, zeros elsewhere; and, if it is `masked`, the mask.
+
+    A mask is 1 in the region. None: a network has no such tensor.
+    """
+    there = [each for each in own if each is not None]
+    if len(there) == len(own) and all(each.shape == rows.shape[1:] for each in there):
+        new = torch.stack(there).to(rows.dtype)
+        return new, torch.ones_like(new) if masked else None
+    new = torch.zeros((len(own), *rows.shape[1:]), dtype=rows.dtype, device=there[0].device if there else rows.device)
+    mask = torch.zeros_like(new) if masked else None
+    for row, each in enumerate(own):
+        if each is not None:
+            region = tuple(slice(0, size) for size in each.shape)
+            new[row][region] = each
+            if mask is not None:
+                mask[row][region] = 1
+    return new, mask

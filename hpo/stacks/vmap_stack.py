@@ -118,7 +118,7 @@ class VmapStack(Stack):
     def open(self, first: Candidate) -> str | None:
         """Make this the stack of `first`'s signature, without taking it in; return why it cannot be stacked, if so."""
         self._slots.state = StackState.empty(first, self.capacity, self._task.device)
-        self._step = VmapStep(self._task, first.padded.module, first.member.params)
+        self._step = VmapStep(self._task, first.padded.module.to(self._task.device), first.member.params)
         self._signature = self._signature_of(first)
         try:
             reason = self._try_out(first, first.padded.module)
@@ -157,11 +157,12 @@ class VmapStack(Stack):
         refused = {each.member: _OTHER_STRUCTURE for each in candidates if each not in suitable}
         slots = {each: self._slots.take(each.member) for each in suitable}
         try:
-            for each, slot in slots.items():
-                self._slots.fill(slot, each.member, each.probe)
+            if slots:
+                self._slots.fill({slot: (each.member, each.probe) for each, slot in slots.items()})
             wrong = self._wrong({slot: each.outputs for each, slot in slots.items()})
+            if slots:
+                self._slots.fill({slot: (each.member, each.padded) for each, slot in slots.items()})
             for each, slot in slots.items():
-                self._slots.fill(slot, each.member, each.padded)
                 if each.member.resume is not None:
                     self._slots.restore(slot, each.member, each.member.resume)
         except BaseException:

@@ -44,11 +44,14 @@ class Task:
     """The exceptions that fail a trial, not the study."""
 
     def build(self, member: "Member") -> nn.Module:
-        """Return `member`'s network, its weights drawn from its seed. Raises TrialError."""
+        """Return `member`'s network on the device, its weights drawn from its seed. Raises TrialError."""
+        return self.drawn(member).to(self.device)
+
+    def drawn(self, member: "Member") -> nn.Module:
+        """Return `member`'s network on the CPU, its weights drawn from its seed. Raises TrialError."""
         torch.manual_seed(member.seed)
         with Within():
-            module = self.network(member.params)
-        return module.to(self.device)
+            return self.network(member.params)
 
     def network(self, params: Params) -> nn.Module:
         """Return a network of `params`, on the CPU. Raises TrialError where they are infeasible."""

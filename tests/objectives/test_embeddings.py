@@ -181,7 +181,7 @@ class Embedded(Objective):
 
 @pytest.mark.parametrize("kind", ["piecewise", "periodic"])
 @pytest.mark.parametrize("ensemble", [0, 2])
-def test_members_of_a_stack_differ_in_all_sizes_and_each_is_as_alone(kind, ensemble):
+def test_members_of_a_stack_differ_in_all_sizes_and_each_is_as_alone(kind, ensemble, said):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, 3, generator=generator, dtype=torch.float64)
     split = Split(inputs={"features": x}, targets=x.sin().sum(1, keepdim=True))
@@ -194,13 +194,12 @@ def test_members_of_a_stack_differ_in_all_sizes_and_each_is_as_alone(kind, ensem
     drawn = [*space.corners(), *space.draw(4, seed=1)]
     objective = type("Kind", (Embedded,), {"kind": kind})()
     task = Task(objective=objective, info=DataInfo(inputs={}, input_dtypes={}), device=CPU, n_rows=40, epochs=2)
-    said, seen = [], set()
+    seen = set()
     pool = Pool(
         task,
         len(drawn),
         split,
         PaddingPlan(space, lambda params: objective.build(params, task.info), "coarse"),
-        say=said.append,
     )
     curves = []
     for stacks in (SingleStack(LoopStack(task, len(drawn))), pool):
