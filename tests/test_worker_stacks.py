@@ -9,7 +9,10 @@ from mlflow import MlflowClient
 
 from hpo.runner.prepare import prepare
 from hpo.runner.worker import work
+from hpo.search import schema
+from hpo.search.away import StorageAway
 from hpo.search.opening import open_search
+from hpo.search.search import Search
 from hpo.stacks.sizing import Sizing, StackSize
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.tracking.base import MemoryTracker
@@ -204,3 +207,21 @@ def test_how_stacks_run_is_said_once_tagged_and_in_the_status(study) -> None:
         [client.get_experiment_by_name("paths").experiment_id], "tags.`hpo.stack_path` != ''"
     )
     assert parent.data.tags["hpo.stack_path"] == "captured"
+
+
+def test_a_storage_that_is_away_then_does_not_hold_up_training(study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How stacks run is stored as soon as the storage is back."""
+    real, refused = Search.remember, []
+
+    def remember(self: Search, key: str, value: object) -> None:
+        if key == schema.STACK_PATHS and len(refused) < 2:
+            assert self.storage.in_a_hurry(), "it would be waited for"
+            refused.append(key)
+            raise StorageAway("just now")
+        real(self, key, value)
+
+    monkeypatch.setattr(Search, "remember", remember)
+    path = study("trials: 4\nepochs: 4\nstack: 4\nsampler: random\n")
+    invoke("run", path)
+    assert len(refused) == 2
+    assert summary(invoke("status", path, "--json"))["stacks"] == ["captured"]

@@ -22,7 +22,8 @@ from hpo.runner.prepare import Plan, prepare
 from hpo.runner.progress import PlainProgress, Progress, ProgressState, Refresh, duration, shown, state_of
 from hpo.runner.refit import Outcome, outcome
 from hpo.runner.study import StudyFile, WorkerOptions
-from hpo.search import adoption, schema
+from hpo.runner.worker import stack_paths
+from hpo.search import adoption
 from hpo.search.search import Search
 from hpo.search.storage import serve_storage
 from hpo.search.view import Best, StudyView
@@ -205,7 +206,7 @@ def status(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
             over = search.seconds_left(plan.spec.timeout, seen)
             left = over if left is None else min(over, left)
         out.print(f"time used {duration(used)}" + (f", about {duration(left)} left" if left is not None else ""))
-        paths = search.attrs.get(schema.STACK_PATHS, [])
+        paths = stack_paths(search)
         for path in paths:
             out.print(f"stacks run {path}")
         return _summary(plan, seen, best, outcome(search, best)) | {"stacks": paths}

@@ -126,6 +126,12 @@ def chosen_before(plan: Plan, search: Search) -> StackSize | None:
     return None
 
 
+def stack_paths(search: Search) -> list[str]:
+    """Return how the study's stacks have run, as far as the storage holds a list of that."""
+    stored = search.attrs.get(schema.STACK_PATHS)
+    return [str(path) for path in stored] if isinstance(stored, list) else []
+
+
 def _where(plan: Plan) -> str:
     return f"{platform.node()} {plan.device}"
 
@@ -152,7 +158,8 @@ class _Worker:
         self._example = self._train.head(EXAMPLE_ROWS)
         self._trials = trials
         self._once = Once()
-        self._paths: set[str] = set()
+        self._paths: dict[str, bool] = {}
+        """How stacks have run, and whether that is stored."""
         self._stacks: Stacks | None = None
 
     @property
@@ -222,14 +229,18 @@ class _Worker:
     def _note_path(self, stack: Stack) -> None:
         """Say once how the steps of stacks run, and keep it with the study: what is slow has its reason there."""
         path = stack.path
-        if path is None or path in self._paths:
+        if path is None:
             return
-        self._paths.add(path)
-        log.info(f"stacks run {path}")
-        known = self._search.attrs.get(schema.STACK_PATHS, [])
-        if path not in known:
-            self._search.remember(schema.STACK_PATHS, [*known, path])
-        self._tracker.tag_study({"hpo.stack_path": " | ".join(sorted({*known, path}))})
+        if path not in self._paths:
+            self._paths[path] = False
+            log.info(f"stacks run {path}")
+            self._tracker.tag_study({"hpo.stack_path": " | ".join(self._paths)})
+        if not self._paths[path]:
+            with suppress(StorageAway), self._search.storage.at_once():  # no training waits for this
+                known = stack_paths(self._search)
+                if path not in known:
+                    self._search.remember(schema.STACK_PATHS, [*known, path])
+                self._paths[path] = True
 
     def _new_stacks(self) -> Stacks:
         """Return new, empty stacks of the size that was chosen."""
