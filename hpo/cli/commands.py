@@ -207,8 +207,8 @@ def status(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
             left = over if left is None else min(over, left)
         out.print(f"time used {duration(used)}" + (f", about {duration(left)} left" if left is not None else ""))
         paths = stack_paths(search)
-        for path in paths:
-            out.print(f"stacks run {path}")
+        for how in paths:
+            out.print(f"stacks run {how}")
         return _summary(plan, seen, best, outcome(search, best)) | {"stacks": paths}
 
 
