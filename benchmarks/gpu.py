@@ -102,7 +102,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))  # hpo may not be installed
     os.environ["PYTHONPATH"] = python_path()  # nor for workers
     given.seconds, out = given.seconds or SECONDS[given.part], given.out.resolve()
-    faulthandler.dump_traceback_later(given.seconds + GRACE, exit=True)
+    faulthandler.dump_traceback_later(given.seconds + GRACE, exit=True, file=sys.__stderr__)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name, chdir(name):
         device = torch.device("cuda:0" if given.device == "cuda" else "cpu")
         if device.type == "cpu":
