@@ -31,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -86,12 +87,18 @@ N_ALONE = 16
 """Of how many members a row of `widths` is the mean where they are trained one at a time."""
 
 
-def plan_of(name: str, device: str, trials: int = 1, stack: int = 1) -> Plan:
-    """Return the plan of a case's study, in the current folder."""
-    case, path = CASES[name], Path(f"study-{os.getpid()}.yaml")
+def spec_of(name: str, device: str, trials: int = 1, stack: int = 1) -> dict[str, Any]:
+    """Return a case's study, by study.yaml's keys."""
+    case = CASES[name]
     spec = {"name": name, "objective": case.objective, "epochs": case.epochs, "trials": trials, "metric": "loss"}
     spec |= {"sampler": "random", "pruner": "none", "stack": stack, "device": device}
-    path.write_text(json.dumps(spec | {"params": case.fixed | case.searched}))
+    return spec | {"params": case.fixed | case.searched}
+
+
+def plan_of(name: str, device: str, trials: int = 1, stack: int = 1) -> Plan:
+    """Return the plan of a case's study, in the current folder."""
+    path = Path(f"study-{os.getpid()}.yaml")
+    path.write_text(json.dumps(spec_of(name, device, trials, stack)))
     return prepare(path)
 
 
@@ -163,9 +170,15 @@ class Bench:
 def train_documented(name: str, device: str, threads: int, n: int, seconds: float) -> dict[str, float]:
     """The documented loop, one of n members after the other."""
     bench = Bench(name, device, threads)
-    members, loader = bench.members(n), bench.loader(bench.train, shuffle=True)
+    members = bench.members(n)
+    return _trained(bench, members, documented_epoch(bench, members, seconds))
+
+
+def documented_epoch(bench: Bench, members: list[Member], seconds: float) -> Callable[[], float]:
+    """Return what measures an epoch of the documented loop, of all members one after the other."""
+    loader = bench.loader(bench.train, shuffle=True)
     steps = [bench.documented(member.params)[1] for member in members]
-    return _trained(bench, members, lambda: sum(bench.epoch(lambda: loader, each, seconds / n) for each in steps))
+    return lambda: sum(bench.epoch(lambda: loader, each, seconds / len(members)) for each in steps)
 
 
 def train_ours(name: str, device: str, n: int, seconds: float, padding: str | None) -> dict[str, float]:
@@ -226,12 +239,19 @@ def matmul_speed(device: str) -> float:
 def study_documented(name: str, device: str, threads: int) -> dict[str, float]:
     """Plain Optuna over the documented loop, with MLflow."""
     import mlflow
-    import optuna
 
-    bench, spent = Bench(name, device, threads), {"epochs": 0.0}
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     mlflow.set_tracking_uri("sqlite:///mlflow.db")
     mlflow.set_experiment(name)
+    bench = Bench(name, device, threads)
+    return documented_study(bench, bench.case.trials[0], bench.case.epochs, mlflow)
+
+
+def documented_study(bench: Bench, n_trials: int, epochs: int, mlflow: Any) -> dict[str, float]:
+    """Plain Optuna over the documented loop in the current folder; `mlflow` None: tracked nowhere."""
+    import optuna
+
+    device, spent = bench.device, {"epochs": 0.0}
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     metrics = {key: metric.to(device) for key, metric in bench.objective.metrics().items()}
     loader, valid_loader = bench.loader(bench.train, shuffle=True), bench.loader(bench.valid)
 
@@ -257,18 +277,20 @@ def study_documented(name: str, device: str, threads: int) -> dict[str, float]:
     def objective(trial: optuna.Trial) -> float:
         params = bench.space.suggest(trial)
         model, step = bench.documented(params)
-        with mlflow.start_run(run_name=f"trial {trial.number}"):
-            mlflow.log_params(params)
-            for i in range(bench.case.epochs):
+        with mlflow.start_run(run_name=f"trial {trial.number}") if mlflow else nullcontext():
+            if mlflow:
+                mlflow.log_params(params)
+            for i in range(epochs):
                 values = epoch(model, step, params)
-                mlflow.log_metrics(values, step=i)
+                if mlflow:
+                    mlflow.log_metrics(values, step=i)
                 trial.report(values["loss"], i)
         return values["loss"]
 
     storage, sampler, pruner = "sqlite:///optuna.db", optuna.samplers.RandomSampler(0), optuna.pruners.NopPruner()
-    study = optuna.create_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
+    study = optuna.create_study(study_name="documented", storage=storage, sampler=sampler, pruner=pruner)
     start, cpu = time.perf_counter(), _cpu_seconds()
-    study.optimize(objective, n_trials=bench.case.trials[0])
+    study.optimize(objective, n_trials=n_trials)
     spent |= {"seconds": time.perf_counter() - start, "cpu": _cpu_seconds() - cpu}
     return spent | {"stacks": 0.0, "mib": _peak_mib()}
 
