@@ -79,7 +79,7 @@ print((model(rows["x"]).argmax(1) == rows["y"]).float().mean().item(), {"hpo", "
 """
 
 
-@pytest.mark.parametrize("imported", ["lightning", "pytorch_lightning"])
+@pytest.mark.parametrize("imported", ["lightning", pytest.param("pytorch_lightning", marks=pytest.mark.slow)])
 def test_a_whole_study_of_the_pages_code(folder: Path, imported: str) -> None:
     pytest.importorskip(imported, reason="lightning by its other name")
     output = invoke("run", write(("import lightning as", f"import {imported} as"), study=STUDY), "--json")
