@@ -71,13 +71,20 @@ def run_part(given: argparse.Namespace, card: Card, out: Path) -> list[Result]:
         save(given.part, card, out, results)
 
     def again(items: Sequence[Item], seconds: float) -> Sequence[Result]:
-        """Run the items after the last one in a new process."""
-        after = wanted[wanted.index(items[0]) - 1].name
+        """Run the last of the wanted items in a new process; one that ends it has failed, those after it run again."""
+        start, after = time.monotonic(), wanted[-len(items) - 1].name
         print(f"a new process for the items after {after}", file=sys.stderr, flush=True)
+        (out / "again" / f"{given.part}.json").unlink(missing_ok=True)
         options = ["--part", given.part, "--device", given.device, "--seconds", str(seconds), "--after", after]
         options += ["--small"] * given.small + (["--only", *given.only] if given.only else [])
-        subprocess.run([sys.executable, __file__, *options, "--out", str(out / "again")], stdout=subprocess.DEVNULL)
-        return saved(given.part, out / "again")
+        command = [sys.executable, __file__, *options, "--out", str(out / "again")]
+        status = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+        results = saved(given.part, out / "again")
+        if left := items[len(results) :]:
+            results.append(Result(name=left[0].name, state="FAILED", seen=f"its process ended with status {status}"))
+        if left[1:]:
+            results += again(left[1:], seconds - (time.monotonic() - start))
+        return results
 
     return run_all(wanted, card, end - time.monotonic(), write, part.spoilt, again)
 

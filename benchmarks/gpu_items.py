@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,15 @@ class Card:
         """Wait until the device has done what it was asked to."""
         if self.cuda:
             torch.cuda.synchronize(self.device)
+
+    @property
+    def dead(self) -> bool:
+        """Whether nothing can be asked of the device in this process any more: some errors of CUDA's are for good."""
+        try:
+            self.wait()
+        except Exception:
+            return True
+        return False
 
     def child(self, name: str, seconds: float, **environ: str) -> dict[str, Any]:
         """Return what the function `name` of gpu_children.py gives in a process of its own. Raises Wrong."""
@@ -212,7 +222,7 @@ def run_all(
 ) -> list[Result]:
     """Run `items` until `seconds` are over; `write` is given the results after each, so that a kill loses none.
 
-    Once this process is `spoilt` for those that are left, they are run `again`.
+    Once this process is `spoilt` for those that are left, or its device dead, they are run `again`.
     """
     end, results = time.monotonic() + seconds, list[Result]()
     for index, item in enumerate(items, start=1):
@@ -220,7 +230,7 @@ def run_all(
         last = results[-1]
         print(f"{last.state} | {last.seconds:.1f} s | {last.name} | {_short(last)}", file=sys.stderr, flush=True)
         write(results)
-        if spoilt() and items[index:]:
+        if items[index:] and (spoilt() or card.dead):
             results += again(items[index:], end - time.monotonic())
             write(results)
             break
@@ -241,6 +251,7 @@ def saved(part: str, out: Path) -> list[Result]:
     return [Result(**each) for each in json.loads(file.read_text())["items"]] if file.is_file() else []
 
 
+@cache
 def machine(card: Card) -> dict[str, Any]:
     """Return what figures are of."""
     return {

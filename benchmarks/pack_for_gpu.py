@@ -23,7 +23,7 @@ MOST = 60 * 2**20
 DATA = ("sklearn/cal_housing_py3.pkz", "sklearn/covertype/samples_py3", "sklearn/covertype/targets_py3")
 RAW = Path("torchvision/FashionMNIST/raw")
 IMAGES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-PACKAGES = ("optuna", "sqlalchemy", "alembic", "mako", "colorlog", "cmaes")
+PACKAGES = ("optuna", "sqlalchemy", "alembic", "mako", "colorlog", "cmaes", "psycopg", "psycopg-binary")
 """What hpo needs, and a machine with torch may lack, without what these need in turn: that is there."""
 WHOLE = "pydantic"
 """What comes with all that it needs: its core in the one version that it is made for, and small packages of types."""

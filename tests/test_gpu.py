@@ -3,7 +3,9 @@
 What only CUDA has runs on the stand-ins of `tests.graphs`, so that it has run before a GPU is there.
 """
 
+import argparse
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -394,6 +396,38 @@ def test_the_table_comes_last_and_the_status_says_whether_an_item_failed(
         assert "| item | state | s | ms | seen |" in table
         assert "it is / wrong" in table
         assert table.rstrip().endswith("2 ok, 3 FAILED, 1 skipped, 1 not applicable (cpu)")
+
+
+def test_what_is_left_runs_in_a_new_process_and_one_that_ends_that_has_failed(
+    card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process is a stand-in, which runs one item more, or ends before it has written anything."""
+    names = ["a", "b", "c", "d", "e"]
+    items = [Item(name=name, run=lambda card: "here") for name in names]
+    monkeypatch.setattr(gpu, "part_of", lambda name, card: gpu.Part(items=items, spoilt=lambda: True))
+    commands: list[list[str]] = []
+
+    def start(command: list[str], **more: Any) -> Any:
+        commands.append(command)
+        if len(commands) == 1:  # runs b, and dies in c
+            gpu_items.save("check", card, tmp_path / "again", [Result(name="b", state="ok")])
+        if len(commands) == 3:
+            gpu_items.save("check", card, tmp_path / "again", [Result(name="e", state="FAILED")])
+        return subprocess.CompletedProcess(command, 1 if len(commands) == 3 else -6)
+
+    monkeypatch.setattr(gpu.subprocess, "run", start)
+    given = argparse.Namespace(part="check", device="cpu", seconds=100.0, small=True, only=None, after=None)
+    results = gpu.run_part(given, card, tmp_path)
+    assert states(results) == {
+        "a": ("ok", "here"),
+        "b": ("ok", ""),
+        "c": ("FAILED", "its process ended with status -6"),
+        "d": ("FAILED", "its process ended with status -6"),
+        "e": ("FAILED", ""),
+    }
+    assert [command[command.index("--after") + 1] for command in commands] == ["a", "c", "d"]
+    given.after = "d"
+    assert [each.name for each in gpu.run_part(given, card, tmp_path)] == ["e"]
 
 
 @pytest.mark.slow
