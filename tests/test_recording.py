@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from hpo.errors import Interrupted
 from hpo.stacks import recording, vmap_step
@@ -543,3 +543,21 @@ def test_tf32_is_no_reason_against_a_stack_where_it_is_asked_for(precision: Any,
             nullcontext() if joins else pytest.raises(NotStackable, match="its outputs in a stack are not those alone")
         ):
             made.join(member)
+
+
+@pytest.mark.parametrize(
+    ("network", "optimizer"),
+    [*((name, "adam") for name in (*NETWORKS, "dropout")), *(("mlp", name) for name in ("sgd", "rmsprop", "adagrad"))],
+)
+def test_a_step_reads_no_number_and_has_no_tensor_of_the_cpu(network: str, optimizer: str) -> None:
+    """On `meta` there are no numbers, and a tensor from elsewhere is refused, as on CUDA."""
+    build = NETWORKS.get(network, dropout)
+    made = stack(build)
+    for member in members(optimizer=optimizer, momentum=0.9, rate=0.5, schedule="one_cycle", max_grad_norm=1.0):
+        made.join(member)
+    rows = sines(BATCH_SIZE)
+    away = lambda x: x.to("meta")  # noqa: E731
+    state, x, y = tree_map(away, (made._slots.state, rows.inputs["x"], rows.targets))
+    trained_state, losses = made._opened.eager(state, [x], y)
+    assert {each.device.type for each in (*tree_leaves(trained_state), losses)} == {"meta"}
+    assert losses.shape == (K,)
