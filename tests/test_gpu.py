@@ -211,11 +211,12 @@ def test_a_step_that_waits_for_the_gpu_has_failed(
 # What has a process of its own.
 
 
+@pytest.mark.slow
 def test_a_capture_while_batches_are_loaded(graphs: type[Capture]) -> None:  # noqa: F811
     assert "losses as alone to" in gpu_children.prefetching(CPU)
 
 
-@pytest.mark.parametrize("poisoned", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("poisoned", [pytest.param(each, marks=pytest.mark.slow) for each in (False, True)])
 def test_a_second_stack_after_a_capture_that_failed(
     graphs: type[Capture],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
@@ -228,6 +229,7 @@ def test_a_second_stack_after_a_capture_that_failed(
     assert gpu_check.spoilt() == poisoned
 
 
+@pytest.mark.slow
 def test_stacks_are_halved_where_there_is_no_memory(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     real = VmapStack.step
 
@@ -257,6 +259,7 @@ def test_the_one_gpu_that_is_visible(monkeypatch: pytest.MonkeyPatch, graphs: ty
     assert gpu_children.visible(CPU).startswith("CUDA_VISIBLE_DEVICES 3: it, captured, replayed from a CUDA graph")
 
 
+@pytest.mark.slow
 def test_what_a_process_fails_with_is_said(card: Card) -> None:
     with pytest.raises(Wrong, match=r"exit status 1: gpu_items.Wrong: 0 are visible of 7"):
         card.child("visible", 60.0, CUDA_VISIBLE_DEVICES="7")
@@ -265,6 +268,7 @@ def test_what_a_process_fails_with_is_said(card: Card) -> None:
 # What is measured.
 
 
+@pytest.mark.slow
 @needs_california
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")  # the profiler's
 def test_training_is_measured_beside_the_documented_loop(pretended: Card, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,6 +402,7 @@ def test_the_table_comes_last_and_the_status_says_whether_an_item_failed(
         assert table.rstrip().endswith("2 ok, 3 FAILED, 1 skipped, 1 not applicable (cpu)")
 
 
+@pytest.mark.slow
 def test_what_is_left_runs_in_a_new_process_and_one_that_ends_that_has_failed(
     card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

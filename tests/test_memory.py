@@ -223,3 +223,11 @@ def test_what_is_in_a_circle_is_given_back(monkeypatch):
     finally:
         gc.enable()
     assert emptied == [None]  # collected first, so that torch has it to give back
+
+
+def test_a_cache_that_cannot_be_emptied_ends_no_study(monkeypatch):
+    def fails():
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", fails)
+    free_all(torch.device("cuda:0"))
