@@ -43,7 +43,7 @@ def attribute(number: int, key: str) -> object:
     return None if row is None else json.loads(row[0])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_gives_the_trial_back_and_a_second_run_goes_on(study: Callable[..., Path], number: int) -> None:
     path = study("epochs: 200\nstack: 1")
     process = start_hpo("run", path, LINEAR_SECONDS="0.05")

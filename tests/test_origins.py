@@ -231,7 +231,9 @@ test_origins.train()
 """
 
 
-@pytest.mark.parametrize("moment", ["before write", "before tell", "after tell"])
+@pytest.mark.parametrize(
+    "moment", ["after tell", *(pytest.param(each, marks=pytest.mark.slow) for each in ("before write", "before tell"))]
+)
 def test_a_kill_around_best_pt_leaves_no_other_trials_weights(moment):
     train()
     assert best() == 0

@@ -49,6 +49,7 @@ def test_the_api_takes_it_too(study: Write) -> None:
     assert not Path("mlruns").exists()
 
 
+@pytest.mark.slow
 def test_what_could_not_be_sent_is_kept_there_and_sent_from_there(study: Write) -> None:
     path = study(f"{ELSEWHERE}trials: 1\ntracking: sqlite:///elsewhere/mlflow.db\n")
     done = run_hpo("run", path, "--tracking", "http://127.0.0.1:9/")
@@ -79,6 +80,7 @@ def wait_for_epochs(seconds: float = 90) -> None:
     raise AssertionError("no trial has reported an epoch")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_second_run_resumes_from_its_checkpoints(study: Write, workers: int) -> None:
     path = study(f"{ELSEWHERE}epochs: 60\nstack: 1\npruner: none\n")

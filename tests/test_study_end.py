@@ -147,7 +147,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_finished_study_whose_end_has_arrived_does_not_ask_mlflow(tracked, killed: bool) -> None:
     path, mlflow = tracked("sqlite")
     if killed:
