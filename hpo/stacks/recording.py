@@ -133,8 +133,8 @@ def _captured(on_copies: Callable[[], None], record: Callable[[], None], device:
 
 
 @contextmanager
-def _recording(state: StackState, device: torch.device) -> Iterator[None]:
-    """Give back at the end what recording and comparing have changed: the state, and the random generators.
+def _recording(state: StackState, device: torch.device) -> Iterator[tuple[StackState, dict[str, Tensor]]]:
+    """Yield copies of the state and the random generators' states; give both back at the end, whatever changed them.
 
     Raises NotRecorded where CUDA cannot record, for whatever reason but memory.
     """
@@ -142,7 +142,7 @@ def _recording(state: StackState, device: torch.device) -> Iterator[None]:
         raise NotRecorded(_given_up[0])
     before, generators = tree_map(torch.clone, state), random_states(device)
     try:
-        yield
+        yield before, generators
     except NotRecorded:
         raise
     except Exception as error:
@@ -163,8 +163,7 @@ def recorded(run: Run, state: StackState, inputs: Sequence[Tensor], targets: Ten
 
     Raises NotRecorded where CUDA cannot record it, or where two replays do not give what two calls of `run` give.
     """
-    with _recording(state, targets.device):
-        before = tree_map(torch.clone, state)
+    with _recording(state, targets.device) as (before, _):
         replay = CudaReplay(run, state, inputs, targets)
         why = difference(run, replay, before, inputs, targets, tolerance)
         if why is not None:
@@ -179,8 +178,7 @@ def recorded_epoch(
 
     Raises NotRecorded where CUDA cannot record them, or where a replay does not give what the steps give one by one.
     """
-    with _recording(state, order.device):
-        before, generators = tree_map(torch.clone, state), random_states(order.device)
+    with _recording(state, order.device) as (before, generators):
         replay = EpochReplay(run, state, batches, order, n_steps)
         set_random_states(generators, order.device)
         expected, sums = tree_map(torch.clone, before), torch.zeros_like(replay.sums)

@@ -19,6 +19,7 @@ from hpo.errors import Interrupted
 from hpo.stacks.candidate import Candidate, NotStackable, candidate
 from hpo.stacks.cost import records
 from hpo.stacks.padding import Padder, unpadded
+from hpo.stacks.recording import line
 from hpo.stacks.slots import Slots
 from hpo.stacks.state import StackState
 from hpo.stacks.structure import own_state
@@ -256,7 +257,7 @@ class VmapStack(Stack):
         return losses
 
     def _missing(self) -> Tensor:
-        """Return which members have no network, (n,), as they are since the last member joined or left."""
+        """Return which members have no network, (n,)."""
         return torch.tensor([member in self._without_network for member in self.members], device=self._task.device)
 
     def evaluate(self, batches: Batches) -> list[dict[str, float]]:
@@ -290,4 +291,4 @@ class VmapStack(Stack):
 
 
 def _reason(error: Exception) -> str:
-    return f"torch.func cannot batch it ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})"
+    return f"torch.func cannot batch it ({line(error)})"

@@ -160,19 +160,18 @@ class VmapStep:
         if execution == "eager":
             return _Prepared(self.eager, "eager")
         batch = (state, inputs, targets)
-        captured = self.captured(*batch)
         compiles = execution == "compiled" and len(targets) == self.params["batch_size"]  # not the last, smaller one
         if not records(self._task.device):
-            return self._fastest(captured, compiles, *batch)
+            return self._fastest(self.captured(*batch), compiles, *batch)
         key = (len(state.t), len(targets), execution)
         if key not in self._forms:
-            self._forms[key] = self._fastest(_traced(in_place(captured), *batch), compiles, *batch)
+            self._forms[key] = self._fastest(_traced(in_place(self.eager), *batch), compiles, *batch)
         form = self._forms[key]
         try:
             return form._replace(run=recorded(form.run, *batch, self._tolerance(1e-4)))
         except NotRecorded as error:
             # what writes in place must not run out of memory midway: a replay's is its own, a plain step's is not
-            form = self._fastest(captured, compiles, *batch)
+            form = self._fastest(self.captured(*batch), compiles, *batch)
             return form._replace(why=(*form.why, f"not replayed from a CUDA graph: {error}"))
 
     def _fastest(
