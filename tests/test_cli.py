@@ -16,6 +16,7 @@ from hpo.errors import HpoError
 from hpo.study import catalog
 from tests.cli import invoke, refused, summary
 from tests.conftest import run_hpo, start_hpo
+from tests.databases import MLFLOW, rows
 
 Write = Callable[..., Path]
 
@@ -72,8 +73,7 @@ def test_check_shows_space_model_and_data_and_leaves_no_study(study: Write) -> N
         "nothing is wrong",
     ):
         assert text in output
-    with closing(sqlite3.connect("mlruns/optuna.db")) as db:
-        assert db.execute("select count(*) from studies").fetchone() == (0,)
+    assert rows("select count(*) from studies") == [(0,)]
 
 
 def test_status_of_a_finished_and_of_no_study(study: Write) -> None:
@@ -298,11 +298,10 @@ def test_what_could_not_be_sent_is_sent_by_a_run_of_the_finished_study(study: Wr
     assert list(Path("mlruns/unsent").iterdir())
     assert "all 3 trials are done" in run_hpo("run", path).stdout
     assert not list(Path("mlruns/unsent").iterdir())
-    with closing(sqlite3.connect("mlruns/mlflow.db")) as db:
-        assert db.execute("select name, status from runs order by name").fetchall() == [
-            ("study", "FINISHED"),
-            *[(f"trial {i}", "FINISHED") for i in range(3)],
-        ]
+    assert rows("select name, status from runs order by name", file=MLFLOW) == [
+        ("study", "FINISHED"),
+        *[(f"trial {i}", "FINISHED") for i in range(3)],
+    ]
 
 
 @pytest.mark.parametrize(

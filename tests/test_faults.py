@@ -1,6 +1,5 @@
 """Errors that end a trial and not its study: out of memory, an infeasible configuration, what `catch` names."""
 
-import sqlite3
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from hpo.errors import HpoError
 from hpo.runner import custom as own
 from hpo.training.faults import all_alike, fault_of
 from tests.cli import invoke, refused, summary
+from tests.databases import rows
 
 FUNCTION = """
 import optuna, os
@@ -82,7 +82,7 @@ def run(monkeypatch, kinds, text="", objective="f.py:of", call=invoke, trials=4)
 
 def errors():
     query = "select value_json from trial_user_attributes where key = 'error' order by trial_id"
-    return [row[0].strip('"') for row in sqlite3.connect("mlruns/optuna.db").execute(query)]
+    return [error.strip('"') for (error,) in rows(query)]
 
 
 @pytest.mark.parametrize("objective", ["f.py:of", "own.py"])
@@ -112,7 +112,8 @@ def test_an_infeasible_configuration_is_pruned(monkeypatch, objective):
 def test_any_other_error_stops_the_study_with_its_traceback(monkeypatch, catch):
     with pytest.raises(ValueError, match="x is"):
         run(monkeypatch, "value", catch)
-    assert sqlite3.connect("mlruns/optuna.db").execute("select count(*) from trials where state = 'FAIL'") is not None
+    states = [state for (state,) in rows("select state from trials order by number")]
+    assert states == ["FAIL", *["WAITING"] * 4]  # trial 0 costs nothing: all four are still to do
 
 
 def test_the_first_three_failing_alike_stop_it_whatever_their_params(monkeypatch):

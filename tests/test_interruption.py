@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import run_hpo, start_hpo
+from tests.databases import rows
 
 
 def wait_for_running_trial(seconds: float = 60) -> None:
@@ -17,30 +18,26 @@ def wait_for_running_trial(seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if Path("mlruns/optuna.db").is_file():
-            with sqlite3.connect("mlruns/optuna.db", timeout=30) as db:
-                try:
-                    (n,) = db.execute("select count(*) from trial_intermediate_values").fetchone()
-                except sqlite3.OperationalError:
-                    n = 0
-            if n:
-                return
+            try:
+                if rows("select count(*) from trial_intermediate_values") > [(0,)]:
+                    return
+            except sqlite3.OperationalError:
+                pass  # its tables are not made yet
         time.sleep(0.2)
     raise AssertionError("no trial has reported an epoch")
 
 
 def states() -> list[tuple[int, str]]:
-    with sqlite3.connect("mlruns/optuna.db") as db:
-        return db.execute("select number, state from trials order by number").fetchall()
+    return rows("select number, state from trials order by number")
 
 
 def attribute(number: int, key: str) -> object:
-    with sqlite3.connect("mlruns/optuna.db") as db:
-        row = db.execute(
-            "select value_json from trial_user_attributes a join trials t using (trial_id) "
-            "where number = ? and key = ?",
-            (number, key),
-        ).fetchone()
-    return None if row is None else json.loads(row[0])
+    found = rows(
+        "select value_json from trial_user_attributes join trials using (trial_id) where number = ? and key = ?",
+        number,
+        key,
+    )
+    return json.loads(found[0][0]) if found else None
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
@@ -77,9 +74,8 @@ def test_a_killed_trial_is_taken_up_anew_with_its_params_and_seed(study: Callabl
     assert "trial 0 was lost (worker" in done.stdout
     successor = next(number for number, _ in states() if attribute(number, "retry_of") == 0)
     assert attribute(successor, "seed") == attribute(0, "seed")
-    with sqlite3.connect("mlruns/optuna.db") as db:
-        rows = db.execute("select number, param_value from trial_params join trials using (trial_id)").fetchall()
-    assert dict(rows)[0] == dict(rows)[successor]
+    params = dict(rows("select number, param_value from trial_params join trials using (trial_id)"))
+    assert params[0] == params[successor]
 
 
 def test_a_bug_stops_the_study_with_its_traceback_and_costs_no_trial(study: Callable[..., Path]) -> None:
@@ -98,6 +94,4 @@ def test_three_runs_at_once_on_a_fresh_database_share_one_exact_budget(study: Ca
     outputs = [process.communicate(timeout=200) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], outputs
     assert [state for _, state in states()] == ["COMPLETE"] * 12
-    with sqlite3.connect("mlruns/optuna.db") as db:
-        values = db.execute("select param_value from trial_params").fetchall()
-    assert len(set(values)) == 12
+    assert len(set(rows("select param_value from trial_params"))) == 12

@@ -16,6 +16,7 @@ from hpo.runner import launch
 from hpo.runner.prepare import prepare
 from tests.cli import invoke, refused, summary
 from tests.conftest import run_hpo, start_hpo
+from tests.databases import MLFLOW, rows
 
 
 def children(process: "subprocess.Popen[str]") -> list[int]:
@@ -24,17 +25,12 @@ def children(process: "subprocess.Popen[str]") -> list[int]:
     return [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
 
 
-def query(statement: str, database: str = "mlruns/optuna.db") -> list[tuple]:
-    with sqlite3.connect(database, timeout=30) as db:
-        return db.execute(statement).fetchall()
-
-
 def wait_for(statement: str, n: int, seconds: float = 90) -> None:
     """Wait until the study's database has at least `n` such rows."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
-            if query(statement)[0][0] >= n:
+            if rows(statement)[0][0] >= n:
                 return
         except sqlite3.OperationalError:
             pass
@@ -59,10 +55,10 @@ def test_two_workers_share_a_study_and_one_that_is_killed_is_replaced(study):
     assert process.returncode == 0, err
     assert "was killed (signal 9); it is started again in 0.5 s" in out
     assert summary(out)["trials"] == {"complete": 4, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
-    assert query("select count(*) from trials where state = 'RUNNING'") == [(0,)]
-    assert query(OPEN_RUNS, "mlruns/mlflow.db") == [(0,)]
+    assert rows("select count(*) from trials where state = 'RUNNING'") == [(0,)]
+    assert rows(OPEN_RUNS, file=MLFLOW) == [(0,)]
     assert not list(Path("mlruns/checkpoints/study").glob("place-*"))
-    places = query("select count(distinct value_json) from trial_user_attributes where key = 'place'")
+    places = rows("select count(distinct value_json) from trial_user_attributes where key = 'place'")
     assert places == [(4,)]
 
 
@@ -139,8 +135,8 @@ def test_repair_frees_places_and_ends_the_runs_that_were_left_open(study):
     out = invoke("repair", path, "--json")
     assert "trial 0 is ended: worker" in out
     assert summary(out)["trials"] == {"complete": 0, "pruned": 0, "failed": 0, "running": 0, "waiting": 2}
-    assert query("select state from trials where number = 0") == [("FAIL",)]
-    runs = query("select status from runs where name = 'trial 0'", "mlruns/mlflow.db")
+    assert rows("select state from trials where number = 0") == [("FAIL",)]
+    runs = rows("select status from runs where name = 'trial 0'", file=MLFLOW)
     assert runs == [("KILLED",)]
     again = invoke("repair", path)
     assert "is ended" not in again
@@ -172,7 +168,7 @@ def test_a_wrong_number_of_workers_is_refused(study):
 def test_the_studys_file_is_kept_without_its_passwords(study):
     path = study("trials: 1")
     invoke("run", path, "--set", "tracking=off")
-    (stored,) = query("select value_json from study_user_attributes where key = 'hpo:study_file'")
+    (stored,) = rows("select value_json from study_user_attributes where key = 'hpo:study_file'")
     kept = json.loads(json.loads(stored[0]))
     assert kept["objective"] == "linear.py"
     assert "storage" not in kept
@@ -193,7 +189,7 @@ def test_workers_that_die_at_their_start_are_not_started_for_ever(study, monkeyp
     assert caught.value.exit_status == 1
     assert "workers were killed 4 times, the last by signal 11, before they claimed a trial" in str(caught.value)
     assert "the driver is missing" in str(caught.value)
-    assert query("select count(*) from trials where state not in ('WAITING', 'FAIL')") == [(0,)]
+    assert rows("select count(*) from trials where state not in ('WAITING', 'FAIL')") == [(0,)]
 
 
 @pytest.fixture

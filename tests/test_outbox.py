@@ -5,12 +5,10 @@ import os
 import re
 import resource
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from hpo.tracking import leftovers, outbox
 from hpo.tracking.items import halves
 from hpo.tracking.leftovers import left_behind
 from hpo.tracking.outbox import Outbox
+from tests.databases import rows
 
 PLACE, _, _ = this_process().rpartition("-")
 GONE = f"{PLACE}-999999999"
@@ -387,8 +386,7 @@ def test_a_commit_is_in_the_file_at_once(tmp_path: Path) -> None:
     copy = tmp_path / "copy.sqlite"
     for side in ("", "-wal"):
         copy.with_name(f"{copy.name}{side}").write_bytes(box.file.with_name(f"{box.file.name}{side}").read_bytes())
-    with closing(sqlite3.connect(copy)) as database:
-        assert database.execute("select trial from items").fetchall() == [(4,)]
+    assert rows("select trial from items", file=copy) == [(4,)]
     drained(box)
     box.close()
 

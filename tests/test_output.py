@@ -4,7 +4,6 @@ import signal
 import sqlite3
 import time
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 import hpo
 from tests.cli import invoke, refused, summary
 from tests.conftest import run_hpo, start_hpo
+from tests.databases import rows
 
 ELSEWHERE = "output: elsewhere\nstorage: sqlite:///elsewhere/optuna.db\n"
 Write = Callable[..., Path]
@@ -57,11 +57,8 @@ def test_what_could_not_be_sent_is_kept_there_and_sent_from_there(study: Write) 
     assert files("unsent/study/*.sqlite")
     assert "all 1 trials are done" in run_hpo("run", path).stdout
     assert not files("unsent/*")
-    with closing(sqlite3.connect("elsewhere/mlflow.db")) as db:
-        assert db.execute("select name, status from runs order by name").fetchall() == [
-            ("study", "FINISHED"),
-            ("trial 0", "FINISHED"),
-        ]
+    runs = rows("select name, status from runs order by name", file="elsewhere/mlflow.db")
+    assert runs == [("study", "FINISHED"), ("trial 0", "FINISHED")]
     assert not Path("mlruns").exists()
 
 
@@ -70,12 +67,11 @@ def wait_for_epochs(seconds: float = 90) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if Path("elsewhere/optuna.db").is_file():
-            with closing(sqlite3.connect("elsewhere/optuna.db", timeout=30)) as db:
-                try:
-                    if db.execute("select count(*) from trial_intermediate_values").fetchone() > (3,):
-                        return
-                except sqlite3.OperationalError:
-                    pass  # its tables are not made yet
+            try:
+                if rows("select count(*) from trial_intermediate_values", file="elsewhere/optuna.db") > [(3,)]:
+                    return
+            except sqlite3.OperationalError:
+                pass  # its tables are not made yet
         time.sleep(0.2)
     raise AssertionError("no trial has reported an epoch")
 

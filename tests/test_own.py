@@ -1,13 +1,13 @@
 """An objective's own `train`, and plain Optuna objectives, through the command line."""
 
 import json
-import sqlite3
 
 import pytest
 import torch
 
 from hpo.errors import HpoError
 from tests.cli import invoke, refused, summary
+from tests.databases import MLFLOW, rows
 
 OWN = """
 import torch
@@ -95,10 +95,8 @@ class TestOwnTraining:
         assert model(torch.tensor([[1.0, 1, 1, 1], [-1, -1, -1, -1]])).argmax(1).tolist() == [1, 0]
         about = json.loads((tmp_path / result["bundle"] / "bundle.json").read_text())
         assert about["trained_on"] == ["train", "valid"]
-        runs = sqlite3.connect(tmp_path / "mlruns/mlflow.db").execute(
-            "select count(distinct step), max(value) from metrics where key = 'train_rows'"
-        )
-        assert runs.fetchone() == (5, 200)
+        logged = "select count(distinct step), max(value) from metrics where key = 'train_rows'"
+        assert rows(logged, file=tmp_path / MLFLOW) == [(5, 200)]
 
     def test_a_second_run_costs_nothing(self, study):
         study(self.TEXT)
@@ -194,9 +192,9 @@ class TestFunction:
         assert result["trials"]["pruned"] > 0
         assert result["best"]["value"] <= 0.5
         assert result["best"]["params"].keys() == {"x"}
-        database = sqlite3.connect(tmp_path / "mlruns/mlflow.db")
-        assert database.execute("select count(*) from params where key = 'x'").fetchone() == (12,)
-        assert database.execute("select max(step) from metrics where key = 'value'").fetchone() == (3,)
+        database = tmp_path / MLFLOW
+        assert rows("select count(*) from params where key = 'x'", file=database) == [(12,)]
+        assert rows("select max(step) from metrics where key = 'value'", file=database) == [(3,)]
 
     def test_it_goes_on_to_more_trials(self, study):
         study(self.TEXT)

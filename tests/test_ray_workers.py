@@ -15,7 +15,8 @@ from hpo.runner.ray_workers import RayWorkers
 from hpo.runner.study import StudyFile, WorkerOptions, _workers
 from tests.cli import refused, summary
 from tests.conftest import start_hpo
-from tests.test_launch import RUNNING, query, wait_for
+from tests.databases import rows
+from tests.test_launch import RUNNING, wait_for
 
 
 def actors(pid: int) -> list[int]:
@@ -37,8 +38,8 @@ def test_a_killed_actor_is_begun_again_and_the_budget_is_exact(study):
     out, err = process.communicate(timeout=500)
     assert process.returncode == 0, err
     assert summary(out)["trials"] == {"complete": 6, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
-    assert query("select count(*) from trials where state = 'RUNNING'") == [(0,)]
-    retried = query("select count(*) from trial_user_attributes where key = 'retry_of'")
+    assert rows("select count(*) from trials where state = 'RUNNING'") == [(0,)]
+    retried = rows("select count(*) from trial_user_attributes where key = 'retry_of'")
     assert retried[0][0] >= 1
 
 

@@ -4,12 +4,11 @@ import json
 import os
 import resource
 import shutil
-import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from hpo.errors import InputError
 from hpo.processes import this_process
 from hpo.tracking.base import check_address
 from hpo.tracking.mlflow import MlflowTracker, open_tracker
+from tests.databases import MLFLOW, rows
 from tests.mlflows import tell
 
 pytestmark = pytest.mark.usefixtures("no_warning")
@@ -38,8 +38,7 @@ def mlflow(here: None, tmp_path: Path) -> Iterator[MlflowTracker]:
 
 
 def query(sql: str) -> list[tuple]:
-    with closing(sqlite3.connect("mlruns/mlflow.db")) as db:
-        return db.execute(sql).fetchall()
+    return rows(sql, file=MLFLOW)
 
 
 def test_states_curves_params_and_parents_in_mlflows_tables(mlflow: MlflowTracker) -> None:

@@ -13,6 +13,7 @@ from hpo.study.document import read
 from hpo.study.spec import StudySpec, parse_param
 from hpo.study.trust import code_references
 from tests.cli import invoke, refused
+from tests.databases import rows
 
 STORAGE = "sqlite:///mlruns/optuna.db"
 OBJECTIVE = """
@@ -260,8 +261,7 @@ def test_a_study_of_an_older_version_opens_and_its_secret_is_taken_out(monkeypat
             f"update study_user_attributes set value_json = ? {where}", (json.dumps(json.loads(text) | clear),)
         )
     invoke("run", "study.yaml", "--trials", 2)
-    with closing(sqlite3.connect("mlruns/optuna.db")) as database:
-        (text,) = database.execute(f"select value_json from study_user_attributes {where}").fetchone()
+    ((text,),) = rows(f"select value_json from study_user_attributes {where}")
     assert "${SECRET} #" in text
     assert "postgresql-key-7f3a" not in text
 
