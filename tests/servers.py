@@ -68,9 +68,17 @@ class Postgres:
 
     def database(self) -> str:
         """Return the address of a new, empty database."""
+        return self._made("template1")
+
+    def copy(self, address: str) -> str:
+        """Return the address of a new database that has what is in the one at `address`, which nobody has open."""
+        scheme = address.partition(":")[0]
+        return self._made(address.rpartition("/")[2]).replace("postgresql", scheme, 1)
+
+    def _made(self, template: str) -> str:
         name = f"test_{uuid.uuid4().hex[:12]}"
         with psycopg.connect(self._address("postgres"), autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {name}")
+            connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
         return self._address(name)
 
     def _address(self, name: str) -> str:

@@ -169,7 +169,7 @@ def test_a_worker_has_one_lease_however_many_trials_it_holds(opened):
     ids = [stored(first, number).system_attrs[schema.LEASE]["lease"] for number in (*numbers, other)]
     assert len(set(ids)) == 2  # of one process: what opens the study again is another worker
     assert len(set(ids[:3])) == 1
-    assert first.view()._leases == dict.fromkeys(ids, time.clock.now() + GRACE)
+    assert first._reader.leases() == dict.fromkeys(ids, time.clock.now() + GRACE)
     time.move(GRACE)  # nobody renews the first one's
     second._lease.renew()
     second.repair()

@@ -40,7 +40,7 @@ def test_a_view_reads_once_however_much_it_is_asked(tmp_path, reads):
     assert seen.n_claimed == 4
     assert (seen.value_of(0), seen.value_of(1)) == (0.5, None)
     assert set(seen.params_of(running)) == {"batch_size", "learning_rate", "n_hidden"}
-    assert seen.seconds_used() > 0
+    assert search.seconds_used(seen) > 0
     assert search.may_be_best(0.5)
     assert not search.may_be_best(0.4)
     assert seen.curves(0) == {}

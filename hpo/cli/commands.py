@@ -190,7 +190,7 @@ def status(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
         stack.callback(search.close)
         seen = search.view()
         counts, best = seen.counts, seen.best()
-        used = seen.seconds_used()
+        used = search.seconds_used(seen)
         board = ProgressState(counts, best, plan.spec.trials, plan.metric)
         out.print(
             f"{plan.spec.name}: {counts.finished} of {plan.spec.trials} trials done "

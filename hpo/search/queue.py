@@ -59,7 +59,6 @@ class Queue:
         self._study, self._storage, self._spec, self._space = study, storage, spec, space
         self._reader, self._lease, self._ours, self._clock = reader, lease, ours, clock
         self._monitor = LeaseMonitor(spec.grace, clock)
-        self._leases: dict[str, float] = {}
         self._waiting: deque[FrozenTrial] = deque()
         self._lost: list[Lost] = []
         self._look_at = -math.inf
@@ -159,15 +158,16 @@ class Queue:
                 attempt = lease_of(trial).get(schema.LEASE_ATTEMPT, 1)
                 if trial.number not in counted:  # it has a successor
                     attempt = math.inf
-                self._replace(trial, f"worker {worker_of(trial)} died", attempt)
+                until = held_until(trial, self._reader.leases())
+                self._replace(trial, f"worker {worker_of(trial)} died", attempt, until)
         return judged
 
     def _judge(self, trials: Sequence[FrozenTrial]) -> dict[int, bool | None]:
         """Return the numbers of those of `trials` that other workers train; whether each is dead (`LeaseMonitor`)."""
         trouble = max(self._storage.back_at, self._lease.failed_at)
         others = [t for t in trials if t.state == TrialState.RUNNING and t.number not in self._ours]
-        self._leases = self._reader.leases() if others else {}
-        return {trial.number: self._monitor.is_dead(trial, self._leases, trouble) for trial in others}
+        leases = self._reader.leases() if others else {}
+        return {trial.number: self._monitor.is_dead(trial, leases, trouble) for trial in others}
 
     def give_back(self, trial_id: int, reason: str) -> None:
         """End a trial of ours that was interrupted, unless a peer has ended it, and queue its successor."""
@@ -176,14 +176,17 @@ class Queue:
             if frozen.state == TrialState.RUNNING:
                 self._replace(frozen, reason, attempt=0)  # an interruption is nobody's fault: it costs no attempt
 
-    def _replace(self, trial: FrozenTrial, reason: str, attempt: float) -> None:
-        """End `trial` as FAIL and queue its successor; the successor first, so that a crash between loses nothing."""
+    def _replace(self, trial: FrozenTrial, reason: str, attempt: float, until: float | None = None) -> None:
+        """End `trial` as FAIL and queue its successor; the successor first, so that a crash between loses nothing.
+
+        `until` is when the lease of a worker that died ended: the trial used the time until then (`seconds_used`).
+        """
         succeeded = attempt <= self._spec.retries
         if succeeded:
             self._enqueue_successor(trial, attempt + 1)
         with suppress(UpdateFinishedTrialError):  # a peer was faster
-            if (until := held_until(trial, self._leases)) is not None and trial.number not in self._ours:
-                lease = {**lease_of(trial), schema.LEASE_UNTIL: until}  # of the time that it used (`seconds_used`)
+            if until is not None:
+                lease = {**lease_of(trial), schema.LEASE_UNTIL: until}
                 self._storage.set_trial_system_attr(trial._trial_id, schema.LEASE, lease)
             self._storage.set_trial_user_attr(trial._trial_id, schema.ERROR, masked(reason))
             self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from hpo.errors import InputError, masked
 from hpo.search import schema
 from hpo.search.away import StorageAway
-from hpo.search.budget import Counts
+from hpo.search.budget import Counts, seconds_used
 from hpo.search.clock import SYSTEM, Clock
 from hpo.search.lease import LeaseKeeper
 from hpo.search.queue import Lost, Queue
@@ -250,8 +250,7 @@ class Search:
 
     def view(self) -> StudyView:
         """Return the study as it is now: all trials are read, once. Ask it, where several things are asked in a row."""
-        everything, leases = self._reader.read(), self._reader.leases()
-        self._seen = StudyView(everything, leases, self.spec, self.space, self._metric, maximize=self.maximize)
+        self._seen = StudyView(self._reader.read(), self.spec, self.space, self._metric, maximize=self.maximize)
         return self._seen
 
     def trials(self) -> list[FrozenTrial]:
@@ -270,6 +269,13 @@ class Search:
         """Whether no trial of the last view is better: it reads nothing, where `best` reads the storage."""
         return self._seen is None or self._seen.none_is_better(value)
 
+    def seconds_used(self, seen: StudyView | None = None) -> float:
+        """Return for how long at least one trial was running until now, over all workers and restarts.
+
+        `seen` is a view of the study, if there is a fresh one.
+        """
+        return seconds_used((seen or self.view()).everything, self._reader.leases())
+
     def seconds_left(self, timeout: float, seen: StudyView | None = None) -> float:
         """Return what is left of `timeout`: nothing once it has ended the study, however the pauses are counted.
 
@@ -277,7 +283,7 @@ class Search:
         """
         if self.attrs.get(schema.TIMED_OUT, 0.0) >= timeout:
             return 0.0
-        return max(0.0, timeout - (seen or self.view()).seconds_used())
+        return max(0.0, timeout - self.seconds_used(seen))
 
     @property
     def attrs(self) -> dict[str, Any]:

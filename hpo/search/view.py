@@ -1,4 +1,4 @@
-"""What is known of a study, from one read of all its trials: counts, the best, ends, curves, time used."""
+"""What is known of a study, from one read of all its trials: counts, the best, ends, curves."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.errors import StorageError
 from hpo.search import schema
-from hpo.search.budget import Counts, count, holders, leases_in, seconds_used, worker_of, wrong_row
+from hpo.search.budget import Counts, count, holders, leases_in, worker_of, wrong_row
 from hpo.search.curves import from_json
 from hpo.search.retrying import RetryingStorage
 from hpo.seeds import derive
@@ -88,15 +88,14 @@ class StudyView:
     def __init__(
         self,
         everything: Sequence[FrozenTrial],
-        leases: Mapping[str, float],
         spec: StudySpec,
         space: Space,
         metric: str,
         *,
         maximize: bool,
     ) -> None:
-        """`everything` is all trials of the study, and `leases` its workers', as `TrialReader` gives them."""
-        self.everything, self._leases, self._spec, self._space = everything, leases, spec, space
+        """`everything` is all trials of the study, as `TrialReader` gives them."""
+        self.everything, self._spec, self._space = everything, spec, space
         self._metric_key = metric if isinstance(space, FreeSpace) else f"valid_{metric}"
         self._sign = -1 if maximize else 1
 
@@ -222,7 +221,3 @@ class StudyView:
     @cached_property
     def _by_number(self) -> Mapping[int, FrozenTrial]:
         return {trial.number: trial for trial in self.everything}
-
-    def seconds_used(self) -> float:
-        """Return for how long at least one trial was running until now, over all workers and restarts."""
-        return seconds_used(self.everything, self._leases)
