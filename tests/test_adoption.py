@@ -9,6 +9,7 @@ import hpo
 from hpo.errors import InputError
 from tests.cli import invoke
 from tests.conftest import LINEAR
+from tests.databases import closed_in_time
 
 QUICK = {"tracking": "off", "quiet": True}
 
@@ -29,7 +30,7 @@ def earlier(n: int = 30, storage: str | None = None, direction: str = "minimize"
         study_name="earlier", storage=storage, direction=direction, sampler=optuna.samplers.RandomSampler(0)
     )
     study.optimize(bowl, n_trials=n)
-    return study
+    return closed_in_time(study) if storage else study
 
 
 def test_the_sampler_learns_from_adopted_trials_and_nothing_else_sees_them() -> None:
@@ -64,7 +65,7 @@ def test_what_the_space_could_not_have_given_is_left_out_and_counted(folder: Pat
         "  batch_size: {type: categorical, choices: [25, 50]}\n"
         "  weight_decay: {type: float, low: 1e-5, high: 1e-2, log: true, or: 0}\n"
     )
-    old = optuna.create_study(study_name="old", storage="sqlite:///old.db", direction="maximize")
+    old = closed_in_time(optuna.create_study(study_name="old", storage="sqlite:///old.db", direction="maximize"))
     floats = {
         "learning_rate": optuna.distributions.FloatDistribution(1e-5, 1.0),
         "batch_size": optuna.distributions.IntDistribution(1, 100),

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optuna.storages import RDBStorage
+from sqlalchemy.exc import DataError
 
 from hpo.errors import HpoError, StorageError
 from hpo.runner.prepare import prepare
@@ -137,18 +139,24 @@ def test_what_is_stored_as_curves_and_is_none_is_refused_where_it_is_read(opened
 
 
 def test_a_storage_that_takes_no_such_text_costs_the_curves_and_not_the_trial(study, monkeypatch):
-    from hpo.search.search import Search
+    from hpo.search import retrying
 
-    annotate = Search.annotate
+    write_to_database, set_trial_user_attr = retrying.write_to_database, RDBStorage.set_trial_user_attr
 
-    def refuse(self, number, attrs):
-        if "curves" in attrs:
-            raise ValueError("too long")
-        annotate(self, number, attrs)
+    def refuse(storage, batch):
+        if any(key == "curves" for _, key in batch.user_attrs):
+            raise DataError("insert", {}, ValueError("too long"))
+        return write_to_database(storage, batch)
 
-    monkeypatch.setattr(Search, "annotate", refuse)
+    def refuse_one(self, trial_id, key, value):
+        if key == "curves":
+            raise DataError("insert", {}, ValueError("too long"))
+        set_trial_user_attr(self, trial_id, key, value)
+
+    monkeypatch.setattr(retrying, "write_to_database", refuse)
+    monkeypatch.setattr(RDBStorage, "set_trial_user_attr", refuse_one)
     done = invoke("run", study("stack: 1\ntrials: 1\nepochs: 2\n"))
-    assert "the curves of trial 0 are not stored: too long" in done
+    assert "curves of the trial with the id 1 is not stored: too long" in done
     seen = view_of(Path("study.yaml"))
     assert seen.counts.complete == 1
     assert set(seen.curves(0)) == {"valid_r2"}

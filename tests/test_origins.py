@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -70,14 +71,13 @@ def train(stop_at=None, trials=1):
     search = open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize)
     search.remember(DATA, data.fingerprint())
     progress = Quiet()
-    with recorded() as notes:
+    with closing(search), recorded() as notes:
         try:
             stopping = lambda: stop_at is not None and progress.epochs >= stop_at  # noqa: E731
             work(plan, data, search, MemoryTracker(), progress, StopWhen(stopping, in_time=True))
         except Interrupted:
             assert PLACE.exists()
-    values = [t.value for t in search.trials() if t.value is not None]
-    search.close()
+        values = [t.value for t in search.trials() if t.value is not None]
     return notes, values
 
 
@@ -211,6 +211,7 @@ def best():
 
 STOPPED = """
 import os, signal, sys
+from contextlib import closing
 from pathlib import Path
 sys.path.insert(0, "")
 from hpo.runner import checkpoints

@@ -64,7 +64,7 @@ class Flaky(InMemoryStorage):
 
 @pytest.fixture
 def flaky(monkeypatch, said):
-    monkeypatch.setattr("hpo.search.retrying.RETRY_SECONDS", 0.05)
+    monkeypatch.setattr("hpo.search.patient.RETRY_SECONDS", 0.05)
     inner = Flaky()
     storage = RetryingStorage(inner, 30.0)
     storage.said = said

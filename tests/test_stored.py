@@ -14,6 +14,7 @@ import optuna
 import pytest
 
 from tests.conftest import ROOT, run_hpo
+from tests.databases import closed_in_time
 
 STORED = sorted((ROOT / "tests" / "stored").iterdir())
 FROM_SCRATCH = ("ff12883",)
@@ -48,7 +49,8 @@ def test_a_study_of_an_earlier_version_is_resumed(begun: Path, request: pytest.F
     assert from_scratch == (request.node.callspec.params["begun"].name in FROM_SCRATCH), done.stdout
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["trials"] == {"complete": 4, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
-    trials = optuna.load_study(study_name="stored", storage=f"sqlite:///{begun.parent}/optuna.db").trials
+    url = f"sqlite:///{begun.parent}/optuna.db"
+    trials = closed_in_time(optuna.load_study(study_name="stored", storage=url)).trials
     complete = {trial.user_attrs["place"]: trial for trial in trials if trial.state.name == "COMPLETE"}
     assert {place: trial.value for place, trial in complete.items()} == UNDISTURBED
     retried = complete[2]

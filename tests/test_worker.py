@@ -245,7 +245,7 @@ def test_a_trial_that_a_peer_took_over_is_let_go_and_the_study_goes_on(run):
     def steal(number, epoch):
         if (number, epoch) == (0, 2):
             (trial,) = [t for t in mine.search.study.get_trials() if t.number == 0]
-            mine.search.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+            mine.search.storage.inner.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
     mine.screen = Screen(steal)
     left = Path("mlruns/checkpoints/study/place-0.pt.elsewhere-1-2.part")  # by a worker that was killed as it wrote

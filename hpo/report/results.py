@@ -1,6 +1,7 @@
 """A study as a notebook sees it: its trials as a table, its best, its curves, its counts, its bundle."""
 
 import json
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,8 +123,11 @@ class Study:
         return dict(stored) if isinstance(stored, Mapping) else {}
 
     def to_optuna(self) -> optuna.Study:
-        """Return the study as Optuna has it, for its plots and its dashboard. Close nothing: it opens on demand."""
-        return optuna.load_study(study_name=self.name, storage=open_storage(self._storage))
+        """Return the study as Optuna has it, for its plots and its dashboard. Its storage is closed with it."""
+        storage = open_storage(self._storage)
+        study = optuna.load_study(study_name=self.name, storage=storage)
+        weakref.finalize(study, close_storage, storage)
+        return study
 
     def __repr__(self) -> str:
         counts, best = self.counts, self.best

@@ -83,9 +83,10 @@ class CustomTraining:
     def _end_by(self, error: Exception, trial: TrialRun) -> None:
         """End a trial by an error that is its own; raise any other again."""
         fault = fault_of(error, self._plan.spec.catch, origin(error))
-        if fault is None or trial.ended:
+        if fault is None or trial.ending is not None:
             raise error
-        trial.end_by(fault, error)
+        with self._trials.together():
+            trial.end_by(fault, error)
 
     def _stop(self) -> bool:
         if self._token.requested():
@@ -98,15 +99,18 @@ class CustomTraining:
         def told(metrics: dict[str, float]) -> bool:
             self._stop()
             member.epoch += 1
-            return trial.report(metrics, None)
+            with self._trials.together():
+                trial.report(metrics, None)
+            return trial.ending is None
 
         report = TrialReporter(plan, self._train, self._valid, plan.spec.epochs, member.seed, told)
         train_custom(plan, member.params, report)
-        if trial.ended:  # by its last epoch, the pruner, or a fault of its first epoch
+        if trial.ending is not None:  # by its last epoch, the pruner, or a fault of its first epoch
             return
         if not trial.has_reported:
             raise InputError(f"objective {plan.spec.objective}: train returned without having called report")
-        trial.conclude()  # it had enough before its epochs were over
+        with self._trials.together():
+            trial.conclude()  # it had enough before its epochs were over
 
     def _call(self, function: Function, trial: TrialRun) -> None:
         plan, number = self._plan, trial.member.number
@@ -117,12 +121,13 @@ class CustomTraining:
 
         params, value = self._search.call(number, function.call, told)
         self._tracker.log_params(number, params)
-        if value is None:
-            trial.end("PRUNED")
-        elif math.isfinite(value):
-            trial.end("COMPLETE", value)
-        else:
-            trial.end("FAIL", fault=f"{plan.metric} became {value}")
+        with self._trials.together():
+            if value is None:
+                trial.end("PRUNED")
+            elif math.isfinite(value):
+                trial.end("COMPLETE", value)
+            else:
+                trial.end("FAIL", fault=f"{plan.metric} became {value}")
 
 
 def train_custom(plan: Plan, params: Params, report: TrialReporter) -> nn.Module | None:

@@ -2,6 +2,9 @@
 
 import math
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from hpo.errors import HpoError
 from hpo.log import log
@@ -10,7 +13,7 @@ from hpo.runner.checkpoints import Origin
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
 from hpo.search import schema
-from hpo.search.away import StorageAway, line
+from hpo.search.away import StorageAway
 from hpo.search.curves import curves_of, to_json
 from hpo.search.search import Claim, Search
 from hpo.tracking.base import Tracker
@@ -18,6 +21,15 @@ from hpo.training.faults import TrialFault, all_alike
 from hpo.training.stack import Kept, Member, Stack
 
 TAKEN_OVER = "another worker took this trial over, since this one was not heard of for too long"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How a trial ends: the state is a key of `hpo.tracking.base.STATUS`; `fault` says why it failed."""
+
+    state: str
+    value: float | None = None
+    fault: str | None = None
 
 
 class TrialRun:
@@ -34,9 +46,11 @@ class TrialRun:
         self._best: tuple[float, int, dict[str, float]] | None = None
         self._kept: Kept | None = None
         self._peak: float | None = None
-        self.ended = False
+        self.ending: Ending | None = None
+        """How the trial ends, once that is known."""
+        self.caught: BaseException | None = None
+        """The error that it ends by, where `catch` names it."""
         self._improved = 0
-        self._has_candidate = False
         self._checkpointed = time.monotonic()
         run_id = tracker.start_trial(claim.number, claim.params)
         if run_id is not None:
@@ -94,7 +108,8 @@ class TrialRun:
     def report(self, metrics: dict[str, float], stack: Stack | None) -> bool:
         """Take the metrics of the epoch that has ended; return whether the trial goes on. If not, its end is told.
 
-        `stack` is the one that the trial's member is in; None where an objective trains in its own way.
+        `stack` is the one that the trial's member is in; None where an objective trains in its own way. Call it within
+        `Trials.together`.
         """
         plan, member = self._plan, self.member
         epoch, value = member.epoch - 1, metrics.get(plan.metric_key, math.nan)
@@ -122,10 +137,9 @@ class TrialRun:
         return go_on and not last
 
     def end_by(self, fault: TrialFault, error: BaseException) -> None:
-        """End the trial by `error`; raise it again where all trials so far have failed by it, as a bug makes them."""
+        """End the trial by `error`, which is raised again where all trials so far have failed by it, as by a bug."""
         self.end(fault.state, fault=fault.text)
-        if fault.caught and all_alike(self._search.view().failures):
-            raise error
+        self.caught = error if fault.caught else None
 
     def log(self, epoch: int, metrics: dict[str, float]) -> None:
         """Log and show metrics at an epoch (counted from 0)."""
@@ -134,7 +148,7 @@ class TrialRun:
         self._progress.epoch_ended(self.member.number, epoch + 1, self._plan.spec.epochs, metrics)
 
     def conclude(self, pruned: bool = False) -> None:
-        """Tell that the trial has ended, with the best (or the last) that was reported of it."""
+        """End the trial with the best (or the last) that was reported of it."""
         assert self._best is not None
         value, epoch, metrics = self._best
         self._search.annotate(self.member.number, {schema.BEST_EPOCH: epoch, schema.METRICS: metrics})
@@ -148,68 +162,58 @@ class TrialRun:
         return self._best is not None
 
     def end(self, state: str, value: float | None = None, fault: str | None = None) -> None:
-        """Tell that the trial is COMPLETE with that `value`, PRUNED, or FAIL with that `fault`."""
+        """End the trial: COMPLETE with that `value`, PRUNED, or FAIL with that `fault`. `Trials.together` tells it."""
+        self.ending = Ending(state=state, value=value, fault=fault)
+
+    def keep_weights(self) -> HpoError | None:
+        """Keep the weights of a trial that may be the best, before it is told; return why they could not be written."""
+        ending = self.ending
+        if ending is None or ending.value is None or self._best is None or self._kept is None:
+            return None
+        number, params, epoch = self.member.number, self.member.params, self._best[1]
+        try:
+            checkpoints.keep_candidate(self._plan, self._origin, number, params, ending.value, epoch, self._kept())
+        except HpoError as error:
+            return error
+        return None
+
+    def tell(self) -> None:
+        """Tell the storage how the trial ends, with its curves."""
+        assert self.ending is not None
         number, search = self.member.number, self._search
-        self.ended = True
-        failed = self._keep_weights(value) if state == "COMPLETE" and self._kept and value is not None else None
-        self._keep_curves()
+        state, value, fault = self.ending.state, self.ending.value, self.ending.fault
+        if self._logged:
+            # They are whole for a trial that was retried, too: it resumes from a checkpoint, which keeps the metrics of
+            # the epochs before it, or it starts from scratch. One that is given back has none: its successor has them.
+            search.annotate(number, {schema.CURVES: to_json(curves_of(self._logged))})
         if state == "PRUNED" and fault is not None:
             search.annotate(number, {schema.ERROR: fault})
         if state == "COMPLETE":
             assert value is not None
-            ours = search.complete(number, value)
+            search.complete(number, value)
+        elif state == "PRUNED":
+            search.prune(number)
         else:
-            ours = search.prune(number) if state == "PRUNED" else search.fail(number, str(fault))
-        if not ours:
-            state, value, fault = "INTERRUPTED", None, TAKEN_OVER
-        if self._has_candidate:
-            checkpoints.settle_weights(self._plan, search)
-        if ours:
-            checkpoints.drop(self._plan, self._claim)
-        self._tracker.end_trial(number, state, fault)
-        self._progress.trial_ended(number, state, value, fault)
-        if failed is not None:
-            raise failed
+            search.fail(number, str(fault))
 
-    def _keep_curves(self) -> None:
-        """Store the curves of all metrics with the trial, before it is told: afterwards it cannot be changed.
-
-        They are whole for a trial that was retried, too: it resumes from a checkpoint, which keeps the metrics of the
-        epochs before it, or it starts from scratch. One that is given back has none: its successor's are stored.
-        """
-        if not self._logged:
-            return
-        number = self.member.number
-        try:
-            self._search.annotate(number, {schema.CURVES: to_json(curves_of(self._logged))})
-        except HpoError:
-            raise
-        except Exception as error:  # a database, or gRPC, that takes no text of that length: the trial counts without
-            log.warning(f"the curves of trial {number} are not stored: {line(error)}")
-
-    def _keep_weights(self, value: float) -> HpoError | None:
-        """Keep the weights of a trial that may be the best, before it is told; return why they could not be written."""
-        if not self._search.may_be_best(value):
-            return None
-        assert self._best is not None
-        assert self._kept is not None
-        number, params, epoch = self.member.number, self.member.params, self._best[1]
-        try:
-            checkpoints.keep_candidate(self._plan, self._origin, number, params, value, epoch, self._kept())
-        except HpoError as error:
-            return error
-        self._has_candidate = True
-        return None
+    def told(self) -> None:
+        """Tell tracker and progress how the trial has ended, once the storage knows it."""
+        assert self.ending is not None
+        number, ending = self.member.number, self.ending
+        checkpoints.drop(self._plan, self._claim)
+        self._tracker.end_trial(number, ending.state, ending.fault)
+        self._progress.trial_ended(number, ending.state, ending.value, ending.fault)
 
     def _better(self, value: float, than: float) -> bool:
         return value > than if self._plan.maximize else value < than
 
     def let_go(self) -> None:
         """End a trial here that a peer has ended in the storage: its successor is another worker's."""
-        self.ended = True
-        self._search.forget(self.member.number)
-        self._tracker.end_trial(self.member.number, "INTERRUPTED", TAKEN_OVER)
-        self._progress.trial_ended(self.member.number, "INTERRUPTED", None, TAKEN_OVER)
+        number = self.member.number
+        self.ending, self.caught = Ending(state="INTERRUPTED", fault=TAKEN_OVER), None
+        self._search.forget(number)
+        self._tracker.end_trial(number, "INTERRUPTED", TAKEN_OVER)
+        self._progress.trial_ended(number, "INTERRUPTED", None, TAKEN_OVER)
 
     def give_back(self, reason: str) -> None:
         """End the trial, and queue a successor for it."""
@@ -229,6 +233,43 @@ class Trials:
 
     def __getitem__(self, number: int) -> TrialRun:
         return self._active[number]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Within this, trials report and end; at its end that is written, in one transaction if it can be.
+
+        Raises the error of a trial where all trials so far have failed alike, HpoError where weights could not be kept.
+        """
+        with self._search.together() as elsewhere:
+            yield
+            ended = [trial for trial in self._active.values() if trial.ending is not None]
+            best = self._best_of(ended)
+            failed = best.keep_weights() if best is not None else None
+            for trial in ended:
+                trial.tell()
+        for trial in ended:
+            if trial.member.number not in elsewhere:
+                trial.told()
+        if best is not None:
+            checkpoints.settle_weights(self._plan, self._search)
+        for number in elsewhere & self._active.keys():
+            self._active[number].let_go()
+        caught = [trial.caught for trial in ended if trial.caught is not None]
+        if caught and all_alike(self._search.view().failures):
+            raise caught[0]
+        if failed is not None:
+            raise failed
+
+    def _best_of(self, ended: Sequence[TrialRun]) -> TrialRun | None:
+        """Return the trial that may be the best of the study, of those that end complete; None: it is none of them."""
+        values = {
+            trial: end.value
+            for trial in ended
+            if (end := trial.ending) and end.state == "COMPLETE" and end.value is not None
+        }
+        sign = -1 if self._plan.maximize else 1
+        best = min(values, key=lambda trial: (sign * values[trial], trial.member.number), default=None)
+        return best if best is not None and self._search.may_be_best(values[best]) else None
 
     def claim(self, wait: bool = True) -> TrialRun | None:
         """Claim the next trial; None where there is none left. `wait` is that of `Search.ask`."""

@@ -216,14 +216,17 @@ class _Worker:
         """Report an epoch of all members of a stack; return those that go on."""
         self._note_path(stack)
         kept = []
-        for member, metrics in results.items():
-            trial = self._trials[member.number]
-            if not trial.report(metrics, stack):
-                self._trials.done(member.number)
+        with self._trials.together():
+            trials = [self._trials[member.number] for member in results]
+            for trial, metrics in zip(trials, results.values(), strict=True):
+                trial.report(metrics, stack)
+        for trial in trials:
+            if trial.ending is not None:
+                self._trials.done(trial.member.number)
                 continue
             if trial.checkpoint_is_due:
                 trial.checkpoint(stack)
-            kept.append(member)
+            kept.append(trial.member)
         return kept
 
     def _note_path(self, stack: Stack) -> None:

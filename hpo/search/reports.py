@@ -1,7 +1,7 @@
 """Trials' values that were reported while the storage was away, kept to be sent as soon as it is back."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from hpo.search.away import may_pass
 
@@ -15,9 +15,9 @@ class ReportBuffer:
     def __init__(self) -> None:
         self._reports: deque[Report] = deque()
 
-    def append(self, report: Report) -> None:
-        """Keep a report."""
-        self._reports.append(report)
+    def extend(self, reports: Iterable[Report]) -> None:
+        """Keep reports."""
+        self._reports.extend(reports)
 
     def flush(self, send: Callable[[Report], None], refused: Callable[[Report, Exception], None]) -> None:
         """Send all; `refused` is called with each that the storage will never take: it would hold up the others.

@@ -144,6 +144,14 @@ def make_pruner(plugin: Plugin, epochs: int, at: tuple[str, ...] = ("pruner",)) 
     return (optuna.pruners.NopPruner() if faults else _quietly(lambda: cls(**keys))), faults
 
 
+def looks_at_its_trial_only(pruner: BasePruner) -> bool:
+    """Whether a pruner looks at nothing but the trial's own reports and at complete trials, and writes nothing."""
+    if isinstance(pruner, optuna.pruners.PatientPruner):
+        return pruner._wrapped_pruner is None or looks_at_its_trial_only(pruner._wrapped_pruner)
+    light = (optuna.pruners.PercentilePruner, optuna.pruners.NopPruner, optuna.pruners.ThresholdPruner)
+    return isinstance(pruner, (*light, optuna.pruners.WilcoxonPruner))  # the median's is a percentile's
+
+
 def _wrapped(inner: Any, epochs: int, at: tuple[str, ...]) -> tuple[BasePruner | None, list[Fault]]:
     inner = {"name": inner} if isinstance(inner, str) else inner
     if isinstance(inner, Mapping) and inner.get("name") in PRUNERS:

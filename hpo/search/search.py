@@ -5,13 +5,15 @@ budget is kept and trials are claimed, `hpo.search.lease` who trains a trial, `h
 study, and `hpo.search.schema` what is stored. Params are sampled when a trial is claimed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
+from optuna.pruners import _filter_study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from hpo.errors import InputError, masked
@@ -22,6 +24,7 @@ from hpo.search.clock import SYSTEM, Clock
 from hpo.search.lease import LeaseKeeper
 from hpo.search.queue import Lost, Queue
 from hpo.search.retrying import RetryingStorage
+from hpo.search.samplers import looks_at_its_trial_only
 from hpo.search.view import Best, StudyView, TrialReader
 from hpo.seeds import derive
 from hpo.study.space import Space
@@ -80,6 +83,8 @@ class Search:
         self.making: str = self.attrs[schema.MAKING]
         """What tells this study from another one of its name, made before or in another storage."""
         self._claimed: dict[int, _Trial] = {}
+        self._elsewhere: set[int] = set()
+        """The trials that turned out to be ended by a peer."""
         self._seen: StudyView | None = None
         self._lease = LeaseKeeper(storage.inner, study_id, spec.grace, clock)
         self._reader = TrialReader(storage, study_id, spec)
@@ -152,6 +157,26 @@ class Search:
 
     # Report.
 
+    @contextmanager
+    def together(self) -> Iterator[set[int]]:
+        """Within this, what is reported, annotated and told is gathered; at its end it is written, together.
+
+        The set has then the numbers of the trials that a peer had ended before; until then `complete` and the like
+        return True. Pruners see what was told before. Where one looks at other trials' reports, nothing is gathered.
+        """
+        with suppress(StorageAway), self.storage.at_once():
+            if not self.storage.away:
+                self._queue.look_for_the_dead()
+        elsewhere: set[int] = set()
+        self._elsewhere = elsewhere
+        if not looks_at_its_trial_only(self.study.pruner):
+            yield elsewhere
+            return
+        ids = {trial._trial_id: number for number, trial in self._claimed.items()}
+        with self.storage.together() as over:
+            yield elsewhere
+        elsewhere |= {ids[trial_id] for trial_id in over}
+
     def repeat(self, number: int, values: Sequence[float]) -> None:
         """Report what a trial's predecessor had reported in its epochs."""
         for epoch, value in enumerate(values):
@@ -164,17 +189,20 @@ class Search:
         A retried trial may report an epoch again: Optuna keeps the first value, which is the same.
         """
         trial = self._claimed[number]
-        with suppress(UpdateFinishedTrialError):
+        try:
             trial.report(value, step=epoch)
-            try:
-                with self.storage.at_once():
-                    if not self.storage.away:
-                        self._queue.look_for_the_dead()
-                        return not trial.should_prune()
-            except StorageAway:
-                pass  # just now: continue training
-            return True
-        return False
+        except UpdateFinishedTrialError:
+            self._elsewhere.add(number)
+            return False
+        try:
+            with self.storage.at_once():
+                if self.storage.away:
+                    return True
+                if not self.storage.gathers:
+                    self._queue.look_for_the_dead()
+                return not trial.should_prune()
+        except StorageAway:
+            return True  # just now: continue training
 
     def call(
         self, number: int, function: Callable[[Trial], Any], on_report: Callable[[int, float], None]
@@ -235,14 +263,20 @@ class Search:
         return True
 
     def _finish(self, number: int, state: TrialState, value: float | None = None) -> bool:
+        """Do what Study.tell does, but that it reads the trial, all of which is known here."""
         trial = self._claimed.pop(number)
+        frozen = trial._cached_frozen_trial
+        values = [value] if value is not None else None
+        if state == TrialState.PRUNED and frozen.last_step is not None:
+            last = frozen.intermediate_values[frozen.last_step]
+            values = None if math.isnan(last) else [last]
+        self.study._thread_local.cached_all_trials = None
+        study = _filter_study(self.study, frozen)
         try:
-            self.study.tell(trial, values=value, state=state)
-        except (ValueError, UpdateFinishedTrialError) as error:
-            if not self.storage.get_trial(trial._trial_id).state.is_finished():
-                raise
-            if "Cannot tell" not in str(error) and not isinstance(error, UpdateFinishedTrialError):
-                raise
+            study.sampler.after_trial(study, frozen, state, values)
+            self.storage.set_trial_state_values(trial._trial_id, state, values)
+        except UpdateFinishedTrialError:
+            self._elsewhere.add(number)
             return False
         return True
 
