@@ -119,7 +119,7 @@ def _locked_states(connection: Connection, ids: Sequence[int]) -> list[tuple[int
     SQLite's transaction holds its lock for writing already (`hpo.search.sqlite`).
     """
     found: list[tuple[int, TrialState]] = []
-    for some in _parts(sorted(ids)):
+    for some in parts(sorted(ids)):
         query = select(_TRIALS.c.trial_id, _TRIALS.c.state).where(_TRIALS.c.trial_id.in_(some))
         query = query.order_by(_TRIALS.c.trial_id).with_for_update()
         found += [(trial_id, state) for trial_id, state in connection.execute(query)]
@@ -147,7 +147,7 @@ def _upsert(connection: Connection, table: Table, name: str, rows: Mapping[tuple
     """Write `rows` by trial and by the column `name`, over what is there. Only the trials' worker writes there."""
     there: set[tuple[int, Any]] = set()
     names = list({each for _, each in rows})
-    for some in _parts(sorted({trial_id for trial_id, _ in rows})):
+    for some in parts(sorted({trial_id for trial_id, _ in rows})):
         query = select(table.c.trial_id, table.c[name]).where(table.c.trial_id.in_(some), table.c[name].in_(names))
         there.update((trial_id, each) for trial_id, each in connection.execute(query))
     new = [{"trial_id": i, name: each, **columns} for (i, each), columns in rows.items() if (i, each) not in there]
@@ -178,5 +178,6 @@ def _utc_now() -> datetime:
     return datetime.now(UTC).replace(tzinfo=None)
 
 
-def _parts(ids: Sequence[int]) -> Iterable[Sequence[int]]:
+def parts(ids: Sequence[int]) -> Iterable[Sequence[int]]:
+    """Give `ids` in parts that a statement can ask for."""
     return (ids[start : start + _MOST_IDS] for start in range(0, len(ids), _MOST_IDS))

@@ -3,6 +3,7 @@
 How it is waited for is in `hpo.search.patient`.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -15,9 +16,9 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.search.away import may_pass, was_cut
 from hpo.search.batch import Batch, write_one_by_one, write_to_database
 from hpo.search.clock import SYSTEM, Clock
-from hpo.search.complete import CompleteTrialsCache
 from hpo.search.patient import PatientStorage
 from hpo.search.storage import exclusive
+from hpo.search.trials import TrialCache
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -45,8 +46,10 @@ class RetryingStorage(PatientStorage):
 
     def __init__(self, inner: BaseStorage, seconds: float, clock: Clock = SYSTEM) -> None:
         super().__init__(inner, seconds, clock)
-        self._complete = CompleteTrialsCache(inner, self._storage) if isinstance(inner, RDBStorage) else None
+        self._cache = TrialCache(inner) if isinstance(inner, RDBStorage) else None
         self._batch: Batch | None = None
+        self._is_read = False
+        """Whether trials were read since what is written is gathered."""
 
     # Several trials at once.
 
@@ -60,10 +63,11 @@ class RetryingStorage(PatientStorage):
         """Within this, what is written of trials is gathered; then it is written, by a database in one transaction.
 
         The set has then the ids of those trials that a peer had ended before: they are left as they are. What is read
-        within is without what is gathered. Reports are kept where the storage is away, the rest is waited for.
+        within is without what is gathered, and of a database it is read once. Reports are kept where the storage is
+        away, the rest is waited for.
         """
         over: set[int] = set()
-        self._batch = Batch()
+        self._batch, self._is_read = Batch(), False
         try:
             yield over
         finally:
@@ -73,6 +77,14 @@ class RetryingStorage(PatientStorage):
             over |= self._or_keep(reports, lambda: self._write(batch)) or set()
         else:
             over |= self._write_patiently(batch)
+        if self._cache is not None:
+            self._cache.let_go(over | batch.ends.keys())
+
+    def take_in(self, trial_ids: Sequence[int]) -> None:
+        """Have trials be this process's own, which it has claimed: they are not read again (`TrialCache`)."""
+        if self._cache is not None:
+            cache = self._cache
+            self.read(lambda: cache.take(trial_ids))
 
     def _write_patiently(self, batch: Batch) -> set[int]:
         tries = 0
@@ -118,7 +130,8 @@ class RetryingStorage(PatientStorage):
         if self._batch is not None:
             self._batch.params[trial_id, param_name] = param
         else:
-            self.patiently(lambda: self._storage.set_trial_param(trial_id, param_name, *param))
+            storage = self.inner if isinstance(self.inner, RDBStorage) else self._storage  # not Optuna's cache
+            self.patiently(lambda: storage.set_trial_param(trial_id, param_name, *param))
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
         if self._batch is not None:
@@ -127,6 +140,8 @@ class RetryingStorage(PatientStorage):
             self.patiently(lambda: self._storage.set_trial_user_attr(trial_id, key, value))
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        if self._cache is not None:
+            self._cache.note(trial_id, key, value)
         if self._batch is not None:
             self._batch.system_attrs[trial_id, key] = value
         else:
@@ -179,10 +194,18 @@ class RetryingStorage(PatientStorage):
         return study_id
 
     def get_all_trials(self, study_id: int, deepcopy: bool = True, states: Any = None) -> list[FrozenTrial]:
-        if self._complete is not None and states == (TrialState.COMPLETE,) and not deepcopy:
-            complete = self._complete
-            return self.read(lambda: complete.trials(study_id))
+        if self._cache is not None:
+            cache, fresh = self._cache, self._batch is None or not self._is_read
+            trials = self.read(lambda: cache.all(study_id, states, fresh))
+            self._is_read = True
+            return copy.deepcopy(trials) if deepcopy else trials
         return self.read(lambda: self._storage.get_all_trials(study_id, deepcopy=deepcopy, states=states))
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        if self._cache is not None:
+            cache = self._cache
+            return self.read(lambda: cache.one(trial_id))
+        return self.read(lambda: self._storage.get_trial(trial_id))
 
     def remove_session(self) -> None:
         self._storage.remove_session()
@@ -200,7 +223,6 @@ class RetryingStorage(PatientStorage):
     get_trial_id_from_study_id_trial_number = _waited_for(
         BaseStorage.get_trial_id_from_study_id_trial_number, reads=True
     )
-    get_trial = _waited_for(BaseStorage.get_trial, reads=True)
 
 
 @contextmanager

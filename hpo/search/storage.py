@@ -31,8 +31,7 @@ from optuna.storages import (
     get_storage,
     run_grpc_proxy_server,
 )
-from optuna.trial import TrialState
-from sqlalchemy import create_engine, func, inspect, make_url, select
+from sqlalchemy import create_engine, inspect, make_url
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
@@ -127,20 +126,6 @@ def serve_storage(url: str, host: str, port: int) -> None:
             raise StorageError(f"{host}:{port} cannot be listened on ({_first_line(error)}); give another") from error
         finally:
             close_storage(storage)
-
-
-def complete_ids(storage: RDBStorage, study_id: int, known: int) -> list[int] | None:
-    """Return the ids of a study's complete trials; None where there are `known` of them still.
-
-    It is one statement, or two, where Optuna reads all trials that are not finished.
-    """
-    trials = optuna.storages._rdb.models.TrialModel
-    where = (trials.study_id == study_id, trials.state == TrialState.COMPLETE)
-    alone = {} if storage.engine.dialect.name == "sqlite" else {"isolation_level": "AUTOCOMMIT"}
-    with storage.engine.execution_options(**alone).connect() as connection:
-        if connection.execute(select(func.count()).where(*where)).scalar_one() == known:
-            return None
-        return list(connection.execute(select(trials.trial_id).where(*where)).scalars())
 
 
 @contextmanager

@@ -1,0 +1,204 @@
+"""The trials of studies in a database, read once: what cannot have changed is not read again.
+
+Optuna's own cache reads every unfinished trial at each call, through SQLAlchemy's objects. Here a finished trial is
+read once, a waiting one when it is claimed, and one that this process trains never: what is written of it is known.
+`tests/test_trials.py` compares what is read with Optuna's own reader.
+"""
+
+import json
+import threading
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Any
+
+from optuna.distributions import BaseDistribution, json_to_distribution
+from optuna.storages import RDBStorage
+from optuna.storages._rdb import models
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import Connection, Row, Table, select
+
+from hpo.search.batch import parts
+
+_TRIALS: Table = models.TrialModel.__table__
+_STUDIES: Table = models.StudyModel.__table__
+_ALL_FROM = 2000
+"""From how many trials on the tables are read whole, not by ids."""
+
+
+@dataclass
+class _Study:
+    finished: dict[int, FrozenTrial] = field(default_factory=dict)
+    """By id, in the order of their numbers."""
+    unfinished: dict[int, FrozenTrial | None] = field(default_factory=dict)
+    """By id; None: it is not known how it is now."""
+    last: int = 0
+    """The highest id that was seen."""
+
+    def add(self, finished: Sequence[FrozenTrial]) -> None:
+        if finished:
+            both = [*self.finished.values(), *finished]
+            self.finished = {trial._trial_id: trial for trial in sorted(both, key=lambda trial: trial.number)}
+
+
+class TrialCache:
+    """The trials of a database, as they were when they were read last."""
+
+    def __init__(self, database: RDBStorage) -> None:
+        self._database = database
+        self._lock = threading.Lock()
+        self._studies: dict[int, _Study] = {}
+        self._ours: dict[int, FrozenTrial] = {}
+        alone = {} if database.engine.dialect.name == "sqlite" else {"isolation_level": "AUTOCOMMIT"}
+        self._engine = database.engine.execution_options(**alone)
+
+    def all(self, study_id: int, states: Collection[TrialState] | None = None, fresh: bool = True) -> list[FrozenTrial]:
+        """Return the study's trials of those states by their numbers; not `fresh`: as they were read last, if so.
+
+        Raises KeyError: there is no such study, and what SQLAlchemy raises.
+        """
+        only_finished = states is not None and all(state.is_finished() for state in states)
+        with self._lock:
+            study = self._studies.get(study_id)
+            unread = study is None or (not only_finished and None in study.unfinished.values())
+            if fresh or unread:
+                study = self._refresh(study_id, only_finished)
+            assert study is not None
+            trials: Iterable[FrozenTrial] = study.finished.values()
+            if not only_finished:
+                unfinished = [trial for trial in study.unfinished.values() if trial is not None]
+                trials = sorted([*trials, *unfinished], key=lambda trial: trial.number)
+            return [trial for trial in trials if states is None or trial.state in states]
+
+    def one(self, trial_id: int) -> FrozenTrial:
+        """Return a trial; one of ours is the very object that is kept up to date. Raises KeyError, as `all`."""
+        with self._lock:
+            for known in (self._ours, *(study.finished for study in self._studies.values())):
+                if trial_id in known:
+                    return known[trial_id]
+            with self._engine.connect() as connection:
+                found = _read(connection, [trial_id])
+        if not found:
+            raise KeyError(f"no trial with the id {trial_id}")
+        return found[0]
+
+    def take(self, trial_ids: Sequence[int]) -> None:
+        """Have trials that this process has claimed be its own: nobody else writes to them now but their end."""
+        with self._lock, self._engine.connect() as connection:
+            self._ours |= {trial._trial_id: trial for trial in _read(connection, trial_ids)}
+
+    def let_go(self, trial_ids: Iterable[int]) -> None:
+        """Have trials be read again that were ended."""
+        for trial_id in trial_ids:
+            self._ours.pop(trial_id, None)
+
+    def note(self, trial_id: int, key: str, value: Any) -> None:
+        """Note one of the `system_attrs` of a trial of ours, which Optuna's own object does not."""
+        if trial_id in self._ours:
+            self._ours[trial_id].system_attrs[key] = value
+
+    def _refresh(self, study_id: int, only_finished: bool) -> _Study:
+        """Read what may have changed; with `only_finished`, of no trial that is unfinished."""
+        study = self._studies.setdefault(study_id, _Study())
+        with self._engine.connect() as connection:
+            if connection.execute(select(_STUDIES.c.study_id).where(_STUDIES.c.study_id == study_id)).first() is None:
+                del self._studies[study_id]
+                raise KeyError(f"no study with the id {study_id}")
+            states = _states(connection, study_id, study)
+            unfinished = {i: self._known(study, i, state) for i, state in states.items() if not state.is_finished()}
+            wanted = [i for i in states if unfinished.get(i) is None and not (only_finished and i in unfinished)]
+            read = _read(connection, wanted, study_id)
+        study.unfinished = unfinished | {trial._trial_id: trial for trial in read if not trial.state.is_finished()}
+        for trial in read:
+            if trial.state.is_finished():
+                study.unfinished.pop(trial._trial_id, None)
+        study.add([trial for trial in read if trial.state.is_finished()])
+        study.last = max(study.last, *states, 0)
+        return study
+
+    def _known(self, study: _Study, trial_id: int, state: TrialState) -> FrozenTrial | None:
+        """Return an unfinished trial, if it is known how it is now."""
+        if trial_id in self._ours:
+            return self._ours[trial_id]
+        known = study.unfinished.get(trial_id)
+        return known if known is not None and state == known.state == TrialState.WAITING else None
+
+
+def _states(connection: Connection, study_id: int, study: _Study) -> dict[int, TrialState]:
+    """Return the states of the trials that were not finished, or not there, when the study was read last."""
+    columns = select(_TRIALS.c.trial_id, _TRIALS.c.state).where(_TRIALS.c.study_id == study_id)
+    found = list(connection.execute(columns.where(_TRIALS.c.trial_id > study.last)))
+    for some in parts(list(study.unfinished)):
+        found += connection.execute(columns.where(_TRIALS.c.trial_id.in_(some)))
+    return {trial_id: state for trial_id, state in found}
+
+
+def _read(connection: Connection, ids: Sequence[int], study_id: int | None = None) -> list[FrozenTrial]:
+    """Return the trials of these ids, in the order of their ids; `study_id` is that of all of them, if it is one."""
+    if study_id is not None and len(ids) >= _ALL_FROM:
+        wanted = set(ids)
+        return [trial for trial in _read_where(connection, study_id, None) if trial._trial_id in wanted]
+    return [trial for some in parts(sorted(ids)) for trial in _read_where(connection, None, some)]
+
+
+def _read_where(connection: Connection, study_id: int | None, ids: Sequence[int] | None) -> list[FrozenTrial]:
+    """Return the trials of a study, or those of some ids."""
+    of_study = select(_TRIALS.c.trial_id).where(_TRIALS.c.study_id == study_id)
+    where = of_study if ids is None else ids
+
+    def rows(model: Any) -> Iterator[Any]:
+        table: Table = model.__table__
+        found = connection.execute(
+            select(table).where(table.c.trial_id.in_(where)).order_by(*table.primary_key.columns)
+        )
+        return (row for row in found if model is models.TrialModel or row.trial_id in trials)
+
+    trials: dict[int, FrozenTrial] = {}
+    trials |= {row.trial_id: _empty(row) for row in rows(models.TrialModel)}
+    for row in rows(models.TrialParamModel):
+        distribution = _distribution(row.distribution_json)
+        trials[row.trial_id].params[row.param_name] = distribution.to_external_repr(row.param_value)
+        trials[row.trial_id].distributions[row.param_name] = distribution
+    for row in rows(models.TrialIntermediateValueModel):
+        stored = row.intermediate_value, row.intermediate_value_type
+        value = models.TrialIntermediateValueModel.stored_repr_to_intermediate_value(*stored)
+        trials[row.trial_id].intermediate_values[row.step] = value
+    for row in rows(models.TrialUserAttributeModel):
+        trials[row.trial_id].user_attrs[row.key] = json.loads(row.value_json)
+    for row in rows(models.TrialSystemAttributeModel):
+        trials[row.trial_id].system_attrs[row.key] = json.loads(row.value_json)
+    values: dict[int, dict[int, float]] = {}
+    for row in rows(models.TrialValueModel):
+        value = models.TrialValueModel.stored_repr_to_value(row.value, row.value_type)
+        values.setdefault(row.trial_id, {})[row.objective] = value
+    for trial_id, of_trial in values.items():
+        trials[trial_id].values = [of_trial[i] for i in sorted(of_trial)]
+    return list(trials.values())
+
+
+def _empty(row: Row[Any]) -> FrozenTrial:
+    return FrozenTrial(
+        number=row.number,
+        state=row.state,
+        value=None,
+        values=None,
+        datetime_start=_local(row.datetime_start),
+        datetime_complete=_local(row.datetime_complete),
+        params={},
+        distributions={},
+        user_attrs={},
+        system_attrs={},
+        intermediate_values={},
+        trial_id=row.trial_id,
+    )
+
+
+def _local(time: datetime | None) -> datetime | None:
+    """Return a time as Optuna gives it, local and without saying so, from what its tables have (UTC)."""
+    return None if time is None else time.replace(tzinfo=UTC).astimezone().replace(tzinfo=None)
+
+
+@lru_cache(maxsize=1000)
+def _distribution(text: str) -> BaseDistribution:
+    return json_to_distribution(text)
