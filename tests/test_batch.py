@@ -9,7 +9,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState, create_trial
 
-from hpo.search.batch import Batch, claim, write_one_by_one, write_to_database
+from hpo.search.batch import Batch, claim, enqueue, write_one_by_one, write_to_database
 from hpo.search.retrying import RetryingStorage
 from hpo.search.storage import open_storage
 from tests.searches import Opener
@@ -104,11 +104,31 @@ def test_all_of_it_or_nothing(database, monkeypatch):
 def test_of_those_that_wait_each_is_claimed_once(database):
     waiting = trials(database, 3, TrialState.WAITING)
     running = trials(database, 1)
-    assert claim(database, [*waiting[:2], *running]) == waiting[:2]
-    assert claim(database, [*waiting, *running]) == waiting[2:]
-    assert claim(database, []) == []
+    assert claim(database, {i: {"lease": "a"} for i in (*waiting[:2], *running)}) == waiting[:2]
+    assert claim(database, {i: {"lease": "b"} for i in (*waiting, *running)}) == waiting[2:]
+    assert claim(database, {}) == []
     assert all(database.get_trial(i).state == TrialState.RUNNING for i in waiting)
     assert database.get_trial(waiting[0]).datetime_start is not None
+    leases = [database.get_trial(i).system_attrs for i in waiting]
+    assert leases == [{"hpo:lease": {"lease": lease}} for lease in "aab"]
+    # the connection was cut after it, and the same worker asks again
+    assert claim(database, {i: {"lease": "a"} for i in waiting}) == waiting[:2]
+
+
+def test_queued_trials_are_those_that_optuna_adds(database):
+    study = optuna.load_study(study_name="s", storage=database)
+    queued = [({"place": i, "seed": 2**63 + i}, {"fixed_params": {"x": 0.5, "y": None}} if i else {}) for i in range(3)]
+    trials(database, 2)
+    enqueue(database, study._study_id, queued[:2])
+    ours = study.get_trials()[2:]
+    for user, system in queued[:2]:
+        study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=user, system_attrs=system))
+    enqueue(database, study._study_id, queued[2:])
+    theirs = study.get_trials()[4:6]
+    assert [trial.number for trial in study.get_trials()] == list(range(7))
+    assert read(database, [t._trial_id for t in ours]) == read(database, [t._trial_id for t in theirs])
+    with pytest.raises(KeyError, match="no study"):
+        enqueue(database, 10_000, queued)
 
 
 def test_what_it_does_not_take_costs_that_and_not_the_rest(database, said):

@@ -12,6 +12,7 @@ from optuna.trial import TrialState
 from hpo.search import schema
 from hpo.search.budget import held_until
 from hpo.search.lease import LeaseKeeper, LeaseMonitor
+from hpo.search.trials import TrialCache
 from hpo.study.space import Space
 from tests.searches import HandClock, Opener, claims, stored
 
@@ -223,9 +224,6 @@ def test_the_thread_that_renews_survives_errors():
     calls, renewed = [], threading.Event()
 
     class Away(InMemoryStorage):
-        def set_trial_system_attr(self, *arguments):
-            pass
-
         def set_study_system_attr(self, *arguments):
             calls.append(threading.current_thread().name)
             if len(calls) in (2, 3):
@@ -234,7 +232,7 @@ def test_the_thread_that_renews_survives_errors():
                 renewed.set()
 
     keeper = LeaseKeeper(Away(), 0, grace=0.02)
-    keeper.hold(0, 1)
+    assert keeper.lease(1)["attempt"] == 1
     assert renewed.wait(10)
     keeper.stop()
     assert calls[1:4] == ["hpo-lease"] * 3
@@ -267,12 +265,12 @@ def test_giving_back_a_trial_that_a_peer_took_over_queues_no_other(opened):
     assert len(slow.study.get_trials()) == 2
 
 
-@pytest.mark.parametrize("moment", ["lease", "params"])
+@pytest.mark.parametrize("moment", ["claim", "params"])
 def test_a_claim_that_is_lost_inside_ask_is_let_go(opened, monkeypatch, moment):
     """Each failed renewal of its lease once restarted the wait for others: nobody was ever counted as dead again."""
     time = HandClock()
     slow, peer = opened(trials=3, clock=time.clock), opened(trials=3)
-    where = (LeaseKeeper, "hold") if moment == "lease" else (Space, "suggest")
+    where = (TrialCache, "take") if moment == "claim" else (Space, "suggest")
     first = getattr(*where)
 
     def is_overtaken(*arguments):

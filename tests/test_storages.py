@@ -253,16 +253,16 @@ def test_postgresql_that_goes_away_between_a_report_and_the_pruner_does_not_stop
 def test_postgresql_that_restarts_while_its_lock_is_held_costs_a_wait(server, tmp_path):
     opener = Opener(tmp_path)
     search = opener(storage=server.database(), trials=2)
-    enqueue = search._queue._enqueue
+    enqueue = search.storage.enqueue
 
     def restart_then(*arguments):
         server.stop()
         server.start()
         enqueue(*arguments)
 
-    search._queue._enqueue = restart_then
+    search.storage.enqueue = restart_then
     assert [claim.slot for claim in claims(search)] == [0, 1]
-    search._queue._enqueue = enqueue
+    search.storage.enqueue = enqueue
     assert search.ask() is None
     opener.close()
 

@@ -99,7 +99,7 @@ def test_only_what_may_have_changed_is_read_again(database, reads):
     assert cache.all(study_id)[-2].intermediate_values == {0: 0.25}
     (waiting,) = [t._trial_id for t in cache.all(study_id) if t.state == TrialState.WAITING]
     reads.clear()
-    assert claim(database, [waiting]) == [waiting]
+    assert claim(database, {waiting: {}}) == [waiting]
     assert [t.state for t in cache.all(study_id)[-2:]] == [TrialState.RUNNING] * 2
     write_to_database(database, Batch(ends={waiting: (TrialState.PRUNED, None)}))
     new = database.create_new_trial(study_id, create_trial(state=TrialState.WAITING))
@@ -120,7 +120,7 @@ def test_a_trial_of_ours_is_read_once_and_is_the_object_that_is_written_to(datab
     study_id = mixed(database, 1)
     (waiting,) = [t._trial_id for t in database.get_all_trials(study_id) if t.state == TrialState.WAITING]
     cache = TrialCache(database)
-    claim(database, [waiting])
+    claim(database, {waiting: {}})
     cache.take([waiting])
     ours = cache.one(waiting)
     ours.intermediate_values[0] = 0.5

@@ -24,7 +24,8 @@ from hpo.log import log
 from hpo.processes import this_process
 from hpo.runner.prepare import Plan
 from hpo.search import schema
-from hpo.search.search import Claim, Search
+from hpo.search.claim import Claim
+from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
 from hpo.study.loading import source_fingerprint
 

@@ -9,7 +9,8 @@ from torch import nn
 from hpo.errors import InputError, Interrupted
 from hpo.runner.prepare import Plan
 from hpo.runner.trial import TrialRun, Trials
-from hpo.search.search import Search, TakenOver
+from hpo.search.claim import TakenOver
+from hpo.search.search import Search
 from hpo.stopping import StopToken
 from hpo.study.data import Data, Split
 from hpo.study.loading import origin
@@ -66,7 +67,8 @@ class CustomTraining:
 
     def train(self) -> None:
         """Train until there is no trial left to claim. Raises Interrupted."""
-        while not self._stop() and (trial := self._trials.claim()) is not None:
+        while not self._stop() and (trials := self._trials.claim_up_to(1)):
+            (trial,) = trials
             try:
                 if self._plan.function is not None:
                     self._call(self._plan.function, trial)

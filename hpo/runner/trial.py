@@ -14,8 +14,9 @@ from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
 from hpo.search import schema
 from hpo.search.away import StorageAway
+from hpo.search.claim import Claim
 from hpo.search.curves import curves_of, to_json
-from hpo.search.search import Claim, Search
+from hpo.search.search import Search
 from hpo.tracking.base import Tracker
 from hpo.training.faults import TrialFault, all_alike
 from hpo.training.stack import Kept, Member, Stack
@@ -271,29 +272,25 @@ class Trials:
         best = min(values, key=lambda trial: (sign * values[trial], trial.member.number), default=None)
         return best if best is not None and self._search.may_be_best(values[best]) else None
 
-    def claim(self, wait: bool = True) -> TrialRun | None:
-        """Claim the next trial; None where there is none left. `wait` is that of `Search.ask`."""
-        claim = self._search.ask(wait)
+    def claim_up_to(self, n: int, wait: bool = True) -> list[TrialRun]:
+        """Claim up to `n` trials. Without `wait`, neither peers nor a storage that is away are waited for."""
+        try:
+            claims = self._search.ask_up_to(n, wait)
+        except StorageAway:
+            if wait:
+                raise
+            claims = []
         for lost in self._search.drain_lost():
             self._tracker.end_trial(lost.number, lost.state, lost.reason)
             what = "its retries are spent" if lost.state == "FAIL" else "it is retried"
             log.warning(f"trial {lost.number} was lost ({lost.reason}): {what}")
-        if claim is None:
-            return None
+        with self._search.storage.together():
+            return [self._begun(claim) for claim in claims]
+
+    def _begun(self, claim: Claim) -> TrialRun:
         trial = TrialRun(self._plan, self._origin, claim, self._search, self._tracker, self._progress)
         self._active[claim.number] = trial
         return trial
-
-    def claim_up_to(self, n: int, wait: bool) -> list[TrialRun]:
-        """Claim up to `n` trials. Without `wait`, neither peers nor a storage that is away are waited for."""
-        claimed: list[TrialRun] = []
-        try:
-            while len(claimed) < n and (trial := self.claim(wait)) is not None:
-                claimed.append(trial)
-        except StorageAway:
-            if wait:
-                raise
-        return claimed
 
     def done(self, number: int) -> None:
         """Forget a trial whose end was told."""

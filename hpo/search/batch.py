@@ -15,13 +15,15 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import TrialState
-from sqlalchemy import Connection, Table, bindparam, insert, select, update
+from sqlalchemy import Connection, Table, bindparam, func, insert, select, update
 
 from hpo.log import log
 from hpo.search.away import line, may_pass
+from hpo.search.schema import LEASE
 
 _MOST_IDS = 500
 """How many ids are asked for in one statement: databases have a limit."""
+_STUDIES: Table = models.StudyModel.__table__
 _TRIALS: Table = models.TrialModel.__table__
 _VALUES: Table = models.TrialValueModel.__table__
 _REPORTS: Table = models.TrialIntermediateValueModel.__table__
@@ -102,15 +104,53 @@ def write_one_by_one(storage: BaseStorage, batch: Batch) -> set[int]:
     return over
 
 
-def claim(database: RDBStorage, ids: Sequence[int]) -> list[int]:
-    """Make those of the trials RUNNING that are WAITING, in one transaction; return their ids."""
+def claim(database: RDBStorage, leases: Mapping[int, Mapping[str, Any]]) -> list[int]:
+    """Make those of the trials RUNNING that are WAITING, each with its lease, in one transaction; return their ids.
+
+    One that is RUNNING with that very lease is ours too: the connection was cut when it was claimed.
+    """
     with database.engine.begin() as connection:
-        waiting = [trial_id for trial_id, state in _locked_states(connection, ids) if state == TrialState.WAITING]
+        states = _locked_states(connection, list(leases))
+        waiting = [trial_id for trial_id, state in states if state == TrialState.WAITING]
         if waiting:
             now = _utc_now()
             where = _TRIALS.c.trial_id.in_(waiting)
             connection.execute(update(_TRIALS).where(where).values(state=TrialState.RUNNING, datetime_start=now))
+            rows = {(trial_id, LEASE): {"value_json": json.dumps(leases[trial_id])} for trial_id in waiting}
+            _upsert(connection, _SYSTEM_ATTRS, "key", rows)
+        running = [trial_id for trial_id, state in states if state == TrialState.RUNNING]
+        if running:
+            table = _SYSTEM_ATTRS
+            query = select(table.c.trial_id, table.c.value_json).where(table.c.trial_id.in_(running))
+            found = connection.execute(query.where(table.c.key == LEASE))
+            waiting += [trial_id for trial_id, text in found if json.loads(text) == leases[trial_id]]
     return waiting
+
+
+Queued = tuple[Mapping[str, Any], Mapping[str, Any]]
+"""The `user_attrs` and the `system_attrs` of a trial that is to wait in the queue."""
+
+
+def enqueue(database: RDBStorage, study_id: int, queued: Sequence[Queued]) -> None:
+    """Add WAITING trials to a study, in one transaction. Raises KeyError: there is no such study.
+
+    The study's row is locked against others that add trials, as Optuna does it: their number is how many there are.
+    """
+    with database.engine.begin() as connection:
+        study = select(_STUDIES.c.study_id).where(_STUDIES.c.study_id == study_id).with_for_update()
+        if connection.execute(study).first() is None:
+            raise KeyError(f"no study with the id {study_id}")
+        n = connection.execute(select(func.count()).where(_TRIALS.c.study_id == study_id)).scalar_one()
+        user_attrs: dict[tuple[int, str], Any] = {}
+        system_attrs: dict[tuple[int, str], Any] = {}
+        for number, (user, system) in enumerate(queued, start=n):
+            row = {"study_id": study_id, "number": number, "state": TrialState.WAITING}
+            key = connection.execute(insert(_TRIALS).values(row)).inserted_primary_key
+            assert key is not None
+            user_attrs |= {(key[0], name): {"value_json": json.dumps(value)} for name, value in user.items()}
+            system_attrs |= {(key[0], name): {"value_json": json.dumps(value)} for name, value in system.items()}
+        _upsert(connection, _USER_ATTRS, "key", user_attrs)
+        _upsert(connection, _SYSTEM_ATTRS, "key", system_attrs)
 
 
 def _locked_states(connection: Connection, ids: Sequence[int]) -> list[tuple[int, TrialState]]:

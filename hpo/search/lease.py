@@ -9,6 +9,7 @@ import math
 import secrets
 import threading
 from collections.abc import Mapping
+from typing import Any
 
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial
@@ -63,19 +64,14 @@ class LeaseKeeper:
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def hold(self, trial_id: int, attempt: int) -> None:
-        """Have a trial be this worker's. Raises what the storage raises, UpdateFinishedTrialError if it was ended."""
+    def lease(self, attempt: int) -> Mapping[str, Any]:
+        """Return what is to be written of a trial that this worker claims (schema.LEASE). Raises as it does."""
         if self._until - self._clock.now() < self._grace / 2:  # not held yet, or not renewed for long
             self._renew()
-        lease: dict[str, str | int] = {
-            schema.LEASE_WORKER: this_process(),
-            schema.LEASE_ID: self._id,
-            schema.LEASE_ATTEMPT: attempt,
-        }
-        self._storage.set_trial_system_attr(trial_id, schema.LEASE, lease)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="hpo-lease", daemon=True)
             self._thread.start()
+        return {schema.LEASE_WORKER: this_process(), schema.LEASE_ID: self._id, schema.LEASE_ATTEMPT: attempt}
 
     def stop(self) -> None:
         """Stop renewing the lease."""

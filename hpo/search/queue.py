@@ -14,11 +14,12 @@ from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 
 from hpo.errors import masked
 from hpo.processes import this_process
 from hpo.search import schema
+from hpo.search.batch import Queued
 from hpo.search.budget import held_until, holders, lease_of, refill, worker_of
 from hpo.search.clock import Clock
 from hpo.search.lease import LeaseKeeper, LeaseMonitor
@@ -65,24 +66,27 @@ class Queue:
 
     # Claims.
 
-    def take(self) -> FrozenTrial | None:
-        """Claim the next trial: from now on it is RUNNING, and without a lease. None: there is none left to claim."""
-        if not self._waiting:
-            self._look_for_waiting()
-        while self._waiting:
-            frozen = self._waiting.popleft()
-            with suppress(UpdateFinishedTrialError):
-                if self._storage.set_trial_state_values(frozen._trial_id, TrialState.RUNNING):
-                    return frozen
-            if not self._waiting:  # peers were faster; there may be more
-                self._look_for_waiting()
-        return None
+    def take(self, n: int) -> list[FrozenTrial]:
+        """Claim up to `n` trials: from now on they are RUNNING, and ours. None of them: there is none left to claim."""
+        while True:
+            if not self._waiting:
+                self._look_for_waiting(n)
+            if not self._waiting:
+                return []
+            tried = [self._waiting.popleft() for _ in range(min(n, len(self._waiting)))]
+            attempts = {trial._trial_id: trial.user_attrs.get(schema.ATTEMPT, 1) for trial in tried}
+            leases = self._storage.patiently(
+                lambda: {trial_id: self._lease.lease(attempt) for trial_id, attempt in attempts.items()}  # noqa: B023
+            )
+            claimed = set(self._storage.claim(leases))
+            if claimed:  # else peers were faster; there may be more
+                return [trial for trial in tried if trial._trial_id in claimed]
 
-    def _look_for_waiting(self) -> None:
+    def _look_for_waiting(self, n: int) -> None:
         """Read which trials wait, and queue more where there are none; reading is what claims of a large study cost."""
         taken = holders(self._reader.read())
         if len(taken) > self._spec.trials or all(trial.state != TrialState.WAITING for trial in taken):
-            taken = holders(self.fill())
+            taken = holders(self.fill(n))
         self._waiting = deque(self._share([trial for trial in taken if trial.state == TrialState.WAITING], taken))
 
     def _share(self, waiting: list[FrozenTrial], taken: Sequence[FrozenTrial]) -> list[FrozenTrial]:
@@ -93,8 +97,8 @@ class Queue:
 
     # The budget.
 
-    def fill(self) -> Sequence[FrozenTrial]:
-        """Queue trials up to the budget (a chunk at a time), or withdraw those that are queued beyond it.
+    def fill(self, n: int = 1) -> Sequence[FrozenTrial]:
+        """Queue trials up to the budget (`n` or a chunk at a time), or withdraw those that are queued beyond it.
 
         Trials whose worker died are retried too. Return all trials of the study as they are now.
         """
@@ -102,27 +106,18 @@ class Queue:
             everything: Sequence[FrozenTrial] = self._reader.read()
             if any(self._reclaim(everything).values()):
                 everything = self._reader.read()
-            change = refill(everything, self._spec.trials, len(self._spec.start_with), _CHUNK)
-            for slot, start in change.queue:
-                self._enqueue_new(slot, start)
+            change = refill(everything, self._spec.trials, len(self._spec.start_with), max(n, _CHUNK))
+            if change.queue:
+                self._storage.enqueue(self._study._study_id, [self._new(slot, start) for slot, start in change.queue])
             self._withdraw(change.withdraw)
         return self._reader.read() if change.queue or change.withdraw else everything
 
-    def _enqueue_new(self, slot: int, start: int | None) -> None:
-        """Queue a new trial for a free slot, with the params of that `start_with` entry, if any."""
+    def _new(self, slot: int, start: int | None) -> Queued:
+        """Return a new trial for a free slot, with the params of that `start_with` entry, if any."""
         attrs = {schema.SLOT: slot, schema.SEED: derive(self._spec.seed, "init", slot)}
         if start is None:
-            self._enqueue({}, attrs)
-        else:
-            self._enqueue(self._space.queued(self._spec.start_with[start]), attrs | {schema.START_WITH: start})
-
-    def _enqueue(
-        self, config: Mapping[str, Any], attrs: Mapping[str, Any], inherited: Mapping[str, Any] | None = None
-    ) -> None:
-        """Queue a trial that has the params of `config`; the others are sampled when it is claimed."""
-        fixed = {schema.FIXED_PARAMS: dict(config)} if config else {}  # not {}: see grid
-        system = {**(inherited or {}), **fixed}
-        self._study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=dict(attrs), system_attrs=system))
+            return attrs, {}
+        return attrs | {schema.START_WITH: start}, _fixed(self._space.queued(self._spec.start_with[start]))
 
     def _withdraw(self, trials: Sequence[FrozenTrial]) -> None:
         """End WAITING trials that the budget has no slot for."""
@@ -172,6 +167,7 @@ class Queue:
     def give_back(self, trial_id: int, reason: str) -> None:
         """End a trial of ours that was interrupted, unless a peer has ended it, and queue its successor."""
         with locked(self._storage, self._spec.storage):
+            self._storage.let_go([trial_id])
             frozen = self._storage.get_trial(trial_id)
             if frozen.state == TrialState.RUNNING:
                 self._replace(frozen, reason, attempt=0)  # an interruption is nobody's fault: it costs no attempt
@@ -204,9 +200,14 @@ class Queue:
         attrs |= {key: trial.user_attrs[key] for key in kept if key in trial.user_attrs}
         of_the_grid = (schema.GRID_ID, schema.SEARCH_SPACE)
         grid = {key: trial.system_attrs[key] for key in of_the_grid if key in trial.system_attrs}
-        self._enqueue(trial.params, attrs, grid)
+        self._storage.enqueue(self._study._study_id, [(attrs, grid | _fixed(trial.params))])
 
     def drain_lost(self) -> list[Lost]:
         """Return other workers' trials that were ended here since the last call."""
         lost, self._lost = self._lost, []
         return lost
+
+
+def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what has a queued trial take the params of `config`; the others are sampled when it is claimed."""
+    return {schema.FIXED_PARAMS: dict(config)} if config else {}  # not {}: see grid

@@ -4,19 +4,20 @@ How it is waited for is in `hpo.search.patient`.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from hpo.search.away import may_pass, was_cut
-from hpo.search.batch import Batch, write_one_by_one, write_to_database
+from hpo.search.batch import Batch, Queued, claim, enqueue, write_one_by_one, write_to_database
 from hpo.search.clock import SYSTEM, Clock
 from hpo.search.patient import PatientStorage
+from hpo.search.schema import LEASE
 from hpo.search.storage import exclusive
 from hpo.search.trials import TrialCache
 
@@ -77,14 +78,47 @@ class RetryingStorage(PatientStorage):
             over |= self._or_keep(reports, lambda: self._write(batch)) or set()
         else:
             over |= self._write_patiently(batch)
-        if self._cache is not None:
-            self._cache.let_go(over | batch.ends.keys())
+        self.let_go(over | batch.ends.keys())
 
-    def take_in(self, trial_ids: Sequence[int]) -> None:
-        """Have trials be this process's own, which it has claimed: they are not read again (`TrialCache`)."""
+    def let_go(self, trial_ids: Iterable[int]) -> None:
+        """Have trials that are no longer this process's own be read again."""
         if self._cache is not None:
-            cache = self._cache
-            self.read(lambda: cache.take(trial_ids))
+            self._cache.let_go(trial_ids)
+
+    def claim(self, leases: Mapping[int, Mapping[str, Any]]) -> list[int]:
+        """Make those of the trials RUNNING that are WAITING, each with its lease; return their ids."""
+        if isinstance(self.inner, RDBStorage) and self._cache is not None:
+            database, cache = self.inner, self._cache
+            claimed = self.patiently(lambda: claim(database, leases))
+            self.read(lambda: cache.take(claimed))
+            return claimed
+        return [trial_id for trial_id, lease in leases.items() if self._claim_one(trial_id, lease)]
+
+    def _claim_one(self, trial_id: int, lease: Mapping[str, Any]) -> bool:
+        try:
+            if not self.set_trial_state_values(trial_id, TrialState.RUNNING):
+                return False
+            self.set_trial_system_attr(trial_id, LEASE, dict(lease))
+        except UpdateFinishedTrialError:  # by a peer, which took this worker for dead
+            return False
+        return True
+
+    def enqueue(self, study_id: int, queued: Sequence[Queued]) -> None:
+        """Add WAITING trials to a study."""
+        if not isinstance(self.inner, RDBStorage):
+            for user, system in queued:
+                trial = create_trial(state=TrialState.WAITING, user_attrs=dict(user), system_attrs=dict(system))
+                self.create_new_trial(study_id, trial)
+            return
+        database, tries = self.inner, 0
+
+        def call() -> None:
+            nonlocal tries
+            tries += 1
+            there = [trial.user_attrs for trial in self._waiting(study_id)] if tries > 1 else []  # it may be written
+            enqueue(database, study_id, [each for each in queued if each[0] not in there])
+
+        self.patiently(call)
 
     def _write_patiently(self, batch: Batch) -> set[int]:
         tries = 0
@@ -162,8 +196,11 @@ class RetryingStorage(PatientStorage):
         """Return the id of the same trial, which was queued when the connection was cut; None: it was not."""
         if trial is None or trial.state != TrialState.WAITING or not trial.user_attrs:
             return None
-        waiting = self._storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.WAITING,))
+        waiting = self._waiting(study_id)
         return next((each._trial_id for each in waiting if each.user_attrs == trial.user_attrs), None)
+
+    def _waiting(self, study_id: int) -> list[FrozenTrial]:
+        return self._storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.WAITING,))
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         if self._batch is not None and state.is_finished():
@@ -182,6 +219,8 @@ class RetryingStorage(PatientStorage):
                     return True  # it was written when the connection was cut
                 raise
 
+        if state.is_finished():
+            self.let_go([trial_id])
         return self.patiently(call)
 
     def delete_study(self, study_id: int) -> None:

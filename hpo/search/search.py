@@ -8,7 +8,6 @@ study, and `hpo.search.schema` what is stored. Params are sampled when a trial i
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import optuna
@@ -16,10 +15,11 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import _filter_study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from hpo.errors import InputError, masked
+from hpo.errors import HpoError, InputError, masked
 from hpo.search import schema
 from hpo.search.away import StorageAway
 from hpo.search.budget import Counts, seconds_used
+from hpo.search.claim import Claim, ClaimedTrial, TakenOver
 from hpo.search.clock import SYSTEM, Clock
 from hpo.search.lease import LeaseKeeper
 from hpo.search.queue import Lost, Queue
@@ -29,36 +29,6 @@ from hpo.search.view import Best, StudyView, TrialReader
 from hpo.seeds import derive
 from hpo.study.space import Space
 from hpo.study.spec import StudySpec
-
-
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """A trial that is ours to train. `number` is Optuna's; `seed` is the one its weights are drawn from."""
-
-    number: int
-    seed: int
-    params: Mapping[str, Any]
-    attempt: int
-    slot: int
-    """Its slot of the budget, which its successors inherit."""
-    lineage: int
-    """The number of the first trial that had its params and seed: a retry's checkpoint is of its own lineage only."""
-    is_retry: bool
-    """Whether it succeeds a trial that was interrupted or whose worker died."""
-
-
-class TakenOver(Exception):
-    """A peer has ended this trial: its lease had expired. Stop training it."""
-
-
-class _Trial(Trial):
-    """Optuna's trial, which passes on what a plain Optuna objective reports."""
-
-    on_report: Callable[[int, float], None] = staticmethod(lambda step, value: None)
-
-    def report(self, value: float, step: int) -> None:
-        super().report(value, step)
-        self.on_report(step, float(value))
 
 
 class Search:
@@ -82,7 +52,7 @@ class Search:
         study_id = storage.get_study_id_from_name(study.study_name)
         self.making: str = self.attrs[schema.MAKING]
         """What tells this study from another one of its name, made before or in another storage."""
-        self._claimed: dict[int, _Trial] = {}
+        self._claimed: dict[int, ClaimedTrial] = {}
         self._elsewhere: set[int] = set()
         """The trials that turned out to be ended by a peer."""
         self._seen: StudyView | None = None
@@ -97,27 +67,50 @@ class Search:
 
         Without `wait`, StorageAway is raised as soon as the storage does not answer or a peer holds its lock.
         """
-        while True:
-            with nullcontext() if wait else self.storage.at_once():
-                self._queue.look_for_the_dead()
-                frozen = self._queue.take()
-            if frozen is None:
-                return None
-            try:
-                return self._claim(frozen)
-            except UpdateFinishedTrialError:  # a peer took this worker for dead meanwhile
-                self.forget(frozen.number)
-            except (KeyError, TypeError, ValueError) as error:
-                if not frozen.system_attrs.get(schema.FIXED_PARAMS):
-                    raise
-                self.fail(frozen.number, f"the params that it was queued with cannot be used: {error}")
+        return next(iter(self.ask_up_to(1, wait)), None)
 
-    def _claim(self, frozen: FrozenTrial) -> Claim:
-        attempt = frozen.user_attrs.get(schema.ATTEMPT, 1)
-        self.storage.patiently(lambda: self._lease.hold(frozen._trial_id, attempt))
-        # What Study.ask does, without making a trial beyond the budget.
-        self.study._thread_local.cached_all_trials = None
-        trial = _Trial(self.study, frozen._trial_id)
+    def ask_up_to(self, n: int, wait: bool = True) -> list[Claim]:
+        """Claim up to `n` trials; fewer where there are no more. `wait` is that of `ask`."""
+        claims: list[Claim] = []
+        while len(claims) < n:
+            try:
+                with nullcontext() if wait else self.storage.at_once():
+                    self._queue.look_for_the_dead()
+                    taken = self._queue.take(n - len(claims))
+            except StorageAway:
+                if wait or not claims:
+                    raise
+                break
+            if not taken:
+                break
+            claims += self._claim(taken)
+        return claims
+
+    def _claim(self, taken: Sequence[FrozenTrial]) -> list[Claim]:
+        """Sample the params of claimed trials; return those that are still ours, and can use their params."""
+        claims: dict[int, Claim] = {}
+        self.study._thread_local.cached_all_trials = None  # as Study.ask does, but it makes a trial beyond the budget
+        try:
+            with self.storage.together() as over:
+                for frozen in taken:
+                    try:
+                        claims[frozen._trial_id] = self._sample(frozen)
+                    except (KeyError, TypeError, ValueError) as error:
+                        if not frozen.system_attrs.get(schema.FIXED_PARAMS):
+                            raise
+                        self.fail(frozen.number, f"the params that it was queued with cannot be used: {error}")
+        except Exception as error:
+            for frozen in taken:
+                self.forget(frozen.number)
+                with suppress(HpoError), self.storage.at_once():
+                    self._queue.give_back(frozen._trial_id, f"{type(error).__name__}: {error}")
+            raise
+        for trial_id in over & claims.keys():  # a peer took this worker for dead meanwhile
+            self.forget(claims.pop(trial_id).number)
+        return list(claims.values())
+
+    def _sample(self, frozen: FrozenTrial) -> Claim:
+        trial = ClaimedTrial(self.study, frozen._trial_id)
         self._claimed[trial.number] = trial
         slot = frozen.user_attrs.get(schema.SLOT, trial.number)
         seed = frozen.user_attrs.get(schema.SEED)
@@ -128,7 +121,7 @@ class Search:
             number=trial.number,
             seed=seed,
             params=self.space.suggest(trial),
-            attempt=attempt,
+            attempt=frozen.user_attrs.get(schema.ATTEMPT, 1),
             slot=slot,
             lineage=frozen.user_attrs.get(schema.LINEAGE, frozen.number),
             is_retry=schema.RETRY_OF in frozen.user_attrs,
@@ -136,7 +129,8 @@ class Search:
 
     def forget(self, number: int) -> None:
         """Forget a trial that a peer has ended: it is no longer ours."""
-        self._claimed.pop(number, None)
+        if (trial := self._claimed.pop(number, None)) is not None:
+            self.storage.let_go([trial._trial_id])
 
     def repair(self) -> bool:
         """Retry the trials whose worker died (`Queue.repair`); return whether to call it again in a moment."""
