@@ -2,7 +2,8 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.errors import Fault, InputError, did_you_mean, is_number
 from hpo.search import schema
 from hpo.search.cmaes import Evolution, RebuiltCmaEsSampler
+from hpo.search.tpe import Shared, SharedTPESampler
 from hpo.seeds import derive
 from hpo.study.space import Space
 from hpo.study.spec import PRUNERS, Plugin
@@ -50,9 +52,21 @@ class PerTrialSampler(BaseSampler):
     the storage, so nothing is lost with the object.
     """
 
-    def __init__(self, make: Callable[[int], BaseSampler]) -> None:
-        self._make = make
+    def __init__(self, make: Callable[[int], BaseSampler], shared: Shared | None = None) -> None:
+        """`shared` is what the samplers of TPE share."""
+        self._make, self._shared = make, shared
         self._current: dict[int, BaseSampler] = {}
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Within this, trials are sampled that were claimed together: what others have told meanwhile is not seen."""
+        shared = Shared() if self._shared is None else self._shared
+        shared.fits.clear()
+        shared.kept = True
+        try:
+            yield
+        finally:
+            shared.kept = False
 
     def _of(self, trial: FrozenTrial) -> BaseSampler:
         if trial.number not in self._current:
@@ -62,6 +76,8 @@ class PerTrialSampler(BaseSampler):
         return self._current[trial.number]
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        if self._shared is not None and not self._shared.kept:
+            self._shared.fits.clear()
         self._of(trial).before_trial(study, trial)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> Any:
@@ -107,7 +123,11 @@ def make_sampler(plugin: Plugin, seed: int, space: Space) -> tuple[BaseSampler, 
         keys.setdefault("scramble", True)
         keys.setdefault("warn_asynchronous_seeding", False)
 
-    construct = partial(RebuiltCmaEsSampler, Evolution()) if plugin.name == "cmaes" else cls
+    shared, construct = Shared(), cls
+    if plugin.name == "cmaes":
+        construct = partial(RebuiltCmaEsSampler, Evolution())
+    elif plugin.name == "tpe" and not keys.get("group"):
+        construct = partial(SharedTPESampler, shared)
 
     def make(number: int) -> BaseSampler:
         seed_here = base if plugin.name in _ONE_STREAM else derive(base, "sampler", number)
@@ -115,7 +135,7 @@ def make_sampler(plugin: Plugin, seed: int, space: Space) -> tuple[BaseSampler, 
 
     if not faults:
         faults += _try(lambda: make(0), plugin.name, ("sampler",))
-    return PerTrialSampler(make), faults
+    return PerTrialSampler(make, shared), faults
 
 
 def make_pruner(plugin: Plugin, epochs: int, at: tuple[str, ...] = ("pruner",)) -> tuple[BasePruner, list[Fault]]:

@@ -24,7 +24,7 @@ from hpo.search.clock import SYSTEM, Clock
 from hpo.search.lease import LeaseKeeper
 from hpo.search.queue import Lost, Queue
 from hpo.search.retrying import RetryingStorage
-from hpo.search.samplers import looks_at_its_trial_only
+from hpo.search.samplers import PerTrialSampler, looks_at_its_trial_only
 from hpo.search.view import Best, StudyView, TrialReader
 from hpo.seeds import derive
 from hpo.study.space import Space
@@ -90,8 +90,9 @@ class Search:
         """Sample the params of claimed trials; return those that are still ours, and can use their params."""
         claims: dict[int, Claim] = {}
         self.study._thread_local.cached_all_trials = None  # as Study.ask does, but it makes a trial beyond the budget
+        assert isinstance(self.study.sampler, PerTrialSampler)
         try:
-            with self.storage.together() as over:
+            with self.study.sampler.together(), self.storage.together() as over:
                 for frozen in taken:
                     try:
                         claims[frozen._trial_id] = self._sample(frozen)
