@@ -34,7 +34,7 @@ from hpo.search.storage import close_storage, open_storage
 from tests.servers import MlflowServer, postgres
 
 MOMENTS = ("claim", "lease", "epoch", "checkpoint", "tell", "told", "weights", "succession", "export")
-"""Between claim and first beat; inside ask, before the params are drawn; mid-epoch; between a checkpoint's writing and
+"""Right after a claim; inside ask, before the params are drawn; mid-epoch; between a checkpoint's writing and
 its taking effect; before and after the end is told; between a trial's end and `best.pt`; between a successor and its
 predecessor's end; during export."""
 GRACE = 20
@@ -47,9 +47,9 @@ from pathlib import Path
 import torch
 from torch import nn
 from torchmetrics.regression import R2Score
-from hpo.runner import checkpoints
+from hpo.runner import checkpoints, trial
 from hpo.export import bundle
-from hpo.search import lease, queue, search
+from hpo.search import retrying
 from hpo.study import space
 from hpo.study.data import Data, Split
 from hpo.study.objective import Objective
@@ -84,11 +84,11 @@ def after(owner, name, at):
         return result
     setattr(owner, name, watched)
 
-before(lease.LeaseKeeper, "hold", "claim")
+after(retrying.RetryingStorage, "claim", "claim")
 before(space.Space, "suggest", "lease")
-before(search.Search, "_finish", "tell")
-after(search.Search, "_finish", "told")
-after(queue.Queue, "_enqueue", "succession")
+before(trial.TrialRun, "tell", "tell")
+before(trial.TrialRun, "told", "told")
+after(retrying.RetryingStorage, "enqueue", "succession")
 before(bundle, "parity_of", "export")
 before(checkpoints, "settle_weights", "weights")
 after(torch, "save", "checkpoint")
