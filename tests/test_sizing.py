@@ -242,12 +242,12 @@ def test_a_short_run_is_not_measured_and_says_so(study, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("text", ["timeout: 0.5\n", ""])
 def test_measuring_ends_with_the_studys_time_and_where_it_is_to_stop(study, monkeypatch, text: str) -> None:
-    """Each step takes 20 ms: to measure all takes seconds."""
+    """Each step takes 20 ms."""
     monkeypatch.setenv("LINEAR_SECONDS", "0.02")
     begun, stop = time.monotonic(), (lambda: time.monotonic() - begun > 0.5) if not text else (lambda: False)
     with contextlib.suppress(Interrupted):
         run(study, TEXT.replace("epochs: 2", "epochs: 1000") + text, stop=StopWhen(stop))
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 6  # to measure all takes 15 s
 
 
 def test_a_run_trains_in_stacks_of_the_size_that_was_chosen(study, monkeypatch: pytest.MonkeyPatch) -> None:
