@@ -106,8 +106,8 @@ class TrialRun:
         """Whether the last checkpoint, or the trial's beginning, is `checkpoint_every` ago."""
         return time.monotonic() - self._checkpointed >= self._plan.spec.checkpoint_every
 
-    def report(self, metrics: dict[str, float], stack: Stack | None) -> bool:
-        """Take the metrics of the epoch that has ended; return whether the trial goes on. If not, its end is told.
+    def report(self, metrics: dict[str, float], stack: Stack | None) -> None:
+        """Take the metrics of the epoch that has ended, which may end the trial (`ending`).
 
         `stack` is the one that the trial's member is in; None where an objective trains in its own way. Call it within
         `Trials.together`.
@@ -124,7 +124,7 @@ class TrialRun:
                 self.end("FAIL", fault=member.fault)
             else:
                 self.end_by(member.error.fault, member.error.__cause__ or member.error)
-            return False
+            return
         if self._peak is None or self._better(value, self._peak):
             self._peak, self._improved = value, epoch
         if self._best is None or plan.spec.value == "last" or self._improved == epoch:
@@ -135,7 +135,6 @@ class TrialRun:
         last = member.epoch >= plan.spec.epochs or (patience is not None and epoch - self._improved >= patience)
         if last or not go_on:
             self.conclude(pruned=not last)  # after the last epoch pruning would save nothing
-        return go_on and not last
 
     def end_by(self, fault: TrialFault, error: BaseException) -> None:
         """End the trial by `error`, which is raised again where all trials so far have failed by it, as by a bug."""

@@ -4,6 +4,7 @@ How it is waited for is in `hpo.search.patient`.
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -73,6 +74,8 @@ class RetryingStorage(PatientStorage):
             yield over
         finally:
             batch, self._batch = self._batch, None
+        if not batch.ids:
+            return
         if batch.has_reports_only:
             reports = [(*key, value) for key, value in batch.reports.items()]
             over |= self._or_keep(reports, lambda: self._write(batch)) or set()
@@ -110,27 +113,29 @@ class RetryingStorage(PatientStorage):
                 trial = create_trial(state=TrialState.WAITING, user_attrs=dict(user), system_attrs=dict(system))
                 self.create_new_trial(study_id, trial)
             return
-        database, tries = self.inner, 0
+        database = self.inner
 
-        def call() -> None:
-            nonlocal tries
-            tries += 1
-            there = [trial.user_attrs for trial in self._waiting(study_id)] if tries > 1 else []  # it may be written
+        def call(again: bool) -> None:
+            there = [trial.user_attrs for trial in self._waiting(study_id)] if again else []
             enqueue(database, study_id, [each for each in queued if each[0] not in there])
 
-        self.patiently(call)
+        self._again(call)
 
     def _write_patiently(self, batch: Batch) -> set[int]:
-        tries = 0
-
-        def call() -> set[int]:
-            nonlocal tries
-            tries += 1
+        def call(again: bool) -> set[int]:
             over = self._write(batch)
-            # where the connection was cut, it may have been written before
-            return over if tries == 1 else {trial_id for trial_id in over if not self._is_told(trial_id, batch)}
+            ours = {trial_id for trial_id in over if again and self._is_told(trial_id, batch.ends.get(trial_id))}
+            return over - ours
 
-        return self.patiently(call)
+        return self._again(call)
+
+    def _again(self, call: Callable[[bool], T]) -> T:
+        """Return what `call` gives, as `patiently`; it is told whether it may have been done before.
+
+        So it is where the connection was cut, and nobody could say so.
+        """
+        tries = itertools.count()
+        return self.patiently(lambda: call(next(tries) > 0))
 
     def _write(self, batch: Batch) -> set[int]:
         if isinstance(self.inner, RDBStorage):
@@ -141,9 +146,9 @@ class RetryingStorage(PatientStorage):
                     raise  # else there is something that it does not take: all but that is stored
         return write_one_by_one(self._storage, batch)
 
-    def _is_told(self, trial_id: int, batch: Batch) -> bool:
-        """Whether a trial's end is the one that is in `batch`."""
-        state, values = batch.ends.get(trial_id, (None, None))
+    def _is_told(self, trial_id: int, end: tuple[TrialState, Sequence[float] | None] | None) -> bool:
+        """Whether a trial has ended in that way."""
+        state, values = end or (None, None)
         now = self._storage.get_trial(trial_id)
         return now.state == state and (values is None or now.values == list(values))
 
@@ -182,15 +187,11 @@ class RetryingStorage(PatientStorage):
             self.patiently(lambda: self._storage.set_trial_system_attr(trial_id, key, value))
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
-        tries = 0
-
-        def call() -> int:
-            nonlocal tries
-            tries += 1
-            before = self._queued_before(study_id, template_trial) if tries > 1 else None
+        def call(again: bool) -> int:
+            before = self._queued_before(study_id, template_trial) if again else None
             return self._storage.create_new_trial(study_id, template_trial) if before is None else before
 
-        return self.patiently(call)
+        return self._again(call)
 
     def _queued_before(self, study_id: int, trial: FrozenTrial | None) -> int | None:
         """Return the id of the same trial, which was queued when the connection was cut; None: it was not."""
@@ -206,22 +207,18 @@ class RetryingStorage(PatientStorage):
         if self._batch is not None and state.is_finished():
             self._batch.ends[trial_id] = (state, values)
             return True
-        tries = 0
 
-        def call() -> bool:
-            nonlocal tries
-            tries += 1
+        def call(again: bool) -> bool:
             try:
                 return self._storage.set_trial_state_values(trial_id, state, values)
             except UpdateFinishedTrialError:
-                now = self._storage.get_trial(trial_id)
-                if tries > 1 and now.state == state and (values is None or now.values == list(values)):
-                    return True  # it was written when the connection was cut
+                if again and self._is_told(trial_id, (state, values)):
+                    return True
                 raise
 
         if state.is_finished():
             self.let_go([trial_id])
-        return self.patiently(call)
+        return self._again(call)
 
     def delete_study(self, study_id: int) -> None:
         self.patiently(lambda: self._storage.delete_study(study_id))

@@ -54,19 +54,18 @@ class PerTrialSampler(BaseSampler):
 
     def __init__(self, make: Callable[[int], BaseSampler], shared: Shared | None = None) -> None:
         """`shared` is what the samplers of TPE share."""
-        self._make, self._shared = make, shared
+        self._make, self._shared = make, shared or Shared()
         self._current: dict[int, BaseSampler] = {}
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """Within this, trials are sampled that were claimed together: what others have told meanwhile is not seen."""
-        shared = Shared() if self._shared is None else self._shared
-        shared.fits.clear()
-        shared.kept = True
+        self._shared.fits.clear()
+        self._shared.kept = True
         try:
             yield
         finally:
-            shared.kept = False
+            self._shared.kept = False
 
     def _of(self, trial: FrozenTrial) -> BaseSampler:
         if trial.number not in self._current:
@@ -76,7 +75,7 @@ class PerTrialSampler(BaseSampler):
         return self._current[trial.number]
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        if self._shared is not None and not self._shared.kept:
+        if not self._shared.kept:
             self._shared.fits.clear()
         self._of(trial).before_trial(study, trial)
 

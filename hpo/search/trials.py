@@ -46,7 +46,6 @@ class TrialCache:
     """The trials of a database, as they were when they were read last."""
 
     def __init__(self, database: RDBStorage) -> None:
-        self._database = database
         self._lock = threading.Lock()
         self._studies: dict[int, _Study] = {}
         self._ours: dict[int, FrozenTrial] = {}
