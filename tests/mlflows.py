@@ -3,9 +3,10 @@
 import logging
 import math
 import shutil
+import time
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 import pytest
 
 from hpo.tracking.base import Tracker
+from hpo.tracking.items import Answer, Item
 from hpo.tracking.mlflow import MlflowTracker
-from hpo.tracking.runs import quiet
+from hpo.tracking.process import RunsProcess
+from hpo.tracking.runs import Runs, quiet
 from tests.logged import recorded
 
 
@@ -24,6 +27,14 @@ def no_warning(request: pytest.FixtureRequest) -> Iterator[None]:
     with recorded(logging.WARNING) as warned:
         yield
     assert "said" in request.fixturenames or not warned, warned
+
+
+def until(what: Callable[[], Any]) -> None:
+    """Wait until `what` returns something true."""
+    end = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 @contextmanager
@@ -49,14 +60,36 @@ def tell(tracker: Tracker) -> None:
     tracker.end_study("COMPLETE")
 
 
+class RunsHere(RunsProcess):
+    """Runs in this process, for tests that put something in MLflow's place."""
+
+    def __init__(self, uri: str, study: str, *, making: str, adopts: bool) -> None:
+        super().__init__(uri, study, making=making, adopts=adopts)
+        self.runs = Runs(uri, study, making=making, adopts=adopts)
+
+    def attempt(self, item: Item) -> Answer:
+        return self.runs.attempt(item)
+
+
+class TrackerHere(MlflowTracker):
+    """Sends from this process. Where it cannot, it is tried again at once, and not waited for long."""
+
+    RETRY_SECONDS = 0.0
+    CLOSE_SECONDS = 2.0
+    ANSWER_SECONDS = 30.0
+
+    def _open_runs(self, uri: str, study: str, making: str, adopts: bool) -> RunsHere:
+        return RunsHere(uri, study, making=making, adopts=adopts)
+
+
 class Mlflow:
     """One study in a tracking store: trackers that write to it, and what a person finds there."""
 
     def __init__(self, uri: str, study: str, outbox: Path) -> None:
         self.uri, self.study, self.outbox = uri, study, outbox
 
-    def tracker(self, cls: type[MlflowTracker] = MlflowTracker) -> MlflowTracker:
-        return cls(self.uri, self.study, self.outbox)
+    def tracker(self, cls: type[MlflowTracker] | None = None) -> MlflowTracker:
+        return (cls or TrackerHere)(self.uri, self.study, self.outbox)
 
     @property
     def client(self) -> Any:

@@ -7,13 +7,11 @@ import pytest
 
 from hpo.tracking.mlflow import MlflowTracker
 from tests.cli import invoke, summary
-from tests.mlflows import Mlflow, quietly
+from tests.mlflows import Mlflow, TrackerHere, quietly
 
 
 def tracker(mlflow: Mlflow, making: str, adopts: bool = False) -> MlflowTracker:
-    opened = MlflowTracker(mlflow.uri, mlflow.study, mlflow.outbox, making=making, adopts=adopts)
-    opened._runs.PEER_SECONDS = 0.3  # type: ignore[misc]
-    return opened
+    return TrackerHere(mlflow.uri, mlflow.study, mlflow.outbox, making=making, adopts=adopts)
 
 
 def runs(mlflow: Mlflow) -> list[tuple[str, str, str]]:
@@ -60,7 +58,7 @@ def test_reconcile_ends_no_run_of_a_namesake(mlflow: Mlflow) -> None:
 
 def before(mlflow: Mlflow) -> None:
     """Leave the runs of a study that an older version was killed in: without a making."""
-    opened = MlflowTracker(mlflow.uri, mlflow.study, mlflow.outbox)
+    opened = mlflow.tracker()
     opened.start_study({}, {})
     for trial in range(2):
         opened.start_trial(trial, {"lr": 0.1})

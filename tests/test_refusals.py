@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from hpo.processes import this_process
-from hpo.tracking.mlflow import MlflowTracker
-from tests.mlflows import Mlflow, quietly
+from tests.mlflows import Mlflow, TrackerHere, quietly, until
 
 ILLEGAL = [
     "r2@5",
@@ -163,6 +162,7 @@ def test_a_run_that_is_deleted_while_it_is_written_to_is_restored(mlflow: Mlflow
     tracker.start_study({}, {})
     tracker.start_trial(0, {"lr": 1})
     tracker.start_trial(1, {"lr": 2})
+    until(lambda: tracker.run_of(1))
     with quietly():
         mlflow.client.delete_run(mlflow.runs()["0"].info.run_id)
     if again:
@@ -183,6 +183,7 @@ def test_an_experiment_that_is_deleted_while_it_is_written_to_is_restored(mlflow
     tracker = mlflow.tracker()
     tracker.start_study({}, {})
     tracker.start_trial(0, {})
+    until(lambda: tracker.run_of(0))
     with quietly():
         mlflow.client.delete_experiment(mlflow.experiment.experiment_id)
     tracker.start_trial(1, {})
@@ -193,13 +194,6 @@ def test_an_experiment_that_is_deleted_while_it_is_written_to_is_restored(mlflow
     assert mlflow.experiment.lifecycle_stage == "active"
     assert mlflow.statuses() == {"study": "FINISHED", "0": "FINISHED", "1": "FINISHED"}
     assert not mlflow.refused()
-
-
-class Away(MlflowTracker):
-    """A tracker whose server answers some items with an error of its own for as long as `failing` says."""
-
-    RETRY_SECONDS = 0.0
-    CLOSE_SECONDS = 2.0
 
 
 @pytest.mark.parametrize("code", ["TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "PERMISSION_DENIED"])
@@ -217,7 +211,7 @@ def test_what_may_pass_keeps_everything_in_order(
             raise error
 
         patch.setattr(MlflowClient, "log_batch", not_now)
-        tracker = mlflow.tracker(Away)
+        tracker = mlflow.tracker(TrackerHere)
         tracker.start_study({}, {})
         for epoch in range(3):
             tracker.log_metrics(0, epoch, {"a": float(epoch)})
@@ -246,7 +240,7 @@ def test_one_item_that_a_server_cannot_digest_does_not_block_for_ever(
 
     monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
     for trial in range(4):
-        tracker = mlflow.tracker(Away)
+        tracker = mlflow.tracker(TrackerHere)
         tracker.log_metrics(trial, 0, {"a": 1.0, "poison": 2.0})
         tracker.end_trial(trial, "COMPLETE")
         if tracker.end_study("COMPLETE"):  # at first it may pass by itself: it is kept for the next run
@@ -272,7 +266,7 @@ def test_files_that_their_store_does_not_take_hold_up_nothing_else(
             raise PermissionError("no access to the bucket")
 
         patch.setattr(MlflowClient, "log_artifacts", not_now)
-        tracker = mlflow.tracker(Away)
+        tracker = mlflow.tracker(TrackerHere)
         tracker.start_study({}, {})
         tracker.log_folder(tmp_path / "b", "bundle")
         tracker.log_metrics(0, 0, {"a": 1.0})

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpo.tracking.base import STATUS, MemoryTracker, NullTracker, Tracker
+from hpo.tracking.mlflow import MlflowTracker
 from tests.mlflows import Mlflow, in_store, tell
 
 
@@ -76,7 +77,8 @@ def opened(request: pytest.FixtureRequest, no_warning: None, tmp_path: Path, mon
         memory = MemoryTracker()
         return lambda: memory, lambda: _of_memory(memory)
     mlflow = in_store(request.param, request, tmp_path)
-    return mlflow.tracker, lambda: _of_mlflow(mlflow)
+    cls = MlflowTracker if request.param == "sqlite" else None
+    return lambda: mlflow.tracker(cls), lambda: _of_mlflow(mlflow)
 
 
 def expected(tracker: Tracker, **what: object) -> Seen:
@@ -107,9 +109,29 @@ class TestContract:
     def test_a_run_id_is_text_or_nothing(self, opened: Opened) -> None:
         tracker = opened[0]()
         tracker.start_study({}, {})
-        run = tracker.start_trial(0, {})
-        assert run is None if isinstance(tracker, NullTracker) else (isinstance(run, str) and run)
+        tracker.start_trial(0, {})
         assert tracker.close() is True
+        run = tracker.run_of(0)
+        assert run is None if isinstance(tracker, NullTracker) else (isinstance(run, str) and run)
+        assert tracker.run_of(1) is None
+
+    def test_what_is_told_together_is_all_there(self, opened: Opened) -> None:
+        open_it, look = opened
+        tracker = open_it()
+        with tracker.together():
+            for trial in range(3):
+                tracker.start_trial(trial, {"n": trial})
+                with tracker.together():
+                    tracker.log_metrics(trial, 0, {"a": float(trial)})
+        with tracker.together():
+            tracker.end_trial(1, "PRUNED")
+        assert tracker.close() is True
+        assert look() == expected(
+            tracker,
+            ends={1: "PRUNED"},
+            params={trial: {"n": str(trial)} for trial in range(3)},
+            curves={trial: {"a": {0: float(trial)}} for trial in range(3)},
+        )
 
     def test_params_that_become_known_later_are_added(self, opened: Opened) -> None:
         open_it, look = opened

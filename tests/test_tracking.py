@@ -10,15 +10,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from hpo.errors import InputError
 from hpo.processes import this_process
+from hpo.tracking import process
 from hpo.tracking.base import check_address
 from hpo.tracking.mlflow import MlflowTracker, open_tracker
 from tests.databases import MLFLOW, rows
-from tests.mlflows import tell
+from tests.mlflows import RunsHere, TrackerHere, tell, until
 
 pytestmark = pytest.mark.usefixtures("no_warning")
 
@@ -33,7 +36,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path) 
 
 @pytest.fixture
 def mlflow(here: None, tmp_path: Path) -> Iterator[MlflowTracker]:
-    yield MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent")
+    yield TrackerHere("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent")
     assert not list((tmp_path / "unsent").glob("*"))
 
 
@@ -91,17 +94,22 @@ def test_more_than_mlflow_takes_in_one_call(mlflow: MlflowTracker) -> None:
     assert query("select count(*) from params") == [(250,)]
 
 
-class _Server(MlflowTracker):
+class _Server(TrackerHere):
     """A tracker whose server is away for as long as `away` says."""
 
-    RETRY_SECONDS = 0.0
-    CLOSE_SECONDS = 2.0
     away = True
 
-    def _connect(self) -> None:
-        if self.away:
-            raise ConnectionError("http://bob:s3cret@h:5000 refused")
-        super()._connect()
+    def _open_runs(self, *what: Any) -> RunsHere:
+        runs = super()._open_runs(*what)
+        connect = runs.runs.connect
+
+        def connect_if_it_is_there() -> None:
+            if self.away:
+                raise ConnectionError("http://bob:s3cret@h:5000 refused")
+            connect()
+
+        runs.runs.connect = connect_if_it_is_there  # type: ignore[method-assign]
+        return runs
 
 
 def test_a_tracker_that_fails_says_it_once_and_sends_everything_later(
@@ -145,12 +153,11 @@ def test_a_tracker_that_fails_does_not_hold_up_training(tmp_path: Path, said: li
 def test_a_tracker_that_comes_back_midway_says_so(here: None, tmp_path: Path, said: list[str]) -> None:
     tracker = _Server("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent")
     tracker.start_study({}, {})
-    assert tracker.start_trial(0, {"a": 1}) is None
+    tracker.start_trial(0, {"a": 1})
+    until(lambda: said)
     tracker.away = False
-    end = time.monotonic() + 30
-    while tracker.start_trial(1, {"a": 1}) is None:
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    tracker.start_trial(1, {"a": 1})
+    until(lambda: tracker.run_of(1))
     tracker.end_trial(0, "COMPLETE")
     tracker.end_study("COMPLETE")
     assert len(said) == 2
@@ -237,11 +244,92 @@ def test_addresses_that_never_work(address: str) -> None:
 
 def test_mlflow_is_told_not_to_try_for_minutes_by_names_that_it_reads() -> None:
     code = (
-        "import os; from hpo.tracking.runs import require_mlflow; require_mlflow('sqlite:///x.db')\n"
         "import mlflow.environment_variables as known\n"
         "ours = ('MLFLOW_HTTP_REQUEST_MAX_RETRIES', 'MLFLOW_HTTP_REQUEST_TIMEOUT')\n"
         "print(*(getattr(known, name).get() for name in ours))"
     )
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_HTTP")}
+    environ = process._ENVIRON | {key: x for key, x in os.environ.items() if not key.startswith("MLFLOW_HTTP")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environ)
     assert done.stdout.split() == ["1", "10"], done.stderr
+
+
+def sender_of(tracker: MlflowTracker) -> psutil.Process:
+    """Return the process that sends, once it has sent something."""
+    until(lambda: tracker._run_ids)
+    assert isinstance(tracker._runs, process.RunsProcess)
+    assert tracker._runs._process is not None
+    return psutil.Process(tracker._runs._process.pid)
+
+
+def test_a_sender_that_is_killed_is_started_again_and_nothing_is_lost(
+    here: None, tmp_path: Path, said: list[str]
+) -> None:
+    tracker = MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent")
+    tracker.start_study({}, {})
+    sender_of(tracker).kill()
+    for trial in range(5):
+        tracker.start_trial(trial, {"a": 1})
+        tracker.end_trial(trial, "COMPLETE")
+    assert tracker.end_study("COMPLETE")
+    assert query("select status, count(*) from runs group by status") == [("FINISHED", 6)]
+    assert said == ["tracking: the process that sends was killed by signal 9; it is started again"]
+
+
+def test_a_sender_that_hangs_holds_up_the_end_for_a_while_only(
+    here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    tracker = MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent")
+    monkeypatch.setattr(MlflowTracker, "ANSWER_SECONDS", 1.0)
+    tracker.start_study({}, {})
+    sender = sender_of(tracker)
+    sender.suspend()
+    tracker.start_trial(0, {})
+    start = time.monotonic()
+    assert not tracker.end_study("COMPLETE")
+    assert time.monotonic() - start < 5.0
+    assert len(said) == 1
+    assert "has not answered; what could not be sent is kept in" in said[0]
+    assert not sender.is_running()
+    later = MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent")
+    assert later.close()
+    assert query("select name, status from runs order by name") == [("s", "FINISHED"), ("trial 0", "RUNNING")]
+
+
+def test_a_sender_ends_with_its_process_and_a_child_of_that_does_not_keep_it(here: None) -> None:
+    code = (
+        "import os, signal, sys, time; from pathlib import Path; from hpo.tracking.mlflow import MlflowTracker\n"
+        "tracker = MlflowTracker('sqlite:///mlruns/mlflow.db', 's', Path('unsent')); tracker.start_study({}, {})\n"
+        "while not tracker._run_ids: time.sleep(0.1)\n"
+        "child = os.fork() or (os.close(1), time.sleep(60))\n"
+        "print(tracker._runs._process.pid, child, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False)
+    sender, child = map(int, done.stdout.split())
+    try:
+        until(lambda: not psutil.pid_exists(sender) or psutil.Process(sender).status() == psutil.STATUS_ZOMBIE)
+        assert psutil.pid_exists(child)
+    finally:
+        psutil.Process(child).kill()
+
+
+def test_a_sender_that_cannot_even_start_says_why(
+    here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    monkeypatch.setattr(process, "_SERVE", "raise SystemExit('no room here')")
+    tracker = MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent")
+    tracker.start_study({}, {})
+    assert not tracker.end_study("COMPLETE")
+    assert len(said) == 1
+    assert "does not work (the process that sends ended with status 1: no room here); training continues" in said[0]
+    monkeypatch.undo()
+    assert MlflowTracker(f"sqlite:///{tmp_path}/mlruns/mlflow.db", "s", tmp_path / "unsent").close()
+
+
+def test_training_imports_no_mlflow(here: None) -> None:
+    code = (
+        "import sys; from pathlib import Path; from hpo.tracking.mlflow import open_tracker\n"
+        "tracker = open_tracker('sqlite:///mlruns/mlflow.db', 's', Path('unsent')); tracker.start_study({}, {})\n"
+        "assert tracker.end_study('COMPLETE'); print('mlflow' in sys.modules, 'sqlalchemy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["False", "False"], done.stderr

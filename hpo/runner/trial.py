@@ -53,9 +53,7 @@ class TrialRun:
         """The error that it ends by, where `catch` names it."""
         self._improved = 0
         self._checkpointed = time.monotonic()
-        run_id = tracker.start_trial(claim.number, claim.params)
-        if run_id is not None:
-            search.annotate(claim.number, {schema.RUN_ID: run_id})
+        tracker.start_trial(claim.number, claim.params)
         progress.trial_started(claim.number, plan.space.searched(claim.params))
         if claim.is_retry:
             self._resume()
@@ -188,6 +186,8 @@ class TrialRun:
             search.annotate(number, {schema.CURVES: to_json(curves_of(self._logged))})
         if state == "PRUNED" and fault is not None:
             search.annotate(number, {schema.ERROR: fault})
+        if (run := self._tracker.run_of(number)) is not None:
+            search.annotate(number, {schema.RUN_ID: run})
         if state == "COMPLETE":
             assert value is not None
             search.complete(number, value)
@@ -241,15 +241,17 @@ class Trials:
         Raises the error of a trial where all trials so far have failed alike, HpoError where weights could not be kept.
         """
         with self._search.together() as elsewhere:
-            yield
+            with self._tracker.together():
+                yield
             ended = [trial for trial in self._active.values() if trial.ending is not None]
             best = self._best_of(ended)
             failed = best.keep_weights() if best is not None else None
             for trial in ended:
                 trial.tell()
-        for trial in ended:
-            if trial.member.number not in elsewhere:
-                trial.told()
+        with self._tracker.together():
+            for trial in ended:
+                if trial.member.number not in elsewhere:
+                    trial.told()
         if best is not None:
             checkpoints.settle_weights(self._plan, self._search)
         for number in elsewhere & self._active.keys():
@@ -283,7 +285,7 @@ class Trials:
             self._tracker.end_trial(lost.number, lost.state, lost.reason)
             what = "its retries are spent" if lost.state == "FAIL" else "it is retried"
             log.warning(f"trial {lost.number} was lost ({lost.reason}): {what}")
-        with self._search.storage.together():
+        with self._search.storage.together(), self._tracker.together():
             return [self._begun(claim) for claim in claims]
 
     def _begun(self, claim: Claim) -> TrialRun:

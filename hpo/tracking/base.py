@@ -4,7 +4,8 @@ MLflow's is in `hpo.tracking.mlflow`. A tracker never stops training.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,18 @@ class Tracker(ABC):
     def start_study(self, tags: Mapping[str, str], texts: Mapping[str, str]) -> None:
         """Begin, or go on with, the study's run. `texts` are files to keep with it, by name."""
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Within this, what is told may be kept, until its end: of a stack, the whole epoch is kept at once."""
+        yield
+
     @abstractmethod
-    def start_trial(self, trial: int, params: Mapping[str, Any]) -> str | None:
-        """Begin a trial's run; return its id where the tracker gives one."""
+    def start_trial(self, trial: int, params: Mapping[str, Any]) -> None:
+        """Begin a trial's run."""
+
+    @abstractmethod
+    def run_of(self, trial: int) -> str | None:
+        """Return the id of a trial's run, where it is known by now: none waits for it."""
 
     @abstractmethod
     def log_params(self, trial: int, params: Mapping[str, Any]) -> None:
@@ -70,7 +80,10 @@ class NullTracker(Tracker):
     def tag_study(self, tags: Mapping[str, str]) -> None:
         pass
 
-    def start_trial(self, trial: int, params: Mapping[str, Any]) -> str | None:
+    def start_trial(self, trial: int, params: Mapping[str, Any]) -> None:
+        pass
+
+    def run_of(self, trial: int) -> str | None:
         return None
 
     def log_params(self, trial: int, params: Mapping[str, Any]) -> None:
@@ -111,9 +124,11 @@ class MemoryTracker(Tracker):
     def tag_study(self, tags: Mapping[str, str]) -> None:
         self.tags |= tags
 
-    def start_trial(self, trial: int, params: Mapping[str, Any]) -> str | None:
+    def start_trial(self, trial: int, params: Mapping[str, Any]) -> None:
         self.params[trial] = dict(params)
-        return f"run-{trial}"
+
+    def run_of(self, trial: int) -> str | None:
+        return f"run-{trial}" if trial in self.params else None
 
     def log_params(self, trial: int, params: Mapping[str, Any]) -> None:
         self.params[trial] |= params

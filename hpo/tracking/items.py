@@ -4,12 +4,27 @@ An item has `do` (its kind), `trial` (Optuna's number; None: the study), `time` 
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from hpo.tracking.base import STATUS
 
 Item = dict[str, Any]
+
+
+class Answer(NamedTuple):
+    """What has become of an item that was to be sent."""
+
+    sent: bool = True
+    why: str = ""
+    refused: bool = False
+    """Not sent, and it never will be; else it may be later."""
+    tries: int | None = None
+    """How often it has been answered so that it is unclear which; to be kept with the item as `tries`."""
+    runs: Sequence[tuple[int | None, str]] = ()
+    """(trial, id of its run) for each run that was found or made for it; None: the study's."""
+
+
 FILES = ("texts", "folder")
 """Kinds of items that go to a store of their own, which may be away while the rest works; their order is free."""
 

@@ -1,4 +1,4 @@
-"""MLflow as a tracker: everything goes into the outbox, which a thread sends (`hpo.tracking.runs`).
+"""MLflow as a tracker: everything goes into the outbox, and from there to the process that sends it.
 
 Where sending fails, that is said once, and it is tried again later, also in the next run of the study. One thing that
 MLflow refuses for good is set aside, and the rest is sent.
@@ -7,19 +7,23 @@ MLflow refuses for good is set aside, and the rest is sent.
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from hpo.errors import InputError
 from hpo.log import log
 from hpo.tracking.base import STATUS, NullTracker, Tracker, check_address
 from hpo.tracking.items import FILES, Item, halves
 from hpo.tracking.outbox import Batch, Outbox
-from hpo.tracking.runs import Runs, cause, end_tags, quiet, require_mlflow
+from hpo.tracking.process import RunsProcess
+from hpo.tracking.values import end_tags
 
 
 class MlflowTracker(Tracker):
-    """Sends from a thread, since one call can take minutes (MLflow tries to connect to a database for 100 s).
+    """Nobody waits for MLflow: a thread hands one item after the other to a process (`hpo.tracking.process`).
 
     The outbox is also a file, so that what a kill leaves unsent is sent by the next run; each item may be sent twice
     without harm.
@@ -28,29 +32,37 @@ class MlflowTracker(Tracker):
     FLUSH_SECONDS = 10.0
     """How long metrics may wait for others to be sent with."""
     RETRY_SECONDS = 30.0
-    CONNECT_SECONDS = 20.0
-    """How long the study's start waits for MLflow, which needs seconds to make a new database."""
-    START_SECONDS = 5.0
-    """How long a trial's start waits for its run id, which the trial's attributes are to hold."""
     CLOSE_SECONDS = 15.0
-    """How long the study's end waits for a tracker that does not work; for one that works, as long as it takes."""
+    """How long the study's end waits for an answer where MLflow does not work."""
+    CONNECT_SECONDS = 40.0
+    """How long it waits for the first answer: MLflow needs seconds to be imported, and to make a new database."""
+    ANSWER_SECONDS = 600.0
+    """How long it waits where MLflow works: large files may be on their way."""
 
     def __init__(self, uri: str, study: str, outbox: Path, *, making: str = "", adopts: bool = True) -> None:
         """`making` and `adopts`: see `open_tracker`."""
         self._uri = uri
-        self._runs = Runs(uri, study, making=making, adopts=adopts)
+        self._runs = self._open_runs(uri, study, making, adopts)
+        self._run_ids: dict[int | None, str] = {}
+        self._gathered: list[tuple[Item, float]] | None = None
         self._outbox = Outbox(outbox, study, making)
         self._changed = threading.Condition()  # guards all that follows, and the outbox
         self._thread: threading.Thread | None = None
         self._closing = False
-        self._state: Literal["ok", "slow", "failing"] = "ok"
-        """Slow: somebody has waited for it in vain; failing: an error was said. Nobody waits for it then."""
+        self._state: Literal["new", "ok", "failing"] = "new"
+        """New: nothing was answered yet; failing: an error was said."""
+        self._asked_at = 0.0
+        """When the item was handed over that is being sent."""
         self._send_at = math.inf
         self._retry_at = 0.0
         self._files_at = 0.0
         """When files may be sent again; 0: their store works."""
         self._refusal_said = False
+        self._given_up = False
         self._adopt(own=True)
+
+    def _open_runs(self, uri: str, study: str, making: str, adopts: bool) -> RunsProcess:
+        return RunsProcess(uri, study, making=making, adopts=adopts)
 
     def _adopt(self, own: bool = False) -> None:
         with self._changed:
@@ -68,25 +80,30 @@ class MlflowTracker(Tracker):
         self._put("start", None, tags=dict(tags), status="RUNNING")
         if texts:
             self._put("texts", None, texts=dict(texts))
-        self._wait_for_run(None, self.CONNECT_SECONDS)
 
     def tag_study(self, tags: Mapping[str, str]) -> None:
         self._put("start", None, self.FLUSH_SECONDS, tags=dict(tags))
 
-    def start_trial(self, trial: int, params: Mapping[str, Any]) -> str | None:
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        if self._gathered is not None:
+            yield
+            return
+        self._gathered = []
+        try:
+            yield
+        finally:
+            gathered, self._gathered = self._gathered, None
+            self._append(gathered)
+
+    def start_trial(self, trial: int, params: Mapping[str, Any]) -> None:
         self._put("start", trial, params=_texts(params))
-        return self._wait_for_run(trial, self.START_SECONDS)
+
+    def run_of(self, trial: int) -> str | None:
+        return self._run_ids.get(trial)
 
     def log_params(self, trial: int, params: Mapping[str, Any]) -> None:
         self._put("start", trial, self.FLUSH_SECONDS, params=_texts(params))
-
-    def _wait_for_run(self, trial: int | None, seconds: float) -> str | None:
-        with self._changed:
-            if self._state == "ok" and not self._changed.wait_for(
-                lambda: trial in self._runs.ids or self._state != "ok", seconds
-            ):
-                self._state = "slow"
-            return self._runs.ids.get(trial)
 
     def log_metrics(self, trial: int | None, step: int, metrics: Mapping[str, float]) -> None:
         rows = [[key, float(value), _now(), int(step)] for key, value in metrics.items()]
@@ -113,24 +130,49 @@ class MlflowTracker(Tracker):
                 self._start_thread()
             self._closing = True
             self._changed.notify_all()
-        end = time.monotonic() + self.CLOSE_SECONDS
-        while self._thread is not None and self._thread.is_alive() and (self._state == "ok" or time.monotonic() < end):
-            self._thread.join(0.1)
+        was = self._state
+        self._wait_for_thread()
         with self._changed:
-            n_left, state, where = len(self._outbox), self._state, self._outbox.where
+            n_left, where = len(self._outbox), self._outbox.where
             self._outbox.close()
-        if n_left and state == "slow":  # nobody was told yet: it neither answers nor fails
+        if n_left and self._given_up and was != "failing":  # nobody was told yet: it neither answers nor fails
             log.warning(
                 f"tracking: {self._uri} has not answered; what could not be sent is kept in {where} and sent later"
             )
         return n_left == 0
 
+    def _wait_for_thread(self) -> None:
+        """Wait until all was sent, or MLflow has not answered for too long: its process is killed then."""
+        started = time.monotonic()
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(0.1)
+            if time.monotonic() - max(started, self._asked_at) > self._patience:
+                self._given_up = True
+                self._runs.kill()
+                self._thread.join(self.CLOSE_SECONDS)
+                return
+
+    @property
+    def _patience(self) -> float:
+        """How many seconds an answer is waited for at the study's end."""
+        return {"new": self.CONNECT_SECONDS, "failing": self.CLOSE_SECONDS}.get(self._state, self.ANSWER_SECONDS)
+
     def _put(self, do: str, trial: int | None, within: float = 0.0, **what: Any) -> None:
         """Have something sent within so many seconds."""
+        item = {"do": do, "trial": trial, "time": _now(), **what}
+        if self._gathered is None:
+            self._append([(item, within)])
+        else:
+            self._gathered.append((item, within))
+
+    def _append(self, items: Sequence[tuple[Item, float]]) -> None:
+        """Put items into the outbox, each with the seconds within which it is to be sent."""
+        if not items:
+            return
         with self._changed:
-            self._outbox.append({"do": do, "trial": trial, "time": _now(), **what})
+            self._outbox.append(*(item for item, _ in items))
             self._start_thread()
-            self._send_by(time.monotonic() + within)
+            self._send_by(time.monotonic() + min(within for _, within in items))
 
     def _send_by(self, when: float) -> None:
         if when < self._send_at:
@@ -157,10 +199,10 @@ class MlflowTracker(Tracker):
                 self._send_at = math.inf if is_due else self._send_at
             if closing or is_due:
                 try:
-                    with quiet():
-                        self._send_all(closing)
-                except Exception as error:  # whatever MLflow, its server or its database raise must not stop training
-                    self._note_failure(error)
+                    self._send_all(closing)
+                except OSError as error:  # the process, or whatever MLflow, its server or its database raise there
+                    self._note_failure(str(error))
+        self._runs.close()
         with self._changed:
             self._outbox.close()
 
@@ -168,29 +210,24 @@ class MlflowTracker(Tracker):
         """Return the seconds until something is to be sent."""
         return max(self._send_at, self._retry_at) - time.monotonic()
 
-    def _connect(self) -> None:
-        self._runs.connect()
-
     def _send_all(self, closing: bool) -> None:
-        self._connect()
         waiting = FILES if not closing and time.monotonic() < self._files_at else ()
         while (batch := self._next(waiting)) is not None:
-            tries = batch.item.get("tries")
-            try:
-                left = self._send(batch.item)
-            except Exception as error:
-                if batch.item.get("tries") != tries:
-                    with self._changed:
-                        self._outbox.replace(batch, [batch.item])
-                if batch.item["do"] not in FILES:
-                    raise
-                self._note_files(error)
-                waiting = FILES
+            self._asked_at = time.monotonic()
+            answer = self._runs.attempt(batch.item)
+            self._run_ids.update(answer.runs)
+            if answer.sent or answer.refused:
+                with self._changed:
+                    self._outbox.replace(batch, [] if answer.sent else self._instead_of(batch.item, answer.why))
+                self._state = "ok" if self._state == "new" else self._state
                 continue
-            with self._changed:
-                self._outbox.replace(batch, left)
-                self._state = "ok" if self._state == "slow" else self._state
-                self._changed.notify_all()
+            if answer.tries is not None:
+                with self._changed:
+                    self._outbox.replace(batch, [batch.item | {"tries": answer.tries}])
+            if batch.item["do"] not in FILES:
+                raise OSError(answer.why)
+            self._note_files(answer.why)
+            waiting = FILES
         with self._changed:
             self._files_at = self._files_at if waiting else 0.0
             was, self._state = self._state, "ok"
@@ -202,25 +239,17 @@ class MlflowTracker(Tracker):
         with self._changed:
             return self._outbox.first(waiting)
 
-    def _send(self, item: Item) -> list[Item]:
-        """Send `item`; return what is to be sent in its place. What is refused for good is set aside.
+    def _instead_of(self, item: Item, why: str) -> list[Item]:
+        """Return what is to be sent in place of an item that was refused; set it aside where that is for good.
 
-        Before that, experiment and runs are looked for again, since they may have been deleted; and what says several
-        things is divided, so that only what is refused of it is set aside.
+        First it is sent again, since runs that were deleted are restored then; what says several things is divided, so
+        that only what is refused of it is set aside.
         """
-        self._connect()
-        try:
-            self._runs.send(item)
-        except Exception as error:
-            if not self._runs.refuses(item, error):
-                raise
-            if not item.get("again"):
-                self._runs.look_again()
-                return [item | {"again": True}]
-            if not (parts := halves(item)):
-                self._set_aside(item, cause(error))
-            return parts
-        return []
+        if not item.get("again"):
+            return [item | {"again": True}]
+        if not (parts := halves(item)):
+            self._set_aside(item, why)
+        return parts
 
     def _set_aside(self, item: Item, why: str) -> None:
         said, self._refusal_said = self._refusal_said, True
@@ -232,27 +261,28 @@ class MlflowTracker(Tracker):
                 "as whatever else it refuses, and the rest is sent"
             )
 
-    def _note_files(self, error: Exception) -> None:
+    def _note_files(self, why: str) -> None:
         with self._changed:
             said, self._files_at = self._files_at, time.monotonic() + self.RETRY_SECONDS
             self._send_by(self._files_at)
         if not said:
             log.warning(
-                f"tracking: {self._uri} does not take files ({cause(error)}); all else is sent, and they are kept to "
+                f"tracking: {self._uri} does not take files ({why}); all else is sent, and they are kept to "
                 "be sent later"
             )
 
-    def _note_failure(self, error: Exception) -> None:
+    def _note_failure(self, why: str) -> None:
         with self._changed:
             was, self._state = self._state, "failing"
             self._retry_at = time.monotonic() + self.RETRY_SECONDS
             self._send_by(time.monotonic() + self.FLUSH_SECONDS)
             self._outbox.save()
             where = self._outbox.where
-            self._changed.notify_all()
+        if self._given_up:
+            return
         if was != "failing":
             log.warning(
-                f"tracking: {self._uri} does not work ({cause(error)}); training continues, and what could not be sent "
+                f"tracking: {self._uri} does not work ({why}); training continues, and what could not be sent "
                 f"is kept in {where} and sent later"
             )
 
@@ -266,7 +296,8 @@ def open_tracker(uri: str, study: str, outbox: Path, *, making: str = "", adopts
     check_address(uri)
     if uri == "off":
         return NullTracker()
-    require_mlflow(uri)
+    if find_spec("mlflow") is None:
+        raise InputError(f"tracking {uri}: MLflow is not installed; pip install mlflow, or set tracking: off")
     return MlflowTracker(uri, study, outbox, making=making, adopts=adopts)
 
 

@@ -55,9 +55,9 @@ class Outbox:
             return 0
         return int(self._do(lambda db: db.execute("select count(*) from items").fetchone()[0]))
 
-    def append(self, item: Item) -> None:
-        """Add `item` at the end."""
-        self._do(lambda db: _add(db, [item], None))
+    def append(self, *items: Item) -> None:
+        """Add `items` at the end, all of them or none."""
+        self._do(lambda db: _add(db, items, None))
 
     def first(self, without: Collection[str] = ()) -> Batch | None:
         """Return what is to be sent next, but for kinds that are to wait; None where there is nothing."""

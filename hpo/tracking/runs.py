@@ -7,7 +7,6 @@ replaces is INTERRUPTED, which ends as KILLED.
 """
 
 import logging
-import os
 import re
 import sys
 import time
@@ -19,11 +18,10 @@ from typing import Any
 
 from filelock import FileLock
 
-from hpo.errors import InputError, masked
 from hpo.log import log
 from hpo.tracking.base import STATUS
-from hpo.tracking.items import FILES, Item
-from hpo.tracking.values import MAX_PARAM, MAX_TAG, digest_of, legal_name, plain, same
+from hpo.tracking.items import FILES, Answer, Item
+from hpo.tracking.values import MAX_PARAM, MAX_TAG, digest_of, end_tags, legal_name, plain, same
 
 _REFUSED = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "NOT_FOUND")
 _UNCLEAR = ("BAD_REQUEST", "INTERNAL_ERROR")
@@ -46,7 +44,7 @@ class Runs:
         self._experiment = ""
         self._is_first = False
         """Whether this process has made the experiment, so that the study's run is its to make, not its peers'."""
-        self.ids: dict[int | None, str] = {}
+        self._ids: dict[int | None, str] = {}
         self._renamed: set[str] = set()
         self._indigestible: set[str] = set()
         """What the server answers again and again to some items, while it takes others."""
@@ -82,13 +80,28 @@ class Runs:
             self._experiment = experiment.experiment_id
         self._client = client
 
-    def look_again(self) -> None:
-        """Find experiment and runs again when they are next needed: somebody may have deleted them."""
-        self._client = None
-        self.ids.clear()
+    def attempt(self, item: Item) -> Answer:
+        """Send `item`; sending the same one twice does no harm.
 
-    def send(self, item: Item) -> None:
-        """Send `item`; sending the same one twice does no harm. Raises whatever MLflow, its server, its database do."""
+        When it is refused for the first time, experiment and runs are looked for again when they are next needed, since
+        they may have been deleted.
+        """
+        known, refused = set(self._ids), False
+        try:
+            self.connect()
+            try:
+                self._send(item)
+            except Exception as error:
+                refused = self._refuses(item, error)
+                raise
+        except Exception as error:  # whatever MLflow, its server or its database raise
+            if refused and not item.get("again"):
+                self._client = None
+                self._ids.clear()
+            return Answer(False, cause(error), refused, item.get("tries"))
+        return Answer(runs=[(trial, run) for trial, run in self._ids.items() if trial not in known])
+
+    def _send(self, item: Item) -> None:
         sends: dict[str, Callable[[Item], None]] = {
             "start": self._start,
             "texts": self._texts,
@@ -99,7 +112,7 @@ class Runs:
         }
         sends[item["do"]](item)
 
-    def refuses(self, item: Item, error: Exception) -> bool:
+    def _refuses(self, item: Item, error: Exception) -> bool:
         """Whether `error` says that `item` will never be taken, not that MLflow is away for a while."""
         code = getattr(error, "error_code", None)
         if code in _REFUSED:
@@ -125,9 +138,9 @@ class Runs:
 
     def _id_of(self, trial: int | None, item: Item) -> str:
         """Return the id of a trial's run, found by its tags, restored or made."""
-        if trial not in self.ids:
-            self.ids[trial] = self._find_or_make(trial, item)
-        return self.ids[trial]
+        if trial not in self._ids:
+            self._ids[trial] = self._find_or_make(trial, item)
+        return self._ids[trial]
 
     def _find_or_make(self, trial: int | None, item: Item) -> str:
         mark = "study" if trial is None else str(trial)
@@ -222,7 +235,7 @@ class Runs:
 
     def _reconcile(self, item: Item) -> None:
         """End the runs of ended trials that are open, or that have another end; most are FINISHED and right."""
-        parents = {self.ids[None]} if None in self.ids else {run.info.run_id for run in self._search("study", None)}
+        parents = {self._ids[None]} if None in self._ids else {run.info.run_id for run in self._search("study", None)}
         for run in self._all_runs("attributes.status != 'FINISHED'"):
             tags = run.data.tags
             state, error = item["ends"].get(tags.get("hpo.trial"), (None, None))
@@ -265,11 +278,6 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
-def end_tags(state: str, error: str | None) -> dict[str, str]:
-    """Return what a trial's run is tagged with at its end."""
-    return {"hpo.state": state} | ({"hpo.error": masked(error[: 2 * MAX_TAG])[:MAX_TAG]} if error else {})
-
-
 def cause(error: Exception) -> str:
     """Return the line of `error` that says most: a database's own, in what SQLAlchemy makes of it, else the first."""
     lines = f"{type(error).__name__}: {error}".splitlines()
@@ -280,19 +288,6 @@ def _now() -> int:
     return int(time.time() * 1000)
 
 
-def require_mlflow(uri: str) -> None:
-    """Import MLflow, with its own long waits cut. Raises InputError where it is not there."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # its own 7 retries of 120 s stall the trainer
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    try:
-        import mlflow  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"tracking {uri}: MLflow cannot be imported ({error}); pip install mlflow, or set tracking: off"
-        ) from error
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep MLflow's and alembic's own lines (tables made, runs viewed, deprecations in their code) off the terminal."""
@@ -300,7 +295,6 @@ def quiet() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)  # what fails is said in one line of ours
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -5,6 +5,8 @@ import re
 import sys
 from pathlib import Path
 
+from hpo.errors import masked
+
 MAX_PARAM, MAX_TAG, MAX_NAME = 6000, 5000, 250
 
 
@@ -40,3 +42,8 @@ def digest_of(folder: Path) -> str:
             for block in iter(lambda: content.read(1 << 20), b""):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def end_tags(state: str, error: str | None) -> dict[str, str]:
+    """Return what a trial's run is tagged with at its end."""
+    return {"hpo.state": state} | ({"hpo.error": masked(error[: 2 * MAX_TAG])[:MAX_TAG]} if error else {})
