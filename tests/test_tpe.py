@@ -8,9 +8,12 @@ import pytest
 import scipy.special
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers._tpe import _truncnorm
+from optuna.samplers._tpe.parzen_estimator import _ParzenEstimator, _ParzenEstimatorParameters
+from optuna.samplers._tpe.sampler import default_weights
 from optuna.trial import TrialState, create_trial
 
 from hpo.search import tpe
+from hpo.search.density import Density
 from hpo.search.samplers import PerTrialSampler
 from hpo.search.tpe import Shared, SharedTPESampler
 
@@ -85,6 +88,32 @@ def test_the_draws_are_optunas(n_before, keys, together):
     theirs = PerTrialSampler(lambda number: optuna.samplers.TPESampler(seed=number, **keys))
     same(draws(ours, n_before, 30, together), draws(theirs, n_before, 30))
     assert shared.fits or n_before == 5  # it is not Optuna's own code that was compared with itself
+
+
+CONTINUOUS = {name: SPACE[name] for name in ("x", "y")} | {"z": FloatDistribution(1e6, 1e6 + 1)}
+KINDS = {
+    "continuous": CONTINUOUS,
+    "mixed": SPACE | {"log n": IntDistribution(1, 10**6, log=True), "wide": IntDistribution(0, 10**6)},
+    "categorical": {"kind": SPACE["kind"]},
+    "one int": {"n": SPACE["n"]},
+}
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("n", [0, 1, 10, 1000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_density_is_optunas(kind, n, clip):
+    space, rng = KINDS[kind], np.random.RandomState(n)
+    values = {name: np.array([float(drawn(of, rng)) for _ in range(n)]) for name, of in space.items()}
+    parameters = _ParzenEstimatorParameters(1.0, clip, False, default_weights, True)
+    plain = _ParzenEstimator(values, space, parameters)
+    samples = plain.sample(rng, 50) | {}
+    for name, of in space.items():
+        if not isinstance(of, CategoricalDistribution):
+            samples[name][:2] = of.low, of.high
+    density = Density(plain)
+    np.testing.assert_allclose(density.log_pdf(samples), plain.log_pdf(samples), rtol=1e-9, atol=1e-9)
+    assert density._is_exact or not clip
 
 
 def test_what_has_ended_since_is_seen_the_next_time():

@@ -53,7 +53,7 @@ class TrialRun:
         """The error that it ends by, where `catch` names it."""
         self._improved = 0
         self._checkpointed = time.monotonic()
-        tracker.start_trial(claim.number, claim.params)
+        tracker.start_trial(claim.number, claim.params, is_new=True)  # a trial is claimed once
         progress.trial_started(claim.number, plan.space.searched(claim.params))
         if claim.is_retry:
             self._resume()

@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.errors import Fault, InputError, did_you_mean, is_number
 from hpo.search import schema
 from hpo.search.cmaes import Evolution, RebuiltCmaEsSampler
+from hpo.search.pruners import SharedMedianPruner, SharedPercentilePruner
 from hpo.search.tpe import Shared, SharedTPESampler
 from hpo.seeds import derive
 from hpo.study.space import Space
@@ -40,6 +41,7 @@ _PRUNERS: dict[str, Callable[..., BasePruner]] = {
     "wilcoxon": optuna.pruners.WilcoxonPruner,
     "none": optuna.pruners.NopPruner,
 }
+_SHARED: dict[str, Callable[..., BasePruner]] = {"median": SharedMedianPruner, "percentile": SharedPercentilePruner}
 _ONE_STREAM = ("qmc", "grid")
 """Samplers whose points are one sequence, counted in the storage: every worker must have the same seed."""
 
@@ -160,7 +162,7 @@ def make_pruner(plugin: Plugin, epochs: int, at: tuple[str, ...] = ("pruner",)) 
         keys["wrapped_pruner"] = None
     if not faults:
         faults += _try(lambda: cls(**keys), plugin.name, at)
-    return (optuna.pruners.NopPruner() if faults else _quietly(lambda: cls(**keys))), faults
+    return (optuna.pruners.NopPruner() if faults else _quietly(lambda: _SHARED.get(plugin.name, cls)(**keys))), faults
 
 
 def looks_at_its_trial_only(pruner: BasePruner) -> bool:

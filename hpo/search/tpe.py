@@ -14,11 +14,12 @@ import scipy.special
 from optuna.distributions import BaseDistribution
 from optuna.samplers import TPESampler
 from optuna.samplers._tpe import _truncnorm
-from optuna.samplers._tpe.parzen_estimator import _ParzenEstimator
 from optuna.samplers._tpe.sampler import _split_trials, default_gamma
 from optuna.search_space import IntersectionSearchSpace
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
+
+from hpo.search.density import Density
 
 _EXACT = 2000
 """Up to how many trials each sees the params of all before it; with more, of all but the last n / _EXACT."""
@@ -32,14 +33,14 @@ class _Fit:
     """What the trials of a study say of a search space."""
 
     n_finished: int
-    below: Any
-    """The estimator of the good trials."""
+    below: Density
+    """Of the good trials."""
     numbers: list[int]
     """Of the other trials, in their order; `values` are their params by name, as Optuna stores them."""
     values: dict[str, np.ndarray]
     unknown: list[FrozenTrial]
     """Running trials, whose params are not known yet."""
-    above: Any = None
+    above: Density | None = None
     n_above: int = -1
     """Of how many trials `above` is."""
 
@@ -80,7 +81,7 @@ class SharedTPESampler(TPESampler):
         if fit.above is None or len(fit.numbers) - fit.n_above >= max(1, len(fit.numbers) // _EXACT):
             fit.above, fit.n_above = self._estimator(fit.values, search_space), len(fit.numbers)
         samples = fit.below.sample(self._rng.rng, self._n_ei_candidates)
-        best = self._compare(samples, self._compute_acquisition_func(samples, fit.below, fit.above))
+        best = self._compare(samples, fit.below.log_pdf(samples) - fit.above.log_pdf(samples))
         return {name: of.to_external_repr(cast(float, best[name])) for name, of in search_space.items()}
 
     def _fit(self, study: Study, search_space: dict[str, BaseDistribution]) -> _Fit:
@@ -113,5 +114,5 @@ class SharedTPESampler(TPESampler):
                 unknown.append(trial)
         fit.unknown = unknown
 
-    def _estimator(self, values: dict[str, np.ndarray], search_space: dict[str, BaseDistribution]) -> _ParzenEstimator:
-        return self._parzen_estimator_cls(values, search_space, self._parzen_estimator_parameters)
+    def _estimator(self, values: dict[str, np.ndarray], search_space: dict[str, BaseDistribution]) -> Density:
+        return Density(self._parzen_estimator_cls(values, search_space, self._parzen_estimator_parameters))

@@ -35,11 +35,19 @@ class _Study:
     """By id; None: it is not known how it is now."""
     last: int = 0
     """The highest id that was seen."""
+    of_states: dict[frozenset[TrialState], list[FrozenTrial]] = field(default_factory=dict)
+    """Finished trials by their states, as far as they were asked for: pruners do for each member and epoch."""
 
     def add(self, finished: Sequence[FrozenTrial]) -> None:
         if finished:
             both = [*self.finished.values(), *finished]
             self.finished = {trial._trial_id: trial for trial in sorted(both, key=lambda trial: trial.number)}
+            self.of_states.clear()
+
+    def finished_of(self, states: frozenset[TrialState]) -> list[FrozenTrial]:
+        if states not in self.of_states:
+            self.of_states[states] = [trial for trial in self.finished.values() if trial.state in states]
+        return self.of_states[states]
 
 
 class TrialCache:
@@ -64,10 +72,10 @@ class TrialCache:
             if fresh or unread:
                 study = self._refresh(study_id, only_finished)
             assert study is not None
-            trials: Iterable[FrozenTrial] = study.finished.values()
-            if not only_finished:
-                unfinished = [trial for trial in study.unfinished.values() if trial is not None]
-                trials = sorted([*trials, *unfinished], key=lambda trial: trial.number)
+            if states is not None and only_finished:
+                return list(study.finished_of(frozenset(states)))
+            unfinished = [trial for trial in study.unfinished.values() if trial is not None]
+            trials = sorted([*study.finished.values(), *unfinished], key=lambda trial: trial.number)
             return [trial for trial in trials if states is None or trial.state in states]
 
     def one(self, trial_id: int) -> FrozenTrial:

@@ -28,8 +28,8 @@ class Tracker(ABC):
         yield
 
     @abstractmethod
-    def start_trial(self, trial: int, params: Mapping[str, Any]) -> None:
-        """Begin a trial's run."""
+    def start_trial(self, trial: int, params: Mapping[str, Any], is_new: bool = False) -> None:
+        """Begin a trial's run. `is_new`: nobody has before, so it need not be looked for."""
 
     @abstractmethod
     def run_of(self, trial: int) -> str | None:
@@ -80,7 +80,7 @@ class NullTracker(Tracker):
     def tag_study(self, tags: Mapping[str, str]) -> None:
         pass
 
-    def start_trial(self, trial: int, params: Mapping[str, Any]) -> None:
+    def start_trial(self, trial: int, params: Mapping[str, Any], is_new: bool = False) -> None:
         pass
 
     def run_of(self, trial: int) -> str | None:
@@ -124,7 +124,7 @@ class MemoryTracker(Tracker):
     def tag_study(self, tags: Mapping[str, str]) -> None:
         self.tags |= tags
 
-    def start_trial(self, trial: int, params: Mapping[str, Any]) -> None:
+    def start_trial(self, trial: int, params: Mapping[str, Any], is_new: bool = False) -> None:
         self.params[trial] = dict(params)
 
     def run_of(self, trial: int) -> str | None:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from hpo.tracking.base import STATUS
 
 Item = dict[str, Any]
+MERGED = {"start", "metrics", "end"}
+"""Kinds of items that write to one run, of which several may become one (`merged`)."""
 
 
 class Answer(NamedTuple):
@@ -42,14 +44,37 @@ def as_left(item: Item) -> Iterator[Item]:
     """Give `item` as what a process left that is gone: it neither opens the study's run nor ends it again."""
     texts = item.pop("texts", None) if item["do"] == "start" else None  # as older versions had them
     item.pop("status", None) if item["do"] == "start" else None
+    item.pop("is_new", None)
     yield item | {"left": True}
     if texts:
         yield {"do": "texts", "trial": item["trial"], "time": item["time"], "texts": texts, "left": True}
 
 
-def can_merge(item: Item) -> bool:
-    """Whether more metrics of the same trial may be sent with `item`, in one call."""
-    return item["do"] == "metrics" and set(item) <= {"do", "trial", "time", "rows", "left"}
+def merged(item: Item, more: Item) -> Item | None:
+    """Return one item that says of a run what both say, `more` after `item`; None: they are sent one by one.
+
+    A trial's run may be begun, written to and ended by one item. The study's begins again and again, and what was
+    refused is sent by itself: only metrics are sent together there.
+    """
+    kinds = {item["do"], more["do"]}
+    if not kinds <= MERGED or item["do"] == "end" or not (set(item) | set(more)) <= _PLAIN:
+        return None
+    if item["trial"] is None and kinds != {"metrics"}:
+        return None
+    params = item.get("params", {}), more.get("params", {})
+    if params[0].keys() & params[1].keys():  # MLflow takes a param once, and is to say so of the second
+        return None
+    both = item | {"do": more["do"] if more["do"] == "end" else item["do"]}
+    if params[0] or params[1]:
+        both["params"] = params[0] | params[1]
+    if rows := [*item.get("rows", []), *more.get("rows", [])]:
+        both["rows"] = rows
+    for key in ("tags", "status"):
+        if key in more:
+            both[key] = more[key]
+    if more["do"] == "end":
+        both["ended"] = more.get("ended", more["time"])
+    return both if len(rows) <= _MOST_ROWS else None
 
 
 def halves(item: Item) -> list[Item]:
@@ -95,15 +120,31 @@ def _is_file_name(name: Any) -> bool:
     return isinstance(name, str) and re.fullmatch(r"\w[\w.-]{0,200}", name) is not None
 
 
+_PLAIN = {"do", "trial", "time", "ended", "params", "rows", "tags", "status", "left", "is_new"}
+"""What an item has that nothing was answered to yet."""
+_MOST_ROWS = 900
+"""MLflow takes at most 1,000 metrics in a call."""
+
+
+def _is_of_a_run(item: Item) -> bool:
+    return (
+        all(_are_texts(item.get(key, {})) for key in ("params", "tags"))
+        and isinstance(item.get("rows", []), list | dict)
+        and all(map(_is_row, item.get("rows", [])))
+        and _is_count(item.get("ended", 0))
+    )
+
+
 _KINDS: Mapping[str, Callable[[Item], bool]] = {
     "start": lambda item: (
-        all(_are_texts(item.get(key, {})) for key in ("params", "tags", "texts"))
+        _is_of_a_run(item)
+        and _are_texts(item.get("texts", {}))
         and all(map(_is_file_name, item.get("texts", {})))
         and item.get("status") in (None, "RUNNING")
     ),
     "texts": lambda item: _are_texts(item.get("texts")) and all(map(_is_file_name, item["texts"])),
-    "metrics": lambda item: isinstance(item.get("rows"), list) and all(map(_is_row, item["rows"])),
-    "end": lambda item: item.get("status") in STATUS.values() and _are_texts(item.get("tags")),
+    "metrics": lambda item: isinstance(item.get("rows"), list) and _is_of_a_run(item),
+    "end": lambda item: item.get("status") in STATUS.values() and "tags" in item and _is_of_a_run(item),
     "folder": lambda item: isinstance(item.get("folder"), str) and _is_file_name(item.get("name")),
     "reconcile": lambda item: (
         isinstance(item.get("ends"), dict)

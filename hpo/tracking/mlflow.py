@@ -59,6 +59,8 @@ class MlflowTracker(Tracker):
         """When files may be sent again; 0: their store works."""
         self._refusal_said = False
         self._given_up = False
+        self._tried = -1
+        """The last item in the outbox that was tried to be sent."""
         self._adopt(own=True)
 
     def _open_runs(self, uri: str, study: str, making: str, adopts: bool) -> RunsProcess:
@@ -96,8 +98,8 @@ class MlflowTracker(Tracker):
             gathered, self._gathered = self._gathered, None
             self._append(gathered)
 
-    def start_trial(self, trial: int, params: Mapping[str, Any]) -> None:
-        self._put("start", trial, params=_texts(params))
+    def start_trial(self, trial: int, params: Mapping[str, Any], is_new: bool = False) -> None:
+        self._put("start", trial, params=_texts(params), is_new=is_new)
 
     def run_of(self, trial: int) -> str | None:
         return self._run_ids.get(trial)
@@ -214,7 +216,8 @@ class MlflowTracker(Tracker):
         waiting = FILES if not closing and time.monotonic() < self._files_at else ()
         while (batch := self._next(waiting)) is not None:
             self._asked_at = time.monotonic()
-            answer = self._runs.attempt(batch.item)
+            tried, self._tried = self._tried, max(self._tried, *batch.ids)
+            answer = self._runs.attempt(batch.item, batch.ids[0] <= tried)
             self._run_ids.update(answer.runs)
             if answer.sent or answer.refused:
                 with self._changed:

@@ -18,16 +18,14 @@ from filelock import FileLock, Timeout
 from hpo.errors import masked
 from hpo.processes import this_process
 from hpo.tracking import leftovers
-from hpo.tracking.items import Item, can_merge
+from hpo.tracking.items import MERGED, Item, merged
 
 _ADOPT_SECONDS = 10.0
-_MOST_ROWS = 900
-"""MLflow takes at most 1,000 metrics in a call."""
 _T = TypeVar("_T")
 
 
 class Batch(NamedTuple):
-    """What is to be sent next: one item, or the metrics of several as one."""
+    """What is to be sent next: one item, or several of a trial as one."""
 
     ids: tuple[int, ...]
     item: Item
@@ -220,16 +218,16 @@ def _first(db: sqlite3.Connection, without: Sequence[str]) -> Batch | None:
         return None
     id_, place, item = row[0], row[1], json.loads(row[2])
     ids = [id_]
-    if can_merge(item):
+    if item["do"] in MERGED:
         later = db.execute(
             "select id, item from items where trial is ? and (place > ? or (place = ? and id > ?)) order by place, id",
             (item["trial"], place, place, id_),
         )
         for next_id, text in later:
-            more = json.loads(text)
-            if not can_merge(more) or len(item["rows"]) + len(more["rows"]) > _MOST_ROWS:
+            both = merged(item, json.loads(text))
+            if both is None:
                 break
             ids.append(next_id)
-            item["rows"] += more["rows"]
+            item = both
         later.close()
     return Batch(tuple(ids), item)

@@ -50,19 +50,20 @@ class RunsProcess:
         )
         self._ask(self._config | {"path": [str(folder) for folder in sys.path]})
 
-    def attempt(self, item: Item) -> Answer:
+    def attempt(self, item: Item, again: bool = False) -> Answer:
         """Have `item` sent, and log what is to be logged of it. Raises OSError where the process cannot do it.
 
-        One that was killed since the last item is started again.
+        `again`: it may have arrived before. A process that was killed since the last item is started again.
         """
         ran = self._process is not None
+        item = item | {"is_new": bool(item.get("is_new")) and not again}
         try:
             return self._attempt(item)
         except OSError as error:
             if not ran or self._killed:
                 raise
             log.warning(f"tracking: {error}; it is started again")
-            return self._attempt(item)
+            return self._attempt(item | {"is_new": False})
 
     def _attempt(self, item: Item) -> Answer:
         self.start()

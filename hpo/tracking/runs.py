@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from hpo.log import log
 from hpo.tracking.base import STATUS
-from hpo.tracking.items import FILES, Answer, Item
+from hpo.tracking.items import FILES, MERGED, Answer, Item
 from hpo.tracking.values import MAX_PARAM, MAX_TAG, digest_of, end_tags, legal_name, plain, same
 
 _REFUSED = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "NOT_FOUND")
@@ -28,6 +28,8 @@ _UNCLEAR = ("BAD_REQUEST", "INTERNAL_ERROR")
 """What MLflow also says of a cut connection, a proxy's refusal, or a time-out: others must be taken meanwhile."""
 _AWAY_STATUS = (401, 403, 404, 407, 408, 425, 429)
 _TRIES = 3
+_MOST = {"metrics": 800, "params": 100, "tags": 100}
+"""What MLflow takes in a call."""
 
 
 class Runs:
@@ -103,10 +105,8 @@ class Runs:
 
     def _send(self, item: Item) -> None:
         sends: dict[str, Callable[[Item], None]] = {
-            "start": self._start,
+            **dict.fromkeys(MERGED, self._write),
             "texts": self._texts,
-            "metrics": self._metrics,
-            "end": self._end,
             "folder": self._folder,
             "reconcile": self._reconcile,
         }
@@ -144,6 +144,8 @@ class Runs:
 
     def _find_or_make(self, trial: int | None, item: Item) -> str:
         mark = "study" if trial is None else str(trial)
+        if item.get("is_new"):
+            return self._make(trial, item)
         wait = trial is None and not self._is_first
         parent = None if trial is None else self._id_of(None, item)
         end = time.monotonic() + (self.PEER_SECONDS if wait else 0.0)
@@ -151,7 +153,11 @@ class Runs:
             time.sleep(0.2)
         if found:
             return self._taken(trial, min(found, key=lambda run: run.info.lifecycle_stage))  # active before deleted
-        tags = {"hpo.study": self._study, "hpo.trial": mark}
+        return self._make(trial, item)
+
+    def _make(self, trial: int | None, item: Item) -> str:
+        parent = None if trial is None else self._id_of(None, item | {"is_new": False})
+        tags = {"hpo.study": self._study, "hpo.trial": "study" if trial is None else str(trial)}
         tags |= {"hpo.making": self._making} if self._making else {}
         tags |= {"mlflow.parentRunId": parent} if parent is not None else {}
         name = self._study if trial is None else f"trial {trial}"
@@ -179,7 +185,7 @@ class Runs:
             return self._all_runs(of_mark)
         if found := self._all_runs(f"{of_mark} and tags.`hpo.making` = '{self._making}'"):
             return found
-        if parent is None and not self._adopts:
+        if not self._adopts:
             return []
         under = "" if parent is None else f" and tags.`mlflow.parentRunId` = '{parent}'"
         return [run for run in self._all_runs(of_mark + under) if "hpo.making" not in run.data.tags]
@@ -195,43 +201,40 @@ class Runs:
             token = page.token or ""
         return found
 
-    def _start(self, item: Item) -> None:
-        from mlflow.entities import Param
+    def _write(self, item: Item) -> None:
+        """Write an item's params, metrics and tags to its run, in as few calls as MLflow takes; then its status."""
+        from mlflow.entities import Metric, Param, RunTag
 
         run = self._id_of(item["trial"], item)
-        params = [Param(self._legal(key), plain(x, MAX_PARAM)) for key, x in item.get("params", {}).items()]
-        for start in range(0, len(params), 100):
-            self._client.log_batch(run, params=params[start : start + 100])
-        self._tag(run, item.get("tags", {}))
-        if item.get("status") is not None:
+        if item["trial"] is None and item["do"] == "end" and item.get("left"):
+            info = self._client.get_run(run).info
+            if info.end_time is not None and info.end_time >= item["time"]:
+                return  # the study was resumed since
+        rows = [(self._legal(key), float(value), when, step) for key, value, when, step in item.get("rows", [])]
+        if item["trial"] is None and rows:  # those of the study's end are told again where it is unclear if they were
+            there = self._client.get_run(run).data.metrics
+            rows = [row for row in rows if not same(there.get(row[0]), row[1])]
+        self._log(
+            run,
+            metrics=[Metric(*row) for row in rows],
+            params=[Param(self._legal(key), plain(x, MAX_PARAM)) for key, x in item.get("params", {}).items()],
+            tags=[RunTag(self._legal(key), plain(x, MAX_TAG)) for key, x in item.get("tags", {}).items()],
+        )
+        if item["do"] == "end":
+            self._client.set_terminated(run, item["status"], end_time=item.get("ended", item["time"]))
+        elif item.get("status") is not None:
             self._client.update_run(run, status=item["status"])
+
+    def _log(self, run: str, **what: list[Any]) -> None:
+        """Log metrics, params and tags, in as many calls as it needs."""
+        while any(what.values()):
+            self._client.log_batch(run, **{kind: things[: _MOST[kind]] for kind, things in what.items()})
+            what = {kind: things[_MOST[kind] :] for kind, things in what.items()}
 
     def _tag(self, run: str, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        made = [RunTag(self._legal(key), plain(value, MAX_TAG)) for key, value in tags.items()]
-        for start in range(0, len(made), 100):
-            self._client.log_batch(run, tags=made[start : start + 100])
-
-    def _metrics(self, item: Item) -> None:
-        from mlflow.entities import Metric
-
-        run = self._id_of(item["trial"], item)
-        rows = [(self._legal(key), float(value), when, step) for key, value, when, step in item["rows"]]
-        if item["trial"] is None:  # those of the study's end are told again where it is unclear if they were
-            there = self._client.get_run(run).data.metrics
-            rows = [row for row in rows if not same(there.get(row[0]), row[1])]
-        for start in range(0, len(rows), 1000):
-            self._client.log_batch(run, metrics=[Metric(*row) for row in rows[start : start + 1000]])
-
-    def _end(self, item: Item) -> None:
-        run = self._id_of(item["trial"], item)
-        if item["trial"] is None and item.get("left"):
-            info = self._client.get_run(run).info
-            if info.end_time is not None and info.end_time >= item["time"]:
-                return  # the study has gone on since
-        self._tag(run, item["tags"])
-        self._client.set_terminated(run, item["status"], end_time=item["time"])
+        self._log(run, tags=[RunTag(key, plain(value, MAX_TAG)) for key, value in tags.items()])
 
     def _reconcile(self, item: Item) -> None:
         """End the runs of ended trials that are open, or that have another end; most are FINISHED and right."""
