@@ -95,12 +95,13 @@ class SharedTPESampler(TPESampler):
             below, above = _split_trials(study, trials, (self._gamma or default_gamma)(n_finished))
             # a trial counts once it has all of these params: so the one that is sampled does not count yet
             known = [t for t in above if search_space.keys() <= self._get_params(t, study).keys()]
+            numbers = {t.number for t in known}
             self._shared.fits[key] = _Fit(
                 n_finished=n_finished,
                 below=self._estimator(self._get_internal_repr(below, search_space, study), search_space),
                 numbers=[t.number for t in known],
                 values=self._get_internal_repr(known, search_space, study),
-                unknown=[t for t in above if t.state == TrialState.RUNNING and t not in known],
+                unknown=[t for t in above if t.state == TrialState.RUNNING and t.number not in numbers],
             )
         return self._shared.fits[key]
 
