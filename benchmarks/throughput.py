@@ -46,6 +46,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hpo.cli import commands
+from hpo.cli.screen import ConsoleHandler
 from hpo.log import shown_by
 from hpo.runner.prepare import Plan, prepare
 from hpo.runner.worker import work
@@ -310,7 +311,7 @@ def study_ours(name: str, device: str, n: int, stack: int) -> dict[str, float]:
     aloud.setLevel(logging.WARNING)
     with open(os.devnull, "w") as nowhere, shown_by(aloud):
         out = Console(file=nowhere)
-        with shown_by(commands.ConsoleHandler(out)), commands._progress(plan, search, out) as progress:
+        with shown_by(ConsoleHandler(out)), commands._progress(plan, search, out) as progress:
             work(plan, data, search, tracker, progress)
     tracker.end_study("COMPLETE")
     spent = {"seconds": time.perf_counter() - start, "cpu": _cpu_seconds() - cpu}

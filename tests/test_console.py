@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from hpo.cli.commands import ConsoleHandler
 from hpo.cli.console import LiveProgress, table
+from hpo.cli.screen import ConsoleHandler
 from hpo.log import log, shown_by
 from hpo.runner import progress as view
 from hpo.runner.progress import PlainProgress, ProgressState, duration, shown

@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from hpo.errors import ExportError, Interrupted
+from hpo.runner.outcome import outcome
 from hpo.runner.prepare import prepare
-from hpo.runner.refit import bundle_folder, conclude, finish, outcome
+from hpo.runner.refit import bundle_folder, conclude, finish
 from hpo.search.opening import open_search
 from hpo.tracking.base import MemoryTracker
 from hpo.training.loop import order

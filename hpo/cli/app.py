@@ -153,9 +153,9 @@ def status(study: Study, trials: Trials = None, storage: Storage = None, set_: S
 
     Example: hpo status studies/breast_cancer.yaml --json
     """
-    from hpo.cli import commands
+    from hpo.cli import status as command
 
-    _finish(commands.status(study, _overrides(set_, trials=trials, storage=storage)), json_)
+    _finish(command.status(study, _overrides(set_, trials=trials, storage=storage)), json_)
 
 
 @app.command()

@@ -1,7 +1,5 @@
 """What the commands do: each prints for a person and returns the summary that `--json` prints."""
 
-import logging
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -9,20 +7,18 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.text import Text
 
 from hpo.cli import console as view
+from hpo.cli.screen import console, screen
+from hpo.cli.status import summary
 from hpo.errors import masked
-from hpo.export.bundle import finite
-from hpo.log import shown_by
 from hpo.runner import study as studies
 from hpo.runner.joining import is_launched, joined, no_progress, stored_study
 from hpo.runner.opening import open_existing, open_or_make, torch_set
+from hpo.runner.outcome import Outcome
 from hpo.runner.prepare import Plan, prepare
-from hpo.runner.progress import PlainProgress, Progress, ProgressState, Refresh, duration, shown, state_of
-from hpo.runner.refit import Outcome, outcome
+from hpo.runner.progress import PlainProgress, Progress, Refresh, shown, state_of
 from hpo.runner.study import StudyFile, WorkerOptions
-from hpo.runner.worker import stack_paths
 from hpo.search import adoption
 from hpo.search.search import Search
 from hpo.search.storage import serve_storage
@@ -32,7 +28,7 @@ from hpo.study.data import Data
 
 def run(path: Path, overrides: Mapping[str, str], options: WorkerOptions | None = None) -> dict[str, Any]:
     """`hpo run`."""
-    with _screen() as out, ExitStack() as stack:
+    with screen() as out, ExitStack() as stack:
         plan = _prepared(path, overrides, stack)
         search = open_or_make(plan)
         stack.callback(search.close)
@@ -43,7 +39,7 @@ def run(path: Path, overrides: Mapping[str, str], options: WorkerOptions | None 
 
         done, seen = studies.run(plan, search, file, show, options or WorkerOptions())
         _print_result(plan, seen, seen.best(), done, out)
-        return _summary(plan, seen, seen.best(), done)
+        return summary(plan.spec, seen, seen.best(), done)
 
 
 def worker(
@@ -53,7 +49,7 @@ def worker(
 
     Of such a study only code that is among the `named` is run; None: whatever the storage names.
     """
-    with _screen() as out, ExitStack() as stack:
+    with screen() as out, ExitStack() as stack:
         is_ours = path is not None
         if path is None:
             path = stack.enter_context(stored_study(study, overrides, named))
@@ -63,13 +59,13 @@ def worker(
 
         plan, search = stack.enter_context(joined(path, overrides, show, named=None if is_ours else named))
         seen = search.view()
-        return _summary(plan, seen, seen.best(), None)
+        return summary(plan.spec, seen, seen.best(), None)
 
 
 def repair(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
     """`hpo repair`."""
     plan = prepare(path, overrides)
-    with _screen() as out, ExitStack() as stack:
+    with screen() as out, ExitStack() as stack:
         search = open_existing(plan, path)
         stack.callback(search.close)
         seen = studies.repair(plan, search)
@@ -78,12 +74,12 @@ def repair(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
             f"{plan.spec.name}: {counts.finished} of {plan.spec.trials} trials done, {counts.running} running, "
             f"{counts.waiting} waiting; the runs in {masked(plan.spec.tracking)} say the same"
         )
-        return _summary(plan, seen, seen.best(), None)
+        return summary(plan.spec, seen, seen.best(), None)
 
 
 def adopt(path: Path, overrides: Mapping[str, str], source: str, name: str) -> None:
     """`hpo adopt`."""
-    with _screen(), ExitStack() as stack:
+    with screen(), ExitStack() as stack:
         plan = _prepared(path, overrides, stack)
         trials = adoption.trials_of(source, name, maximize=plan.maximize)
         search = open_or_make(plan)
@@ -94,7 +90,7 @@ def adopt(path: Path, overrides: Mapping[str, str], source: str, name: str) -> N
 def serve(path: Path, overrides: Mapping[str, str], host: str, port: int) -> None:
     """`hpo serve`."""
     plan = prepare(path, overrides)
-    out = _console()
+    out = console()
     out.print(
         f"there is no login: whoever reaches {host}:{port} can read, change and delete every study in this storage, "
         "and with it what workers search, report and write to MLflow; no code of theirs runs (see SECURITY.md)"
@@ -105,7 +101,7 @@ def serve(path: Path, overrides: Mapping[str, str], host: str, port: int) -> Non
 
 def export(path: Path, overrides: Mapping[str, str], number: int | None, folder: Path | None) -> dict[str, Any]:
     """`hpo export`."""
-    with _screen() as out, ExitStack() as stack:
+    with screen() as out, ExitStack() as stack:
         plan = _prepared(path, overrides, stack)
         search = open_existing(plan, path)
         stack.callback(search.close)
@@ -113,12 +109,12 @@ def export(path: Path, overrides: Mapping[str, str], number: int | None, folder:
         done = studies.export(plan, search, seen, number, folder)
         best = seen.best(number)
         _print_result(plan, seen, best, done, out)
-        return _summary(plan, seen, best, done)
+        return summary(plan.spec, seen, best, done)
 
 
 def check(path: Path, overrides: Mapping[str, str]) -> None:
     """`hpo check`."""
-    with _screen() as out, ExitStack() as stack:
+    with screen() as out, ExitStack() as stack:
         plan = _prepared(path, overrides, stack)
         data, model = studies.check(plan)
         _print_check(plan, data, model, out)
@@ -182,36 +178,6 @@ def _print_data(data: Data, out: Console) -> None:
     out.print(view.table("data", ["split", "rows", "inputs", "targets"], shapes))
 
 
-def status(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
-    """`hpo status`."""
-    plan = prepare(path, overrides)
-    with _screen() as out, ExitStack() as stack:
-        search = open_existing(plan, path)
-        stack.callback(search.close)
-        seen = search.view()
-        counts, best = seen.counts, seen.best()
-        used = search.seconds_used(seen)
-        board = ProgressState(counts, best, plan.spec.trials, plan.metric)
-        out.print(
-            f"{plan.spec.name}: {counts.finished} of {plan.spec.trials} trials done "
-            f"({counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed), "
-            f"{counts.running} running, {counts.waiting} waiting"
-        )
-        out.print(board.best_text() + (f": {shown(plan.space.searched(best.params))}" if best else ""))
-        for trial in seen.running:
-            value = "" if trial.value is None else f", {plan.metric} {trial.value:.4f}"
-            out.print(f"  trial {trial.number}: epoch {trial.epoch}/{plan.spec.epochs}{value}")
-        left = used / counts.finished * counts.unfinished if counts.finished and counts.unfinished else None
-        if plan.spec.timeout is not None and counts.unfinished:
-            over = search.seconds_left(plan.spec.timeout, seen)
-            left = over if left is None else min(over, left)
-        out.print(f"time used {duration(used)}" + (f", about {duration(left)} left" if left is not None else ""))
-        paths = stack_paths(search)
-        for how in paths:
-            out.print(f"stacks run {how}")
-        return _summary(plan, seen, best, outcome(search, best)) | {"stacks": paths}
-
-
 def _print_result(plan: Plan, seen: StudyView, best: Best | None, done: Outcome | None, out: Console) -> None:
     if best is None:
         return
@@ -230,58 +196,11 @@ def _print_result(plan: Plan, seen: StudyView, best: Best | None, done: Outcome 
     out.print(view.pairs(plan.spec.name, rows))
 
 
-def _summary(plan: Plan, seen: StudyView, best: Best | None, done: Outcome | None) -> dict[str, Any]:
-    """Return what `--json` prints; scripts rely on its keys."""
-    counts = seen.counts
-    summary = {
-        "study": plan.spec.name,
-        "storage": masked(plan.spec.storage),
-        "trials": {key: getattr(counts, key) for key in ("complete", "pruned", "failed", "running", "waiting")},
-        "best": None if best is None else {"number": best.number, "value": best.value, "params": dict(best.params)},
-        "test": None if done is None else dict(done.test),
-        "bundle": None if done is None or done.bundle is None else str(done.bundle),
-    }
-    whole: dict[str, Any] = finite(summary)
-    return whole
-
-
-class _MaskingConsole(Console):
-    """Shows no secret, whoever prints."""
-
-    def print(self, *objects: Any, **keys: Any) -> None:
-        super().print(*(masked(each) if isinstance(each, str) else each for each in objects), **keys)
-
-
-def _console() -> Console:
-    """Return a console on stdout; a file or a pipe is not wrapped at 80 columns."""
-    terminal = sys.stdout.isatty()
-    return _MaskingConsole(markup=False, highlight=False, soft_wrap=not terminal, width=None if terminal else 200)
-
-
 def _prepared(path: Path, overrides: Mapping[str, str], stack: ExitStack) -> Plan:
     """Return the plan of a study file, with torch set for it until `stack` is closed."""
     plan = prepare(path, overrides)
     stack.enter_context(torch_set(plan))
     return plan
-
-
-@contextmanager
-def _screen() -> Iterator[Console]:
-    """Give a console, on which the package's log is shown too."""
-    out = _console()
-    with shown_by(ConsoleHandler(out)):
-        yield out
-
-
-class ConsoleHandler(logging.Handler):
-    """Prints what is logged, above a live view; rich's own handler would wrap lines in a file or a pipe."""
-
-    def __init__(self, out: Console) -> None:
-        super().__init__()
-        self._out = out
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._out.print(Text(record.getMessage()))
 
 
 @contextmanager

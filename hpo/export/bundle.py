@@ -8,7 +8,6 @@ A bundle is a folder:
 
 import errno
 import json
-import math
 import os
 import platform
 import shutil
@@ -29,13 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from hpo.errors import ExportError, InputError
+from hpo.export.files import FILES, finite
 from hpo.study.data import DataInfo, Split, prediction
 
 _jit: Any = torch.jit  # whose functions have no types
 TOLERANCE = 1e-5
 """The largest difference between an exported model's predictions and the eager one's, of the largest of these where
 that is above 1: float32 has 7 digits, whatever the unit."""
-FILES = ("model.pt", "model.torchscript.pt", "bundle.json")
 BATCH_SIZES = (1, 2, 7, 64, 1000)
 
 
@@ -236,15 +235,6 @@ def _write_torchscript(eager: nn.Module, held_out: Split, path: Path, folder: Pa
             torch.jit.freeze(script).save(str(path))
         how |= {"optimized_for_inference": False, "not_optimized": str(error).strip().splitlines()[-1][:200]}
     return how
-
-
-def finite(value: Any) -> Any:
-    """Return plain values with None for every number that JSON has not: NaN and infinity."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _reset(module: nn.Module) -> nn.Module:

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hpo.errors import InputError, masked
+from hpo.errors import InputError
 from hpo.runner.preflight import preflight
 from hpo.runner.prepare import Plan
 from hpo.search import schema
-from hpo.search.opening import open_search
+from hpo.search.opening import no_study, open_search
 from hpo.search.search import Search
 from hpo.study.data import Data
 from hpo.study.loading import file_fingerprint, source_fingerprint
@@ -57,8 +57,7 @@ def open_existing(plan: Plan, path: Path | str) -> Search:
     """Return the study in its storage. Raises InputError where there is none."""
     search = open_study(plan, make=False)
     if search is None:
-        study = f"the storage {masked(plan.spec.storage)} has no study named {plan.spec.name!r}"
-        raise InputError(f"{study}; run it first: hpo run {path}")
+        raise no_study(plan.spec, path)
     return search
 
 

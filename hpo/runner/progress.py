@@ -5,13 +5,15 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpo.log import log
-from hpo.runner.prepare import Plan
 from hpo.search.budget import Counts
 from hpo.search.search import Search
 from hpo.search.view import Best
+
+if TYPE_CHECKING:
+    from hpo.runner.prepare import Plan
 
 STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "INTERRUPTED": "interrupted"}
 
@@ -91,7 +93,7 @@ class Refresh:
         self._cost = self._looked - start
 
 
-def state_of(plan: Plan, search: Search) -> ProgressState:
+def state_of(plan: "Plan", search: Search) -> ProgressState:
     """Return the numbers of a study as its storage has them now."""
     seen = search.view()
     return ProgressState(seen.counts, seen.best(), plan.spec.trials, plan.metric)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from filelock import FileLock
 from torch import nn
 
 from hpo.errors import ExportError, HpoError, Interrupted, masked
-from hpo.export.bundle import FILES, Model, export
+from hpo.export.bundle import Model, export
 from hpo.log import log
 from hpo.runner.custom import TrialReporter, train_custom
+from hpo.runner.outcome import Outcome, outcome
 from hpo.runner.prepare import Plan
 from hpo.runner.worker import EXAMPLE_ROWS, chosen_before
 from hpo.search import schema
@@ -35,17 +35,6 @@ from hpo.training.stack import Member, SingleStack, Stack, Task
 from hpo.training.torch_settings import torch_settings
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """The study's end: `test` metrics of the refitted model, and the folder of its bundle."""
-
-    number: int
-    test: Mapping[str, float]
-    bundle: Path | None
-    """None where there is no network to export: an objective's own `train` gave none."""
-    parity: float | None
-
-
 def bundle_folder(plan: Plan, number: int | None = None) -> Path:
     """Return where the study's bundle goes, or that of its trial `number`."""
     name = plan.spec.name if number is None else f"{plan.spec.name}-trial-{number}"
@@ -55,17 +44,6 @@ def bundle_folder(plan: Plan, number: int | None = None) -> Path:
 def unsent_folder(plan: Plan) -> Path:
     """Return where what the tracker has not taken yet is kept, of all studies."""
     return plan.output / "unsent"
-
-
-def outcome(search: Search, best: Best | None) -> Outcome | None:
-    """Return the stored outcome if it is that of `best` and its bundle is still there."""
-    stored = search.attrs.get(schema.RESULT)
-    if not isinstance(stored, Mapping) or best is None or stored.get("number") != best.number:
-        return None
-    folder = stored["bundle"] and Path(stored["bundle"])
-    if folder is not None and not all((folder / file).is_file() for file in FILES):
-        return None
-    return Outcome(number=best.number, test=stored["test"], bundle=folder, parity=stored["parity"])
 
 
 def conclude(

@@ -22,18 +22,17 @@ from hpo.runner import checkpoints
 from hpo.runner.joining import join_stored
 from hpo.runner.launch import StudyMonitor, Workers, gpus, how_many
 from hpo.runner.opening import load_data, open_study, source_differs
+from hpo.runner.outcome import Outcome, outcome
 from hpo.runner.preflight import preflight
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
 from hpo.runner.ray_workers import RayWorkers
 from hpo.runner.refit import (
-    Outcome,
     begin_tracking,
     bundle_folder,
     conclude,
     end_tracking,
     finish,
-    outcome,
     settle_runs,
     tracker_of,
 )

@@ -16,6 +16,7 @@ from hpo.log import Once, log
 from hpo.runner import checkpoints
 from hpo.runner.custom import CustomTraining
 from hpo.runner.launch import LAUNCHED
+from hpo.runner.outcome import stack_paths
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
 from hpo.runner.trial import Trials
@@ -124,12 +125,6 @@ def chosen_before(plan: Plan, search: Search) -> StackSize | None:
         stored = search.attrs[schema.STACK]
         return StackSize.stored(stored["choice"]) if stored["where"] == _where(plan) else None
     return None
-
-
-def stack_paths(search: Search) -> list[str]:
-    """Return how the study's stacks have run, as far as the storage holds a list of that."""
-    stored = search.attrs.get(schema.STACK_PATHS)
-    return [str(path) for path in stored] if isinstance(stored, list) else []
 
 
 def _where(plan: Plan) -> str:

@@ -5,10 +5,12 @@ import uuid
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Literal
 
 import optuna
 
+from hpo.errors import InputError, masked
 from hpo.search import schema
 from hpo.search.address import exists
 from hpo.search.away import open_patiently
@@ -17,7 +19,8 @@ from hpo.search.identity import another_study, compare, identity
 from hpo.search.retrying import RetryingStorage, locked
 from hpo.search.samplers import make_pruner, make_sampler
 from hpo.search.search import Search
-from hpo.study.space import Space
+from hpo.study.ranges import parse_params
+from hpo.study.space import FreeSpace, Space, build
 from hpo.study.spec import StudySpec
 
 _MAKING_SECONDS = 5.0
@@ -55,6 +58,39 @@ def open_search(
         if study is None:
             return None
         search = Search(study, storage, spec, space, metric, clock)
+        unless_opened.pop_all()
+    return search
+
+
+def no_study(spec: StudySpec, path: Path | str) -> InputError:
+    """Return the error for a study that its storage does not have; `path` is its file."""
+    return InputError(
+        f"the storage {masked(spec.storage)} has no study named {spec.name!r}; run it first: hpo run {path}"
+    )
+
+
+def open_stored(spec: StudySpec) -> Search | None:
+    """Return the study of that name as its storage knows it, to be looked at; None: there is none.
+
+    No objective is needed for that: metric, direction and space are the stored ones. Close it at the end.
+    Raises StorageError where the storage cannot be opened, InputError where hpo has not made the study.
+    """
+    if not exists(spec.storage):
+        return None
+    with ExitStack() as unless_opened:
+        storage = RetryingStorage(open_patiently(spec.storage, spec.outage, False), spec.outage)
+        unless_opened.callback(storage.close)
+        if spec.name not in [study.study_name for study in storage.get_all_studies()]:
+            return None
+        study = optuna.load_study(study_name=spec.name, storage=storage)
+        stored = study.user_attrs.get(schema.IDENTITY)
+        if not isinstance(stored, Mapping):
+            raise another_study(spec, ["it was not made by hpo"])
+        params, unread = parse_params(stored.get("params", {}), ("params",))
+        space, more = build(params, [])
+        if not params or unread or more:  # a function's; or a later version's
+            space = FreeSpace(fixed={}, dimensions=())
+        search = Search(study, storage, spec, space, str(stored.get("metric", "value")))
         unless_opened.pop_all()
     return search
 

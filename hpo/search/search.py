@@ -47,10 +47,10 @@ class Search:
         clock: Clock = SYSTEM,
     ) -> None:
         self.study, self.storage, self.spec, self.space = study, storage, spec, space
-        self._metric = metric
+        self.metric = metric
         self.maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
         study_id = storage.get_study_id_from_name(study.study_name)
-        self.making: str = self.attrs[schema.MAKING]
+        self.making: str = self.attrs.get(schema.MAKING, "")
         """What tells this study from another one of its name, made before or in another storage."""
         self._claimed: dict[int, ClaimedTrial] = {}
         self._elsewhere: set[int] = set()
@@ -279,7 +279,7 @@ class Search:
 
     def view(self) -> StudyView:
         """Return the study as it is now: all trials are read, once. Ask it, where several things are asked in a row."""
-        self._seen = StudyView(self._reader.read(), self.spec, self.space, self._metric, maximize=self.maximize)
+        self._seen = StudyView(self._reader.read(), self.spec, self.space, self.metric, maximize=self.maximize)
         return self._seen
 
     def trials(self) -> list[FrozenTrial]:

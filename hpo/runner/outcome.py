@@ -1,0 +1,38 @@
+"""What the storage holds of a study's end and of how it ran. To look at it needs neither torch nor the objective."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpo.export.files import FILES
+from hpo.search import schema
+from hpo.search.search import Search
+from hpo.search.view import Best
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The study's end: `test` metrics of the refitted model, and the folder of its bundle."""
+
+    number: int
+    test: Mapping[str, float]
+    bundle: Path | None
+    """None where there is no network to export: an objective's own `train` gave none."""
+    parity: float | None
+
+
+def outcome(search: Search, best: Best | None) -> Outcome | None:
+    """Return the stored outcome if it is that of `best` and its bundle is still there."""
+    stored = search.attrs.get(schema.RESULT)
+    if not isinstance(stored, Mapping) or best is None or stored.get("number") != best.number:
+        return None
+    folder = stored["bundle"] and Path(stored["bundle"])
+    if folder is not None and not all((folder / file).is_file() for file in FILES):
+        return None
+    return Outcome(number=best.number, test=stored["test"], bundle=folder, parity=stored["parity"])
+
+
+def stack_paths(search: Search) -> list[str]:
+    """Return how the study's stacks have run, as far as the storage holds a list of that."""
+    stored = search.attrs.get(schema.STACK_PATHS)
+    return [str(path) for path in stored] if isinstance(stored, list) else []
