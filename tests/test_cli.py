@@ -88,6 +88,32 @@ def test_status_of_a_finished_and_of_no_study(study: Write) -> None:
     assert summary(output)["trials"]["complete"] == 3
 
 
+def test_status_needs_neither_torch_nor_the_objective(study: Write) -> None:
+    """Nor sound sampler keys, nor the space that the file has now: it says what the storage knows."""
+    path = study()
+    Path("sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    done = run_hpo("status", path, PYTHONPATH=".")
+    assert (done.returncode, "run it first: hpo run" in done.stderr) == (2, True), done.stderr
+    invoke("run", path)
+    before = invoke("status", path, "--json")
+    Path("linear.py").unlink()
+    done = run_hpo("status", path, "--json", PYTHONPATH=".")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == before
+    done = run_hpo("status", path, "--set", "params.learning_rate=0.5", "--trials", 5, PYTHONPATH=".")
+    assert "3 of 5 trials done (3 complete, 0 pruned, 0 failed), 0 running, 2 waiting" in done.stdout
+    done = run_hpo("status", path, "--set", "trials=none", PYTHONPATH=".")
+    assert (done.returncode, "trials: must be" in done.stderr) == (2, True), done.stderr
+
+
+def test_a_run_says_something_before_torch_is_imported(study: Write) -> None:
+    path = study()
+    Path("sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    done = run_hpo("run", path, PYTHONPATH=".")
+    assert done.stdout == f"study: {path}, 3 trials; importing PyTorch\n"
+    assert run_hpo("run", "nothing.yaml", PYTHONPATH=".").returncode == 2
+
+
 def test_export_any_trial_and_refuse_what_is_none(study: Write) -> None:
     path = study()
     invoke("run", path)

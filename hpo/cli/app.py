@@ -4,10 +4,13 @@ Exit status: 0 done, 1 failed, 2 bad input, 130 interrupted. Nothing heavy is im
 `--help` answers at once.
 """
 
+import gc
 import json
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -55,10 +58,14 @@ def run(
 
     Example: hpo run studies/breast_cancer.yaml --trials 20 --set params.batch_size=32
     """
-    from hpo.cli import commands
-    from hpo.runner.study import WorkerOptions
+    from hpo.cli.screen import announce
 
     overrides = _overrides(set_, trials=trials, storage=storage, tracking=tracking, device=device, stack=stack)
+    announce(study, overrides)
+
+    commands = _commands()
+    from hpo.runner.study import WorkerOptions
+
     options = WorkerOptions(workers=_count(workers), ray=ray, gpus_per_worker=gpus_per_worker)
     _finish(commands.run(study, overrides, options), json_)
 
@@ -97,7 +104,7 @@ def worker(
 
     Example: hpo worker studies/breast_cancer.yaml --storage postgresql://host/hpo
     """
-    from hpo.cli import commands
+    commands = _commands()
 
     overrides = _overrides(set_, storage=storage, tracking=tracking, device=device, stack=stack)
     named = None if trust_storage else (objective or [])
@@ -112,7 +119,7 @@ def repair(
 
     Example: hpo repair studies/breast_cancer.yaml --storage postgresql://host/hpo
     """
-    from hpo.cli import commands
+    commands = _commands()
 
     _finish(commands.repair(study, _overrides(set_, storage=storage, tracking=tracking)), json_)
 
@@ -129,7 +136,7 @@ def serve(
 
     Example: hpo serve studies/breast_cancer.yaml --port 13000 --host 0.0.0.0
     """
-    from hpo.cli import commands
+    commands = _commands()
 
     commands.serve(study, _overrides(set_, storage=storage), host, port)
 
@@ -142,7 +149,7 @@ def check(
 
     Example: hpo check studies/breast_cancer.yaml
     """
-    from hpo.cli import commands
+    commands = _commands()
 
     commands.check(study, _overrides(set_, storage=storage, tracking=tracking, device=device))
 
@@ -175,7 +182,7 @@ def export(
 
     Example: hpo export studies/breast_cancer.yaml --trial 7 --out model/
     """
-    from hpo.cli import commands
+    commands = _commands()
 
     overrides = _overrides(set_, storage=storage, tracking=tracking, device=device)
     _finish(commands.export(study, overrides, trial, out), json_)
@@ -193,7 +200,7 @@ def adopt(
 
     Example: hpo adopt wine.yaml --from sqlite:///old.db --study first_try
     """
-    from hpo.cli import commands
+    commands = _commands()
 
     commands.adopt(study, _overrides(set_, storage=storage), source, name)
 
@@ -224,6 +231,17 @@ def _overrides(pairs: list[str] | None, **options: object) -> dict[str, str]:
     return overrides | plain
 
 
+def _commands() -> ModuleType:
+    """Import what the commands need, without looking for garbage among all the objects of torch again and again."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return import_module("hpo.cli.commands")
+    finally:
+        if collects:
+            gc.enable()
+
+
 def _finish(summary: dict[str, object], as_json: bool) -> None:
     if as_json:
         sys.stdout.flush()
@@ -233,7 +251,10 @@ def _finish(summary: dict[str, object], as_json: bool) -> None:
 def main() -> None:
     """Run the command line, and exit with its status."""
     try:
-        app()
+        try:
+            app()
+        finally:
+            gc.freeze()  # the interpreter would look for garbage in all of torch before it ends: a second or two
     except HpoError as error:
         print(error if isinstance(error, SpecError) else f"hpo: {error}", file=sys.stderr)
         sys.exit(error.exit_status)

@@ -2,8 +2,9 @@
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from hpo.errors import masked
 from hpo.log import shown_by
+from hpo.study.draft import read
 
 
 class _MaskingConsole(Console):
@@ -24,6 +26,15 @@ def console() -> Console:
     """Return a console on stdout; a file or a pipe is not wrapped at 80 columns."""
     terminal = sys.stdout.isatty()
     return _MaskingConsole(markup=False, highlight=False, soft_wrap=not terminal, width=None if terminal else 200)
+
+
+def announce(path: Path, overrides: Mapping[str, str]) -> None:
+    """Say that a study is begun, before torch is imported, which takes seconds. Raises what reading its file does."""
+    if sys.modules.get("torch") is not None:
+        return
+    draft = read(path, overrides)
+    if draft.spec is not None and not draft.faults:
+        console().print(f"{draft.spec.name}: {path}, {draft.spec.trials} trials; importing PyTorch")
 
 
 class ConsoleHandler(logging.Handler):
