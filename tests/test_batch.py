@@ -1,7 +1,7 @@
 """What is written of several trials in one transaction is what Optuna would have written, by Optuna's own reader."""
 
 import math
-from contextlib import closing
+from contextlib import closing, suppress
 
 import optuna
 import pytest
@@ -10,6 +10,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState, create_trial
 
 from hpo.search.batch import Batch, claim, enqueue, write_one_by_one, write_to_database
+from hpo.search.clock import Clock
 from hpo.search.retrying import RetryingStorage
 from hpo.search.storage import open_storage
 from tests.searches import Opener
@@ -186,6 +187,88 @@ def test_reports_alone_are_kept_while_it_is_away_and_training_continues(database
         storage.set_trial_intermediate_value(a, 3, 0.5)
         storage.set_trial_state_values(a, TrialState.COMPLETE, [0.5])
     assert database.get_trial(a).intermediate_values == dict.fromkeys(range(4), 0.5)
+
+
+def short_epochs(storage, clock, trial, steps, seconds=0.1):
+    for step in steps:
+        clock.monotonic_now += seconds
+        with storage.together(epoch=True):
+            storage.set_trial_intermediate_value(trial, step, float(step))
+
+
+class Hands:
+    """A clock that is moved by hand."""
+
+    monotonic_now = 1000.0
+
+    def __init__(self):
+        self.clock = Clock(monotonic=lambda: self.monotonic_now)
+
+
+@pytest.fixture
+def quick(database):
+    hands = Hands()
+    storage = RetryingStorage(database, 30.0, hands.clock)
+
+    def reported(trial):
+        return sorted(database.get_trial(trial).intermediate_values)
+
+    return storage, hands, reported
+
+
+def test_short_epochs_share_a_transaction_and_long_ones_have_one_each(database, quick):
+    storage, clock, reported = quick
+    (a,) = trials(database, 1)
+    short_epochs(storage, clock, a, range(1))
+    assert reported(a) == [0], "there was none before: it may be a long one"
+    short_epochs(storage, clock, a, range(1, 3))
+    assert reported(a) == [0]
+    short_epochs(storage, clock, a, range(3, 4))
+    assert reported(a) == [0, 1, 2, 3]
+    short_epochs(storage, clock, a, range(4, 6))
+    short_epochs(storage, clock, a, range(6, 8), seconds=60.0)
+    assert reported(a) == list(range(8))
+
+
+@pytest.mark.parametrize("how", ["end", "end of another", "given back", "an attribute", "a bug"])
+def test_what_was_kept_back_is_written_before_all_else(database, quick, how):
+    storage, clock, reported = quick
+    a, b = trials(database, 2)
+    short_epochs(storage, clock, a, range(3))
+    assert reported(a) == [0]
+    if how == "given back":
+        storage.set_trial_state_values(a, TrialState.FAIL)
+    elif how == "a bug":
+        with suppress(KeyError), storage.together(epoch=True):
+            storage.set_trial_intermediate_value(a, 3, 3.0)
+            raise KeyError("a bug")
+        with storage.together():
+            pass
+    else:
+        with storage.together(epoch=True):
+            if how == "an attribute":
+                storage.set_trial_user_attr(a, "k", 1)
+            else:
+                storage.set_trial_state_values(a if how == "end" else b, TrialState.COMPLETE, [0.5])
+    assert reported(a) == [0, 1, 2]
+
+
+def test_while_epochs_are_short_trials_are_read_as_seldom_and_after_an_end_at_once(database, quick):
+    storage, clock, _ = quick
+    study = optuna.load_study(study_name=database.get_all_studies()[0].study_name, storage=storage)
+    a, b = trials(database, 2)
+
+    def complete():
+        clock.monotonic_now += 0.1
+        with storage.together(epoch=True):
+            return len(storage.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.COMPLETE,)))
+
+    before = complete()
+    database.set_trial_state_values(a, TrialState.COMPLETE, [0.5])
+    assert [complete() for _ in range(3)] == [before, before, before + 1]
+    with storage.together(epoch=True):
+        storage.set_trial_state_values(b, TrialState.COMPLETE, [0.5])
+    assert complete() == before + 2
 
 
 def test_a_stacks_epoch_is_one_transaction(tmp_path, monkeypatch):

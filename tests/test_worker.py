@@ -239,7 +239,8 @@ def test_a_bug_is_raised_and_its_trial_given_back(run, monkeypatch):
     assert broken.search.counts().waiting == 3
 
 
-def test_a_trial_that_a_peer_took_over_is_let_go_and_the_study_goes_on(run):
+def test_a_trial_that_a_peer_took_over_is_let_go_and_the_study_goes_on(run, monkeypatch):
+    monkeypatch.setattr("hpo.search.retrying.EPOCH_SECONDS", 0.0)
     mine = run("trials: 2\npruner: none\nepochs: 4")
 
     def steal(number, epoch):

@@ -285,6 +285,8 @@ class Trials:
             self._tracker.end_trial(lost.number, lost.state, lost.reason)
             what = "its retries are spent" if lost.state == "FAIL" else "it is retried"
             log.warning(f"trial {lost.number} was lost ({lost.reason}): {what}")
+        if not claims:
+            return []
         with self._search.storage.together(), self._tracker.together():
             return [self._begun(claim) for claim in claims]
 

@@ -5,6 +5,7 @@ How it is waited for is in `hpo.search.patient`.
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -22,6 +23,8 @@ from hpo.search.schema import LEASE
 from hpo.search.storage import exclusive
 from hpo.search.trials import TrialCache
 
+EPOCH_SECONDS = 0.25
+"""How old what others see of a trial may be, beside the epoch that it is in."""
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -52,6 +55,10 @@ class RetryingStorage(PatientStorage):
         self._batch: Batch | None = None
         self._is_read = False
         """Whether trials were read since what is written is gathered."""
+        self._kept_back: dict[tuple[int, int], float] = {}
+        """Reports of epochs that were too short for a transaction each; they are in the next one."""
+        self._epoch_at = self._read_at = self._written_at = -math.inf
+        """When the last epoch was reported, when trials were last read and something last written (`Clock`)."""
 
     # Several trials at once.
 
@@ -61,27 +68,49 @@ class RetryingStorage(PatientStorage):
         return self._batch is not None
 
     @contextmanager
-    def together(self) -> Iterator[set[int]]:
+    def together(self, epoch: bool = False) -> Iterator[set[int]]:
         """Within this, what is written of trials is gathered; then it is written, by a database in one transaction.
 
         The set has then the ids of those trials that a peer had ended before: they are left as they are. What is read
         within is without what is gathered, and of a database it is read once. Reports are kept where the storage is
         away, the rest is waited for.
+
+        Of an `epoch` the reports are written at the latest with those of the first that ends `EPOCH_SECONDS` later, and
+        trials are not read more often either, while epochs follow one another faster than that.
         """
         over: set[int] = set()
-        self._batch, self._is_read = Batch(), False
+        now, before = self._clock.monotonic(), self._epoch_at
+        is_short = epoch and now - before < EPOCH_SECONDS
+        self._epoch_at = now if epoch else before
+        kept, self._kept_back = self._kept_back, {}
+        self._batch = Batch(reports=dict(kept))
+        self._is_read = is_short and now - self._read_at < EPOCH_SECONDS
         try:
             yield over
+        except BaseException:
+            self._kept_back = kept
+            raise
         finally:
             batch, self._batch = self._batch, None
         if not batch.ids:
             return
+        if batch.has_reports_only and is_short and now - self._written_at < EPOCH_SECONDS:
+            self._kept_back = batch.reports
+            return
+        self._written_at = now
+        self._read_at = -math.inf if batch.ends else self._read_at
         if batch.has_reports_only:
             reports = [(*key, value) for key, value in batch.reports.items()]
             over |= self._or_keep(reports, lambda: self._write(batch)) or set()
         else:
             over |= self._write_patiently(batch)
         self.let_go(over | batch.ends.keys())
+
+    def _write_what_was_kept_back(self) -> None:
+        """Write the last epochs' reports, before something else is written of their trials."""
+        if self._kept_back:
+            with self.together():
+                pass
 
     def let_go(self, trial_ids: Iterable[int]) -> None:
         """Have trials that are no longer this process's own be read again."""
@@ -216,8 +245,10 @@ class RetryingStorage(PatientStorage):
                     return True
                 raise
 
+        self._write_what_was_kept_back()
         if state.is_finished():
             self.let_go([trial_id])
+            self._read_at = -math.inf
         return self._again(call)
 
     def delete_study(self, study_id: int) -> None:
@@ -233,7 +264,8 @@ class RetryingStorage(PatientStorage):
         if self._cache is not None:
             cache, fresh = self._cache, self._batch is None or not self._is_read
             trials = self.read(lambda: cache.all(study_id, states, fresh))
-            self._is_read = True
+            if fresh:
+                self._is_read, self._read_at = True, self._clock.monotonic()
             return copy.deepcopy(trials) if deepcopy else trials
         return self.read(lambda: self._storage.get_all_trials(study_id, deepcopy=deepcopy, states=states))
 

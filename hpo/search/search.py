@@ -168,7 +168,7 @@ class Search:
             yield elsewhere
             return
         ids = {trial._trial_id: number for number, trial in self._claimed.items()}
-        with self.storage.together() as over:
+        with self.storage.together(epoch=True) as over:
             yield elsewhere
         elsewhere |= {ids[trial_id] for trial_id in over}
 
