@@ -310,13 +310,10 @@ def test_a_step_that_cannot_be_compiled_is_replayed_all_the_same_and_said(
     graphs: type[Capture],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fails(run: Any, dynamic: bool) -> Any:
-        def call(*arguments: Any) -> Any:
-            raise ValueError("ptxas was not found\nmore of it")
+    def fails(*arguments: Any) -> Any:
+        raise ValueError("ptxas was not found\nmore of it")
 
-        return call
-
-    monkeypatch.setattr(torch, "compile", fails)
+    monkeypatch.setattr(vmap_step, "CompiledStep", fails)
     monkeypatch.setattr(vmap_step, "has_compiler", lambda device: True)
     made = stack(conv, execution="compiled")
     for member in members():
@@ -329,7 +326,7 @@ def test_a_compiled_step_that_gives_something_else_is_not_used(
     graphs: type[Capture],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def wrong(run: Run, dynamic: bool) -> Run:
+    def wrong(run: Run, *arguments: Any) -> Run:
         def call(state: StackState, inputs: Any, targets: Tensor) -> Any:
             with torch.no_grad():
                 for x in state.buffers.values():
@@ -339,7 +336,7 @@ def test_a_compiled_step_that_gives_something_else_is_not_used(
 
         return call
 
-    monkeypatch.setattr(torch, "compile", wrong)
+    monkeypatch.setattr(vmap_step, "CompiledStep", wrong)
     monkeypatch.setattr(vmap_step, "has_compiler", lambda device: True)
     made = stack(conv, execution="compiled")
     assert_trained_as_alone(made, conv)

@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
 from torchmetrics.regression import MeanSquaredError
 
 from hpo.stacks.candidate import NotStackable
+from hpo.stacks.compiled import CompiledStep
 from hpo.stacks.padding import Padder, unpadded
+from hpo.stacks.recording import in_place
 from hpo.stacks.structure import common_structure
 from hpo.stacks.tensor_modules import RateDropout
 from hpo.stacks.vmap_stack import VmapStack
@@ -359,3 +362,30 @@ def test_what_is_kept_is_of_the_moment_it_was_kept_whoever_joins_or_leaves(execu
         assert got.keys() == weights.keys()
         assert all(torch.equal(got[name], weights[name]) for name in weights)
         assert not torch.equal(got["5.weight"], made.state(member)["5.weight"])
+
+
+@pytest.mark.parametrize("writes", [False, True], ids=["new tensors", "in place"])
+def test_a_step_is_compiled_for_its_tensors_and_again_for_others(writes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a graph that is replayed has it: what is changed in place is changed in the very tensors that were given."""
+    if not has_compiler(CPU):
+        pytest.skip("torch compiles for a CPU with a C++ compiler, and there is no `c++` on the PATH")
+    made = stack("two_layers", 2)
+    for member in members("two_layers", 2, optimizer="adam"):
+        made.join(member)
+    eager, state = made._opened.eager, made._slots.state
+    batches = [
+        (torch.randn(16, 8).double(), torch.randn(16, 1).double()),
+        (torch.randn(8, 16).double().T, torch.randn(16, 1).double()),
+    ]
+    batches.append((torch.randn(5, 8).double(), torch.randn(5, 1).double()))
+    step = CompiledStep(in_place(eager) if writes else eager, state, [batches[0][0]], batches[0][1])
+    for x, y in batches:
+        expected = eager(tree_map(torch.clone, state), [x], y)
+        given = tree_map(torch.clone, state)
+        got = step(given, [x], y)
+        for one, other in zip(tree_leaves(got), tree_leaves(expected), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        changed = [not torch.equal(a, b) for a, b in zip(tree_leaves(given), tree_leaves(state), strict=True)]
+        assert any(changed) == writes
+        assert not writes or all(a is b for a, b in zip(tree_leaves(got[0]), tree_leaves(given.trained), strict=True))
+    assert step._n_forms == 3

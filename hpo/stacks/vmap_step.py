@@ -6,7 +6,6 @@ is found); on CUDA it is replayed from a CUDA graph besides. The same sums, in f
 Shapes: K slots, B rows of a batch; a weight (K, ...), a loss (K,).
 """
 
-import logging
 import shutil
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
@@ -17,6 +16,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map
 
+from hpo.stacks.compiled import CompiledStep
 from hpo.stacks.cost import records
 from hpo.stacks.recording import (
     CudaReplay,
@@ -228,8 +228,7 @@ class VmapStep:
         """Return `run` compiled. Raises what the compiler raises, ValueError where it gives something else."""
         if not has_compiler(self._task.device):
             raise ValueError("no C++ compiler was found")
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
-        compiled: Run = torch.compile(run, dynamic=False)
+        compiled = CompiledStep(run, state, inputs, targets)
         with torch.no_grad():
             compiled(*tree_map(torch.clone, (state, list(inputs), targets)))
         if self._is_random:  # the compiler draws other masks
