@@ -129,7 +129,7 @@ objective: breast_cancer
 metric: loss
 epochs: 10
 params:
-  learning_rate: {low: 3e-4, high: 5e-3, log: true}
+  learning_rate: {type: float, low: 3e-4, high: 5e-3, log: true}
 """
 HPO = (sys.executable, "-m", "hpo")
 
