@@ -113,7 +113,7 @@ def test_a_line_that_a_kill_cut_short_is_left_out_without_a_word(mlflow: Mlflow)
 def test_of_a_batch_only_what_is_refused_is_set_aside(mlflow: Mlflow, said: list[str]) -> None:
     tracker = mlflow.tracker()
     tracker.start_study({}, {})
-    tracker.start_trial(0, {"changed": 1, "same": 1})
+    tracker.start_trial(0, {"changed": 1, "same": 1}, is_new=True)
     tracker.log_params(0, {"same": 1, "changed": 2, "new": 3})
     tracker.log_metrics(0, 0, {"a": 1.0})
     tracker.end_trial(0, "COMPLETE")
@@ -128,6 +128,36 @@ def test_of_a_batch_only_what_is_refused_is_set_aside(mlflow: Mlflow, said: list
     assert "refused" in text
     assert "refused.jsonl" in text
     assert "trial 0" in text
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_new_trial_whose_first_item_fails_has_one_run(
+    mlflow: Mlflow, monkeypatch: pytest.MonkeyPatch, times: int, said: list[str]
+) -> None:
+    """Its run was made before the rest of the item failed: the next time it is looked for."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+
+    plain, errors = MlflowClient.log_batch, [ConnectionError("cut"), MlflowException("no", INVALID_PARAMETER_VALUE)]
+
+    def log_batch(self: MlflowClient, *arguments: object, **keys: object) -> None:
+        if keys.get("params") and len(errors) > 2 - times:
+            raise errors.pop()
+        plain(self, *arguments, **keys)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
+    tracker = mlflow.tracker()
+    tracker.start_study({}, {})
+    with tracker.together():
+        tracker.start_trial(0, {"lr": 1}, is_new=True)
+        tracker.log_metrics(0, 0, {"a": 1.0})
+        tracker.end_trial(0, "COMPLETE")
+    until(lambda: len(errors) == 2 - times)
+    assert tracker.end_study("COMPLETE")
+    assert mlflow.statuses() == {"study": "FINISHED", "0": "FINISHED"}
+    assert mlflow.runs()["0"].data.params == {"lr": "1"}
+    assert mlflow.curve("0", "a") == [(0, 1.0)]
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ class MlflowTracker(Tracker):
             if closing or is_due:
                 try:
                     self._send_all(closing)
-                except OSError as error:  # the process, or whatever MLflow, its server or its database raise there
+                except Exception as error:  # the process, or what MLflow says there: it must not stop training
                     self._note_failure(str(error))
         self._runs.close()
         with self._changed:
@@ -226,7 +226,7 @@ class MlflowTracker(Tracker):
                 continue
             if answer.tries is not None:
                 with self._changed:
-                    self._outbox.replace(batch, [batch.item | {"tries": answer.tries}])
+                    self._outbox.replace(batch, [batch.item | {"tries": answer.tries, "is_new": False}])
             if batch.item["do"] not in FILES:
                 raise OSError(answer.why)
             self._note_files(answer.why)
@@ -249,7 +249,7 @@ class MlflowTracker(Tracker):
         that only what is refused of it is set aside.
         """
         if not item.get("again"):
-            return [item | {"again": True}]
+            return [item | {"again": True, "is_new": False}]
         if not (parts := halves(item)):
             self._set_aside(item, why)
         return parts

@@ -37,6 +37,7 @@ class RunsProcess:
         """Start the process, unless it runs: it needs a second or two to import MLflow. Raises OSError."""
         if self._process is not None or self._killed:
             return
+        self.close()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (open while the process runs)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", _SERVE],
