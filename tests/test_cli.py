@@ -106,6 +106,12 @@ def test_status_needs_neither_torch_nor_the_objective(study: Write) -> None:
     assert (done.returncode, "trials: must be" in done.stderr) == (2, True), done.stderr
 
 
+def test_status_of_a_grid_knows_how_many_trials_there_can_be(study: Write) -> None:
+    path = study("trials: 9\nsampler: grid\nparams:\n  learning_rate: {type: categorical, choices: [0.1, 0.2]}")
+    invoke("run", path)
+    assert "study: 2 of 2 trials done" in invoke("status", path)
+
+
 def test_a_run_says_something_before_torch_is_imported(study: Write) -> None:
     path = study()
     Path("sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")

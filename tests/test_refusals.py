@@ -153,6 +153,7 @@ def test_a_new_trial_whose_first_item_fails_has_one_run(
         tracker.start_trial(0, {"lr": 1}, is_new=True)
         tracker.log_metrics(0, 0, {"a": 1.0})
         tracker.end_trial(0, "COMPLETE")
+        tracker.log_metrics(None, 0, {"later": 1.0})
     until(lambda: len(errors) == 2 - times)
     assert tracker.end_study("COMPLETE")
     assert mlflow.statuses() == {"study": "FINISHED", "0": "FINISHED"}

@@ -27,7 +27,7 @@ def status(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
         if search is None:
             raise no_study(spec, path)
         stack.callback(search.close)
-        spec = search.spec
+        spec = search.spec  # a grid has no more trials than configurations
         seen = search.view()
         counts, best = seen.counts, seen.best()
         used = search.seconds_used(seen)

@@ -17,7 +17,7 @@ from torchmetrics import Metric
 from hpo.errors import Fault, Faulty, HpoError, InputError, SpecError, collecting, did_you_mean
 from hpo.log import log
 from hpo.runner.params import space_of
-from hpo.search.samplers import make_pruner, make_sampler
+from hpo.search.samplers import make_pruner, make_sampler, trials_of
 from hpo.study import loading as objectives
 from hpo.study.data import Data, DataInfo
 from hpo.study.document import Document, of_values
@@ -163,10 +163,9 @@ def _check(draft: Draft, spec: StudySpec, folder: Path, given: Given | None) -> 
     if spec.sampler.name == "grid" and spec.start_with:
         message = "the grid tries every configuration anyway; remove start_with, or use another sampler"
         faults.append(Fault(path=("start_with",), message=message))
-    size = space.size()
-    if spec.sampler.name in ("grid", "brute_force") and not faults and size is not None and size < spec.trials:
-        log.info(f"the space has {size} configurations in all: trials is {size}, not {spec.trials}")
-        spec = spec.model_copy(update={"trials": size})
+    if not faults and (trials := trials_of(spec, space)) < spec.trials:
+        log.info(f"the space has {trials} configurations in all: trials is {trials}, not {spec.trials}")
+        spec = spec.model_copy(update={"trials": trials})
     return Plan(
         spec=spec,
         document=draft.document,

@@ -17,7 +17,7 @@ from hpo.search.away import open_patiently
 from hpo.search.clock import SYSTEM, Clock
 from hpo.search.identity import another_study, compare, identity
 from hpo.search.retrying import RetryingStorage, locked
-from hpo.search.samplers import make_pruner, make_sampler
+from hpo.search.samplers import make_pruner, make_sampler, trials_of
 from hpo.search.search import Search
 from hpo.study.ranges import parse_params
 from hpo.study.space import FreeSpace, Space, build
@@ -90,6 +90,7 @@ def open_stored(spec: StudySpec) -> Search | None:
         space, more = build(params, [])
         if not params or unread or more:  # a function's; or a later version's
             space = FreeSpace(fixed={}, dimensions=())
+        spec = spec.model_copy(update={"trials": trials_of(spec, space)})
         search = Search(study, storage, spec, space, str(stored.get("metric", "value")))
         unless_opened.pop_all()
     return search

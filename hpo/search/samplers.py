@@ -20,7 +20,7 @@ from hpo.search.pruners import SharedMedianPruner, SharedPercentilePruner
 from hpo.search.tpe import Shared, SharedTPESampler
 from hpo.seeds import derive
 from hpo.study.space import Space
-from hpo.study.spec import PRUNERS, Plugin
+from hpo.study.spec import PRUNERS, Plugin, StudySpec
 
 _SAMPLERS: dict[str, Callable[..., BaseSampler]] = {
     "tpe": optuna.samplers.TPESampler,
@@ -163,6 +163,12 @@ def make_pruner(plugin: Plugin, epochs: int, at: tuple[str, ...] = ("pruner",)) 
     if not faults:
         faults += _try(lambda: cls(**keys), plugin.name, at)
     return (optuna.pruners.NopPruner() if faults else _quietly(lambda: _SHARED.get(plugin.name, cls)(**keys))), faults
+
+
+def trials_of(spec: StudySpec, space: Space) -> int:
+    """Return how many trials a study has: where each configuration is tried once, no more than there are."""
+    size = space.size() if spec.sampler.name in ("grid", "brute_force") else None
+    return spec.trials if size is None else min(size, spec.trials)
 
 
 def looks_at_its_trial_only(pruner: BasePruner) -> bool:
