@@ -339,8 +339,10 @@ def test_a_wrong_objective_is_one_line_that_says_what_came(study, wrong):
 def test_from_outside_it_is_one_line_and_status_2(study, name):
     changes, *said = WRONG[name]
     Path("odd.py").write_text(written(changes))
-    done = run_hpo("run", study("objective: odd.py"))
-    assert (done.returncode, done.stdout) == (2, "" if name != "numpy" and name != "all pairs" else done.stdout)
+    path = study("objective: odd.py")
+    done = run_hpo("run", path)
+    assert done.returncode == 2
+    assert name in ("numpy", "all pairs") or done.stdout == f"study: {path}, 3 trials; importing PyTorch\n"
     assert len(done.stderr.splitlines()) == 1
     assert said[0] in done.stderr
 

@@ -15,7 +15,7 @@ import pytest
 
 from hpo.processes import this_process
 from hpo.tracking import leftovers, outbox
-from hpo.tracking.items import halves
+from hpo.tracking.items import halves, is_item, merged
 from hpo.tracking.leftovers import left_behind
 from hpo.tracking.outbox import Outbox
 from tests.databases import rows
@@ -343,11 +343,11 @@ def test_metrics_of_one_trial_are_sent_together_up_to_what_mlflow_takes(tmp_path
     assert [(each["trial"], len(each.get("rows", []))) for each in batches] == [
         (0, 900),
         (None, 900),
-        (0, 100),
+        (0, 100),  # with the trial's end; what was told after that is sent after it
         (None, 100),
-        (0, 0),  # what was told after the trial's end is sent after it
         (0, 1),
     ]
+    assert [each["do"] for each in batches] == ["metrics", "metrics", "end", "metrics", "metrics"]
     steps = [row[3] for each in batches for row in each.get("rows", []) if each["trial"] == 0]
     assert steps == list(range(1001))
     box.close()
@@ -404,3 +404,41 @@ def test_halves_say_together_what_the_whole_says() -> None:
     assert all(len(part["params"]) + len(part["tags"]) == 1 for part in single)
     rows = [["a", 1.0, 1, step] for step in range(5)]
     assert [row for half in halves({"do": "metrics", "rows": rows}) for row in half["rows"]] == rows
+
+
+STARTED: dict[str, object] = {"do": "start", "trial": 0, "time": 1, "params": {"a": "1"}, "is_new": True}
+ENDED = {**item(), "time": 9, "tags": {"hpo.state": "COMPLETE"}}
+
+
+def test_all_of_a_trial_is_one_item() -> None:
+    whole = merged(merged(STARTED, metrics(0, 3)) or {}, ENDED)
+    assert whole == {
+        "do": "end",
+        "trial": 0,
+        "time": 1,
+        "ended": 9,
+        "is_new": True,
+        "params": {"a": "1"},
+        "rows": [["a", 1.0, 1, 3]],
+        "tags": {"hpo.state": "COMPLETE"},
+        "status": "FINISHED",
+    }
+    assert is_item(json.loads(json.dumps(whole)))
+    assert not any(is_item({**whole, key: "x"}) for key in ("params", "rows", "tags", "ended"))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (ENDED, metrics(0, 1)),
+        (STARTED, {**STARTED, "params": {"a": "2"}}),
+        (STARTED, {**metrics(0, 1), "again": True}),
+        ({**STARTED, "tries": 1}, metrics(0, 1)),
+        ({**STARTED, "trial": None}, metrics(None, 1)),
+        (metrics(None, 1), {**ENDED, "trial": None}),
+        ({"do": "folder", "trial": None, "time": 1, "folder": ".", "name": "b"}, metrics(None, 1)),
+        ({**metrics(0, 1), "rows": [["a", 1.0, 1, 0]] * 500}, {**metrics(0, 1), "rows": [["a", 1.0, 1, 0]] * 401}),
+    ],
+)
+def test_what_is_sent_one_by_one(one: dict[str, object], other: dict[str, object]) -> None:
+    assert merged(one, other) is None

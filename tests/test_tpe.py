@@ -99,6 +99,15 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize("name", ["x", "y", "n", "step"])
+def test_trials_outside_of_a_range_that_has_changed_are_left_to_optuna(name):
+    of = SPACE[name]
+    values = {name: np.array([of.high * 2 if i % 3 else of.high for i in range(9)], dtype=float)}
+    plain = _ParzenEstimator(values, {name: of}, _ParzenEstimatorParameters(1.0, True, False, default_weights, True))
+    samples = {name: np.array([of.low, of.high], dtype=float)}
+    np.testing.assert_array_equal(Density(plain).log_pdf(samples), plain.log_pdf(samples))
+
+
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("n", [0, 1, 10, 1000])
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,7 +14,7 @@ from optuna.samplers._tpe.parzen_estimator import _ParzenEstimator
 from optuna.samplers._tpe.probability_distributions import _BatchedCategoricalDistributions, _unique_inverse_2d
 
 NARROW = 1e-3
-"""Kernels narrower than that part of a param's range would cost digits: they are left to Optuna."""
+"""Kernels narrower than that part of a param's range would cost digits: such a mixture is left to Optuna."""
 
 
 class Density:
@@ -31,6 +31,9 @@ class Density:
         self._continuous: list[int] = []
         self._is_log: list[bool] = []
         continuous: list[Any] = []
+        self._is_exact = all(map(_is_exact, mixture.distributions))
+        if not self._is_exact:
+            return
         for place, of in enumerate(mixture.distributions):
             if isinstance(of, _BatchedCategoricalDistributions):
                 self._discrete[place] = _categorical(of)
@@ -40,7 +43,6 @@ class Density:
                 self._continuous.append(place)
                 self._is_log.append(of.is_log)
                 continuous.append(of)
-        self._is_exact = True
         if continuous:
             self._expand(continuous)
 
@@ -48,7 +50,6 @@ class Density:
         """Take kernels apart into the factors of x^2 and x and a constant, with x measured from the range's middle."""
         low, high = np.array([[each.adapted_low, each.adapted_high] for each in of]).T
         place, width = (np.array([getattr(each, name) for each in of]).T for name in ("mu", "sigma"))
-        self._is_exact = not (width < NARROW * (high - low)).any()
         mass = scipy.special.ndtr((high - place) / width) - scipy.special.ndtr((low - place) / width)
         self._middle = (low + high) / 2
         steep = 1 / width**2
@@ -75,6 +76,15 @@ class Density:
         most[np.isneginf(most)] = 0
         with np.errstate(divide="ignore"):
             return cast(np.ndarray, np.log(np.exp(kernels - most[:, None]).sum(axis=1)) + most)
+
+
+def _is_exact(of: Any) -> bool:
+    """Whether kernels are wide enough, and within the range: with a range that changes, trials may lie outside."""
+    if isinstance(of, _BatchedCategoricalDistributions):
+        return True
+    low, high = of.adapted_low, of.adapted_high
+    wide = of.step or (of.sigma >= NARROW * (high - low)).all()
+    return bool(wide and ((low <= of.mu) & (of.mu <= high)).all())
 
 
 def _categorical(of: Any) -> Callable[[np.ndarray], np.ndarray]:
