@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from hpo.export.files import finite
+
 ROOT = Path(__file__).resolve().parent.parent
 NOT_APPLICABLE = "not applicable (cpu)"
 STATES = ("ok", "FAILED", "skipped", NOT_APPLICABLE)
@@ -241,7 +243,7 @@ def save(part: str, card: Card, out: Path, results: Sequence[Result]) -> None:
     """Write results to the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
     content = {"part": part, "machine": machine(card), "items": [asdict(each) for each in results]}
-    (out / f"{part}.json").write_text(json.dumps(_finite(content), indent=1) + "\n")
+    (out / f"{part}.json").write_text(json.dumps(finite(content), indent=1) + "\n")
     (out / f"{part}.md").write_text(markdown(part, card, results))
 
 
@@ -292,11 +294,3 @@ def shown(value: Any) -> str:
 def _short(result: Result) -> str:
     text = " ".join(result.seen.split())
     return text if len(text) <= 240 else f"{text[:237]}..."
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -67,8 +67,8 @@ class RunsHere(RunsProcess):
         super().__init__(uri, study, making=making, adopts=adopts)
         self.runs = Runs(uri, study, making=making, adopts=adopts)
 
-    def attempt(self, item: Item, again: bool = False) -> Answer:
-        return self.runs.attempt(item | {"is_new": bool(item.get("is_new")) and not again})
+    def attempt(self, item: Item) -> Answer:
+        return self.runs.attempt(item)
 
 
 class TrackerHere(MlflowTracker):

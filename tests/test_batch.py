@@ -10,10 +10,9 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState, create_trial
 
 from hpo.search.batch import Batch, claim, enqueue, write_one_by_one, write_to_database
-from hpo.search.clock import Clock
 from hpo.search.retrying import RetryingStorage
 from hpo.search.storage import open_storage
-from tests.searches import Opener
+from tests.searches import HandClock, Opener
 
 MINIMIZE = [optuna.study.StudyDirection.MINIMIZE]
 INF = math.inf
@@ -189,52 +188,43 @@ def test_reports_alone_are_kept_while_it_is_away_and_training_continues(database
     assert database.get_trial(a).intermediate_values == dict.fromkeys(range(4), 0.5)
 
 
-def short_epochs(storage, clock, trial, steps, seconds=0.1):
+def short_epochs(storage, time, trial, steps, seconds=0.1):
     for step in steps:
-        clock.monotonic_now += seconds
+        time.move(seconds)
         with storage.together(epoch=True):
             storage.set_trial_intermediate_value(trial, step, float(step))
 
 
-class Hands:
-    """A clock that is moved by hand."""
-
-    monotonic_now = 1000.0
-
-    def __init__(self):
-        self.clock = Clock(monotonic=lambda: self.monotonic_now)
-
-
 @pytest.fixture
 def quick(database):
-    hands = Hands()
-    storage = RetryingStorage(database, 30.0, hands.clock)
+    time = HandClock()
+    storage = RetryingStorage(database, 30.0, time.clock)
 
     def reported(trial):
         return sorted(database.get_trial(trial).intermediate_values)
 
-    return storage, hands, reported
+    return storage, time, reported
 
 
 def test_short_epochs_share_a_transaction_and_long_ones_have_one_each(database, quick):
-    storage, clock, reported = quick
+    storage, time, reported = quick
     (a,) = trials(database, 1)
-    short_epochs(storage, clock, a, range(1))
+    short_epochs(storage, time, a, range(1))
     assert reported(a) == [0], "there was none before: it may be a long one"
-    short_epochs(storage, clock, a, range(1, 3))
+    short_epochs(storage, time, a, range(1, 3))
     assert reported(a) == [0]
-    short_epochs(storage, clock, a, range(3, 4))
+    short_epochs(storage, time, a, range(3, 4))
     assert reported(a) == [0, 1, 2, 3]
-    short_epochs(storage, clock, a, range(4, 6))
-    short_epochs(storage, clock, a, range(6, 8), seconds=60.0)
+    short_epochs(storage, time, a, range(4, 6))
+    short_epochs(storage, time, a, range(6, 8), seconds=60.0)
     assert reported(a) == list(range(8))
 
 
 @pytest.mark.parametrize("how", ["end", "end of another", "given back", "an attribute", "a bug"])
 def test_what_was_kept_back_is_written_before_all_else(database, quick, how):
-    storage, clock, reported = quick
+    storage, time, reported = quick
     a, b = trials(database, 2)
-    short_epochs(storage, clock, a, range(3))
+    short_epochs(storage, time, a, range(3))
     assert reported(a) == [0]
     if how == "given back":
         storage.set_trial_state_values(a, TrialState.FAIL)
@@ -254,12 +244,12 @@ def test_what_was_kept_back_is_written_before_all_else(database, quick, how):
 
 
 def test_while_epochs_are_short_trials_are_read_as_seldom_and_after_an_end_at_once(database, quick):
-    storage, clock, _ = quick
+    storage, time, _ = quick
     study = optuna.load_study(study_name=database.get_all_studies()[0].study_name, storage=storage)
     a, b = trials(database, 2)
 
     def complete():
-        clock.monotonic_now += 0.1
+        time.move(0.1)
         with storage.together(epoch=True):
             return len(storage.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.COMPLETE,)))
 

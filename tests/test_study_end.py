@@ -43,9 +43,6 @@ def remembered(key, state=None):
     Search.remember = remember
 
 class Here(Runs):  # the process that sends, as a part of this one
-    def attempt(self, item, again=False):
-        return super().attempt(item)
-
     def close(self):
         pass
 

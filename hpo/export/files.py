@@ -1,4 +1,4 @@
-"""What lies in a bundle's folder. Nothing of torch is imported here: to look at a study needs none of it."""
+"""What lies in a bundle's folder, and numbers as its JSON has them. Nothing here imports torch."""
 
 import math
 from collections.abc import Mapping

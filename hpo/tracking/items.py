@@ -44,10 +44,14 @@ def as_left(item: Item) -> Iterator[Item]:
     """Give `item` as what a process left that is gone: it neither opens the study's run nor ends it again."""
     texts = item.pop("texts", None) if item["do"] == "start" else None  # as older versions had them
     item.pop("status", None) if item["do"] == "start" else None
-    item.pop("is_new", None)
     yield item | {"left": True}
     if texts:
         yield {"do": "texts", "trial": item["trial"], "time": item["time"], "texts": texts, "left": True}
+
+
+def is_new(item: Item) -> bool:
+    """Whether an item begins a run that is not there yet: nothing was answered to it, and no other process left it."""
+    return bool(item.get("is_new")) and not item.keys() & {"again", "tries", "left"}
 
 
 def merged(item: Item, more: Item) -> Item | None:

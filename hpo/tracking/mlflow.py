@@ -16,7 +16,7 @@ from typing import Any, Literal
 from hpo.errors import InputError
 from hpo.log import log
 from hpo.tracking.base import STATUS, NullTracker, Tracker, check_address
-from hpo.tracking.items import FILES, Item, halves
+from hpo.tracking.items import FILES, Item, halves, is_new
 from hpo.tracking.outbox import Batch, Outbox
 from hpo.tracking.process import RunsProcess
 from hpo.tracking.values import end_tags
@@ -58,7 +58,6 @@ class MlflowTracker(Tracker):
         self._files_at = 0.0
         """When files may be sent again; 0: their store works."""
         self._refusal_said = False
-        self._given_up = False
         self._tried = -1
         """The last item in the outbox that was tried to be sent."""
         self._adopt(own=True)
@@ -137,7 +136,7 @@ class MlflowTracker(Tracker):
         with self._changed:
             n_left, where = len(self._outbox), self._outbox.where
             self._outbox.close()
-        if n_left and self._given_up and was != "failing":  # nobody was told yet: it neither answers nor fails
+        if n_left and self._runs.killed and was != "failing":  # nobody was told yet: it neither answers nor fails
             log.warning(
                 f"tracking: {self._uri} has not answered; what could not be sent is kept in {where} and sent later"
             )
@@ -149,7 +148,6 @@ class MlflowTracker(Tracker):
         while self._thread is not None and self._thread.is_alive():
             self._thread.join(0.1)
             if time.monotonic() - max(started, self._asked_at) > self._patience:
-                self._given_up = True
                 self._runs.kill()
                 self._thread.join(self.CLOSE_SECONDS)
                 return
@@ -217,7 +215,7 @@ class MlflowTracker(Tracker):
         while (batch := self._next(waiting)) is not None:
             self._asked_at = time.monotonic()
             tried, self._tried = self._tried, max(self._tried, *batch.ids)
-            answer = self._runs.attempt(batch.item, batch.ids[0] <= tried)
+            answer = self._runs.attempt(batch.item | {"is_new": is_new(batch.item) and batch.ids[0] > tried})
             self._run_ids.update(answer.runs)
             if answer.sent or answer.refused:
                 with self._changed:
@@ -226,7 +224,7 @@ class MlflowTracker(Tracker):
                 continue
             if answer.tries is not None:
                 with self._changed:
-                    self._outbox.replace(batch, [batch.item | {"tries": answer.tries, "is_new": False}])
+                    self._outbox.replace(batch, [batch.item | {"tries": answer.tries}])
             if batch.item["do"] not in FILES:
                 raise OSError(answer.why)
             self._note_files(answer.why)
@@ -249,7 +247,7 @@ class MlflowTracker(Tracker):
         that only what is refused of it is set aside.
         """
         if not item.get("again"):
-            return [item | {"again": True, "is_new": False}]
+            return [item | {"again": True}]
         if not (parts := halves(item)):
             self._set_aside(item, why)
         return parts
@@ -281,7 +279,7 @@ class MlflowTracker(Tracker):
             self._send_by(time.monotonic() + self.FLUSH_SECONDS)
             self._outbox.save()
             where = self._outbox.where
-        if self._given_up:
+        if self._runs.killed:
             return
         if was != "failing":
             log.warning(

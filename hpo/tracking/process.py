@@ -31,11 +31,12 @@ class RunsProcess:
         self._config = {"uri": uri, "study": study, "making": making, "adopts": adopts}
         self._process: subprocess.Popen[str] | None = None
         self._errors: IO[bytes] | None = None
-        self._killed = False
+        self.killed = False
+        """Whether MLflow was given up: nothing is sent any more."""
 
-    def start(self) -> None:
+    def _start(self) -> None:
         """Start the process, unless it runs: it needs a second or two to import MLflow. Raises OSError."""
-        if self._process is not None or self._killed:
+        if self._process is not None or self.killed:
             return
         self.close()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (open while the process runs)
@@ -51,23 +52,22 @@ class RunsProcess:
         )
         self._ask(self._config | {"path": [str(folder) for folder in sys.path]})
 
-    def attempt(self, item: Item, again: bool = False) -> Answer:
+    def attempt(self, item: Item) -> Answer:
         """Have `item` sent, and log what is to be logged of it. Raises OSError where the process cannot do it.
 
-        `again`: it may have arrived before. A process that was killed since the last item is started again.
+        A process that was killed since the last item is started again.
         """
         ran = self._process is not None
-        item = item | {"is_new": bool(item.get("is_new")) and not again}
         try:
             return self._attempt(item)
         except OSError as error:
-            if not ran or self._killed:
+            if not ran or self.killed:
                 raise
             log.warning(f"tracking: {error}; it is started again")
             return self._attempt(item | {"is_new": False})
 
     def _attempt(self, item: Item) -> Answer:
-        self.start()
+        self._start()
         answers = self._ask(item)
         while (line := answers.readline()).endswith("\n"):
             message = json.loads(line)
@@ -100,7 +100,7 @@ class RunsProcess:
 
     def kill(self) -> None:
         """End the process amid a call. It is not started again."""
-        self._killed = True
+        self.killed = True
         if (process := self._process) is not None:
             process.kill()
 

@@ -47,6 +47,8 @@ class Runs:
         self._is_first = False
         """Whether this process has made the experiment, so that the study's run is its to make, not its peers'."""
         self._ids: dict[int | None, str] = {}
+        self._found: list[tuple[int | None, str]] = []
+        """Those of them that no answer has named yet."""
         self._renamed: set[str] = set()
         self._indigestible: set[str] = set()
         """What the server answers again and again to some items, while it takes others."""
@@ -88,7 +90,7 @@ class Runs:
         When it is refused for the first time, experiment and runs are looked for again when they are next needed, since
         they may have been deleted.
         """
-        known, refused = set(self._ids), False
+        refused = False
         try:
             self.connect()
             try:
@@ -101,7 +103,8 @@ class Runs:
                 self._client = None
                 self._ids.clear()
             return Answer(False, cause(error), refused, item.get("tries"))
-        return Answer(runs=[(trial, run) for trial, run in self._ids.items() if trial not in known])
+        found, self._found = self._found, []
+        return Answer(runs=found)
 
     def _send(self, item: Item) -> None:
         sends: dict[str, Callable[[Item], None]] = {
@@ -140,11 +143,12 @@ class Runs:
         """Return the id of a trial's run, found by its tags, restored or made."""
         if trial not in self._ids:
             self._ids[trial] = self._find_or_make(trial, item)
+            self._found.append((trial, self._ids[trial]))
         return self._ids[trial]
 
     def _find_or_make(self, trial: int | None, item: Item) -> str:
         mark = "study" if trial is None else str(trial)
-        if item.get("is_new"):
+        if trial is not None and item.get("is_new"):
             return self._make(trial, item)
         wait = trial is None and not self._is_first
         parent = None if trial is None else self._id_of(None, item)
@@ -156,7 +160,7 @@ class Runs:
         return self._make(trial, item)
 
     def _make(self, trial: int | None, item: Item) -> str:
-        parent = None if trial is None else self._id_of(None, item | {"is_new": False})
+        parent = None if trial is None else self._id_of(None, item)
         tags = {"hpo.study": self._study, "hpo.trial": "study" if trial is None else str(trial)}
         tags |= {"hpo.making": self._making} if self._making else {}
         tags |= {"mlflow.parentRunId": parent} if parent is not None else {}
