@@ -187,6 +187,7 @@ def _print_result(plan: Plan, seen: StudyView, best: Best | None, done: Outcome 
         ["best", f"{plan.metric} {best.value:.4f} on validation (trial {best.number}, epoch {best.epoch + 1})"]
         if plan.function is None
         else ["best", f"{plan.metric} {best.value:.6g} (trial {best.number})"],
+        *([["epochs", text]] if (text := seen.effort.text()) else []),
         ["params", shown(plan.space.searched(best.params)) or "all fixed"],
     ]
     if done is not None:

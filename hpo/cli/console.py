@@ -57,16 +57,24 @@ class LiveProgress(Progress):
     def epoch_ended(self, number: int, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
         self._running.update(self._tasks[number], total=epochs, completed=epoch, text=metric_text(self._board, metrics))
 
+    def trial_paused(self, number: int, epoch: int) -> None:
+        self._remove(number)
+
     def trial_ended(self, number: int, state: str, value: float | None, reason: str | None) -> None:
         self._refresh(state, value)
-        self._running.remove_task(self._tasks.pop(number))
-        for task in list(self._tasks.values())[:_SHOWN]:
-            self._running.update(task, visible=True)
-        self._show_more()
+        self._remove(number)
         text = ", ".join(part for part in (self._board.best_text(), self._board.left_text()) if part)
         self._all.update(self._task, completed=self._board.counts.finished, text=text)
         if reason is not None:
             self._console.print(Text(masked(f"trial {number} {STATES[state]}: {reason}"), style="yellow"))
+
+    def _remove(self, number: int) -> None:
+        """Remove the line of a trial that is no longer trained; one that was pruned while it was paused has none."""
+        if number in self._tasks:
+            self._running.remove_task(self._tasks.pop(number))
+        for task in list(self._tasks.values())[:_SHOWN]:
+            self._running.update(task, visible=True)
+        self._show_more()
 
     def _show_more(self) -> None:
         more = len(self._tasks) - _SHOWN

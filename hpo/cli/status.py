@@ -15,6 +15,8 @@ from hpo.search.view import Best, StudyView
 from hpo.study.draft import read
 from hpo.study.spec import StudySpec
 
+_STATES = ("complete", "pruned", "failed", "running", "paused", "waiting")
+
 
 def status(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
     """`hpo status`."""
@@ -35,8 +37,12 @@ def status(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
         out.print(
             f"{spec.name}: {counts.finished} of {spec.trials} trials done "
             f"({counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed), "
-            f"{counts.running} running, {counts.waiting} waiting"
+            f"{counts.running} running, "
+            + (f"{counts.paused} paused, " if counts.paused else "")
+            + f"{counts.waiting} waiting"
         )
+        if text := seen.effort.text():
+            out.print(text)
         out.print(board.best_text() + (f": {shown(search.space.searched(best.params))}" if best else ""))
         for trial in seen.running:
             value = "" if trial.value is None else f", {search.metric} {trial.value:.4f}"
@@ -58,7 +64,8 @@ def summary(spec: StudySpec, seen: StudyView, best: Best | None, done: Outcome |
     summary = {
         "study": spec.name,
         "storage": masked(spec.storage),
-        "trials": {key: getattr(counts, key) for key in ("complete", "pruned", "failed", "running", "waiting")},
+        "trials": {key: getattr(counts, key) for key in _STATES},
+        "epochs": seen.effort.as_dict(),
         "best": None if best is None else {"number": best.number, "value": best.value, "params": dict(best.params)},
         "test": None if done is None else dict(done.test),
         "bundle": None if done is None or done.bundle is None else str(done.bundle),

@@ -128,6 +128,10 @@ class StudyMonitor:
 
     def look(self) -> None:
         seen = self._search.view()
+        for number, epoch in seen.paused.items():
+            if number in self._epochs:
+                del self._epochs[number]
+                self._progress.trial_paused(number, epoch)
         for trial in seen.running:
             if trial.number not in self._epochs:
                 self._begin(trial.number, seen)

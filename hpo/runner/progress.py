@@ -30,6 +30,10 @@ class Progress(ABC):
         """A trial has `epoch` of its `epochs` behind it."""
 
     @abstractmethod
+    def trial_paused(self, number: int, epoch: int) -> None:
+        """A trial has left its slot after `epoch` epochs; `trial_started` says that it is resumed."""
+
+    @abstractmethod
     def trial_ended(self, number: int, state: str, value: float | None, reason: str | None) -> None:
         """A trial is COMPLETE, PRUNED, FAIL, or INTERRUPTED."""
 
@@ -47,13 +51,13 @@ class ProgressState:
     def add(self, state: str) -> None:
         """Count one more trial that has ended."""
         field = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}.get(state)
-        if field is not None:
+        if field is not None and self.counts.finished < self.trials:  # of many that end together, one look sees all
             self.counts = replace(self.counts, **{field: getattr(self.counts, field) + 1})
 
     def seconds_left(self) -> float | None:
         """Return how long the rest will take at the pace so far, or None before the first trial has ended."""
         done = self.counts.finished - self._done_before
-        if done <= 0:
+        if done <= 0 or self.counts.paused:  # which of those are resumed is not known
             return None
         return (time.monotonic() - self._started) / done * (self.trials - self.counts.finished)
 
@@ -106,22 +110,27 @@ class PlainProgress(Progress):
         self._board, self._refresh, self._epoch_seconds = board, refresh, epoch_seconds
         self._said_at = time.monotonic()
         self._running: dict[int, tuple[float, str]] = {}
+        self._paused: dict[int, tuple[float, str]] = {}
 
     def trial_started(self, number: int, params: Mapping[str, Any]) -> None:
         if not self._running:
             self._said_at = time.monotonic()
-        self._running[number] = time.monotonic(), shown(params)
+        self._running[number] = self._paused.pop(number, (time.monotonic(), shown(params)))
 
     def epoch_ended(self, number: int, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
         if time.monotonic() - self._said_at >= self._epoch_seconds:
             self._said_at = time.monotonic()
             log.info(f"trial {number}: epoch {epoch}/{epochs}, {metric_text(self._board, metrics)}")
 
+    def trial_paused(self, number: int, epoch: int) -> None:
+        self._paused[number] = self._running.pop(number)
+
     def trial_ended(self, number: int, state: str, value: float | None, reason: str | None) -> None:
         self._refresh(state, value)
         board = self._board
         what = f": {board.metric} {value:.4f}" if value is not None else f": {reason}" if reason else ""
-        started, params = self._running.pop(number)
+        known = self._running if number in self._running else self._paused
+        started, params = known.pop(number, (time.monotonic(), ""))
         parts = [
             f"[{board.counts.finished}/{board.trials}] trial {number} {STATES[state]}{what}",
             params,
@@ -139,6 +148,9 @@ class NoProgress(Progress):
         pass
 
     def epoch_ended(self, number: int, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def trial_paused(self, number: int, epoch: int) -> None:
         pass
 
     def trial_ended(self, number: int, state: str, value: float | None, reason: str | None) -> None:

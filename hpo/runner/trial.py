@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from hpo.errors import HpoError
 from hpo.log import log
 from hpo.runner import checkpoints
-from hpo.runner.checkpoints import Origin
+from hpo.runner.checkpoints import Checkpoint, Origin
+from hpo.runner.paused import PausedTrials
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
 from hpo.search import schema
 from hpo.search.away import StorageAway
 from hpo.search.claim import Claim
 from hpo.search.curves import curves_of, to_json
+from hpo.search.halving import MEMORY, HalvingPruner
 from hpo.search.search import Search
 from hpo.tracking.base import Tracker
 from hpo.training.faults import TrialFault, all_alike
@@ -37,9 +39,17 @@ class TrialRun:
     """Tells storage, tracker and progress of one trial, from its claim to its end."""
 
     def __init__(
-        self, plan: Plan, origin: Origin, claim: Claim, search: Search, tracker: Tracker, progress: Progress
+        self,
+        plan: Plan,
+        origin: Origin,
+        claim: Claim,
+        search: Search,
+        tracker: Tracker,
+        progress: Progress,
+        paused: PausedTrials,
     ) -> None:
         self._plan, self._origin, self._claim, self._search = plan, origin, claim, search
+        self._paused = paused
         self._tracker, self._progress = tracker, progress
         self.member = Member(number=claim.number, seed=claim.seed, params=claim.params)
         self._logged: list[dict[str, float]] = []
@@ -53,41 +63,53 @@ class TrialRun:
         """The error that it ends by, where `catch` names it."""
         self._improved = 0
         self._checkpointed = time.monotonic()
-        tracker.start_trial(claim.number, claim.params, is_new=True)  # a trial is claimed once
+        tracker.start_trial(claim.number, claim.params, is_new=not claim.is_resumed)
         progress.trial_started(claim.number, plan.space.searched(claim.params))
-        if claim.is_retry:
+        if claim.is_retry or claim.is_resumed:
             self._resume()
 
     def _resume(self) -> None:
-        """Resume from the checkpoint of the trial that this one succeeds, if it can be reached; else from scratch."""
+        """Resume from the checkpoint of this trial, or of the one that it succeeds, if it can be reached.
+
+        Else from scratch: what was reported is not reported again.
+        """
         claim, member = self._claim, self.member
+        why = f"there is no {checkpoints.file_of(self._plan, claim)} on this machine" if claim.is_resumed else None
         try:
-            kept = checkpoints.load(self._plan, self._origin, claim)
+            kept = self._paused.take(claim) or checkpoints.load(self._plan, self._origin, claim)
         except checkpoints.Refused as error:
-            file = checkpoints.file_of(self._plan, claim)
-            log.warning(f"{file} is not resumed from: {error}; trial {claim.number} starts from scratch")
-            return
+            kept, why = None, f"{checkpoints.file_of(self._plan, claim)} is not resumed from: {error}"
         if kept is None:
+            if why is not None:
+                log.warning(f"{why}; trial {claim.number} starts from scratch")
+            if claim.is_resumed:
+                self._search.annotate(claim.number, {schema.RESTARTED: claim.n_restarts + 1})
             return
+        self._take_up(kept)
+        if claim.is_resumed:
+            return
+        log.info(f"trial {claim.number} resumes after epoch {member.epoch}")
+        self._search.repeat(claim.number, [epoch[self._plan.metric_key] for epoch in member.history])
+        for epoch, metrics in enumerate(member.history):
+            self._tracker.log_metrics(claim.number, epoch, metrics)
+
+    def _take_up(self, kept: Checkpoint) -> None:
+        member = self.member
         member.resume, member.epoch, member.joined = kept.training, kept.epoch, kept.joined
         member.history[:] = kept.history
         self._logged[:] = kept.history
         weights = kept.kept
         self._best, self._kept = kept.best, (lambda: weights) if weights else None
         self._peak, self._improved = kept.peak, kept.improved
-        log.info(f"trial {claim.number} resumes after epoch {member.epoch}")
-        self._search.repeat(claim.number, [epoch[self._plan.metric_key] for epoch in member.history])
-        for epoch, metrics in enumerate(member.history):
-            self._tracker.log_metrics(claim.number, epoch, metrics)
 
-    def checkpoint(self, stack: Stack) -> None:
-        """Write all that the trial resumes from. A disk that is full costs the checkpoint only."""
+    def checkpoint(self, stack: Stack) -> Checkpoint:
+        """Write all that the trial resumes from, and return it. A disk that is full costs the checkpoint only."""
         member = self.member
         self._checkpointed = time.monotonic()
-        content = checkpoints.Checkpoint(
+        content = Checkpoint(
             epoch=member.epoch,
             joined=member.joined,
-            history=member.history,
+            history=list(member.history),
             best=self._best,
             kept={} if self._kept is None else {name: x.cpu() for name, x in self._kept().items()},
             peak=self._peak,
@@ -98,6 +120,7 @@ class TrialRun:
             checkpoints.save(self._plan, self._origin, self._claim, content)
         except HpoError as error:
             log.warning(f"no checkpoint: {error}")
+        return content
 
     @property
     def checkpoint_is_due(self) -> bool:
@@ -129,10 +152,18 @@ class TrialRun:
             self._best = (value, epoch, dict(metrics))
             self._kept = None if stack is None else stack.keep(member)
         go_on = self._search.report(member.number, epoch, value)
-        patience = plan.spec.patience
+        patience, halving = plan.spec.patience, self._search.halving
         last = member.epoch >= plan.spec.epochs or (patience is not None and epoch - self._improved >= patience)
         if last or not go_on:
             self.conclude(pruned=not last)  # after the last epoch pruning would save nothing
+        elif halving is not None and halving.pauses(member.epoch, self._claim.paused_at):
+            self._pause(stack)
+
+    def _pause(self, stack: Stack | None) -> None:
+        """Have the trial leave its slot until it is resumed: its checkpoint is there before anybody can claim it."""
+        if stack is not None:
+            self._paused.keep(self.member.number, self.checkpoint(stack))
+        self.ending = Ending(state="PAUSED")
 
     def end_by(self, fault: TrialFault, error: BaseException) -> None:
         """End the trial by `error`, which is raised again where all trials so far have failed by it, as by a bug."""
@@ -142,17 +173,14 @@ class TrialRun:
     def log(self, epoch: int, metrics: dict[str, float]) -> None:
         """Log and show metrics at an epoch (counted from 0)."""
         self._logged.append(dict(metrics))
-        self._tracker.log_metrics(self.member.number, epoch, metrics)
+        if epoch >= self._claim.n_reported:  # else it is trained from scratch, and was logged before
+            self._tracker.log_metrics(self.member.number, epoch, metrics)
         self._progress.epoch_ended(self.member.number, epoch + 1, self._plan.spec.epochs, metrics)
 
     def conclude(self, pruned: bool = False) -> None:
         """End the trial with the best (or the last) that was reported of it."""
         assert self._best is not None
-        value, epoch, metrics = self._best
-        self._search.annotate(self.member.number, {schema.BEST_EPOCH: epoch, schema.METRICS: metrics})
-        if self.member.joined:  # the round whose data order its first epoch had
-            self._search.annotate(self.member.number, {schema.JOINED: self.member.joined})
-        self.end("PRUNED" if pruned else "COMPLETE", value)
+        self.end("PRUNED" if pruned else "COMPLETE", self._best[0])
 
     @property
     def has_reported(self) -> bool:
@@ -176,10 +204,15 @@ class TrialRun:
         return None
 
     def tell(self) -> None:
-        """Tell the storage how the trial ends, with its curves."""
+        """Tell the storage how the trial ends, or that it is paused, with its curves."""
         assert self.ending is not None
         number, search = self.member.number, self._search
         state, value, fault = self.ending.state, self.ending.value, self.ending.fault
+        if self._best is not None and state in ("COMPLETE", "PRUNED", "PAUSED"):
+            _, epoch, metrics = self._best
+            search.annotate(number, {schema.BEST_EPOCH: epoch, schema.METRICS: metrics})
+            if self.member.joined:  # the round whose data order its first epoch had
+                search.annotate(number, {schema.JOINED: self.member.joined})
         if self._logged:
             # They are whole for a trial that was retried, too: it resumes from a checkpoint, which keeps the metrics of
             # the epochs before it, or it starts from scratch. One that is given back has none: its successor has them.
@@ -193,6 +226,8 @@ class TrialRun:
             search.complete(number, value)
         elif state == "PRUNED":
             search.prune(number)
+        elif state == "PAUSED":
+            search.pause(number)
         else:
             search.fail(number, str(fault))
 
@@ -200,6 +235,10 @@ class TrialRun:
         """Tell tracker and progress how the trial has ended, once the storage knows it."""
         assert self.ending is not None
         number, ending = self.member.number, self.ending
+        if ending.state == "PAUSED":
+            self._tracker.pause_trial(number)
+            self._progress.trial_paused(number, self.member.epoch)
+            return
         checkpoints.drop(self._plan, self._claim)
         self._tracker.end_trial(number, ending.state, ending.fault)
         self._progress.trial_ended(number, ending.state, ending.value, ending.fault)
@@ -230,6 +269,8 @@ class Trials:
         self._plan, self._search, self._tracker, self._progress = plan, search, tracker, progress
         self._origin = Origin.of(plan, search)
         self._active: dict[int, TrialRun] = {}
+        pruner = search.study.pruner
+        self._paused = PausedTrials(pruner.memory if isinstance(pruner, HalvingPruner) else MEMORY)
 
     def __getitem__(self, number: int) -> TrialRun:
         return self._active[number]
@@ -283,6 +324,9 @@ class Trials:
             claims = []
         for lost in self._search.drain_lost():
             self._tracker.end_trial(lost.number, lost.state, lost.reason)
+            if lost.state == "PRUNED":
+                self._progress.trial_ended(lost.number, lost.state, None, None)
+                continue
             what = "its retries are spent" if lost.state == "FAIL" else "it is retried"
             log.warning(f"trial {lost.number} was lost ({lost.reason}): {what}")
         if not claims:
@@ -291,7 +335,7 @@ class Trials:
             return [self._begun(claim) for claim in claims]
 
     def _begun(self, claim: Claim) -> TrialRun:
-        trial = TrialRun(self._plan, self._origin, claim, self._search, self._tracker, self._progress)
+        trial = TrialRun(self._plan, self._origin, claim, self._search, self._tracker, self._progress, self._paused)
         self._active[claim.number] = trial
         return trial
 

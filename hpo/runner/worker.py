@@ -22,6 +22,7 @@ from hpo.runner.progress import Progress
 from hpo.runner.trial import Trials
 from hpo.search import schema
 from hpo.search.away import StorageAway
+from hpo.search.pruning import settle_pruner
 from hpo.search.search import Search
 from hpo.stacks.padding import Padding, PaddingPlan
 from hpo.stacks.pool import Pool
@@ -260,6 +261,12 @@ class _Worker:
     def choose(self) -> None:
         """Choose the size of the stacks, measured where the study says `auto`. Raises Interrupted."""
         self._choice = self._chosen_size()
+        capacity = self._choice.capacity if self._choice.stacked else 1
+        if settle_pruner(self._search, capacity * int(os.environ.get(LAUNCHED, 1)), stacked=capacity > 1):
+            log.info(
+                f"pruner: halving, since {capacity} trials are trained at once, and median compares with "
+                "trials that have ended before; `pruner: median` in the study file has that one nevertheless"
+            )
         if self._choice.threads is not None:
             torch.set_num_threads(self._choice.threads)
         if self._choice.why != AS_GIVEN:
@@ -268,7 +275,8 @@ class _Worker:
 
     def _chosen_size(self) -> StackSize:
         spec = self._plan.spec
-        n_trials = math.ceil(self._search.counts().waiting / int(os.environ.get(LAUNCHED, 1)))
+        counts = self._search.counts()
+        n_trials = math.ceil((counts.waiting + counts.paused) / int(os.environ.get(LAUNCHED, 1)))
         if n_trials == 0:
             return StackSize(why=AS_GIVEN)
         before = chosen_before(self._plan, self._search)

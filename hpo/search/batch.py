@@ -43,6 +43,7 @@ class Batch:
     user_attrs: dict[tuple[int, str], Any] = field(default_factory=dict)
     system_attrs: dict[tuple[int, str], Any] = field(default_factory=dict)
     ends: dict[int, tuple[TrialState, Sequence[float] | None]] = field(default_factory=dict)
+    """WAITING for a trial that is paused."""
 
     @property
     def ids(self) -> list[int]:
@@ -209,7 +210,10 @@ def _write_ends(connection: Connection, ends: Mapping[int, tuple[TrialState, Seq
         connection.execute(insert(_VALUES), values)
     if ends:
         now = _utc_now()
-        told = [{"of": trial_id, "state": state, "datetime_complete": now} for trial_id, (state, _) in ends.items()]
+        told = [
+            {"of": trial_id, "state": state, "datetime_complete": now if state.is_finished() else None}
+            for trial_id, (state, _) in ends.items()
+        ]
         connection.execute(update(_TRIALS).where(_TRIALS.c.trial_id == bindparam("of")), told)
 
 

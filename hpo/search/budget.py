@@ -19,6 +19,8 @@ _NUMBERS = (
     schema.START_WITH,
     schema.BEST_EPOCH,
     schema.JOINED,
+    schema.PAUSED_AT,
+    schema.RESTARTED,
 )
 """The attributes of a trial that are whole numbers."""
 _LEASE_TYPES: Mapping[str, type | tuple[type, ...]] = {
@@ -55,6 +57,11 @@ def worker_of(trial: FrozenTrial) -> str:
     return str(lease_of(trial).get(schema.LEASE_WORKER, "unknown"))
 
 
+def is_paused(trial: FrozenTrial) -> bool:
+    """Whether a trial waits to be resumed, by `hpo.search.halving`: of those that wait only it has reported."""
+    return trial.state == TrialState.WAITING and bool(trial.intermediate_values)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Counts:
     """A study's trials by state. A trial that a successor replaced is not counted."""
@@ -64,6 +71,7 @@ class Counts:
     failed: int
     running: int
     waiting: int
+    paused: int = 0
 
     @property
     def finished(self) -> int:
@@ -71,7 +79,7 @@ class Counts:
 
     @property
     def unfinished(self) -> int:
-        return self.running + self.waiting
+        return self.running + self.waiting + self.paused
 
 
 def count(holders: Sequence[FrozenTrial], trials: int) -> Counts:
@@ -80,8 +88,9 @@ def count(holders: Sequence[FrozenTrial], trials: int) -> Counts:
     complete, pruned, failed, running = (
         states.count(s) for s in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.RUNNING)
     )
-    waiting = max(0, trials - complete - pruned - failed - running)
-    return Counts(complete=complete, pruned=pruned, failed=failed, running=running, waiting=waiting)
+    paused = sum(is_paused(trial) for trial in holders)
+    waiting = max(0, trials - complete - pruned - failed - running - paused)
+    return Counts(complete=complete, pruned=pruned, failed=failed, running=running, waiting=waiting, paused=paused)
 
 
 def holders(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
@@ -134,7 +143,7 @@ def refill(trials: Sequence[FrozenTrial], budget: int, n_starts: int, most: int)
     """Return what brings the queue of a study with these `trials` to its `budget`, at most `most` new trials at once.
 
     Withdrawn are the WAITING trials that the budget has no slot for: doubles, then those that nobody has started,
-    the last first, and only then successors, which have a checkpoint to resume from.
+    the last first, and only then successors, which have a checkpoint to resume from. Paused ones stay.
     """
     by_slot = _by_slot(trials)
     counted = list(by_slot.values())
@@ -145,7 +154,7 @@ def refill(trials: Sequence[FrozenTrial], budget: int, n_starts: int, most: int)
     n_new = min(max(0, budget - len(counted)), most)
     free = (slot for slot in itertools.count() if slot not in taken)
     queue = [(slot, starts[i] if i < len(starts) else None) for i, slot in enumerate(itertools.islice(free, n_new))]
-    waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
+    waiting = [trial for trial in trials if trial.state == TrialState.WAITING and not is_paused(trial)]
     doubles = [trial for trial in waiting if trial.number not in numbers]
     last_first = sorted(
         (trial for trial in waiting if trial.number in numbers),
@@ -168,14 +177,22 @@ def seconds_used(trials: Sequence[FrozenTrial], leases: Mapping[str, float]) -> 
 
     A trial whose worker was killed ran until its lease expired, not until somebody retried it. See `leases_in`.
     """
-    now = datetime.now(UTC)
     spans = []
     for trial in trials:
-        if trial.datetime_start is not None:
-            until = held_until(trial, {} if trial.state.is_finished() else leases)
-            end = utc(trial.datetime_complete or now).timestamp()
-            spans.append((utc(trial.datetime_start).timestamp(), end if until is None else min(end, until)))
+        until = held_until(trial, {} if trial.state.is_finished() else leases)
+        spans += [(start, end if until is None else min(end, until)) for start, end in spans_of(trial)]
     return covered(spans)
+
+
+def spans_of(trial: FrozenTrial) -> list[tuple[float, float]]:
+    """Return from when until when a trial was trained, in seconds since 1970: once, unless it was paused meanwhile."""
+    spans = [(float(start), float(end)) for start, end in trial.user_attrs.get(schema.TRAINED, ())]
+    if trial.datetime_start is None or trial.state == TrialState.WAITING:
+        return spans
+    start = utc(trial.datetime_start).timestamp()
+    if any(abs(known - start) < 1e-3 for known, _ in spans):  # it was pruned while it was paused
+        return spans
+    return [*spans, (start, utc(trial.datetime_complete or datetime.now(UTC)).timestamp())]
 
 
 def utc(moment: datetime) -> datetime:
@@ -192,8 +209,15 @@ def wrong_row(trial: FrozenTrial) -> str | None:
     for key in _NUMBERS:
         if key in attrs and not (type(attrs[key]) is int and 0 <= attrs[key] < 1 << 64):
             return f"its {key} is {attrs[key]!r:.100}, not a whole number of at least 0"
+    trained = attrs.get(schema.TRAINED, [])
+    if not (isinstance(trained, list) and all(map(_is_span, trained))):
+        return f"its {schema.TRAINED} is {trained!r:.100}"
     for key, stored in ((schema.METRICS, attrs), (schema.FIXED_PARAMS, trial.system_attrs)):
         if not isinstance(stored.get(key, {}), Mapping):
             return f"its {key} are {stored[key]!r:.100}"
     sound = isinstance(lease, Mapping) and all(isinstance(lease[k], t) for k, t in _LEASE_TYPES.items() if k in lease)
     return None if sound else f"its lease is {lease!r:.100}"
+
+
+def _is_span(span: Any) -> bool:
+    return isinstance(span, list) and len(span) == 2 and all(type(x) in (int, float) for x in span)

@@ -21,6 +21,14 @@ class Claim:
     """The number of the first trial that had its params and seed: a retry's checkpoint is of its own lineage only."""
     is_retry: bool
     """Whether it succeeds a trial that was interrupted or whose worker died."""
+    is_resumed: bool = False
+    """Whether it was paused."""
+    n_reported: int = 0
+    """How many epochs it has reported before."""
+    n_restarts: int = 0
+    """How often it was resumed from scratch."""
+    paused_at: int = 0
+    """After how many epochs it, or the one that it succeeds, was paused last; 0: never."""
 
 
 class TakenOver(Exception):

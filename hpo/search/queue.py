@@ -20,8 +20,9 @@ from hpo.errors import masked
 from hpo.processes import this_process
 from hpo.search import schema
 from hpo.search.batch import Queued
-from hpo.search.budget import held_until, holders, lease_of, refill, worker_of
+from hpo.search.budget import held_until, holders, is_paused, lease_of, refill, worker_of
 from hpo.search.clock import Clock
+from hpo.search.halving import Halving
 from hpo.search.lease import LeaseKeeper, LeaseMonitor
 from hpo.search.retrying import RetryingStorage, locked
 from hpo.search.view import TrialReader
@@ -35,15 +36,21 @@ _CHUNK = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Lost:
-    """A trial whose worker died: INTERRUPTED where a successor has its slot, FAIL where its retries are used up."""
+    """A trial that was ended though nobody trained it: INTERRUPTED or FAIL where its worker died, PRUNED while paused.
+
+    Of one that is INTERRUPTED a successor has the slot; one that is FAIL has used up its retries.
+    """
 
     number: int
     state: str
-    reason: str
+    reason: str | None = None
 
 
 class Queue:
     """The queued trials of one study, shared with its other workers."""
+
+    halving: Halving | None = None
+    """What decides which trial is claimed next; None: they are in the order in which they were queued."""
 
     def __init__(
         self,
@@ -69,7 +76,9 @@ class Queue:
     def take(self, n: int) -> list[FrozenTrial]:
         """Claim up to `n` trials: from now on they are RUNNING, and ours. None of them: there is none left to claim."""
         while True:
-            if not self._waiting:
+            if self.halving is not None:
+                self._waiting = deque(self._chosen(self.halving, n))
+            elif not self._waiting:
                 self._look_for_waiting(n)
             if not self._waiting:
                 return []
@@ -87,13 +96,34 @@ class Queue:
         taken = holders(self._reader.read())
         if len(taken) > self._spec.trials or all(trial.state != TrialState.WAITING for trial in taken):
             taken = holders(self.fill(n))
-        self._waiting = deque(self._share([trial for trial in taken if trial.state == TrialState.WAITING], taken))
+        self._waiting = deque(_share([trial for trial in taken if trial.state == TrialState.WAITING], taken))
 
-    def _share(self, waiting: list[FrozenTrial], taken: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-        """Return all that wait, or, beside peers, a share drawn at random: to try what a peer takes is time lost."""
-        peers = {worker_of(trial) for trial in taken if trial.state == TrialState.RUNNING and lease_of(trial)}
-        peers -= {this_process()}
-        return random.sample(waiting, math.ceil(len(waiting) / (1 + len(peers)))) if peers else waiting
+    def _chosen(self, halving: Halving, n: int) -> Sequence[FrozenTrial]:
+        """Return up to `n` trials to be claimed now; where there will be none any more, prune those that are paused."""
+        taken = holders(self._reader.read())
+        several = n * (1 + len(_peers(taken)))
+        choice = halving.choose(taken, several, self._spec.trials)
+        is_idle = not choice.claim and not choice.over  # somebody else trains, or has died
+        if choice.n_to_queue or is_idle or len(taken) > self._spec.trials:
+            taken = holders(self.fill(several))
+            choice = halving.choose(taken, several, self._spec.trials)
+        if choice.over and any(map(is_paused, taken)):
+            self._prune_paused(halving)
+        return _share(choice.claim, taken)
+
+    def _prune_paused(self, halving: Halving) -> None:
+        """End all paused trials, unless there is something to be trained by now."""
+        with locked(self._storage, self._spec.storage):
+            taken = holders(self._reader.read())
+            if not halving.choose(taken, 1, self._spec.trials).over:
+                return
+            paused = [trial for trial in taken if is_paused(trial)]
+            with self._storage.together() as over:
+                for trial in paused:
+                    last = trial.intermediate_values[max(trial.intermediate_values)]
+                    values = None if math.isnan(last) else [last]
+                    self._storage.set_trial_state_values(trial._trial_id, TrialState.PRUNED, values)
+        self._lost += [Lost(number=trial.number, state="PRUNED") for trial in paused if trial._trial_id not in over]
 
     # The budget.
 
@@ -196,16 +226,28 @@ class Queue:
             schema.ATTEMPT: attempt,
             schema.LINEAGE: trial.user_attrs.get(schema.LINEAGE, trial.number),
         }
-        kept = (schema.SLOT, schema.SEED, schema.START_WITH)
+        kept = (schema.SLOT, schema.SEED, schema.START_WITH, schema.PAUSED_AT)
         attrs |= {key: trial.user_attrs[key] for key in kept if key in trial.user_attrs}
         of_the_grid = (schema.GRID_ID, schema.SEARCH_SPACE)
         grid = {key: trial.system_attrs[key] for key in of_the_grid if key in trial.system_attrs}
         self._storage.enqueue(self._study._study_id, [(attrs, grid | _fixed(trial.params))])
 
     def drain_lost(self) -> list[Lost]:
-        """Return other workers' trials that were ended here since the last call."""
+        """Return the trials that were ended here since the last call though this worker did not train them."""
         lost, self._lost = self._lost, []
         return lost
+
+
+def _peers(taken: Sequence[FrozenTrial]) -> set[str]:
+    """Return the other processes that train some of these trials."""
+    training = {worker_of(trial) for trial in taken if trial.state == TrialState.RUNNING and lease_of(trial)}
+    return training - {this_process()}
+
+
+def _share(waiting: Sequence[FrozenTrial], taken: Sequence[FrozenTrial]) -> Sequence[FrozenTrial]:
+    """Return all that wait, or, beside peers, a share drawn at random: to try what a peer takes is time lost."""
+    peers = _peers(taken)
+    return random.sample(waiting, math.ceil(len(waiting) / (1 + len(peers)))) if peers else waiting
 
 
 def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:

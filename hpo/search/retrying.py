@@ -233,7 +233,7 @@ class RetryingStorage(PatientStorage):
         return self._storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.WAITING,))
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        if self._batch is not None and state.is_finished():
+        if self._batch is not None and state != TrialState.RUNNING:
             self._batch.ends[trial_id] = (state, values)
             return True
 
@@ -246,7 +246,7 @@ class RetryingStorage(PatientStorage):
                 raise
 
         self._write_what_was_kept_back()
-        if state.is_finished():
+        if state != TrialState.RUNNING:
             self.let_go([trial_id])
             self._read_at = -math.inf
         return self._again(call)

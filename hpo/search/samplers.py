@@ -16,7 +16,9 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.errors import Fault, InputError, did_you_mean, is_number
 from hpo.search import schema
 from hpo.search.cmaes import Evolution, RebuiltCmaEsSampler
+from hpo.search.halving import HalvingPruner
 from hpo.search.pruners import SharedMedianPruner, SharedPercentilePruner
+from hpo.search.seen import EVERY, LEARNING, AtOneRung, SeenStudy
 from hpo.search.tpe import Shared, SharedTPESampler
 from hpo.seeds import derive
 from hpo.study.space import Space
@@ -33,6 +35,7 @@ _SAMPLERS: dict[str, Callable[..., BaseSampler]] = {
 }
 _PRUNERS: dict[str, Callable[..., BasePruner]] = {
     "median": optuna.pruners.MedianPruner,
+    "halving": HalvingPruner,
     "percentile": optuna.pruners.PercentilePruner,
     "successive_halving": optuna.pruners.SuccessiveHalvingPruner,
     "hyperband": optuna.pruners.HyperbandPruner,
@@ -54,9 +57,17 @@ class PerTrialSampler(BaseSampler):
     the storage, so nothing is lost with the object.
     """
 
-    def __init__(self, make: Callable[[int], BaseSampler], shared: Shared | None = None) -> None:
-        """`shared` is what the samplers of TPE share."""
-        self._make, self._shared = make, shared or Shared()
+    see: AtOneRung | None = None
+    """What the samplers see of the study's trials; None: all of them."""
+
+    def __init__(
+        self,
+        make: Callable[[int], BaseSampler],
+        shared: Shared | None = None,
+        random: Callable[[int], BaseSampler] | None = None,
+    ) -> None:
+        """`shared` is what the samplers of TPE share; `random` makes those of each EVERY-th trial under `see`."""
+        self._make, self._shared, self._random = make, shared or Shared(), random
         self._current: dict[int, BaseSampler] = {}
 
     @contextmanager
@@ -64,6 +75,8 @@ class PerTrialSampler(BaseSampler):
         """Within this, trials are sampled that were claimed together: what others have told meanwhile is not seen."""
         self._shared.fits.clear()
         self._shared.kept = True
+        if self.see is not None:
+            self._shared.forget_space()
         try:
             yield
         finally:
@@ -71,26 +84,36 @@ class PerTrialSampler(BaseSampler):
 
     def _of(self, trial: FrozenTrial) -> BaseSampler:
         if trial.number not in self._current:
+            slot = trial.user_attrs.get(schema.SLOT, trial.number)
+            is_random = self.see is not None and self._random is not None and slot % EVERY == EVERY - 1
+            make = self._random if is_random and self._random is not None else self._make
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                self._current[trial.number] = self._make(trial.user_attrs.get(schema.SLOT, trial.number))
+                self._current[trial.number] = make(slot)
         return self._current[trial.number]
 
+    def _seen(self, study: Study) -> Study:
+        return study if self.see is None else SeenStudy(study, self.see)
+
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        if trial.params:  # it was paused, and is resumed with its params
+            return
         if not self._shared.kept:
             self._shared.fits.clear()
-        self._of(trial).before_trial(study, trial)
+        self._of(trial).before_trial(self._seen(study), trial)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> Any:
-        return self._of(trial).infer_relative_search_space(study, trial)
+        return {} if trial.params else self._of(trial).infer_relative_search_space(self._seen(study), trial)
 
     def sample_relative(self, study: Study, trial: FrozenTrial, search_space: Any) -> dict[str, Any]:
+        if trial.params:
+            return {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return self._of(trial).sample_relative(study, trial, search_space)
+            return self._of(trial).sample_relative(self._seen(study), trial, search_space)
 
     def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: Any) -> Any:
-        return self._of(trial).sample_independent(study, trial, param_name, param_distribution)
+        return self._of(trial).sample_independent(self._seen(study), trial, param_name, param_distribution)
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Any) -> None:
         try:
@@ -136,7 +159,12 @@ def make_sampler(plugin: Plugin, seed: int, space: Space) -> tuple[BaseSampler, 
 
     if not faults:
         faults += _try(lambda: make(0), plugin.name, ("sampler",))
-    return PerTrialSampler(make, shared), faults
+    random = partial(_random_sampler, base) if plugin.name in LEARNING else None
+    return PerTrialSampler(make, shared, random), faults
+
+
+def _random_sampler(base: int, number: int) -> BaseSampler:
+    return optuna.samplers.RandomSampler(seed=derive(base, "sampler", number))
 
 
 def make_pruner(plugin: Plugin, epochs: int, at: tuple[str, ...] = ("pruner",)) -> tuple[BasePruner, list[Fault]]:
@@ -146,6 +174,8 @@ def make_pruner(plugin: Plugin, epochs: int, at: tuple[str, ...] = ("pruner",)) 
     the epochs (measured: regret 0.089; with Optuna's own 5 and 0, 0.154; with no pruning, 0.096).
     """
     cls, keys = _PRUNERS[plugin.name], plugin.keys
+    if plugin.name == "halving":
+        return _make_halving(keys, epochs, at)
     faults = (
         _key_faults(cls, keys, at)
         if plugin.name != "none"
@@ -165,6 +195,17 @@ def make_pruner(plugin: Plugin, epochs: int, at: tuple[str, ...] = ("pruner",)) 
     return (optuna.pruners.NopPruner() if faults else _quietly(lambda: _SHARED.get(plugin.name, cls)(**keys))), faults
 
 
+def _make_halving(keys: Mapping[str, Any], epochs: int, at: tuple[str, ...]) -> tuple[BasePruner, list[Fault]]:
+    make = partial(HalvingPruner, epochs)
+    if faults := _key_faults(make, keys, at, "the pruner halving"):
+        return optuna.pruners.NopPruner(), faults
+    try:
+        return make(**keys), []
+    except ValueError as error:
+        name = str(error).split()[0]
+        return optuna.pruners.NopPruner(), [Fault(path=(*at, name), message=str(error).removeprefix(f"{name} "))]
+
+
 def trials_of(spec: StudySpec, space: Space) -> int:
     """Return how many trials a study has: where each configuration is tried once, no more than there are."""
     size = space.size() if spec.sampler.name in ("grid", "brute_force") else None
@@ -175,12 +216,14 @@ def looks_at_its_trial_only(pruner: BasePruner) -> bool:
     """Whether a pruner looks at nothing but the trial's own reports and at complete trials, and writes nothing."""
     if isinstance(pruner, optuna.pruners.PatientPruner):
         return pruner._wrapped_pruner is None or looks_at_its_trial_only(pruner._wrapped_pruner)
-    light = (optuna.pruners.PercentilePruner, optuna.pruners.NopPruner, optuna.pruners.ThresholdPruner)
+    light = (HalvingPruner, optuna.pruners.PercentilePruner, optuna.pruners.NopPruner, optuna.pruners.ThresholdPruner)
     return isinstance(pruner, (*light, optuna.pruners.WilcoxonPruner))  # the median's is a percentile's
 
 
 def _wrapped(inner: Any, epochs: int, at: tuple[str, ...]) -> tuple[BasePruner | None, list[Fault]]:
     inner = {"name": inner} if isinstance(inner, str) else inner
+    if isinstance(inner, Mapping) and inner.get("name") == "halving":
+        return None, [Fault(path=at, message="halving pauses trials, it does not judge them: it cannot be wrapped")]
     if isinstance(inner, Mapping) and inner.get("name") in PRUNERS:
         return make_pruner(Plugin(**inner), epochs, at)
     message = f"must be a pruner, `{{name: median}}`, one of {', '.join(PRUNERS)}, but got {inner!r}"
@@ -201,14 +244,17 @@ _NOT_PLAIN = (
 _KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 
 
-def _key_faults(cls: Callable[..., Any], keys: Mapping[str, Any], at: tuple[str, ...]) -> list[Fault]:
-    """Return the keys that Optuna's `cls` has not, and those whose plain type is another than its annotation says."""
+def _key_faults(
+    cls: Callable[..., Any], keys: Mapping[str, Any], at: tuple[str, ...], whose: str | None = None
+) -> list[Fault]:
+    """Return the keys that `cls` has not, and those of another plain type than it says. `whose`: if not Optuna's."""
     known = {n: p for n, p in inspect.signature(cls).parameters.items() if n not in ("args", "kwargs")}
     required = [name for name, p in known.items() if p.default is p.empty and name not in _FILLED_IN]
     faults = [Fault(path=(*at, name), message="is missing") for name in required if name not in keys]
     for key, value in keys.items():
         if key not in known:
-            message = f"unknown key of Optuna's {cls.__name__}{did_you_mean(key, known)}"
+            of_whom = f"Optuna's {cls.__name__}" if whose is None else whose
+            message = f"unknown key of {of_whom}{did_you_mean(key, known)}"
             faults.append(Fault(path=(*at, key), message=message))
             continue
         if key in _NOT_PLAIN:

@@ -18,13 +18,15 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from hpo.errors import HpoError, InputError, masked
 from hpo.search import schema
 from hpo.search.away import StorageAway
-from hpo.search.budget import Counts, seconds_used
+from hpo.search.budget import Counts, seconds_used, utc
 from hpo.search.claim import Claim, ClaimedTrial, TakenOver
 from hpo.search.clock import SYSTEM, Clock
+from hpo.search.halving import Halving
 from hpo.search.lease import LeaseKeeper
 from hpo.search.queue import Lost, Queue
 from hpo.search.retrying import RetryingStorage
 from hpo.search.samplers import PerTrialSampler, looks_at_its_trial_only
+from hpo.search.seen import LEARNING, AtOneRung
 from hpo.search.view import Best, StudyView, TrialReader
 from hpo.seeds import derive
 from hpo.study.space import Space
@@ -52,6 +54,7 @@ class Search:
         study_id = storage.get_study_id_from_name(study.study_name)
         self.making: str = self.attrs.get(schema.MAKING, "")
         """What tells this study from another one of its name, made before or in another storage."""
+        self._clock = clock
         self._claimed: dict[int, ClaimedTrial] = {}
         self._elsewhere: set[int] = set()
         """The trials that turned out to be ended by a peer."""
@@ -59,6 +62,18 @@ class Search:
         self._lease = LeaseKeeper(storage.inner, study_id, spec.grace, clock)
         self._reader = TrialReader(storage, study_id, spec)
         self._queue = Queue(study, storage, spec, space, self._reader, self._lease, self._claimed, clock)
+
+    @property
+    def halving(self) -> Halving | None:
+        """The rule by which trials are paused and resumed; None: they are trained in one go."""
+        return self._queue.halving
+
+    def pause_by(self, halving: Halving) -> None:
+        """Have that rule say from now on which trials are paused and resumed (`hpo.search.pruning`)."""
+        self._queue.halving = halving
+        if self.spec.sampler.name in LEARNING:
+            assert isinstance(self.study.sampler, PerTrialSampler)
+            self.study.sampler.see = AtOneRung(halving, self.spec.epochs, maximize=self.maximize)
 
     # Ask.
 
@@ -113,6 +128,7 @@ class Search:
     def _sample(self, frozen: FrozenTrial) -> Claim:
         trial = ClaimedTrial(self.study, frozen._trial_id)
         self._claimed[trial.number] = trial
+        n_reported = len(frozen.intermediate_values)
         slot = frozen.user_attrs.get(schema.SLOT, trial.number)
         seed = frozen.user_attrs.get(schema.SEED)
         if seed is None:  # queued by an older version
@@ -126,6 +142,10 @@ class Search:
             slot=slot,
             lineage=frozen.user_attrs.get(schema.LINEAGE, frozen.number),
             is_retry=schema.RETRY_OF in frozen.user_attrs,
+            is_resumed=n_reported > 0,
+            n_reported=n_reported,
+            n_restarts=frozen.user_attrs.get(schema.RESTARTED, 0),
+            paused_at=n_reported or frozen.user_attrs.get(schema.PAUSED_AT, 0),
         )
 
     def forget(self, number: int) -> None:
@@ -184,6 +204,8 @@ class Search:
         A retried trial may report an epoch again: Optuna keeps the first value, which is the same.
         """
         trial = self._claimed[number]
+        if epoch in trial._cached_frozen_trial.intermediate_values:  # it was resumed from scratch
+            return True
         try:
             trial.report(value, step=epoch)
         except UpdateFinishedTrialError:
@@ -244,6 +266,24 @@ class Search:
         """Tell that a trial failed for good, and why; return False where a peer has ended it before."""
         self.annotate(number, {schema.ERROR: masked(reason)})
         return self._finish(number, TrialState.FAIL)
+
+    def pause(self, number: int) -> None:
+        """Have a trial wait until it is resumed, here or by a peer (`halving`); it is no longer ours then."""
+        trial = self._claimed.pop(number)
+        frozen = trial._cached_frozen_trial
+        assert frozen.datetime_start is not None
+        span = [utc(frozen.datetime_start).timestamp(), self._clock.now()]
+        attrs = {
+            schema.PAUSED_AT: len(frozen.intermediate_values),
+            schema.TRAINED: [*frozen.user_attrs.get(schema.TRAINED, []), span],
+        }
+        self.study._thread_local.cached_all_trials = None
+        try:
+            for key, value in attrs.items():
+                trial.set_user_attr(key, value)
+            self.storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+        except UpdateFinishedTrialError:
+            self._elsewhere.add(number)
 
     def give_back(self, number: int, reason: str) -> bool:
         """End a trial that was interrupted; a successor with its slot, params and seed is queued.

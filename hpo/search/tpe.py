@@ -59,6 +59,10 @@ class Shared:
     """Whether the fits hold for the next trial too."""
     space: IntersectionSearchSpace = field(default_factory=lambda: IntersectionSearchSpace(include_pruned=True))
 
+    def forget_space(self) -> None:
+        """Forget which params all trials have: where trials are seen that were not before, others may come first."""
+        self.space = IntersectionSearchSpace(include_pruned=True)
+
 
 class SharedTPESampler(TPESampler):
     """Optuna's `TPESampler` with its keys; see the module's docstring. Trials are asked for by one thread."""

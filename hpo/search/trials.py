@@ -1,7 +1,8 @@
 """The trials of studies in a database, read once: what cannot have changed is not read again.
 
 Optuna's own cache reads every unfinished trial at each call, through SQLAlchemy's objects. Here a finished trial is
-read once, a waiting one when it is claimed, and one that this process trains never: what is written of it is known.
+read once, a waiting one when it is claimed or paused, one that this process trains never: what is written of it is
+known.
 `tests/test_trials.py` compares what is read with Optuna's own reader.
 """
 
@@ -113,7 +114,11 @@ class TrialCache:
                 del self._studies[study_id]
                 raise KeyError(f"no study with the id {study_id}")
             states = _states(connection, study_id, study)
-            unfinished = {i: self._known(study, i, state) for i, state in states.items() if not state.is_finished()}
+            unfinished = {
+                i: self._known(study, i, state, claimed_at)
+                for i, (state, claimed_at) in states.items()
+                if not state.is_finished()
+            }
             wanted = [i for i in states if unfinished.get(i) is None and not (only_finished and i in unfinished)]
             read = _read(connection, wanted, study_id)
         study.unfinished = unfinished | {trial._trial_id: trial for trial in read if not trial.state.is_finished()}
@@ -124,21 +129,26 @@ class TrialCache:
         study.last = max(study.last, *states, 0)
         return study
 
-    def _known(self, study: _Study, trial_id: int, state: TrialState) -> FrozenTrial | None:
+    def _known(
+        self, study: _Study, trial_id: int, state: TrialState, claimed_at: datetime | None
+    ) -> FrozenTrial | None:
         """Return an unfinished trial, if it is known how it is now."""
         if trial_id in self._ours:
             return self._ours[trial_id]
         known = study.unfinished.get(trial_id)
-        return known if known is not None and state == known.state == TrialState.WAITING else None
+        if known is None or not state == known.state == TrialState.WAITING:
+            return None
+        return known if known.datetime_start == _local(claimed_at) else None  # else it was resumed, and paused again
 
 
-def _states(connection: Connection, study_id: int, study: _Study) -> dict[int, TrialState]:
-    """Return the states of the trials that were not finished, or not there, when the study was read last."""
-    columns = select(_TRIALS.c.trial_id, _TRIALS.c.state).where(_TRIALS.c.study_id == study_id)
+def _states(connection: Connection, study_id: int, study: _Study) -> dict[int, tuple[TrialState, datetime | None]]:
+    """Return of the trials that were not finished, or not there, when the study was read last: state, last claim."""
+    columns = select(_TRIALS.c.trial_id, _TRIALS.c.state, _TRIALS.c.datetime_start)
+    columns = columns.where(_TRIALS.c.study_id == study_id)
     found = list(connection.execute(columns.where(_TRIALS.c.trial_id > study.last)))
     for some in parts(list(study.unfinished)):
         found += connection.execute(columns.where(_TRIALS.c.trial_id.in_(some)))
-    return {trial_id: state for trial_id, state in found}
+    return {trial_id: (state, claimed_at) for trial_id, state, claimed_at in found}
 
 
 def _read(connection: Connection, ids: Sequence[int], study_id: int | None = None) -> list[FrozenTrial]:

@@ -9,8 +9,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.errors import StorageError
 from hpo.search import schema
-from hpo.search.budget import Counts, count, holders, leases_in, worker_of, wrong_row
+from hpo.search.budget import Counts, count, holders, is_paused, leases_in, worker_of, wrong_row
 from hpo.search.curves import from_json
+from hpo.search.effort import Effort, effort
 from hpo.search.retrying import RetryingStorage
 from hpo.seeds import derive
 from hpo.study.space import FreeSpace, Space
@@ -148,6 +149,16 @@ class StudyView:
             for trial in self.trials
             if trial.state == TrialState.RUNNING
         ]
+
+    @cached_property
+    def paused(self) -> Mapping[int, int]:
+        """After how many epochs each paused trial was paused, by its number."""
+        return {trial.number: len(trial.intermediate_values) for trial in self.trials if is_paused(trial)}
+
+    @cached_property
+    def effort(self) -> Effort:
+        """How many epochs were trained, and how many would have been without pruning."""
+        return effort(self.trials, self._spec.epochs)
 
     @cached_property
     def complete(self) -> Sequence[FrozenTrial]:

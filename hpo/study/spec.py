@@ -31,7 +31,17 @@ __all__ = [
 ]
 
 SAMPLERS = ("tpe", "gp", "cmaes", "qmc", "random", "grid", "brute_force")
-PRUNERS = ("median", "percentile", "successive_halving", "hyperband", "patient", "threshold", "wilcoxon", "none")
+PRUNERS = (
+    "median",
+    "halving",
+    "percentile",
+    "successive_halving",
+    "hyperband",
+    "patient",
+    "threshold",
+    "wilcoxon",
+    "none",
+)
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -193,11 +203,15 @@ class StudySpec(Frozen):
     Example: `sampler: {name: tpe, n_startup_trials: 20}`
     """
     pruner: Annotated[Plugin, BeforeValidator(_named), _one_of(PRUNERS)] = Plugin(name="median")
-    """Optuna's pruner, which ends trials that do worse than others did at the same epoch.
+    """What ends trials that do worse than others did at the same epoch: `halving`, or one of Optuna's pruners.
 
-    Values: `median`, `percentile`, `successive_halving`, `hyperband`, `patient`, `threshold`, `wilcoxon`, `none`, alone
-    or as `name` beside the keys of Optuna's own class. Default: `median`, after 10 trials and a fifth of the epochs.
-    Example: `pruner: {name: percentile, percentile: 25.0}`
+    `halving` pauses every trial at rungs and resumes the best, so it also compares trials that are trained at once; see
+    docs/pruning.md. Its keys: `first` (epochs to the first rung, `auto`: a tenth), `factor` (2), `finish` (3), `reach`
+    (1), `cohorts` (`auto`: 3, or 1), `memory` (256 MiB).
+    Values: `median`, `halving`, `percentile`, `successive_halving`, `hyperband`, `patient`, `threshold`, `wilcoxon`,
+    `none`, alone or as `name` beside the keys of Optuna's own class. Default: `halving` where stacks hold more than one
+    trial, else `median`, after 10 trials and a fifth of the epochs.
+    Example: `pruner: {name: halving, first: 4}`
     """
     params: dict[str, Any] = Field(default_factory=dict)
     """The hyperparameters: constants and search space in one place. With one range in it, it is the whole space.

@@ -13,6 +13,8 @@ from hpo.errors import InputError, masked
 
 STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED", "INTERRUPTED": "KILLED"}
 """Optuna's state of a trial (and ours of a study) -> MLflow's status of its run."""
+PAUSED = "SCHEDULED"
+"""MLflow's status of the run of a trial that is paused: it will run later."""
 
 
 class Tracker(ABC):
@@ -29,7 +31,7 @@ class Tracker(ABC):
 
     @abstractmethod
     def start_trial(self, trial: int, params: Mapping[str, Any], is_new: bool = False) -> None:
-        """Begin a trial's run. `is_new`: nobody has before, so it need not be looked for."""
+        """Begin a trial's run. `is_new`: nobody has before, so it need not be looked for; else it was paused."""
 
     @abstractmethod
     def run_of(self, trial: int) -> str | None:
@@ -42,6 +44,10 @@ class Tracker(ABC):
     @abstractmethod
     def log_metrics(self, trial: int | None, step: int, metrics: Mapping[str, float]) -> None:
         """Log metrics at an epoch (counted from 0)."""
+
+    @abstractmethod
+    def pause_trial(self, trial: int) -> None:
+        """Say of a trial's run that it is paused; `start_trial` says that it is resumed, `end_trial` that it ends."""
 
     @abstractmethod
     def end_trial(self, trial: int, state: str, error: str | None = None) -> None:
@@ -92,6 +98,9 @@ class NullTracker(Tracker):
     def log_metrics(self, trial: int | None, step: int, metrics: Mapping[str, float]) -> None:
         pass
 
+    def pause_trial(self, trial: int) -> None:
+        pass
+
     def end_trial(self, trial: int, state: str, error: str | None = None) -> None:
         pass
 
@@ -115,6 +124,7 @@ class MemoryTracker(Tracker):
         self.params: dict[int, dict[str, Any]] = {}
         self.metrics: dict[int | None, list[tuple[int, dict[str, float]]]] = {}
         self.ended: dict[int | None, tuple[str, str | None]] = {}
+        self.paused: set[int] = set()
         self.folders: list[Path] = []
         self.tags: dict[str, str] = {}
 
@@ -126,6 +136,7 @@ class MemoryTracker(Tracker):
 
     def start_trial(self, trial: int, params: Mapping[str, Any], is_new: bool = False) -> None:
         self.params[trial] = dict(params)
+        self.paused.discard(trial)
 
     def run_of(self, trial: int) -> str | None:
         return f"run-{trial}" if trial in self.params else None
@@ -136,7 +147,11 @@ class MemoryTracker(Tracker):
     def log_metrics(self, trial: int | None, step: int, metrics: Mapping[str, float]) -> None:
         self.metrics.setdefault(trial, []).append((step, dict(metrics)))
 
+    def pause_trial(self, trial: int) -> None:
+        self.paused.add(trial)
+
     def end_trial(self, trial: int, state: str, error: str | None = None) -> None:
+        self.paused.discard(trial)
         self.ended[trial] = (state, error and masked(error))
 
     def log_folder(self, folder: Path, name: str) -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from hpo.tracking.base import STATUS
+from hpo.tracking.base import PAUSED, STATUS
 
 Item = dict[str, Any]
 MERGED = {"start", "metrics", "end"}
@@ -144,7 +144,7 @@ _KINDS: Mapping[str, Callable[[Item], bool]] = {
         _is_of_a_run(item)
         and _are_texts(item.get("texts", {}))
         and all(map(_is_file_name, item.get("texts", {})))
-        and item.get("status") in (None, "RUNNING")
+        and item.get("status") in (None, "RUNNING", PAUSED)
     ),
     "texts": lambda item: _are_texts(item.get("texts")) and all(map(_is_file_name, item["texts"])),
     "metrics": lambda item: isinstance(item.get("rows"), list) and _is_of_a_run(item),

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from hpo.errors import InputError
 from hpo.log import log
-from hpo.tracking.base import STATUS, NullTracker, Tracker, check_address
+from hpo.tracking.base import PAUSED, STATUS, NullTracker, Tracker, check_address
 from hpo.tracking.items import FILES, Item, halves, is_new
 from hpo.tracking.outbox import Batch, Outbox
 from hpo.tracking.process import RunsProcess
@@ -98,7 +98,8 @@ class MlflowTracker(Tracker):
             self._append(gathered)
 
     def start_trial(self, trial: int, params: Mapping[str, Any], is_new: bool = False) -> None:
-        self._put("start", trial, params=_texts(params), is_new=is_new)
+        resumed: dict[str, Any] = {} if is_new else {"status": "RUNNING", "tags": {"hpo.state": "RUNNING"}}
+        self._put("start", trial, params=_texts(params), is_new=is_new, **resumed)
 
     def run_of(self, trial: int) -> str | None:
         return self._run_ids.get(trial)
@@ -109,6 +110,9 @@ class MlflowTracker(Tracker):
     def log_metrics(self, trial: int | None, step: int, metrics: Mapping[str, float]) -> None:
         rows = [[key, float(value), _now(), int(step)] for key, value in metrics.items()]
         self._put("metrics", trial, self.FLUSH_SECONDS, rows=rows)
+
+    def pause_trial(self, trial: int) -> None:
+        self._put("start", trial, status=PAUSED, tags={"hpo.state": "PAUSED"})
 
     def end_trial(self, trial: int, state: str, error: str | None = None) -> None:
         self._put("end", trial, status=STATUS[state], tags=end_tags(state, error))

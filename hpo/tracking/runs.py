@@ -3,7 +3,7 @@
 One run a trial under one parent run for the study, all with the tags `hpo.study` and `hpo.trial`, and with
 `hpo.making`, which tells a study from another one of its name (two storages may share a tracking server). COMPLETE ends
 as FINISHED, PRUNED as KILLED with the tag `hpo.state`, FAIL as FAILED with `hpo.error`; a trial that a successor
-replaces is INTERRUPTED, which ends as KILLED.
+replaces is INTERRUPTED, which ends as KILLED. One that is paused is SCHEDULED, with the tag `hpo.state`.
 """
 
 import logging

@@ -1,0 +1,240 @@
+"""Halving with resume: which trial of a study is trained next, so that the epochs go to the promising ones.
+
+Every trial is trained to the first rung, a number of epochs, and is paused there. Once a cohort of trials has got so
+far, the best half at each rung is resumed and trained to the next one, and beside it whoever may still catch up with
+the best. What is still paused when nothing is to be resumed any more is pruned. So trials are compared with trials of
+the same number of epochs, also where all members of a stack train in step, and nothing that was trained is lost.
+
+A trial is paused as WAITING in Optuna's storage, with its reports. Where in the ladder it stands follows from these, so
+nothing else is stored. Figures, and the rules that this one was chosen from: `benchmarks/pruning.py`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from optuna.pruners import BasePruner
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.search import schema
+from hpo.search.budget import is_paused
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+
+AUTO = "auto"
+MEMORY = 256.0
+"""How many MiB of paused trials a worker keeps in memory, unless the study file says it."""
+ENOUGH = 10
+"""How many trials must have reached a rung before a sampler learns from it, or it is judged how much it says."""
+_COHORTS = 3
+_UNRELATED = 0.1
+"""Below this rank correlation a rung says nothing of the next one."""
+_FIT_TO_CATCH_UP = 0.75
+"""The gain that a trial is credited with is that of the best quarter of the good ones."""
+
+
+class HalvingPruner(BasePruner):
+    """The keys of `pruner: halving`. Optuna is never told to prune: which trials are trained on is up to the queue."""
+
+    def __init__(
+        self,
+        epochs: int,
+        first: int | str = AUTO,
+        factor: int = 2,
+        finish: int = 3,
+        reach: float = 1.0,
+        cohorts: int | str = AUTO,
+        memory: float = MEMORY,
+    ) -> None:
+        """`epochs` of a trial that is never paused; the other keys are those of the study file.
+
+        first: epochs to the first rung; auto: a tenth of `epochs`, at least 2.
+        factor: one in so many of those that have reached a rung is resumed from it, and rungs are so far apart.
+        finish: so many of the best at each rung are trained on when nothing else is left to be.
+        reach: how much of the gain that good trials had since the rung before another one is credited with, which is
+            resumed if it would be the best then; 0: nobody is resumed for that.
+        cohorts: into how many parts the trials are divided, each of which learns from those before; auto: 3, or 1 where
+            a fourth of the trials is trained at once.
+        memory: how many MiB of paused trials a worker keeps in memory beside their files.
+
+        Raises ValueError.
+        """
+        for name, value, least in (("factor", factor, 2), ("finish", finish, 0), ("reach", reach, 0)):
+            if not value >= least or math.isinf(value):
+                raise ValueError(f"{name} must be at least {least}, but is {value}")
+        for name, auto in (("first", first), ("cohorts", cohorts)):
+            if auto != AUTO and (isinstance(auto, str | bool) or auto < 1):
+                raise ValueError(f"{name} must be auto, or a whole number of at least 1, but is {auto!r}")
+        if not memory >= 0 or math.isinf(memory):
+            raise ValueError(f"memory must be a number of MiB of at least 0, but is {memory}")
+        self.epochs, self.factor, self.finish, self.reach = epochs, factor, finish, reach
+        self.first = max(2, epochs // 10) if isinstance(first, str) else first
+        self.cohorts = cohorts
+        self.memory = memory
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """The numbers of epochs after which trials are paused; empty where all are trained to their end."""
+        rungs, rung = [], self.first
+        while rung < self.epochs:
+            rungs.append(rung)
+            rung *= self.factor
+        return tuple(rungs)
+
+    def prune(self, study: "Study", trial: FrozenTrial) -> bool:
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What is to be claimed, at most as many as were asked for, the most urgent first."""
+
+    claim: Sequence[FrozenTrial] = ()
+    n_to_queue: int = 0
+    """How many new trials are to be trained first that are not queued yet."""
+    over: bool = False
+    """Whether the study is: what is paused is to be pruned."""
+
+
+class Halving:
+    """The rule, for one study."""
+
+    def __init__(self, pruner: HalvingPruner, cohorts: int, *, maximize: bool) -> None:
+        """`cohorts` is how many there are, where the pruner's are `auto`."""
+        self._pruner = pruner
+        self.rungs = pruner.rungs
+        self._cohorts = pruner.cohorts if isinstance(pruner.cohorts, int) else cohorts
+        self._sign = -1 if maximize else 1
+        self._scores: dict[tuple[int, int], float] = {}
+
+    @staticmethod
+    def cohorts_for(trials: int, at_once: int) -> int:
+        """Return how many cohorts a study of so many trials has, of which so many are trained at once."""
+        return _COHORTS if trials >= 4 * at_once else 1
+
+    # The rule.
+
+    def choose(self, holders: Sequence[FrozenTrial], n: int, trials: int) -> Choice:
+        """Return which of the `holders` of a budget of so many `trials` are to be claimed next, at most `n`."""
+        waiting = [trial for trial in holders if trial.state == TrialState.WAITING]
+        new = [trial for trial in waiting if _is_new(trial)]
+        claim = [trial for trial in waiting if not _is_new(trial) and self._rung_of(trial) == 0][:n]  # retries
+        n_started = len(holders) - len(new)
+        room = self._room(n_started, trials)
+        claim += new[: min(room, n - len(claim))]
+        if len(claim) == n or room > len(new):
+            return Choice(claim=claim, n_to_queue=max(0, min(n - len(claim), room - len(new))))
+        claim += self._to_promote(holders)[: n - len(claim)]
+        if claim or any(trial.state == TrialState.RUNNING for trial in holders):
+            return Choice(claim=claim)
+        if finishing := self._to_finish(holders):
+            return Choice(claim=finishing[:n])
+        if (room := self._room_of_next(n_started, trials)) > 0:
+            return Choice(claim=new[: min(room, n)], n_to_queue=max(0, min(n, room) - len(new)))
+        return Choice(over=True)
+
+    def _ends(self, trials: int) -> list[int]:
+        """Return how many trials have been started when each cohort is whole."""
+        return [round(trials * part / self._cohorts) for part in range(1, self._cohorts + 1)]
+
+    def _room(self, n_started: int, trials: int) -> int:
+        """Return how many trials of the cohort that was opened have not been started."""
+        if n_started and n_started in self._ends(trials):
+            return 0  # the next one is opened by its first trial
+        return self._room_of_next(n_started, trials)
+
+    def _room_of_next(self, n_started: int, trials: int) -> int:
+        return next((end - n_started for end in self._ends(trials) if end > n_started), 0)
+
+    def _to_promote(self, holders: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """Return the paused trials that are good enough to be resumed, those of the highest rung first."""
+        return [trial for rung in reversed(self.rungs) for trial in self._paused_among(self._best(holders, rung), rung)]
+
+    def _to_finish(self, holders: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """Return the paused ones of the best few of the highest rung that has any, when nothing else is to be done."""
+        for rung in reversed(self.rungs):
+            if found := self._paused_among(self.at(holders, rung)[: self._pruner.finish], rung):
+                return found
+        return []
+
+    def _best(self, holders: Sequence[FrozenTrial], rung: int) -> list[FrozenTrial]:
+        """Return the trials that are trained on from `rung`: one in `factor`, and who may catch up with the best."""
+        at = self.at(holders, rung)
+        n = len(at) // self._pruner.factor
+        if len(at) > 4 and rung >= 2:
+            good = at[: max(5, len(at) // 2)]
+            gains = [self.score(trial, rung // 2) - self.score(trial, rung) for trial in good]
+            gain = float(np.quantile(gains, _FIT_TO_CATCH_UP)) if np.isfinite(gains).all() else 0.0
+            best, credit = self.score(at[0], rung), self._pruner.reach * max(gain, 0.0)
+            n = max(n, sum(self.score(trial, rung) - credit <= best for trial in at))
+        return at[:n]
+
+    def _paused_among(self, trials: Sequence[FrozenTrial], rung: int) -> list[FrozenTrial]:
+        return [trial for trial in trials if is_paused(trial) and self._rung_of(trial) == rung]
+
+    def _rung_of(self, trial: FrozenTrial) -> int:
+        """Return the highest rung that a trial has reached; 0: none."""
+        return max((rung for rung in self.rungs if rung <= _n_reports(trial)), default=0)
+
+    def at(self, trials: Sequence[FrozenTrial], rung: int) -> list[FrozenTrial]:
+        """Return those of `trials` that have ever reached `rung`, the best there first, of equals the first."""
+        reached = [trial for trial in trials if self._has_reached(trial, rung)]
+        return sorted(reached, key=lambda trial: (self.score(trial, rung), trial.number))
+
+    def _has_reached(self, trial: FrozenTrial, rung: int) -> bool:
+        ended_early = trial.state == TrialState.COMPLETE  # by `patience`: it has no more to show
+        return _n_reports(trial) >= rung or ended_early
+
+    def score(self, trial: FrozenTrial, rung: int) -> float:
+        """Return a trial's best value so far at `rung`, less being better; infinite for one that failed."""
+        if trial.state == TrialState.FAIL:
+            return math.inf
+        key = trial.number, rung
+        if key not in self._scores:
+            values = [self._sign * value for step, value in trial.intermediate_values.items() if step < rung]
+            self._scores[key] = min((value for value in values if math.isfinite(value)), default=math.inf)
+        return self._scores[key]
+
+    def pauses(self, epochs: int, since: int) -> bool:
+        """Whether a trial is paused after so many `epochs` that was last paused after `since`; 0: never."""
+        return epochs in self.rungs and epochs > since
+
+    # How much a rung says.
+
+    def says_nothing(self, holders: Sequence[FrozenTrial]) -> float | None:
+        """Return the rank correlation of the first rung with the next where it is near 0 or below; else None.
+
+        Where fewer than ENOUGH trials have reached both it is not known yet.
+        """
+        if len(self.rungs) < 2:
+            return None
+        first, second = self.rungs[:2]
+        there = [trial for trial in self.at(holders, second) if trial.state != TrialState.FAIL]
+        if len(there) < ENOUGH:
+            return None
+        both = np.array([[self.score(trial, first), self.score(trial, second)] for trial in there])
+        if not np.isfinite(both).all():
+            return None
+        correlation = _rank_correlation(both[:, 0], both[:, 1])
+        return correlation if correlation < _UNRELATED else None
+
+
+def _is_new(trial: FrozenTrial) -> bool:
+    """Whether a WAITING trial has never been trained, nor one that it succeeds."""
+    return trial.state == TrialState.WAITING and not is_paused(trial) and schema.RETRY_OF not in trial.user_attrs
+
+
+def _n_reports(trial: FrozenTrial) -> int:
+    return len(trial.intermediate_values)
+
+
+def _rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Return Spearman's; 0 where all of one are equal."""
+    from scipy.stats import spearmanr  # half a second, and once a study
+
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.0
+    return float(spearmanr(x, y).statistic)

@@ -1,0 +1,78 @@
+"""What a sampler sees of a study whose trials are paused at rungs: only trials that compare.
+
+Optuna's samplers take the trials that have ended, each with its last value. Under halving few have ended, after as many
+epochs as they were worth, so they would learn that what starts fast is good. Here they see the trials of the highest
+rung that enough of them have reached, each with its best value so far there.
+"""
+
+import copy
+from collections.abc import Container, Sequence
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.search import schema
+from hpo.search.budget import holders
+from hpo.search.halving import ENOUGH, Halving
+from hpo.search.view import own
+
+LEARNING = ("tpe", "gp")
+"""The samplers that learn from the values of trials, one by one."""
+EVERY = 3
+"""Every so many-th draw of a sampler that learns is random: it learns from what it has chosen itself."""
+
+
+class AtOneRung:
+    """Gives of a study's trials those that compare, as complete ones."""
+
+    def __init__(self, halving: Halving, epochs: int, *, maximize: bool) -> None:
+        self._halving, self._rungs = halving, (*halving.rungs, epochs)
+        self._sign = -1 if maximize else 1
+        self._made: dict[tuple[int, int], FrozenTrial] = {}
+
+    def __call__(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """Return adopted trials as they are, those at the highest rung with ENOUGH, and the running ones that are new.
+
+        A running trial that was resumed counts with its value, not as one of which nothing is known, which TPE takes
+        for a bad one.
+        """
+        of_budget = holders(own(trials))
+        adopted = [trial for trial in trials if schema.ADOPTED in trial.user_attrs]
+        running = [t for t in of_budget if t.state == TrialState.RUNNING and not t.intermediate_values]
+        return [*adopted, *sorted([*self._at_highest(of_budget), *running], key=lambda trial: trial.number)]
+
+    def _at_highest(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        known = [trial for trial in trials if trial.state != TrialState.FAIL]
+        for rung in reversed(self._rungs):
+            at = self._halving.at(known, rung)
+            if len(at) >= ENOUGH:
+                return [self._as_complete(trial, rung) for trial in at]
+        return []
+
+    def _as_complete(self, trial: FrozenTrial, rung: int) -> FrozenTrial:
+        key = trial.number, rung
+        if key not in self._made:
+            made = copy.copy(trial)
+            made.state, made.values = TrialState.COMPLETE, [self._sign * self._halving.score(trial, rung)]
+            self._made[key] = made
+        return self._made[key]
+
+
+class SeenStudy(optuna.Study):
+    """A study of which a sampler sees only some trials, as that of Optuna's `HyperbandPruner`."""
+
+    def __init__(self, study: optuna.Study, see: AtOneRung) -> None:
+        self.__dict__ |= study.__dict__
+        self._see = see
+        self._seen: tuple[Any, list[FrozenTrial]] = (None, [])
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
+    ) -> list[FrozenTrial]:
+        # read once for all that are asked for together (`Search.ask_up_to`): each read ranks all trials
+        whole = super()._get_trials(deepcopy=False, states=None, use_cache=True)
+        if self._seen[0] is not whole:
+            self._seen = (whole, self._see(whole))
+        seen = [trial for trial in self._seen[1] if states is None or trial.state in states]
+        return copy.deepcopy(seen) if deepcopy else seen
