@@ -1,0 +1,139 @@
+"""Learning curves for `benchmarks/pruning.py`: random configurations of three tasks, each trained to its end.
+
+    python benchmarks/curves.py [--only TASK ...] [--configurations 128]
+
+Writes `benchmarks/curves/TASK.json`: `space` (the study file's params), `configurations` (params by name), `curves` (the
+metric on validation after each epoch), `maximize`. A task is a study as it is committed, with wider ranges and, where
+that takes long, a part of its training rows. All of it takes a quarter of an hour on one CPU core. Data comes from
+HPO_DATA_HOME.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+from hpo.objectives.california_housing import CaliforniaHousing
+from hpo.objectives.covertype import Covertype
+from hpo.objectives.fashion_mnist import FashionMNIST
+
+import hpo
+
+FOLDER = Path(__file__).parent / "curves"
+
+
+def _fewer(data: hpo.Data, n_train: int, n_valid: int) -> hpo.Data:
+    """Return the first rows of the splits, which are in random order."""
+
+    def first(split: hpo.Split, n: int) -> hpo.Split:
+        return hpo.Split(inputs={name: x[:n] for name, x in split.inputs.items()}, targets=split.targets[:n])
+
+    return hpo.Data(
+        train=first(data.train, n_train),
+        valid=first(data.valid, n_valid),
+        test=first(data.test, n_valid),
+        class_names=data.class_names,
+    )
+
+
+class SomeFashion(FashionMNIST):
+    def data(self) -> hpo.Data:
+        return _fewer(super().data(), 6000, 2000)
+
+
+class SomeCovertype(Covertype):
+    def data(self) -> hpo.Data:
+        return _fewer(super().data(), 20000, 10000)
+
+
+LEARNING_RATE = {"type": "float", "low": 1e-4, "high": 1e-1, "log": True}
+TASKS = {
+    "california": {
+        "objective": CaliforniaHousing,
+        "options": {"model": "deep"},
+        "metric": "rmse",
+        "epochs": 50,
+        "params": {
+            "optimizer": "adam",
+            "batch_size": 64,
+            "learning_rate": LEARNING_RATE,
+            "weight_decay": {"type": "float", "low": 1e-6, "high": 1e-1, "log": True},
+            "n_hidden": {"type": "int", "low": 4, "high": 64, "log": True},
+        },
+    },
+    "fashion": {
+        "objective": SomeFashion,
+        "metric": "accuracy",
+        "epochs": 40,
+        "params": {
+            "optimizer": "sgd",
+            "batch_size": 64,
+            "learning_rate": {"type": "float", "low": 1e-3, "high": 1.0, "log": True},
+            "momentum": {"type": "float", "low": 0.0, "high": 0.95},
+            "n_hidden1": {"type": "int", "low": 16, "high": 128, "step": 16},
+            "n_hidden2": {"type": "int", "low": 16, "high": 64, "step": 16},
+            "label_smoothing": {"type": "float", "low": 0.0, "high": 0.2},
+        },
+    },
+    "covertype": {
+        "objective": SomeCovertype,
+        "metric": "accuracy",
+        "epochs": 40,
+        "params": {
+            "optimizer": "adam",
+            "batch_size": 256,
+            "learning_rate": LEARNING_RATE,
+            "weight_decay": {"type": "float", "low": 1e-7, "high": 1e-2, "log": True},
+            "n_hidden": {"type": "int", "low": 8, "high": 128, "log": True},
+            "n_layers": {"type": "int", "low": 1, "high": 3},
+        },
+    },
+}
+
+
+def make(task: str, n: int) -> None:
+    """Train a task's configurations and write their curves."""
+    given = dict(TASKS[task])
+    objective, started = given.pop("objective"), time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        study = hpo.run(
+            objective,
+            name=task,
+            trials=n,
+            sampler="random",
+            pruner="none",
+            stack=64,
+            storage=f"sqlite:///{folder}/optuna.db",
+            tracking="off",
+            output=folder,
+            device="cpu",
+            **given,
+        )
+        curves, configurations = [], []
+        for trial in study.to_optuna().trials:
+            if len(trial.intermediate_values) == given["epochs"]:
+                curves.append([round(value, 5) for _, value in sorted(trial.intermediate_values.items())])
+                configurations.append(trial.params)
+        content = {
+            "space": given["params"],
+            "maximize": study.maximize,
+            "configurations": configurations,
+            "curves": curves,
+        }
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / f"{task}.json").write_text(json.dumps(content, separators=(",", ":")) + "\n")
+    print(f"{task}: {len(curves)} curves of {given['epochs']} epochs in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--configurations", type=int, default=128)
+    options = parser.parse_args()
+    for task in options.only:
+        make(task, options.configurations)
+
+
+if __name__ == "__main__":
+    main()
