@@ -18,16 +18,16 @@ from pathlib import Path
 
 import numpy as np
 import optuna
-from scipy.stats import wilcoxon
-
 from curves import FOLDER
 from replay import Played, Task, play, streams
+from scipy.stats import wilcoxon
+
 from hpo.study.spec import Plugin
 
 FULL_TRIALS = 20
 """How many trials' epochs the budget of part `sampler` is."""
 SHARE = 0.28
-"""What share of the epochs halving takes: so many more trials it is given, since its cohorts follow from their number."""
+"""What share of the epochs halving takes: so many more trials it is given, since cohorts follow from their number."""
 
 
 def rules(epochs: int) -> Mapping[str, Plugin]:

@@ -30,6 +30,8 @@ from hpo.search.view import Best, StudyView
 from hpo.study.loading import source_fingerprint
 
 BEST = "best.pt"
+OWN = "own"
+"""In a checkpoint's `training`: the state that an objective's own `train` has reported."""
 
 
 class Refused(Exception):
@@ -65,7 +67,7 @@ class Checkpoint:
     peak: float | None
     improved: int
     training: Mapping[str, Any]
-    """`hpo.training.stack.Stack.checkpoint`."""
+    """`hpo.training.stack.Stack.checkpoint`; of an objective's own `train` what it has reported, under OWN."""
 
 
 def folder_of(plan: Plan) -> Path:
@@ -139,6 +141,8 @@ def _require_sound(plan: Plan, checkpoint: Checkpoint) -> None:
 
 def _require_fitting(plan: Plan, claim: Claim, training: Mapping[str, Any]) -> None:
     """Raise Refused where the network that is built now has not the tensors that were kept: code has changed."""
+    if plan.trains_itself and OWN in training:
+        return
     with torch.random.fork_rng(devices=[]):
         try:
             network = plan.objective.build(claim.params, plan.objective.info)

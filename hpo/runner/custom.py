@@ -1,34 +1,41 @@
 """Trials that are not trained by the engine's loop: an objective's own `train`, and a plain Optuna objective."""
 
 import math
+import os
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from hpo.errors import InputError, Interrupted
+from hpo.runner.checkpoints import OWN
+from hpo.runner.launch import LAUNCHED
 from hpo.runner.prepare import Plan
-from hpo.runner.trial import TrialRun, Trials
+from hpo.runner.trial import TrialRun
+from hpo.runner.trials import Trials
 from hpo.search.claim import TakenOver
+from hpo.search.pruning import settle_pruner
 from hpo.search.search import Search
 from hpo.stopping import StopToken
 from hpo.study.data import Data, Split
 from hpo.study.loading import origin
-from hpo.study.objective import Function, Params
+from hpo.study.objective import Function, Params, resumes
 from hpo.tracking.base import Tracker
 from hpo.training.faults import ended_the_process, fault_of
 
+Told = Callable[[dict[str, float], Mapping[str, Any] | None], bool]
+"""Takes an epoch's metrics, and the state that was reported with them; returns whether to continue."""
+
 
 class TrialReporter:
-    """What an objective's own `train` is given (`hpo.study.objective.Reporter`). `told` takes an epoch's metrics."""
+    """What an objective's own `train` is given (`hpo.study.objective.Reporter`)."""
 
-    def __init__(
-        self, plan: Plan, train: Split, valid: Split, epochs: int, seed: int, told: Callable[[dict[str, float]], bool]
-    ) -> None:
+    def __init__(self, plan: Plan, train: Split, valid: Split, epochs: int, seed: int, told: Told) -> None:
         self.train, self.valid, self.epochs, self.seed = train, valid, epochs, seed
         self._plan, self._told, self._over = plan, told, False
 
-    def __call__(self, metrics: Mapping[str, float]) -> bool:
+    def __call__(self, metrics: Mapping[str, float], state: Mapping[str, Any] | None = None) -> bool:
         where = f"objective {self._plan.spec.objective}: train"
         if self._over:
             raise InputError(f"{where} continued after report returned False; return when it gives False")
@@ -40,7 +47,9 @@ class TrialReporter:
             raise InputError(
                 f"{where} reported {', '.join(metrics) or 'nothing'}, but the study's metric is {self._plan.metric}"
             )
-        self._over = not self._told(named)
+        if state is not None and not isinstance(state, Mapping):
+            raise InputError(f"{where} must report its state as a mapping, but reported {state!r:.100}")
+        self._over = not self._told(named, state)
         return not self._over
 
 
@@ -63,7 +72,8 @@ class CustomTraining:
             self._train, self._valid = (x.through(preprocess).to(plan.device) for x in (data.train, data.valid))
 
     def choose(self) -> None:
-        """There is nothing to choose: such trials are never stacked."""
+        """Choose how trials are pruned; they are never stacked."""
+        settle_pruner(self._search, int(os.environ.get(LAUNCHED, 1)), stacked=False)
 
     def train(self) -> None:
         """Train until there is no trial left to claim. Raises Interrupted."""
@@ -98,15 +108,18 @@ class CustomTraining:
     def _train_one(self, trial: TrialRun) -> None:
         plan, member = self._plan, trial.member
 
-        def told(metrics: dict[str, float]) -> bool:
+        def told(metrics: dict[str, float], state: Mapping[str, Any] | None) -> bool:
             self._stop()
             member.epoch += 1
+            training = None if state is None else {OWN: dict(state)}
             with self._trials.together():
-                trial.report(metrics, None)
+                trial.report(metrics, None, training)
+            if trial.ending is None and training is not None and trial.checkpoint_is_due:
+                trial.checkpoint(training)
             return trial.ending is None
 
         report = TrialReporter(plan, self._train, self._valid, plan.spec.epochs, member.seed, told)
-        train_custom(plan, member.params, report)
+        train_custom(plan, member.params, report, member.resume and member.resume.get(OWN))
         if trial.ending is not None:  # by its last epoch, the pruner, or a fault of its first epoch
             return
         if not trial.has_reported:
@@ -132,11 +145,14 @@ class CustomTraining:
                 trial.end("FAIL", fault=f"{plan.metric} became {value}")
 
 
-def train_custom(plan: Plan, params: Params, report: TrialReporter) -> nn.Module | None:
-    """Return the network that the objective's own `train` gives, if any."""
+def train_custom(
+    plan: Plan, params: Params, report: TrialReporter, resume: Mapping[str, Any] | None = None
+) -> nn.Module | None:
+    """Return the network that the objective's own `train` gives, if any; `resume` is what it resumes from."""
     assert plan.objective.train is not None
     torch.manual_seed(report.seed)
-    network = plan.objective.train(params, report)
+    more = {"resume": resume} if resumes(plan.objective.train) else {}
+    network = plan.objective.train(params, report, **more)
     if network is not None and not isinstance(network, nn.Module):
         where = f"objective {plan.spec.objective}"
         raise InputError(f"{where}: train must return a network (nn.Module) or None, but got {network!r:.100}")

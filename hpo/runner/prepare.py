@@ -17,12 +17,12 @@ from torchmetrics import Metric
 from hpo.errors import Fault, Faulty, HpoError, InputError, SpecError, collecting, did_you_mean
 from hpo.log import log
 from hpo.runner.params import space_of
-from hpo.search.samplers import make_pruner, make_sampler, trials_of
+from hpo.search.samplers import CANNOT_HALVE, make_pruner, make_sampler, trials_of
 from hpo.study import loading as objectives
 from hpo.study.data import Data, DataInfo
 from hpo.study.document import Document, of_values
 from hpo.study.draft import Draft, draft_of, read
-from hpo.study.objective import Function, Objective
+from hpo.study.objective import Function, Objective, resumes
 from hpo.study.space import Space
 from hpo.study.spec import StudySpec
 from hpo.study.trust import unnamed_code
@@ -150,6 +150,7 @@ def _check(draft: Draft, spec: StudySpec, folder: Path, given: Given | None) -> 
     faults += more
     if objective is None:
         return None, faults
+    faults += _halving_faults(spec, objective)
     metric, maximize = spec.metric or "value", spec.direction == "maximize"  # a function's
     if isinstance(objective, Objective):
         with collecting(faults):
@@ -175,6 +176,21 @@ def _check(draft: Draft, spec: StudySpec, folder: Path, given: Given | None) -> 
         maximize=maximize,
         device=device,
     ), faults
+
+
+def _halving_faults(spec: StudySpec, objective: Objective | Function) -> list[Fault]:
+    """Return why `pruner: halving` cannot pause this study's trials, if so."""
+    if spec.pruner.name != "halving":
+        return []
+    instead = "choose another pruner, such as median"
+    why = None
+    if isinstance(objective, Function):
+        why = f"a function's trials cannot be paused: {instead}, which it asks itself by trial.should_prune()"
+    elif objective.train is not None and not resumes(objective.train):
+        why = f"the objective's own train cannot resume a paused trial: give it a parameter `resume`, or {instead}"
+    elif spec.sampler.name in CANNOT_HALVE:
+        why = f"{spec.sampler.name} learns from trials in the order in which they end: choose another sampler, as tpe"
+    return [] if why is None else [Fault(path=("pruner",), message=f"halving pauses trials, and {why}")]
 
 
 def _objective(spec: StudySpec, folder: Path, given: Given | None) -> tuple[Objective | Function | None, list[Fault]]:

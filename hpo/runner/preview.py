@@ -68,7 +68,7 @@ class Preview:
         return None if network is None else module_from(plan, "preview", lambda: network)
 
     @staticmethod
-    def _told(metrics: Mapping[str, float]) -> bool:
+    def _told(metrics: Mapping[str, float], state: Mapping[str, Any] | None) -> bool:
         return False
 
     def _export(self, network: nn.Module, params: Params) -> None:

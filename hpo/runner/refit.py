@@ -250,7 +250,7 @@ def _refit_custom(
     train_split, valid = (split.through(preprocess).to(plan.device) for split in (data.train, data.valid))
     done = 0
 
-    def told(metrics: dict[str, float]) -> bool:
+    def told(metrics: dict[str, float], state: Mapping[str, Any] | None) -> bool:
         nonlocal done
         if stopping():
             raise Interrupted("interrupted")

@@ -1,10 +1,10 @@
-"""The claimed trials of a worker: what their epochs are reported to, and how their end is told."""
+"""A claimed trial: what its epochs are reported to, how it is paused and resumed, and how its end is told."""
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from hpo.errors import HpoError
 from hpo.log import log
@@ -14,13 +14,11 @@ from hpo.runner.paused import PausedTrials
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
 from hpo.search import schema
-from hpo.search.away import StorageAway
 from hpo.search.claim import Claim
 from hpo.search.curves import curves_of, to_json
-from hpo.search.halving import MEMORY, HalvingPruner
 from hpo.search.search import Search
 from hpo.tracking.base import Tracker
-from hpo.training.faults import TrialFault, all_alike
+from hpo.training.faults import TrialFault
 from hpo.training.stack import Kept, Member, Stack
 
 TAKEN_OVER = "another worker took this trial over, since this one was not heard of for too long"
@@ -102,8 +100,11 @@ class TrialRun:
         self._best, self._kept = kept.best, (lambda: weights) if weights else None
         self._peak, self._improved = kept.peak, kept.improved
 
-    def checkpoint(self, stack: Stack) -> Checkpoint:
-        """Write all that the trial resumes from, and return it. A disk that is full costs the checkpoint only."""
+    def checkpoint(self, training: Mapping[str, Any]) -> Checkpoint:
+        """Write all that the trial resumes from, and return it. A disk that is full costs the checkpoint only.
+
+        `training` is `Checkpoint.training`.
+        """
         member = self.member
         self._checkpointed = time.monotonic()
         content = Checkpoint(
@@ -114,7 +115,7 @@ class TrialRun:
             kept={} if self._kept is None else {name: x.cpu() for name, x in self._kept().items()},
             peak=self._peak,
             improved=self._improved,
-            training=stack.checkpoint(member),
+            training=training,
         )
         try:
             checkpoints.save(self._plan, self._origin, self._claim, content)
@@ -127,11 +128,11 @@ class TrialRun:
         """Whether the last checkpoint, or the trial's beginning, is `checkpoint_every` ago."""
         return time.monotonic() - self._checkpointed >= self._plan.spec.checkpoint_every
 
-    def report(self, metrics: dict[str, float], stack: Stack | None) -> None:
+    def report(self, metrics: dict[str, float], stack: Stack | None, training: Mapping[str, Any] | None = None) -> None:
         """Take the metrics of the epoch that has ended, which may end the trial (`ending`).
 
-        `stack` is the one that the trial's member is in; None where an objective trains in its own way. Call it within
-        `Trials.together`.
+        `stack` is the one that the trial's member is in; None where an objective trains in its own way, and `training`
+        is what that resumes from. Call it within `Trials.together`.
         """
         plan, member = self._plan, self.member
         epoch, value = member.epoch - 1, metrics.get(plan.metric_key, math.nan)
@@ -157,12 +158,12 @@ class TrialRun:
         if last or not go_on:
             self.conclude(pruned=not last)  # after the last epoch pruning would save nothing
         elif halving is not None and halving.pauses(member.epoch, self._claim.paused_at):
-            self._pause(stack)
+            self._pause(training if stack is None else stack.checkpoint(member))
 
-    def _pause(self, stack: Stack | None) -> None:
+    def _pause(self, training: Mapping[str, Any] | None) -> None:
         """Have the trial leave its slot until it is resumed: its checkpoint is there before anybody can claim it."""
-        if stack is not None:
-            self._paused.keep(self.member.number, self.checkpoint(stack))
+        if training is not None:
+            self._paused.keep(self.member.number, self.checkpoint(training))
         self.ending = Ending(state="PAUSED")
 
     def end_by(self, fault: TrialFault, error: BaseException) -> None:
@@ -260,91 +261,3 @@ class TrialRun:
             return  # its end was told already
         self._tracker.end_trial(self._claim.number, "INTERRUPTED", reason)
         self._progress.trial_ended(self._claim.number, "INTERRUPTED", None, reason)
-
-
-class Trials:
-    """The trials that this process has claimed and that are not done."""
-
-    def __init__(self, plan: Plan, search: Search, tracker: Tracker, progress: Progress) -> None:
-        self._plan, self._search, self._tracker, self._progress = plan, search, tracker, progress
-        self._origin = Origin.of(plan, search)
-        self._active: dict[int, TrialRun] = {}
-        pruner = search.study.pruner
-        self._paused = PausedTrials(pruner.memory if isinstance(pruner, HalvingPruner) else MEMORY)
-
-    def __getitem__(self, number: int) -> TrialRun:
-        return self._active[number]
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Within this, trials report and end; at its end that is written, in one transaction if it can be.
-
-        Raises the error of a trial where all trials so far have failed alike, HpoError where weights could not be kept.
-        """
-        with self._search.together() as elsewhere:
-            with self._tracker.together():
-                yield
-            ended = [trial for trial in self._active.values() if trial.ending is not None]
-            best = self._best_of(ended)
-            failed = best.keep_weights() if best is not None else None
-            for trial in ended:
-                trial.tell()
-        with self._tracker.together():
-            for trial in ended:
-                if trial.member.number not in elsewhere:
-                    trial.told()
-        if best is not None:
-            checkpoints.settle_weights(self._plan, self._search)
-        for number in elsewhere & self._active.keys():
-            self._active[number].let_go()
-        caught = [trial.caught for trial in ended if trial.caught is not None]
-        if caught and all_alike(self._search.view().failures):
-            raise caught[0]
-        if failed is not None:
-            raise failed
-
-    def _best_of(self, ended: Sequence[TrialRun]) -> TrialRun | None:
-        """Return the trial that may be the best of the study, of those that end complete; None: it is none of them."""
-        values = {
-            trial: end.value
-            for trial in ended
-            if (end := trial.ending) and end.state == "COMPLETE" and end.value is not None
-        }
-        sign = -1 if self._plan.maximize else 1
-        best = min(values, key=lambda trial: (sign * values[trial], trial.member.number), default=None)
-        return best if best is not None and self._search.may_be_best(values[best]) else None
-
-    def claim_up_to(self, n: int, wait: bool = True) -> list[TrialRun]:
-        """Claim up to `n` trials. Without `wait`, neither peers nor a storage that is away are waited for."""
-        try:
-            claims = self._search.ask_up_to(n, wait)
-        except StorageAway:
-            if wait:
-                raise
-            claims = []
-        for lost in self._search.drain_lost():
-            self._tracker.end_trial(lost.number, lost.state, lost.reason)
-            if lost.state == "PRUNED":
-                self._progress.trial_ended(lost.number, lost.state, None, None)
-                continue
-            what = "its retries are spent" if lost.state == "FAIL" else "it is retried"
-            log.warning(f"trial {lost.number} was lost ({lost.reason}): {what}")
-        if not claims:
-            return []
-        with self._search.storage.together(), self._tracker.together():
-            return [self._begun(claim) for claim in claims]
-
-    def _begun(self, claim: Claim) -> TrialRun:
-        trial = TrialRun(self._plan, self._origin, claim, self._search, self._tracker, self._progress, self._paused)
-        self._active[claim.number] = trial
-        return trial
-
-    def done(self, number: int) -> None:
-        """Forget a trial whose end was told."""
-        del self._active[number]
-
-    def give_back(self, reason: str) -> None:
-        """End all trials that are not done, and queue a successor for each."""
-        for trial in self._active.values():
-            trial.give_back(reason)
-        self._active.clear()

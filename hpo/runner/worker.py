@@ -19,7 +19,7 @@ from hpo.runner.launch import LAUNCHED
 from hpo.runner.outcome import stack_paths
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
-from hpo.runner.trial import Trials
+from hpo.runner.trials import Trials
 from hpo.search import schema
 from hpo.search.away import StorageAway
 from hpo.search.pruning import settle_pruner
@@ -198,7 +198,7 @@ class _Worker:
         if self._stop.requested() or away:
             for stack in self._active:
                 for member in stack.members:
-                    self._trials[member.number].checkpoint(stack)
+                    self._trials[member.number].checkpoint(stack.checkpoint(member))
             if away:
                 raise StorageAway(
                     f"the storage has been away for {self._plan.spec.outage:g} s: the running trials are kept in "
@@ -221,7 +221,7 @@ class _Worker:
                 self._trials.done(trial.member.number)
                 continue
             if trial.checkpoint_is_due:
-                trial.checkpoint(stack)
+                trial.checkpoint(stack.checkpoint(trial.member))
             kept.append(trial.member)
         return kept
 

@@ -4,7 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from optuna import TrialPruned
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial
+
+from hpo.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,3 +47,34 @@ class ClaimedTrial(Trial):
     def report(self, value: float, step: int) -> None:
         super().report(value, step)
         self.on_report(step, float(value))
+
+    def run(
+        self, function: Callable[[Trial], Any], on_report: Callable[[int, float], None], objective: str
+    ) -> tuple[Mapping[str, Any], float | None]:
+        """Return the params that `function`, a plain Optuna objective, asked for, and its value; None: it pruned.
+
+        `on_report` is called with each step and value that it reports; `objective` is its name. Raises InputError where
+        it returns no number, TakenOver where a peer has ended the trial meanwhile.
+        """
+        self.on_report = on_report
+        try:
+            value = function(self)
+        except TrialPruned:
+            return self.params, None
+        except Exception as error:
+            if _says_finished(error):
+                raise TakenOver from error
+            raise
+        try:
+            return self.params, float(value)
+        except (TypeError, ValueError):
+            raise InputError(
+                f"objective {objective}: must return one number, a trial's value, but returned {value!r:.100}"
+            ) from None
+
+
+def _says_finished(error: BaseException | None) -> bool:
+    """Whether an error, or what it was raised from, is that the trial was ended already."""
+    return error is not None and (
+        isinstance(error, UpdateFinishedTrialError) or _says_finished(error.__cause__ or error.__context__)
+    )

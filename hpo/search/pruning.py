@@ -6,10 +6,8 @@ from typing import Any
 from hpo.search import schema
 from hpo.search.halving import AUTO, Halving, HalvingPruner
 from hpo.search.retrying import locked
+from hpo.search.samplers import CANNOT_HALVE
 from hpo.search.search import Search
-
-CANNOT_HALVE = ("cmaes",)
-"""Samplers that learn from trials in the order in which they end, generation by generation."""
 
 
 def settle_pruner(search: Search, at_once: int, stacked: bool) -> bool:

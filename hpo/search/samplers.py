@@ -45,6 +45,8 @@ _PRUNERS: dict[str, Callable[..., BasePruner]] = {
     "none": optuna.pruners.NopPruner,
 }
 _SHARED: dict[str, Callable[..., BasePruner]] = {"median": SharedMedianPruner, "percentile": SharedPercentilePruner}
+CANNOT_HALVE = ("cmaes",)
+"""Samplers that learn from trials in the order in which they end, generation by generation: none can be paused."""
 _ONE_STREAM = ("qmc", "grid")
 """Samplers whose points are one sequence, counted in the storage: every worker must have the same seed."""
 

@@ -15,11 +15,11 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import _filter_study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from hpo.errors import HpoError, InputError, masked
+from hpo.errors import HpoError, masked
 from hpo.search import schema
 from hpo.search.away import StorageAway
 from hpo.search.budget import Counts, seconds_used, utc
-from hpo.search.claim import Claim, ClaimedTrial, TakenOver
+from hpo.search.claim import Claim, ClaimedTrial
 from hpo.search.clock import SYSTEM, Clock
 from hpo.search.halving import Halving
 from hpo.search.lease import LeaseKeeper
@@ -224,27 +224,8 @@ class Search:
     def call(
         self, number: int, function: Callable[[Trial], Any], on_report: Callable[[int, float], None]
     ) -> tuple[Mapping[str, Any], float | None]:
-        """Return the params that `function`, a plain Optuna objective, asked for, and its value; None: it pruned.
-
-        `on_report` is called with each step and value that it reports. Raises InputError where it returns no number,
-        TakenOver where a peer has ended the trial meanwhile.
-        """
-        trial = self._claimed[number]
-        trial.on_report = on_report
-        try:
-            value = function(trial)
-        except optuna.TrialPruned:
-            return trial.params, None
-        except Exception as error:
-            if _says_finished(error):
-                raise TakenOver from error
-            raise
-        try:
-            return trial.params, float(value)
-        except (TypeError, ValueError):
-            raise InputError(
-                f"objective {self.spec.objective}: must return one number, a trial's value, but returned {value!r:.100}"
-            ) from None
+        """Run `function`, a plain Optuna objective, on a trial; see `ClaimedTrial.run`."""
+        return self._claimed[number].run(function, on_report, self.spec.objective)
 
     def annotate(self, number: int, attrs: Mapping[str, Any]) -> None:
         """Set the trial's `user_attrs` (keys of `hpo.search.schema`), unless a peer has ended it."""
@@ -367,10 +348,3 @@ class Search:
         """Stop renewing the lease and close the storage."""
         self._lease.stop()
         self.storage.close()
-
-
-def _says_finished(error: BaseException | None) -> bool:
-    """Whether an error, or what it was raised from, is that the trial was ended already."""
-    return error is not None and (
-        isinstance(error, UpdateFinishedTrialError) or _says_finished(error.__cause__ or error.__context__)
-    )

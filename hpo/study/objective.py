@@ -15,6 +15,7 @@ no MLflow; the engine has those. A whole one:
         def metrics(self): return {"accuracy": MulticlassAccuracy(3, average="micro")}
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -59,10 +60,11 @@ class Reporter(Protocol):
     seed: int
     """What weights are to be drawn from."""
 
-    def __call__(self, metrics: Mapping[str, float]) -> bool:
+    def __call__(self, metrics: Mapping[str, float], state: Mapping[str, Any] | None = None) -> bool:
         """Report one epoch's metrics on `valid` by name, and return whether to go on; after False, return.
 
-        Names beginning with `train_` are logged as they are.
+        Names beginning with `train_` are logged as they are. `state` is what `train` is given as `resume` where the
+        trial is resumed after this epoch: tensors, numbers and texts in mappings and lists.
         """
 
 
@@ -137,9 +139,12 @@ class Objective(ABC):
         The engine adds `loss`.
         """
 
-    train: Callable[[Params, Reporter], nn.Module | None] | None = None
+    train: Callable[..., nn.Module | None] | None = None
     """In place of `build` and `loss`: an objective's own training of one trial's params, in whatever way. It calls
-    `report` after each epoch until that says no, and returns a network to be tested and exported, or None."""
+    `report` after each epoch until that says no, and returns a network to be tested and exported, or None.
+
+    With a third parameter, `resume`, its trials can be paused and resumed (`pruner: halving`, retries): that is the
+    `state` last reported before, or None; epochs that were reported then are not reported again."""
 
     def preview(self, params: Params, report: Reporter) -> nn.Module | None:
         """Return the network that `train` would return for `params`; None: nothing is known before the first trial.
@@ -181,3 +186,8 @@ class Function:
 
     def __init__(self, call: Callable[[Any], Any]) -> None:
         self.call = call
+
+
+def resumes(train: Callable[..., Any]) -> bool:
+    """Whether an objective's own `train` takes what it resumes from."""
+    return "resume" in inspect.signature(train).parameters
