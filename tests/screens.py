@@ -8,6 +8,7 @@ class Screen(Progress):
 
     def __init__(self, during=lambda number, epoch: None):
         self.started, self.epochs, self.ended, self._during = [], [], [], during
+        self.paused = []
 
     def trial_started(self, number, params):
         self.started.append((number, dict(params)))
@@ -15,6 +16,9 @@ class Screen(Progress):
     def epoch_ended(self, number, epoch, epochs, metrics):
         self.epochs.append((number, epoch, epochs))
         self._during(number, epoch)
+
+    def trial_paused(self, number, epoch):
+        self.paused.append((number, epoch))
 
     def trial_ended(self, number, state, value, reason):
         self.ended.append((number, state, value, reason))

@@ -95,5 +95,8 @@ class Quiet(Progress):
     def epoch_ended(self, number, epoch, epochs, metrics):
         self.epochs += 1
 
+    def trial_paused(self, number, epoch):
+        pass
+
     def trial_ended(self, number, state, value, reason):
         pass

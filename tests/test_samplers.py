@@ -269,7 +269,7 @@ def test_patient_waits_before_it_asks_the_pruner_in_it():
             [
                 (
                     "wrapped_pruner",
-                    "must be a pruner, `{name: median}`, one of median, percentile, successive_halving, "
+                    "must be a pruner, `{name: median}`, one of median, halving, percentile, successive_halving, "
                     "hyperband, patient, threshold, wilcoxon, none, but got {'name': 'best'}",
                 )
             ],

@@ -161,7 +161,7 @@ KEYS = [
     ),
     (
         "pruner: {name: best}",
-        "pruner: must be one of median, percentile, successive_halving, hyperband, patient, "
+        "pruner: must be one of median, halving, percentile, successive_halving, hyperband, patient, "
         "threshold, wilcoxon, none, but got 'best'",
     ),
     ("sampler: {seed: 3}", "sampler.name: is missing"),

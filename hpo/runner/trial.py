@@ -61,7 +61,10 @@ class TrialRun:
         """The error that it ends by, where `catch` names it."""
         self._improved = 0
         self._checkpointed = time.monotonic()
-        tracker.start_trial(claim.number, claim.params, is_new=not claim.is_resumed)
+        if claim.is_resumed:
+            tracker.resume_trial(claim.number)
+        else:
+            tracker.start_trial(claim.number, claim.params, is_new=True)  # a trial is claimed once, unless it is paused
         progress.trial_started(claim.number, plan.space.searched(claim.params))
         if claim.is_retry or claim.is_resumed:
             self._resume()

@@ -57,7 +57,7 @@ class HalvingPruner(BasePruner):
         reach: how much of the gain that good trials had since the rung before another one is credited with, which is
             resumed if it would be the best then; 0: nobody is resumed for that.
         cohorts: into how many parts the trials are divided, each of which learns from those before; auto: 3, or 1 where
-            a fourth of the trials is trained at once.
+            the sampler does not learn, a fourth of the trials is trained at once, or there are fewer than 30.
         memory: how many MiB of paused trials a worker keeps in memory beside their files.
 
         Raises ValueError.
@@ -109,11 +109,15 @@ class Halving:
         self._cohorts = pruner.cohorts if isinstance(pruner.cohorts, int) else cohorts
         self._sign = -1 if maximize else 1
         self._scores: dict[tuple[int, int], float] = {}
+        self._doubt_from: float = ENOUGH
 
     @staticmethod
-    def cohorts_for(trials: int, at_once: int) -> int:
-        """Return how many cohorts a study of so many trials has, of which so many are trained at once."""
-        return _COHORTS if trials >= 4 * at_once else 1
+    def cohorts_for(trials: int, at_once: int, learns: bool) -> int:
+        """Return how many cohorts a study of so many trials has, of which so many are trained at once.
+
+        Several are of use only to a sampler that `learns` from the trials before, and only if it can from one cohort.
+        """
+        return _COHORTS if learns and trials >= max(4 * at_once, _COHORTS * ENOUGH) else 1
 
     # The rule.
 
@@ -130,10 +134,10 @@ class Halving:
         claim += self._to_promote(holders)[: n - len(claim)]
         if claim or any(trial.state == TrialState.RUNNING for trial in holders):
             return Choice(claim=claim)
-        if finishing := self._to_finish(holders):
-            return Choice(claim=finishing[:n])
         if (room := self._room_of_next(n_started, trials)) > 0:
             return Choice(claim=new[: min(room, n)], n_to_queue=max(0, min(n, room) - len(new)))
+        if finishing := self._to_finish(holders):
+            return Choice(claim=finishing[:n])
         return Choice(over=True)
 
     def _ends(self, trials: int) -> list[int]:
@@ -204,22 +208,29 @@ class Halving:
 
     # How much a rung says.
 
-    def says_nothing(self, holders: Sequence[FrozenTrial]) -> float | None:
-        """Return the rank correlation of the first rung with the next where it is near 0 or below; else None.
+    def doubt(self, holders: Sequence[FrozenTrial]) -> str | None:
+        """Say once that the ranking at the first rung says nothing of the next one; None: it does, as far as is known.
 
-        Where fewer than ENOUGH trials have reached both it is not known yet.
+        It is looked at whenever ENOUGH more trials have reached both.
         """
         if len(self.rungs) < 2:
             return None
         first, second = self.rungs[:2]
-        there = [trial for trial in self.at(holders, second) if trial.state != TrialState.FAIL]
-        if len(there) < ENOUGH:
+        there = [t for t in holders if t.state != TrialState.FAIL and self._has_reached(t, second)]
+        if len(there) < self._doubt_from:
             return None
+        self._doubt_from = len(there) + ENOUGH
         both = np.array([[self.score(trial, first), self.score(trial, second)] for trial in there])
         if not np.isfinite(both).all():
             return None
         correlation = _rank_correlation(both[:, 0], both[:, 1])
-        return correlation if correlation < _UNRELATED else None
+        if correlation >= _UNRELATED:
+            return None
+        self._doubt_from = math.inf
+        return (
+            f"pruner: how trials do after {first} epochs says nothing of how they do after {second} (rank correlation "
+            f"{correlation:.2f} of {len(there)} trials), so good ones may be pruned; raise `first`, which is {first}"
+        )
 
 
 def _is_new(trial: FrozenTrial) -> bool:

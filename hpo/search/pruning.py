@@ -8,6 +8,7 @@ from hpo.search.halving import AUTO, Halving, HalvingPruner
 from hpo.search.retrying import locked
 from hpo.search.samplers import CANNOT_HALVE
 from hpo.search.search import Search
+from hpo.search.seen import LEARNING
 
 
 def settle_pruner(search: Search, at_once: int, stacked: bool) -> bool:
@@ -24,8 +25,9 @@ def settle_pruner(search: Search, at_once: int, stacked: bool) -> bool:
         with locked(search.storage, search.spec.storage):
             stored = search.attrs.get(schema.PRUNER)
             if not _is_sound(stored):
+                learns = search.spec.sampler.name in LEARNING
                 name = search.spec.pruner.name if named else _default(search, stacked)
-                stored = {"name": name, "cohorts": Halving.cohorts_for(search.spec.trials, at_once)}
+                stored = {"name": name, "cohorts": Halving.cohorts_for(search.spec.trials, at_once, learns)}
                 search.remember(schema.PRUNER, stored)
                 chosen = name == "halving" and not named
     name = search.spec.pruner.name if named or stored is None else stored["name"]

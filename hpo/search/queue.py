@@ -17,6 +17,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.errors import masked
+from hpo.log import log
 from hpo.processes import this_process
 from hpo.search import schema
 from hpo.search.batch import Queued
@@ -109,6 +110,8 @@ class Queue:
             choice = halving.choose(taken, several, self._spec.trials)
         if choice.over and any(map(is_paused, taken)):
             self._prune_paused(halving)
+        if doubt := halving.doubt(taken):
+            log.warning(doubt)
         return _share(choice.claim, taken)
 
     def _prune_paused(self, halving: Halving) -> None:

@@ -205,12 +205,12 @@ class StudySpec(Frozen):
     pruner: Annotated[Plugin, BeforeValidator(_named), _one_of(PRUNERS)] = Plugin(name="median")
     """What ends trials that do worse than others did at the same epoch: `halving`, or one of Optuna's pruners.
 
-    `halving` pauses every trial at rungs and resumes the best, so it also compares trials that are trained at once; see
-    docs/pruning.md. Its keys: `first` (epochs to the first rung, `auto`: a tenth), `factor` (2), `finish` (3), `reach`
+    `halving` pauses every trial at rungs and resumes the best, so it also compares trials that are trained at once. Its
+    keys: `first` (epochs to the first rung, `auto`: a tenth), `factor` (2), `finish` (3), `reach`
     (1), `cohorts` (`auto`: 3, or 1), `memory` (256 MiB).
     Values: `median`, `halving`, `percentile`, `successive_halving`, `hyperband`, `patient`, `threshold`, `wilcoxon`,
-    `none`, alone or as `name` beside the keys of Optuna's own class. Default: `halving` where stacks hold more than one
-    trial, else `median`, after 10 trials and a fifth of the epochs.
+    `none`, alone or as `name` beside the keys of Optuna's own class. Default: `median` (after 10 trials and a fifth of
+    the epochs) where trials are trained one at a time; `halving` where a stack holds several.
     Example: `pruner: {name: halving, first: 4}`
     """
     params: dict[str, Any] = Field(default_factory=dict)

@@ -31,7 +31,7 @@ class Tracker(ABC):
 
     @abstractmethod
     def start_trial(self, trial: int, params: Mapping[str, Any], is_new: bool = False) -> None:
-        """Begin a trial's run. `is_new`: nobody has before, so it need not be looked for; else it was paused."""
+        """Begin a trial's run. `is_new`: nobody has before, so it need not be looked for."""
 
     @abstractmethod
     def run_of(self, trial: int) -> str | None:
@@ -47,7 +47,11 @@ class Tracker(ABC):
 
     @abstractmethod
     def pause_trial(self, trial: int) -> None:
-        """Say of a trial's run that it is paused; `start_trial` says that it is resumed, `end_trial` that it ends."""
+        """Say of a trial's run that it is paused; it is resumed, or it ends."""
+
+    @abstractmethod
+    def resume_trial(self, trial: int) -> None:
+        """Say of the run of a paused trial, which any process may have begun, that it is resumed."""
 
     @abstractmethod
     def end_trial(self, trial: int, state: str, error: str | None = None) -> None:
@@ -101,6 +105,9 @@ class NullTracker(Tracker):
     def pause_trial(self, trial: int) -> None:
         pass
 
+    def resume_trial(self, trial: int) -> None:
+        pass
+
     def end_trial(self, trial: int, state: str, error: str | None = None) -> None:
         pass
 
@@ -136,7 +143,6 @@ class MemoryTracker(Tracker):
 
     def start_trial(self, trial: int, params: Mapping[str, Any], is_new: bool = False) -> None:
         self.params[trial] = dict(params)
-        self.paused.discard(trial)
 
     def run_of(self, trial: int) -> str | None:
         return f"run-{trial}" if trial in self.params else None
@@ -149,6 +155,9 @@ class MemoryTracker(Tracker):
 
     def pause_trial(self, trial: int) -> None:
         self.paused.add(trial)
+
+    def resume_trial(self, trial: int) -> None:
+        self.paused.discard(trial)
 
     def end_trial(self, trial: int, state: str, error: str | None = None) -> None:
         self.paused.discard(trial)

@@ -98,8 +98,7 @@ class MlflowTracker(Tracker):
             self._append(gathered)
 
     def start_trial(self, trial: int, params: Mapping[str, Any], is_new: bool = False) -> None:
-        resumed: dict[str, Any] = {} if is_new else {"status": "RUNNING", "tags": {"hpo.state": "RUNNING"}}
-        self._put("start", trial, params=_texts(params), is_new=is_new, **resumed)
+        self._put("start", trial, params=_texts(params), is_new=is_new)
 
     def run_of(self, trial: int) -> str | None:
         return self._run_ids.get(trial)
@@ -113,6 +112,9 @@ class MlflowTracker(Tracker):
 
     def pause_trial(self, trial: int) -> None:
         self._put("start", trial, status=PAUSED, tags={"hpo.state": "PAUSED"})
+
+    def resume_trial(self, trial: int) -> None:
+        self._put("start", trial, status="RUNNING", tags={"hpo.state": "RUNNING"})
 
     def end_trial(self, trial: int, state: str, error: str | None = None) -> None:
         self._put("end", trial, status=STATUS[state], tags=end_tags(state, error))
