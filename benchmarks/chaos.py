@@ -1,6 +1,6 @@
 """A study whose processes are killed with -9 and stopped beyond `grace`, beside the same study undisturbed.
 
-    python benchmarks/chaos.py [--storage sqlite | postgres | URL] [--kills 100] [--workers 4] [--trials 40]
+    python benchmarks/chaos.py [--storage sqlite | postgres | URL] [--kills 100] [--workers 4] [--trials 40] [--halving]
 
 Half of the kills come at random moments, one in ten of them to `hpo run` itself; the others at named ones (MOMENTS),
 which the study's objective lies in wait for. MLflow is a server that is killed and started again, and so is PostgreSQL
@@ -8,10 +8,13 @@ where `--storage postgres` starts one (the `test` extra brings it). In between, 
 with SIGSTOP for longer than `grace`, and PostgreSQL so that it hangs. Whenever `hpo run` is gone it is run again, as a
 person would. In the end there must be exactly as many trials done as asked for, none RUNNING in Optuna or MLflow, one
 for each place of the budget, no two of the same params, every epoch of every one reported to both, and the same
-params, curves and best as undisturbed. Exit status 1 if not.
+params, curves and best as undisturbed. With `--halving`, which is for one worker (several decide by what each knows
+then), trials are paused and resumed too, kills come at these moments as well, and every trial must have been trained
+for as many epochs as undisturbed. Exit status 1 if not.
 """
 
 import argparse
+import math
 import os
 import random
 import subprocess
@@ -19,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,8 @@ MOMENTS = ("claim", "lease", "epoch", "checkpoint", "tell", "told", "weights", "
 """Right after a claim; inside ask, before the params are drawn; mid-epoch; between a checkpoint's writing and
 its taking effect; before and after the end is told; between a trial's end and `best.pt`; between a successor and its
 predecessor's end; during export."""
+HALVING_MOMENTS = ("pause", "resume")
+"""Between a paused trial's checkpoint and its being told; after a resumed one's checkpoint was taken from memory."""
 GRACE = 20
 OBJECTIVE = """
 import os
@@ -47,9 +52,9 @@ from pathlib import Path
 import torch
 from torch import nn
 from torchmetrics.regression import R2Score
-from hpo.runner import checkpoints, trial
+from hpo.runner import checkpoints, paused, trial
 from hpo.export import bundle
-from hpo.search import retrying
+from hpo.search import retrying, search
 from hpo.study import space
 from hpo.study.data import Data, Split
 from hpo.study.objective import Objective
@@ -92,6 +97,8 @@ after(retrying.RetryingStorage, "enqueue", "succession")
 before(bundle, "parity_of", "export")
 before(checkpoints, "settle_weights", "weights")
 after(torch, "save", "checkpoint")
+before(search.Search, "pause", "pause")
+after(paused.PausedTrials, "take", "resume")
 
 class Slow(Objective):
     defaults = {"loss": "mse", "learning_rate": 0.05, "batch_size": 50, "dropout": 0.1}
@@ -131,16 +138,19 @@ class Study:
 
     def __init__(self, folder: Path, name: str, storage: str, tracking: str, given: argparse.Namespace) -> None:
         self.folder, self.name, self.storage, self.tracking = folder, name, storage, tracking
-        self._workers, self._runs = given.workers, 0
+        self.workers, self._runs = given.workers, 0
         (folder / "slow.py").write_text(OBJECTIVE)
         keys = {"storage": storage, "tracking": tracking, "trials": given.trials, "epochs": given.epochs}
-        (folder / f"{name}.yaml").write_text(STUDY + "".join(f"{key}: {value}\n" for key, value in keys.items()))
+        if given.halving:
+            keys["pruner"] = "halving"
+        study = STUDY.replace("pruner: none\n", "") if given.halving else STUDY
+        (folder / f"{name}.yaml").write_text(study + "".join(f"{key}: {value}\n" for key, value in keys.items()))
 
     def start(self, environ: Mapping[str, str]) -> psutil.Popen:
         self._runs += 1
         with self.log.open("a") as log:
             return psutil.Popen(
-                [sys.executable, "-m", "hpo", "run", f"{self.name}.yaml", "--workers", str(self._workers)],
+                [sys.executable, "-m", "hpo", "run", f"{self.name}.yaml", "--workers", str(self.workers)],
                 cwd=self.folder,
                 env=os.environ | environ,
                 stdout=log,
@@ -190,13 +200,15 @@ class Study:
 class Killer:
     """Kills a study's processes, and stops its servers, until so many kills are done."""
 
-    def __init__(self, study: Study, kills: int, database: Any, tracking: MlflowServer, seed: int) -> None:
+    def __init__(
+        self, study: Study, kills: int, database: Any, tracking: MlflowServer, seed: int, moments: Sequence[str]
+    ) -> None:
         self._study, self._database, self._tracking = study, database, tracking
         self._draw = random.Random(seed)
         self._folder = study.folder / "kills"
         self._folder.mkdir()
         for n in range(kills // 2):
-            (self._folder / f"{MOMENTS[n % len(MOMENTS)]}.{n}").touch()
+            (self._folder / f"{moments[n % len(moments)]}.{n}").touch()
         self._left = kills - kills // 2
         self.done: Counter[str] = Counter()
         self._stops = 1
@@ -234,8 +246,11 @@ class Killer:
         with suppress(psutil.NoSuchProcess):
             # an age, so that those that still start and those that train are hit as often
             age = self._draw.uniform(0.0, 30.0)
+            alone = self._study.workers == 1  # its only child sends to MLflow
+            if alone and time.time() - process.create_time() < age:
+                return
             workers = [w for w in process.children() if time.time() - w.create_time() > age]
-            if self._draw.random() < 0.1:
+            if alone or self._draw.random() < 0.1:
                 process.kill()
                 self.done["hpo run"] += 1
             elif workers:
@@ -248,10 +263,10 @@ class Killer:
     def _stop_for_longer_than_grace(self, process: psutil.Popen) -> None:
         """Stop a worker, or `hpo run` with it: its trials are taken over while it is away, and then it is back."""
         with suppress(psutil.NoSuchProcess):
-            workers = process.children()
+            workers = process.children() if self._study.workers > 1 else [process]
             if not workers:
                 return
-            stopped = [self._draw.choice(workers), *([process] if self._draw.random() < 0.3 else [])]
+            stopped = {self._draw.choice(workers), *([process] if self._draw.random() < 0.3 else [])}
             for each in stopped:
                 each.suspend()
                 self._stopped.append((time.monotonic() + GRACE * self._draw.uniform(1.1, 1.5), each))
@@ -286,17 +301,24 @@ def check(calm: Study, chaos: Study, given: argparse.Namespace) -> dict[str, tup
     got = {t.user_attrs["place"]: t for t in holders(everything)}
     every_run = chaos.runs()
     runs = {run.data.tags["hpo.trial"]: run for run in every_run}
-    n, epochs = given.trials, set(range(given.epochs))
+    n = given.trials
+    whole = {place: set(t.intermediate_values) for place, t in expected.items()}
+    if not given.halving:
+        assert all(epochs == set(range(given.epochs)) for epochs in whole.values())
     same = [(got[place], trial) for place, trial in expected.items() if place in got]
     return {
-        "trials done": (sum(t.state.name == "COMPLETE" for t in holders(everything)), n),
+        "trials done": (sum(t.state.name in ("COMPLETE", "PRUNED") for t in holders(everything)), n),
+        "complete": tuple(sum(t.state.name == "COMPLETE" for t in each.values()) for each in (got, expected)),
         "places of the budget taken": (len(got), n),
         "different params": (len({tuple(t.params.items()) for t in got.values()}), n),
         "RUNNING or WAITING in Optuna": (sum(not t.state.is_finished() for t in everything), 0),
-        "RUNNING in MLflow": (sum(run.info.status == "RUNNING" for run in every_run), 0),
-        "trials whose every epoch is in Optuna": (sum(set(t.intermediate_values) == epochs for t in got.values()), n),
+        "RUNNING in MLflow": (sum(run.info.status in ("RUNNING", "SCHEDULED") for run in every_run), 0),
+        "trials whose every epoch is in Optuna": (
+            sum(set(t.intermediate_values) == whole[place] for place, t in got.items()),
+            n,
+        ),
         "trials whose every epoch is in MLflow": (
-            sum(chaos.steps(runs[str(t.number)]) == epochs for t in got.values() if str(t.number) in runs),
+            sum(chaos.steps(runs[str(t.number)]) == whole[p] for p, t in got.items() if str(t.number) in runs),
             n,
         ),
         "params as undisturbed": (sum(ours.params == theirs.params for ours, theirs in same), n),
@@ -304,7 +326,8 @@ def check(calm: Study, chaos: Study, given: argparse.Namespace) -> dict[str, tup
             sum(ours.intermediate_values == theirs.intermediate_values for ours, theirs in same),
             n,
         ),
-        "best value": (max(t.value or 0.0 for t in got.values()), max(t.value for t in expected.values())),
+        "best value": tuple(max(map(_rank, each.values()))[0] for each in (got, expected)),
+        "the best trial's place": tuple(max(each.values(), key=_rank).user_attrs["place"] for each in (got, expected)),
         "best.pt is the best trial's": (chaos.trial_of_best_weights(), max(got.values(), key=_rank).number),
         "runs of one trial in MLflow twice": (len(every_run) - len(runs), 0),
         "attempts lost and taken up again": (len(everything) - len(got), None),
@@ -312,7 +335,7 @@ def check(calm: Study, chaos: Study, given: argparse.Namespace) -> dict[str, tup
 
 
 def _rank(trial: Any) -> tuple[float, int]:
-    return trial.value or 0.0, -trial.number
+    return (trial.value if trial.state.name == "COMPLETE" else -math.inf), -trial.user_attrs["place"]
 
 
 @contextmanager
@@ -335,6 +358,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--halving", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name, ExitStack() as stack:
         folder = Path(name)
@@ -347,7 +371,8 @@ def main() -> None:
         if calm.start({}).wait():
             sys.exit(calm.log.read_text())
         calm_seconds, begun = time.monotonic() - begun, time.monotonic()
-        killer = Killer(chaos, given.kills, database, tracking, given.seed)
+        moments = (*MOMENTS, *(HALVING_MOMENTS if given.halving else ()))
+        killer = Killer(chaos, given.kills, database, tracking, given.seed, moments)
         killer.watch()
         seconds = time.monotonic() - begun
         checks = check(calm, chaos, given)
