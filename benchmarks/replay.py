@@ -130,7 +130,7 @@ class _Slots:
                     self._search.complete(claim.number, float(curve.min()))
                 elif not go_on:
                     self._search.prune(claim.number)
-                elif halving is not None and halving.pauses(done + 1, claim.paused_at):
+                elif halving is not None and done + 1 == halving.next_pause(claim.paused_at):
                     self._search.pause(claim.number)
                 else:
                     continue

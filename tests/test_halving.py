@@ -59,9 +59,7 @@ def test_rungs(epochs, keys, rungs):
 
 
 def test_trials_are_paused_at_each_rung_once():
-    rule = halving()
-    assert [epoch for epoch in range(17) if rule.pauses(epoch, 0)] == [2, 4, 8]
-    assert [epoch for epoch in range(17) if rule.pauses(epoch, 4)] == [8]  # from scratch, after its last pause at 4
+    assert [halving().next_pause(since) for since in (0, 1, 2, 3, 4, 7, 8, 16)] == [2, 2, 4, 4, 8, 8, None, None]
 
 
 def test_new_trials_come_before_paused_ones_and_retries_before_both():

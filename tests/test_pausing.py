@@ -228,7 +228,7 @@ class TestSearch:
                 assert search.report(claim.number, epoch, value)
                 if epoch == 7:
                     return search.complete(claim.number, value)
-                if search.halving.pauses(epoch + 1, claim.paused_at):
+                if epoch + 1 == search.halving.next_pause(claim.paused_at):
                     return search.pause(claim.number)
         return None
 

@@ -49,7 +49,8 @@ class TrialRun:
         self._plan, self._origin, self._claim, self._search = plan, origin, claim, search
         self._paused = paused
         self._tracker, self._progress = tracker, progress
-        self.member = Member(number=claim.number, seed=claim.seed, params=claim.params)
+        pause = None if search.halving is None else search.halving.next_pause(claim.paused_at)
+        self.member = Member(number=claim.number, seed=claim.seed, params=claim.params, pause=pause)
         self._logged: list[dict[str, float]] = []
         """The metrics of each epoch, those before a checkpoint that it resumes from too."""
         self._best: tuple[float, int, dict[str, float]] | None = None
@@ -156,11 +157,11 @@ class TrialRun:
             self._best = (value, epoch, dict(metrics))
             self._kept = None if stack is None else stack.keep(member)
         go_on = self._search.report(member.number, epoch, value)
-        patience, halving = plan.spec.patience, self._search.halving
+        patience = plan.spec.patience
         last = member.epoch >= plan.spec.epochs or (patience is not None and epoch - self._improved >= patience)
         if last or not go_on:
             self.conclude(pruned=not last)  # after the last epoch pruning would save nothing
-        elif halving is not None and halving.pauses(member.epoch, self._claim.paused_at):
+        elif member.epoch == member.pause:
             self._pause(training if stack is None else stack.checkpoint(member))
 
     def _pause(self, training: Mapping[str, Any] | None) -> None:

@@ -202,9 +202,9 @@ class Halving:
             self._scores[key] = min((value for value in values if math.isfinite(value)), default=math.inf)
         return self._scores[key]
 
-    def pauses(self, epochs: int, since: int) -> bool:
-        """Whether a trial is paused after so many `epochs` that was last paused after `since`; 0: never."""
-        return epochs in self.rungs and epochs > since
+    def next_pause(self, since: int) -> int | None:
+        """Return after how many epochs a trial is paused next that was last paused after `since`, 0: never; or None."""
+        return next((rung for rung in self.rungs if rung > since), None)
 
     # How much a rung says.
 

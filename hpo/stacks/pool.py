@@ -67,7 +67,7 @@ class Pool(Stacks):
             waiting = {member: waiting[member] for member in refused}
         for stack in self._stacks:
             if len(stack.members) <= stack.capacity // 4:
-                self._resize(stack, len(stack.members))
+                self._resize(stack, stack.members)
         while self._queue and not self._alone.members:
             self._alone.join(self._queue.pop(0))
 
@@ -88,7 +88,7 @@ class Pool(Stacks):
                 except NotStackable as error:
                     refused[member] = str(error)
         for stack, group in groups.items():
-            if self._worth_stacking(stack, len(group)):
+            if self._worth_stacking(stack, [each.member for each in group]):
                 refused |= self._take(stack, group)
                 continue
             if self.capacity > 1:
@@ -114,7 +114,7 @@ class Pool(Stacks):
     def _take(self, stack: VmapStack, group: Sequence[Candidate]) -> dict[Member, str]:
         """Make room in a stack and have it take a group of candidates; return those that it refuses, and why."""
         if stack.free < len(group) or not stack.members:
-            self._resize(stack, len(stack.members) + len(group))
+            self._resize(stack, [*stack.members, *(each.member for each in group)])
         refused = stack.take(group)
         for each in group:
             if each.member in refused:
@@ -136,26 +136,34 @@ class Pool(Stacks):
         self._stacks.append(stack)
         return stack
 
-    def _worth_stacking(self, stack: VmapStack, n_members: int) -> bool:
+    def _worth_stacking(self, stack: VmapStack, members: Sequence[Member]) -> bool:
         return (
-            n_members >= WORTH_STACKING
+            len(members) >= WORTH_STACKING
             or bool(stack.members)
             or self._task.device.type == "cuda"
-            or self._execution(stack, n_members, power_of_two(n_members)) == "compiled"
+            or self._execution(stack, members, power_of_two(len(members))) == "compiled"
         )
 
-    def _resize(self, stack: VmapStack, n_members: int) -> None:
-        capacity = power_of_two(n_members) if n_members else 0
+    def _resize(self, stack: VmapStack, members: Sequence[Member]) -> None:
+        capacity = power_of_two(len(members)) if members else 0
         if capacity != stack.capacity:
             stack.resize(capacity)
         if capacity:
-            stack.execution = self._execution(stack, n_members, capacity)
+            stack.execution = self._execution(stack, members, capacity)
 
-    def _execution(self, stack: VmapStack, n_members: int, capacity: int) -> Execution:
+    def _execution(self, stack: VmapStack, members: Sequence[Member], capacity: int) -> Execution:
         """Return whether the steps that a stack of that size has still to do pay for compiling it, or it is done."""
         if stack.is_compiled(capacity):
             return "compiled"
-        share = min(self._shared, n_members / max(n_members, self.capacity - self.free))
+        share = min(self._shared, len(members) / max(len(members), self.capacity - self.free))
         rounds = 1 + math.floor(self._ahead() * share / capacity)
-        n_steps = rounds * self._task.epochs * stack.steps_per_epoch
+        n_steps = rounds * max(map(self._epochs_left, members)) * stack.steps_per_epoch
         return "compiled" if compile_pays(n_steps, self._task.device) else "graph"
+
+    def _epochs_left(self, member: Member) -> int:
+        """Return how many epochs a member may be expected to be trained for: to its next pause, and half as often on.
+
+        Half of those that are paused are resumed, for twice as long.
+        """
+        whole = self._task.epochs - member.epoch
+        return whole if member.pause is None else min(whole, 2 * (member.pause - member.epoch))

@@ -100,6 +100,8 @@ class Member:
     epoch: int = 0
     joined: int = 0
     fault: str | None = None
+    pause: int | None = None
+    """After how many epochs it is paused next, if that is known; it may be resumed, or not."""
     history: list[dict[str, float]] = field(default_factory=list)
     error: TrialError | None = None
     """What its fault comes from, where that is an error of the objective's code."""
