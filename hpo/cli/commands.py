@@ -136,8 +136,10 @@ def _print_check(plan: Plan, data: Data | None, model: torch.nn.Module | None, o
         _print_model(model, out)
     if data is not None:
         _print_data(data, out)
+    is_open = "pruner" not in plan.spec.model_fields_set and not plan.trains_itself and plan.function is None
+    pruner = plan.spec.pruner.name + (", or halving where a stack holds several trials" if is_open else "")
     out.print(
-        f"\nsampler {plan.spec.sampler.name}, pruner {plan.spec.pruner.name}, device {plan.device}, "
+        f"\nsampler {plan.spec.sampler.name}, pruner {pruner}, device {plan.device}, "
         f"storage {masked(plan.spec.storage)}, tracking {masked(plan.spec.tracking)}"
     )
     out.print("nothing is wrong")

@@ -267,6 +267,7 @@ class _Worker:
                 f"pruner: halving, since {capacity} trials are trained at once, and median compares with "
                 "trials that have ended before; `pruner: median` in the study file has that one nevertheless"
             )
+            self._tracker.tag_study({"hpo.pruner": "halving"})
         if self._choice.threads is not None:
             torch.set_num_threads(self._choice.threads)
         if self._choice.why != AS_GIVEN:
