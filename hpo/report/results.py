@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.errors import InputError, did_you_mean, masked
 from hpo.search import schema
 from hpo.search.address import exists
-from hpo.search.budget import Counts, count, holders, worker_of
+from hpo.search.budget import Counts, count, covered, holders, is_paused, spans_of, worker_of
 from hpo.search.curves import from_json
 from hpo.search.storage import close_storage, open_storage
 from hpo.search.view import Best, own
@@ -57,9 +57,10 @@ class Study:
     def trials(self) -> pd.DataFrame:
         """One row for each trial of the budget, indexed by its number.
 
-        Columns: `state` (Optuna's: COMPLETE, PRUNED, FAIL, RUNNING, WAITING), `value`, the params that were searched as
-        `params_<name>`, `epochs` (how many were reported), `best_epoch` (counted from 1), `seconds`, `worker`,
-        `retry_of` (the trial that it resumes), `error`. A trial that was interrupted and retried stands there once.
+        Columns: `state` (Optuna's: COMPLETE, PRUNED, FAIL, RUNNING, WAITING; or PAUSED), `value`, the params that were
+        searched as `params_<name>`, `epochs` (how many were reported), `best_epoch` (counted from 1), `seconds` (of
+        training), `worker`, `retry_of` (the trial that it resumes), `error`. A trial that was interrupted and retried
+        stands there once.
         """
         rows = [self._row(trial) for trial in self._trials()]
         names = sorted({name for row in rows for name in row if name.startswith("params_")})
@@ -161,12 +162,12 @@ class Study:
         best_epoch = trial.user_attrs.get(schema.BEST_EPOCH)
         return {
             "number": trial.number,
-            "state": trial.state.name,
+            "state": "PAUSED" if is_paused(trial) else trial.state.name,
             "value": trial.value if trial.state == TrialState.COMPLETE else None,
             **{f"params_{name}": value for name, value in _params(trial).items()},
             "epochs": len(trial.intermediate_values),
             "best_epoch": None if best_epoch is None else best_epoch + 1,
-            "seconds": None if trial.duration is None else trial.duration.total_seconds(),
+            "seconds": covered(spans) if (spans := spans_of(trial)) and trial.state.is_finished() else None,
             "worker": worker_of(trial),
             "retry_of": trial.user_attrs.get(schema.RETRY_OF),
             "error": trial.user_attrs.get(schema.ERROR),

@@ -127,7 +127,7 @@ def _run(
         ended = conclude(plan, data, search, tracker, stopping.requested, seen) if data else None
         if seen.best() is None:
             raise HpoError(_why_no_best(seen, plan.spec.name))
-        state = "COMPLETE" if seen.counts.waiting == 0 else "INTERRUPTED"
+        state = "COMPLETE" if seen.counts.waiting + seen.counts.paused == 0 else "INTERRUPTED"
         return ended, seen
     except Interrupted:
         state = "INTERRUPTED"

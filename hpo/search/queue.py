@@ -104,8 +104,9 @@ class Queue:
         taken = holders(self._reader.read())
         several = n * (1 + len(_peers(taken)))
         choice = halving.choose(taken, several, self._spec.trials)
-        is_idle = not choice.claim and not choice.over  # somebody else trains, or has died
-        if choice.n_to_queue or is_idle or len(taken) > self._spec.trials:
+        others = any(trial.state == TrialState.RUNNING and trial.number not in self._ours for trial in taken)
+        is_held_up = others and not choice.claim  # by who may have died
+        if choice.n_to_queue or is_held_up or len(taken) > self._spec.trials:
             taken = holders(self.fill(several))
             choice = halving.choose(taken, several, self._spec.trials)
         if choice.over and any(map(is_paused, taken)):

@@ -133,8 +133,9 @@ class StudyView:
 
     @property
     def n_claimed(self) -> int:
-        """How many trials have been claimed so far, each retry counted."""
-        return sum(trial.state != TrialState.WAITING for trial in self.everything)
+        """How many trials have been claimed so far, each retry counted, and each time that one was resumed."""
+        claimed = sum(trial.state != TrialState.WAITING for trial in self.everything)
+        return claimed + sum(len(trial.user_attrs.get(schema.TRAINED, ())) for trial in self.everything)
 
     @cached_property
     def running(self) -> Sequence[Running]:
