@@ -24,8 +24,8 @@ Write = Callable[..., Path]
 def test_run_then_run_again_then_more_trials(study: Write) -> None:
     path = study()
     first = summary(invoke("run", path, "--json"))
-    assert set(first) == {"study", "storage", "trials", "best", "test", "bundle"}
-    assert first["trials"] == {"complete": 3, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
+    assert set(first) == {"study", "storage", "trials", "epochs", "best", "test", "bundle"}
+    assert first["trials"] == {"complete": 3, "pruned": 0, "failed": 0, "running": 0, "paused": 0, "waiting": 0}
     assert set(first["best"]) == {"number", "value", "params"}
     assert set(first["test"]) == {"loss", "r2"}
     assert Path(first["bundle"], "model.torchscript.pt").is_file()

@@ -89,7 +89,7 @@ def errors():
 @pytest.mark.parametrize("kind", ["memory", "torch"])
 def test_out_of_memory_fails_its_trial_and_the_study_continues(monkeypatch, kind, objective):
     result = summary(run(monkeypatch, f"good {kind}", objective=objective))
-    assert result["trials"] == {"complete": 2, "pruned": 0, "failed": 2, "running": 0, "waiting": 0}
+    assert result["trials"] == {"complete": 2, "pruned": 0, "failed": 2, "running": 0, "paused": 0, "waiting": 0}
     assert all("out of memory: " in error for error in errors())
     assert summary(run(monkeypatch, f"good {kind}", objective=objective))["trials"] == result["trials"]
 

@@ -56,7 +56,7 @@ def test_a_signal_gives_the_trial_back_and_a_second_run_goes_on(study: Callable[
     done = run_hpo("run", path, "--json", "--set", "epochs=200")
     summary = json.loads(done.stdout.splitlines()[-1])
     assert done.returncode == 0, done.stderr
-    assert summary["trials"] == {"complete": 3, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
+    assert summary["trials"] == {"complete": 3, "pruned": 0, "failed": 0, "running": 0, "paused": 0, "waiting": 0}
 
 
 def test_a_killed_trial_is_taken_up_anew_with_its_params_and_seed(study: Callable[..., Path]) -> None:
@@ -70,7 +70,7 @@ def test_a_killed_trial_is_taken_up_anew_with_its_params_and_seed(study: Callabl
     done = run_hpo("run", path, "--json")
     summary = json.loads(done.stdout.splitlines()[-1])
     assert done.returncode == 0, done.stderr
-    assert summary["trials"] == {"complete": 3, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
+    assert summary["trials"] == {"complete": 3, "pruned": 0, "failed": 0, "running": 0, "paused": 0, "waiting": 0}
     assert "trial 0 was lost (worker" in done.stdout
     successor = next(number for number, _ in states() if attribute(number, "retry_of") == 0)
     assert attribute(successor, "seed") == attribute(0, "seed")

@@ -54,7 +54,7 @@ def test_two_workers_share_a_study_and_one_that_is_killed_is_replaced(study):
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert "was killed (signal 9); it is started again in 0.5 s" in out
-    assert summary(out)["trials"] == {"complete": 4, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
+    assert summary(out)["trials"] == {"complete": 4, "pruned": 0, "failed": 0, "running": 0, "paused": 0, "waiting": 0}
     assert rows("select count(*) from trials where state = 'RUNNING'") == [(0,)]
     assert rows(OPEN_RUNS, file=MLFLOW) == [(0,)]
     assert not list(Path("mlruns/checkpoints/study").glob("place-*"))
@@ -134,7 +134,7 @@ def test_repair_frees_places_and_ends_the_runs_that_were_left_open(study):
     process.communicate(timeout=30)
     out = invoke("repair", path, "--json")
     assert "trial 0 is ended: worker" in out
-    assert summary(out)["trials"] == {"complete": 0, "pruned": 0, "failed": 0, "running": 0, "waiting": 2}
+    assert summary(out)["trials"] == {"complete": 0, "pruned": 0, "failed": 0, "running": 0, "paused": 0, "waiting": 2}
     assert rows("select state from trials where number = 0") == [("FAIL",)]
     runs = rows("select status from runs where name = 'trial 0'", file=MLFLOW)
     assert runs == [("KILLED",)]

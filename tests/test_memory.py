@@ -95,6 +95,7 @@ def test_small_ones_are_stacked_beside_the_one_that_is_too_large(huge, monkeypat
         "failed": 1,
         "pruned": 0,
         "running": 0,
+        "paused": 0,
         "waiting": 0,
     }
     assert max(sizes) == 7

@@ -367,7 +367,7 @@ def test_a_postgresql_that_hangs_stops_neither_training_nor_the_end(stepping, se
     path, url = stepping(STUDY), server.database()
     hang_twice(path, url, lambda: processes_of(server), LINEAR_SECONDS="0.04")
     counts = summary(invoke("run", path, "--storage", url, "--json"))["trials"]
-    assert counts == {"complete": 1, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
+    assert counts == {"complete": 1, "pruned": 0, "failed": 0, "running": 0, "paused": 0, "waiting": 0}
 
 
 @pytest.mark.slow
@@ -379,7 +379,7 @@ def test_a_grpc_server_that_hangs_stops_neither_training_nor_the_end(stepping):
         url = f"grpc://127.0.0.1:{port}"
         hang_twice(path, url, lambda: [psutil.Process(serving.pid)], LINEAR_SECONDS="0.04")
         counts = summary(invoke("run", path, "--storage", url, "--json"))["trials"]
-        assert counts == {"complete": 1, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
+        assert counts == {"complete": 1, "pruned": 0, "failed": 0, "running": 0, "paused": 0, "waiting": 0}
     finally:
         serving.kill()
         serving.communicate()
@@ -403,7 +403,7 @@ def test_a_stop_is_obeyed_while_a_trials_end_is_to_be_told_and_by_every_worker(s
             assert not any(worker.is_running() for worker in workers)
     assert "Traceback" not in said
     counts = summary(invoke("run", path, "--storage", url, "--json"))["trials"]
-    assert counts == {"complete": 9, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
+    assert counts == {"complete": 9, "pruned": 0, "failed": 0, "running": 0, "paused": 0, "waiting": 0}
 
 
 @pytest.mark.parametrize("kind", ["sqlite", pytest.param("journal", marks=pytest.mark.slow)])

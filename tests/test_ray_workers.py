@@ -37,7 +37,7 @@ def test_a_killed_actor_is_begun_again_and_the_budget_is_exact(study):
     os.kill(actors(process.pid)[0], signal.SIGKILL)
     out, err = process.communicate(timeout=500)
     assert process.returncode == 0, err
-    assert summary(out)["trials"] == {"complete": 6, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
+    assert summary(out)["trials"] == {"complete": 6, "pruned": 0, "failed": 0, "running": 0, "paused": 0, "waiting": 0}
     assert rows("select count(*) from trials where state = 'RUNNING'") == [(0,)]
     retried = rows("select count(*) from trial_user_attributes where key = 'retry_of'")
     assert retried[0][0] >= 1

@@ -48,7 +48,7 @@ def test_a_study_of_an_earlier_version_is_resumed(begun: Path, request: pytest.F
     from_scratch = "place-2.pt is not resumed from: it is of other params or of another version" in done.stdout
     assert from_scratch == (request.node.callspec.params["begun"].name in FROM_SCRATCH), done.stdout
     summary = json.loads(done.stdout.splitlines()[-1])
-    assert summary["trials"] == {"complete": 4, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
+    assert summary["trials"] == {"complete": 4, "pruned": 0, "failed": 0, "running": 0, "paused": 0, "waiting": 0}
     url = f"sqlite:///{begun.parent}/optuna.db"
     trials = closed_in_time(optuna.load_study(study_name="stored", storage=url)).trials
     complete = {trial.user_attrs["place"]: trial for trial in trials if trial.state.name == "COMPLETE"}

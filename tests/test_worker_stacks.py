@@ -221,7 +221,7 @@ def test_a_storage_that_is_away_then_does_not_hold_up_training(study, monkeypatc
         real(self, key, value)
 
     monkeypatch.setattr(Search, "remember", remember)
-    path = study("trials: 4\nepochs: 4\nstack: 4\nsampler: random\n")
+    path = study("trials: 4\nepochs: 4\nstack: 4\nsampler: random\npruner: none\n")
     invoke("run", path)
     assert len(refused) == 2
     assert summary(invoke("status", path, "--json"))["stacks"] == ["captured"]
