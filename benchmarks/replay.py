@@ -1,7 +1,7 @@
 """Recorded learning curves in place of training: the real search, sampler and pruner, over curves of known ends.
 
 A task is what `benchmarks/curves.py` writes. Trials of a stream take its configurations in a given order; trials of a
-sampler get the curve of the nearest configurations. Workers and their slots are played one epoch after the other, in a
+sampler get the curve of the nearest one. Workers and their slots are played one epoch after the other, in a
 time of their own in which each epoch takes about as long as any other.
 """
 
@@ -73,13 +73,11 @@ class Task:
             point.append((scale(value) - low) / (high - low))
         return point
 
-    def nearest(self, params: Mapping[str, Any], n: int = 3) -> np.ndarray:
-        """Return the curve (E,) of a configuration: the mean of the nearest `n`, by how near they are."""
+    def nearest(self, params: Mapping[str, Any]) -> np.ndarray:
+        """Return the curve (E,) of the recorded configuration that is nearest."""
         distances = np.linalg.norm(self.points - np.array(self._point(params)), axis=1)
-        nearest = np.argsort(distances)[:n]
-        weights = 1 / (distances[nearest] + 1e-3)
-        mean: np.ndarray = weights @ self.curves[nearest] / weights.sum()
-        return mean
+        curve: np.ndarray = self.curves[int(distances.argmin())]
+        return curve
 
     def regret(self, value: float) -> float:
         """Return by how much a value is worse than the task's best configuration, the median one being worse by 1."""
