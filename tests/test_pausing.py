@@ -12,6 +12,7 @@ from hpo.runner.prepare import prepare
 from hpo.runner.worker import work
 from hpo.search.opening import open_search
 from hpo.search.pruning import settle_pruner
+from hpo.search.search import Search
 from hpo.study.spec import Plugin
 from hpo.tracking.base import MemoryTracker
 from tests.logged import recorded
@@ -148,6 +149,26 @@ def test_one_that_is_damaged_is_refused_with_the_reason():
     again = study.run()
     assert any("is not resumed from: it cannot be read" in line for line in again.said)
     assert again.view.counts.finished == 8
+
+
+def test_one_whose_worker_dies_just_before_it_is_told_to_be_paused_is_paused_then(monkeypatch):
+    """Its checkpoint is there, and it has not been chosen to be trained on."""
+    undisturbed = Study("one", f"{HALVING}stack: 1\n").run().curves()
+    real, died = Search.pause, []
+
+    def dies(self, number):
+        if len(died) < 3:
+            died.append(number)
+            raise Interrupted("killed")
+        real(self, number)
+
+    monkeypatch.setattr(Search, "pause", dies)
+    study = Study("two", f"{HALVING}stack: 1\n")
+    for _ in range(5):
+        study.run()
+    assert len(died) == 3
+    assert study.view.counts.unfinished == 0
+    assert study.curves() == undisturbed
 
 
 def test_without_memory_for_them_paused_trials_are_read_from_disk():

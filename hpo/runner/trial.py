@@ -128,6 +128,12 @@ class TrialRun:
         return content
 
     @property
+    def is_at_its_pause(self) -> bool:
+        """Whether a checkpoint that it resumes from was made to pause it."""
+        pause = self.member.pause
+        return pause is not None and self.member.epoch >= pause
+
+    @property
     def checkpoint_is_due(self) -> bool:
         """Whether the last checkpoint, or the trial's beginning, is `checkpoint_every` ago."""
         return time.monotonic() - self._checkpointed >= self._plan.spec.checkpoint_every

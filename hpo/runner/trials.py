@@ -88,7 +88,19 @@ class Trials:
         if not claims:
             return []
         with self._search.storage.together(), self._tracker.together():
-            return [self._begun(claim) for claim in claims]
+            begun = [self._begun(claim) for claim in claims]
+        return self._without_those_to_pause(begun)
+
+    def _without_those_to_pause(self, begun: Sequence[TrialRun]) -> list[TrialRun]:
+        """Pause those that succeed a trial whose worker died as it was to be paused; return the others."""
+        due = [trial for trial in begun if trial.is_at_its_pause]
+        if due:
+            with self.together():
+                for trial in due:
+                    trial.end("PAUSED")
+            for trial in due:
+                self.done(trial.member.number)
+        return [trial for trial in begun if trial not in due]
 
     def _begun(self, claim: Claim) -> TrialRun:
         trial = TrialRun(self._plan, self._origin, claim, self._search, self._tracker, self._progress, self._paused)
