@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 from curves import FOLDER
-from replay import Played, Task, play, streams
+from replay import Task, play, regret, streams
 from scipy.stats import wilcoxon
 
 from hpo.study.spec import Plugin
@@ -30,17 +30,15 @@ SHARE = 0.28
 """What share of the epochs halving takes: so many more trials it is given, since cohorts follow from their number."""
 
 
-def rules(epochs: int) -> Mapping[str, Plugin]:
-    """Return the rules that are compared, by name."""
-    return {
-        "none": Plugin(name="none"),
-        "median(5, 0)": Plugin(name="median", n_startup_trials=5, n_warmup_steps=0),
-        "median(10, E/5)": Plugin(name="median"),
-        "hyperband": Plugin(name="hyperband", reduction_factor=3),
-        "sha": Plugin(name="successive_halving", reduction_factor=4),
-        "halving": Plugin(name="halving"),
-        "halving, first 2": Plugin(name="halving", first=2),
-    }
+RULES: Mapping[str, Plugin] = {
+    "none": Plugin(name="none"),
+    "median(5, 0)": Plugin(name="median", n_startup_trials=5, n_warmup_steps=0),
+    "median(10, E/5)": Plugin(name="median"),
+    "hyperband": Plugin(name="hyperband", reduction_factor=3),
+    "sha": Plugin(name="successive_halving", reduction_factor=4),
+    "halving": Plugin(name="halving"),
+    "halving, first 2": Plugin(name="halving", first=2),
+}
 
 
 def compare_rules(tasks: Sequence[Task], options: argparse.Namespace) -> None:
@@ -48,15 +46,15 @@ def compare_rules(tasks: Sequence[Task], options: argparse.Namespace) -> None:
     for n in options.trials:
         for workers in options.workers:
             for stack in options.stacks:
-                for name in options.rules or rules(1):
+                for name in options.rules:
                     rows = [
                         _against_the_best(task, order[:n], name, stack, workers)
                         for task in tasks
                         for order in streams(task, options.streams)
                     ]
-                    share, regret, found, resumed = np.mean(rows, axis=0)
+                    share, lost, found, resumed = np.mean(rows, axis=0)
                     print(
-                        f"| {n} | {stack} | {workers} | {name} | {share:.0%} | {regret:.4f} | {found:.0%} | "
+                        f"| {n} | {stack} | {workers} | {name} | {share:.0%} | {lost:.4f} | {found:.0%} | "
                         f"{resumed:.2f} |",
                         flush=True,
                     )
@@ -65,15 +63,12 @@ def compare_rules(tasks: Sequence[Task], options: argparse.Namespace) -> None:
 def _against_the_best(
     task: Task, order: Sequence[int], rule: str, stack: int, workers: int
 ) -> tuple[float, float, float, float]:
-    plugin = rules(task.epochs)[rule]
-    done = play(task, plugin, trials=len(order), stack=stack, workers=workers, stream=order)
+    done = play(task, RULES[rule], trials=len(order), stack=stack, workers=workers, stream=order)
     ends = task.ends[list(order)]
-    best, median = ends.min(), np.median(ends)
-    regret = (done.value - best) / (median - best)
     return (
         done.epochs / (len(order) * task.epochs),
-        regret,
-        float(done.value <= best),
+        regret(done.value, ends),
+        float(done.value <= ends.min()),
         done.resumed / len(order),
     )
 
@@ -104,16 +99,16 @@ def compare_samplers(tasks: Sequence[Task], options: argparse.Namespace) -> None
 def _regret(task: Task, sampler: str, rule: str, seed: int) -> float:
     budget = FULL_TRIALS * task.epochs
     trials = round(FULL_TRIALS / SHARE) if rule.startswith("halving") else 20 * FULL_TRIALS
-    done: Played = play(
+    done = play(
         task,
-        rules(task.epochs)[rule],
+        RULES[rule],
         trials=trials,
         stack=1,
         sampler=Plugin(name=sampler),
         seed=seed,
         budget=budget,
     )
-    return task.regret(done.value)
+    return regret(done.value, task.ends)
 
 
 def main() -> None:
@@ -124,7 +119,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, nargs="+", default=[20, 50, 100])
     parser.add_argument("--stacks", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rules", nargs="+", choices=list(rules(1)))
+    parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES))
     parser.add_argument("--seeds", type=int, default=10)
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)

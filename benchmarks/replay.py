@@ -79,20 +79,20 @@ class Task:
         curve: np.ndarray = self.curves[int(distances.argmin())]
         return curve
 
-    def regret(self, value: float) -> float:
-        """Return by how much a value is worse than the task's best configuration, the median one being worse by 1."""
-        best, median = self.ends.min(), np.median(self.ends)
-        return float((value - best) / (median - best))
+
+def regret(value: float, ends: np.ndarray) -> float:
+    """Return by how much a value is worse than the best of `ends`, the median of them being worse by 1."""
+    best, median = ends.min(), np.median(ends)
+    return float((value - best) / (median - best))
 
 
 @dataclass
 class Played:
-    """What a study has come to: how many epochs it took, the value that it ends with, and which trial has that."""
+    """What a study has come to: how many epochs it took, the value that it ends with, how often trials were resumed."""
 
     epochs: int
     value: float
-    chosen: Any
-    resumed: int = 0
+    resumed: int
 
 
 class _Slots:
@@ -182,11 +182,9 @@ def play(
         finished = [trial for trial in inner.get_all_trials(0, deepcopy=False) if trial.intermediate_values]
     if budget == math.inf:
         finished = [trial for trial in finished if trial.state == optuna.trial.TrialState.COMPLETE]
-    best = min(finished, key=lambda trial: (min(trial.intermediate_values.values()), trial.number))
     return Played(
         epochs=sum(each.epochs for each in slots),
-        value=min(best.intermediate_values.values()),
-        chosen=best.params.get(INDEX),
+        value=min(min(trial.intermediate_values.values()) for trial in finished),
         resumed=sum(each.resumed for each in slots),
     )
 

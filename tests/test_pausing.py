@@ -253,6 +253,13 @@ class TestSearch:
                     return search.pause(claim.number)
         return None
 
+    def at_the_first_rung(self, opener):
+        """Return two workers of a study of which one has trained all trials to their first rung."""
+        one, other = self.open(opener)
+        for claim in [one.ask() for _ in range(4)]:
+            self.train(one, claim, 0.1 * (claim.slot + 1))
+        return one, other
+
     @pytest.mark.parametrize("kind", ["sqlite", "journal", "postgresql"])
     def test_two_workers_in_each_storage(self, tmp_path, kind, request):
         opener = Opener(tmp_path)
@@ -278,9 +285,7 @@ class TestSearch:
 
     def test_a_peer_sees_that_a_trial_was_resumed_and_paused_again(self, tmp_path):
         opener = Opener(tmp_path)
-        one, other = self.open(opener)
-        for claim in [one.ask() for _ in range(4)]:
-            self.train(one, claim, 0.1 * (claim.slot + 1))
+        one, other = self.at_the_first_rung(opener)
         assert set(other.view().paused.values()) == {2}
         self.train(one, one.ask(), 0.9)
         assert sorted(other.view().paused.values()) == [2, 2, 2, 4]
@@ -288,9 +293,7 @@ class TestSearch:
 
     def test_of_two_that_claim_the_same_paused_trial_one_gets_it(self, tmp_path):
         opener = Opener(tmp_path)
-        one, other = self.open(opener)
-        for claim in [one.ask() for _ in range(4)]:
-            self.train(one, claim, 0.1 * (claim.slot + 1))
+        one, other = self.at_the_first_rung(opener)
         claims = [one.ask_up_to(4), other.ask_up_to(4)]
         assert [len(each) for each in claims] == [2, 0]
         assert all(claim.is_resumed and claim.n_reported == 2 for claim in claims[0])
@@ -298,9 +301,7 @@ class TestSearch:
 
     def test_one_whose_worker_dies_after_it_was_resumed_is_retried_past_its_rung(self, tmp_path):
         opener = Opener(tmp_path)
-        one, other = self.open(opener)
-        for claim in [one.ask() for _ in range(4)]:
-            self.train(one, claim, 0.1 * (claim.slot + 1))
+        one, other = self.at_the_first_rung(opener)
         resumed = one.ask()
         one.give_back(resumed.number, "interrupted")
         again = other.ask()

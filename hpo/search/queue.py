@@ -97,12 +97,14 @@ class Queue:
         taken = holders(self._reader.read())
         if len(taken) > self._spec.trials or all(trial.state != TrialState.WAITING for trial in taken):
             taken = holders(self.fill(n))
-        self._waiting = deque(_share([trial for trial in taken if trial.state == TrialState.WAITING], taken))
+        waiting = [trial for trial in taken if trial.state == TrialState.WAITING]
+        self._waiting = deque(_share(waiting, _n_peers(taken)))
 
     def _chosen(self, halving: Halving, n: int) -> Sequence[FrozenTrial]:
         """Return up to `n` trials to be claimed now; where there will be none any more, prune those that are paused."""
         taken = holders(self._reader.read())
-        several = n * (1 + len(_peers(taken)))
+        n_peers = _n_peers(taken)
+        several = n * (1 + n_peers)
         choice = halving.choose(taken, several, self._spec.trials)
         others = any(trial.state == TrialState.RUNNING and trial.number not in self._ours for trial in taken)
         is_held_up = others and not choice.claim  # by who may have died
@@ -113,7 +115,7 @@ class Queue:
             self._prune_paused(halving)
         if doubt := halving.doubt(taken):
             log.warning(doubt)
-        return _share(choice.claim, taken)
+        return _share(choice.claim, n_peers)
 
     def _prune_paused(self, halving: Halving) -> None:
         """End all paused trials, unless there is something to be trained by now."""
@@ -242,16 +244,15 @@ class Queue:
         return lost
 
 
-def _peers(taken: Sequence[FrozenTrial]) -> set[str]:
-    """Return the other processes that train some of these trials."""
+def _n_peers(taken: Sequence[FrozenTrial]) -> int:
+    """Return how many other processes train some of these trials."""
     training = {worker_of(trial) for trial in taken if trial.state == TrialState.RUNNING and lease_of(trial)}
-    return training - {this_process()}
+    return len(training - {this_process()})
 
 
-def _share(waiting: Sequence[FrozenTrial], taken: Sequence[FrozenTrial]) -> Sequence[FrozenTrial]:
+def _share(waiting: Sequence[FrozenTrial], n_peers: int) -> Sequence[FrozenTrial]:
     """Return all that wait, or, beside peers, a share drawn at random: to try what a peer takes is time lost."""
-    peers = _peers(taken)
-    return random.sample(waiting, math.ceil(len(waiting) / (1 + len(peers)))) if peers else waiting
+    return random.sample(waiting, math.ceil(len(waiting) / (1 + n_peers))) if n_peers else waiting
 
 
 def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -87,8 +87,8 @@ class PerTrialSampler(BaseSampler):
     def _of(self, trial: FrozenTrial) -> BaseSampler:
         if trial.number not in self._current:
             slot = trial.user_attrs.get(schema.SLOT, trial.number)
-            is_random = self.see is not None and self._random is not None and slot % EVERY == EVERY - 1
-            make = self._random if is_random and self._random is not None else self._make
+            is_random = self.see is not None and slot % EVERY == EVERY - 1
+            make = (self._random if is_random else None) or self._make
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 self._current[trial.number] = make(slot)

@@ -7,7 +7,6 @@ rung that enough of them have reached, each with its best value so far there.
 
 import copy
 from collections.abc import Container, Sequence
-from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -30,13 +29,19 @@ class AtOneRung:
         self._halving, self._rungs = halving, (*halving.rungs, epochs)
         self._sign = -1 if maximize else 1
         self._made: dict[tuple[int, int], FrozenTrial] = {}
+        self._last: tuple[Sequence[FrozenTrial] | None, list[FrozenTrial]] = (None, [])
 
     def __call__(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         """Return adopted trials as they are, those at the highest rung with ENOUGH, and the running ones that are new.
 
         A running trial that was resumed counts with its value, not as one of which nothing is known, which TPE takes
-        for a bad one.
+        for a bad one. The same list is ranked once, however often a sampler asks (`Search.ask_up_to` reads it once).
         """
+        if self._last[0] is not trials:
+            self._last = (trials, self._of(trials))
+        return self._last[1]
+
+    def _of(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         of_budget = holders(own(trials))
         adopted = [trial for trial in trials if schema.ADOPTED in trial.user_attrs]
         running = [t for t in of_budget if t.state == TrialState.RUNNING and not t.intermediate_values]
@@ -65,14 +70,10 @@ class SeenStudy(optuna.Study):
     def __init__(self, study: optuna.Study, see: AtOneRung) -> None:
         self.__dict__ |= study.__dict__
         self._see = see
-        self._seen: tuple[Any, list[FrozenTrial]] = (None, [])
 
     def _get_trials(
         self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
     ) -> list[FrozenTrial]:
-        # read once for all that are asked for together (`Search.ask_up_to`): each read ranks all trials
-        whole = super()._get_trials(deepcopy=False, states=None, use_cache=True)
-        if self._seen[0] is not whole:
-            self._seen = (whole, self._see(whole))
-        seen = [trial for trial in self._seen[1] if states is None or trial.state in states]
+        whole = super()._get_trials(deepcopy=False, states=None, use_cache=True)  # the same list for all that are asked
+        seen = [trial for trial in self._see(whole) if states is None or trial.state in states]
         return copy.deepcopy(seen) if deepcopy else seen

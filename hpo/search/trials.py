@@ -2,8 +2,7 @@
 
 Optuna's own cache reads every unfinished trial at each call, through SQLAlchemy's objects. Here a finished trial is
 read once, a waiting one when it is claimed or paused, one that this process trains never: what is written of it is
-known.
-`tests/test_trials.py` compares what is read with Optuna's own reader.
+known. `tests/test_trials.py` compares what is read with Optuna's own reader.
 """
 
 import json
