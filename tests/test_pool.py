@@ -56,6 +56,11 @@ def mlp(width: int) -> nn.Module:
     return nn.Sequential(nn.Linear(6, width), nn.Sigmoid(), nn.BatchNorm1d(width), nn.Linear(width, 1))
 
 
+def plain(width: int) -> nn.Module:
+    """Return a network whose step is traced for any number of slots: BatchNorm's is not."""
+    return nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 1))
+
+
 def heads(width: int) -> nn.Module:
     if width % 6:
         raise ValueError(f"{width} does not divide into six heads")
@@ -76,7 +81,13 @@ class Small(Toy):
     """A small regression in double precision; `loss` says in which way the loss reads its params."""
 
     def build(self, params, info):
-        made = {"mlp": mlp, "heads": heads, "lstm": lambda width: Last(), "local": lambda width: local()}
+        made = {
+            "mlp": mlp,
+            "plain": plain,
+            "heads": heads,
+            "lstm": lambda width: Last(),
+            "local": lambda width: local(),
+        }
         return made[params["kind"]](params["width"]).double()
 
     def loss(self, outputs, targets, params):
@@ -201,6 +212,19 @@ def test_a_stack_is_as_large_as_its_members_need() -> None:
     fit(made, late, seen=lambda stack, member: sizes.append(stack.capacity))
     assert set(sizes) == {4}
     assert_same_curves(late, alone(*[{}] * 3))
+
+
+def test_a_stack_whose_step_is_for_any_size_shrinks_with_its_members() -> None:
+    """Of 20, three leave after an epoch and one more joins, and three leave after two."""
+    stops = {n: 1 + n // 3 for n in range(6)}
+    got, expected = (members(*[{"kind": "plain"}] * 21) for _ in range(2))
+    made, sizes = pool(20, kind="plain"), []
+    fit(made, got, stops, lambda stack, member: sizes.append(stack.capacity))
+    fit(SingleStack(LoopStack(TASK, 20)), expected, stops)
+    assert_same_curves(got, expected)
+    assert list(dict.fromkeys(sizes)) == [20, 18, 15, 2]
+    (stack,) = made._stacks
+    assert len(stack._opened._graphs) == 1
 
 
 @pytest.mark.parametrize("capacity", [1, 3, 5])

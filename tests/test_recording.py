@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from hpo.errors import Interrupted
 from hpo.stacks import recording, vmap_step
 from hpo.stacks.candidate import NotStackable
+from hpo.stacks.graph import CompiledStep
+from hpo.stacks.graph import Graph as StepGraph
 from hpo.stacks.recording import CudaReplay, EpochReplay, Run
 from hpo.stacks.state import StackState
 from hpo.stacks.vmap_stack import VmapStack
@@ -238,6 +240,19 @@ def broken(how: str) -> Callable[..., Any]:
     return call
 
 
+class Untraced(StepGraph):
+    """A step's graph that is the step itself."""
+
+    def __init__(self, run: Run, *batch: Any, any_size: bool = False) -> None:
+        self.run = run
+
+    def fits(self, n_slots: int, n_rows: int) -> bool:
+        return False
+
+    def __call__(self, state: StackState, inputs: Any, targets: Tensor) -> Any:
+        return self.run(state, inputs, targets)
+
+
 N_WRITTEN = 5 + 3 + 10 + 1
 """conv_batchnorm under adam: 5 weights, 3 buffers of BatchNorm, two states a weight, the count of steps."""
 
@@ -254,7 +269,7 @@ def test_a_replay_that_is_not_the_step_is_found_and_not_used(
     kind, _, which = fault.partition(" ")
     if kind == "write":
         monkeypatch.setattr(vmap_step, "in_place", leaves_out(int(which)))
-        monkeypatch.setattr(vmap_step, "_traced", lambda run, *batch: run)
+        monkeypatch.setattr(vmap_step, "Graph", Untraced)
     elif kind == "hyper":
         monkeypatch.setattr(CudaReplay, "__init__", baked(kind))
     else:
@@ -310,10 +325,11 @@ def test_a_step_that_cannot_be_compiled_is_replayed_all_the_same_and_said(
     graphs: type[Capture],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fails(*arguments: Any) -> Any:
-        raise ValueError("ptxas was not found\nmore of it")
+    class Fails(CompiledStep):
+        def __init__(self, *arguments: Any) -> None:
+            raise ValueError("ptxas was not found\nmore of it")
 
-    monkeypatch.setattr(vmap_step, "CompiledStep", fails)
+    monkeypatch.setattr(vmap_step, "CompiledStep", Fails)
     monkeypatch.setattr(vmap_step, "has_compiler", lambda device: True)
     made = stack(conv, execution="compiled")
     for member in members():
@@ -326,17 +342,18 @@ def test_a_compiled_step_that_gives_something_else_is_not_used(
     graphs: type[Capture],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def wrong(run: Run, *arguments: Any) -> Run:
-        def call(state: StackState, inputs: Any, targets: Tensor) -> Any:
+    class Wrong(CompiledStep):
+        def __init__(self, graph: StepGraph, *arguments: Any) -> None:
+            self._graph = graph
+
+        def __call__(self, state: StackState, inputs: Any, targets: Tensor) -> Any:
             with torch.no_grad():
                 for x in state.buffers.values():
                     if x.is_floating_point():
                         x.mul_(1.001)
-            return run(state, inputs, targets)
+            return self._graph(state, inputs, targets)
 
-        return call
-
-    monkeypatch.setattr(vmap_step, "CompiledStep", wrong)
+    monkeypatch.setattr(vmap_step, "CompiledStep", Wrong)
     monkeypatch.setattr(vmap_step, "has_compiler", lambda device: True)
     made = stack(conv, execution="compiled")
     assert_trained_as_alone(made, conv)

@@ -12,16 +12,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torchmetrics.regression import MeanSquaredError
 
 from hpo.stacks.candidate import NotStackable
-from hpo.stacks.compiled import CompiledStep
+from hpo.stacks.graph import CompiledStep, Graph
 from hpo.stacks.padding import Padder, unpadded
 from hpo.stacks.recording import in_place
 from hpo.stacks.structure import common_structure
 from hpo.stacks.tensor_modules import RateDropout
 from hpo.stacks.vmap_stack import VmapStack
-from hpo.stacks.vmap_step import Execution, Run, VmapStep, has_compiler
+from hpo.stacks.vmap_step import Execution, has_compiler
 from hpo.study.data import Split
 from hpo.study.losses import cross_entropy
 from hpo.study.objective import Objective
+from hpo.training import schedules, stacked_optim
 from hpo.training.loop_stack import LoopStack
 from hpo.training.stack import Member, Stack, Task
 from tests.stacking import CPU, INFO, Toy, assert_same_curves, assert_same_weights, trained
@@ -159,24 +160,90 @@ def test_members_have_the_curves_they_would_have_alone(architecture: str, execut
     assert_equal(got, expected, got_weights, alone)
 
 
+def count_compiled(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
+    """Return a list to which each graph is added that is compiled from now on."""
+    compiled, real = [], Graph.compiled
+
+    def compile_it(self: Graph, *batch: Any) -> Any:
+        compiled.append(self)
+        return real(self, *batch)
+
+    monkeypatch.setattr(Graph, "compiled", compile_it)
+    return compiled
+
+
 def test_a_small_compiled_step_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fast one of those below: two layers, two members."""
     if not has_compiler(CPU):
         pytest.skip("torch compiles for a CPU with a C++ compiler, and there is no `c++` on the PATH")
-    compiled, real = [], VmapStep._compiled
-
-    def compile_it(self: VmapStep, run: Run, *arguments: Any) -> Run:
-        made = real(self, run, *arguments)
-        compiled.append(made is not run)  # it is `run`, where the compiler does not work
-        return made
-
-    monkeypatch.setattr(VmapStep, "_compiled", compile_it)
+    compiled = count_compiled(monkeypatch)
     got, expected = (members("two_layers", 2, optimizer="sgd") for _ in range(2))
     made = stack("two_layers", 2, "compiled")
     got_weights = fit(made, got, "two_layers")
-    assert compiled == [True]  # not for the epoch's last, smaller batch
+    assert len(compiled) == 1  # the epoch's last, smaller batch has the same one
     assert made.is_compiled(2)
+    assert made.path == "compiled"
     assert_equal(got, expected, got_weights, fit(loop(2), expected, "two_layers"))
+
+
+def test_a_step_is_compiled_once_for_all_numbers_of_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stack loses members and slots, and wins some: its losses are those of one that is not compiled."""
+    if not has_compiler(CPU):
+        pytest.skip("torch compiles for a CPU with a C++ compiler, and there is no `c++` on the PATH")
+    compiled = count_compiled(monkeypatch)
+    made, reference = stack("two_layers", 5, "compiled"), stack("two_layers", 5)
+    everyone = members("two_layers", 8)
+    for member in everyone[:5]:
+        made.join(member)
+        reference.join(member)
+    rows = split("two_layers")
+    x, y = list(rows.inputs.values()), rows.targets
+    for leaving, joining in ((0, 0), (2, 0), (1, 0), (0, 3)):
+        for each in (made, reference):
+            for member in list(each.members)[:leaving]:
+                each.leave(member)
+            each.resize(len(each.members) + joining)
+            for member in everyone[5 : 5 + joining]:
+                each.join(member)
+        for n in (BATCH_SIZE, 5):
+            expected = reference.step([x[0][:n]], y[:n])
+            torch.testing.assert_close(made.step([x[0][:n]], y[:n]), expected, rtol=0, atol=1e-12)
+        assert made.path == "compiled"
+    assert made.capacity == len(made.members) == 5
+    assert len(compiled) == 1
+    assert made.is_compiled(7)
+    assert not made.is_compiled(1)  # one slot is broadcast
+
+
+@pytest.mark.parametrize("clips", [{}, {"max_grad_norm": 0.5}])
+@pytest.mark.parametrize("schedule", [None, *schedules.NAMES])
+@pytest.mark.parametrize("optimizer", stacked_optim.STATE)
+def test_a_step_is_traced_once_for_all_sizes(optimizer: str, schedule: str | None, clips: dict[str, float]) -> None:
+    """Nothing of ours asks for the number of slots or of rows: a condition on it would be kept in the graph."""
+    params = {"optimizer": optimizer, **clips, **({} if schedule is None else {"schedule": schedule})}
+    made = stack("mlp", 3, "graph")
+    for member in members("mlp", 3, **params):
+        made.join(member)
+    (graph,) = made._opened._graphs  # of the rows that a stack is tried on
+    assert all(graph.fits(*sizes) for sizes in ((2, 2), (3, BATCH_SIZE), (64, 64), (100, 7)))
+    assert not graph.fits(1, 5)
+    assert not graph.fits(5, 1)
+
+
+def test_a_loss_that_asks_for_the_number_of_rows_is_traced_for_each() -> None:
+    class Rows(Regression):
+        def loss(self, outputs, targets, params):
+            return super().loss(outputs, targets, params) * (2 if len(targets) > 10 else 1)
+
+    for execution in ("graph", "eager"):
+        made = VmapStack(task(Rows()), 2, split("mlp", 8), execution)
+        for member in members("mlp", 2):
+            made.join(member)
+        rows = split("mlp")
+        losses = [made.step([rows.inputs["x"][:n]], rows.targets[:n]) for n in (16, 5, 16)]
+        if execution == "graph":
+            got = losses
+    torch.testing.assert_close(got, losses, rtol=0, atol=1e-12)
 
 
 @pytest.mark.slow
@@ -378,7 +445,9 @@ def test_a_step_is_compiled_for_its_tensors_and_again_for_others(writes: bool, m
         (torch.randn(8, 16).double().T, torch.randn(16, 1).double()),
     ]
     batches.append((torch.randn(5, 8).double(), torch.randn(5, 1).double()))
-    step = CompiledStep(in_place(eager) if writes else eager, state, [batches[0][0]], batches[0][1])
+    first = (state, [batches[0][0]], batches[0][1])
+    graph = Graph(in_place(eager) if writes else eager, *first, any_size=not writes)
+    step = CompiledStep(graph, *first)
     for x, y in batches:
         expected = eager(tree_map(torch.clone, state), [x], y)
         given = tree_map(torch.clone, state)

@@ -29,6 +29,18 @@ def power_of_two(n: int) -> int:
     return power
 
 
+def slots_for(n: int, *, general: bool) -> int:
+    """Return how many slots a stack of `n` members has, at least as many.
+
+    `general`: one graph is for all numbers of two or more; then at most an eighth is padding, so that there are few
+    numbers nevertheless, at each of which what is compiled is compared once.
+    """
+    if not general:
+        return power_of_two(n)
+    unit = max(1, power_of_two(n) // 16)
+    return max(2, -(-n // unit) * unit)
+
+
 def records(device: torch.device) -> bool:
     """Whether a stack's steps on `device` are recorded once and replayed (`hpo.stacks.recording`)."""
     return device.type == "cuda"

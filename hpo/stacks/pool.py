@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 
 from hpo.log import Once
 from hpo.stacks.candidate import Candidate, NotStackable, candidates
-from hpo.stacks.cost import compile_pays, power_of_two
+from hpo.stacks.cost import compile_pays, slots_for
 from hpo.stacks.padding import Padder, PaddingPlan
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.stacks.vmap_step import Execution
@@ -66,7 +66,7 @@ class Pool(Stacks):
             reasons |= refused
             waiting = {member: waiting[member] for member in refused}
         for stack in self._stacks:
-            if len(stack.members) <= stack.capacity // 4:
+            if self._is_too_large(stack):
                 self._resize(stack, stack.members)
         while self._queue and not self._alone.members:
             self._alone.join(self._queue.pop(0))
@@ -128,7 +128,7 @@ class Pool(Stacks):
                 return stack
         reason = self._hopeless.get((candidate.padder, candidate.signature))
         if reason is None:
-            stack = VmapStack(self._task, 1, self._example, "graph", candidate.padder)
+            stack = VmapStack(self._task, min(2, self.capacity), self._example, "graph", candidate.padder)
             reason = stack.open(candidate)
         if reason is not None:
             self._hopeless[candidate.padder, candidate.signature] = reason
@@ -141,11 +141,19 @@ class Pool(Stacks):
             len(members) >= WORTH_STACKING
             or bool(stack.members)
             or self._task.device.type == "cuda"
-            or self._execution(stack, members, power_of_two(len(members))) == "compiled"
+            or self._execution(stack, members, self._slots_for(stack, len(members))) == "compiled"
         )
 
+    def _slots_for(self, stack: VmapStack, n: int) -> int:
+        return min(self.capacity, slots_for(n, general=stack.is_general))
+
+    def _is_too_large(self, stack: VmapStack) -> bool:
+        """Whether a stack is to have fewer slots: at a quarter, where each number of them is traced by itself."""
+        n = len(stack.members)
+        return n <= stack.capacity // 4 or (stack.is_general and self._slots_for(stack, n) < stack.capacity)
+
     def _resize(self, stack: VmapStack, members: Sequence[Member]) -> None:
-        capacity = power_of_two(len(members)) if members else 0
+        capacity = self._slots_for(stack, len(members)) if members else 0
         if capacity != stack.capacity:
             stack.resize(capacity)
         if capacity:

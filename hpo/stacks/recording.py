@@ -197,16 +197,22 @@ def recorded_epoch(
 
 
 def difference(
-    reference: Run, other: Run, state: StackState, inputs: Sequence[Tensor], targets: Tensor, tolerance: float
+    reference: Run,
+    other: Run,
+    state: StackState,
+    inputs: Sequence[Tensor],
+    targets: Tensor,
+    tolerance: float,
+    n_steps: int = 2,
 ) -> str | None:
     """Return in what two forms of a step differ, over all that a step changes and its losses; None: in nothing.
 
-    Both do two steps from equal states, of other hyperparameters and rows the second time, and draw the same random
-    numbers. Neither is given `state` itself. What each member's updates differ by is measured by its largest one.
+    Both do `n_steps` from equal states, of other hyperparameters and rows each time, and draw the same random numbers.
+    Neither is given `state` itself. What each member's updates differ by is measured by its largest one.
     """
     hyper = {name: torch.full_like(x, _PROBED[name]) if name in _PROBED else x for name, x in state.hyper.items()}
     state = state._replace(hyper=hyper)
-    for _ in range(2):
+    for _ in range(n_steps):
         generators = random_states(targets.device)
         with torch.no_grad():
             expected, losses = reference(*tree_map(torch.clone, (state, list(inputs), targets)))

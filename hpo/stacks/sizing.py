@@ -18,7 +18,7 @@ from torch import nn
 
 from hpo.errors import Interrupted
 from hpo.stacks.candidate import Candidate, NotStackable, candidate
-from hpo.stacks.cost import SIZES, compile_pays, power_of_two
+from hpo.stacks.cost import SIZES, compile_pays, slots_for
 from hpo.stacks.padding import Padder, Padding, PaddingPlan
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.stacks.vmap_step import Execution
@@ -226,7 +226,9 @@ class Sizing:
         )
         start = time.perf_counter()
         try:
-            stack = VmapStack(self.task, power_of_two(len(group)), self.example, execution, padder)
+            stack = VmapStack(
+                self.task, min(capacity, slots_for(len(group), general=False)), self.example, execution, padder
+            )
             reason = stack.open(group[0])
             copies = [replace(each, member=replace(each.member, number=-1 - i)) for i, each in enumerate(group)]
             reason = reason or next(iter(stack.take(copies).values()), None)

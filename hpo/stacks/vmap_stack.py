@@ -93,6 +93,11 @@ class VmapStack(Stack):
         """Whether there is a compiled step for so many slots."""
         return self._opened.is_compiled(capacity)
 
+    @property
+    def is_general(self) -> bool:
+        """Whether its steps are neither traced nor compiled again for another number of slots, of two or more."""
+        return self._opened.is_general
+
     def suits(self, candidate: Candidate) -> bool:
         """Whether `candidate` has this stack's signature."""
         return self._step is not None and self._signature_of(candidate) == self._signature

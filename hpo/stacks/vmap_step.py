@@ -8,16 +8,15 @@ Shapes: K slots, B rows of a batch; a weight (K, ...), a loss (K,).
 
 import shutil
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map
 
-from hpo.stacks.compiled import CompiledStep
 from hpo.stacks.cost import records
+from hpo.stacks.graph import CompiledStep, Graph
 from hpo.stacks.recording import (
     CudaReplay,
     EpochReplay,
@@ -76,6 +75,9 @@ class VmapStep:
         self._epochs: dict[tuple[int, int, Execution], EpochReplay | None] = {}
         self._forms: dict[tuple[int, int, Execution], _Prepared] = {}
         """What is recorded: compiled, if it is to be; it outlives its recordings, which each hold a whole state."""
+        self._graphs: list[Graph] = []
+        self._compiled: dict[Graph, CompiledStep | str] = {}
+        """The graphs that are compiled, or why they are not."""
 
     def __call__(
         self, state: StackState, inputs: Sequence[Tensor], targets: Tensor, execution: Execution
@@ -116,13 +118,25 @@ class VmapStep:
 
     def is_compiled(self, capacity: int) -> bool:
         """Whether there is a compiled step for so many slots."""
-        key: tuple[int, int, Execution] = (capacity, self.params["batch_size"], "compiled")
-        return key in self._prepared or key in self._forms
+        if records(self._task.device):
+            return (capacity, self._n_rows, "compiled") in self._forms
+        several = self._compiled.values()
+        return any(isinstance(step, CompiledStep) and step.fits(capacity, self._n_rows) for step in several)
+
+    @property
+    def is_general(self) -> bool:
+        """Whether what is traced and compiled is so for other numbers of slots too."""
+        return any(graph.is_general for graph in self._graphs)
 
     def path(self, capacity: int, execution: Execution) -> str | None:
         """Return how steps of so many slots run, and why not faster, for a person; None: there was none yet."""
-        prepared = self._prepared.get((capacity, self.params["batch_size"], execution))
+        prepared = self._prepared.get((capacity, self._n_rows, execution))
         return None if prepared is None else prepared.path
+
+    @property
+    def _n_rows(self) -> int:
+        """How many rows all batches of an epoch have but the last."""
+        return min(int(self.params["batch_size"]), self._task.n_rows)
 
     def forget(self) -> None:
         """Let go of what is recorded, and with it of the tensors of its state."""
@@ -131,11 +145,12 @@ class VmapStep:
 
     def try_out(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor, execution: Execution) -> None:
         """Raise what torch.func raises where it has no rule for the network or the loss."""
+        self._graphs.clear()  # of a state that was tried before, with other numbers for the loss
         if execution == "eager":
             with torch.no_grad():
                 self.eager(*tree_map(torch.clone, (state, inputs, targets)))
         else:
-            self.captured(state, inputs, targets)
+            self._graph(state, inputs, targets)
         self.forward(state, inputs)
 
     def forward(self, state: StackState, inputs: Sequence[Tensor]) -> Any:
@@ -160,32 +175,51 @@ class VmapStep:
         if execution == "eager":
             return _Prepared(self.eager, "eager")
         batch = (state, inputs, targets)
-        compiles = execution == "compiled" and len(targets) == self.params["batch_size"]  # not the last, smaller one
+        compiles = execution == "compiled"
         if not records(self._task.device):
-            return self._fastest(self.captured(*batch), compiles, *batch)
+            return self._fastest(self._graph(*batch), compiles, *batch)
         key = (len(state.t), len(targets), execution)
         if key not in self._forms:
-            self._forms[key] = self._fastest(_traced(in_place(self.eager), *batch), compiles, *batch)
+            self._forms[key] = self._fastest(Graph(in_place(self.eager), *batch), compiles, *batch)
         form = self._forms[key]
         try:
             return form._replace(run=recorded(form.run, *batch, self._tolerance(1e-4)))
         except NotRecorded as error:
             # what writes in place must not run out of memory midway: a replay's is its own, a plain step's is not
-            form = self._fastest(self.captured(*batch), compiles, *batch)
+            form = self._fastest(self._graph(*batch), compiles, *batch)
             return form._replace(why=(*form.why, f"not replayed from a CUDA graph: {error}"))
 
+    def _graph(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> Graph:
+        """Return the step as a graph of plain operations, for batches of this size: one traced before, if it fits."""
+        for graph in self._graphs:
+            if graph.fits(len(state.t), len(targets)):
+                return graph
+        # one slot or one row is broadcast: what is traced with it is traced for it alone
+        any_size = len(state.t) > 1 and len(targets) > 1 and not records(self._task.device)
+        several = any_size and all(graph.is_general or not graph.any_size for graph in self._graphs)
+        graph = Graph(self.eager, state, inputs, targets, any_size=several)
+        self._graphs.append(graph)
+        return graph
+
     def _fastest(
-        self, run: Run, compiles: bool, state: StackState, inputs: Sequence[Tensor], targets: Tensor
+        self, graph: Graph, compiles: bool, state: StackState, inputs: Sequence[Tensor], targets: Tensor
     ) -> _Prepared:
-        """Return `run` compiled, if it `compiles` and that gives the same; else as it is, and why."""
-        if not compiles:
-            return _Prepared(run, "captured")
-        try:
-            return _Prepared(self._compiled(run, state, inputs, targets), "compiled")
-        except Exception as error:  # a compiler's errors have no common base
-            if is_out_of_memory(error):
-                raise
-            return _Prepared(run, "captured", (f"not compiled: {line(error)}",))
+        """Return `graph` compiled, if it `compiles` and that gives the same; else as it is, and why.
+
+        For an epoch's last, smaller batch it is not compiled, but what is compiled may fit that too.
+        """
+        step = self._compiled.get(graph)
+        fits = isinstance(step, CompiledStep) and step.fits(len(state.t), len(targets))
+        if not compiles or (len(targets) != self._n_rows and not fits):
+            return _Prepared(graph, "captured")
+        if not isinstance(step, str):
+            try:
+                return _Prepared(self._compile(graph, state, inputs, targets), "compiled")
+            except Exception as error:  # a compiler's errors have no common base
+                if is_out_of_memory(error):
+                    raise
+                step = self._compiled[graph] = line(error)
+        return _Prepared(graph, "captured", (f"not compiled: {step}",))
 
     def eager(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> tuple[Trained, Tensor]:
         """The step as it is. Nothing is changed in place."""
@@ -220,23 +254,23 @@ class VmapStep:
         factor = schedules.factor(state.hyper, state.t, self._task.steps_per_epoch(self.params), self._task.epochs)
         return {**state.hyper, "learning_rate": state.hyper["learning_rate"] * factor}
 
-    def captured(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> Run:
-        """Return the step as a graph of plain operations, for batches of this size."""
-        return _traced(self.eager, state, inputs, targets)
-
-    def _compiled(self, run: Run, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> Run:
-        """Return `run` compiled. Raises what the compiler raises, ValueError where it gives something else."""
+    def _compile(self, graph: Graph, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> Run:
+        """Return `graph` compiled. Raises what the compiler raises, ValueError where it gives something else."""
         if not has_compiler(self._task.device):
             raise ValueError("no C++ compiler was found")
-        compiled = CompiledStep(run, state, inputs, targets)
+        step = self._compiled.get(graph)
+        is_first = not isinstance(step, CompiledStep)
+        if not isinstance(step, CompiledStep):
+            step = CompiledStep(graph, state, inputs, targets)
         with torch.no_grad():
-            compiled(*tree_map(torch.clone, (state, list(inputs), targets)))
-        if self._is_random:  # the compiler draws other masks
-            return compiled
-        why = difference(run, compiled, state, inputs, targets, self._tolerance(1e-3))
-        if why is not None:
-            raise ValueError(f"compiled it differs in {why}")
-        return compiled
+            step(*tree_map(torch.clone, (state, list(inputs), targets)))
+        if not self._is_random:  # the compiler draws other masks
+            n_steps = 2 if is_first else 1  # of another size it is the same code
+            why = difference(graph, step, state, inputs, targets, self._tolerance(1e-3), n_steps)
+            if why is not None:
+                raise ValueError(f"compiled it differs in {why}")
+        self._compiled[graph] = step
+        return step
 
     @property
     def _is_random(self) -> bool:
@@ -247,11 +281,3 @@ class VmapStep:
         if self._task.precision != "float32":
             return 50 * single
         return single if all(w.dtype != torch.float64 for w in self._template.parameters()) else 1e-6 * single
-
-
-def _traced(run: Run, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> Run:
-    """Return `run` as a graph of plain operations."""
-    copies = tree_map(torch.clone, (state, list(inputs), targets))
-    with torch.no_grad():
-        # on copies: tracing runs it once; a plain function, since make_fx counts a method's self as a tensor
-        return cast(Run, make_fx(lambda *arguments: run(*arguments))(*copies))

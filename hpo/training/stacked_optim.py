@@ -131,6 +131,6 @@ def clipped(gradients: Mapping[str, Tensor], max_norm: Tensor) -> dict[str, Tens
 
     As torch.nn.utils.clip_grad_norm_: the norm is that of all of a member's gradients together.
     """
-    norm = sum(g.reshape(len(g), -1).square().sum(1) for g in gradients.values()).sqrt()  # type: ignore[union-attr]
+    norm = sum(g.reshape(g.shape[0], -1).square().sum(1) for g in gradients.values()).sqrt()  # type: ignore[union-attr]
     scale = torch.where(max_norm > 0, (max_norm / (norm + 1e-6)).clamp(max=1.0), torch.ones_like(norm))
     return {name: g * scale.view((-1,) + (1,) * (g.ndim - 1)) for name, g in gradients.items()}

@@ -1,0 +1,157 @@
+"""A step as a graph of plain operations, and compiled from it by TorchInductor.
+
+The numbers of slots and of rows are symbols in a graph wherever torch can trace the step so: a stack that loses or wins
+members, and the last, smaller batch of an epoch, are neither traced nor compiled again. What was traced may still hold
+for some numbers only (a loss that branches on them): torch keeps these conditions, and they are looked up. Many of
+vmap's rules (for convolutions, normalisation, `cat`, GELU) take the numbers as they are: such a graph is for one size.
+
+`torch.compile` would have TorchDynamo trace the graph once more, which takes seconds, and look at every tensor of the
+state before each step. A stack's state keeps its strides, so that is done only where Inductor's own look at them finds
+others.
+"""
+
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from hpo.stacks.recording import Run
+from hpo.stacks.state import StackState, Trained
+
+_MOST_FORMS = 4
+
+
+class Graph:
+    """`run` as a graph of plain operations on tensors like these; `any_size`: of other numbers of slots and rows too.
+
+    It holds no tensors. Raises what tracing raises.
+    """
+
+    def __init__(
+        self, run: Run, state: StackState, inputs: Sequence[Tensor], targets: Tensor, *, any_size: bool = False
+    ) -> None:
+        self.run, self.any_size = run, any_size
+        leaves, structure = tree_flatten((state, list(inputs), targets))
+
+        def flat(*tensors: Tensor) -> list[Any]:
+            # a plain function, since make_fx counts a method's self as a tensor
+            results, self._out = tree_flatten(run(*tree_unflatten(list(tensors), structure)))
+            return results
+
+        self._sizes: _Sizes | None = None
+        self._fits: dict[tuple[int, int], bool] = {}
+        with torch.no_grad():
+            if any_size:
+                with suppress(Exception):  # of many kinds, where an operation has no rule for symbols
+                    sizes = _Sizes(leaves, len(tree_leaves(state)))
+                    self.module = make_fx(flat, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*sizes.examples)
+                    self._sizes = sizes
+            if self._sizes is None:
+                self.module = make_fx(flat)(*tree_map(torch.clone, leaves))  # on copies: tracing runs it once
+                self._fits[_sizes_of(state, targets)] = True
+        self.is_general = self.fits(len(state.t) + 1, len(targets) + 1)
+        """Whether it is for other numbers of slots and rows too."""
+
+    def fits(self, n_slots: int, n_rows: int) -> bool:
+        """Whether it is the step of so many slots and rows."""
+        key = (n_slots, n_rows)
+        if key not in self._fits:
+            self._fits[key] = self._sizes is not None and self._sizes.hold(*key)
+        return self._fits[key]
+
+    def __call__(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> tuple[Trained, Tensor]:
+        return self.results(self.module(*tree_leaves((state, list(inputs), targets))))
+
+    def results(self, flat: Sequence[Any]) -> tuple[Trained, Tensor]:
+        """Return what the step returns, from its tensors in their order."""
+        return cast(tuple[Trained, Tensor], tree_unflatten(list(flat), self._out))
+
+    def compiled(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> Any:
+        """Return it compiled, as a function of its tensors in their order. Raises what the compiler raises."""
+        import torch._inductor  # a second, and only where something is compiled
+
+        examples: list[Any] = tree_map(torch.clone, tree_leaves((state, list(inputs), targets)))
+        with torch.no_grad():
+            call = torch._inductor.compile(self.module, examples if self._sizes is None else self._sizes.examples)
+        self._fits.clear()  # the compiler may have set conditions of its own
+        if self._sizes is None:
+            self._fits[_sizes_of(state, targets)] = True
+        return call
+
+
+class CompiledStep:
+    """A graph compiled for tensors like these. Raises what the compiler raises."""
+
+    def __init__(self, graph: Graph, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> None:
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
+        self._n_forms = 0
+        self._compile(graph, state, inputs, targets)
+
+    def fits(self, n_slots: int, n_rows: int) -> bool:
+        """Whether so many slots and rows need not be compiled for."""
+        return self._graph.fits(n_slots, n_rows)
+
+    def __call__(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> tuple[Trained, Tensor]:
+        arguments = (state, list(inputs), targets)
+        try:
+            if not self._graph.fits(*_sizes_of(state, targets)):
+                raise AssertionError("other sizes")
+            results = self._call(*tree_leaves(arguments))
+        except AssertionError:  # before anything is computed: a tensor has another size or other strides
+            if self._n_forms == _MOST_FORMS:
+                raise
+            graph = self._graph
+            self._compile(Graph(graph.run, *arguments, any_size=graph.any_size), *arguments)
+            results = self._call(*tree_leaves(arguments))
+        return self._graph.results(results)
+
+    def _compile(self, graph: Graph, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> None:
+        self._graph, self._call = graph, graph.compiled(state, inputs, targets)
+        self._n_forms += 1
+
+
+def _sizes_of(state: StackState, targets: Tensor) -> tuple[int, int]:
+    return len(state.t), len(targets)
+
+
+class _Sizes:
+    """Stand-ins for tensors, `examples`, whose numbers of slots and of rows are symbols; and what was assumed of these.
+
+    The first `n_state` tensors have a row a slot, the others one a row of a batch.
+    """
+
+    def __init__(self, leaves: Sequence[Tensor], n_state: int) -> None:
+        self._env = ShapeEnv()
+        mode = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
+
+        def example(x: Tensor, first: DimDynamic) -> Any:
+            sizes = [first, *[DimDynamic.STATIC] * (x.ndim - 1)]
+            return mode.from_tensor(x.detach().clone(), symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+
+        self.examples = [example(x, DimDynamic.DUCK) for x in leaves[:n_state]]  # equal ones are one symbol
+        self.examples += [example(x, DimDynamic.DYNAMIC) for x in leaves[n_state:]]
+        self._slots, self._rows = self.examples[0].shape[0], [x.shape[0] for x in self.examples[n_state:]]
+        for n in self._rows[1:]:
+            torch._check(n == self._rows[0])
+
+    def hold(self, n_slots: int, n_rows: int) -> bool:
+        """Whether what was assumed holds for so many slots and rows."""
+        values = {}
+        for size, n in ((self._slots, n_slots), *((rows, n_rows) for rows in self._rows)):
+            if isinstance(size, int):
+                if size != n:
+                    return False
+                continue
+            symbol = size.node._expr
+            bounds = self._env.var_to_range[symbol]
+            if not bounds.lower <= n <= bounds.upper:
+                return False
+            values[symbol] = n
+        return all(guard.expr.subs(values) == True for guard in self._env.guards)  # noqa: E712  # sympy's own true
