@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping
@@ -148,7 +149,7 @@ def main() -> None:
             before = Path.cwd()
             os.chdir(folder)
             stacked(name, "none", 4, options.stack)  # imports, and what torch tries the compiler with
-            Path("mlruns/optuna.db").unlink()
+            shutil.rmtree("mlruns")
             sides: dict[str, tuple[Seen, float]] = {}
             several: list[dict[str, Any]] = []
             for pruner in PRUNERS:

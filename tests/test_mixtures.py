@@ -179,7 +179,7 @@ def test_depth_activation_and_width_share_one_stack() -> None:
     made = pool(Mixed(), 9, "coarse")
     made.join(members(KINDS * 3))
     assert len(made.active) == 1
-    assert made.active[0].capacity == 16
+    assert made.active[0].capacity == 9
 
 
 def test_members_that_join_and_leave_midway_have_the_curves_of_a_loop_of_the_same_slots() -> None:

@@ -4,19 +4,28 @@ import math
 
 import torch
 
-STEPS_THAT_PAY = {"cpu": 10_000, "cuda": 100_000}
-"""How many steps of a stack pay for compiling it, by the type of the device; elsewhere it is not worth a try.
+COMPILE_SECONDS = {"cpu": 5.0, "cuda": 25.0}
+"""What compiling a step costs, by the type of the device; elsewhere it is not worth a try.
 
-On a CPU compiling takes some 5 s, and saves about half a millisecond a step. On CUDA, where an uncompiled step is
-replayed too, it is 15 to 40 s for a quarter of a millisecond: an estimate, which benchmarks/gpu.py is to replace.
+On a CPU 1 to 7 s (torch 2.14, one core, 2026-11-28). On CUDA an estimate, which benchmarks/gpu.py is to replace.
 """
+_SAVED_SHARE = 0.5
+"""How much of a step compiling saves on a CPU: measured 0.55 to 0.76 for perceptrons, 0.3 for a convolution."""
+_SAVED_SECONDS = 0.25e-3
+"""The same on CUDA, where a step that is not compiled is replayed: an estimate."""
+_TYPICAL_STEP = 1.5e-3
+"""Seconds of a small stack's step that is not compiled, on a CPU."""
 SIZES = {"cpu": (1, 4, 16, 64, 256), "mps": (1, 4, 16, 64, 256), "cuda": (1, 4, 16, 64, 256, 1024, 4096)}
 """How many trials at once `stack: auto` tries, by the type of the device."""
 
 
-def compile_pays(n_steps: float, device: torch.device) -> bool:
-    """Whether a stack that has so many steps to do is faster if it is compiled, the time to compile it counted."""
-    return n_steps >= STEPS_THAT_PAY.get(device.type, math.inf)
+def compile_pays(n_steps: float, device: torch.device, step_seconds: float = _TYPICAL_STEP) -> bool:
+    """Whether a stack that has so many steps to do is faster if it is compiled, the time to compile it counted.
+
+    `step_seconds`: how long a step takes that is not compiled; on CUDA it does not matter.
+    """
+    saved = _SAVED_SECONDS if device.type == "cuda" else _SAVED_SHARE * step_seconds
+    return n_steps * saved >= COMPILE_SECONDS.get(device.type, math.inf)
 
 
 def power_of_two(n: int) -> int:

@@ -13,7 +13,6 @@ from hpo.stacks.candidate import Candidate, NotStackable, candidates
 from hpo.stacks.cost import compile_pays, slots_for
 from hpo.stacks.padding import Padder, PaddingPlan
 from hpo.stacks.vmap_stack import VmapStack
-from hpo.stacks.vmap_step import Execution
 from hpo.study.data import Split
 from hpo.training.faults import TrialError
 from hpo.training.loop_stack import LoopStack
@@ -21,6 +20,9 @@ from hpo.training.stack import Member, Stack, Stacks, Task
 
 WORTH_STACKING = 3
 """How many members a new stack must have, unless it is compiled or on CUDA: two are as fast one after the other."""
+
+_OF_PAUSED = 1 / 3
+"""Which part of the epochs is trained where trials are paused: see benchmarks/pruning.py."""
 
 
 class Pool(Stacks):
@@ -141,7 +143,8 @@ class Pool(Stacks):
             len(members) >= WORTH_STACKING
             or bool(stack.members)
             or self._task.device.type == "cuda"
-            or self._execution(stack, members, self._slots_for(stack, len(members))) == "compiled"
+            or stack.is_compiled(self._slots_for(stack, len(members)))
+            or compile_pays(self._steps_left(stack, members), self._task.device)
         )
 
     def _slots_for(self, stack: VmapStack, n: int) -> int:
@@ -157,21 +160,15 @@ class Pool(Stacks):
         if capacity != stack.capacity:
             stack.resize(capacity)
         if capacity:
-            stack.execution = self._execution(stack, members, capacity)
+            stack.expect(self._steps_left(stack, members))
 
-    def _execution(self, stack: VmapStack, members: Sequence[Member], capacity: int) -> Execution:
-        """Return whether the steps that a stack of that size has still to do pay for compiling it, or it is done."""
-        if stack.is_compiled(capacity):
-            return "compiled"
-        share = min(self._shared, len(members) / max(len(members), self.capacity - self.free))
-        rounds = 1 + math.floor(self._ahead() * share / capacity)
-        n_steps = rounds * max(map(self._epochs_left, members)) * stack.steps_per_epoch
-        return "compiled" if compile_pays(n_steps, self._task.device) else "graph"
+    def _steps_left(self, stack: VmapStack, members: Sequence[Member]) -> float:
+        """Return about how many steps a stack of `members` has still to do, those of trials still to come counted.
 
-    def _epochs_left(self, member: Member) -> int:
-        """Return how many epochs a member may be expected to be trained for: to its next pause, and half as often on.
-
-        Half of those that are paused are resumed, for twice as long.
+        Where trials are paused, most are never resumed: all together are trained for a third of the epochs.
         """
-        whole = self._task.epochs - member.epoch
-        return whole if member.pause is None else min(whole, 2 * (member.pause - member.epoch))
+        share = min(self._shared, len(members) / max(len(members), self.capacity - self.free))
+        rounds = math.floor(self._ahead() * share / self._slots_for(stack, len(members)))
+        n_epochs = self._task.epochs * (_OF_PAUSED if any(member.pause is not None for member in members) else 1)
+        longest = max(self._task.epochs - member.epoch for member in members)
+        return (longest + rounds * n_epochs) * stack.steps_per_epoch

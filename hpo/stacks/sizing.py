@@ -20,8 +20,7 @@ from hpo.errors import Interrupted
 from hpo.stacks.candidate import Candidate, NotStackable, candidate
 from hpo.stacks.cost import SIZES, compile_pays, slots_for
 from hpo.stacks.padding import Padder, Padding, PaddingPlan
-from hpo.stacks.vmap_stack import VmapStack
-from hpo.stacks.vmap_step import Execution
+from hpo.stacks.vmap_stack import TIMED_STEPS, VmapStack
 from hpo.study.data import Split
 from hpo.training.batches import Batch, Batches
 from hpo.training.faults import TrialError
@@ -221,20 +220,18 @@ class Sizing:
         """Return the time to make a stack of `group`, and that of all its trials; None where there is no memory."""
         params = group[0].member.params
         rounds = max(1, round(self.n_trials / capacity))
-        execution: Execution = (
-            "compiled" if compile_pays(rounds * shared * self._n_steps(params), self.task.device) else "graph"
-        )
         start = time.perf_counter()
         try:
-            stack = VmapStack(
-                self.task, min(capacity, slots_for(len(group), general=False)), self.example, execution, padder
-            )
+            n_slots = min(capacity, slots_for(len(group), general=False))
+            stack = VmapStack(self.task, n_slots, self.example, "graph", padder)
             reason = stack.open(group[0])
             copies = [replace(each, member=replace(each.member, number=-1 - i)) for i, each in enumerate(group)]
             reason = reason or next(iter(stack.take(copies).values()), None)
             if reason is not None:
                 raise NotStackable(reason)
-            stack.step(*self._batch(params["batch_size"]))
+            stack.expect(rounds * shared * self._n_steps(params))
+            for _ in range(TIMED_STEPS + 1):  # it is compiled in the last of these, if that pays
+                stack.step(*self._batch(params["batch_size"]))
             to_begin = time.perf_counter() - start
             return to_begin, self._seconds_per_step(stack) * self._n_steps(params)
         except (RuntimeError, MemoryError) as error:

@@ -8,6 +8,7 @@ Shapes: K slots, B rows of a batch; a weight (K, ...), a loss (K,).
 """
 
 import math
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from hpo.errors import Interrupted
 from hpo.stacks.candidate import Candidate, NotStackable, candidate
-from hpo.stacks.cost import records
+from hpo.stacks.cost import compile_pays, records
 from hpo.stacks.padding import Padder, unpadded
 from hpo.stacks.recording import line
 from hpo.stacks.slots import Slots
@@ -38,6 +39,8 @@ _TOLERANCES: Mapping[Precision, float] = {"float32": 1e-4, "tf32": 1e-2, "bf16":
 """How much outputs in a stack may differ from those alone: other kernels round otherwise, at the most by so much."""
 _ROWS_AT_ONCE: Mapping[str, int] = {"cuda": 1 << 20}
 """How many rows of all members together are evaluated at once; on a CPU so few that they stay in its cache."""
+TIMED_STEPS = 5
+"""How many steps are timed before it is decided whether to compile them."""
 _OTHER_OUTPUTS = "its outputs in a stack are not those alone: its module has state outside of tensors"
 
 
@@ -59,6 +62,7 @@ class VmapStack(Stack):
         """
         self.capacity = capacity
         self.execution: Execution = execution
+        self._expected, self._timed = 0.0, list[float]()
         self._task, self._example, self._padder = task, example, padder
         self._slots = Slots(capacity, task.device)
         self._step: VmapStep | None = None
@@ -97,6 +101,18 @@ class VmapStack(Stack):
     def is_general(self) -> bool:
         """Whether its steps are neither traced nor compiled again for another number of slots, of two or more."""
         return self._opened.is_general
+
+    def expect(self, n_steps: float) -> None:
+        """Say how many steps there may be still to do: they are compiled as soon as that is seen to pay.
+
+        How long one takes is seen on the first ones; where steps are recorded, only their number counts.
+        """
+        if self.execution == "compiled" and not self.is_compiled(self.capacity):
+            self.execution = "graph"  # it was compiled for another number of slots
+        self._expected, self._timed = n_steps, []
+        pays_anyway = records(self._task.device) and compile_pays(n_steps, self._task.device)
+        if pays_anyway or self.is_compiled(self.capacity):
+            self.execution = "compiled"
 
     def suits(self, candidate: Candidate) -> bool:
         """Whether `candidate` has this stack's signature."""
@@ -258,8 +274,20 @@ class VmapStack(Stack):
     def _step_of_all(self, inputs: Sequence[Tensor], targets: Tensor) -> Tensor:
         """Do one step; return the losses of all slots, (K,), the empty ones too."""
         self._slots.settle()
+        start = time.perf_counter()
         self._slots.state, losses = self._opened(self._slots.state, inputs, targets, self.execution)
+        if self.execution == "graph" and self._expected and not records(self._task.device):
+            self._decide(time.perf_counter() - start)
         return losses
+
+    def _decide(self, seconds: float) -> None:
+        """Have the steps compiled from now on, if the last ones, which took so long, show that it pays."""
+        self._timed.append(seconds)
+        self._expected -= 1
+        if len(self._timed) == TIMED_STEPS:
+            if compile_pays(self._expected, self._task.device, min(self._timed)):
+                self.execution = "compiled"
+            self._expected = 0
 
     def _missing(self) -> Tensor:
         """Return which members have no network, (n,)."""
