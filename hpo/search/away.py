@@ -10,7 +10,6 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from hpo.errors import HpoError, Interrupted, StorageError
 from hpo.log import log
-from hpo.search.remote import NoAnswer
 from hpo.search.storage import StorageBusy, open_storage, see_whether_it_answers
 
 RETRY_SECONDS = 2.0
@@ -47,6 +46,8 @@ def is_away(error: BaseException) -> bool:
 
 def was_cut(error: BaseException | None) -> bool:
     """Whether a connection turned out to be cut, at once: a server that hangs is not asked a second time."""
+    from hpo.search.postgres import NoAnswer  # psycopg, which is not needed until something is away
+
     if error is None or isinstance(getattr(error, "orig", None), NoAnswer):
         return False
     return getattr(error, "connection_invalidated", False) or was_cut(error.__cause__)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
-import scipy.special
 from optuna.samplers._tpe.parzen_estimator import _ParzenEstimator
 from optuna.samplers._tpe.probability_distributions import _BatchedCategoricalDistributions, _unique_inverse_2d
 
@@ -50,7 +49,7 @@ class Density:
         """Take kernels apart into the factors of x^2 and x and a constant, with x measured from the range's middle."""
         low, high = np.array([[each.adapted_low, each.adapted_high] for each in of]).T
         place, width = (np.array([getattr(each, name) for each in of]).T for name in ("mu", "sigma"))
-        mass = scipy.special.ndtr((high - place) / width) - scipy.special.ndtr((low - place) / width)
+        mass = _ndtr((high - place) / width) - _ndtr((low - place) / width)
         self._middle = (low + high) / 2
         steep = 1 / width**2
         pull = (place - self._middle) * steep
@@ -112,4 +111,11 @@ def _log_mass(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     flipped = low > 0  # of the upper tail the mirror image, whose digits are not lost beside 1
     low, high = np.where(flipped, -high, low), np.where(flipped, -low, high)
     with np.errstate(divide="ignore"):
-        return cast(np.ndarray, np.log(scipy.special.ndtr(high) - scipy.special.ndtr(low)))
+        return cast(np.ndarray, np.log(_ndtr(high) - _ndtr(low)))
+
+
+def _ndtr(x: np.ndarray) -> np.ndarray:
+    """Return the normal distribution's mass below `x`. SciPy is imported late: `hpo status` has no use for it."""
+    from scipy.special import ndtr
+
+    return cast(np.ndarray, ndtr(x))

@@ -7,13 +7,11 @@ import functools
 import hashlib
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
-import psycopg
 from optuna.storages import GrpcStorageProxy
-from psycopg import waiting
 from sqlalchemy import create_engine, event
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
@@ -30,46 +28,16 @@ _LISTING_SECONDS = 20.0
 """How long Optuna's gRPC server may take to send all trials of a study, in one answer."""
 
 
-class NoAnswer(psycopg.OperationalError):
-    """PostgreSQL has sent nothing for `ANSWER_SECONDS`."""
-
-
-class _Impatient(psycopg.Connection[Any]):
-    """A connection that closes itself where the server sends nothing for `ANSWER_SECONDS`, and raises NoAnswer."""
-
-    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
-        """Do what psycopg's own does. Ctrl-C closes the connection too: to cancel would be to wait for the server."""
-        try:
-            return waiting.wait(_listening(gen), self.pgconn.socket, interval=interval)
-        except (NoAnswer, KeyboardInterrupt):
-            self.close()
-            raise
-
-
-def _listening(gen: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-    """Pass on what psycopg's `gen` waits for; it is sent None each `interval` in which nothing came."""
-    heard = time.monotonic()
-    try:
-        wanted = next(gen)
-        while True:
-            ready = yield wanted
-            if ready:
-                heard = time.monotonic()
-            elif time.monotonic() - heard > ANSWER_SECONDS:
-                raise NoAnswer(f"PostgreSQL has sent nothing for {ANSWER_SECONDS:g} s")
-            wanted = gen.send(ready)
-    except StopIteration as done:
-        return done.value
-
-
 def engine_arguments(parsed: URL) -> dict[str, Any]:
     """Return what SQLAlchemy is to make PostgreSQL's engine with."""
+    from hpo.search.postgres import Impatient  # psycopg: a tenth of a second, which a file needs not
+
     arguments, keywords = create_engine(parsed).dialect.create_connect_args(parsed)
     keywords = {**keywords, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
     keywords |= {"tcp_user_timeout": CUT_OFF_SECONDS * 1000, "connect_timeout": CONNECT_SECONDS}
     return {
         "pool_size": 4,  # one for training, one for the leases, one that holds the lock, one that asks after an outage
-        "creator": lambda: _Impatient.connect(*arguments, **keywords),
+        "creator": lambda: Impatient.connect(*arguments, **keywords),
     }
 
 
@@ -112,7 +80,7 @@ def _won(engine: Engine, stack: ExitStack, seconds: float) -> bool:
         try:
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_KEY})")
         except OperationalError as error:
-            if not isinstance(error.orig, psycopg.errors.LockNotAvailable):
+            if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
                 raise
             return False
         stack.push(unless_won.pop_all())
@@ -124,6 +92,8 @@ def _close(connection: Connection) -> None:
         connection.close()
 
 
+_LOCK_NOT_AVAILABLE = "55P03"
+"""PostgreSQL's code of the error that a lock was waited for too long."""
 _KEY = int.from_bytes(hashlib.sha256(b"hpo").digest()[:7])
 
 

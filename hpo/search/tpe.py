@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
-import scipy.special
 from optuna.distributions import BaseDistribution
 from optuna.samplers import TPESampler
 from optuna.samplers._tpe import _truncnorm
@@ -23,9 +22,6 @@ from hpo.search.density import Density
 
 _EXACT = 2000
 """Up to how many trials each sees the params of all before it; with more, of all but the last n / _EXACT."""
-
-if hasattr(_truncnorm, "_log_ndtr"):  # Optuna's own is Python, number by number: 70% of what asking for a trial takes
-    _truncnorm._log_ndtr = scipy.special.log_ndtr
 
 
 @dataclass
@@ -69,6 +65,7 @@ class SharedTPESampler(TPESampler):
 
     def __init__(self, shared: Shared, **keys: Any) -> None:
         super().__init__(**keys)
+        _use_scipy()
         self._shared = shared
         self._search_space = shared.space
 
@@ -121,3 +118,14 @@ class SharedTPESampler(TPESampler):
 
     def _estimator(self, values: dict[str, np.ndarray], search_space: dict[str, BaseDistribution]) -> Density:
         return Density(self._parzen_estimator_cls(values, search_space, self._parzen_estimator_parameters))
+
+
+def _use_scipy() -> None:
+    """Have Optuna take SciPy's logarithm of the normal distribution: its own is Python, number by number.
+
+    That was 70% of what asking for a trial takes. SciPy is imported here, since `hpo status` asks for none.
+    """
+    import scipy.special
+
+    if hasattr(_truncnorm, "_log_ndtr"):
+        _truncnorm._log_ndtr = scipy.special.log_ndtr
