@@ -99,8 +99,9 @@ def stacked(
         made = ready(card, name, k, padding, precision)
         stacks = [stack for stack in made.pool.active if isinstance(stack, VmapStack)]
         for stack in stacks:
+            stack.expect(0)
             stack.execution = execution
-        with _timed(VmapStep, "_compiled") as compiling, _timed(vmap_step, "recorded") as capturing:
+        with _timed(VmapStep, "_compile") as compiling, _timed(vmap_step, "recorded") as capturing:
             for stack in stacks:
                 for batch in _both_sizes(made.bench, made.rows, stack):
                     stack.step(*batch)
