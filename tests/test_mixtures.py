@@ -166,6 +166,7 @@ def test_any_mixture_of_members_is_what_each_is_alone(drawn: list[dict[str, Any]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @settings(TELLING, max_examples=40)
 @given(**MIXTURE)
 def test_many_mixtures(drawn: list[dict[str, Any]], same: bool, padding: str) -> None:
