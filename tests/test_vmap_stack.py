@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -228,6 +229,25 @@ def test_a_step_is_traced_once_for_all_sizes(optimizer: str, schedule: str | Non
     assert all(graph.fits(*sizes) for sizes in ((2, 2), (3, BATCH_SIZE), (64, 64), (100, 7)))
     assert not graph.fits(1, 5)
     assert not graph.fits(5, 1)
+
+
+def test_what_a_loss_keeps_for_itself_is_no_stand_in_after_tracing() -> None:
+    @cache
+    def weights(n: int) -> Tensor:
+        return torch.linspace(1, 2, n, dtype=torch.float64)
+
+    class Weighted(Regression):
+        def loss(self, outputs, targets, params):
+            return ((outputs - targets) ** 2).mean() * weights(8)[3]
+
+    made = VmapStack(task(Weighted()), 2, split("mlp", 8), "graph")
+    for member in members("mlp", 2):
+        made.join(member)
+    weights.cache_clear()
+    rows = split("mlp", 8)
+    graph = Graph(made._opened.eager, made._slots.state, [rows.inputs["x"]], rows.targets, any_size=True)
+    assert graph.is_general
+    assert type(weights(8)) is Tensor
 
 
 def test_a_loss_that_asks_for_the_number_of_rows_is_traced_for_each() -> None:
