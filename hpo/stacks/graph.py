@@ -50,7 +50,6 @@ class Graph:
         with torch.no_grad():
             if any_size:
                 with suppress(Exception):  # of many kinds, where an operation has no rule for symbols
-                    run(*tree_map(torch.clone, (state, list(inputs), targets)))  # what it keeps is not to be stand-ins
                     sizes = _Sizes(leaves, len(tree_leaves(state)))
                     self.module = make_fx(flat, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*sizes.examples)
                     self._sizes = sizes
