@@ -163,31 +163,29 @@ def _read_where(connection: Connection, study_id: int | None, ids: Sequence[int]
     of_study = select(_TRIALS.c.trial_id).where(_TRIALS.c.study_id == study_id)
     where = of_study if ids is None else ids
 
-    def rows(model: Any) -> Iterator[Any]:
+    def rows(model: Any, *columns: str) -> Iterator[Any]:
         table: Table = model.__table__
-        found = connection.execute(
-            select(table).where(table.c.trial_id.in_(where)).order_by(*table.primary_key.columns)
-        )
-        return (row for row in found if model is models.TrialModel or row.trial_id in trials)
+        wanted = select(*(table.c[name] for name in ("trial_id", *columns))) if columns else select(table)
+        found = connection.execute(wanted.where(table.c.trial_id.in_(where)).order_by(*table.primary_key.columns))
+        return (row for row in found if model is models.TrialModel or row[0] in trials)
 
     trials: dict[int, FrozenTrial] = {}
     trials |= {row.trial_id: _empty(row) for row in rows(models.TrialModel)}
-    for row in rows(models.TrialParamModel):
-        distribution = _distribution(row.distribution_json)
-        trials[row.trial_id].params[row.param_name] = distribution.to_external_repr(row.param_value)
-        trials[row.trial_id].distributions[row.param_name] = distribution
-    for row in rows(models.TrialIntermediateValueModel):
-        stored = row.intermediate_value, row.intermediate_value_type
-        value = models.TrialIntermediateValueModel.stored_repr_to_intermediate_value(*stored)
-        trials[row.trial_id].intermediate_values[row.step] = value
-    for row in rows(models.TrialUserAttributeModel):
-        trials[row.trial_id].user_attrs[row.key] = json.loads(row.value_json)
-    for row in rows(models.TrialSystemAttributeModel):
-        trials[row.trial_id].system_attrs[row.key] = json.loads(row.value_json)
+    for trial_id, name, stored, text in rows(models.TrialParamModel, "param_name", "param_value", "distribution_json"):
+        distribution = _distribution(text)
+        trials[trial_id].params[name] = distribution.to_external_repr(stored)
+        trials[trial_id].distributions[name] = distribution
+    reported = models.TrialIntermediateValueModel.stored_repr_to_intermediate_value
+    columns = "step", "intermediate_value", "intermediate_value_type"
+    for trial_id, step, *stored in rows(models.TrialIntermediateValueModel, *columns):
+        trials[trial_id].intermediate_values[step] = reported(*stored)
+    for trial_id, key, text in rows(models.TrialUserAttributeModel, "key", "value_json"):
+        trials[trial_id].user_attrs[key] = json.loads(text)
+    for trial_id, key, text in rows(models.TrialSystemAttributeModel, "key", "value_json"):
+        trials[trial_id].system_attrs[key] = json.loads(text)
     values: dict[int, dict[int, float]] = {}
-    for row in rows(models.TrialValueModel):
-        value = models.TrialValueModel.stored_repr_to_value(row.value, row.value_type)
-        values.setdefault(row.trial_id, {})[row.objective] = value
+    for trial_id, at, *stored in rows(models.TrialValueModel, "objective", "value", "value_type"):
+        values.setdefault(trial_id, {})[at] = models.TrialValueModel.stored_repr_to_value(*stored)
     for trial_id, of_trial in values.items():
         trials[trial_id].values = [of_trial[i] for i in sorted(of_trial)]
     return list(trials.values())
