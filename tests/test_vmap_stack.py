@@ -478,3 +478,9 @@ def test_a_step_is_compiled_for_its_tensors_and_again_for_others(writes: bool, m
         assert any(changed) == writes
         assert not writes or all(a is b for a, b in zip(tree_leaves(got[0]), tree_leaves(given.trained), strict=True))
     assert step._n_forms == 3
+    monkeypatch.setattr("hpo.stacks.graph._MOST_FORMS", 3)
+    x, y = torch.randn(8, 7).double().T, torch.randn(7, 1).double()  # other strides and sizes
+    expected = eager(tree_map(torch.clone, state), [x], y)
+    for one, other in zip(tree_leaves(step(state, [x], y)), tree_leaves(expected), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert step._n_forms == 3

@@ -26,6 +26,7 @@ from hpo.stacks.recording import Run
 from hpo.stacks.state import StackState, Trained
 
 _MOST_FORMS = 4
+"""For how many kinds of sizes and strides a step is compiled; for others it is run as it is."""
 
 
 class Graph:
@@ -105,9 +106,9 @@ class CompiledStep:
                 raise AssertionError("other sizes")
             results = self._call(*tree_leaves(arguments))
         except AssertionError:  # before anything is computed: a tensor has another size or other strides
-            if self._n_forms == _MOST_FORMS:
-                raise
             graph = self._graph
+            if self._n_forms == _MOST_FORMS:
+                return graph.run(*arguments)
             self._compile(Graph(graph.run, *arguments, any_size=graph.any_size), *arguments)
             results = self._call(*tree_leaves(arguments))
         return self._graph.results(results)
