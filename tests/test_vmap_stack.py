@@ -216,6 +216,28 @@ def test_a_step_is_compiled_once_for_all_numbers_of_slots(monkeypatch: pytest.Mo
     assert not made.is_compiled(1)  # one slot is broadcast
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", stacked_optim.STATE)
+def test_what_is_compiled_once_is_the_step_of_every_size(optimizer: str) -> None:
+    if not has_compiler(CPU):
+        pytest.skip("torch compiles for a CPU with a C++ compiler, and there is no `c++` on the PATH")
+    made = stack("mlp", 4, "compiled")
+    for member in members("mlp", 4, optimizer=optimizer, schedule="cosine", max_grad_norm=0.5, weight_decay=0.01):
+        made.join(member)
+    rows = split("mlp")
+    x, y = rows.inputs["x"], rows.targets
+    made.step([x[:BATCH_SIZE]], y[:BATCH_SIZE])
+    (compiled,) = made._opened._compiled.values()
+    for slots in ([3, 1], [0, 0, 2], [*range(4)] * 4, [*range(4)] * 17):
+        state = tree_map(lambda rows, slots=slots: rows[slots].clone(), made._slots.state)
+        for n in (2, 5, BATCH_SIZE, N_ROWS):
+            assert compiled.fits(len(slots), n)
+            got, expected = (run(state, [x[:n]], y[:n]) for run in (compiled, made._opened.eager))
+            for one, other in zip(tree_leaves(got), tree_leaves(expected), strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+    assert compiled._n_forms == 1
+
+
 @pytest.mark.parametrize("clips", [{}, {"max_grad_norm": 0.5}])
 @pytest.mark.parametrize("schedule", [None, *schedules.NAMES])
 @pytest.mark.parametrize("optimizer", stacked_optim.STATE)
