@@ -28,6 +28,9 @@ from hpo.training.loop_stack import LoopStack
 from hpo.training.stack import Member, Stack, Task
 from tests.stacking import CPU, INFO, Toy, assert_same_curves, assert_same_weights, trained
 
+needs_compiler = pytest.mark.skipif(
+    not has_compiler(CPU), reason="torch compiles for a CPU with a C++ compiler, and there is no `c++` on the PATH"
+)
 N_ROWS, BATCH_SIZE, N_EPOCHS = 40, 12, 3  # 40 = 3 * 12 + 4: the last batch is smaller
 
 
@@ -173,10 +176,9 @@ def count_compiled(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
     return compiled
 
 
+@needs_compiler
 def test_a_small_compiled_step_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fast one of those below: two layers, two members."""
-    if not has_compiler(CPU):
-        pytest.skip("torch compiles for a CPU with a C++ compiler, and there is no `c++` on the PATH")
     compiled = count_compiled(monkeypatch)
     got, expected = (members("two_layers", 2, optimizer="sgd") for _ in range(2))
     made = stack("two_layers", 2, "compiled")
@@ -187,10 +189,9 @@ def test_a_small_compiled_step_is_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     assert_equal(got, expected, got_weights, fit(loop(2), expected, "two_layers"))
 
 
+@needs_compiler
 def test_a_step_is_compiled_once_for_all_numbers_of_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stack loses members and slots, and wins some: its losses are those of one that is not compiled."""
-    if not has_compiler(CPU):
-        pytest.skip("torch compiles for a CPU with a C++ compiler, and there is no `c++` on the PATH")
     compiled = count_compiled(monkeypatch)
     made, reference = stack("two_layers", 5, "compiled"), stack("two_layers", 5)
     everyone = members("two_layers", 8)
@@ -216,11 +217,10 @@ def test_a_step_is_compiled_once_for_all_numbers_of_slots(monkeypatch: pytest.Mo
     assert not made.is_compiled(1)  # one slot is broadcast
 
 
+@needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", stacked_optim.STATE)
 def test_what_is_compiled_once_is_the_step_of_every_size(optimizer: str) -> None:
-    if not has_compiler(CPU):
-        pytest.skip("torch compiles for a CPU with a C++ compiler, and there is no `c++` on the PATH")
     made = stack("mlp", 4, "compiled")
     for member in members("mlp", 4, optimizer=optimizer, schedule="cosine", max_grad_norm=0.5, weight_decay=0.01):
         made.join(member)
@@ -277,15 +277,14 @@ def test_a_loss_that_asks_for_the_number_of_rows_is_traced_for_each() -> None:
         def loss(self, outputs, targets, params):
             return super().loss(outputs, targets, params) * (2 if len(targets) > 10 else 1)
 
-    for execution in ("graph", "eager"):
+    def losses(execution: Execution) -> list[Tensor]:
         made = VmapStack(task(Rows()), 2, split("mlp", 8), execution)
         for member in members("mlp", 2):
             made.join(member)
         rows = split("mlp")
-        losses = [made.step([rows.inputs["x"][:n]], rows.targets[:n]) for n in (16, 5, 16)]
-        if execution == "graph":
-            got = losses
-    torch.testing.assert_close(got, losses, rtol=0, atol=1e-12)
+        return [made.step([rows.inputs["x"][:n]], rows.targets[:n]) for n in (16, 5, 16)]
+
+    torch.testing.assert_close(losses("graph"), losses("eager"), rtol=0, atol=1e-12)
 
 
 @pytest.mark.slow
@@ -473,11 +472,10 @@ def test_what_is_kept_is_of_the_moment_it_was_kept_whoever_joins_or_leaves(execu
         assert not torch.equal(got["5.weight"], made.state(member)["5.weight"])
 
 
+@needs_compiler
 @pytest.mark.parametrize("writes", [False, True], ids=["new tensors", "in place"])
 def test_a_step_is_compiled_for_its_tensors_and_again_for_others(writes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a graph that is replayed has it: what is changed in place is changed in the very tensors that were given."""
-    if not has_compiler(CPU):
-        pytest.skip("torch compiles for a CPU with a C++ compiler, and there is no `c++` on the PATH")
     made = stack("two_layers", 2)
     for member in members("two_layers", 2, optimizer="adam"):
         made.join(member)

@@ -46,6 +46,7 @@ class Graph:
             results, self._out = tree_flatten(run(*tree_unflatten(list(tensors), structure)))
             return results
 
+        self._traced_for = _sizes_of(state, targets)
         self._sizes: _Sizes | None = None
         self._fits: dict[tuple[int, int], bool] = {}
         with torch.no_grad():
@@ -56,15 +57,16 @@ class Graph:
                     self._sizes = sizes
             if self._sizes is None:
                 self.module = make_fx(flat)(*tree_map(torch.clone, leaves))  # on copies: tracing runs it once
-                self._fits[_sizes_of(state, targets)] = True
         self.is_general = self.fits(len(state.t) + 1, len(targets) + 1)
         """Whether it is for other numbers of slots and rows too."""
 
     def fits(self, n_slots: int, n_rows: int) -> bool:
         """Whether it is the step of so many slots and rows."""
         key = (n_slots, n_rows)
+        if self._sizes is None:
+            return key == self._traced_for
         if key not in self._fits:
-            self._fits[key] = self._sizes is not None and self._sizes.hold(*key)
+            self._fits[key] = self._sizes.hold(*key)
         return self._fits[key]
 
     def __call__(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> tuple[Trained, Tensor]:
@@ -78,12 +80,14 @@ class Graph:
         """Return it compiled, as a function of its tensors in their order. Raises what the compiler raises."""
         import torch._inductor  # a second, and only where something is compiled
 
-        examples: list[Any] = tree_map(torch.clone, tree_leaves((state, list(inputs), targets)))
-        with torch.no_grad():
-            call = torch._inductor.compile(self.module, examples if self._sizes is None else self._sizes.examples)
-        self._fits.clear()  # the compiler may have set conditions of its own
+        examples: list[Any]
         if self._sizes is None:
-            self._fits[_sizes_of(state, targets)] = True
+            examples = tree_map(torch.clone, tree_leaves((state, list(inputs), targets)))
+        else:
+            examples = self._sizes.examples
+        with torch.no_grad():
+            call = torch._inductor.compile(self.module, examples)
+        self._fits.clear()  # the compiler may have set conditions of its own
         return call
 
 

@@ -107,12 +107,10 @@ class VmapStack(Stack):
 
         How long one takes is seen on the first ones; where steps are recorded, only their number counts.
         """
-        if self.execution == "compiled" and not self.is_compiled(self.capacity):
-            self.execution = "graph"  # it was compiled for another number of slots
-        self._expected, self._timed = n_steps, []
-        pays_anyway = records(self._task.device) and compile_pays(n_steps, self._task.device)
-        if pays_anyway or self.is_compiled(self.capacity):
-            self.execution = "compiled"
+        recorded = records(self._task.device)
+        pays_anyway = recorded and compile_pays(n_steps, self._task.device)
+        self.execution = "compiled" if pays_anyway or self.is_compiled(self.capacity) else "graph"
+        self._expected, self._timed = 0.0 if recorded else n_steps, []
 
     def suits(self, candidate: Candidate) -> bool:
         """Whether `candidate` has this stack's signature."""
@@ -276,7 +274,7 @@ class VmapStack(Stack):
         self._slots.settle()
         start = time.perf_counter()
         self._slots.state, losses = self._opened(self._slots.state, inputs, targets, self.execution)
-        if self.execution == "graph" and self._expected and not records(self._task.device):
+        if self.execution == "graph" and self._expected:
             self._decide(time.perf_counter() - start)
         return losses
 

@@ -194,10 +194,13 @@ class VmapStep:
         for graph in self._graphs:
             if graph.fits(len(state.t), len(targets)):
                 return graph
-        # one slot or one row is broadcast: what is traced with it is traced for it alone
-        any_size = len(state.t) > 1 and len(targets) > 1 and not records(self._task.device)
-        several = any_size and all(graph.is_general or not graph.any_size for graph in self._graphs)
-        graph = Graph(self.eager, state, inputs, targets, any_size=several)
+        any_size = (
+            not records(self._task.device)
+            and len(state.t) > 1  # one slot or one row is broadcast: what is traced with it is for it alone
+            and len(targets) > 1
+            and all(graph.is_general or not graph.any_size for graph in self._graphs)  # else the next is for one too
+        )
+        graph = Graph(self.eager, state, inputs, targets, any_size=any_size)
         self._graphs.append(graph)
         return graph
 
@@ -258,14 +261,12 @@ class VmapStep:
         """Return `graph` compiled. Raises what the compiler raises, ValueError where it gives something else."""
         if not has_compiler(self._task.device):
             raise ValueError("no C++ compiler was found")
-        step = self._compiled.get(graph)
-        is_first = not isinstance(step, CompiledStep)
+        step, n_steps = self._compiled.get(graph), 1  # of another size it is the same code
         if not isinstance(step, CompiledStep):
-            step = CompiledStep(graph, state, inputs, targets)
+            step, n_steps = CompiledStep(graph, state, inputs, targets), 2
         with torch.no_grad():
             step(*tree_map(torch.clone, (state, list(inputs), targets)))
         if not self._is_random:  # the compiler draws other masks
-            n_steps = 2 if is_first else 1  # of another size it is the same code
             why = difference(graph, step, state, inputs, targets, self._tolerance(1e-3), n_steps)
             if why is not None:
                 raise ValueError(f"compiled it differs in {why}")
