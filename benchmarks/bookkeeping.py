@@ -148,7 +148,7 @@ def ours(storage: str, before: int, trials: int, at_once: int) -> tuple[float, f
     from hpo.runner import worker
     from hpo.runner.opening import open_or_make
     from hpo.runner.progress import NoProgress
-    from hpo.runner.refit import tracker_of
+    from hpo.runner.tracked import tracker_of
     from hpo.tracking.mlflow import MlflowTracker
     from hpo.training.stack import SingleStack, Stack
 

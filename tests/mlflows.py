@@ -63,9 +63,9 @@ def tell(tracker: Tracker) -> None:
 class RunsHere(RunsProcess):
     """Runs in this process, for tests that put something in MLflow's place."""
 
-    def __init__(self, uri: str, study: str, *, making: str, adopts: bool) -> None:
-        super().__init__(uri, study, making=making, adopts=adopts)
-        self.runs = Runs(uri, study, making=making, adopts=adopts)
+    def __init__(self, uri: str, study: str, **about: Any) -> None:
+        super().__init__(uri, study, **about)
+        self.runs = Runs(uri, study, **about)
 
     def attempt(self, item: Item) -> Answer:
         return self.runs.attempt(item)
@@ -78,8 +78,8 @@ class TrackerHere(MlflowTracker):
     CLOSE_SECONDS = 2.0
     ANSWER_SECONDS = 30.0
 
-    def _open_runs(self, uri: str, study: str, making: str, adopts: bool) -> RunsHere:
-        return RunsHere(uri, study, making=making, adopts=adopts)
+    def _open_runs(self, uri: str, study: str, **about: Any) -> RunsHere:
+        return RunsHere(uri, study, **about)
 
 
 class Mlflow:

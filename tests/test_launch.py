@@ -136,7 +136,7 @@ def test_repair_frees_places_and_ends_the_runs_that_were_left_open(study):
     assert "trial 0 is ended: worker" in out
     assert summary(out)["trials"] == {"complete": 0, "pruned": 0, "failed": 0, "running": 0, "paused": 0, "waiting": 2}
     assert rows("select state from trials where number = 0") == [("FAIL",)]
-    runs = rows("select status from runs where name = 'trial 0'", file=MLFLOW)
+    runs = rows("select status from runs where name = 'trial 0 (interrupted)'", file=MLFLOW)
     assert runs == [("KILLED",)]
     again = invoke("repair", path)
     assert "is ended" not in again

@@ -72,7 +72,7 @@ def test_what_an_older_version_made_is_found_marked_and_reconciled(mlflow: Mlflo
     opened.reconcile({1: ("PRUNED", None)})
     opened.start_trial(1, {"lr": 0.1})
     assert opened.end_study("COMPLETE")
-    assert runs(mlflow) == [("", "0", "FINISHED"), ("a1", "1", "KILLED"), ("a1", "study", "FINISHED")]
+    assert runs(mlflow) == [("", "0", "FINISHED"), ("a1", "1", "FINISHED"), ("a1", "study", "FINISHED")]
     again = tracker(mlflow, "b2", adopts=True)  # the namesake finds no study's run left to adopt, so no trial's
     told(again, 0.2)
     assert [each for each in runs(mlflow) if each[0] == "b2"] == [("b2", "0", "FINISHED"), ("b2", "study", "FINISHED")]

@@ -46,8 +46,8 @@ class Here(Runs):  # the process that sends, as a part of this one
     def close(self):
         pass
 
-def open_here(tracker, uri, study, making, adopts):
-    return Here(uri, study, making=making, adopts=adopts)
+def open_here(tracker, uri, study, **about):
+    return Here(uri, study, **about)
 
 def amid_the_files():
     MlflowTracker._open_runs = open_here
@@ -117,19 +117,25 @@ def told(mlflow: Mlflow) -> dict[str, object]:
     return {
         "statuses": mlflow.statuses(),
         "state": run.data.tags.get("hpo.state"),
-        "metrics": dict(run.data.metrics),
+        "metrics": {key: x for key, x in run.data.metrics.items() if key != "seconds"},
         "points": {key: len(mlflow.curve("study", key)) for key in run.data.metrics},
+        "best": run.data.params["best.trial"],
+        "marked": [mark for mark, each in mlflow.runs().items() if each.data.tags.get("hpo.best") == "true"],
         "files": mlflow.files("study", "bundle"),
     }
 
 
 def expected(done: dict) -> dict[str, object]:
     metrics = {f"test_{name}": value for name, value in done["test"].items()} | {"best_valid_r2": done["best"]["value"]}
+    metrics |= {"trials_complete": 2, "trials_pruned": 0, "trials_failed": 0}
+    metrics |= {"epochs_trained": 2, "epochs_without_pruning": 2}
     return {
         "statuses": {"study": "FINISHED", "0": "FINISHED", "1": "FINISHED"},
         "state": "COMPLETE",
         "metrics": metrics,
-        "points": dict.fromkeys(metrics, 1),
+        "points": dict.fromkeys([*metrics, "seconds"], 1) | {"best_valid_r2": 2},
+        "best": str(done["best"]["number"]),
+        "marked": [str(done["best"]["number"])],
         "files": [f"bundle/{name}" for name in ("bundle.json", "model.pt", "model.torchscript.pt")],
     }
 

@@ -40,7 +40,7 @@ def _of_memory(tracker: MemoryTracker) -> Seen:
         params={trial: {key: str(value) for key, value in params.items()} for trial, params in tracker.params.items()},
         curves=curves,
         files={file.name: file.read_text() for folder in tracker.folders for file in folder.iterdir()},
-        tags=dict(tracker.tags),
+        tags={key: value for key, value in tracker.tags.items() if key == "hpo.stack"},
     )
 
 

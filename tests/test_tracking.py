@@ -49,17 +49,19 @@ def test_states_curves_params_and_parents_in_mlflows_tables(mlflow: MlflowTracke
     assert query("select name, status from runs order by name") == [
         ("s", "FINISHED"),
         ("trial 0", "FINISHED"),
-        ("trial 1", "KILLED"),
-        ("trial 2", "FAILED"),
+        ("trial 1 (pruned)", "FINISHED"),
+        ("trial 2 (failed)", "FAILED"),
     ]
     tags = dict(query("select name, value from tags join runs using (run_uuid) where key = 'hpo.state'"))
-    assert tags == {"s": "COMPLETE", "trial 0": "COMPLETE", "trial 1": "PRUNED", "trial 2": "FAIL"}
+    assert tags == {"s": "COMPLETE", "trial 0": "COMPLETE", "trial 1 (pruned)": "PRUNED", "trial 2 (failed)": "FAIL"}
     chosen = query("select name, value from tags join runs using (run_uuid) where key = 'hpo.stack'")
     assert chosen == [("s", "one trial at a time")]
     (parent,) = query("select run_uuid from runs where name = 's'")
     parents = query("select distinct value from tags where key = 'mlflow.parentRunId'")
     assert parents == [parent]
-    assert query("select key, value from params join runs using (run_uuid) where name = 'trial 1' order by key") == [
+    assert query(
+        "select key, value from params join runs using (run_uuid) where name = 'trial 1 (pruned)' order by key"
+    ) == [
         ("lr", "0.1"),
         ("n", "1"),
     ]
@@ -99,8 +101,8 @@ class _Server(TrackerHere):
 
     away = True
 
-    def _open_runs(self, *what: Any) -> RunsHere:
-        runs = super()._open_runs(*what)
+    def _open_runs(self, uri: str, study: str, **about: Any) -> RunsHere:
+        runs = super()._open_runs(uri, study, **about)
         connect = runs.runs.connect
 
         def connect_if_it_is_there() -> None:
@@ -129,8 +131,8 @@ def test_a_tracker_that_fails_says_it_once_and_sends_everything_later(
     assert query("select name, status from runs order by name") == [
         ("s", "FINISHED"),
         ("trial 0", "FINISHED"),
-        ("trial 1", "KILLED"),
-        ("trial 2", "FAILED"),
+        ("trial 1 (pruned)", "FINISHED"),
+        ("trial 2 (failed)", "FAILED"),
     ]
     assert len(said) == 1, "the next run has nothing to say"
     assert query("select count(*) from metrics") == [(24,)]

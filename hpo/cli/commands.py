@@ -17,7 +17,7 @@ from hpo.runner.joining import is_launched, joined, no_progress, stored_study
 from hpo.runner.opening import open_existing, open_or_make, torch_set
 from hpo.runner.outcome import Outcome
 from hpo.runner.prepare import Plan, prepare
-from hpo.runner.progress import PlainProgress, Progress, Refresh, shown, state_of
+from hpo.runner.progress import PlainProgress, Progress, Refresh, count_text, shown, state_of
 from hpo.runner.study import StudyFile, WorkerOptions
 from hpo.search import adoption
 from hpo.search.search import Search
@@ -185,7 +185,7 @@ def _print_result(plan: Plan, seen: StudyView, best: Best | None, done: Outcome 
         return
     counts = seen.counts
     rows = [
-        ["trials", f"{counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed"],
+        ["trials", count_text(counts)],
         ["best", f"{plan.metric} {best.value:.4f} on validation (trial {best.number}, epoch {best.epoch + 1})"]
         if plan.function is None
         else ["best", f"{plan.metric} {best.value:.6g} (trial {best.number})"],

@@ -9,7 +9,7 @@ from hpo.cli.screen import screen
 from hpo.errors import SpecError, masked
 from hpo.export.files import finite
 from hpo.runner.outcome import Outcome, outcome, stack_paths
-from hpo.runner.progress import ProgressState, duration, shown
+from hpo.runner.progress import ProgressState, count_text, duration, shown
 from hpo.search.opening import no_study, open_stored
 from hpo.search.view import Best, StudyView
 from hpo.study.draft import read
@@ -36,7 +36,7 @@ def status(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
         board = ProgressState(counts, best, spec.trials, search.metric)
         out.print(
             f"{spec.name}: {counts.finished} of {spec.trials} trials done "
-            f"({counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed), "
+            f"({count_text(counts)}), "
             f"{counts.running} running, "
             + (f"{counts.paused} paused, " if counts.paused else "")
             + f"{counts.waiting} waiting"

@@ -9,16 +9,13 @@ A bundle is a folder:
 import errno
 import json
 import os
-import platform
 import shutil
-import subprocess
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from inspect import Parameter, Signature
 from keyword import iskeyword
 from pathlib import Path
@@ -28,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from hpo.errors import ExportError, InputError
+from hpo.export.environment import git_commit, versions
 from hpo.export.files import FILES, finite
 from hpo.study.data import DataInfo, Split, prediction
 
@@ -264,34 +262,9 @@ def _describe(model: Model, eager: nn.Module, held_out: Split) -> dict[str, Any]
         "feature_names": info["feature_names"],
         "class_names": info["class_names"],
         "n_parameters": sum(p.numel() for p in model.network.parameters()),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "versions": versions(),
         "git_commit": git_commit(),
     }
-
-
-_PACKAGES = ("hpo", "torch", "torchvision", "torchmetrics", "optuna", "scikit-learn", "mlflow")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def git_commit() -> str | None:
-    """Return the commit of the folder we run in, with `-dirty` where it has changes; None where there is no git."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def _replace(work: Path, folder: Path) -> None:

@@ -13,7 +13,7 @@ from hpo.runner.launch import LAUNCHED, LAUNCHER
 from hpo.runner.opening import load_data, open_or_make, source_differs, torch_set
 from hpo.runner.prepare import Plan, prepare
 from hpo.runner.progress import NoProgress, Progress
-from hpo.runner.refit import tracker_of
+from hpo.runner.tracked import tracker_of
 from hpo.runner.worker import work
 from hpo.search.identity import stored_file
 from hpo.search.search import Search

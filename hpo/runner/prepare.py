@@ -77,6 +77,11 @@ class Plan:
         """The objective's options as they may be stored and shown."""
         return self.document.options()
 
+    @property
+    def source_file(self) -> Path | None:
+        """The file that the objective is written in; None: a notebook's cell, or a callable object."""
+        return objectives.source_file(self.given)
+
     def task(self, info: DataInfo, n_rows: int) -> Task:
         """Return what the members of this study share, when they are trained on so many rows."""
         assert isinstance(self.objective, Objective), "a function has no networks"

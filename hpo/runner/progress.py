@@ -157,6 +157,11 @@ class NoProgress(Progress):
         pass
 
 
+def count_text(counts: Counts) -> str:
+    """Return `18 complete, 2 pruned, 0 failed`."""
+    return f"{counts.complete} complete, {counts.pruned} pruned, {counts.failed} failed"
+
+
 def metric_text(board: ProgressState, metrics: Mapping[str, float]) -> str:
     """Return what is shown of an epoch's metrics: not every trial has all of them."""
     known = {board.metric: metrics.get(f"valid_{board.metric}", metrics.get(board.metric))}

@@ -9,12 +9,13 @@ from typing import Any
 from filelock import FileLock
 from torch import nn
 
-from hpo.errors import ExportError, HpoError, Interrupted, masked
+from hpo.errors import ExportError, HpoError, Interrupted
 from hpo.export.bundle import Model, export
 from hpo.log import log
 from hpo.runner.custom import TrialReporter, train_custom
 from hpo.runner.outcome import Outcome, outcome
 from hpo.runner.prepare import Plan
+from hpo.runner.tracked import tell_result
 from hpo.runner.worker import EXAMPLE_ROWS, chosen_before
 from hpo.search import schema
 from hpo.search.search import Search
@@ -24,8 +25,6 @@ from hpo.stacks.cost import records
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.data import Data
 from hpo.tracking.base import Tracker
-from hpo.tracking.leftovers import left_behind
-from hpo.tracking.mlflow import open_tracker
 from hpo.training.batches import Batches, make_batches
 from hpo.training.evaluation import evaluate
 from hpo.training.loop import Results, train
@@ -39,11 +38,6 @@ def bundle_folder(plan: Plan, number: int | None = None) -> Path:
     """Return where the study's bundle goes, or that of its trial `number`."""
     name = plan.spec.name if number is None else f"{plan.spec.name}-trial-{number}"
     return plan.output / "bundles" / name
-
-
-def unsent_folder(plan: Plan) -> Path:
-    """Return where what the tracker has not taken yet is kept, of all studies."""
-    return plan.output / "unsent"
 
 
 def conclude(
@@ -68,10 +62,12 @@ def conclude(
         why = f"{folder.parent} cannot be written ({error.strerror})"
         raise HpoError(f"{why}; no trial is lost, run it again") from error
     with held:
-        best = (seen or search.view()).best()
+        now = seen or search.view()
+        best = now.best()
         done = outcome(search, best)
         if done is None and seen is not None:  # a peer may have finished more trials, and the study, since then
-            best = search.view().best()
+            now = search.view()
+            best = now.best()
             done = outcome(search, best)
         if best is None:
             return None
@@ -82,70 +78,8 @@ def conclude(
             bundle = done.bundle and str(done.bundle)
             stored = {"number": done.number, "test": dict(done.test), "bundle": bundle, "parity": done.parity}
             search.remember(schema.RESULT, stored)
-    _tell(plan, tracker, best, done)  # also what a peer has concluded: it may have been killed before it told it
+    tell_result(plan, search, tracker, now, best, done)
     return done
-
-
-def _tell(plan: Plan, tracker: Tracker, best: Best, done: Outcome) -> None:
-    tests = {f"test_{name}": value for name, value in done.test.items()}
-    tracker.log_metrics(None, best.number, tests | {f"best_{plan.metric_key}": best.value})
-    if done.bundle is not None:
-        tracker.log_folder(done.bundle, "bundle")
-
-
-def tracker_of(plan: Plan, search: Search) -> Tracker:
-    """Return the study's tracker. Raises InputError for an address that can never work."""
-    if schema.OWN_RUNS not in search.attrs and search.view().n_claimed == 0:
-        search.remember(schema.OWN_RUNS, True)
-    adopts = schema.OWN_RUNS not in search.attrs
-    return open_tracker(plan.spec.tracking, plan.spec.name, unsent_folder(plan), making=search.making, adopts=adopts)
-
-
-def begin_tracking(plan: Plan, search: Search) -> None:
-    """Note in the storage that the study's run is open, until `end_tracking` has closed it."""
-    if plan.spec.tracking != "off":
-        search.remember(schema.TRACKED, _tracked(plan, search.view(), "RUNNING"))
-
-
-def end_tracking(plan: Plan, search: Search, tracker: Tracker, state: str, seen: StudyView | None = None) -> None:
-    """End the study's run, and note in the storage that its end has arrived, if it has.
-
-    `seen` is a view of the study, if there is one since its last trial ended.
-    """
-    if tracker.end_study(state) and state == "COMPLETE" and plan.spec.tracking != "off":
-        search.remember(schema.TRACKED, _tracked(plan, seen or search.view(), state))
-
-
-def _tracked(plan: Plan, seen: StudyView, state: str) -> dict[str, Any]:
-    return {"tracking": masked(plan.spec.tracking), "state": state, "trials": seen.counts.finished}
-
-
-def settle_runs(plan: Plan, search: Search, always: bool = False) -> None:
-    """Bring the runs of a study in the tracker to the ends that they have in the storage, where they may differ.
-
-    They do where whoever ended the study was killed, or the tracker was away, before all was told. What is there
-    already is not told again; where the storage says that all has arrived, the tracker is not even asked, unless
-    `always`. The study's own run ends only with its last trial and its export.
-    """
-    if plan.spec.tracking == "off":
-        return
-    seen = search.view()
-    best, tracked = seen.best(), search.attrs.get(schema.TRACKED)
-    done = outcome(search, best)
-    over = seen.counts.unfinished == 0 and (done is not None or (best is not None and plan.function is not None))
-    ended = _tracked(plan, seen, "COMPLETE")
-    elsewhere = tracked is not None and tracked["tracking"] != ended["tracking"]
-    all_told = elsewhere or tracked == ended or not over
-    if all_told and not always and not left_behind(unsent_folder(plan), plan.spec.name, search.making):
-        return
-    tracker = tracker_of(plan, search)
-    tracker.reconcile(seen.ends)
-    if not over:
-        tracker.close()
-        return
-    if best is not None and done is not None:
-        _tell(plan, tracker, best, done)
-    end_tracking(plan, search, tracker, "COMPLETE", seen)
 
 
 def finish(plan: Plan, data: Data, search: Search, best: Best, folder: Path, stopping: Callable[[], bool]) -> Outcome:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from hpo.errors import HpoError, InputError, Interrupted, masked
+from hpo.errors import HpoError, InputError, Interrupted
 from hpo.export.bundle import require_place
 from hpo.log import log
 from hpo.runner import checkpoints
@@ -27,13 +27,15 @@ from hpo.runner.preflight import preflight
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
 from hpo.runner.ray_workers import RayWorkers
-from hpo.runner.refit import (
-    begin_tracking,
-    bundle_folder,
-    conclude,
-    end_tracking,
-    finish,
+from hpo.runner.refit import bundle_folder, conclude, finish
+from hpo.runner.tracked import (
+    BestSoFar,
+    TrackedProgress,
+    begin_study,
+    end_study,
     settle_runs,
+    tell_export,
+    tell_result,
     tracker_of,
 )
 from hpo.runner.worker import INTERRUPTED, work
@@ -106,16 +108,16 @@ def _run(
 ) -> tuple[Outcome | None, StudyView]:
     data = load_data(plan, search)
     tracker = tracker_of(plan, search)
-    begin_tracking(plan, search)
     of_what = f"of {plan.spec.epochs} epochs on {plan.device}, {len(data.train)} rows" if data else "of a function"
     log.info("%s: %d trials %s; %s", plan.spec.name, plan.spec.trials, of_what, plan.spec.storage)
     _remember(plan, search)
     state, seen = "FAIL", None
     try:
-        tracker.start_study(_tags(plan), {"study.yaml": masked(file.path.read_text(encoding="utf-8"))})
+        begin_study(plan, search, tracker, data, file.path.read_text(encoding="utf-8"))
         n = how_many(options.workers, plan)
         alone = options.ray is None and n == 1
-        with show(alone) as progress:
+        with show(alone) as shown:
+            progress = TrackedProgress(shown, BestSoFar(plan, search, tracker))
             if alone:
                 work(plan, data, search, tracker, progress, stopping)
             else:
@@ -125,15 +127,18 @@ def _run(
         if seen.counts.running == 0:
             tracker.reconcile(seen.ends)
         ended = conclude(plan, data, search, tracker, stopping.requested, seen) if data else None
-        if seen.best() is None:
+        best = seen.best()
+        if best is None:
             raise HpoError(_why_no_best(seen, plan.spec.name))
+        if data is None:
+            tell_result(plan, search, tracker, seen, best, None)
         state = "COMPLETE" if seen.counts.waiting + seen.counts.paused == 0 else "INTERRUPTED"
         return ended, seen
     except Interrupted:
         state = "INTERRUPTED"
         raise
     finally:
-        end_tracking(plan, search, tracker, state, seen)
+        end_study(plan, search, tracker, state, seen)
 
 
 def _remember(plan: Plan, search: Search) -> None:
@@ -236,7 +241,9 @@ def export(plan: Plan, search: Search, seen: StudyView, number: int | None, fold
         raise InputError(f"objective {plan.spec.objective} is a function: it has no model to export")
     with signals() as stopping:
         search.storage.interrupt = stopping.requested
-        return finish(plan, data, search, best, folder or bundle_folder(plan, number), stopping.requested)
+        done = finish(plan, data, search, best, folder or bundle_folder(plan, number), stopping.requested)
+    tell_export(plan, search, done)
+    return done
 
 
 def _no_such_trial(seen: StudyView, study: str, number: int | None) -> str:
@@ -245,17 +252,6 @@ def _no_such_trial(seen: StudyView, study: str, number: int | None) -> str:
         return f"study {study!r} has no complete trial yet, so there is nothing to export"
     some = ", ".join(map(str, complete[:20])) or "none"
     return f"--trial {number}: is not a complete trial of study {study!r}; complete are: {some}"
-
-
-def _tags(plan: Plan) -> dict[str, str]:
-    return {
-        "hpo.objective": plan.spec.objective,
-        "hpo.metric": plan.metric,
-        "hpo.storage": masked(plan.spec.storage),
-        "hpo.sampler": plan.spec.sampler.name,
-        "hpo.pruner": plan.spec.pruner.name,
-        "hpo.device": str(plan.device),
-    }
 
 
 def _why_no_best(seen: StudyView, study: str) -> str:

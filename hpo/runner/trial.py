@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from hpo.errors import HpoError
 from hpo.log import log
 from hpo.runner import checkpoints
@@ -18,8 +20,10 @@ from hpo.search.claim import Claim
 from hpo.search.curves import curves_of, to_json
 from hpo.search.search import Search
 from hpo.tracking.base import Tracker
+from hpo.training import schedules
 from hpo.training.faults import TrialFault
-from hpo.training.stack import Kept, Member, Stack
+from hpo.training.memory import used_mib
+from hpo.training.stack import Kept, Member, Stack, Task
 
 TAKEN_OVER = "another worker took this trial over, since this one was not heard of for too long"
 
@@ -45,7 +49,9 @@ class TrialRun:
         tracker: Tracker,
         progress: Progress,
         paused: PausedTrials,
+        task: Task | None,
     ) -> None:
+        """`task` is what the engine's loop trains; None: trials are trained in another way."""
         self._plan, self._origin, self._claim, self._search = plan, origin, claim, search
         self._paused = paused
         self._tracker, self._progress = tracker, progress
@@ -61,11 +67,15 @@ class TrialRun:
         self.caught: BaseException | None = None
         """The error that it ends by, where `catch` names it."""
         self._improved = 0
-        self._checkpointed = time.monotonic()
+        self._task = task
+        self._rates = None if task is None else _rates(task, claim.params)
+        self._started = self._checkpointed = time.monotonic()
         if claim.is_resumed:
             tracker.resume_trial(claim.number)
         else:
-            tracker.start_trial(claim.number, claim.params, is_new=True)  # a trial is claimed once, unless it is paused
+            lineage = {"hpo.retry_of": str(claim.retry_of), "hpo.attempt": str(claim.attempt)} if claim.is_retry else {}
+            # a trial is claimed once, unless it is paused
+            tracker.start_trial(claim.number, claim.params, is_new=True, tags=lineage)
         progress.trial_started(claim.number, plan.space.searched(claim.params))
         if claim.is_retry or claim.is_resumed:
             self._resume()
@@ -93,7 +103,7 @@ class TrialRun:
         log.info(f"trial {claim.number} resumes after epoch {member.epoch}")
         self._search.repeat(claim.number, [epoch[self._plan.metric_key] for epoch in member.history])
         for epoch, metrics in enumerate(member.history):
-            self._tracker.log_metrics(claim.number, epoch, metrics)
+            self._log(epoch, metrics)
 
     def _take_up(self, kept: Checkpoint) -> None:
         member = self.member
@@ -185,8 +195,21 @@ class TrialRun:
         """Log and show metrics at an epoch (counted from 0)."""
         self._logged.append(dict(metrics))
         if epoch >= self._claim.n_reported:  # else it is trained from scratch, and was logged before
-            self._tracker.log_metrics(self.member.number, epoch, metrics)
+            self._log(epoch, metrics)
         self._progress.epoch_ended(self.member.number, epoch + 1, self._plan.spec.epochs, metrics)
+
+    def _log(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        rates = {} if self._rates is None else {"learning_rate": self._rates[epoch]}
+        self._tracker.log_metrics(self.member.number, epoch, {**metrics, **rates})
+
+    def _effort(self) -> dict[str, float]:
+        """Return what training has taken so far: seconds before and since a pause, rows a second, memory."""
+        here, epochs = time.monotonic() - self._started, self.member.epoch
+        effort = {"seconds": round(self._claim.seconds + here, 3)}
+        if self._task is not None and epochs > self._claim.n_reported and here > 0:
+            effort["samples_per_second"] = round((epochs - self._claim.n_reported) * self._task.n_rows / here, 1)
+        effort["memory_mib"] = round(used_mib(self._plan.device), 1)
+        return effort
 
     def conclude(self, pruned: bool = False) -> None:
         """End the trial with the best (or the last) that was reported of it."""
@@ -247,11 +270,11 @@ class TrialRun:
         assert self.ending is not None
         number, ending = self.member.number, self.ending
         if ending.state == "PAUSED":
-            self._tracker.pause_trial(number)
+            self._tracker.pause_trial(number, self._effort())
             self._progress.trial_paused(number, self.member.epoch)
             return
         checkpoints.drop(self._plan, self._claim)
-        self._tracker.end_trial(number, ending.state, ending.fault)
+        self._tracker.end_trial(number, ending.state, ending.fault, self._effort())
         self._progress.trial_ended(number, ending.state, ending.value, ending.fault)
 
     def _better(self, value: float, than: float) -> bool:
@@ -271,3 +294,14 @@ class TrialRun:
             return  # its end was told already
         self._tracker.end_trial(self._claim.number, "INTERRUPTED", reason)
         self._progress.trial_ended(self._claim.number, "INTERRUPTED", None, reason)
+
+
+def _rates(task: Task, params: Mapping[str, Any]) -> list[float] | None:
+    """Return a trial's learning rate at the last step of each epoch; None: it stays what it is in the params."""
+    if params.get("schedule", "constant") == "constant":
+        return None
+    steps = task.steps_per_epoch(params)
+    last = torch.arange(1, task.epochs + 1, dtype=torch.float64) * steps - 1
+    factors = schedules.factor(schedules.hyperparameters(params), last, steps, task.epochs)
+    rates: list[float] = (params["learning_rate"] * factors).tolist()
+    return rates

@@ -16,13 +16,18 @@ from hpo.search.halving import MEMORY, HalvingPruner
 from hpo.search.search import Search
 from hpo.tracking.base import Tracker
 from hpo.training.faults import all_alike
+from hpo.training.stack import Task
 
 
 class Trials:
     """The trials that this process has claimed and that are not done."""
 
-    def __init__(self, plan: Plan, search: Search, tracker: Tracker, progress: Progress) -> None:
+    def __init__(
+        self, plan: Plan, search: Search, tracker: Tracker, progress: Progress, task: Task | None = None
+    ) -> None:
+        """`task` is what the engine's loop trains; None: trials are trained in another way."""
         self._plan, self._search, self._tracker, self._progress = plan, search, tracker, progress
+        self._task = task
         self._origin = Origin.of(plan, search)
         self._active: dict[int, TrialRun] = {}
         pruner = search.study.pruner
@@ -103,7 +108,9 @@ class Trials:
         return [trial for trial in begun if trial not in due]
 
     def _begun(self, claim: Claim) -> TrialRun:
-        trial = TrialRun(self._plan, self._origin, claim, self._search, self._tracker, self._progress, self._paused)
+        trial = TrialRun(
+            self._plan, self._origin, claim, self._search, self._tracker, self._progress, self._paused, self._task
+        )
         self._active[claim.number] = trial
         return trial
 

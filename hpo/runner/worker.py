@@ -67,7 +67,8 @@ def work(
     stop = stop or StopToken()
     limited = stop.limited()
     with torch_settings(plan.device):
-        trials = Trials(plan, search, tracker, progress)
+        task = None if data is None or plan.trains_itself else plan.task(data.info, len(data.train))
+        trials = Trials(plan, search, tracker, progress, task)
         checkpoints.settle_weights(plan, search)
         worker: _Worker | CustomTraining
         if data is None or plan.trains_itself:

@@ -23,8 +23,8 @@ class Claim:
     """Its slot of the budget, which its successors inherit."""
     lineage: int
     """The number of the first trial that had its params and seed: a retry's checkpoint is of its own lineage only."""
-    is_retry: bool
-    """Whether it succeeds a trial that was interrupted or whose worker died."""
+    retry_of: int | None
+    """The number of the trial that it succeeds, which was interrupted or whose worker died; None: of none."""
     is_resumed: bool = False
     """Whether it was paused."""
     n_reported: int = 0
@@ -33,6 +33,12 @@ class Claim:
     """How often it was resumed from scratch."""
     paused_at: int = 0
     """After how many epochs it, or the one that it succeeds, was paused last; 0: never."""
+    seconds: float = 0.0
+    """For how long it was trained before it was paused."""
+
+    @property
+    def is_retry(self) -> bool:
+        return self.retry_of is not None
 
 
 class TakenOver(Exception):

@@ -128,9 +128,8 @@ class Search:
     def _sample(self, frozen: FrozenTrial) -> Claim:
         trial = ClaimedTrial(self.study, frozen._trial_id)
         self._claimed[trial.number] = trial
-        n_reported = len(frozen.intermediate_values)
-        slot = frozen.user_attrs.get(schema.SLOT, trial.number)
-        seed = frozen.user_attrs.get(schema.SEED)
+        attrs, n_reported = frozen.user_attrs, len(frozen.intermediate_values)
+        seed, slot = attrs.get(schema.SEED), attrs.get(schema.SLOT, trial.number)
         if seed is None:  # queued by an older version
             seed = derive(self.spec.seed, "init", slot)
             trial.set_user_attr(schema.SEED, seed)
@@ -138,14 +137,15 @@ class Search:
             number=trial.number,
             seed=seed,
             params=self.space.suggest(trial),
-            attempt=frozen.user_attrs.get(schema.ATTEMPT, 1),
+            attempt=attrs.get(schema.ATTEMPT, 1),
             slot=slot,
-            lineage=frozen.user_attrs.get(schema.LINEAGE, frozen.number),
-            is_retry=schema.RETRY_OF in frozen.user_attrs,
+            lineage=attrs.get(schema.LINEAGE, frozen.number),
+            retry_of=attrs.get(schema.RETRY_OF),
             is_resumed=n_reported > 0,
             n_reported=n_reported,
-            n_restarts=frozen.user_attrs.get(schema.RESTARTED, 0),
-            paused_at=n_reported or frozen.user_attrs.get(schema.PAUSED_AT, 0),
+            n_restarts=attrs.get(schema.RESTARTED, 0),
+            paused_at=n_reported or attrs.get(schema.PAUSED_AT, 0),
+            seconds=sum(end - start for start, end in attrs.get(schema.TRAINED, ())),
         )
 
     def forget(self, number: int) -> None:

@@ -9,7 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.errors import StorageError
 from hpo.search import schema
-from hpo.search.budget import Counts, count, holders, is_paused, leases_in, worker_of, wrong_row
+from hpo.search.budget import Counts, count, holders, is_paused, leases_in, utc, worker_of, wrong_row
 from hpo.search.curves import from_json
 from hpo.search.effort import Effort, effort
 from hpo.search.retrying import RetryingStorage
@@ -188,6 +188,25 @@ class StudyView:
     @cached_property
     def _best(self) -> FrozenTrial | None:
         return min(self.complete, key=lambda t: (self._sign * (t.value or 0.0), t.number), default=None)
+
+    @property
+    def best_so_far(self) -> list[tuple[int, float, int]]:
+        """The best value after each trial that has ended: how many had ended, the value, when (in ms since 1970).
+
+        It begins with the first complete trial. Trials are in the order of their ends, so that it only ever grows.
+        """
+        ended = [t for t in self.trials if t.state.is_finished() and t.datetime_complete is not None]
+        ended.sort(key=lambda t: (t.datetime_complete, t.number))
+        curve: list[tuple[int, float, int]] = []
+        best: float | None = None
+        for n, trial in enumerate(ended, start=1):
+            value = trial.value if trial.state == TrialState.COMPLETE else None
+            if value is not None and (best is None or self._sign * value < self._sign * best):
+                best = value
+            if best is not None:
+                assert trial.datetime_complete is not None
+                curve.append((n, best, int(utc(trial.datetime_complete).timestamp() * 1000)))
+        return curve
 
     def none_is_better(self, value: float) -> bool:
         """Whether no complete trial is better than one of that value."""

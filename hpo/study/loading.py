@@ -128,11 +128,16 @@ def source_fingerprint(objective: Objective | Function) -> str:
 
 def file_fingerprint(objective: Objective | Function) -> str:
     """Return what an older version stored as `source_fingerprint`: of the objective's own file alone."""
-    content = b""
+    file = source_file(objective)
+    return hashlib.sha256(file.read_bytes() if file else b"").hexdigest()[:16]
+
+
+def source_file(objective: Objective | Function) -> Path | None:
+    """Return the file that the objective is written in; None: a notebook's cell, or a callable object."""
     with suppress(TypeError, OSError):
         file = inspect.getsourcefile(objective.call if isinstance(objective, Function) else type(objective))
-        content = Path(file).read_bytes() if file else b""
-    return hashlib.sha256(content).hexdigest()[:16]
+        return Path(file) if file and Path(file).is_file() else None
+    return None
 
 
 def _gather(file: Path, files: set[Path]) -> None:

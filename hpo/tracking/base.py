@@ -4,25 +4,44 @@ MLflow's is in `hpo.tracking.mlflow`. A tracker never stops training.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hpo.errors import InputError, masked
 
-STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED", "INTERRUPTED": "KILLED"}
-"""Optuna's state of a trial (and ours of a study) -> MLflow's status of its run."""
+STATUS = {"COMPLETE": "FINISHED", "PRUNED": "FINISHED", "FAIL": "FAILED", "INTERRUPTED": "KILLED"}
+"""Optuna's state of a trial (and ours of a study) -> MLflow's status of its run.
+
+A pruned trial did all that it was to do. MLflow shows KILLED as it shows FAILED, with a red cross: a search that prunes
+well would look broken. The run's name and the tag `hpo.state` say that it was pruned.
+"""
 PAUSED = "SCHEDULED"
 """MLflow's status of the run of a trial that is paused: it will run later."""
+
+
+class Row(NamedTuple):
+    """One value of a metric, and when it was reached."""
+
+    step: int
+    value: float
+    ms: int
+    """In milliseconds since 1970."""
 
 
 class Tracker(ABC):
     """What the engine tells a tracker. `trial` is Optuna's number; None stands for the study's own run."""
 
     @abstractmethod
-    def start_study(self, tags: Mapping[str, str], texts: Mapping[str, str]) -> None:
-        """Begin, or go on with, the study's run. `texts` are files to keep with it, by name."""
+    def start_study(
+        self, tags: Mapping[str, str], texts: Mapping[str, str], params: Mapping[str, Any] | None = None
+    ) -> None:
+        """Begin, or resume, the study's run. `texts` are files to keep with it, by name; `params` its settings."""
+
+    @abstractmethod
+    def log_data(self, data: Mapping[str, str]) -> None:
+        """Say on what data the study is run: `name`, `digest`, `source`, `schema` and `profile` (both in JSON)."""
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -30,7 +49,9 @@ class Tracker(ABC):
         yield
 
     @abstractmethod
-    def start_trial(self, trial: int, params: Mapping[str, Any], is_new: bool = False) -> None:
+    def start_trial(
+        self, trial: int, params: Mapping[str, Any], is_new: bool = False, tags: Mapping[str, str] | None = None
+    ) -> None:
         """Begin a trial's run. `is_new`: nobody has before, so it need not be looked for."""
 
     @abstractmethod
@@ -38,24 +59,38 @@ class Tracker(ABC):
         """Return the id of a trial's run, where it is known by now: none waits for it."""
 
     @abstractmethod
-    def log_params(self, trial: int, params: Mapping[str, Any]) -> None:
-        """Log params of a trial that were not known when it began."""
+    def log_params(self, trial: int | None, params: Mapping[str, Any]) -> None:
+        """Log params that were not known when the run was begun.
+
+        The study's may get another value later, when it has more trials: that one is logged under a name of its own
+        (`best.lr_2`), since MLflow keeps the first value of a param.
+        """
 
     @abstractmethod
     def log_metrics(self, trial: int | None, step: int, metrics: Mapping[str, float]) -> None:
         """Log metrics at an epoch (counted from 0)."""
 
     @abstractmethod
-    def pause_trial(self, trial: int) -> None:
-        """Say of a trial's run that it is paused; it is resumed, or it ends."""
+    def log_curve(self, key: str, rows: Sequence[Row]) -> None:
+        """Log a metric of the study at several steps; what is there already is not logged again."""
+
+    @abstractmethod
+    def mark_best(self, trial: int) -> None:
+        """Mark the run of the best trial, and no other one."""
+
+    @abstractmethod
+    def pause_trial(self, trial: int, effort: Mapping[str, float] | None = None) -> None:
+        """Say of a trial's run that it is paused; it is resumed, or it ends. `effort` is what it has taken so far."""
 
     @abstractmethod
     def resume_trial(self, trial: int) -> None:
         """Say of the run of a paused trial, which any process may have begun, that it is resumed."""
 
     @abstractmethod
-    def end_trial(self, trial: int, state: str, error: str | None = None) -> None:
-        """End a trial's run; `state` is a key of STATUS."""
+    def end_trial(
+        self, trial: int, state: str, error: str | None = None, effort: Mapping[str, float] | None = None
+    ) -> None:
+        """End a trial's run; `state` is a key of STATUS, `effort` what it has taken: `seconds` and the like."""
 
     @abstractmethod
     def log_folder(self, folder: Path, name: str) -> None:
@@ -63,7 +98,7 @@ class Tracker(ABC):
 
     @abstractmethod
     def tag_study(self, tags: Mapping[str, str]) -> None:
-        """Say more of the study that goes on: what was chosen for it, and why."""
+        """Say more of the study while it runs: what was chosen for it, and why."""
 
     @abstractmethod
     def reconcile(self, ends: Mapping[int, tuple[str, str | None]]) -> None:
@@ -84,31 +119,46 @@ class Tracker(ABC):
 class NullTracker(Tracker):
     """`tracking: off`."""
 
-    def start_study(self, tags: Mapping[str, str], texts: Mapping[str, str]) -> None:
+    def start_study(
+        self, tags: Mapping[str, str], texts: Mapping[str, str], params: Mapping[str, Any] | None = None
+    ) -> None:
+        pass
+
+    def log_data(self, data: Mapping[str, str]) -> None:
         pass
 
     def tag_study(self, tags: Mapping[str, str]) -> None:
         pass
 
-    def start_trial(self, trial: int, params: Mapping[str, Any], is_new: bool = False) -> None:
+    def start_trial(
+        self, trial: int, params: Mapping[str, Any], is_new: bool = False, tags: Mapping[str, str] | None = None
+    ) -> None:
         pass
 
     def run_of(self, trial: int) -> str | None:
         return None
 
-    def log_params(self, trial: int, params: Mapping[str, Any]) -> None:
+    def log_params(self, trial: int | None, params: Mapping[str, Any]) -> None:
         pass
 
     def log_metrics(self, trial: int | None, step: int, metrics: Mapping[str, float]) -> None:
         pass
 
-    def pause_trial(self, trial: int) -> None:
+    def log_curve(self, key: str, rows: Sequence[Row]) -> None:
+        pass
+
+    def mark_best(self, trial: int) -> None:
+        pass
+
+    def pause_trial(self, trial: int, effort: Mapping[str, float] | None = None) -> None:
         pass
 
     def resume_trial(self, trial: int) -> None:
         pass
 
-    def end_trial(self, trial: int, state: str, error: str | None = None) -> None:
+    def end_trial(
+        self, trial: int, state: str, error: str | None = None, effort: Mapping[str, float] | None = None
+    ) -> None:
         pass
 
     def log_folder(self, folder: Path, name: str) -> None:
@@ -128,39 +178,65 @@ class MemoryTracker(Tracker):
     """Keeps everything in dictionaries, by trial (None: the study)."""
 
     def __init__(self) -> None:
-        self.params: dict[int, dict[str, Any]] = {}
+        self.params: dict[int | None, dict[str, Any]] = {}
         self.metrics: dict[int | None, list[tuple[int, dict[str, float]]]] = {}
         self.ended: dict[int | None, tuple[str, str | None]] = {}
         self.paused: set[int] = set()
         self.folders: list[Path] = []
         self.tags: dict[str, str] = {}
+        self.data: dict[str, str] = {}
+        self.best: int | None = None
+        self.effort: dict[int, dict[str, float]] = {}
+        self.trial_tags: dict[int, dict[str, str]] = {}
 
-    def start_study(self, tags: Mapping[str, str], texts: Mapping[str, str]) -> None:
+    def start_study(
+        self, tags: Mapping[str, str], texts: Mapping[str, str], params: Mapping[str, Any] | None = None
+    ) -> None:
         self.ended.pop(None, None)
+        self.tags |= tags
+        if params:
+            self.log_params(None, params)
+
+    def log_data(self, data: Mapping[str, str]) -> None:
+        self.data = dict(data)
 
     def tag_study(self, tags: Mapping[str, str]) -> None:
         self.tags |= tags
 
-    def start_trial(self, trial: int, params: Mapping[str, Any], is_new: bool = False) -> None:
+    def start_trial(
+        self, trial: int, params: Mapping[str, Any], is_new: bool = False, tags: Mapping[str, str] | None = None
+    ) -> None:
         self.params[trial] = dict(params)
+        self.trial_tags[trial] = dict(tags or {})
 
     def run_of(self, trial: int) -> str | None:
         return f"run-{trial}" if trial in self.params else None
 
-    def log_params(self, trial: int, params: Mapping[str, Any]) -> None:
-        self.params[trial] |= params
+    def log_params(self, trial: int | None, params: Mapping[str, Any]) -> None:
+        self.params.setdefault(trial, {}).update(unlogged(self.params.get(trial, {}), params))
 
     def log_metrics(self, trial: int | None, step: int, metrics: Mapping[str, float]) -> None:
         self.metrics.setdefault(trial, []).append((step, dict(metrics)))
 
-    def pause_trial(self, trial: int) -> None:
+    def log_curve(self, key: str, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self.log_metrics(None, row.step, {key: row.value})
+
+    def mark_best(self, trial: int) -> None:
+        self.best = trial
+
+    def pause_trial(self, trial: int, effort: Mapping[str, float] | None = None) -> None:
         self.paused.add(trial)
+        self.effort[trial] = dict(effort or {})
 
     def resume_trial(self, trial: int) -> None:
         self.paused.discard(trial)
 
-    def end_trial(self, trial: int, state: str, error: str | None = None) -> None:
+    def end_trial(
+        self, trial: int, state: str, error: str | None = None, effort: Mapping[str, float] | None = None
+    ) -> None:
         self.paused.discard(trial)
+        self.effort[trial] = dict(effort or {})
         self.ended[trial] = (state, error and masked(error))
 
     def log_folder(self, folder: Path, name: str) -> None:
@@ -176,6 +252,19 @@ class MemoryTracker(Tracker):
 
     def close(self) -> bool:
         return True
+
+
+def unlogged(there: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of `params` that a run does not have yet; one of another value gets a number: `lr_2`."""
+    new = {}
+    for name, value in params.items():
+        called, n = name, 1
+        while called in there and there[called] != value:
+            n += 1
+            called = f"{name}_{n}"
+        if called not in there:
+            new[called] = value
+    return new
 
 
 def check_address(uri: str) -> None:

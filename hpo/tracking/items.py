@@ -73,12 +73,13 @@ def merged(item: Item, more: Item) -> Item | None:
         both["params"] = params[0] | params[1]
     if rows := [*item.get("rows", []), *more.get("rows", [])]:
         both["rows"] = rows
-    for key in ("tags", "status"):
-        if key in more:
-            both[key] = more[key]
+    if "tags" in more:
+        both["tags"] = item.get("tags", {}) | more["tags"]
+    if "status" in more:
+        both["status"] = more["status"]
     if more["do"] == "end":
         both["ended"] = more.get("ended", more["time"])
-    return both if len(rows) <= _MOST_ROWS else None
+    return both if len(rows) <= MOST_ROWS else None
 
 
 def halves(item: Item) -> list[Item]:
@@ -126,7 +127,7 @@ def _is_file_name(name: Any) -> bool:
 
 _PLAIN = {"do", "trial", "time", "ended", "params", "rows", "tags", "status", "left", "is_new"}
 """What an item has that nothing was answered to yet."""
-_MOST_ROWS = 900
+MOST_ROWS = 900
 """MLflow takes at most 1,000 metrics in a call."""
 
 
@@ -150,6 +151,8 @@ _KINDS: Mapping[str, Callable[[Item], bool]] = {
     "metrics": lambda item: isinstance(item.get("rows"), list) and _is_of_a_run(item),
     "end": lambda item: item.get("status") in STATUS.values() and "tags" in item and _is_of_a_run(item),
     "folder": lambda item: isinstance(item.get("folder"), str) and _is_file_name(item.get("name")),
+    "data": lambda item: _are_texts(item.get("data")) and item["data"].keys() >= {"name", "digest", "source"},
+    "best": lambda item: item["trial"] is not None,
     "reconcile": lambda item: (
         isinstance(item.get("ends"), dict)
         and all(isinstance(trial, str) and _is_end(end) for trial, end in item["ends"].items())

@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 from hpo.errors import InputError
 from hpo.log import log
-from hpo.tracking.base import PAUSED, STATUS, NullTracker, Tracker, check_address
-from hpo.tracking.items import FILES, Item, halves, is_new
+from hpo.tracking.base import PAUSED, STATUS, NullTracker, Row, Tracker, check_address
+from hpo.tracking.items import FILES, MOST_ROWS, Item, halves, is_new
 from hpo.tracking.outbox import Batch, Outbox
 from hpo.tracking.process import RunsProcess
-from hpo.tracking.values import end_tags
+from hpo.tracking.values import RUN_NAME, end_tags, now_ms, rows_of, run_name, texts_of
 
 
 class MlflowTracker(Tracker):
@@ -39,10 +39,19 @@ class MlflowTracker(Tracker):
     ANSWER_SECONDS = 600.0
     """How long it waits where MLflow works: large files may be on their way."""
 
-    def __init__(self, uri: str, study: str, outbox: Path, *, making: str = "", adopts: bool = True) -> None:
-        """`making` and `adopts`: see `open_tracker`."""
+    def __init__(
+        self,
+        uri: str,
+        study: str,
+        outbox: Path,
+        *,
+        making: str = "",
+        adopts: bool = True,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """`making`, `adopts` and `tags`: see `open_tracker`."""
         self._uri = uri
-        self._runs = self._open_runs(uri, study, making, adopts)
+        self._runs = self._open_runs(uri, study, making=making, adopts=adopts, tags=tags or {})
         self._run_ids: dict[int | None, str] = {}
         self._gathered: list[tuple[Item, float]] | None = None
         self._outbox = Outbox(outbox, study, making)
@@ -62,8 +71,8 @@ class MlflowTracker(Tracker):
         """The last item in the outbox that was tried to be sent."""
         self._adopt(own=True)
 
-    def _open_runs(self, uri: str, study: str, making: str, adopts: bool) -> RunsProcess:
-        return RunsProcess(uri, study, making=making, adopts=adopts)
+    def _open_runs(self, uri: str, study: str, **about: Any) -> RunsProcess:
+        return RunsProcess(uri, study, **about)
 
     def _adopt(self, own: bool = False) -> None:
         with self._changed:
@@ -77,10 +86,15 @@ class MlflowTracker(Tracker):
 
     # What the engine tells.
 
-    def start_study(self, tags: Mapping[str, str], texts: Mapping[str, str]) -> None:
-        self._put("start", None, tags=dict(tags), status="RUNNING")
+    def start_study(
+        self, tags: Mapping[str, str], texts: Mapping[str, str], params: Mapping[str, Any] | None = None
+    ) -> None:
+        self._put("start", None, tags=dict(tags), params=texts_of(params or {}), status="RUNNING")
         if texts:
             self._put("texts", None, texts=dict(texts))
+
+    def log_data(self, data: Mapping[str, str]) -> None:
+        self._put("data", None, self.FLUSH_SECONDS, data=dict(data))
 
     def tag_study(self, tags: Mapping[str, str]) -> None:
         self._put("start", None, self.FLUSH_SECONDS, tags=dict(tags))
@@ -97,27 +111,39 @@ class MlflowTracker(Tracker):
             gathered, self._gathered = self._gathered, None
             self._append(gathered)
 
-    def start_trial(self, trial: int, params: Mapping[str, Any], is_new: bool = False) -> None:
-        self._put("start", trial, params=_texts(params), is_new=is_new)
+    def start_trial(
+        self, trial: int, params: Mapping[str, Any], is_new: bool = False, tags: Mapping[str, str] | None = None
+    ) -> None:
+        self._put("start", trial, params=texts_of(params), tags=dict(tags or {}), is_new=is_new)
 
     def run_of(self, trial: int) -> str | None:
         return self._run_ids.get(trial)
 
-    def log_params(self, trial: int, params: Mapping[str, Any]) -> None:
-        self._put("start", trial, self.FLUSH_SECONDS, params=_texts(params))
+    def log_params(self, trial: int | None, params: Mapping[str, Any]) -> None:
+        self._put("start", trial, self.FLUSH_SECONDS, params=texts_of(params))
 
     def log_metrics(self, trial: int | None, step: int, metrics: Mapping[str, float]) -> None:
-        rows = [[key, float(value), _now(), int(step)] for key, value in metrics.items()]
-        self._put("metrics", trial, self.FLUSH_SECONDS, rows=rows)
+        self._put("metrics", trial, self.FLUSH_SECONDS, rows=rows_of(metrics, step))
 
-    def pause_trial(self, trial: int) -> None:
-        self._put("start", trial, status=PAUSED, tags={"hpo.state": "PAUSED"})
+    def log_curve(self, key: str, rows: Sequence[Row]) -> None:
+        for start in range(0, len(rows), MOST_ROWS):
+            some = [[key, float(row.value), row.ms, row.step] for row in rows[start : start + MOST_ROWS]]
+            self._put("metrics", None, self.FLUSH_SECONDS, rows=some)
+
+    def mark_best(self, trial: int) -> None:
+        self._put("best", trial)
+
+    def pause_trial(self, trial: int, effort: Mapping[str, float] | None = None) -> None:
+        tags = {"hpo.state": "PAUSED", RUN_NAME: run_name(trial, "paused")}
+        self._put("start", trial, status=PAUSED, tags=tags, rows=rows_of(effort))
 
     def resume_trial(self, trial: int) -> None:
-        self._put("start", trial, status="RUNNING", tags={"hpo.state": "RUNNING"})
+        self._put("start", trial, status="RUNNING", tags={"hpo.state": "RUNNING", RUN_NAME: run_name(trial)})
 
-    def end_trial(self, trial: int, state: str, error: str | None = None) -> None:
-        self._put("end", trial, status=STATUS[state], tags=end_tags(state, error))
+    def end_trial(
+        self, trial: int, state: str, error: str | None = None, effort: Mapping[str, float] | None = None
+    ) -> None:
+        self._put("end", trial, status=STATUS[state], tags=end_tags(trial, state, error), rows=rows_of(effort))
 
     def log_folder(self, folder: Path, name: str) -> None:
         self._put("folder", None, folder=str(folder.resolve()), name=name)
@@ -165,7 +191,7 @@ class MlflowTracker(Tracker):
 
     def _put(self, do: str, trial: int | None, within: float = 0.0, **what: Any) -> None:
         """Have something sent within so many seconds."""
-        item = {"do": do, "trial": trial, "time": _now(), **what}
+        item = {"do": do, "trial": trial, "time": now_ms(), **what}
         if self._gathered is None:
             self._append([(item, within)])
         else:
@@ -294,24 +320,23 @@ class MlflowTracker(Tracker):
             )
 
 
-def open_tracker(uri: str, study: str, outbox: Path, *, making: str = "", adopts: bool = True) -> Tracker:
+def open_tracker(
+    uri: str,
+    study: str,
+    outbox: Path,
+    *,
+    making: str = "",
+    adopts: bool = True,
+    tags: Mapping[str, str] | None = None,
+) -> Tracker:
     """Return the tracker that `tracking:` names. Raises InputError for an address that can never work.
 
     `making` tells the study from others of its name (`Search.making`); where it `adopts`, runs that are of no making,
-    as older versions made them, are taken for its own.
+    as older versions made them, are taken for its own. Each run that this process makes gets `tags`.
     """
     check_address(uri)
     if uri == "off":
         return NullTracker()
     if find_spec("mlflow") is None:
         raise InputError(f"tracking {uri}: MLflow is not installed; pip install mlflow, or set tracking: off")
-    return MlflowTracker(uri, study, outbox, making=making, adopts=adopts)
-
-
-def _texts(params: Mapping[str, Any]) -> dict[str, str]:
-    """Return params as MLflow takes them."""
-    return {str(key): str(value)[:6000] for key, value in params.items()}
-
-
-def _now() -> int:
-    return int(time.time() * 1000)
+    return MlflowTracker(uri, study, outbox, making=making, adopts=adopts, tags=tags)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import IO, Any
 
@@ -27,8 +28,8 @@ class RunsProcess:
 
     END_SECONDS = 5.0
 
-    def __init__(self, uri: str, study: str, *, making: str, adopts: bool) -> None:
-        self._config = {"uri": uri, "study": study, "making": making, "adopts": adopts}
+    def __init__(self, uri: str, study: str, *, making: str, adopts: bool, tags: Mapping[str, str]) -> None:
+        self._config = {"uri": uri, "study": study, "making": making, "adopts": adopts, "tags": dict(tags)}
         self._process: subprocess.Popen[str] | None = None
         self._errors: IO[bytes] | None = None
         self.killed = False

@@ -1,9 +1,9 @@
 """The runs of one study in MLflow: found, made, written to and ended. MLflow is imported here only, and when needed.
 
 One run a trial under one parent run for the study, all with the tags `hpo.study` and `hpo.trial`, and with
-`hpo.making`, which tells a study from another one of its name (two storages may share a tracking server). COMPLETE ends
-as FINISHED, PRUNED as KILLED with the tag `hpo.state`, FAIL as FAILED with `hpo.error`; a trial that a successor
-replaces is INTERRUPTED, which ends as KILLED. One that is paused is SCHEDULED, with the tag `hpo.state`.
+`hpo.making`, which tells a study from another one of its name (two storages may share a tracking server). COMPLETE and
+PRUNED end as FINISHED, told apart by the run's name and the tag `hpo.state`; FAIL as FAILED with `hpo.error`; a trial
+that a successor replaces is INTERRUPTED, which ends as KILLED. One that is paused is SCHEDULED.
 """
 
 import logging
@@ -19,15 +19,18 @@ from typing import Any
 from filelock import FileLock
 
 from hpo.log import log
-from hpo.tracking.base import STATUS
+from hpo.tracking.base import STATUS, unlogged
 from hpo.tracking.items import FILES, MERGED, Answer, Item
-from hpo.tracking.values import MAX_PARAM, MAX_TAG, digest_of, end_tags, legal_name, plain, same
+from hpo.tracking.parent import Known, MetricRow, installed, linked, log_data, mark_best
+from hpo.tracking.values import MAX_PARAM, MAX_TAG, NOTE, digest_of, end_tags, legal_name, now_ms, plain, run_name
 
 _REFUSED = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "NOT_FOUND")
 _UNCLEAR = ("BAD_REQUEST", "INTERNAL_ERROR")
 """What MLflow also says of a cut connection, a proxy's refusal, or a time-out: others must be taken meanwhile."""
 _AWAY_STATUS = (401, 403, 404, 407, 408, 425, 429)
 _TRIES = 3
+_KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""By this tag of the experiment MLflow's page opens on its runs, not on traces."""
 _MOST = {"metrics": 800, "params": 100, "tags": 100}
 """What MLflow takes in a call."""
 
@@ -38,10 +41,12 @@ class Runs:
     PEER_SECONDS = 5.0
     """How long to wait for the study's run where a peer has made the experiment: two would make it twice."""
 
-    def __init__(self, uri: str, study: str, *, making: str = "", adopts: bool = True) -> None:
-        """`making` and `adopts`: see `hpo.tracking.mlflow.open_tracker`."""
+    def __init__(
+        self, uri: str, study: str, *, making: str = "", adopts: bool = True, tags: Mapping[str, str] | None = None
+    ) -> None:
+        """`making`, `adopts` and `tags`: see `hpo.tracking.mlflow.open_tracker`."""
         self._uri, self._study = uri, study
-        self._making, self._adopts = making, adopts
+        self._making, self._adopts, self._tags = making, adopts, dict(tags or {})
         self._client: Any = None
         self._experiment = ""
         self._is_first = False
@@ -49,6 +54,7 @@ class Runs:
         self._ids: dict[int | None, str] = {}
         self._found: list[tuple[int | None, str]] = []
         """Those of them that no answer has named yet."""
+        self._known = Known()
         self._renamed: set[str] = set()
         self._indigestible: set[str] = set()
         """What the server answers again and again to some items, while it takes others."""
@@ -71,7 +77,7 @@ class Runs:
             if experiment is None:
                 where = None if path is None else (path.parent.resolve() / "artifacts" / self._study).as_uri()
                 try:
-                    client.create_experiment(self._study, artifact_location=where)
+                    client.create_experiment(self._study, artifact_location=where, tags=_KIND)
                     self._is_first = True
                 except MlflowException:
                     if client.get_experiment_by_name(self._study) is None:
@@ -81,6 +87,8 @@ class Runs:
                 raise MlflowException(f"the experiment {self._study!r} was made, but is not there")
             if experiment.lifecycle_stage == "deleted":
                 client.restore_experiment(experiment.experiment_id)
+            for key, value in _KIND.items() - experiment.tags.items():  # an older version made it
+                client.set_experiment_tag(experiment.experiment_id, key, value)
             self._experiment = experiment.experiment_id
         self._client = client
 
@@ -99,6 +107,7 @@ class Runs:
                 refused = self._refuses(item, error)
                 raise
         except Exception as error:  # whatever MLflow, its server or its database raise
+            self._known.forget()
             if refused and not item.get("again"):
                 self._client = None
                 self._ids.clear()
@@ -111,6 +120,8 @@ class Runs:
             **dict.fromkeys(MERGED, self._write),
             "texts": self._texts,
             "folder": self._folder,
+            "data": lambda item: log_data(self._client, self._id_of(None, item), item["data"]),
+            "best": self._best,
             "reconcile": self._reconcile,
         }
         sends[item["do"]](item)
@@ -134,7 +145,7 @@ class Runs:
 
     def _takes_something(self) -> bool:
         try:
-            self._client.set_experiment_tag(self._experiment, "hpo.alive", str(_now()))
+            self._client.set_experiment_tag(self._experiment, "hpo.alive", str(now_ms()))
         except Exception:  # whatever it is: MLflow is away
             return False
         return True
@@ -161,10 +172,10 @@ class Runs:
 
     def _make(self, trial: int | None, item: Item) -> str:
         parent = None if trial is None else self._id_of(None, item)
-        tags = {"hpo.study": self._study, "hpo.trial": "study" if trial is None else str(trial)}
+        tags = self._tags | {"hpo.study": self._study, "hpo.trial": "study" if trial is None else str(trial)}
         tags |= {"hpo.making": self._making} if self._making else {}
         tags |= {"mlflow.parentRunId": parent} if parent is not None else {}
-        name = self._study if trial is None else f"trial {trial}"
+        name = self._study if trial is None else run_name(trial)
         run = self._client.create_run(self._experiment, start_time=item["time"], tags=tags, run_name=name)
         return str(run.info.run_id)
 
@@ -215,19 +226,46 @@ class Runs:
             if info.end_time is not None and info.end_time >= item["time"]:
                 return  # the study was resumed since
         rows = [(self._legal(key), float(value), when, step) for key, value, when, step in item.get("rows", [])]
-        if item["trial"] is None and rows:  # those of the study's end are told again where it is unclear if they were
-            there = self._client.get_run(run).data.metrics
-            rows = [row for row in rows if not same(there.get(row[0]), row[1])]
+        params = {self._legal(key): plain(x, MAX_PARAM) for key, x in item.get("params", {}).items()}
+        tags = {self._legal(key): plain(x, MAX_TAG) for key, x in item.get("tags", {}).items()}
+        if item["trial"] is None:
+            rows, params, tags = self._of_the_study(run, rows, params, tags)
         self._log(
             run,
             metrics=[Metric(*row) for row in rows],
-            params=[Param(self._legal(key), plain(x, MAX_PARAM)) for key, x in item.get("params", {}).items()],
-            tags=[RunTag(self._legal(key), plain(x, MAX_TAG)) for key, x in item.get("tags", {}).items()],
+            params=[Param(key, x) for key, x in params.items()],
+            tags=[RunTag(key, x) for key, x in tags.items()],
         )
+        if item["trial"] is None:
+            self._known.add(rows)
         if item["do"] == "end":
             self._client.set_terminated(run, item["status"], end_time=item.get("ended", item["time"]))
         elif item.get("status") is not None:
             self._client.update_run(run, status=item["status"])
+
+    def _of_the_study(
+        self, run: str, rows: list[MetricRow], params: dict[str, str], tags: dict[str, str]
+    ) -> tuple[list[MetricRow], dict[str, str], dict[str, str]]:
+        """Return what is to be written of that to the study's own run, which may have some of it already."""
+        rows = self._known.missing(self._client, run, rows)
+        if params:
+            params = unlogged(self._client.get_run(run).data.params, params)
+        if NOTE in tags:
+            tags[NOTE] = linked(tags[NOTE], self._experiment, self._found_run)
+        return rows, params, tags
+
+    def _found_run(self, trial: int) -> str | None:
+        """Return the id of a trial's run, if there is one."""
+        if trial not in self._ids and (found := self._search(str(trial), self._ids.get(None))):
+            return str(found[0].info.run_id)
+        return self._ids.get(trial)
+
+    def _best(self, item: Item) -> None:
+        self._id_of(None, item)
+        if (run := self._found_run(item["trial"])) is not None:
+            marked = self._all_runs("tags.`hpo.best` = 'true'")
+            ours = [each for each in marked if each.data.tags.get("hpo.making", self._making) == self._making]
+            mark_best(self._client, run, item["trial"], ours)
 
     def _log(self, run: str, **what: list[Any]) -> None:
         """Log metrics, params and tags, in as many calls as it needs."""
@@ -251,13 +289,14 @@ class Runs:
                 is_ours = is_ours or tags.get("mlflow.parentRunId") in parents
             is_right = (run.info.status, tags.get("hpo.state")) == (STATUS.get(state), state)
             if is_ours and state is not None and not is_right and run.info.lifecycle_stage == "active":
-                self._tag(run.info.run_id, end_tags(state, error))
+                self._tag(run.info.run_id, end_tags(int(tags["hpo.trial"]), state, error))
                 end = run.info.end_time or item["time"]
                 self._client.set_terminated(run.info.run_id, STATUS[state], end_time=end)
 
     def _texts(self, item: Item) -> None:
         run = self._id_of(item["trial"], item)
-        for name, text in item["texts"].items():
+        texts = item["texts"] | ({"requirements.txt": installed()} if item["trial"] is None else {})
+        for name, text in texts.items():
             self._client.log_text(run, plain(text, sys.maxsize), name)
 
     def _folder(self, item: Item) -> None:
@@ -289,10 +328,6 @@ def cause(error: Exception) -> str:
     """Return the line of `error` that says most: a database's own, in what SQLAlchemy makes of it, else the first."""
     lines = f"{type(error).__name__}: {error}".splitlines()
     return next((line for line in lines if re.match(r"\([a-z0-9_.]+\.\w*Error\)", line)), lines[0])[:300]
-
-
-def _now() -> int:
-    return int(time.time() * 1000)
 
 
 @contextmanager

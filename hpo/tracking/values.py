@@ -3,11 +3,18 @@
 import hashlib
 import re
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from hpo.errors import masked
 
 MAX_PARAM, MAX_TAG, MAX_NAME = 6000, 5000, 250
+RUN_NAME = "mlflow.runName"
+"""MLflow's tag for the name of a run."""
+NOTE = "mlflow.note.content"
+"""MLflow's tag for the description of a run, in Markdown."""
 
 
 def legal_name(name: str) -> str:
@@ -44,6 +51,31 @@ def digest_of(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def end_tags(state: str, error: str | None) -> dict[str, str]:
-    """Return what a trial's run is tagged with at its end."""
-    return {"hpo.state": state} | ({"hpo.error": masked(error[: 2 * MAX_TAG])[:MAX_TAG]} if error else {})
+def end_tags(trial: int | None, state: str, error: str | None = None) -> dict[str, str]:
+    """Return what a run is tagged with at its end; a trial's name says how it ended, unless it is complete."""
+    tags = {"hpo.state": state}
+    if error:
+        tags["hpo.error"] = masked(error[: 2 * MAX_TAG])[:MAX_TAG]
+    if trial is not None and state != "COMPLETE":
+        tags[RUN_NAME] = run_name(trial, {"FAIL": "failed"}.get(state, state.lower()))
+    return tags
+
+
+def run_name(trial: int, state: str = "") -> str:
+    """Return the name of a trial's run: `trial 7`, `trial 7 (pruned)`."""
+    return f"trial {trial} ({state})" if state else f"trial {trial}"
+
+
+def texts_of(params: Mapping[str, Any]) -> dict[str, str]:
+    """Return params as MLflow takes them."""
+    return {str(key): str(value)[:MAX_PARAM] for key, value in params.items()}
+
+
+def rows_of(metrics: Mapping[str, float] | None, step: int = 0) -> list[list[Any]]:
+    """Return metrics as an item has them: key, value, time and step."""
+    return [[key, float(value), now_ms(), int(step)] for key, value in (metrics or {}).items()]
+
+
+def now_ms() -> int:
+    """Return the milliseconds since 1970."""
+    return int(time.time() * 1000)

@@ -158,3 +158,10 @@ def _index_of_size(func: Callable[..., Any]) -> int | None:
     if any(result.alias_info is not None for result in schema.returns):
         return None
     return next((i for i, argument in enumerate(schema.arguments) if argument.name == "size"), None)
+
+
+def used_mib(device: torch.device) -> float:
+    """Return how much memory this process has, in MiB: of its GPU, where it is one, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return float(psutil.Process().memory_info().rss) / 2**20

@@ -1,0 +1,70 @@
+"""What a study's run in MLflow says of itself: a page of Markdown that a colleague reads first."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hpo.errors import masked
+from hpo.runner.outcome import Outcome
+from hpo.runner.prepare import Plan
+from hpo.runner.progress import count_text
+from hpo.search.view import Best, StudyView
+
+_MOST_CHARACTERS = 4_000
+"""MLflow takes 5,000 in a description; links become longer."""
+_MOST_ROWS = 30
+
+
+def intention(plan: Plan) -> str:
+    """Return what a study is to find, before it has found anything."""
+    return "\n".join([*_head(plan), "It has not ended yet.", "", *_space(plan)])[:_MOST_CHARACTERS]
+
+
+def description(plan: Plan, seen: StudyView, best: Best, done: Outcome | None) -> str:
+    """Return what a study has found; a link to a trial is `hpo:trial/<number>` (`hpo.tracking.parent`)."""
+    lines = _head(plan)
+    epoch = "" if plan.function is not None else f", epoch {best.epoch + 1}"
+    lines += [
+        f"**Best {_escaped(plan.metric)}: {best.value:.6g}** on validation, by [trial {best.number}]"
+        f"(hpo:trial/{best.number}){epoch}.",
+        "",
+    ]
+    if done is not None and done.test:
+        tests = ", ".join(f"{_escaped(name)} {value:.6g}" for name, value in done.test.items())
+        lines += [f"Trained again on train + validation and tested once: {tests}.", ""]
+    if done is not None and done.bundle is not None:
+        lines += [f"The model is in the artifacts, in `bundle`; it was written to `{masked(str(done.bundle))}`.", ""]
+    lines += [f"{count_text(seen.counts)}. {seen.effort.text()}".strip(), ""]
+    lines += _table(["parameter", "best value"], plan.space.searched(best.params) or best.params)
+    lines += ["", *_space(plan), "", "To see its trials: `hpo ui`, or `optuna-dashboard` on the storage above."]
+    return "\n".join(lines)[:_MOST_CHARACTERS]
+
+
+def _head(plan: Plan) -> list[str]:
+    spec = plan.spec
+    goal = "highest" if plan.maximize else "lowest"
+    return [
+        f"A search for the {goal} **{_escaped(plan.metric)}** of `{spec.objective}`, by hpo.",
+        "",
+        f"{spec.trials} trials of {spec.epochs} epochs; sampler `{spec.sampler.name}`, pruner `{spec.pruner.name}`, "
+        f"seed {spec.seed}; storage `{masked(spec.storage)}`, study `{spec.name}`.",
+        "",
+    ]
+
+
+def _space(plan: Plan) -> list[str]:
+    rows = {each.name: each.describe() for each in plan.space.dimensions}
+    fixed = {name: f"{value} (fixed)" for name, value in plan.space.fixed.items()}
+    return _table(["parameter", "searched"], rows | fixed) if rows or fixed else []
+
+
+def _table(columns: list[str], rows: Mapping[str, Any]) -> list[str]:
+    lines = [f"| {' | '.join(columns)} |", "|---|---|"]
+    for name, value in list(rows.items())[:_MOST_ROWS]:
+        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+        lines.append(f"| {_escaped(name)} | {_escaped(shown[:100])} |")
+    return lines
+
+
+def _escaped(text: str) -> str:
+    """Return text that is no Markdown and no HTML."""
+    return "".join(f"\\{c}" if c in r"\`*_[]|<>#" else c for c in text.replace("\n", " "))
