@@ -58,7 +58,7 @@ def test_what_could_not_be_sent_is_kept_there_and_sent_from_there(study: Write) 
     assert "all 1 trials are done" in run_hpo("run", path).stdout
     assert not files("unsent/*")
     runs = rows("select name, status from runs order by name", file="elsewhere/mlflow.db")
-    assert runs == [("study", "FINISHED"), ("trial 0", "FINISHED")]
+    assert runs == [("study", "FINISHED"), ("trial 0 (best)", "FINISHED")]
     assert not Path("mlruns").exists()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpo.tracking.base import STATUS, MemoryTracker, NullTracker, Tracker
+from hpo.tracking.base import STATUS, MemoryTracker, NullTracker, Row, Tracker
 from hpo.tracking.mlflow import MlflowTracker
 from tests.mlflows import Mlflow, in_store, tell
 
@@ -18,10 +18,13 @@ class Seen:
 
     ends: dict[int | None, str] = field(default_factory=dict)
     errors: dict[int | None, str] = field(default_factory=dict)
-    params: dict[int, dict[str, str]] = field(default_factory=dict)
+    params: dict[int | None, dict[str, str]] = field(default_factory=dict)
     curves: dict[int | None, dict[str, dict[int, float | str]]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
+    best: int | None = None
+    data: str = ""
+    lineage: dict[int, str] = field(default_factory=dict)
 
 
 def _shown(value: float) -> float | str:
@@ -41,6 +44,9 @@ def _of_memory(tracker: MemoryTracker) -> Seen:
         curves=curves,
         files={file.name: file.read_text() for folder in tracker.folders for file in folder.iterdir()},
         tags={key: value for key, value in tracker.tags.items() if key == "hpo.stack"},
+        best=tracker.best,
+        data=tracker.data.get("digest", ""),
+        lineage={t: tags["hpo.retry_of"] for t, tags in tracker.trial_tags.items() if "hpo.retry_of" in tags},
     )
 
 
@@ -59,7 +65,14 @@ def _of_mlflow(mlflow: Mlflow) -> Seen:
         if trial is None:
             seen.files = {Path(name).name: mlflow.text("study", name) for name in mlflow.files("study", "bundle")}
             seen.tags = {key: value for key, value in tags.items() if key == "hpo.stack"}
-        else:
+            seen.data = "".join(each.dataset.digest for each in run.inputs.dataset_inputs)
+        elif tags.get("hpo.best") == "true":
+            assert seen.best is None, "two are the best"
+            seen.best = trial
+        if "hpo.retry_of" in tags:
+            assert trial is not None
+            seen.lineage[trial] = tags["hpo.retry_of"]
+        if trial is not None or run.data.params:
             seen.params[trial] = run.data.params
     return seen
 
@@ -179,6 +192,34 @@ class TestContract:
                 errors=dict.fromkeys((2, 3, 4), "worker w died"),
                 params={trial: {} for trial in range(6)},
             )
+
+    def test_what_a_study_found_is_there_once_and_what_it_finds_later_has_a_name_of_its_own(
+        self, opened: Opened
+    ) -> None:
+        open_it, look = opened
+        data = {"name": "iris", "digest": "d1", "source": "{}", "schema": "{}", "profile": "{}"}
+        for best, trials in ((0, 1), (0, 1), (1, 2)):
+            tracker = open_it()
+            tracker.start_study({}, {}, {"trials": trials, "seed": 1})
+            tracker.log_data(data)
+            for trial in range(trials):
+                tracker.start_trial(trial, {}, tags={"hpo.retry_of": "0"} if trial else None)
+            tracker.log_curve("best", [Row(n, 1.0 / (n + 1), 1000 + n) for n in range(trials)])
+            tracker.log_params(None, {"best.trial": best})
+            tracker.mark_best(best)
+            assert tracker.close() is True
+        assert look() == expected(
+            tracker,
+            params={
+                None: {"trials": "1", "seed": "1", "best.trial": "0", "trials_2": "2", "best.trial_2": "1"},
+                0: {},
+                1: {},
+            },
+            curves={None: {"best": {0: 1.0, 1: 0.5}}},
+            best=1,
+            data="d1",
+            lineage={1: "0"},
+        )
 
     def test_a_study_that_is_run_again_is_open_until_it_ends(self, opened: Opened) -> None:
         open_it, look = opened
