@@ -1,11 +1,13 @@
 """What a person sees: the numbers, the lines in a pipe, the bars on a terminal."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
 
-from hpo.cli.console import LiveProgress, table
+from hpo.cli.console import table
+from hpo.cli.live import LiveProgress, sparkline
 from hpo.cli.screen import ConsoleHandler
 from hpo.log import log, shown_by
 from hpo.runner import progress as view
@@ -20,6 +22,13 @@ def counts(complete=0, pruned=0, failed=0, running=0, waiting=0):
 
 def best(number=7, value=0.989):
     return Best(number=number, value=value, params={"lr": 0.1}, epoch=2, seed=0, metrics={})
+
+
+def drawn(progress, width, **options):
+    """Return what a live view shows at that width, line by line."""
+    out = io.StringIO()
+    Console(file=out, width=width, force_terminal=True, no_color=True, **options).print(progress)
+    return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()).splitlines()]
 
 
 class Clock:
@@ -166,10 +175,70 @@ def test_the_live_view_ends_with_the_counts_the_best_and_every_reason():
     assert "trial 1 failed: became [nan]" in text
     cleared = "\x1b[2K"
     assert f"{cleared}a note with [brackets] :bug: of postgresql://bob:***@h/d\n" in text, "where the bars were"
-    last = text.rpartition("trials ")[2]
+    last = text.rpartition("trials ━")[2]
     assert "2/2" in last
     assert "best accuracy 0.5000 (trial 0)" in last
     assert "trial 2" not in last, "what was running when the view ends is cleared away"
+
+
+class TestLive:
+    @pytest.fixture
+    def live(self, clock):
+        """Return a view of a study of 20 trials that has been shown for a minute: 3 have ended, 10 are in training."""
+        board = ProgressState(counts(), None, 20, "accuracy")
+        made = LiveProgress(board, lambda state, value: None, Console(file=io.StringIO(), width=80))
+        for number in range(10):
+            made.trial_started(number, {"learning_rate": 0.01, "n_hidden": 24, "optimizer": "adam"})
+            made.epoch_ended(number, 3, 12, {"train_loss": 0.25, "valid_accuracy": 0.5, "valid_loss": 0.3})
+        board.counts, board.best = counts(complete=2, pruned=1), best()
+        board.best_params, board.curve, board.workers = {"lr": 0.1}, [0.1, 0.5, 0.9], {"a-1", "b-2"}
+        clock.now += 60
+        return made
+
+    @pytest.mark.parametrize("width", [40, 80, 120])
+    def test_it_is_as_wide_as_the_terminal_and_says_the_same(self, live, width):
+        lines = drawn(live, width)
+        assert max(map(len, lines)) <= width
+        text = "\n".join(lines)
+        for part in ("3/20", "2 complete, 1 pruned, 0 failed", "best accuracy 0.9890", "3/12", "0.5000"):
+            assert part in text
+        assert ("optimizer=adam" in text) == (width == 120)
+
+    def test_it_says_pace_time_left_workers_and_the_best_trials_curve(self, live):
+        lines = drawn(live, 120)
+        assert lines[0].endswith("3/20 60 s, about 6 min left")
+        assert lines[1] == "2 complete, 1 pruned, 0 failed, 10 in training by 2 workers; 180 trials an hour"
+        assert lines[2:4] == ["best accuracy 0.9890 (trial 7) ▁▄█", "  lr=0.1"]
+        assert lines[4].split() == ["trial", "epoch", "accuracy", "train", "loss", "params"]
+        assert len(lines[5:-1]) == 8
+        assert lines[-1] == "  and 2 more in training"
+
+    def test_what_is_no_longer_trained_is_no_longer_shown(self, live):
+        for number in range(9):
+            live.trial_ended(number, "COMPLETE", 0.5, None)
+        live.trial_paused(9, 3)
+        live.trial_ended(9, "PRUNED", 0.5, None)  # while it was paused
+        assert not any("3/12" in line for line in drawn(live, 80))
+
+    def test_a_secret_in_a_choice_is_not_shown(self, live):
+        live.trial_started(0, {"data": "postgresql://bob:s3cret@h/d"})
+        assert not any("s3cret" in line for line in drawn(live, 120))
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ([], ""),
+        ([1.0], ""),
+        ([2.0, 2.0], "▁▁"),
+        ([0.0, 0.5, 1.0], "▁▄█"),
+        ([float("nan"), 1.0, float("inf"), 0.0], "█▁"),
+        (list(range(1000)), "▁▁▁▁▂▂▂▃▃▃▄▄▄▄▅▅▅▆▆▆▇▇▇█"),
+    ],
+)
+def test_a_curve_as_a_line_of_bars(values, line):
+    assert sparkline(values) == line
+    assert len(sparkline(list(range(500)), width=10)) == 10
 
 
 def test_a_table_shows_cells_as_they_are():

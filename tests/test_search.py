@@ -193,6 +193,17 @@ class TestWhatIsKnown:
         search.prune(search.ask().number)
         assert search.best().number == number
 
+    @pytest.mark.parametrize("maximize", [True, False])
+    def test_of_equals_the_lower_loss_is_best_then_the_smaller_network_then_the_earlier(self, opened, maximize):
+        search = opened(trials=5, maximize=maximize)
+        nan = float("nan")
+        for loss, size, best in ((nan, 10, 0), (0.3, 30, 1), (0.3, 20, 2), (0.3, 20, 2), (0.4, 10, 2)):
+            claim = search.ask()
+            metrics = {"metrics": {"valid_loss": loss}} if loss == loss else {}
+            search.annotate(claim.number, metrics | {"n_parameters": size})
+            search.complete(claim.number, 0.5)
+            assert search.best().number == best
+
     def test_the_best_holds_all_params_its_epoch_and_its_metrics(self, opened):
         search = opened(trials=3)
         assert search.best() is None

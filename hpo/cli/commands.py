@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from hpo.cli import console as view
+from hpo.cli.live import LiveProgress
 from hpo.cli.screen import console, screen
 from hpo.cli.status import summary
 from hpo.errors import masked
@@ -211,7 +212,7 @@ def _progress(plan: Plan, search: Search, out: Console, alone: bool = True) -> I
     board = state_of(plan, search)
     refresh = Refresh(board, search, alone)
     if out.is_terminal:
-        with view.LiveProgress(board, refresh, out) as progress:
+        with LiveProgress(board, refresh, out) as progress:
             yield progress
     else:
         yield PlainProgress(board, refresh)

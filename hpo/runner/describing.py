@@ -1,4 +1,4 @@
-"""What a study's run in MLflow says of itself: a page of Markdown that a colleague reads first."""
+"""A study in words: what it searches, as its start says it, and the description of its run in MLflow, in Markdown."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,12 +6,34 @@ from typing import Any
 from hpo.errors import masked
 from hpo.runner.outcome import Outcome
 from hpo.runner.prepare import Plan
-from hpo.runner.progress import count_text
+from hpo.runner.progress import count_text, shown
 from hpo.search.view import Best, StudyView
+from hpo.study.data import Data
 
 _MOST_CHARACTERS = 4_000
 """MLflow takes 5,000 in a description; links become longer."""
 _MOST_ROWS = 30
+
+
+def announcement(plan: Plan, data: Data | None, seen: StudyView) -> list[str]:
+    """Return what is said as a study starts: how much, of what, where; what is searched, and what is held fixed."""
+    spec, space = plan.spec, plan.space
+    of_what = f"of {spec.epochs} epochs on {plan.device}, {len(data.train)} rows" if data else "of a function"
+    lines = [f"{spec.name}: {spec.trials} trials {of_what}; {masked(spec.storage)}"]
+    if seen.counts.finished:
+        lines.append(f"  resumed: {seen.counts.finished} of {spec.trials} trials have ended")
+    if plan.function is not None:
+        return lines
+    searched = [f"{each.name} {each.describe()}" for each in space.dimensions]
+    lines.append(f"  searched: {'; '.join(searched) or 'nothing'}")
+    if space.fixed:
+        lines.append(f"  fixed: {shown(space.fixed)}")
+    if unsearched := [name for name in plan.objective.space if name in space.fixed and name not in spec.params]:
+        lines.append(
+            f"  the study file has ranges of its own, so the objective's are not used: {', '.join(unsearched)} "
+            "would be searched without them"
+        )
+    return lines
 
 
 def intention(plan: Plan) -> str:
@@ -60,8 +82,8 @@ def _space(plan: Plan) -> list[str]:
 def _table(columns: list[str], rows: Mapping[str, Any]) -> list[str]:
     lines = [f"| {' | '.join(columns)} |", "|---|---|"]
     for name, value in list(rows.items())[:_MOST_ROWS]:
-        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
-        lines.append(f"| {_escaped(name)} | {_escaped(shown[:100])} |")
+        text = f"{value:.6g}" if isinstance(value, float) else str(value)
+        lines.append(f"| {_escaped(name)} | {_escaped(text[:100])} |")
     return lines
 
 

@@ -128,6 +128,7 @@ class StudyMonitor:
 
     def look(self) -> None:
         seen = self._search.view()
+        self._progress.looked(seen)
         for number, epoch in seen.paused.items():
             if number in self._epochs:
                 del self._epochs[number]

@@ -3,14 +3,14 @@
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hpo.log import log
 from hpo.search.budget import Counts
 from hpo.search.search import Search
-from hpo.search.view import Best
+from hpo.search.view import Best, StudyView
 
 if TYPE_CHECKING:
     from hpo.runner.prepare import Plan
@@ -19,7 +19,10 @@ STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "INTERRU
 
 
 class Progress(ABC):
-    """What a person is shown of a study that runs: lines (here), or a live view (`hpo.cli.console`)."""
+    """What a person is shown of a study that runs: lines (here), or a live view (`hpo.cli.live`)."""
+
+    def looked(self, seen: StudyView) -> None:  # noqa: B027 (there need not be anything that shows it)
+        """The study was read, as others train it too."""
 
     @abstractmethod
     def trial_started(self, number: int, params: Mapping[str, Any]) -> None:
@@ -47,12 +50,35 @@ class ProgressState:
     def __init__(self, counts: Counts, best: Best | None, trials: int, metric: str) -> None:
         self.counts, self.best, self.trials, self.metric = counts, best, trials, metric
         self._started, self._done_before = time.monotonic(), counts.finished
+        self.best_params: Mapping[str, Any] = {} if best is None else best.params
+        """Those of the best trial that were searched, as far as that is known."""
+        self.curve: Sequence[float] = ()
+        """The best trial's value, epoch by epoch."""
+        self.workers: Collection[str] = ()
+        """Who has a trial in training."""
+
+    def see(self, seen: StudyView) -> None:
+        """Take the numbers of a view of the study."""
+        self.counts, self.best = seen.counts, seen.best()
+        self.workers = {trial.worker for trial in seen.running}
+        if self.best is not None:
+            self.best_params, self.curve = seen.searched(self.best.params), seen.curve(self.best.number)
+
+    def elapsed(self) -> float:
+        """Return the seconds since it is shown."""
+        return time.monotonic() - self._started
+
+    def per_hour(self) -> float | None:
+        """Return how many trials end in an hour at the pace so far, or None before the first one has ended."""
+        done, elapsed = self.counts.finished - self._done_before, self.elapsed()
+        return done / elapsed * 3600 if done > 0 and elapsed > 0 else None
 
     def add(self, state: str) -> None:
         """Count one more trial that has ended."""
         field = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}.get(state)
         if field is not None and self.counts.finished < self.trials:  # of many that end together, one look sees all
-            self.counts = replace(self.counts, **{field: getattr(self.counts, field) + 1})
+            counts = replace(self.counts, **{field: getattr(self.counts, field) + 1})
+            self.counts = replace(counts, paused=min(counts.paused, self.trials - counts.finished))
 
     def seconds_left(self) -> float | None:
         """Return how long the rest will take at the pace so far, or None before the first trial has ended."""
@@ -92,7 +118,7 @@ class Refresh:
             self._board.add(state)
             return
         seen = self._search.view()
-        self._board.counts, self._board.best = seen.counts, seen.best()
+        self._board.see(seen)
         self._looked = time.monotonic()
         self._cost = self._looked - start
 
@@ -100,7 +126,9 @@ class Refresh:
 def state_of(plan: "Plan", search: Search) -> ProgressState:
     """Return the numbers of a study as its storage has them now."""
     seen = search.view()
-    return ProgressState(seen.counts, seen.best(), plan.spec.trials, plan.metric)
+    board = ProgressState(seen.counts, seen.best(), plan.spec.trials, plan.metric)
+    board.see(seen)
+    return board
 
 
 class PlainProgress(Progress):
@@ -164,9 +192,13 @@ def count_text(counts: Counts) -> str:
 
 def metric_text(board: ProgressState, metrics: Mapping[str, float]) -> str:
     """Return what is shown of an epoch's metrics: not every trial has all of them."""
-    known = {board.metric: metrics.get(f"valid_{board.metric}", metrics.get(board.metric))}
-    known["train loss"] = metrics.get("train_loss")
-    return ", ".join(f"{name} {value:.4f}" for name, value in known.items() if value is not None)
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics_shown(board.metric, metrics).items())
+
+
+def metrics_shown(metric: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return those of an epoch's metrics that are shown, as they are called there: the study's, and the loss."""
+    known = {metric: metrics.get(f"valid_{metric}", metrics.get(metric)), "train loss": metrics.get("train_loss")}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def shown(params: Mapping[str, Any]) -> str:

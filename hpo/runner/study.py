@@ -17,8 +17,10 @@ import torch
 
 from hpo.errors import HpoError, InputError, Interrupted
 from hpo.export.bundle import require_place
+from hpo.export.environment import git_commit, user, versions
 from hpo.log import log
 from hpo.runner import checkpoints
+from hpo.runner.describing import announcement
 from hpo.runner.joining import join_stored
 from hpo.runner.launch import StudyMonitor, Workers, gpus, how_many
 from hpo.runner.opening import load_data, open_study, source_differs
@@ -108,8 +110,8 @@ def _run(
 ) -> tuple[Outcome | None, StudyView]:
     data = load_data(plan, search)
     tracker = tracker_of(plan, search)
-    of_what = f"of {plan.spec.epochs} epochs on {plan.device}, {len(data.train)} rows" if data else "of a function"
-    log.info("%s: %d trials %s; %s", plan.spec.name, plan.spec.trials, of_what, plan.spec.storage)
+    for line in announcement(plan, data, search.view()):
+        log.info("%s", line)
     _remember(plan, search)
     state, seen = "FAIL", None
     try:
@@ -142,11 +144,16 @@ def _run(
 
 
 def _remember(plan: Plan, search: Search) -> None:
-    """Store what workers without a study file need; say so where the objective's code is another one by now."""
+    """Store what workers without a study file need, and what the study is run with.
+
+    Say so where the objective's code is another one by now.
+    """
     if source_differs(plan, search):
         log.warning("the objective's code has changed since the study began: its earlier trials may not be comparable")
         search.remember(schema.CODE, source_fingerprint(plan.given))
     search.remember(schema.STUDY_FILE, plan.document.as_json(without=("storage",)))
+    made_with = {"versions": versions(), "commit": git_commit(), "user": user(), "device": str(plan.device)}
+    search.remember(schema.MADE_WITH, made_with)
 
 
 def _workers(plan: Plan, search: Search, file: StudyFile, options: WorkerOptions, n: int) -> Workers | RayWorkers:
@@ -163,6 +170,7 @@ def _workers(plan: Plan, search: Search, file: StudyFile, options: WorkerOptions
 def _watch(plan: Plan, search: Search, workers: Workers | RayWorkers, progress: Progress, stopping: StopToken) -> None:
     """Have the workers train and show what they do, until they are done. Raises Interrupted when asked to stop."""
     monitor = StudyMonitor(plan, search, progress)
+    log.info("starting workers; each imports PyTorch and loads the data")
     workers.start()
     try:
         while workers.look():

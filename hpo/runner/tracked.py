@@ -147,6 +147,9 @@ class TrackedProgress(Progress):
     def __init__(self, shown: Progress, best: BestSoFar) -> None:
         self._shown, self._best = shown, best
 
+    def looked(self, seen: StudyView) -> None:
+        self._shown.looked(seen)
+
     def trial_started(self, number: int, params: Mapping[str, Any]) -> None:
         self._shown.trial_started(number, params)
 

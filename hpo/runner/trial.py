@@ -16,6 +16,7 @@ from hpo.runner.paused import PausedTrials
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
 from hpo.search import schema
+from hpo.search.budget import Rank, rank_of
 from hpo.search.claim import Claim
 from hpo.search.curves import curves_of, to_json
 from hpo.search.search import Search
@@ -208,6 +209,8 @@ class TrialRun:
         effort = {"seconds": round(self._claim.seconds + here, 3)}
         if self._task is not None and epochs > self._claim.n_reported and here > 0:
             effort["samples_per_second"] = round((epochs - self._claim.n_reported) * self._task.n_rows / here, 1)
+        if self.member.n_parameters is not None:
+            effort["n_parameters"] = float(self.member.n_parameters)
         effort["memory_mib"] = round(used_mib(self._plan.device), 1)
         return effort
 
@@ -224,6 +227,15 @@ class TrialRun:
     def end(self, state: str, value: float | None = None, fault: str | None = None) -> None:
         """End the trial: COMPLETE with that `value`, PRUNED, or FAIL with that `fault`. `Trials.together` tells it."""
         self.ending = Ending(state=state, value=value, fault=fault)
+
+    @property
+    def rank(self) -> Rank | None:
+        """What it is compared by with other complete trials; None: it is not complete."""
+        if self.ending is None or self.ending.state != "COMPLETE" or self.ending.value is None:
+            return None
+        metrics = {} if self._best is None else self._best[2]
+        size, number = self.member.n_parameters, self.member.number
+        return rank_of(self.ending.value, metrics, size, number, maximize=self._plan.maximize)
 
     def keep_weights(self) -> HpoError | None:
         """Keep the weights of a trial that may be the best, before it is told; return why they could not be written."""
@@ -247,6 +259,8 @@ class TrialRun:
             search.annotate(number, {schema.BEST_EPOCH: epoch, schema.METRICS: metrics})
             if self.member.joined:  # the round whose data order its first epoch had
                 search.annotate(number, {schema.JOINED: self.member.joined})
+        if self.member.n_parameters is not None:
+            search.annotate(number, {schema.N_PARAMETERS: self.member.n_parameters})
         if self._logged:
             # They are whole for a trial that was retried, too: it resumes from a checkpoint, which keeps the metrics of
             # the epochs before it, or it starts from scratch. One that is given back has none: its successor has them.

@@ -66,14 +66,11 @@ class Trials:
 
     def _best_of(self, ended: Sequence[TrialRun]) -> TrialRun | None:
         """Return the trial that may be the best of the study, of those that end complete; None: it is none of them."""
-        values = {
-            trial: end.value
-            for trial in ended
-            if (end := trial.ending) and end.state == "COMPLETE" and end.value is not None
-        }
-        sign = -1 if self._plan.maximize else 1
-        best = min(values, key=lambda trial: (sign * values[trial], trial.member.number), default=None)
-        return best if best is not None and self._search.may_be_best(values[best]) else None
+        ranks = {trial: rank for trial in ended if (rank := trial.rank) is not None}
+        best = min(ranks, key=ranks.__getitem__, default=None)
+        if best is None or best.ending is None or best.ending.value is None:
+            return None
+        return best if self._search.may_be_best(best.ending.value) else None
 
     def claim_up_to(self, n: int, wait: bool = True) -> list[TrialRun]:
         """Claim up to `n` trials. Without `wait`, neither peers nor a storage that is away are waited for."""

@@ -1,6 +1,7 @@
 """The arithmetic of a study's budget: which trials hold its slots, what they come to, how long they took."""
 
 import itertools
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ _NUMBERS = (
     schema.JOINED,
     schema.PAUSED_AT,
     schema.RESTARTED,
+    schema.N_PARAMETERS,
 )
 """The attributes of a trial that are whole numbers."""
 _LEASE_TYPES: Mapping[str, type | tuple[type, ...]] = {
@@ -161,6 +163,29 @@ def refill(trials: Sequence[FrozenTrial], budget: int, n_starts: int, most: int)
         key=lambda trial: (schema.RETRY_OF in trial.user_attrs, -trial.number),
     )
     return Refill(queue=queue, withdraw=[*doubles, *last_first[: max(0, len(counted) - budget)]])
+
+
+Rank = tuple[float, float, float, int]
+
+
+def rank(trial: FrozenTrial, *, maximize: bool) -> Rank:
+    """Return what complete trials are sorted by, the best first (`rank_of`)."""
+    attrs = trial.user_attrs
+    metrics, size = attrs.get(schema.METRICS, {}), attrs.get(schema.N_PARAMETERS)
+    return rank_of(trial.value or 0.0, metrics, size, trial.number, maximize=maximize)
+
+
+def rank_of(value: float, metrics: Mapping[str, Any], size: int | None, number: int, *, maximize: bool) -> Rank:
+    """Return a rank by value; of equals the lower validation loss is better, then the smaller network, the earlier.
+
+    `metrics` are those of the trial's best epoch, `size` is how many parameters its network has.
+    """
+    return (-value if maximize else value, _number(metrics.get("valid_loss")), _number(size), number)
+
+
+def _number(x: Any) -> float:
+    """Return a number that can be compared; what is none, or not known, comes last."""
+    return float(x) if type(x) in (int, float) and not math.isnan(x) else math.inf
 
 
 def covered(spans: Sequence[tuple[float, float]]) -> float:

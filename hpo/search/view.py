@@ -9,7 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.errors import StorageError
 from hpo.search import schema
-from hpo.search.budget import Counts, count, holders, is_paused, leases_in, utc, worker_of, wrong_row
+from hpo.search.budget import Counts, count, holders, is_paused, leases_in, rank, utc, worker_of, wrong_row
 from hpo.search.curves import from_json
 from hpo.search.effort import Effort, effort
 from hpo.search.retrying import RetryingStorage
@@ -167,7 +167,7 @@ class StudyView:
         return [trial for trial in self.trials if trial.state == TrialState.COMPLETE]
 
     def best(self, number: int | None = None) -> Best | None:
-        """Return the best complete trial (the first of equals), or the complete trial `number`; None: there is none.
+        """Return the best complete trial (of equals: `rank`), or the complete trial `number`; None: there is none.
 
         Raises StorageError where its params are not of the study's space.
         """
@@ -187,7 +187,7 @@ class StudyView:
 
     @cached_property
     def _best(self) -> FrozenTrial | None:
-        return min(self.complete, key=lambda t: (self._sign * (t.value or 0.0), t.number), default=None)
+        return min(self.complete, key=lambda t: rank(t, maximize=self._sign < 0), default=None)
 
     @property
     def best_so_far(self) -> list[tuple[int, float, int]]:
@@ -229,6 +229,15 @@ class StudyView:
         """Return any trial's value; None where it is not complete. Raises KeyError: there is no such trial."""
         trial = self._by_number[number]
         return trial.value if trial.state == TrialState.COMPLETE else None
+
+    def searched(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those of a trial's params that were searched."""
+        return self._space.searched(params)
+
+    def curve(self, number: int) -> list[float]:
+        """Return any trial's value, epoch by epoch. Raises KeyError: there is no such trial."""
+        reported = self._by_number[number].intermediate_values
+        return [reported[step] for step in sorted(reported)]
 
     def curves(self, number: int) -> dict[str, list[float]]:
         """Return the metrics of any trial by name (`train_loss`, `valid_...`), each a list with one number an epoch.

@@ -94,7 +94,10 @@ class Pool(Stacks):
                 refused |= self._take(stack, group)
                 continue
             if self.capacity > 1:
-                self._once.info(f"trials of a kind that fewer than {WORTH_STACKING} share are trained alone", "as fast")
+                self._once.info(
+                    f"fewer than {WORTH_STACKING} trials with networks of one shape are trained one at a time",
+                    "as fast",
+                )
             self._queue += [each.member for each in group]
         return refused
 

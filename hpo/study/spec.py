@@ -184,7 +184,7 @@ class StudySpec(Frozen):
     Example: `trials: 200`
     """
     timeout: _Time | None = None
-    """The time for the whole study, over all restarts; no trial starts after it.
+    """The time in which trials may run, over all restarts. Loading data, and the refit and export, are not counted.
 
     Values: a length of time, such as `90s`, `45m`, `2h`, `1h30m`, `1d`, or seconds. Default: none.
     Example: `timeout: 2h`

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from hpo.errors import Interrupted
 from hpo.study.data import DataInfo, batch_sizes
@@ -51,7 +52,9 @@ class Task:
         """Return `member`'s network on the CPU, its weights drawn from its seed. Raises TrialError."""
         torch.manual_seed(member.seed)
         with Within():
-            return self.network(member.params)
+            network = self.network(member.params)
+        member.n_parameters = sum(weight.numel() for weight in network.parameters() if not is_lazy(weight))
+        return network
 
     def network(self, params: Params) -> nn.Module:
         """Return a network of `params`, on the CPU. Raises TrialError where they are infeasible."""
@@ -105,6 +108,8 @@ class Member:
     history: list[dict[str, float]] = field(default_factory=list)
     error: TrialError | None = None
     """What its fault comes from, where that is an error of the objective's code."""
+    n_parameters: int | None = None
+    """How many its network has, once that was built."""
     resume: Mapping[str, Any] | None = None
     """What it resumes from (`Stack.checkpoint`), where it does not start from scratch."""
 
