@@ -95,7 +95,7 @@ class Pool(Stacks):
                 continue
             if self.capacity > 1:
                 self._once.info(
-                    f"fewer than {WORTH_STACKING} trials with networks of one shape are trained one at a time",
+                    f"fewer than {WORTH_STACKING} trials with networks of one shape are trained alone",
                     "as fast",
                 )
             self._queue += [each.member for each in group]
