@@ -21,6 +21,7 @@ STORED = {
     "TIMED_OUT": "hpo:timed_out",
     "PRUNER": "hpo:pruner",
     "MADE_WITH": "hpo:made_with",
+    "NOTE": "hpo:note",
     "STACK": "hpo:stack",
     "STACK_PATHS": "hpo:stack_paths",
     "RESULT": "hpo:result",

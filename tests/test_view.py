@@ -1,5 +1,7 @@
 """What is known of a study comes from one read of its trials; the end of a run does not read them over and over."""
 
+import time
+
 import pytest
 
 from hpo.runner import study as studies
@@ -76,3 +78,25 @@ def test_the_end_of_a_run_reads_all_trials_once_and_again_before_a_refit(study, 
     reads.clear()
     invoke("run", path)
     assert len(reads) <= 2
+
+
+@pytest.mark.parametrize(
+    ("maximize", "curve"),
+    [(True, [(2, 0.5), (3, 0.5), (4, 0.5), (5, 0.9)]), (False, [(2, 0.5), (3, 0.5), (4, 0.4), (5, 0.4)])],
+)
+def test_the_best_so_far_is_a_curve_over_the_trials_in_the_order_of_their_ends(tmp_path, maximize, curve):
+    opener = Opener(tmp_path)
+    search = opener(trials=6, maximize=maximize)
+    numbers = [search.ask().number for _ in range(5)]
+    assert search.view().best_so_far == []
+    search.prune(numbers[4])
+    search.complete(numbers[3], 0.5)
+    search.fail(numbers[0], "why")
+    search.complete(numbers[1], 0.4)
+    search.complete(numbers[2], 0.9)
+    seen = search.view().best_so_far
+    assert [row[:2] for row in seen] == curve
+    times = [ms for *_, ms in seen]
+    assert times == sorted(times)
+    assert all(abs(ms / 1000 - time.time()) < 600 for ms in times)
+    opener.close()

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from hpo.cli import console as view
+from hpo.cli.after import next_steps
 from hpo.cli.live import LiveProgress
 from hpo.cli.screen import console, screen
 from hpo.cli.status import summary
@@ -40,6 +42,9 @@ def run(path: Path, overrides: Mapping[str, str], options: WorkerOptions | None 
 
         done, seen = studies.run(plan, search, file, show, options or WorkerOptions())
         _print_result(plan, seen, seen.best(), done, out)
+        out.print("\nnext:")
+        for step in next_steps(path, overrides, plan.spec.trials, done):
+            out.print(Text(f"  {masked(step)}"), soft_wrap=True)  # a line that is pasted has no breaks in it
         return summary(plan.spec, seen, seen.best(), done)
 
 

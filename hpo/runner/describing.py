@@ -41,13 +41,16 @@ def intention(plan: Plan) -> str:
     return "\n".join([*_head(plan), "It has not ended yet.", "", *_space(plan)])[:_MOST_CHARACTERS]
 
 
-def description(plan: Plan, seen: StudyView, best: Best, done: Outcome | None) -> str:
-    """Return what a study has found; a link to a trial is `hpo:trial/<number>` (`hpo.tracking.parent`)."""
+def description(plan: Plan, seen: StudyView, best: Best, done: Outcome | None, page: str = "hpo:trial/{number}") -> str:
+    """Return what a study has found; a trial is linked to by its `page`.
+
+    The address of its run in MLflow is known only where it is written to (`hpo.tracking.parent`).
+    """
     lines = _head(plan)
     epoch = "" if plan.function is not None else f", epoch {best.epoch + 1}"
     lines += [
         f"**Best {_escaped(plan.metric)}: {best.value:.6g}** on validation, by [trial {best.number}]"
-        f"(hpo:trial/{best.number}){epoch}.",
+        f"({page.format(number=best.number)}){epoch}.",
         "",
     ]
     if done is not None and done.test:
@@ -57,7 +60,7 @@ def description(plan: Plan, seen: StudyView, best: Best, done: Outcome | None) -
         lines += [f"The model is in the artifacts, in `bundle`; it was written to `{masked(str(done.bundle))}`.", ""]
     lines += [f"{count_text(seen.counts)}. {seen.effort.text()}".strip(), ""]
     lines += _table(["parameter", "best value"], plan.space.searched(best.params) or best.params)
-    lines += ["", *_space(plan), "", "To see its trials: `hpo ui`, or `optuna-dashboard` on the storage above."]
+    lines += ["", *_space(plan)]
     return "\n".join(lines)[:_MOST_CHARACTERS]
 
 

@@ -13,6 +13,7 @@ from hpo.runner.outcome import Outcome, outcome
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
 from hpo.search import schema
+from hpo.search.notes import trial_page, write_note
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
 from hpo.study.data import Data
@@ -169,8 +170,18 @@ def tell_result(
 ) -> None:
     """Tell the study's run its best trial, and what has become of that: also what a peer has concluded.
 
-    That one may have been killed before it told it.
+    That one may have been killed before it told it. The storage gets it as the study's note.
     """
+    note = description(plan, seen, best, done, trial_page(search, "{number}"))
+    write_note(
+        search,
+        note
+        + (
+            f"\n\nIts runs in MLflow: `{masked(plan.spec.tracking)}`, experiment `{plan.spec.name}`."
+            if plan.spec.tracking != "off"
+            else ""
+        ),
+    )
     if isinstance(tracker, NullTracker):
         return
     counts = seen.counts
@@ -187,9 +198,8 @@ def tell_result(
     tracker.log_metrics(None, counts.finished, tests | {name: float(value) for name, value in numbers.items()})
     tracker.log_params(None, {"best.trial": best.number} | {f"best.{k}": v for k, v in best.params.items()})
     bundle = {"hpo.bundle": str(done.bundle)} if done and done.bundle else {}
-    note = {NOTE: description(plan, seen, best, done)}
-    tracker.tag_study({"hpo.best_trial": str(best.number), "hpo.data": str(search.attrs.get(schema.DATA, ""))})
-    tracker.tag_study(bundle | note)
+    tags = {"hpo.best_trial": str(best.number), "hpo.data": str(search.attrs.get(schema.DATA, ""))}
+    tracker.tag_study(tags | bundle | {NOTE: description(plan, seen, best, done)})
     tracker.mark_best(best.number)
     if done and done.bundle is not None:
         tracker.log_folder(done.bundle, "bundle")

@@ -1,0 +1,27 @@
+"""What can be done with a study that was run: commands to paste."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+from hpo.runner.outcome import Outcome
+
+_PLACES = ("name", "storage", "tracking", "output")
+"""What says where a study is: a command that is to find it again needs it too."""
+
+
+def next_steps(path: Path, overrides: Mapping[str, str], trials: int, done: Outcome | None) -> list[str]:
+    """Return commands that a person may want next, each with what it does: at most five lines, which can be pasted."""
+    places = [f"--set {shlex.quote(f'{key}={overrides[key]}')}" for key in _PLACES if key in overrides]
+    study = " ".join([shlex.quote(str(path)), *places])
+    steps = {
+        f"hpo report {study}": "the whole search on one page",
+        f"hpo ui {study}": "its trials in MLflow and optuna-dashboard, in the browser",
+    }
+    if done is not None and done.bundle is not None:
+        code = f"import hpo; print(hpo.load_bundle({json.dumps(str(done.bundle))}))"
+        steps[f"python -c {shlex.quote(code)}"] = "the model, from raw input to prediction"
+    steps[f"hpo run {study} --trials {2 * trials}"] = "search on"
+    width = min(max(map(len, steps)), 60)
+    return [f"{command:<{width}}  # {what}" for command, what in steps.items()]
