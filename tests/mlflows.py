@@ -17,7 +17,8 @@ from hpo.tracking.base import Tracker
 from hpo.tracking.items import Answer, Item
 from hpo.tracking.mlflow import MlflowTracker
 from hpo.tracking.process import RunsProcess
-from hpo.tracking.runs import Runs, quiet
+from hpo.tracking.runs import Runs
+from hpo.tracking.sender import quiet
 from tests.logged import recorded
 
 

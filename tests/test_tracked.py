@@ -91,6 +91,20 @@ def test_a_learning_rate_that_changes_is_there_at_every_epoch(
     assert mlflow.curve("0", "learning_rate") == [(0, 0.1), (1, 0.1), (2, 0.05), (3, 0.05)]
 
 
+def test_mlflows_own_variable_has_the_machines_load_logged(
+    study: Callable[..., Path], tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = in_store("sqlite", request, tmp_path)
+    path = study(f"{SHORT}name: {mlflow.study}\ntracking: {mlflow.uri}\n")
+    invoke("run", path)
+    assert not [name for name in mlflow.runs()["study"].data.metrics if name.startswith("system/")]
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    invoke("run", path, "--trials", "30")
+    metrics = mlflow.runs()["study"].data.metrics
+    assert 0 < metrics["system/system_memory_usage_percentage"] < 100
+
+
 def test_a_link_to_a_trial_without_a_run_is_plain_text() -> None:
     text = "by [trial 7](hpo:trial/7) and [trial 8](hpo:trial/8)"
     assert linked(text, "3", {7: "abc"}.get) == "by [trial 7](#/experiments/3/runs/abc) and [trial 8]"

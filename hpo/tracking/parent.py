@@ -72,6 +72,20 @@ def log_data(client: Any, run: str, data: Mapping[str, str]) -> None:
     client.log_inputs(run, [DatasetInput(dataset, [context])])
 
 
+def system_monitor(run: str, uri: str) -> Any:
+    """Return what logs the machine's load to a run, where MLflow's own variable asks for it; else None."""
+    from mlflow import environment_variables
+
+    asked: Any = environment_variables.MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
+    if not asked.get():
+        return None
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor: Any = SystemMetricsMonitor(run, resume_logging=True, tracking_uri=uri)  # type: ignore[no-untyped-call]
+    monitor.start()
+    return monitor
+
+
 def mark_best(client: Any, run: str, trial: int, marked: Sequence[Any]) -> None:
     """Mark the run of the best trial; those that are `marked` are not the best any more."""
     for other in marked:

@@ -6,13 +6,11 @@ PRUNED end as FINISHED, told apart by the run's name and the tag `hpo.state`; FA
 that a successor replaces is INTERRUPTED, which ends as KILLED. One that is paused is SCHEDULED.
 """
 
-import logging
 import re
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,19 @@ from filelock import FileLock
 from hpo.log import log
 from hpo.tracking.base import STATUS, unlogged
 from hpo.tracking.items import FILES, MERGED, Answer, Item
-from hpo.tracking.parent import Known, MetricRow, installed, linked, log_data, mark_best
-from hpo.tracking.values import MAX_PARAM, MAX_TAG, NOTE, digest_of, end_tags, legal_name, now_ms, plain, run_name
+from hpo.tracking.parent import Known, MetricRow, installed, linked, log_data, mark_best, system_monitor
+from hpo.tracking.values import (
+    MAX_PARAM,
+    MAX_TAG,
+    NOTE,
+    digest_of,
+    end_tags,
+    legal_name,
+    now_ms,
+    plain,
+    run_name,
+    sqlite_path,
+)
 
 _REFUSED = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "NOT_FOUND")
 _UNCLEAR = ("BAD_REQUEST", "INTERNAL_ERROR")
@@ -55,6 +64,7 @@ class Runs:
         self._found: list[tuple[int | None, str]] = []
         """Those of them that no answer has named yet."""
         self._known = Known()
+        self._monitor: Any = None
         self._renamed: set[str] = set()
         self._indigestible: set[str] = set()
         """What the server answers again and again to some items, while it takes others."""
@@ -238,6 +248,7 @@ class Runs:
         )
         if item["trial"] is None:
             self._known.add(rows)
+            self._watch_system(run, item)
         if item["do"] == "end":
             self._client.set_terminated(run, item["status"], end_time=item.get("ended", item["time"]))
         elif item.get("status") is not None:
@@ -253,6 +264,14 @@ class Runs:
         if NOTE in tags:
             tags[NOTE] = linked(tags[NOTE], self._experiment, self._found_run)
         return rows, params, tags
+
+    def _watch_system(self, run: str, item: Item) -> None:
+        """Have MLflow log CPU, memory, GPU and network to the study's run, from its start to its end, if it is to."""
+        if item["do"] == "start" and item.get("status") == "RUNNING" and self._monitor is None:
+            self._monitor = system_monitor(run, self._uri)
+        elif item["do"] == "end" and self._monitor is not None:
+            self._monitor.finish()
+            self._monitor = None
 
     def _found_run(self, trial: int) -> str | None:
         """Return the id of a trial's run, if there is one."""
@@ -319,28 +338,7 @@ class Runs:
         return legal
 
 
-def sqlite_path(uri: str) -> Path | None:
-    """Return the file of a `sqlite:///` address; None for any other."""
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-
-
 def cause(error: Exception) -> str:
     """Return the line of `error` that says most: a database's own, in what SQLAlchemy makes of it, else the first."""
     lines = f"{type(error).__name__}: {error}".splitlines()
     return next((line for line in lines if re.match(r"\([a-z0-9_.]+\.\w*Error\)", line)), lines[0])[:300]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep MLflow's and alembic's own lines (tables made, runs viewed, deprecations in their code) off the terminal."""
-    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic", "mlflow.store.db.utils")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)  # what fails is said in one line of ours
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -10,11 +10,14 @@ import os
 import sys
 import threading
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any, TextIO
 
 from hpo.log import shown_by
-from hpo.tracking.runs import Runs, quiet
+from hpo.tracking.runs import Runs
 
 PARENT_SECONDS = 1.0
 """How often it looks for its parent, whose end of the pipe a child of that one's may hold open."""
@@ -62,3 +65,19 @@ def _write(file: TextIO, message: dict[str, Any]) -> None:
         file.flush()
     except OSError:  # nobody listens any more
         os._exit(0)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep MLflow's and alembic's own lines (tables made, runs viewed, deprecations in their code) off the terminal."""
+    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic", "mlflow.store.db.utils")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)  # what fails is said in one line of ours
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -79,3 +79,8 @@ def rows_of(metrics: Mapping[str, float] | None, step: int = 0) -> list[list[Any
 def now_ms() -> int:
     """Return the milliseconds since 1970."""
     return int(time.time() * 1000)
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """Return the file of a `sqlite:///` address; None for any other."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
