@@ -1,0 +1,110 @@
+"""What tracking costs: the same study without it, in SQLite, on a server over HTTP, and on a server that never answers.
+
+    python -m benchmarks.tracking [--rounds 3] [--trials 256] [--stack 64]
+
+California Housing, 8-24-24-1, 50 epochs, random sampler, whole `hpo run` commands in empty folders, in turn. `search`
+is the time in which trials ran, `command` that of the whole command: start, search, refit, export, and sending all that
+is left to send. Medians, with the smallest and largest; the ratio is to the run without tracking of the same round.
+"""
+
+import argparse
+import os
+import platform
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+
+from tests.servers import MlflowServer
+
+STUDY = """
+name: {name}
+objective: california_housing
+tracking: {tracking}
+trials: {trials}
+epochs: 50
+stack: {stack}
+sampler: random
+pruner: none
+params:
+  learning_rate: {{type: float, low: 3e-4, high: 1e-2, log: true}}
+  n_hidden1: 24
+  n_hidden2: 24
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--trials", type=int, default=256)
+    parser.add_argument("--stack", type=int, default=64)
+    options = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with tempfile.TemporaryDirectory() as name, socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()  # it takes connections and never answers
+        folder, server = Path(name), MlflowServer(Path(name) / "server")
+        addresses = {
+            "off": "off",
+            "SQLite": "sqlite:///mlflow.db",
+            "a server over HTTP": server.address,
+            "a server that never answers": f"http://127.0.0.1:{silent.getsockname()[1]}",
+        }
+        taken: dict[str, list[tuple[float, float]]] = {each: [] for each in addresses}
+        try:
+            for number in range(options.rounds + 1):
+                for each, address in addresses.items():
+                    where = folder / f"{number}-{each}"
+                    study = STUDY.format(
+                        name=f"s{number}", tracking=address, trials=options.trials, stack=options.stack
+                    )
+                    seconds = run(where, study)
+                    if number > 0:  # the first round warms up
+                        taken[each].append(seconds)
+        finally:
+            server.stop()
+    print(
+        f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {options}"
+    )
+    print("| tracking | search, s | to off | command, s | to off |")
+    print("|---|---|---|---|---|")
+    for each, rounds in taken.items():
+        cells = []
+        for which in (0, 1):
+            times = [seconds[which] for seconds in rounds]
+            ratios = [mine / off[which] for mine, off in zip(times, taken["off"], strict=True)]
+            cells += [spread(times, 1), spread(ratios, 2)]
+        print(f"| {each} | {' | '.join(cells)} |")
+
+
+def run(folder: Path, study: str) -> tuple[float, float]:
+    """Return the seconds that the search and the whole command of a study took."""
+    folder.mkdir()
+    (folder / "study.yaml").write_text(study)
+    command = (sys.executable, "-m", "hpo", "run", "study.yaml")
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    whole = time.perf_counter() - start
+    if done.returncode != 0:
+        raise SystemExit(done.stdout + done.stderr)
+    status = subprocess.run(
+        (*command[:3], "status", "study.yaml"), cwd=folder, capture_output=True, text=True, check=True
+    )
+    used = re.search(r"time used ([\d.]+) (s|min)", status.stdout)
+    assert used is not None, status.stdout
+    return float(used[1]) * (60 if used[2] == "min" else 1), whole
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+if __name__ == "__main__":
+    main()
