@@ -189,6 +189,25 @@ def export(
 
 
 @app.command()
+def replay(
+    study: Study,
+    trial: Annotated[int, typer.Option(help="The trial's number.")],
+    epochs: Annotated[int | None, typer.Option(help="How many epochs; default: all that it has reported.")] = None,
+    storage: Storage = None,
+    device: Device = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Train a trial once more, alone, and compare it epoch by epoch with what was recorded.
+
+    Example: hpo replay studies/breast_cancer.yaml --trial 7
+    """
+    commands = _commands()
+
+    _finish(commands.replay(study, _overrides(set_, storage=storage, device=device), trial, epochs), json_)
+
+
+@app.command()
 def adopt(
     study: Study,
     source: Annotated[str, typer.Option("--from", metavar="STORAGE", help="The storage of an Optuna study.")],

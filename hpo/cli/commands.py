@@ -14,7 +14,8 @@ from hpo.cli.after import next_steps
 from hpo.cli.live import LiveProgress
 from hpo.cli.screen import console, screen
 from hpo.cli.status import summary
-from hpo.errors import masked
+from hpo.errors import HpoError, masked
+from hpo.runner import replay as replaying
 from hpo.runner import study as studies
 from hpo.runner.joining import is_launched, joined, no_progress, stored_study
 from hpo.runner.opening import open_existing, open_or_make, torch_set
@@ -116,6 +117,43 @@ def export(path: Path, overrides: Mapping[str, str], number: int | None, folder:
         best = seen.best(number)
         _print_result(plan, seen, best, done, out)
         return summary(plan.spec, seen, best, done)
+
+
+def replay(path: Path, overrides: Mapping[str, str], number: int, epochs: int | None) -> dict[str, Any]:
+    """`hpo replay`. Raises HpoError where the trial is not what was recorded."""
+    with screen() as out, ExitStack() as stack:
+        plan = _prepared(path, overrides, stack)
+        search = open_existing(plan, path)
+        stack.callback(search.close)
+        done = replaying.replay(plan, search, search.view(), number, epochs)
+        _print_replay(plan, done, out)
+        if not done.agrees:
+            why = "; ".join(done.changed) or (
+                "nothing that is stored has changed; a stack draws the masks of dropout from a stream of its own"
+            )
+            raise HpoError(f"trial {number} is another one from epoch {done.first_other} on: {why}")
+        return {
+            "study": plan.spec.name,
+            "trial": number,
+            "epochs": done.epochs,
+            "max_difference": max(done.differences),
+            "changed": list(done.changed),
+        }
+
+
+def _print_replay(plan: Plan, done: replaying.Replay, out: Console) -> None:
+    key = plan.metric_key if plan.metric_key in done.recorded else next(iter(done.recorded))
+    rows = [
+        [str(i + 1), f"{done.recorded[key][i]:.6g}", f"{done.replayed[key][i]:.6g}", f"{difference:.1e}"]
+        for i, difference in enumerate(done.differences)
+    ]
+    columns = ["epoch", f"{key} recorded", "replayed", "largest difference of all metrics"]
+    out.print(view.table(f"trial {done.number} of {plan.spec.name}", columns, rows))
+    for change in done.changed:
+        out.print(f"changed since: {change}")
+    if done.agrees:
+        most = max(done.differences)
+        out.print("identical, to the last bit" if most == 0 else f"the same, within {most:.1e}")
 
 
 def check(path: Path, overrides: Mapping[str, str]) -> None:

@@ -17,7 +17,6 @@ import torch
 
 from hpo.errors import HpoError, InputError, Interrupted
 from hpo.export.bundle import require_place
-from hpo.export.environment import git_commit, user, versions
 from hpo.log import log
 from hpo.runner import checkpoints
 from hpo.runner.describing import announcement
@@ -30,6 +29,7 @@ from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
 from hpo.runner.ray_workers import RayWorkers
 from hpo.runner.refit import bundle_folder, conclude, finish
+from hpo.runner.replay import note_environment
 from hpo.runner.tracked import (
     BestSoFar,
     TrackedProgress,
@@ -152,8 +152,7 @@ def _remember(plan: Plan, search: Search) -> None:
         log.warning("the objective's code has changed since the study began: its earlier trials may not be comparable")
         search.remember(schema.CODE, source_fingerprint(plan.given))
     search.remember(schema.STUDY_FILE, plan.document.as_json(without=("storage",)))
-    made_with = {"versions": versions(), "commit": git_commit(), "user": user(), "device": str(plan.device)}
-    search.remember(schema.MADE_WITH, made_with)
+    note_environment(plan, search)
 
 
 def _workers(plan: Plan, search: Search, file: StudyFile, options: WorkerOptions, n: int) -> Workers | RayWorkers:

@@ -181,7 +181,7 @@ class StudyView:
             value=trial.value,
             params=self._resolved(trial),
             epoch=min(attrs.get(schema.BEST_EPOCH, self._spec.epochs), self._spec.epochs - 1),
-            seed=attrs.get(schema.SEED, derive(self._spec.seed, "init", trial.number)),
+            seed=self.seed_of(trial.number),
             metrics=attrs.get(schema.METRICS, {}),
         )
 
@@ -224,6 +224,11 @@ class StudyView:
     def params_of(self, number: int) -> dict[str, Any]:
         """Return all params of any trial, as far as they were sampled. Raises KeyError: there is no such trial."""
         return self._space.resolve(self._by_number[number].params)
+
+    def seed_of(self, number: int) -> int:
+        """Return any trial's seed. Raises KeyError: there is no such trial."""
+        seed: int = self._by_number[number].user_attrs.get(schema.SEED, derive(self._spec.seed, "init", number))
+        return seed
 
     def value_of(self, number: int) -> float | None:
         """Return any trial's value; None where it is not complete. Raises KeyError: there is no such trial."""

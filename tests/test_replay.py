@@ -1,0 +1,95 @@
+"""A trial is trained once more and compared with what was recorded of it; a difference names what has changed."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hpo.runner.replay import FIRST, LATER, Replay
+from tests.cli import invoke, refused, summary
+from tests.conftest import run_hpo
+
+SPACE = "params:\n  learning_rate: {type: float, low: 0.01, high: 0.2, log: true}\n  batch_size: 16\n"
+
+
+def replayed(**curves: tuple[list[float], list[float]]) -> Replay:
+    return Replay(
+        number=0,
+        recorded={name: before for name, (before, _) in curves.items()},
+        replayed={name: now for name, (_, now) in curves.items()},
+        changed=[],
+    )
+
+
+class TestComparison:
+    @pytest.mark.parametrize(
+        ("before", "now", "first_other"),
+        [
+            ([1.0, 2.0], [1.0, 2.0], None),
+            ([1.0, math.nan], [1.0, math.nan], None),
+            ([1.0, 2.0], [1.0 + 3 * FIRST, 2.0], 1),
+            ([1.0, 2.0], [1.0 + FIRST, 2.0 + LATER], None),
+            ([1.0, 2.0, 3.0], [1.0, 2.0 + 4 * LATER, 3.0], 2),
+            ([1.0, 2.0], [1.0, math.nan], 2),
+            ([1.0, math.inf], [1.0, 2.0], 2),
+            ([1e6, 1e6], [1e6 + 10, 1e6 + 1e3], None),  # of the largest number
+        ],
+    )
+    def test_where_curves_part(self, before: list[float], now: list[float], first_other: int | None) -> None:
+        done = replayed(loss=(before, now), other=([0.0] * len(now), [0.0] * len(now)))
+        assert done.first_other == first_other
+        assert done.agrees == (first_other is None)
+
+    def test_nothing_to_compare_is_no_agreement(self) -> None:
+        assert not replayed().agrees
+        assert not replayed(loss=([], [])).agrees
+
+
+@pytest.mark.parametrize("stack", [1, 4])
+def test_every_trial_of_a_study_is_played_back(study: Callable[..., Path], stack: int) -> None:
+    path = study(f"trials: 6\nepochs: 4\nstack: {stack}\npruner: {{name: median, n_startup_trials: 2}}\n{SPACE}")
+    invoke("run", path)
+    for number in range(6):
+        out = invoke("replay", path, "--trial", number, "--json")
+        done = summary(out)
+        assert done["trial"] == number
+        assert done["changed"] == []
+        assert done["max_difference"] <= (0 if stack == 1 else LATER)
+        assert "identical, to the last bit" in out or stack > 1
+
+
+def test_other_code_is_named_and_the_trial_is_another_one(study: Callable[..., Path]) -> None:
+    path = study(f"trials: 2\nepochs: 3\nstack: 1\npruner: none\n{SPACE}")
+    invoke("run", path)
+    code = Path("linear.py")
+    before = code.read_text()
+    assert "mse_loss(" in before
+    code.write_text(before.replace("mse_loss(", "l1_loss(", 1))
+    done = run_hpo("replay", path, "--trial", 1)
+    assert done.returncode == 1
+    assert "trial 1 is another one from epoch 1 on: the objective's code: fingerprint" in done.stderr
+    code.write_text(before + "\n# a remark\n")
+    done = run_hpo("replay", path, "--trial", 1)
+    assert done.returncode == 0, done.stderr
+    assert "changed since: the objective's code" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--trial", 9), "--trial 9: study 'study' has no such trial; its trials are 0 to 1"),
+        (("--trial", 0, "--epochs", 9), "--epochs 9: must be 1 to 2, as many as trial 0 has reported"),
+        (("--trial", 0, "--epochs", 0), "--epochs 0: must be 1 to 2"),
+    ],
+)
+def test_what_cannot_be_played_back(study: Callable[..., Path], arguments: tuple[object, ...], message: str) -> None:
+    path = study(f"trials: 2\nepochs: 2\nstack: 1\npruner: none\n{SPACE}")
+    invoke("run", path)
+    assert message in refused("replay", path, *arguments)
+
+
+def test_fewer_epochs(study: Callable[..., Path]) -> None:
+    path = study(f"trials: 1\nepochs: 5\nstack: 1\npruner: none\n{SPACE}")
+    invoke("run", path)
+    assert summary(invoke("replay", path, "--trial", 0, "--epochs", 2, "--json"))["epochs"] == 2
