@@ -35,7 +35,7 @@ HOMES = {
     "pydantic": {"study.spec", "study.ranges", "study.checking", "study.draft"},
     "sqlalchemy": {"search"},
     "rich": {"cli"},
-    "typer": {"cli.app"},
+    "typer": {"cli.app", "cli.options", "cli.managing"},
     "ray": {"runner.ray_workers"},
     "lightning": {"study.lightning_fit"},
     "pytorch_lightning": {"study.lightning_fit"},
@@ -137,6 +137,7 @@ def test_mlflow_is_imported_only_when_first_used() -> None:
 
 
 COMMANDS = ("run", "check", "status", "export", "worker", "repair", "serve", "adopt", "objectives")
+COMMANDS += ("studies", "rename", "delete")
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
@@ -208,6 +209,7 @@ def test_the_surface_is_frozen() -> None:
             "--workers",
             "--ray",
             "--gpus-per-worker",
+            "--fresh",
             "--set",
             "--json",
         },
@@ -229,6 +231,9 @@ def test_the_surface_is_frozen() -> None:
         "serve": {"--port", "--host", "--storage", "--set"},
         "adopt": {"--from", "--study", "--storage", "--set"},
         "objectives": set(),
+        "studies": {"--storage", "--json"},
+        "rename": {"--storage"},
+        "delete": {"--storage", "--bundle", "--yes", "--force"},
     }
 
 

@@ -5,7 +5,6 @@ Exit status: 0 done, 1 failed, 2 bad input, 130 interrupted. Nothing heavy is im
 """
 
 import gc
-import json
 import sys
 import traceback
 from importlib import import_module
@@ -15,6 +14,11 @@ from typing import Annotated
 
 import typer
 
+from hpo.cli import managing
+from hpo.cli.options import Device, Json, Set, Stack, Storage, Study, Tracking, Trials
+from hpo.cli.options import count as _count
+from hpo.cli.options import finish as _finish
+from hpo.cli.options import overrides as _overrides
 from hpo.errors import HpoError, SpecError, masked
 
 app = typer.Typer(
@@ -25,17 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Hyperparameter search and experiment tracking for PyTorch.\n\nExample: hpo run studies/breast_cancer.yaml",
 )
-
-Study = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file, e.g. studies/breast_cancer.yaml.")]
-Trials = Annotated[int | None, typer.Option(help="How many trials in all, over all runs of the study.")]
-Storage = Annotated[str | None, typer.Option(help="Optuna's storage, e.g. sqlite:///mlruns/optuna.db.")]
-Tracking = Annotated[str | None, typer.Option(help="MLflow's address, e.g. http://host:5000, or off.")]
-Device = Annotated[str | None, typer.Option(help="auto, cuda, cuda:1, mps or cpu.")]
-Stack = Annotated[str | None, typer.Option(help="auto, or how many trials to train at once, as one stack.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the file; repeatable.")
-]
-Json = Annotated[bool, typer.Option("--json", help="End with one JSON object, on the last line of stdout.")]
 
 
 @app.command()
@@ -51,6 +44,9 @@ def run(
     gpus_per_worker: Annotated[
         float | None, typer.Option(help="On Ray, where the cluster has GPUs: 1; 0.5: two workers share one.")
     ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start a new study; one of that name is kept as <name>-1, -2...")
+    ] = False,
     set_: Set = None,
     json_: Json = False,
 ) -> None:
@@ -67,17 +63,7 @@ def run(
     from hpo.runner.study import WorkerOptions
 
     options = WorkerOptions(workers=_count(workers), ray=ray, gpus_per_worker=gpus_per_worker)
-    _finish(commands.run(study, overrides, options), json_)
-
-
-def _count(workers: str) -> int | None:
-    if workers == "auto":
-        return None
-    if not workers.isdecimal() or int(workers) < 1:
-        raise typer.BadParameter(
-            f"must be auto, or a number of at least 1, but got {workers!r}", param_hint="--workers"
-        )
-    return int(workers)
+    _finish(commands.run(study, overrides, options, fresh), json_)
 
 
 @app.command()
@@ -218,17 +204,7 @@ def objectives() -> None:
         print(f"{name:<{max(map(len, found))}}  {line}")
 
 
-def _overrides(pairs: list[str] | None, **options: object) -> dict[str, str]:
-    """Return `--set` and the options as one mapping of dotted keys to YAML text; an option is laid over `--set`."""
-    overrides: dict[str, str] = {}
-    for pair in pairs or []:
-        key, equals, value = pair.partition("=")
-        if not equals or not key.strip(".") or "" in key.split("."):
-            raise typer.BadParameter(f"write KEY=VALUE (params.batch_size=64), but got {pair!r}", param_hint="--set")
-        overrides[key] = value
-    given = {key: value for key, value in options.items() if value is not None}
-    plain = {key: str(value) if key == "stack" else json.dumps(value) for key, value in given.items()}
-    return overrides | plain
+managing.add_to(app)
 
 
 def _commands() -> ModuleType:
@@ -240,12 +216,6 @@ def _commands() -> ModuleType:
     finally:
         if collects:
             gc.enable()
-
-
-def _finish(summary: dict[str, object], as_json: bool) -> None:
-    if as_json:
-        sys.stdout.flush()
-        print(json.dumps(summary))
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from hpo.cli import console as view
 from hpo.cli.screen import console, screen
 from hpo.cli.status import summary
 from hpo.errors import masked
+from hpo.runner import keeping
 from hpo.runner import study as studies
 from hpo.runner.joining import is_launched, joined, no_progress, stored_study
 from hpo.runner.opening import open_existing, open_or_make, torch_set
@@ -26,10 +27,14 @@ from hpo.search.view import Best, StudyView
 from hpo.study.data import Data
 
 
-def run(path: Path, overrides: Mapping[str, str], options: WorkerOptions | None = None) -> dict[str, Any]:
-    """`hpo run`."""
+def run(
+    path: Path, overrides: Mapping[str, str], options: WorkerOptions | None = None, fresh: bool = False
+) -> dict[str, Any]:
+    """`hpo run`; `fresh`: a study of that name is kept under another one, and a new one starts."""
     with screen() as out, ExitStack() as stack:
         plan = _prepared(path, overrides, stack)
+        if fresh:
+            keeping.set_aside(plan.spec)
         search = open_or_make(plan)
         stack.callback(search.close)
         file = StudyFile(path=path, overrides=overrides)
