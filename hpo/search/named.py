@@ -107,5 +107,7 @@ def stored_spec(study: StoredStudy, url: str) -> StudySpec:
 
 def require_name(name: str) -> None:
     """Raise InputError unless a study may have that name."""
-    for fault in draft_of(of_values("name", {"objective": "any", "name": name}, environ={}), "none").faults:
-        raise InputError(f"the name {fault.message}")
+    try:
+        StudySpec.check_name(name)
+    except ValueError as error:
+        raise InputError(f"the name {error}") from error
