@@ -35,6 +35,7 @@ HOMES = {
     "pydantic": {"study.spec", "study.ranges", "study.checking", "study.draft"},
     "sqlalchemy": {"search"},
     "rich": {"cli"},
+    "optuna_dashboard": {"report.dashboard"},
     "typer": {"cli.app", "cli.options", "cli.managing"},
     "ray": {"runner.ray_workers"},
     "lightning": {"study.lightning_fit"},
@@ -137,7 +138,7 @@ def test_mlflow_is_imported_only_when_first_used() -> None:
 
 
 COMMANDS = ("run", "check", "status", "export", "worker", "repair", "serve", "adopt", "objectives")
-COMMANDS += ("studies", "rename", "delete")
+COMMANDS += ("studies", "rename", "delete", "ui")
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
@@ -210,11 +211,13 @@ def test_the_surface_is_frozen() -> None:
             "--ray",
             "--gpus-per-worker",
             "--fresh",
+            "--quiet",
+            "--log-file",
             "--set",
             "--json",
         },
         "check": {"--storage", "--tracking", "--device", "--set"},
-        "status": {"--trials", "--storage", "--set", "--json"},
+        "status": {"--watch", "--trials", "--storage", "--set", "--json"},
         "export": {"--trial", "--out", "--storage", "--tracking", "--device", "--set", "--json"},
         "worker": {
             "--study",
@@ -224,6 +227,8 @@ def test_the_surface_is_frozen() -> None:
             "--tracking",
             "--device",
             "--stack",
+            "--quiet",
+            "--log-file",
             "--set",
             "--json",
         },
@@ -233,6 +238,7 @@ def test_the_surface_is_frozen() -> None:
         "objectives": set(),
         "studies": {"--storage", "--json"},
         "rename": {"--storage"},
+        "ui": {"--storage", "--tracking", "--port", "--no-mlflow", "--no-dashboard"},
         "delete": {"--storage", "--bundle", "--yes", "--force"},
     }
 

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from hpo.cli import managing
-from hpo.cli.options import Device, Json, Set, Stack, Storage, Study, Tracking, Trials
+from hpo.cli.options import Device, Json, LogFile, Quiet, Set, Stack, Storage, Study, Tracking, Trials
 from hpo.cli.options import count as _count
 from hpo.cli.options import finish as _finish
 from hpo.cli.options import overrides as _overrides
@@ -29,6 +29,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Hyperparameter search and experiment tracking for PyTorch.\n\nExample: hpo run studies/breast_cancer.yaml",
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        import hpo
+
+        print(hpo.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Show hpo's version.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -47,6 +64,8 @@ def run(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start a new study; one of that name is kept as <name>-1, -2...")
     ] = False,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
     set_: Set = None,
     json_: Json = False,
 ) -> None:
@@ -54,16 +73,17 @@ def run(
 
     Example: hpo run studies/breast_cancer.yaml --trials 20 --set params.batch_size=32
     """
-    from hpo.cli.screen import announce
+    from hpo.cli.screen import Shown, announce
 
     overrides = _overrides(set_, trials=trials, storage=storage, tracking=tracking, device=device, stack=stack)
-    announce(study, overrides)
+    if not quiet:
+        announce(study, overrides)
 
     commands = _commands()
     from hpo.runner.study import WorkerOptions
 
     options = WorkerOptions(workers=_count(workers), ray=ray, gpus_per_worker=gpus_per_worker)
-    _finish(commands.run(study, overrides, options, fresh), json_)
+    _finish(commands.run(study, overrides, options, fresh, Shown(quiet, log_file)), json_)
 
 
 @app.command()
@@ -83,6 +103,8 @@ def worker(
     tracking: Tracking = None,
     device: Device = None,
     stack: Stack = None,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
     set_: Set = None,
     json_: Json = False,
 ) -> None:
@@ -90,11 +112,13 @@ def worker(
 
     Example: hpo worker studies/breast_cancer.yaml --storage postgresql://host/hpo
     """
+    from hpo.cli.screen import Shown
+
     commands = _commands()
 
     overrides = _overrides(set_, storage=storage, tracking=tracking, device=device, stack=stack)
     named = None if trust_storage else (objective or [])
-    _finish(commands.worker(study, name, overrides, named=named), json_)
+    _finish(commands.worker(study, name, overrides, named, Shown(quiet, log_file)), json_)
 
 
 @app.command()
@@ -141,14 +165,27 @@ def check(
 
 
 @app.command()
-def status(study: Study, trials: Trials = None, storage: Storage = None, set_: Set = None, json_: Json = False) -> None:
+def status(
+    study: Study,
+    seconds: Annotated[float | None, typer.Argument(metavar="SECONDS", min=0.1, help="With --watch; else 2.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again until the study is done, or Ctrl-C.")] = False,
+    trials: Trials = None,
+    storage: Storage = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
     """Show a study's trials by state, its best so far, what is running, and the time used and left.
 
-    Example: hpo status studies/breast_cancer.yaml --json
+    Example: hpo status studies/breast_cancer.yaml --watch 5
     """
+    if seconds is not None and not watch:
+        raise typer.BadParameter(f"{seconds:g}: seconds are for --watch", param_hint="SECONDS")
+    if watch and json_:
+        raise typer.BadParameter("prints one state; leave out --watch", param_hint="--json")
     from hpo.cli import status as command
 
-    _finish(command.status(study, _overrides(set_, trials=trials, storage=storage)), json_)
+    every = (2.0 if seconds is None else seconds) if watch else None
+    _finish(command.status(study, _overrides(set_, trials=trials, storage=storage), every), json_)
 
 
 @app.command()

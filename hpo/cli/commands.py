@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from hpo.cli import console as view
-from hpo.cli.screen import console, screen
+from hpo.cli.screen import Shown, console, screen
 from hpo.cli.status import summary
 from hpo.errors import masked
 from hpo.runner import keeping
@@ -28,10 +28,14 @@ from hpo.study.data import Data
 
 
 def run(
-    path: Path, overrides: Mapping[str, str], options: WorkerOptions | None = None, fresh: bool = False
+    path: Path,
+    overrides: Mapping[str, str],
+    options: WorkerOptions | None = None,
+    fresh: bool = False,
+    how: Shown = Shown(),
 ) -> dict[str, Any]:
     """`hpo run`; `fresh`: a study of that name is kept under another one, and a new one starts."""
-    with screen() as out, ExitStack() as stack:
+    with screen(how) as out, ExitStack() as stack:
         plan = _prepared(path, overrides, stack)
         if fresh:
             keeping.set_aside(plan.spec)
@@ -40,7 +44,7 @@ def run(
         file = StudyFile(path=path, overrides=overrides)
 
         def show(alone: bool) -> AbstractContextManager[Progress]:
-            return _progress(plan, search, out, alone)
+            return _progress(plan, search, out, alone, live=not how.quiet)
 
         done, seen = studies.run(plan, search, file, show, options or WorkerOptions())
         _print_result(plan, seen, seen.best(), done, out)
@@ -48,19 +52,23 @@ def run(
 
 
 def worker(
-    path: Path | None, study: str | None, overrides: Mapping[str, str], named: Collection[str] | None = ()
+    path: Path | None,
+    study: str | None,
+    overrides: Mapping[str, str],
+    named: Collection[str] | None = (),
+    how: Shown = Shown(),
 ) -> dict[str, Any]:
     """`hpo worker`: of a study file, or of a `study` that the storage knows; until a signal ends it.
 
     Of such a study only code that is among the `named` is run; None: whatever the storage names.
     """
-    with screen() as out, ExitStack() as stack:
+    with screen(how) as out, ExitStack() as stack:
         is_ours = path is not None
         if path is None:
             path = stack.enter_context(stored_study(study, overrides, named))
 
         def show(plan: Plan, search: Search) -> AbstractContextManager[Progress]:
-            return no_progress(plan, search) if is_launched() else _progress(plan, search, out)
+            return no_progress(plan, search) if is_launched() else _progress(plan, search, out, live=not how.quiet)
 
         plan, search = stack.enter_context(joined(path, overrides, show, named=None if is_ours else named))
         seen = search.view()
@@ -212,10 +220,10 @@ def _prepared(path: Path, overrides: Mapping[str, str], stack: ExitStack) -> Pla
 
 
 @contextmanager
-def _progress(plan: Plan, search: Search, out: Console, alone: bool = True) -> Iterator[Progress]:
+def _progress(plan: Plan, search: Search, out: Console, alone: bool = True, *, live: bool = True) -> Iterator[Progress]:
     board = state_of(plan, search)
     refresh = Refresh(board, search, alone)
-    if out.is_terminal:
+    if live and out.is_terminal:
         with view.LiveProgress(board, refresh, out) as progress:
             yield progress
     else:

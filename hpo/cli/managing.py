@@ -14,7 +14,7 @@ Storage = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Give `app` these commands."""
-    for command in (studies, rename, delete):
+    for command in (studies, rename, delete, ui):
         app.command()(command)
 
 
@@ -52,3 +52,25 @@ def delete(
     from hpo.cli import studies as command
 
     command.delete(study, storage, bundle=bundle, yes=yes, force=force)
+
+
+def ui(
+    study: Named,
+    storage: Storage = None,
+    tracking: Annotated[str | None, typer.Option(help="MLflow's database; default: that of the study.")] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65534, help="MLflow's port, the dashboard's is the next; default: free ones."),
+    ] = None,
+    no_mlflow: Annotated[bool, typer.Option("--no-mlflow", help="Without MLflow's pages.")] = False,
+    no_dashboard: Annotated[bool, typer.Option("--no-dashboard", help="Without Optuna's dashboard.")] = False,
+) -> None:
+    """Open a study in MLflow's pages and in Optuna's dashboard, on this machine, until Ctrl-C.
+
+    Example: hpo ui studies/breast_cancer.yaml
+    """
+    if no_mlflow and no_dashboard:
+        raise typer.BadParameter("leaves nothing to show beside --no-mlflow", param_hint="--no-dashboard")
+    from hpo.cli import ui as command
+
+    command.ui(study, storage, tracking, port=port, mlflow=not no_mlflow, dashboard=not no_dashboard)

@@ -17,6 +17,10 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the file; repeatable.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object, on the last line of stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print only warnings, and the result.")]
+LogFile = Annotated[
+    Path | None, typer.Option("--log-file", metavar="FILE", help="Add all that is said to a file, each with its time.")
+]
 
 
 def overrides(pairs: list[str] | None, **options: object) -> dict[str, str]:

@@ -10,10 +10,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.errors import HpoError, said
 from hpo.search import schema
-from hpo.search.budget import Counts, leases_in, spans_of, wrong_row
-from hpo.search.lease import working
+from hpo.search.budget import Counts, spans_of, wrong_row
 from hpo.search.named import StoredStudy, is_ours, opened, stored_spec
-from hpo.search.opening import as_stored
+from hpo.search.opening import as_stored, is_over, workers_of
 from hpo.search.retrying import RetryingStorage
 from hpo.search.view import Best
 
@@ -81,12 +80,10 @@ def listing(storage: RetryingStorage, url: str, study: StoredStudy) -> Listed:
     except HpoError as error:
         why = said(error)
         return Listed(name=study.study_name, state="unreadable", trials=len(trials), workers={}, why=why)
-    workers = working(seen.everything, leases_in(study.system_attrs), spec.grace, time.time())
-    timed_out = spec.timeout is not None and study.user_attrs.get(schema.TIMED_OUT, 0.0) >= spec.timeout
-    over = seen.counts.unfinished == 0 or timed_out
+    workers = workers_of(search, seen)
     return Listed(
         name=study.study_name,
-        state="running" if workers else "done" if over else "unfinished",
+        state="running" if workers else "done" if is_over(search, seen) else "unfinished",
         objective=spec.objective,
         counts=seen.counts,
         trials=search.spec.trials if schema.STUDY_FILE in study.user_attrs else len(seen.trials),
