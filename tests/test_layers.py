@@ -138,7 +138,7 @@ def test_mlflow_is_imported_only_when_first_used() -> None:
 
 
 COMMANDS = ("run", "check", "status", "export", "worker", "repair", "serve", "adopt", "objectives")
-COMMANDS += ("studies", "rename", "delete", "ui")
+COMMANDS += ("studies", "rename", "delete", "ui", "compare")
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
@@ -237,6 +237,7 @@ def test_the_surface_is_frozen() -> None:
         "adopt": {"--from", "--study", "--storage", "--set"},
         "objectives": set(),
         "studies": {"--storage", "--json"},
+        "compare": {"--storage", "--json"},
         "rename": {"--storage"},
         "ui": {"--storage", "--tracking", "--port", "--no-mlflow", "--no-dashboard"},
         "delete": {"--storage", "--bundle", "--yes", "--force"},

@@ -26,8 +26,7 @@ def _lines(process: "subprocess.Popen[str]", n: int) -> list[str]:
     return [process.stdout.readline().rstrip() for _ in range(n)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_both_pages_land_on_the_study_and_end_with_it(study: Write, number: int) -> None:
+def test_both_pages_land_on_the_study_and_end_with_it(study: Write) -> None:
     invoke("run", study("tracking: sqlite:///mlruns/mlflow.db"))
     process = start_hpo("ui", "study")
     mlflow, dashboard, ends = _lines(process, 3)
@@ -45,11 +44,22 @@ def test_both_pages_land_on_the_study_and_end_with_it(study: Write, number: int)
         assert ends == "Ctrl-C ends them"
         assert len(children) >= 3, "MLflow, its server and the dashboard"
     finally:
-        process.send_signal(number)
+        process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out, err) == (0, "", "")
     time.sleep(0.3)
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_sigterm_ends_it_too(study: Write) -> None:
+    invoke("run", study())
+    process = start_hpo("ui", "study", "--no-mlflow")
+    assert _lines(process, 2)[1] == "Ctrl-C ends it"
+    (child,) = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == 0
+    assert not child.is_running()
 
 
 def test_the_dashboard_shows_no_address_in_ps_and_ends_where_hpo_is_killed(study: Write) -> None:

@@ -27,7 +27,7 @@ def test_quiet_prints_the_result_alone_and_the_log_file_has_all(study: Write) ->
     printed = invoke("run", study(), "--quiet", "--log-file", "log.txt")
     assert printed.startswith("study")
     assert "trial 0 complete" not in printed
-    assert re.search(r"test +│ r2", printed)
+    assert re.search(r"test +│ loss", printed)
     first, *lines = Path("log.txt").read_text().splitlines()
     assert first == "before"
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO ", line) for line in lines)

@@ -14,7 +14,7 @@ Storage = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Give `app` these commands."""
-    for command in (studies, rename, delete, ui):
+    for command in (studies, compare, rename, delete, ui):
         app.command()(command)
 
 
@@ -26,6 +26,20 @@ def studies(storage: Storage = None, json_: Json = False) -> None:
     from hpo.cli import studies as command
 
     finish(command.studies(storage), json_)
+
+
+def compare(
+    studies: Annotated[list[str], typer.Argument(metavar="STUDY...", help="Study files, or names in the storage.")],
+    storage: Storage = None,
+    json_: Json = False,
+) -> None:
+    """Show studies side by side: what each has found and cost, which is best, and in what they differ.
+
+    Example: hpo compare studies/breast_cancer.yaml breast_cancer-1
+    """
+    from hpo.cli import compare as command
+
+    finish(command.compare(studies, storage), json_)
 
 
 def rename(study: Named, new: Annotated[str, typer.Argument(metavar="NEW")], storage: Storage = None) -> None:

@@ -104,7 +104,7 @@ def _dashboard(spec: StudySpec, port: int) -> Page:
 
 
 def _runs_page(page: Page, experiment: str) -> str:
-    """Return the path of an experiment's training runs in MLflow's pages; by itself it opens on language models' pages."""
+    """Return the path of an experiment's training runs in MLflow's pages, which open on language models'."""
     answer = get(f"{page.address}/api/2.0/mlflow/experiments/get-by-name?experiment_name={quote(experiment)}")
     if answer is None:  # nothing has arrived there yet
         return "/#/experiments"
