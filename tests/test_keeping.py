@@ -22,8 +22,8 @@ from hpo.search import lease, schema
 from hpo.search.budget import leases_in
 from hpo.search.lease import working
 from hpo.search.named import named, require_name
-from hpo.search.renaming import renaming
 from hpo.search.storage import close_storage, exclusive, open_storage
+from hpo.search.whole import renaming
 from tests.cli import invoke, refused, summary
 from tests.conftest import run_hpo
 from tests.databases import rows
@@ -82,6 +82,25 @@ def test_a_renamed_study_has_all_that_it_had(kind: str, tmp_path: Path, request:
     storage = open_storage(url)
     assert [study.study_name for study in storage.get_all_studies()] == ["two"]
     close_storage(storage)
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "journal", "postgresql"])
+def test_a_deleted_study_leaves_nothing_and_others_as_they_were(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    url = f"{kind}:///{tmp_path}/s" if kind != "postgresql" else request.getfixturevalue("server").database()
+    _all_states(url, "one")
+    _all_states(url, "two")
+    before = _whole(url, "two")
+    keeping.delete(named("one", url), force=True)
+    assert _whole(url, "two") == before
+    if kind == "sqlite":
+        tables = [name for (name,) in rows("select name from sqlite_master where type = 'table'", file=tmp_path / "s")]
+        left = {name: rows(f"select count(*) from {name}", file=tmp_path / "s")[0][0] for name in tables}
+        keeping.delete(named("two", url), force=True)
+        assert left["trials"] == 5
+        tables = [name for name in tables if name.startswith(("stud", "trial"))]
+        assert [rows(f"select count(*) from {name}", file=tmp_path / "s")[0][0] for name in tables] == [0] * len(tables)
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "journal"])
@@ -160,7 +179,7 @@ def test_a_study_that_workers_train_is_not_renamed_or_deleted(opener: Opener, tm
     for arguments in (["rename", "s", "t"], ["delete", "s", "--yes"]):
         message = refused(*arguments, "--storage", url)
         assert f"study 's' in {url} is being trained:\n  " in message
-        assert f"-{os.getpid()}, until " in message
+        assert f"-{os.getpid()}, whose lease holds until " in message
     assert summary(invoke("studies", "--storage", url, "--json"))["studies"][0]["state"] == "running"
     assert f"deleted: study s in {url}" in invoke("delete", "s", "--yes", "--force", "--storage", url)
     assert "no studies in" in invoke("studies", "--storage", url)

@@ -1,6 +1,5 @@
 """Studies side by side: what each has found and cost, whether their values compare, and in what they differ."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,14 +7,11 @@ from typing import Any
 from hpo.errors import masked
 from hpo.search import schema
 from hpo.search.budget import Counts
-from hpo.search.named import Named, StoredStudy, found, opened, stored_spec
+from hpo.search.named import Named, found, opened, settings_of, stored_spec
 from hpo.search.opening import as_stored
 from hpo.search.view import Best
-from hpo.study.spec import StudySpec
 
 _ABSENT = "-"
-_KEYS = ("sampler", "pruner", "start_with", "timeout", "device", "loading", "retries", "catch", "stack")
-"""Keys of a study file that its identity has not, but that may change what is found, or how fast."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +68,7 @@ def compared(studies: Sequence[Named]) -> list[Compared]:
 def _read(study: Named, alone: bool) -> Compared:
     with opened(study.storage, study.outage) as storage:
         there = found(storage, study.storage, study.name)
-        spec = stored_spec(there, study.storage)
-        search = as_stored(spec, storage)
+        search = as_stored(stored_spec(there, study.storage), storage)
         seen = search.view()
         result = there.user_attrs.get(schema.RESULT)
         test = result.get("test") if isinstance(result, Mapping) else None
@@ -87,29 +82,8 @@ def _read(study: Named, alone: bool) -> Compared:
             epochs=seen.effort.epochs,
             seconds=search.seconds_used(seen),
             test=test if isinstance(test, Mapping) else {},
-            settings=_settings(there, spec, search.spec.trials),
+            settings=settings_of(there, search.spec),
         )
-
-
-def _settings(study: StoredStudy, spec: StudySpec, trials: int) -> dict[str, Any]:
-    """Return what a study was run with, flat."""
-    identity = study.user_attrs[schema.IDENTITY]
-    kept = {key: json.loads(spec.model_dump_json(include={key}))[key] for key in _KEYS}
-    if isinstance(pruner := study.user_attrs.get(schema.PRUNER), Mapping):  # what was chosen
-        kept["pruner"] = dict(pruner)
-    flat = {"trials": trials, "data": study.user_attrs.get(schema.DATA), "code": study.user_attrs.get(schema.CODE)}
-    return {key: value for key, value in _flat({**identity, **kept} | flat).items() if value is not None}
-
-
-def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Return nested mappings as one with dotted keys; a range of a parameter stays one value."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and not before:
-            flat |= _flat(value, f"{key}.")
-        else:
-            flat[f"{before}{key}"] = value
-    return flat
 
 
 def differences(studies: Sequence[Compared]) -> dict[str, list[Any]]:

@@ -24,8 +24,9 @@ from hpo.search.address import exists
 from hpo.search.budget import leases_in, wrong_row
 from hpo.search.lease import working
 from hpo.search.named import Named, StoredStudy, found, opened, require_name, stored_spec
-from hpo.search.renaming import renaming, taken
 from hpo.search.retrying import RetryingStorage, locked
+from hpo.search.whole import delete as delete_study
+from hpo.search.whole import renaming, taken
 from hpo.study.spec import StudySpec
 
 
@@ -142,7 +143,8 @@ def require_idle(storage: RetryingStorage, study: StoredStudy, url: str) -> None
     trials = [t for t in storage.get_all_trials(study._study_id, deepcopy=False) if wrong_row(t) is None]
     held = working(trials, leases_in(study.system_attrs), stored_spec(study, url).grace, time.time())
     if held:
-        lines = (f"\n  {worker}, until {datetime.fromtimestamp(until):%H:%M:%S}" for worker, until in held.items())
+        at = {worker: f"{datetime.fromtimestamp(until):%H:%M:%S}" for worker, until in held.items()}
+        lines = (f"\n  {worker}, whose lease holds until {until}" for worker, until in at.items())
         raise InputError(
             f"study {study.study_name!r} in {masked(url)} is being trained:{''.join(lines)}\n"
             "stop these workers first; one that was killed counts until its lease has run out"
@@ -159,7 +161,7 @@ def delete(study: Named, *, bundle: bool = False, force: bool = False) -> list[s
         spec = stored_spec(there, study.storage)
         if not force:
             require_idle(storage, there, study.storage)
-        storage.delete_study(there._study_id)
+        storage.patiently(lambda: delete_study(storage.inner, there._study_id))
     return [
         f"deleted: study {spec.name} in {masked(study.storage)}",
         _remove(checkpoints_of(spec), ["place-*", "best*.pt", "best*.part"], "checkpoints"),

@@ -25,6 +25,8 @@ from hpo.study.spec import StudySpec
 
 StoredStudy = FrozenStudy
 """A study as its storage lists it."""
+_KEYS = ("sampler", "pruner", "start_with", "timeout", "device", "loading", "retries", "catch", "stack")
+"""Keys of a study file that its identity has not, but that may change what is found, or how fast."""
 DEFAULT_STORAGE = str(StudySpec.model_fields["storage"].default)
 
 
@@ -111,3 +113,27 @@ def require_name(name: str) -> None:
         StudySpec.check_name(name)
     except ValueError as error:
         raise InputError(f"the name {error}") from error
+
+
+def settings_of(study: StoredStudy, spec: StudySpec) -> dict[str, Any]:
+    """Return what a study was run with, by dotted keys of a study file, with the fingerprints of its data and code.
+
+    What a password might be in is a fingerprint, as in its identity.
+    """
+    identity = study.user_attrs[schema.IDENTITY]
+    kept = {key: json.loads(spec.model_dump_json(include={key}))[key] for key in _KEYS}
+    if isinstance(pruner := study.user_attrs.get(schema.PRUNER), Mapping):  # what was chosen
+        kept["pruner"] = dict(pruner)
+    flat = {"trials": spec.trials, "data": study.user_attrs.get(schema.DATA), "code": study.user_attrs.get(schema.CODE)}
+    return {key: value for key, value in _flat({**identity, **kept} | flat).items() if value is not None}
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Return nested mappings as one with dotted keys; a range of a parameter stays one value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and not before:
+            flat |= _flat(value, f"{key}.")
+        else:
+            flat[f"{before}{key}"] = value
+    return flat
