@@ -299,3 +299,32 @@ def test_the_folders_are_those_that_runs_write(study: Write) -> None:
     plan = prepare(study("output: elsewhere"), {})
     assert keeping.bundle_of(plan.spec) == bundle_folder(plan) == Path("elsewhere/bundles/study")
     assert keeping.checkpoints_of(plan.spec, "b") == Path("elsewhere/checkpoints/b")
+
+
+@pytest.mark.parametrize(
+    "attrs",
+    [
+        {"hpo:identity": {"params": [1], "metric": 5}},
+        {"hpo:identity": {"objective": "", "params": {"x": {"type": "float", "low": "a"}}}},
+        {"hpo:identity": {}, "hpo:study_file": "[1]", "hpo:result": {"bundle": 7, "test": 5}},
+        {"hpo:identity": {"options": [1]}, "hpo:study_file": '{"timeout": 5}', "hpo:timed_out": "x"},
+        {"hpo:identity": {}, "hpo:study_file": '{"trials": "x", "output": 5, "name": "../z"}', "hpo:making": "../*"},
+    ],
+)
+def test_whatever_a_storage_holds_can_be_listed_renamed_and_deleted(attrs: dict[str, Any], tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/s"
+    storage = open_storage(url)
+    study = optuna.create_study(study_name="odd", storage=storage)
+    for key, value in attrs.items():
+        study.set_user_attr(key, value)
+    study.add_trial(optuna.create_trial(value=1.0))
+    two = optuna.create_study(study_name="two", storage=storage, directions=["minimize", "maximize"])
+    two.set_user_attr("hpo:identity", {})
+    close_storage(storage)
+    listed = {
+        each["study"]: each["state"] for each in summary(invoke("studies", "--storage", url, "--json"))["studies"]
+    }
+    assert listed == {"odd": "unfinished", "two": "not hpo's"}
+    keeping.rename(named("odd", url), "odder")
+    keeping.delete(named("odder", url))
+    assert [each["study"] for each in summary(invoke("studies", "--storage", url, "--json"))["studies"]] == ["two"]

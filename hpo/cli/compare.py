@@ -64,5 +64,5 @@ def _number(value: float | None) -> str:
 def _shown(value: Any) -> str:
     """Return a setting as a study file would have it, on one line."""
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {each}" for key, each in value.items())
+        return masked(", ".join(f"{key}: {each}" for key, each in value.items()))
     return masked(str(value))

@@ -83,7 +83,7 @@ def found(storage: RetryingStorage, url: str, name: str) -> StoredStudy:
 
 def is_ours(study: StoredStudy) -> bool:
     """Whether hpo has made a study."""
-    return isinstance(study.user_attrs.get(schema.IDENTITY), Mapping)
+    return isinstance(study.user_attrs.get(schema.IDENTITY), Mapping) and len(study.directions) == 1
 
 
 def stored_spec(study: StoredStudy, url: str) -> StudySpec:
@@ -103,7 +103,8 @@ def stored_spec(study: StoredStudy, url: str) -> StudySpec:
         raise InputError(f"study {study.study_name!r} in {masked(url)}: {error}") from error
     update = {"storage": url, "name": study.study_name}
     spec = draft_of(of_values("the stored study file", values | objective | update), study.study_name).spec
-    assert spec is not None, "it has an objective"
+    if spec is None:
+        raise InputError(f"study {study.study_name!r} in {masked(url)}: what is stored of it names no objective")
     return spec.model_copy(update=update)
 
 

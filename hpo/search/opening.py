@@ -99,7 +99,8 @@ def as_stored(spec: StudySpec, storage: RetryingStorage) -> Search:
     stored = study.user_attrs.get(schema.IDENTITY)
     if not isinstance(stored, Mapping):
         raise not_ours(spec.storage, spec.name)
-    params, unread = parse_params(stored.get("params", {}), ("params",))
+    kept = stored.get("params")
+    params, unread = parse_params(kept if isinstance(kept, dict) else {}, ("params",))
     space, more = build(params, [])
     if not params or unread or more:  # a function's; or a later version's
         space = FreeSpace(fixed={}, dimensions=())
@@ -115,8 +116,8 @@ def workers_of(search: Search, seen: StudyView) -> dict[str, float]:
 
 def is_over(search: Search, seen: StudyView) -> bool:
     """Whether no trial of a study is left to train, or its timeout has ended it."""
-    timeout = search.spec.timeout
-    timed_out = timeout is not None and search.attrs.get(schema.TIMED_OUT, 0.0) >= timeout
+    timeout, ended_by = search.spec.timeout, search.attrs.get(schema.TIMED_OUT)
+    timed_out = timeout is not None and isinstance(ended_by, int | float) and ended_by >= timeout
     return seen.counts.unfinished == 0 or (timed_out and seen.counts.running == 0)
 
 

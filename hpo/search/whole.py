@@ -1,8 +1,8 @@
 """A whole study renamed or deleted in its storage: in a database by a few statements, in one transaction.
 
-Optuna has no way to rename one, and it deletes a study trial by trial: 8 s for 5000 of them in SQLite, while nobody else
-can write. A journal only grows: there a study that is renamed is copied, with all that it has, and then deleted. Behind
-gRPC that is not safe, since there is no lock against workers, so it is refused.
+Optuna has no way to rename one, and it deletes a study trial by trial: 8 s for 5000 of them in SQLite, while nobody
+else can write. A journal only grows: there a study that is renamed is copied, with all that it has, and then deleted.
+Behind gRPC that is not safe, since there is no lock against workers, so it is refused.
 """
 
 import json
