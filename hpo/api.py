@@ -17,6 +17,7 @@ from typing import Any
 from hpo.errors import InputError, masked
 from hpo.log import shown_by
 from hpo.report.results import Study
+from hpo.runner import keeping
 from hpo.runner import study as studies
 from hpo.runner.joining import as_file, is_launched
 from hpo.runner.opening import open_or_make, torch_set
@@ -33,12 +34,13 @@ from hpo.study.spec import StudySpec
 Named = str | Path | Mapping[str, Any] | Objective | type[Objective] | Callable[[Any], Any]
 
 
-def run(study: Named, *, workers: int | None = 1, quiet: bool = False, **overrides: Any) -> Study:
+def run(study: Named, *, workers: int | None = 1, quiet: bool = False, fresh: bool = False, **overrides: Any) -> Study:
     """Run a study to its end: search, train the best params again on train + validation, test and export them.
 
     `study` is a study file's path, a mapping with its keys, an `hpo.Objective` (a class or an instance), or a plain
     Optuna function. `overrides` are study.yaml's keys (`trials=20`, `params={"n_hidden": 32}`), laid over what `study`
-    says. A study that was interrupted is resumed; one that is done is not run again. `workers` processes train at the
+    says. A study that was interrupted is resumed; one that is done is not run again. With `fresh` a new one starts, and
+    a study of that name is kept as `<name>-1`, `-2` or the first that is free. `workers` processes train at the
     same time (None: one a GPU, or a core): these must be able to import the objective, so with more than one a class
     must stand in a module or a file, not in a notebook's cell. Progress is logged by `logging.getLogger("hpo")`, and
     printed where nothing else shows it, unless `quiet`.
@@ -62,6 +64,8 @@ def run(study: Named, *, workers: int | None = 1, quiet: bool = False, **overrid
         plan, file = _prepared(study, overrides, alone=workers == 1)
         path = stack.enter_context(file)
         stack.enter_context(torch_set(plan))
+        if fresh:
+            keeping.set_aside(plan.spec)
         search = open_or_make(plan)
         stack.callback(search.close)
 

@@ -48,7 +48,7 @@ def test_a_study_that_hpo_did_not_make(opened, tmp_path, monkeypatch):
     optuna.create_study(study_name="s", storage=storage)
     storage.remove_session()
     storage.engine.dispose()
-    with pytest.raises(InputError, match="it was not made by hpo") as caught:
+    with pytest.raises(InputError, match="was not made by hpo") as caught:
         opened()
     assert not open_files(tmp_path), caught
 

@@ -35,7 +35,8 @@ HOMES = {
     "pydantic": {"study.spec", "study.ranges", "study.checking", "study.draft"},
     "sqlalchemy": {"search"},
     "rich": {"cli"},
-    "typer": {"cli.app"},
+    "optuna_dashboard": {"report.dashboard"},
+    "typer": {"cli.app", "cli.options", "cli.managing"},
     "ray": {"runner.ray_workers"},
     "lightning": {"study.lightning_fit"},
     "pytorch_lightning": {"study.lightning_fit"},
@@ -137,6 +138,7 @@ def test_mlflow_is_imported_only_when_first_used() -> None:
 
 
 COMMANDS = ("run", "check", "status", "export", "worker", "repair", "serve", "adopt", "objectives")
+COMMANDS += ("studies", "rename", "delete", "ui", "compare")
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
@@ -208,11 +210,14 @@ def test_the_surface_is_frozen() -> None:
             "--workers",
             "--ray",
             "--gpus-per-worker",
+            "--fresh",
+            "--quiet",
+            "--log-file",
             "--set",
             "--json",
         },
         "check": {"--storage", "--tracking", "--device", "--set"},
-        "status": {"--trials", "--storage", "--set", "--json"},
+        "status": {"--watch", "--trials", "--storage", "--set", "--json"},
         "export": {"--trial", "--out", "--storage", "--tracking", "--device", "--set", "--json"},
         "worker": {
             "--study",
@@ -222,6 +227,8 @@ def test_the_surface_is_frozen() -> None:
             "--tracking",
             "--device",
             "--stack",
+            "--quiet",
+            "--log-file",
             "--set",
             "--json",
         },
@@ -229,6 +236,11 @@ def test_the_surface_is_frozen() -> None:
         "serve": {"--port", "--host", "--storage", "--set"},
         "adopt": {"--from", "--study", "--storage", "--set"},
         "objectives": set(),
+        "studies": {"--storage", "--json"},
+        "compare": {"--storage", "--json"},
+        "rename": {"--storage"},
+        "ui": {"--storage", "--tracking", "--port", "--no-mlflow", "--no-dashboard"},
+        "delete": {"--storage", "--bundle", "--yes", "--force"},
     }
 
 

@@ -5,7 +5,6 @@ Exit status: 0 done, 1 failed, 2 bad input, 130 interrupted. Nothing heavy is im
 """
 
 import gc
-import json
 import sys
 import traceback
 from importlib import import_module
@@ -15,6 +14,11 @@ from typing import Annotated
 
 import typer
 
+from hpo.cli import managing
+from hpo.cli.options import Device, Json, LogFile, Quiet, Set, Stack, Storage, Study, Tracking, Trials
+from hpo.cli.options import count as _count
+from hpo.cli.options import finish as _finish
+from hpo.cli.options import overrides as _overrides
 from hpo.errors import HpoError, SpecError, masked
 
 app = typer.Typer(
@@ -26,16 +30,22 @@ app = typer.Typer(
     help="Hyperparameter search and experiment tracking for PyTorch.\n\nExample: hpo run studies/breast_cancer.yaml",
 )
 
-Study = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file, e.g. studies/breast_cancer.yaml.")]
-Trials = Annotated[int | None, typer.Option(help="How many trials in all, over all runs of the study.")]
-Storage = Annotated[str | None, typer.Option(help="Optuna's storage, e.g. sqlite:///mlruns/optuna.db.")]
-Tracking = Annotated[str | None, typer.Option(help="MLflow's address, e.g. http://host:5000, or off.")]
-Device = Annotated[str | None, typer.Option(help="auto, cuda, cuda:1, mps or cpu.")]
-Stack = Annotated[str | None, typer.Option(help="auto, or how many trials to train at once, as one stack.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the file; repeatable.")
-]
-Json = Annotated[bool, typer.Option("--json", help="End with one JSON object, on the last line of stdout.")]
+
+def _version(asked: bool) -> None:
+    if asked:
+        import hpo
+
+        print(hpo.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Show hpo's version.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -51,6 +61,11 @@ def run(
     gpus_per_worker: Annotated[
         float | None, typer.Option(help="On Ray, where the cluster has GPUs: 1; 0.5: two workers share one.")
     ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start a new study; one of that name is kept as <name>-1, -2...")
+    ] = False,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
     set_: Set = None,
     json_: Json = False,
 ) -> None:
@@ -58,26 +73,17 @@ def run(
 
     Example: hpo run studies/breast_cancer.yaml --trials 20 --set params.batch_size=32
     """
-    from hpo.cli.screen import announce
+    from hpo.cli.screen import Shown, announce
 
     overrides = _overrides(set_, trials=trials, storage=storage, tracking=tracking, device=device, stack=stack)
-    announce(study, overrides)
+    if not quiet:
+        announce(study, overrides)
 
     commands = _commands()
     from hpo.runner.study import WorkerOptions
 
     options = WorkerOptions(workers=_count(workers), ray=ray, gpus_per_worker=gpus_per_worker)
-    _finish(commands.run(study, overrides, options), json_)
-
-
-def _count(workers: str) -> int | None:
-    if workers == "auto":
-        return None
-    if not workers.isdecimal() or int(workers) < 1:
-        raise typer.BadParameter(
-            f"must be auto, or a number of at least 1, but got {workers!r}", param_hint="--workers"
-        )
-    return int(workers)
+    _finish(commands.run(study, overrides, options, fresh, Shown(quiet, log_file)), json_)
 
 
 @app.command()
@@ -97,6 +103,8 @@ def worker(
     tracking: Tracking = None,
     device: Device = None,
     stack: Stack = None,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
     set_: Set = None,
     json_: Json = False,
 ) -> None:
@@ -104,11 +112,13 @@ def worker(
 
     Example: hpo worker studies/breast_cancer.yaml --storage postgresql://host/hpo
     """
+    from hpo.cli.screen import Shown
+
     commands = _commands()
 
     overrides = _overrides(set_, storage=storage, tracking=tracking, device=device, stack=stack)
     named = None if trust_storage else (objective or [])
-    _finish(commands.worker(study, name, overrides, named=named), json_)
+    _finish(commands.worker(study, name, overrides, named, Shown(quiet, log_file)), json_)
 
 
 @app.command()
@@ -155,14 +165,27 @@ def check(
 
 
 @app.command()
-def status(study: Study, trials: Trials = None, storage: Storage = None, set_: Set = None, json_: Json = False) -> None:
+def status(
+    study: Study,
+    seconds: Annotated[float | None, typer.Argument(metavar="SECONDS", min=0.1, help="With --watch; else 2.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again until the study is done, or Ctrl-C.")] = False,
+    trials: Trials = None,
+    storage: Storage = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
     """Show a study's trials by state, its best so far, what is running, and the time used and left.
 
-    Example: hpo status studies/breast_cancer.yaml --json
+    Example: hpo status studies/breast_cancer.yaml --watch 5
     """
+    if seconds is not None and not watch:
+        raise typer.BadParameter(f"{seconds:g}: seconds are for --watch", param_hint="SECONDS")
+    if watch and json_:
+        raise typer.BadParameter("prints one state; leave out --watch", param_hint="--json")
     from hpo.cli import status as command
 
-    _finish(command.status(study, _overrides(set_, trials=trials, storage=storage)), json_)
+    every = (2.0 if seconds is None else seconds) if watch else None
+    _finish(command.status(study, _overrides(set_, trials=trials, storage=storage), every), json_)
 
 
 @app.command()
@@ -237,17 +260,7 @@ def objectives() -> None:
         print(f"{name:<{max(map(len, found))}}  {line}")
 
 
-def _overrides(pairs: list[str] | None, **options: object) -> dict[str, str]:
-    """Return `--set` and the options as one mapping of dotted keys to YAML text; an option is laid over `--set`."""
-    overrides: dict[str, str] = {}
-    for pair in pairs or []:
-        key, equals, value = pair.partition("=")
-        if not equals or not key.strip(".") or "" in key.split("."):
-            raise typer.BadParameter(f"write KEY=VALUE (params.batch_size=64), but got {pair!r}", param_hint="--set")
-        overrides[key] = value
-    given = {key: value for key, value in options.items() if value is not None}
-    plain = {key: str(value) if key == "stack" else json.dumps(value) for key, value in given.items()}
-    return overrides | plain
+managing.add_to(app)
 
 
 def _commands() -> ModuleType:
@@ -259,12 +272,6 @@ def _commands() -> ModuleType:
     finally:
         if collects:
             gc.enable()
-
-
-def _finish(summary: dict[str, object], as_json: bool) -> None:
-    if as_json:
-        sys.stdout.flush()
-        print(json.dumps(summary))
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """What the commands do: each prints for a person and returns the summary that `--json` prints."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ from rich.text import Text
 from hpo.cli import console as view
 from hpo.cli.after import next_steps
 from hpo.cli.live import LiveProgress
-from hpo.cli.screen import console, screen
+from hpo.cli.screen import Shown, console, screen
 from hpo.cli.status import summary
 from hpo.errors import HpoError, masked
+from hpo.runner import keeping
 from hpo.runner import replay as replaying
 from hpo.runner import study as studies
 from hpo.runner.joining import is_launched, joined, no_progress, stored_study
@@ -30,39 +31,50 @@ from hpo.search.view import Best, StudyView
 from hpo.study.data import Data
 
 
-def run(path: Path, overrides: Mapping[str, str], options: WorkerOptions | None = None) -> dict[str, Any]:
-    """`hpo run`."""
-    with screen() as out, ExitStack() as stack:
+def run(
+    path: Path,
+    overrides: Mapping[str, str],
+    options: WorkerOptions | None = None,
+    fresh: bool = False,
+    how: Shown = Shown(),
+) -> dict[str, Any]:
+    """`hpo run`; `fresh`: a study of that name is kept under another one, and a new one starts."""
+    with screen(how) as out, ExitStack() as stack:
         plan = _prepared(path, overrides, stack)
+        if fresh:
+            keeping.set_aside(plan.spec)
         search = open_or_make(plan)
         stack.callback(search.close)
         file = StudyFile(path=path, overrides=overrides)
 
         def show(alone: bool) -> AbstractContextManager[Progress]:
-            return _progress(plan, search, out, alone)
+            return _progress(plan, search, out, alone, live=not how.quiet)
 
         done, seen = studies.run(plan, search, file, show, options or WorkerOptions())
         _print_result(plan, seen, seen.best(), done, out)
-        out.print("\nnext:")
-        for step in next_steps(path, overrides, plan.spec.trials, done):
-            out.print(Text(f"  {masked(step)}"), soft_wrap=True)  # a line that is pasted has no breaks in it
+        if not how.quiet:
+            _print_next(next_steps(path, overrides, plan.spec.trials, done), out)
         return summary(plan.spec, seen, seen.best(), done)
 
 
 def worker(
-    path: Path | None, study: str | None, overrides: Mapping[str, str], named: Collection[str] | None = ()
+    path: Path | None,
+    study: str | None,
+    overrides: Mapping[str, str],
+    named: Collection[str] | None = (),
+    how: Shown = Shown(),
 ) -> dict[str, Any]:
     """`hpo worker`: of a study file, or of a `study` that the storage knows; until a signal ends it.
 
     Of such a study only code that is among the `named` is run; None: whatever the storage names.
     """
-    with screen() as out, ExitStack() as stack:
+    with screen(how) as out, ExitStack() as stack:
         is_ours = path is not None
         if path is None:
             path = stack.enter_context(stored_study(study, overrides, named))
 
         def show(plan: Plan, search: Search) -> AbstractContextManager[Progress]:
-            return no_progress(plan, search) if is_launched() else _progress(plan, search, out)
+            return no_progress(plan, search) if is_launched() else _progress(plan, search, out, live=not how.quiet)
 
         plan, search = stack.enter_context(joined(path, overrides, show, named=None if is_ours else named))
         seen = search.view()
@@ -243,6 +255,12 @@ def _print_result(plan: Plan, seen: StudyView, best: Best | None, done: Outcome 
     out.print(view.pairs(plan.spec.name, rows))
 
 
+def _print_next(steps: Sequence[str], out: Console) -> None:
+    out.print("\nnext:")
+    for step in steps:
+        out.print(Text(f"  {masked(step)}"), soft_wrap=True)  # a line that is pasted has no breaks in it
+
+
 def _prepared(path: Path, overrides: Mapping[str, str], stack: ExitStack) -> Plan:
     """Return the plan of a study file, with torch set for it until `stack` is closed."""
     plan = prepare(path, overrides)
@@ -251,10 +269,10 @@ def _prepared(path: Path, overrides: Mapping[str, str], stack: ExitStack) -> Pla
 
 
 @contextmanager
-def _progress(plan: Plan, search: Search, out: Console, alone: bool = True) -> Iterator[Progress]:
+def _progress(plan: Plan, search: Search, out: Console, alone: bool = True, *, live: bool = True) -> Iterator[Progress]:
     board = state_of(plan, search)
     refresh = Refresh(board, search, alone)
-    if out.is_terminal:
+    if live and out.is_terminal:
         with LiveProgress(board, refresh, out) as progress:
             yield progress
     else:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.errors import masked
-from hpo.runner.progress import STATES, Progress, ProgressState, Refreshes, duration, metrics_shown, shown
+from hpo.runner.progress import STATES, Progress, ProgressState, Refreshes, count_text, duration, metrics_shown, shown
 from hpo.search.view import StudyView
 
 _SHOWN = 8
@@ -86,7 +86,7 @@ class LiveProgress(Progress):
 
     def _counts(self, n_training: int) -> str:
         counts, workers = self._board.counts, self._board.workers
-        parts = [f"{counts.complete} complete", f"{counts.pruned} pruned", f"{counts.failed} failed"]
+        parts = [count_text(counts)]
         parts += [f"{counts.paused} paused"] if counts.paused else []
         parts += [f"{n_training} in training" + (f" by {len(workers)} workers" if len(workers) > 1 else "")]
         pace = self._board.per_hour()

@@ -3,15 +3,15 @@
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.text import Text
 
-from hpo.errors import masked
-from hpo.log import shown_by
+from hpo.errors import HpoError, InputError, masked
+from hpo.log import log, shown_by
 from hpo.study.draft import read
 
 
@@ -48,9 +48,36 @@ class ConsoleHandler(logging.Handler):
         self._out.print(Text(record.getMessage()))
 
 
+class Shown(NamedTuple):
+    """What is shown of what is logged, and where else it goes."""
+
+    quiet: bool = False
+    """Only warnings."""
+    log_file: Path | None = None
+    """A file that all of it is added to, each text with its time."""
+
+
 @contextmanager
-def screen() -> Iterator[Console]:
-    """Give a console, on which the package's log is shown too."""
+def screen(how: Shown = Shown()) -> Iterator[Console]:
+    """Give a console, on which the package's log is shown too. Raises InputError where the log's file cannot be had."""
     out = console()
-    with shown_by(ConsoleHandler(out)):
+    handler = ConsoleHandler(out)
+    handler.setLevel(logging.WARNING if how.quiet else logging.INFO)
+    with shown_by(handler), nullcontext() if how.log_file is None else _logged_to(how.log_file):
         yield out
+
+
+@contextmanager
+def _logged_to(path: Path) -> Iterator[None]:
+    """Have a file take all that is logged, and how it ended where that was an error."""
+    try:
+        file = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--log-file {path}: cannot be written ({error.strerror}); give another file") from error
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    with closing(file), shown_by(file):
+        try:
+            yield
+        except HpoError as error:
+            file.emit(log.makeRecord(log.name, logging.ERROR, __file__, 0, masked(str(error)), (), None))
+            raise

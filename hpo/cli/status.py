@@ -1,61 +1,103 @@
 """`hpo status`, and the summary that `--json` prints: from what is stored, without torch and the objective's code."""
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.text import Text
 
 from hpo.cli.screen import screen
 from hpo.errors import SpecError, masked
 from hpo.export.files import finite
 from hpo.runner.outcome import Outcome, outcome, stack_paths
 from hpo.runner.progress import ProgressState, count_text, duration, shown
-from hpo.search.opening import no_study, open_stored
+from hpo.search.opening import is_over, no_study, open_stored, workers_of
+from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
 from hpo.study.draft import read
 from hpo.study.spec import StudySpec
 
 _STATES = ("complete", "pruned", "failed", "running", "paused", "waiting")
+_TIME = "time used "
 
 
-def status(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
-    """`hpo status`."""
+def status(path: Path, overrides: Mapping[str, str], watch: float | None = None) -> dict[str, Any]:
+    """`hpo status`; with `watch` it is shown again every so many seconds, until the study is done."""
     draft = read(path, overrides)
     if draft.faults or draft.spec is None:
         raise SpecError(draft.document.render(draft.faults))
-    spec = draft.spec
     with screen() as out, ExitStack() as stack:
-        search = open_stored(spec)
+        search = open_stored(draft.spec)
         if search is None:
-            raise no_study(spec, path)
+            raise no_study(draft.spec, path)
         stack.callback(search.close)
-        spec = search.spec  # a grid has no more trials than configurations
-        seen = search.view()
-        counts, best = seen.counts, seen.best()
-        used = search.seconds_used(seen)
-        board = ProgressState(counts, best, spec.trials, search.metric)
-        out.print(
-            f"{spec.name}: {counts.finished} of {spec.trials} trials done "
-            f"({count_text(counts)}), "
-            f"{counts.running} running, "
-            + (f"{counts.paused} paused, " if counts.paused else "")
-            + f"{counts.waiting} waiting"
-        )
-        if text := seen.effort.text():
-            out.print(text)
-        out.print(board.best_text() + (f": {shown(search.space.searched(best.params))}" if best else ""))
-        for trial in seen.running:
-            value = "" if trial.value is None else f", {search.metric} {trial.value:.4f}"
-            out.print(f"  trial {trial.number}: epoch {trial.epoch}/{spec.epochs}{value}")
-        left = used / counts.finished * counts.unfinished if counts.finished and counts.unfinished else None
-        if spec.timeout is not None and counts.unfinished:
-            over = search.seconds_left(spec.timeout, seen)
-            left = over if left is None else min(over, left)
-        out.print(f"time used {duration(used)}" + (f", about {duration(left)} left" if left is not None else ""))
-        paths = stack_paths(search)
-        for how in paths:
-            out.print(f"stacks run {how}")
-        return summary(spec, seen, best, outcome(search, best)) | {"stacks": paths}
+        lines, whole, over = _look(search)
+        if watch is None:
+            out.print("\n".join(lines))
+            return whole
+        show = stack.enter_context(_redrawn(out) if out.is_terminal else _printed_when_changed(out))
+        show(lines)
+        while not over:
+            time.sleep(watch)
+            lines, whole, over = _look(search)
+            show(lines)
+        return whole
+
+
+@contextmanager
+def _redrawn(out: Console) -> Iterator[Callable[[list[str]], None]]:
+    """Give what shows lines on a terminal, in place of those before."""
+    from rich.live import Live
+
+    with Live(console=out, auto_refresh=False) as live:
+        yield lambda lines: live.update(Text(masked("\n".join(lines))), refresh=True)
+
+
+@contextmanager
+def _printed_when_changed(out: Console) -> Iterator[Callable[[list[str]], None]]:
+    """Give what prints lines, unless but for the time they are those before."""
+    before: list[str] = []
+
+    def show(lines: list[str]) -> None:
+        untimed = [line for line in lines if not line.startswith(_TIME)]
+        if untimed != before:
+            out.print("\n".join(["", *lines] if before else lines))
+            out.file.flush()
+        before[:] = untimed
+
+    yield show
+
+
+def _look(search: Search) -> tuple[list[str], dict[str, Any], bool]:
+    """Return what there is to say of a study, what `--json` prints, and whether it is done."""
+    spec, seen = search.spec, search.view()  # a grid has no more trials than configurations
+    counts, best = seen.counts, seen.best()
+    used = search.seconds_used(seen)
+    board = ProgressState(counts, best, spec.trials, search.metric)
+    lines = [
+        f"{spec.name}: {counts.finished} of {spec.trials} trials done "
+        f"({count_text(counts)}), "
+        f"{counts.running} running, "
+        + (f"{counts.paused} paused, " if counts.paused else "")
+        + f"{counts.waiting} waiting",
+        *([text] if (text := seen.effort.text()) else []),
+        board.best_text() + (f": {shown(search.space.searched(best.params))}" if best else ""),
+    ]
+    for trial in seen.running:
+        value = "" if trial.value is None else f", {search.metric} {trial.value:.4f}"
+        lines.append(f"  trial {trial.number}: epoch {trial.epoch}/{spec.epochs}{value}")
+    left = used / counts.finished * counts.unfinished if counts.finished and counts.unfinished else None
+    if spec.timeout is not None and counts.unfinished:
+        over = search.seconds_left(spec.timeout, seen)
+        left = over if left is None else min(over, left)
+    lines.append(f"{_TIME}{duration(used)}" + (f", about {duration(left)} left" if left is not None else ""))
+    done, paths = outcome(search, best), stack_paths(search)
+    lines += [f"stacks run {how}" for how in paths]
+    ended = is_over(search, seen) and (done is not None or not workers_of(search, seen))
+    return lines, summary(spec, seen, best, done) | {"stacks": paths}, ended
 
 
 def summary(spec: StudySpec, seen: StudyView, best: Best | None, done: Outcome | None) -> dict[str, Any]:

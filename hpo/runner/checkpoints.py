@@ -22,6 +22,7 @@ from torch import Tensor
 from hpo.errors import HpoError
 from hpo.log import log
 from hpo.processes import this_process
+from hpo.runner.keeping import checkpoints_of
 from hpo.runner.prepare import Plan
 from hpo.search import schema
 from hpo.search.claim import Claim
@@ -72,7 +73,7 @@ class Checkpoint:
 
 def folder_of(plan: Plan) -> Path:
     """Return the study's folder of weights."""
-    return plan.output / "checkpoints" / plan.spec.name
+    return checkpoints_of(plan.spec)
 
 
 def file_of(plan: Plan, claim: Claim) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from shlex import quote
 from typing import Any
 
 from hpo.errors import InputError, did_you_mean
@@ -41,7 +42,7 @@ def compare(spec: StudySpec, attrs: Mapping[str, Any], wanted: Mapping[str, Any]
     """Raise InputError where the stored study is not the one that the study file describes; it says what differs."""
     stored = attrs.get(schema.IDENTITY)
     if not isinstance(stored, Mapping) or not isinstance(stored.get("options", {}), Mapping):
-        raise another_study(spec, ["it was not made by hpo"])
+        raise not_ours(spec.storage, spec.name)
     differences = []
     for key in _KEYS:
         there = stored.get(key, _LATER_KEYS.get(key))
@@ -74,7 +75,17 @@ def another_study(spec: StudySpec, differences: list[str]) -> InputError:
     lines = "".join(f"\n  {difference}" for difference in differences)
     return InputError(
         f"the storage {spec.storage} has another study named {spec.name!r}:{lines}\n"
-        "give this one another `name`, or another `storage`"
+        "start a new one, and keep that one under another name: hpo run FILE --fresh\n"
+        f"or delete that one: hpo delete {quote(spec.name)} --storage {quote(spec.storage)}\n"
+        "or give this one another `name`, or another `storage`"
+    )
+
+
+def not_ours(url: str, name: str) -> InputError:
+    """Return the error for a study that hpo has not made."""
+    return InputError(
+        f"the storage {url} has a study named {name!r} that was not made by hpo; take another `name`, or another "
+        "`storage` (`hpo adopt` takes its trials as history; Optuna's own commands delete it)"
     )
 
 

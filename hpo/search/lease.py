@@ -8,16 +8,21 @@ this machine is gone, is dead: others retry it.
 import math
 import secrets
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optuna.storages import BaseStorage, RDBStorage
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from hpo.processes import is_gone, this_process
 from hpo.search import schema
-from hpo.search.budget import held_until, lease_of
+from hpo.search.budget import held_until, lease_of, utc, worker_of
 from hpo.search.clock import SYSTEM, Clock
+
+JUST_NOW = 10.0
+"""For how long, in seconds, a trial that is running without a lease may be one that was claimed just now."""
+_RENEWED = 0.7
+"""The share of its `grace` that a lease has left which is renewed every quarter of it."""
 
 
 class LeaseMonitor:
@@ -96,3 +101,24 @@ class LeaseKeeper:
         until = self._clock.now() + self._grace
         self._storage.set_study_system_attr(self._study_id, schema.WORKER_LEASE + self._id, until)
         self._until = until
+
+
+def working(trials: Sequence[FrozenTrial], leases: Mapping[str, float], grace: float, now: float) -> dict[str, float]:
+    """Return the processes that work on a study, each with until when its lease holds (seconds since 1970).
+
+    `trials` are all of the study's, `leases` those of its workers (`budget.leases_in`), each given for `grace` seconds;
+    `now` is the time, too. One that was killed on another machine counts until its lease has run out. One without a
+    running trial may export, so it counts as long as it renews its lease; but not this process, which is here.
+    """
+    held: dict[str, float] = {}
+    for trial in trials:
+        worker, until = worker_of(trial), held_until(trial, leases)
+        running = trial.state == TrialState.RUNNING
+        if until is None and running and trial.datetime_start is not None:  # claimed just now, or killed right after
+            until = utc(trial.datetime_start).timestamp() + JUST_NOW
+        if until is None or is_gone(worker):
+            continue
+        renews = worker != this_process() and until - now > _RENEWED * grace
+        if renews or (running and until >= now):
+            held[worker] = max(until, held.get(worker, until))
+    return held

@@ -14,11 +14,14 @@ from hpo.errors import InputError, masked
 from hpo.search import schema
 from hpo.search.address import exists
 from hpo.search.away import open_patiently
+from hpo.search.budget import leases_in
 from hpo.search.clock import SYSTEM, Clock
-from hpo.search.identity import another_study, compare, identity
+from hpo.search.identity import another_study, compare, identity, not_ours
+from hpo.search.lease import working
 from hpo.search.retrying import RetryingStorage, locked
 from hpo.search.samplers import make_pruner, make_sampler, trials_of
 from hpo.search.search import Search
+from hpo.search.view import StudyView
 from hpo.study.ranges import parse_params
 from hpo.study.space import FreeSpace, Space, build
 from hpo.study.spec import StudySpec
@@ -82,18 +85,40 @@ def open_stored(spec: StudySpec) -> Search | None:
         unless_opened.callback(storage.close)
         if spec.name not in [study.study_name for study in storage.get_all_studies()]:
             return None
-        study = optuna.load_study(study_name=spec.name, storage=storage)
-        stored = study.user_attrs.get(schema.IDENTITY)
-        if not isinstance(stored, Mapping):
-            raise another_study(spec, ["it was not made by hpo"])
-        params, unread = parse_params(stored.get("params", {}), ("params",))
-        space, more = build(params, [])
-        if not params or unread or more:  # a function's; or a later version's
-            space = FreeSpace(fixed={}, dimensions=())
-        spec = spec.model_copy(update={"trials": trials_of(spec, space)})
-        search = Search(study, storage, spec, space, str(stored.get("metric", "value")))
+        search = as_stored(spec, storage)
         unless_opened.pop_all()
     return search
+
+
+def as_stored(spec: StudySpec, storage: RetryingStorage) -> Search:
+    """Return the study named so as its opened storage knows it, to be looked at; the storage is the search's then.
+
+    Raises InputError where hpo has not made the study.
+    """
+    study = optuna.load_study(study_name=spec.name, storage=storage)
+    stored = study.user_attrs.get(schema.IDENTITY)
+    if not isinstance(stored, Mapping):
+        raise not_ours(spec.storage, spec.name)
+    kept = stored.get("params")
+    params, unread = parse_params(kept if isinstance(kept, dict) else {}, ("params",))
+    space, more = build(params, [])
+    if not params or unread or more:  # a function's; or a later version's
+        space = FreeSpace(fixed={}, dimensions=())
+    spec = spec.model_copy(update={"trials": trials_of(spec, space)})
+    return Search(study, storage, spec, space, str(stored.get("metric", "value")))
+
+
+def workers_of(search: Search, seen: StudyView) -> dict[str, float]:
+    """Return the processes that work on a study, each with until when its lease holds (seconds since 1970)."""
+    leases = leases_in(search.storage.get_study_system_attrs(search.study._study_id))
+    return working(seen.everything, leases, search.spec.grace, time.time())
+
+
+def is_over(search: Search, seen: StudyView) -> bool:
+    """Whether no trial of a study is left to train, or its timeout has ended it."""
+    timeout, ended_by = search.spec.timeout, search.attrs.get(schema.TIMED_OUT)
+    timed_out = timeout is not None and isinstance(ended_by, int | float) and ended_by >= timeout
+    return seen.counts.unfinished == 0 or (timed_out and seen.counts.running == 0)
 
 
 def _find(spec: StudySpec, storage: RetryingStorage, wanted: Mapping[str, Any], direction: str) -> bool:

@@ -323,7 +323,7 @@ class StudySpec(Frozen):
 
     @field_validator("name")
     @classmethod
-    def _file_name(cls, name: str) -> str:
+    def check_name(cls, name: str) -> str:
         if not re.fullmatch(r"[\w][\w .+=-]*", name):
             raise ValueError(f"must be letters, digits, `_`, `-`, `.` (it names a folder), but got {_cut(name)!r}")
         if (size := len(name.encode())) > LONGEST_NAME:
