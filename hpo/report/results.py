@@ -9,18 +9,16 @@ from typing import Any
 
 import optuna
 import pandas as pd
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from hpo.errors import InputError, did_you_mean, masked
+from hpo.report.rows import best_of, columns_of, fixed_in, row_of
 from hpo.search import schema
 from hpo.search.address import exists
-from hpo.search.budget import Counts, count, covered, holders, is_paused, spans_of, worker_of
+from hpo.search.budget import Counts, count, holders
 from hpo.search.curves import from_json
 from hpo.search.storage import close_storage, open_storage
 from hpo.search.view import Best, own
-
-_OR = ":or"
-"""How the name ends under which Optuna stores the branch of a parameter with an `or`."""
 
 
 class Study:
@@ -49,9 +47,7 @@ class Study:
                 raise InputError(f"study {name!r} in {masked(storage)} was not made by hpo; see `hpo adopt`")
             self.metric = str(identity.get("metric", "value"))
             self.maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
-            self._fixed = {
-                key: value for key, value in identity.get("params", {}).items() if not isinstance(value, Mapping)
-            }
+            self._fixed = fixed_in(identity)
 
     @property
     def trials(self) -> pd.DataFrame:
@@ -62,28 +58,13 @@ class Study:
         training), `worker`, `retry_of` (the trial that it resumes), `error`. A trial that was interrupted and retried
         stands there once.
         """
-        rows = [self._row(trial) for trial in self._trials()]
-        names = sorted({name for row in rows for name in row if name.startswith("params_")})
-        columns = ["number", "state", "value", *names, "epochs", "best_epoch", "seconds", "worker", "retry_of", "error"]
-        return pd.DataFrame(rows, columns=columns).set_index("number")
+        rows = [row_of(trial) for trial in self._trials()]
+        return pd.DataFrame(rows, columns=columns_of(rows)).set_index("number")
 
     @property
     def best(self) -> Best | None:
         """The best complete trial: `number`, `value`, `params` (all of them), `epoch` (from 0), `metrics`; or None."""
-        complete = [trial for trial in self._trials() if trial.state == TrialState.COMPLETE and trial.value is not None]
-        if not complete:
-            return None
-        sign = -1 if self.maximize else 1
-        trial = min(complete, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
-        assert trial.value is not None
-        return Best(
-            number=trial.number,
-            value=trial.value,
-            params={**self._fixed, **_params(trial)},
-            epoch=min(trial.user_attrs.get(schema.BEST_EPOCH, 0), max(len(trial.intermediate_values) - 1, 0)),
-            seed=trial.user_attrs.get(schema.SEED, 0),
-            metrics=trial.user_attrs.get(schema.METRICS, {}),
-        )
+        return best_of(self._trials(), self._fixed, maximize=self.maximize)
 
     def curves(self, trial: int) -> pd.DataFrame:
         """Return what trial number `trial` reported: a row for each epoch, counted from 1, a column for each metric.
@@ -157,31 +138,6 @@ class Study:
         with self._opened() as study:
             stored = study.user_attrs.get(schema.RESULT)
         return stored if isinstance(stored, Mapping) else {}
-
-    def _row(self, trial: FrozenTrial) -> dict[str, Any]:
-        best_epoch = trial.user_attrs.get(schema.BEST_EPOCH)
-        return {
-            "number": trial.number,
-            "state": "PAUSED" if is_paused(trial) else trial.state.name,
-            "value": trial.value if trial.state == TrialState.COMPLETE else None,
-            **{f"params_{name}": value for name, value in _params(trial).items()},
-            "epochs": len(trial.intermediate_values),
-            "best_epoch": None if best_epoch is None else best_epoch + 1,
-            "seconds": covered(spans) if (spans := spans_of(trial)) and trial.state.is_finished() else None,
-            "worker": worker_of(trial),
-            "retry_of": trial.user_attrs.get(schema.RETRY_OF),
-            "error": trial.user_attrs.get(schema.ERROR),
-        }
-
-
-def _params(trial: FrozenTrial) -> dict[str, Any]:
-    """Return the params that were searched, under their own names."""
-    params = dict(trial.params)
-    branches = [name for name in params if name.endswith(_OR)]
-    for name in branches:
-        params.setdefault(name.removesuffix(_OR), params[name])
-        del params[name]
-    return params
 
 
 def _budget(study: optuna.Study) -> int:
