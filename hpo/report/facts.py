@@ -1,0 +1,302 @@
+"""All that a report says of a study, as plain data: one read of its trials and attributes, no objective, no torch.
+
+Who can write the storage can write anything there: what has not the shape that hpo gives it is left out, and every text
+is masked here, once.
+"""
+
+import json
+import platform
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.errors import masked
+from hpo.export.files import finite
+from hpo.report.rows import OR, best_of, columns_of, fixed_in, params_of, row_of, state_of
+from hpo.search import schema
+from hpo.search.budget import Counts, count, covered, held_until, holders, seconds_used, spans_of, worker_of
+from hpo.search.curves import from_json
+from hpo.search.effort import effort
+from hpo.search.view import Best
+
+FEWEST_FOR_IMPORTANCE = 4
+"""How many complete trials it takes to say anything of a param's importance."""
+_FINGERPRINTS = (("data", schema.DATA), ("code", schema.CODE))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A stretch of one trial's training, in seconds since 1970; `kind` is how it ended."""
+
+    number: int
+    worker: str
+    start: float
+    end: float
+    kind: str
+    """PAUSED, INTERRUPTED (a retry followed), or the trial's own state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A trial in the figures: its `value`, or what it last reported; None where there is no finite number."""
+
+    number: int
+    state: str
+    value: float | None
+    params: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known of a study. Trials are those of the budget, but for `spans`, which retried ones have too."""
+
+    name: str
+    objective: str
+    metric: str
+    maximize: bool
+    made: str
+    """When this was read: ISO 8601, UTC."""
+    counts: Counts
+    rows: Sequence[Mapping[str, Any]]
+    columns: Sequence[str]
+    best: Best | None
+    best_seconds: float | None
+    points: Sequence[Point]
+    curves: Mapping[str, Mapping[int, Sequence[float]]]
+    """By metric: each trial's numbers, one an epoch (of a function: one a step)."""
+    main_curve: str
+    """The name of the study's own metric among the curves."""
+    distributions: Mapping[str, Mapping[str, Any]]
+    """Of each searched param: `low`, `high` and `log` of its range, or `choices`, and `otherwise` of an `or`."""
+    importances: Mapping[str, float]
+    """By param, the highest first; they sum to 1. Empty where nothing can be said."""
+    spans: Sequence[Span]
+    effort: Mapping[str, int]
+    effort_text: str
+    seconds_used: float
+    """For how long at least one trial was in training."""
+    seconds_summed: float
+    """The seconds of all trials, which count several times where a stack or several workers trained at once."""
+    result: Mapping[str, Any]
+    """Of the refit: `test` metrics by name, `bundle`, `number`, `parity`; empty: there was none."""
+    n_test_evaluations: int
+    stacks: Sequence[str]
+    stack_choice: str
+    """Why `stack: auto` has chosen how many trials to train at once; empty where it has not."""
+    study_file: Mapping[str, Any]
+    fixed: Mapping[str, Any]
+    fingerprints: Mapping[str, str]
+    versions: Mapping[str, str]
+
+    @property
+    def epochs(self) -> int:
+        """How many epochs a trial has at most, as far as any was reported."""
+        return max((len(values) for values in self.curves.get(self.main_curve, {}).values()), default=0)
+
+    @property
+    def direction(self) -> str:
+        return "maximize" if self.maximize else "minimize"
+
+    def sign(self, value: float) -> float:
+        """Return `value` such that less is better."""
+        return -value if self.maximize else value
+
+    def ranked(self) -> list[Mapping[str, Any]]:
+        """Return the rows of the complete trials, the best first."""
+        complete = [row for row in self.rows if row["state"] == "COMPLETE" and row["value"] is not None]
+        return sorted(complete, key=lambda row: (self.sign(row["value"]), row["number"]))
+
+    def as_data(self) -> dict[str, Any]:
+        """Return everything as JSON has it."""
+        whole: dict[str, Any] = finite(plain(asdict(self) | {"direction": self.direction}))
+        return whole
+
+
+def read(
+    study: optuna.Study,
+    trials: Sequence[FrozenTrial],
+    leases: Mapping[str, float],
+    *,
+    budget: int,
+    epochs: int | None = None,
+) -> Facts:
+    """Return the facts of a study.
+
+    `trials` are all it has, but for adopted ones; `leases` those of its workers (`hpo.search.budget.leases_in`). A
+    trial has `epochs` epochs without pruning; None: as many as any has reported.
+    """
+    attrs = study.user_attrs
+    identity = _mapping(attrs.get(schema.IDENTITY))
+    metric = str(identity.get("metric", "value"))
+    main = f"valid_{metric}" if identity.get("params") else metric
+    maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
+    counted = holders(trials)
+    fixed = fixed_in(identity)
+    best = best_of(counted, fixed, maximize=maximize)
+    rows = [plain(row_of(trial)) for trial in counted]
+    most = max((len(trial.intermediate_values) for trial in counted), default=0)
+    done = effort(counted, most if epochs is None else epochs)
+    file = _study_file(attrs.get(schema.STUDY_FILE))
+    spans = _spans(trials, {trial.number for trial in counted}, leases)
+    by_trial: dict[int, list[tuple[float, float]]] = {}
+    for span in spans:
+        by_trial.setdefault(span.number, []).append((span.start, span.end))
+    return Facts(
+        name=masked(study.study_name),
+        objective=masked(str(identity.get("objective", file.get("objective", "")))),
+        metric=masked(metric),
+        maximize=maximize,
+        made=datetime.now(UTC).isoformat(timespec="seconds"),
+        counts=count(counted, budget),
+        rows=rows,
+        columns=[masked(name) for name in columns_of(rows)],
+        best=best,
+        best_seconds=next((row["seconds"] for row in rows if best and row["number"] == best.number), None),
+        points=[_point(trial) for trial in counted],
+        curves=_curves(counted, main),
+        main_curve=masked(main),
+        distributions=_distributions(counted),
+        importances=_importances(counted, maximize=maximize),
+        spans=spans,
+        effort=done.as_dict(),
+        effort_text=done.text(),
+        seconds_used=seconds_used(trials, leases),
+        seconds_summed=sum(covered(each) for each in by_trial.values()),
+        result=plain(_mapping(attrs.get(schema.RESULT))),
+        n_test_evaluations=len(_list(attrs.get(schema.TEST_EVALUATIONS))),
+        stacks=[masked(str(each)) for each in _list(attrs.get(schema.STACK_PATHS))],
+        stack_choice=_stack_choice(attrs.get(schema.STACK)),
+        study_file=file,
+        fixed=plain(fixed),
+        fingerprints={
+            what: masked(str(attrs[key]))
+            for what, key in (("data", schema.DATA), ("code", schema.CODE))
+            if key in attrs
+        },
+        versions={"python": platform.python_version(), "hpo": _version("hpo"), "optuna": optuna.__version__},
+    )
+
+
+def plain(value: Any) -> Any:
+    """Return what a storage holds as plain values, every text masked; what JSON has not is a text."""
+    if isinstance(value, str):
+        return masked(value)
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {masked(str(key)): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return masked(str(value))
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except Exception:  # it runs from a folder that was never installed
+        return "unknown"
+
+
+def _study_file(stored: Any) -> Mapping[str, Any]:
+    try:
+        return _mapping(plain(json.loads(stored)))
+    except (TypeError, ValueError):
+        return {}
+
+
+def _stack_choice(stored: Any) -> str:
+    return masked(str(_mapping(_mapping(stored).get("choice")).get("why", "")))
+
+
+def _point(trial: FrozenTrial) -> Point:
+    last = trial.intermediate_values.get(trial.last_step) if trial.last_step is not None else None
+    value = trial.value if trial.state == TrialState.COMPLETE else last
+    return Point(number=trial.number, state=state_of(trial), value=finite(value), params=plain(params_of(trial)))
+
+
+def _curves(trials: Sequence[FrozenTrial], main: str) -> dict[str, dict[int, list[float]]]:
+    """Return the curves of all trials by metric, the study's own first."""
+    found: dict[str, dict[int, list[float]]] = {main: {}}
+    for trial in trials:
+        try:
+            curves = from_json(trial.user_attrs[schema.CURVES])
+        except (KeyError, ValueError):  # it has not ended, or is a function's; or others wrote something else
+            curves = {main: [value for _, value in sorted(trial.intermediate_values.items())]}
+        for name, values in curves.items():
+            if values:
+                found.setdefault(masked(name), {})[trial.number] = values
+    return {name: trials for name, trials in found.items() if trials}
+
+
+def _distributions(trials: Sequence[FrozenTrial]) -> dict[str, dict[str, Any]]:
+    """Return what is known of each searched param; where trials differ (a function's may), the widest of all."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, distribution in {pair for trial in trials for pair in trial.distributions.items()}:
+        own = found.setdefault(name.removesuffix(OR), {})
+        if name.endswith(OR):
+            own["otherwise"] = next(iter(getattr(distribution, "choices", ())), None)
+        elif isinstance(distribution, optuna.distributions.CategoricalDistribution):
+            own["choices"] = list(dict.fromkeys([*own.get("choices", ()), *distribution.choices]))
+        elif isinstance(distribution, optuna.distributions.FloatDistribution | optuna.distributions.IntDistribution):
+            own["low"] = min(own.get("low", distribution.low), distribution.low)
+            own["high"] = max(own.get("high", distribution.high), distribution.high)
+            own["log"] = own.get("log", True) and distribution.log
+    return {masked(name): plain(own) for name, own in sorted(found.items())}
+
+
+def _importances(trials: Sequence[FrozenTrial], *, maximize: bool) -> dict[str, float]:
+    """Return each param's share of what Optuna's PED-ANOVA finds, a branch (`or`) counted with its param."""
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE and finite(trial.value) is not None]
+    if len(complete) < FEWEST_FOR_IMPORTANCE:
+        return {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there are few trials, say
+            copy = optuna.create_study(direction="maximize" if maximize else "minimize")  # with no adopted trials
+            copy.add_trials(complete)
+            evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+            found = optuna.importance.get_param_importances(copy, evaluator=evaluator)
+    except (RuntimeError, ValueError):  # params that differ in kind between trials
+        return {}
+    summed: dict[str, float] = {}
+    for name, share in found.items():
+        own = masked(name.removesuffix(OR))
+        summed[own] = summed.get(own, 0.0) + float(share)
+    if not any(finite(share) for share in summed.values()):
+        return {}
+    return dict(sorted(summed.items(), key=lambda each: -each[1]))
+
+
+def _spans(trials: Sequence[FrozenTrial], counted: set[int], leases: Mapping[str, float]) -> list[Span]:
+    """Return when each trial was trained. One whose worker was killed was so until its lease expired."""
+    found = []
+    for trial in trials:
+        until = held_until(trial, {} if trial.state.is_finished() else leases)
+        spans = spans_of(trial)
+        own = "INTERRUPTED" if trial.number not in counted else trial.state.name
+        for i, (start, end) in enumerate(spans):
+            last = i == len(spans) - 1 and own != "WAITING"
+            found.append(
+                Span(
+                    number=trial.number,
+                    worker=masked(worker_of(trial)),
+                    start=start,
+                    end=end if until is None else max(start, min(end, until)),
+                    kind=own if last else "PAUSED",
+                )
+            )
+    return sorted(found, key=lambda span: span.start)
