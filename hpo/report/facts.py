@@ -8,9 +8,10 @@ import json
 import platform
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -20,7 +21,7 @@ from hpo.errors import masked
 from hpo.export.files import finite
 from hpo.report.rows import OR, best_of, columns_of, fixed_in, params_of, row_of, state_of
 from hpo.search import schema
-from hpo.search.budget import Counts, count, covered, held_until, holders, seconds_used, spans_of, worker_of
+from hpo.search.budget import Counts, count, covered, held_until, holders, leases_in, seconds_used, spans_of, worker_of
 from hpo.search.curves import from_json
 from hpo.search.effort import effort
 from hpo.search.view import Best
@@ -93,6 +94,9 @@ class Facts:
     fixed: Mapping[str, Any]
     fingerprints: Mapping[str, str]
     versions: Mapping[str, str]
+    """Of the packages that made this."""
+    exported_with: Mapping[str, str]
+    """Those that exported the model, and the `git_commit`, as far as its bundle is still there."""
 
     @property
     def epochs(self) -> int:
@@ -139,10 +143,13 @@ def read(
     counted = holders(trials)
     fixed = fixed_in(identity)
     best = best_of(counted, fixed, maximize=maximize)
+    if best is not None:
+        best = replace(best, params=plain(best.params), metrics=plain(best.metrics))
     rows = [plain(row_of(trial)) for trial in counted]
     most = max((len(trial.intermediate_values) for trial in counted), default=0)
     done = effort(counted, most if epochs is None else epochs)
     file = _study_file(attrs.get(schema.STUDY_FILE))
+    result = plain(_mapping(attrs.get(schema.RESULT)))
     spans = _spans(trials, {trial.number for trial in counted}, leases)
     by_trial: dict[int, list[tuple[float, float]]] = {}
     for span in spans:
@@ -168,7 +175,8 @@ def read(
         effort_text=done.text(),
         seconds_used=seconds_used(trials, leases),
         seconds_summed=sum(covered(each) for each in by_trial.values()),
-        result=plain(_mapping(attrs.get(schema.RESULT))),
+        result=result,
+        exported_with=_exported_with(result),
         n_test_evaluations=len(_list(attrs.get(schema.TEST_EVALUATIONS))),
         stacks=[masked(str(each)) for each in _list(attrs.get(schema.STACK_PATHS))],
         stack_choice=_stack_choice(attrs.get(schema.STACK)),
@@ -181,6 +189,11 @@ def read(
         },
         versions={"python": platform.python_version(), "hpo": _version("hpo"), "optuna": optuna.__version__},
     )
+
+
+def leases_of(storage: Any, name: str) -> dict[str, float]:
+    """Return until when each worker's lease of study `name` holds, by its id."""
+    return leases_in(storage.get_study_system_attrs(storage.get_study_id_from_name(name)))
 
 
 def plain(value: Any) -> Any:
@@ -209,6 +222,15 @@ def _version(package: str) -> str:
         return version(package)
     except Exception:  # it runs from a folder that was never installed
         return "unknown"
+
+
+def _exported_with(result: Mapping[str, Any]) -> dict[str, str]:
+    try:
+        about = _mapping(json.loads((Path(result["bundle"]) / "bundle.json").read_text(encoding="utf-8")))
+    except (KeyError, TypeError, OSError, ValueError):
+        return {}
+    found = {**_mapping(about.get("versions")), "git commit": about.get("git_commit")}
+    return {masked(str(name)): masked(str(value)) for name, value in found.items() if value}
 
 
 def _study_file(stored: Any) -> Mapping[str, Any]:
