@@ -9,8 +9,9 @@ from hpo.cli.console import LiveProgress, table
 from hpo.cli.screen import ConsoleHandler
 from hpo.log import log, shown_by
 from hpo.runner import progress as view
-from hpo.runner.progress import PlainProgress, ProgressState, duration, shown
+from hpo.runner.progress import PlainProgress, ProgressState, shown
 from hpo.search.budget import Counts
+from hpo.search.clock import duration
 from hpo.search.view import Best
 
 

@@ -9,7 +9,8 @@ from hpo.cli.screen import screen
 from hpo.errors import SpecError, masked
 from hpo.export.files import finite
 from hpo.runner.outcome import Outcome, outcome, stack_paths
-from hpo.runner.progress import ProgressState, duration, shown
+from hpo.runner.progress import ProgressState, shown
+from hpo.search.clock import duration
 from hpo.search.opening import no_study, open_stored
 from hpo.search.view import Best, StudyView
 from hpo.study.draft import read

@@ -48,9 +48,17 @@ class Axis:
         if self.choices:
             return float(self.choices.get(repr(value), len(self.choices)))
         number = _number(value)
-        if number is None or not self._holds(number):
+        if number is None or not self.within(value):
             return self._below(1)
         return math.log10(number) if self.log else number
+
+    def within(self, value: Any) -> bool:
+        """Whether a value is a number of the range, not a choice, nor that of an `or`."""
+        number = _number(value)
+        if not self.numeric or number is None or (self.log and number <= 0):
+            return False
+        place, slack = math.log10(number) if self.log else number, 1e-9 * (self.high - self.low)
+        return self.low - slack <= place <= self.high + slack
 
     def ticks(self) -> tuple[list[float], list[str]]:
         """Return the places that are marked, and what is written there."""
@@ -75,12 +83,6 @@ class Axis:
     def _below(self, steps: int) -> float:
         return self.low - steps * (_BESIDE * (self.high - self.low) if self.numeric else 1.0)
 
-    def _holds(self, number: float) -> bool:
-        if self.log and number <= 0:
-            return False
-        place, slack = math.log10(number) if self.log else number, 1e-9 * (self.high - self.low)
-        return self.low - slack <= place <= self.high + slack
-
 
 def axis_of(name: str, known: Mapping[str, Any], values: Sequence[Any]) -> Axis:
     """Return the axis of a param; `known` is its distribution (`Facts.distributions`), `values` those of the trials."""
@@ -97,7 +99,7 @@ def axis_of(name: str, known: Mapping[str, Any], values: Sequence[Any]) -> Axis:
     if not high > low:  # a range of one value
         low, high = low - 0.5, high + 0.5
     axis = Axis(name, low, high, log, {}, None, gaps)
-    outside = next((value for value in have if (n := _number(value)) is None or not axis._holds(n)), None)
+    outside = next((value for value in have if not axis.within(value)), None)
     beside = None if outside is None else text(known.get("otherwise", outside))
     return Axis(name, low, high, log, {}, beside, gaps)
 

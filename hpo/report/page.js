@@ -7,6 +7,8 @@ const hasWebGL = (() => {
   try { return Boolean(document.createElement("canvas").getContext("webgl")); } catch { return false; }
 })();
 const drawn = new Set();
+// plotly's own button would send a figure to its makers' server
+const config = { responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "" };
 
 function draw(plot) {
   if (drawn.has(plot)) return;
@@ -16,7 +18,7 @@ function draw(plot) {
     plot.textContent = "This figure needs WebGL, which this browser does not have.";
     return;
   }
-  Plotly.newPlot(plot, figure.data, figure.layout, { responsive: true, displaylogo: false });
+  Plotly.newPlot(plot, figure.data, figure.layout, config);
 }
 
 const plots = [...document.querySelectorAll("[data-figure]")];
@@ -36,7 +38,7 @@ if (choice) choice.addEventListener("change", () => {
   const plot = document.getElementById("curves-plot");
   plot.dataset.figure = choice.value;
   const figure = report.figures[choice.value];
-  Plotly.react(plot, figure.data, figure.layout, { responsive: true, displaylogo: false });
+  Plotly.react(plot, figure.data, figure.layout, config);
   drawn.add(plot);
   document.getElementById("curves-note").textContent = report.notes[choice.value] || "";
 });
@@ -53,7 +55,8 @@ const state = { by: 0, down: false, page: 0, words: [] };
 function shown(value) {
   if (value === null || value === undefined) return "";
   if (typeof value !== "number" || Number.isInteger(value)) return String(value);
-  return String(Number(value.toPrecision(6)));
+  const size = Math.abs(value);
+  return size >= 1e-4 && size < 1e9 ? String(Number(value.toPrecision(6))) : value.toExponential(4);
 }
 
 function compare(a, b) {

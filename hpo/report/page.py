@@ -21,6 +21,7 @@ from hpo.report import figures, judged_figures, space_figures, texts, time_figur
 from hpo.report.facts import Facts
 from hpo.report.figures import Drawing
 from hpo.report.rows import PARAM
+from hpo.search.clock import duration
 
 _SECTIONS = (
     ("best", "Best"),
@@ -43,7 +44,7 @@ def page(facts: Facts, judged: Mapping[str, Any] | None = None) -> str:
     metrics = list(facts.curves)[:MOST_METRICS]
     script, plotly = _resource("page.js"), get_plotlyjs()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": texts.number, "short": lambda value: "" if value is None else f"{value:.3g}"}
+    environment.filters |= {"number": texts.number, "short": _short, "duration": duration}
     return environment.from_string(_resource("page.html")).render(
         facts=facts,
         judged=judged,
@@ -88,12 +89,13 @@ def _numbered(groups: Mapping[str, Sequence[Drawing | None]]) -> list[tuple[str,
 
 def _data(facts: Facts, drawings: Mapping[str, Drawing]) -> dict[str, Any]:
     """Return what the page's script reads."""
+    columns = [column for column in facts.columns if any(row.get(column) is not None for row in facts.rows)]
     return {
         "figures": {key: drawing.figure for key, drawing in drawings.items()},
         "notes": {key: drawing.note for key, drawing in drawings.items()},
         "table": {
-            "columns": [_heading(column) for column in facts.columns],
-            "rows": [[row.get(column) for column in facts.columns] for row in facts.rows],
+            "columns": [_heading(column) for column in columns],
+            "rows": [[row.get(column) for column in columns] for row in facts.rows],
         },
     }
 
@@ -109,8 +111,8 @@ def _sentences(facts: Facts, judged: Mapping[str, Any]) -> dict[str, Any]:
     if best is not None:
         seeds.append((f"seed of trial {best.number}", best.seed))
     prints = [(f"fingerprint of the {what}", value) for what, value in facts.fingerprints.items()]
-    exported = [(f"{name} that exported the model", value) for name, value in facts.exported_with.items()]
-    own = [(f"{name} that made this page", value) for name, value in facts.versions.items()]
+    packages = {"the model was exported with": facts.exported_with, "this page was made with": facts.versions}
+    versions = [(what, ", ".join(map(" ".join, each.items()))) for what, each in packages.items() if each]
     bundle = [("bundle", facts.result["bundle"])] if facts.result.get("bundle") else []
     at_once = facts.seconds_summed / facts.seconds_used if facts.seconds_used > 0 else 0.0
     return {
@@ -125,7 +127,7 @@ def _sentences(facts: Facts, judged: Mapping[str, Any]) -> dict[str, Any]:
         "stacks": [f"Stacks ran {each}." for each in facts.stacks]
         + ([f"How many trials were trained at once: {facts.stack_choice}."] if facts.stack_choice else []),
         "study_file": json.dumps(facts.study_file, indent=2, ensure_ascii=False),
-        "origins": [*seeds, *prints, *bundle, *exported, *own],
+        "origins": [*seeds, *prints, *bundle, *versions],
     }
 
 
@@ -137,6 +139,10 @@ def _in_script(value: Any) -> str:
     """Return JSON that cannot end the script that it stands in; it is ASCII."""
     text = json.dumps(finite(value), allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"
 
 
 def _policy(*scripts: str) -> str:

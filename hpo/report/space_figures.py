@@ -76,7 +76,7 @@ def _contour(facts: Facts, points: Sequence[Point], first: str, second: str) -> 
         "reversescale": not facts.maximize,
         "colorbar": {"title": {"text": text(facts.metric)}, "thickness": 10, "len": 0.9},
     }
-    surface = _surface(axes, x, y, values) if all(axis.numeric for axis in axes) else None
+    surface = _surface(axes, drawn)
     marker: dict[str, Any] = {"size": 6, "line": {"width": 1, "color": "#FFFFFF"}, "color": BLACK}
     data = []
     if surface is None:
@@ -99,18 +99,22 @@ def _contour(facts: Facts, points: Sequence[Point], first: str, second: str) -> 
     return Drawing(title=title, note=note, figure={"data": data, "layout": shape}, wide=False)
 
 
-def _surface(axes: Sequence[Axis], x: Sequence[float], y: Sequence[float], z: Sequence[Any]) -> dict[str, Any] | None:
-    """Return the values interpolated on a grid; None where the points span no area."""
+def _surface(axes: Sequence[Axis], points: Sequence[Point]) -> dict[str, Any] | None:
+    """Return the values interpolated on a grid; None where that means nothing: between choices, of too few points."""
     from scipy.interpolate import griddata
     from scipy.spatial import QhullError
 
-    if len(z) < _FEWEST_FOR_A_SURFACE:
+    within = [point for point in points if all(axis.within(point.params[axis.name]) for axis in axes)]
+    if len(within) < _FEWEST_FOR_A_SURFACE:
         return None
     grid = [np.linspace(axis.low, axis.high, _GRID) for axis in axes]
-    scaled = [(np.asarray(at) - axis.low) / (axis.high - axis.low) for at, axis in zip((x, y), axes, strict=True)]
+    places = np.array([[axis.place(point.params[axis.name]) for axis in axes] for point in within])
+    lows, highs = (np.array([getattr(axis, end) for axis in axes]) for end in ("low", "high"))
     unit = np.linspace(0.0, 1.0, _GRID)
     try:
-        values = griddata(np.stack(scaled, 1), np.asarray(z, dtype=float), tuple(np.meshgrid(unit, unit)), "linear")
+        values = griddata(
+            (places - lows) / (highs - lows), [point.value for point in within], tuple(np.meshgrid(unit, unit))
+        )
     except QhullError:
         return None
     rows = [[None if math.isnan(value) else float(f"{value:.6g}") for value in row] for row in values]

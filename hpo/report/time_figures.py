@@ -68,7 +68,7 @@ def _bars(kind: str, spans: Sequence[tuple[Span, int]], start: float) -> dict[st
         "y": [row for _, row in spans],
         "customdata": [[span.number, round(span.end - span.start, 3)] for span, _ in spans],
         "hovertemplate": f"trial %{{customdata[0]}}, {words}<br>%{{customdata[1]}} s<extra></extra>",
-        "marker": {"color": colour, "pattern": {"shape": pattern, "fgcolor": "#FFFFFF"}, "line": {"width": 0.5}},
+        "marker": {"color": colour, "pattern": {"shape": pattern, "size": 6}, "line": {"width": 0.5, "color": colour}},
     }
 
 
