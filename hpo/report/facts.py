@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,7 @@ def read(
     `trials` are all it has, but for adopted ones; `leases` those of its workers (`hpo.search.budget.leases_in`). A
     trial has `epochs` epochs without pruning; None: as many as any has reported.
     """
+    _masked.cache_clear()  # there may be more to mask by now
     attrs = study.user_attrs
     identity = _mapping(attrs.get(schema.IDENTITY))
     metric = str(identity.get("metric", "value"))
@@ -196,17 +198,23 @@ def leases_of(storage: Any, name: str) -> dict[str, float]:
     return leases_in(storage.get_study_system_attrs(storage.get_study_id_from_name(name)))
 
 
+@lru_cache(maxsize=10_000)
+def _masked(text: str) -> str:
+    """Mask a text once: most are the names of columns, states and workers."""
+    return masked(text)
+
+
 def plain(value: Any) -> Any:
     """Return what a storage holds as plain values, every text masked; what JSON has not is a text."""
     if isinstance(value, str):
-        return masked(value)
+        return _masked(value)
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, Mapping):
-        return {masked(str(key)): plain(item) for key, item in value.items()}
+        return {_masked(str(key)): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    return masked(str(value))
+    return _masked(str(value))
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -289,7 +297,7 @@ def _importances(trials: Sequence[FrozenTrial], *, maximize: bool) -> dict[str, 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there are few trials, say
             copy = optuna.create_study(direction="maximize" if maximize else "minimize")  # with no adopted trials
-            copy.add_trials(complete)
+            copy.add_trials([_light(trial) for trial in complete])
             evaluator = optuna.importance.PedAnovaImportanceEvaluator()
             found = optuna.importance.get_param_importances(copy, evaluator=evaluator)
     except (RuntimeError, ValueError):  # params that differ in kind between trials
@@ -301,6 +309,11 @@ def _importances(trials: Sequence[FrozenTrial], *, maximize: bool) -> dict[str, 
     if not any(finite(share) for share in summed.values()):
         return {}
     return dict(sorted(summed.items(), key=lambda each: -each[1]))
+
+
+def _light(trial: FrozenTrial) -> FrozenTrial:
+    """Return a trial without its epochs, which take long to copy."""
+    return optuna.trial.create_trial(value=trial.value, params=trial.params, distributions=trial.distributions)
 
 
 def _spans(trials: Sequence[FrozenTrial], counted: set[int], leases: Mapping[str, float]) -> list[Span]:

@@ -36,7 +36,8 @@ class Drawing:
     title: str
     note: str
     figure: dict[str, Any]
-    wide: bool = True
+    wide: bool = False
+    """Whether it is at least so wide that a small screen scrolls it."""
 
 
 def layout(height: int = 360, **more: Any) -> dict[str, Any]:
@@ -161,7 +162,7 @@ def curves(facts: Facts, metric: str) -> Drawing:
     """Return the learning curves of all trials: the best bold, the next ones fine, the others faint."""
     found = facts.curves[metric]
     ranked = [row["number"] for row in facts.ranked() if row["number"] in found]
-    others = [number for number in found if number not in set(ranked)]
+    others = sorted(found.keys() - set(ranked))
     bold, fine = ranked[:BOLD_CURVES], ranked[BOLD_CURVES:MOST_CURVES]
     faint = thinned([*ranked[MOST_CURVES:], *others], MOST_FAINT_CURVES)
     traces = []
@@ -178,7 +179,9 @@ def curves(facts: Facts, metric: str) -> Drawing:
     notes = [note_of(shown, len(found), "trials")]
     if any(len(values) > MOST_EPOCHS for values in found.values()):
         notes.append(f"Of a trial about {MOST_EPOCHS} epochs are drawn.")
-    shape = layout(420, xaxis={"title": {"text": "epoch"}}, yaxis={"title": {"text": text(metric)}})
+    last = max(map(len, found.values()))
+    epochs = {"title": {"text": "epoch"}} | ({"dtick": 1} if last <= 10 else {})
+    shape = layout(420, xaxis=epochs, yaxis={"title": {"text": text(metric)}})
     return Drawing(title="Learning curves", note=joined(notes), figure={"data": traces, "layout": shape})
 
 
@@ -209,14 +212,15 @@ def importance(facts: Facts) -> Drawing | None:
         "y": list(range(len(pairs))),
         "x": [share for _, share in pairs],
         "text": [f"{share:.0%}" for _, share in pairs],
-        "textposition": "auto",
+        "textposition": "outside",
         "marker": {"color": BLUE},
         "hovertemplate": "%{x:.3f}<extra></extra>",
     }
     ticks = {"tickvals": bar["y"], "ticktext": [text(name) for name, _ in pairs], "showgrid": False}
-    shape = layout(90 + 30 * len(pairs), xaxis={"title": {"text": "share"}, "tickformat": ".0%"}, yaxis=ticks)
+    shares = {"title": {"text": "share"}, "tickformat": ".0%", "range": [0, 1.15 * pairs[-1][1]]}
+    shape = layout(90 + 30 * len(pairs), xaxis=shares, yaxis=ticks)
     note = (
         "By Optuna's PED-ANOVA: how much the params of the best tenth differ from those of all complete trials. "
         "It says what mattered within the ranges that were searched, for the trials that were tried."
     )
-    return Drawing(title="Importance of the params", note=note, figure={"data": [bar], "layout": shape}, wide=False)
+    return Drawing(title="Importance of the params", note=note, figure={"data": [bar], "layout": shape})

@@ -38,7 +38,7 @@ def confusion(found: Mapping[str, Any]) -> Drawing:
     right = sum(counts[i][i] for i in range(n))
     total = sum(map(sum, counts))
     note = f"{right:,} of {total:,} validation rows are right."
-    return Drawing(title="Confusion matrix", note=note, figure={"data": [heat], "layout": shape}, wide=False)
+    return Drawing(title="Confusion matrix", note=note, figure={"data": [heat], "layout": shape})
 
 
 def residuals(found: Mapping[str, Any]) -> list[Drawing]:
@@ -61,12 +61,10 @@ def residuals(found: Mapping[str, Any]) -> list[Drawing]:
             title="Predictions by targets",
             note=f"{thin}On the dashed line a prediction is right.",
             figure={"data": [points | {"hovertemplate": hover}, equal], "layout": shape},
-            wide=False,
         ),
         Drawing(
             title="Residuals",
             note=f"{thin}Of all values: mean {found['mean']:.4g}, standard deviation {found['std']:.4g}.",
             figure={"data": [bars], "layout": spread},
-            wide=False,
         ),
     ]

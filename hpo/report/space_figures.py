@@ -52,7 +52,7 @@ def _slice(facts: Facts, points: Sequence[Point], name: str) -> Drawing:
     shape = layout(320, xaxis=_drawn(axis), yaxis={"title": {"text": text(facts.metric)}}, showlegend=False)
     note = joined([note_of(len(drawn), len(having), "complete trials"), _gap_note(len(points) - len(having), name)])
     scatter = _scatter(drawn, places, [point.value for point in drawn], marker)
-    return Drawing(title=name, note=note, figure={"data": [scatter], "layout": shape}, wide=False)
+    return Drawing(title=name, note=note, figure={"data": [scatter], "layout": shape})
 
 
 def contours(facts: Facts) -> list[Drawing]:
@@ -96,7 +96,7 @@ def _contour(facts: Facts, points: Sequence[Point], first: str, second: str) -> 
         ]
     )
     title = f"{first} and {second}"
-    return Drawing(title=title, note=note, figure={"data": data, "layout": shape}, wide=False)
+    return Drawing(title=title, note=note, figure={"data": data, "layout": shape})
 
 
 def _surface(axes: Sequence[Axis], points: Sequence[Point]) -> dict[str, Any] | None:
@@ -110,6 +110,7 @@ def _surface(axes: Sequence[Axis], points: Sequence[Point]) -> dict[str, Any] | 
     grid = [np.linspace(axis.low, axis.high, _GRID) for axis in axes]
     places = np.array([[axis.place(point.params[axis.name]) for axis in axes] for point in within])
     lows, highs = (np.array([getattr(axis, end) for axis in axes]) for end in ("low", "high"))
+    values = np.array([point.value for point in within], dtype=float)
     unit = np.linspace(0.0, 1.0, _GRID)
     try:
         values = griddata(
@@ -153,7 +154,7 @@ def parallel(facts: Facts) -> Drawing | None:
         "showscale": True,
     }
     figure = {"type": "parcoords", "dimensions": dimensions[::-1], "line": line, "labelangle": -20}
-    shape = layout(440, margin={"l": 70, "r": 30, "t": 90, "b": 30})
+    shape = layout(440, margin={"l": 90, "r": 30, "t": 90, "b": 30})
     note = joined(
         [
             note_of(len(drawn), len(points), "complete trials"),
@@ -161,7 +162,7 @@ def parallel(facts: Facts) -> Drawing | None:
             note_of(len(names), len(params_by_importance(facts, points)), "params"),
         ]
     )
-    return Drawing(title="Parallel coordinates", note=note, figure={"data": [figure], "layout": shape})
+    return Drawing(title="Parallel coordinates", note=note, figure={"data": [figure], "layout": shape}, wide=True)
 
 
 def _axis(facts: Facts, points: Sequence[Point], name: str) -> Axis:

@@ -42,7 +42,6 @@ def timeline(facts: Facts) -> Drawing | None:
     shape = layout(
         min(900, 130 + 24 * n_rows),
         barmode="overlay",
-        bargap=0.1,
         xaxis={"title": {"text": f"seconds since {began} UTC"}},
         yaxis=ticks,
     )
@@ -54,7 +53,7 @@ def timeline(facts: Facts) -> Drawing | None:
         else "",
     ]
     figure = {"data": [bars for bars in data if bars["x"]], "layout": shape}
-    return Drawing(title="Timeline", note=joined(notes), figure=figure)
+    return Drawing(title="Timeline", note=joined(notes), figure=figure, wide=True)
 
 
 def _bars(kind: str, spans: Sequence[tuple[Span, int]], start: float) -> dict[str, Any]:
@@ -62,6 +61,7 @@ def _bars(kind: str, spans: Sequence[tuple[Span, int]], start: float) -> dict[st
     return {
         "type": "bar",
         "orientation": "h",
+        "width": 0.8,
         "name": words,
         "base": [round(span.start - start, 3) for span, _ in spans],
         "x": [round(span.end - span.start, 3) for span, _ in spans],
