@@ -55,8 +55,40 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Work:
+    """Who trained when, and how much."""
+
+    spans: Sequence[Span]
+    """Of all trials, retried ones too, in the order of their starts."""
+    effort: Mapping[str, int]
+    effort_text: str
+    seconds_used: float
+    """For how long at least one trial was in training."""
+    seconds_summed: float
+    """The seconds of all trials, which count several times where a stack or several workers trained at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a study was run from and with."""
+
+    study_file: Mapping[str, Any]
+    output: str
+    """The study's folder, as its last run had it."""
+    fixed: Mapping[str, Any]
+    stacks: Sequence[str]
+    stack_choice: str
+    """Why `stack: auto` has chosen how many trials to train at once; empty where it has not."""
+    fingerprints: Mapping[str, str]
+    versions: Mapping[str, str]
+    """Of the packages that made this."""
+    exported_with: Mapping[str, str]
+    """Those that exported the model, and the `git_commit`, as far as its bundle is still there."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is known of a study. Trials are those of the budget, but for `spans`, which retried ones have too."""
+    """What is known of a study. Trials are those of the budget, but for those of `work`."""
 
     name: str
     objective: str
@@ -78,31 +110,11 @@ class Facts:
     """Of each searched param: `low`, `high` and `log` of its range, or `choices`, and `otherwise` of an `or`."""
     importances: Mapping[str, float]
     """By param, the highest first; they sum to 1. Empty where nothing can be said."""
-    spans: Sequence[Span]
-    effort: Mapping[str, int]
-    effort_text: str
-    seconds_used: float
-    """For how long at least one trial was in training."""
-    seconds_summed: float
-    """The seconds of all trials, which count several times where a stack or several workers trained at once."""
+    work: Work
     result: Mapping[str, Any]
     """Of the refit: `test` metrics by name, `bundle`, `number`, `parity`; empty: there was none."""
     n_test_evaluations: int
-    stacks: Sequence[str]
-    stack_choice: str
-    """Why `stack: auto` has chosen how many trials to train at once; empty where it has not."""
-    study_file: Mapping[str, Any]
-    fixed: Mapping[str, Any]
-    fingerprints: Mapping[str, str]
-    versions: Mapping[str, str]
-    """Of the packages that made this."""
-    exported_with: Mapping[str, str]
-    """Those that exported the model, and the `git_commit`, as far as its bundle is still there."""
-
-    @property
-    def epochs(self) -> int:
-        """How many epochs a trial has at most, as far as any was reported."""
-        return max((len(values) for values in self.curves.get(self.main_curve, {}).values()), default=0)
+    origin: Origin
 
     @property
     def direction(self) -> str:
@@ -143,22 +155,15 @@ def read(
     main = f"valid_{metric}" if identity.get("params") else metric
     maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
     counted = holders(trials)
-    fixed = fixed_in(identity)
-    best = best_of(counted, fixed, maximize=maximize)
+    rows = [plain(row_of(trial)) for trial in counted]
+    best = best_of(counted, fixed_in(identity), maximize=maximize)
     if best is not None:
         best = replace(best, params=plain(best.params), metrics=plain(best.metrics))
-    rows = [plain(row_of(trial)) for trial in counted]
-    most = max((len(trial.intermediate_values) for trial in counted), default=0)
-    done = effort(counted, most if epochs is None else epochs)
-    file = _study_file(attrs.get(schema.STUDY_FILE))
     result = plain(_mapping(attrs.get(schema.RESULT)))
-    spans = _spans(trials, {trial.number for trial in counted}, leases)
-    by_trial: dict[int, list[tuple[float, float]]] = {}
-    for span in spans:
-        by_trial.setdefault(span.number, []).append((span.start, span.end))
+    origin = _origin(attrs, identity, result)
     return Facts(
         name=masked(study.study_name),
-        objective=masked(str(identity.get("objective", file.get("objective", "")))),
+        objective=masked(str(identity.get("objective", origin.study_file.get("objective", "")))),
         metric=masked(metric),
         maximize=maximize,
         made=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -172,24 +177,42 @@ def read(
         main_curve=masked(main),
         distributions=_distributions(counted),
         importances=_importances(counted, maximize=maximize),
+        work=_work(trials, counted, leases, epochs),
+        result=result,
+        n_test_evaluations=len(_list(attrs.get(schema.TEST_EVALUATIONS))),
+        origin=origin,
+    )
+
+
+def _work(
+    trials: Sequence[FrozenTrial], counted: Sequence[FrozenTrial], leases: Mapping[str, float], epochs: int | None
+) -> Work:
+    most = max((len(trial.intermediate_values) for trial in counted), default=0)
+    done = effort(counted, most if epochs is None else epochs)
+    spans = _spans(trials, {trial.number for trial in counted}, leases)
+    by_trial: dict[int, list[tuple[float, float]]] = {}
+    for span in spans:
+        by_trial.setdefault(span.number, []).append((span.start, span.end))
+    return Work(
         spans=spans,
         effort=done.as_dict(),
         effort_text=done.text(),
         seconds_used=seconds_used(trials, leases),
         seconds_summed=sum(covered(each) for each in by_trial.values()),
-        result=result,
-        exported_with=_exported_with(result),
-        n_test_evaluations=len(_list(attrs.get(schema.TEST_EVALUATIONS))),
+    )
+
+
+def _origin(attrs: Mapping[str, Any], identity: Mapping[str, Any], result: Mapping[str, Any]) -> Origin:
+    file = _study_file(attrs.get(schema.STUDY_FILE))
+    return Origin(
+        study_file=file,
+        output=str(file.get("output", "mlruns")),
+        fixed=plain(fixed_in(identity)),
         stacks=[masked(str(each)) for each in _list(attrs.get(schema.STACK_PATHS))],
         stack_choice=_stack_choice(attrs.get(schema.STACK)),
-        study_file=file,
-        fixed=plain(fixed),
-        fingerprints={
-            what: masked(str(attrs[key]))
-            for what, key in (("data", schema.DATA), ("code", schema.CODE))
-            if key in attrs
-        },
+        fingerprints={what: masked(str(attrs[key])) for what, key in _FINGERPRINTS if key in attrs},
         versions={"python": platform.python_version(), "hpo": _version("hpo"), "optuna": optuna.__version__},
+        exported_with=_exported_with(result),
     )
 
 

@@ -11,11 +11,14 @@ import optuna
 import pandas as pd
 from optuna.trial import FrozenTrial
 
-from hpo.errors import InputError, did_you_mean, masked
+from hpo.errors import InputError, StorageError, did_you_mean, masked
+from hpo.export.files import finite
+from hpo.report.facts import Facts, leases_of, read
+from hpo.report.place import default_path, write
 from hpo.report.rows import best_of, columns_of, fixed_in, row_of
 from hpo.search import schema
 from hpo.search.address import exists
-from hpo.search.budget import Counts, count, holders
+from hpo.search.budget import Counts, count, holders, wrong_row
 from hpo.search.curves import from_json
 from hpo.search.storage import close_storage, open_storage
 from hpo.search.view import Best, own
@@ -104,6 +107,41 @@ class Study:
         stored = self._result().get("test")
         return dict(stored) if isinstance(stored, Mapping) else {}
 
+    def report(self, path: str | Path | None = None) -> Path:
+        """Write the page that `hpo report` writes, without what needs the objective's data, and return its path.
+
+        Default: `reports/<name>.html` in the study's `output`. Raises InputError where it cannot be written.
+
+        >>> study = hpo.run({"objective": "iris"}, trials=2, epochs=2, tracking="off", quiet=True)
+        >>> print(study.report("iris.html"))
+        iris.html
+        """
+        from hpo.report.page import page
+
+        facts = self._facts()
+        where = default_path(facts.origin.output, self.name) if path is None else Path(path)
+        write(where, page(facts))
+        return where
+
+    def plot_curves(self, metric: str | None = None) -> Any:
+        """Return a plotly Figure of all trials' learning curves: the best bold; `metric` as in `curves`.
+
+        Default: the study's own. Raises InputError where no trial has reported such a metric.
+
+        >>> study = hpo.run({"objective": "iris"}, trials=2, epochs=2, tracking="off", quiet=True)
+        >>> study.plot_curves("train_accuracy").layout.yaxis.title.text
+        'train_accuracy'
+        """
+        from plotly.graph_objects import Figure
+
+        from hpo.report.figures import curves
+
+        facts = self._facts()
+        name = facts.main_curve if metric is None else metric
+        if name not in facts.curves:
+            raise InputError(f"no trial of study {self.name!r} has reported {name}{did_you_mean(name, facts.curves)}")
+        return Figure(finite(curves(facts, name).figure))
+
     def to_optuna(self) -> optuna.Study:
         """Return the study as Optuna has it, for its plots and its dashboard. Its storage is closed with it."""
         storage = open_storage(self._storage)
@@ -129,6 +167,15 @@ class Study:
             yield optuna.load_study(study_name=self.name, storage=storage)
         finally:
             close_storage(storage)
+
+    def _facts(self) -> Facts:
+        with self._opened() as study:
+            trials = own(study.get_trials(deepcopy=False))
+            for trial in trials:
+                if (wrong := wrong_row(trial)) is not None:
+                    raise StorageError(f"trial {trial.number} of study {self.name!r}: {wrong}; hpo did not write that")
+            storage = study._storage
+            return read(study, trials, leases_of(storage, self.name), budget=_budget(study))
 
     def _trials(self) -> list[FrozenTrial]:
         with self._opened() as study:

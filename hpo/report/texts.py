@@ -90,8 +90,8 @@ def as_markdown(facts: Facts) -> str:
     """Return a short report: the best, counts, the top trials, importances."""
     lines = [f"# {_cell(facts.name)}", "", f"{_cell(facts.objective)}: {facts.direction} {_cell(facts.metric)}. "]
     lines[-1] += f"{counts_text(facts)}."
-    if facts.effort_text:
-        lines[-1] += f" {facts.effort_text}."
+    if facts.work.effort_text:
+        lines[-1] += f" {facts.work.effort_text}."
     best = facts.best
     lines += ["", "## Best", ""]
     if best is None:

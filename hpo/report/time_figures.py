@@ -8,8 +8,10 @@ from typing import Any
 from hpo.report.axes import text
 from hpo.report.facts import Facts, Span
 from hpo.report.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, Drawing, joined, layout
+from hpo.search.clock import duration
 
 MOST_SPANS = 1500
+_SEVERAL = "SEVERAL"
 _KINDS = {
     "COMPLETE": ("complete", BLUE, ""),
     "PRUNED": ("pruned", ORANGE, "/"),
@@ -17,13 +19,14 @@ _KINDS = {
     "FAIL": ("failed", BLACK, "x"),
     "INTERRUPTED": ("interrupted, and retried", "#A6A6A6", "\\"),
     "RUNNING": ("running", GREEN, "-"),
+    _SEVERAL: ("one trial after the other, of any state", BLUE, ""),
 }
 """Of each kind its words, its colour and its pattern."""
 
 
 def timeline(facts: Facts) -> Drawing | None:
     """Return a bar for each stretch of training, in a row for each trial that a worker trained at the same time."""
-    spans = [span for span in facts.spans if span.kind in _KINDS]
+    spans = [span for span in facts.work.spans if span.kind in _KINDS]
     if not spans:
         return None
     start = min(span.start for span in spans)
@@ -31,8 +34,7 @@ def timeline(facts: Facts) -> Drawing | None:
     drawn = list(zip(spans, rows, strict=True))
     joint = 0.0
     if len(drawn) > MOST_SPANS:
-        joint = max(span.end for span in spans) - start
-        joint /= MOST_SPANS / max(1, len(set(rows)))
+        joint = (max(span.end for span in spans) - start) * (max(rows) + 1) / MOST_SPANS
         drawn = _merged(drawn, joint)
     data = [_bars(kind, [each for each in drawn if each[0].kind == kind], start) for kind in _KINDS]
     labels = [text(worker) for worker in workers.values()]
@@ -47,7 +49,9 @@ def timeline(facts: Facts) -> Drawing | None:
     )
     notes = [
         "Each row is one trial at a time; a worker that trains a stack has several.",
-        f"Trials of a row and kind that are less than {joint:.3g} s apart are drawn as one bar." if joint else "",
+        f"There are too many to tell them apart: what is less than {duration(joint)} apart is one bar."
+        if joint
+        else "",
         "What was trained before a pause is drawn at the worker that had the trial last."
         if any(span.kind == "PAUSED" for span in spans)
         else "",
@@ -67,7 +71,8 @@ def _bars(kind: str, spans: Sequence[tuple[Span, int]], start: float) -> dict[st
         "x": [round(span.end - span.start, 3) for span, _ in spans],
         "y": [row for _, row in spans],
         "customdata": [[span.number, round(span.end - span.start, 3)] for span, _ in spans],
-        "hovertemplate": f"trial %{{customdata[0]}}, {words}<br>%{{customdata[1]}} s<extra></extra>",
+        "hovertemplate": f"{'from ' if kind == _SEVERAL else ''}trial %{{customdata[0]}}: {words}<br>"
+        "%{customdata[1]} s<extra></extra>",
         "marker": {"color": colour, "pattern": {"shape": pattern, "size": 6}, "line": {"width": 0.5, "color": colour}},
     }
 
@@ -90,14 +95,14 @@ def _rows(spans: Sequence[Span]) -> tuple[list[int], dict[int, str]]:
 
 
 def _merged(drawn: Sequence[tuple[Span, int]], joint: float) -> list[tuple[Span, int]]:
-    """Return the spans with those of one row and kind as one where less than `joint` seconds are between them."""
-    latest: dict[tuple[int, str], int] = {}
+    """Return the spans of each row as one where less than `joint` seconds are between them, whatever their kind."""
+    latest: dict[int, int] = {}
     merged: list[tuple[Span, int]] = []
     for span, row in drawn:
-        at = latest.get((row, span.kind))
+        at = latest.get(row)
         if at is not None and span.start - merged[at][0].end < joint:
-            merged[at] = (replace(merged[at][0], end=max(span.end, merged[at][0].end)), row)
+            merged[at] = (replace(merged[at][0], end=max(span.end, merged[at][0].end), kind=_SEVERAL), row)
             continue
-        latest[row, span.kind] = len(merged)
+        latest[row] = len(merged)
         merged.append((span, row))
     return merged
