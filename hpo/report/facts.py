@@ -6,11 +6,9 @@ is masked here, once.
 
 import json
 import platform
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,15 +18,14 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.errors import masked
 from hpo.export.files import finite
-from hpo.report.rows import OR, best_of, columns_of, fixed_in, params_of, row_of, state_of
+from hpo.report.rows import best_of, columns_of, fixed_in, forget_masked, params_of, plain, row_of, state_of
+from hpo.report.searched import distributions, importances
 from hpo.search import schema
 from hpo.search.budget import Counts, count, covered, held_until, holders, leases_in, seconds_used, spans_of, worker_of
 from hpo.search.curves import from_json
 from hpo.search.effort import effort
 from hpo.search.view import Best
 
-FEWEST_FOR_IMPORTANCE = 4
-"""How many complete trials it takes to say anything of a param's importance."""
 _FINGERPRINTS = (("data", schema.DATA), ("code", schema.CODE))
 
 
@@ -148,7 +145,7 @@ def read(
     `trials` are all it has, but for adopted ones; `leases` those of its workers (`hpo.search.budget.leases_in`). A
     trial has `epochs` epochs without pruning; None: as many as any has reported.
     """
-    _masked.cache_clear()  # there may be more to mask by now
+    forget_masked()  # there may be more to mask by now
     attrs = study.user_attrs
     identity = _mapping(attrs.get(schema.IDENTITY))
     metric = str(identity.get("metric", "value"))
@@ -175,8 +172,8 @@ def read(
         points=[_point(trial) for trial in counted],
         curves=_curves(counted, main),
         main_curve=masked(main),
-        distributions=_distributions(counted),
-        importances=_importances(counted, maximize=maximize),
+        distributions=distributions(counted),
+        importances=importances(counted, maximize=maximize),
         work=_work(trials, counted, leases, epochs),
         result=result,
         n_test_evaluations=len(_list(attrs.get(schema.TEST_EVALUATIONS))),
@@ -219,25 +216,6 @@ def _origin(attrs: Mapping[str, Any], identity: Mapping[str, Any], result: Mappi
 def leases_of(storage: Any, name: str) -> dict[str, float]:
     """Return until when each worker's lease of study `name` holds, by its id."""
     return leases_in(storage.get_study_system_attrs(storage.get_study_id_from_name(name)))
-
-
-@lru_cache(maxsize=10_000)
-def _masked(text: str) -> str:
-    """Mask a text once: most are the names of columns, states and workers."""
-    return masked(text)
-
-
-def plain(value: Any) -> Any:
-    """Return what a storage holds as plain values, every text masked; what JSON has not is a text."""
-    if isinstance(value, str):
-        return _masked(value)
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, Mapping):
-        return {_masked(str(key)): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return _masked(str(value))
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -293,50 +271,6 @@ def _curves(trials: Sequence[FrozenTrial], main: str) -> dict[str, dict[int, lis
             if values:
                 found.setdefault(masked(name), {})[trial.number] = values
     return {name: trials for name, trials in found.items() if trials}
-
-
-def _distributions(trials: Sequence[FrozenTrial]) -> dict[str, dict[str, Any]]:
-    """Return what is known of each searched param; where trials differ (a function's may), the widest of all."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, distribution in {pair for trial in trials for pair in trial.distributions.items()}:
-        own = found.setdefault(name.removesuffix(OR), {})
-        if name.endswith(OR):
-            own["otherwise"] = next(iter(getattr(distribution, "choices", ())), None)
-        elif isinstance(distribution, optuna.distributions.CategoricalDistribution):
-            own["choices"] = list(dict.fromkeys([*own.get("choices", ()), *distribution.choices]))
-        elif isinstance(distribution, optuna.distributions.FloatDistribution | optuna.distributions.IntDistribution):
-            own["low"] = min(own.get("low", distribution.low), distribution.low)
-            own["high"] = max(own.get("high", distribution.high), distribution.high)
-            own["log"] = own.get("log", True) and distribution.log
-    return {masked(name): plain(own) for name, own in sorted(found.items())}
-
-
-def _importances(trials: Sequence[FrozenTrial], *, maximize: bool) -> dict[str, float]:
-    """Return each param's share of what Optuna's PED-ANOVA finds, a branch (`or`) counted with its param."""
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE and finite(trial.value) is not None]
-    if len(complete) < FEWEST_FOR_IMPORTANCE:
-        return {}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there are few trials, say
-            copy = optuna.create_study(direction="maximize" if maximize else "minimize")  # with no adopted trials
-            copy.add_trials([_light(trial) for trial in complete])
-            evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-            found = optuna.importance.get_param_importances(copy, evaluator=evaluator)
-    except (RuntimeError, ValueError):  # params that differ in kind between trials
-        return {}
-    summed: dict[str, float] = {}
-    for name, share in found.items():
-        own = masked(name.removesuffix(OR))
-        summed[own] = summed.get(own, 0.0) + float(share)
-    if not any(finite(share) for share in summed.values()):
-        return {}
-    return dict(sorted(summed.items(), key=lambda each: -each[1]))
-
-
-def _light(trial: FrozenTrial) -> FrozenTrial:
-    """Return a trial without its epochs, which take long to copy."""
-    return optuna.trial.create_trial(value=trial.value, params=trial.params, distributions=trial.distributions)
 
 
 def _spans(trials: Sequence[FrozenTrial], counted: set[int], leases: Mapping[str, float]) -> list[Span]:

@@ -106,14 +106,14 @@ def _heading(column: str) -> str:
 
 def _sentences(facts: Facts, judged: Mapping[str, Any]) -> dict[str, Any]:
     """Return the texts and the small tables of the page."""
-    best = facts.best
-    seeds = [("seed of the study", facts.origin.study_file.get("seed", "42 (the default)"))]
+    best, origin = facts.best, facts.origin
+    seeds = [("seed of the study", origin.study_file.get("seed", "42 (the default)"))]
     if best is not None:
         seeds.append((f"seed of trial {best.number}", best.seed))
-    prints = [(f"fingerprint of the {what}", value) for what, value in facts.origin.fingerprints.items()]
+    prints = [(f"fingerprint of the {what}", value) for what, value in origin.fingerprints.items()]
     packages = {
-        "the model was exported with": facts.origin.exported_with,
-        "this page was made with": facts.origin.versions,
+        "the model was exported with": origin.exported_with,
+        "this page was made with": origin.versions,
     }
     versions = [(what, ", ".join(map(" ".join, each.items()))) for what, each in packages.items() if each]
     bundle = [("bundle", facts.result["bundle"])] if facts.result.get("bundle") else []
@@ -123,15 +123,13 @@ def _sentences(facts: Facts, judged: Mapping[str, Any]) -> dict[str, Any]:
         "counts": texts.counts_text(facts),
         "test": texts.tests_text(facts),
         "best_params": _shown(best.params) if best is not None else [],
-        "fixed": _shown(facts.origin.fixed),
+        "fixed": _shown(origin.fixed),
         "effort": f"{facts.work.effort_text}." if facts.work.effort_text else "Pruning has saved no epochs.",
         "at_once": f"{at_once:.1f}" if at_once > 1.05 else "",
         "measured": ", ".join(f"{name} {texts.number(value)}" for name, value in judged.get("measured", {}).items()),
-        "stacks": [f"Stacks ran {each}." for each in facts.origin.stacks]
-        + (
-            [f"How many trials were trained at once: {facts.origin.stack_choice}."] if facts.origin.stack_choice else []
-        ),
-        "study_file": json.dumps(facts.origin.study_file, indent=2, ensure_ascii=False),
+        "stacks": [f"Stacks ran {each}." for each in origin.stacks]
+        + ([f"How many trials were trained at once: {origin.stack_choice}."] if origin.stack_choice else []),
+        "study_file": json.dumps(origin.study_file, indent=2, ensure_ascii=False),
         "origins": [*seeds, *prints, *bundle, *versions],
     }
 

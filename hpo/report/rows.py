@@ -1,10 +1,12 @@
 """A stored trial as a row of a table, and the best of them: what `Study.trials` and `hpo report` both show."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from hpo.errors import masked
 from hpo.search import schema
 from hpo.search.budget import covered, is_paused, spans_of, worker_of
 from hpo.search.view import Best
@@ -78,3 +80,27 @@ def fixed_in(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return the params of a study's identity that are not searched."""
     params = identity.get("params", {})
     return {key: value for key, value in params.items() if not isinstance(value, Mapping)}
+
+
+@lru_cache(maxsize=10_000)
+def _masked(text: str) -> str:
+    """Mask a text once: most are the names of columns, states and workers."""
+    return masked(text)
+
+
+def plain(value: Any) -> Any:
+    """Return what a storage holds as plain values, every text masked; what JSON has not is a text."""
+    if isinstance(value, str):
+        return _masked(value)
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {_masked(str(key)): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return _masked(str(value))
+
+
+def forget_masked() -> None:
+    """Forget the texts that were masked: by now there may be more to mask in them."""
+    _masked.cache_clear()
