@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -88,10 +89,10 @@ EXAMPLES = [name for name in PUBLIC if name == "HpoError" or (not name.endswith(
 GLOBALS = {"hpo": hpo, "torch": torch, "torchmetrics": torchmetrics, "np": np}
 
 
-@pytest.mark.parametrize("name", [*EXAMPLES, "Split.from_dataset"])
+@pytest.mark.parametrize("name", [*EXAMPLES, "Split.from_dataset", "Study.report", "Study.plot_curves"])
 def test_the_example_in_the_docstring_runs(name: str) -> None:
     finder = doctest.DocTestFinder(recurse=False)
-    what = hpo.Split.from_dataset if name == "Split.from_dataset" else getattr(hpo, name)
+    what = attrgetter(name)(hpo)
     (found,) = finder.find(what, name, globs=dict(GLOBALS))
     assert found.examples, f"{name} has no example"
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)

@@ -11,8 +11,9 @@ from hpo.cli.live import LiveProgress, sparkline
 from hpo.cli.screen import ConsoleHandler
 from hpo.log import log, shown_by
 from hpo.runner import progress as view
-from hpo.runner.progress import PlainProgress, ProgressState, duration, shown
+from hpo.runner.progress import PlainProgress, ProgressState, shown
 from hpo.search.budget import Counts
+from hpo.search.clock import duration
 from hpo.search.view import Best
 
 

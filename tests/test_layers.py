@@ -37,6 +37,8 @@ HOMES = {
     "rich": {"cli"},
     "optuna_dashboard": {"report.dashboard"},
     "typer": {"cli.app", "cli.options", "cli.managing"},
+    "plotly": {"report"},
+    "jinja2": {"report.page"},
     "ray": {"runner.ray_workers"},
     "lightning": {"study.lightning_fit"},
     "pytorch_lightning": {"study.lightning_fit"},
@@ -137,8 +139,8 @@ def test_mlflow_is_imported_only_when_first_used() -> None:
     assert importlib.util.find_spec("mlflow") is not None, "else that says nothing"
 
 
-COMMANDS = ("run", "check", "status", "export", "worker", "repair", "serve", "adopt", "objectives")
-COMMANDS += ("studies", "rename", "delete", "ui", "compare")
+COMMANDS = ("run", "check", "status", "report", "export", "worker", "repair", "serve", "adopt", "objectives")
+COMMANDS += ("studies", "rename", "delete", "ui", "compare", "replay")
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
@@ -146,7 +148,7 @@ def test_help_imports_nothing_heavy_and_has_an_example(command: list[str]) -> No
     code = (
         "import sys; from hpo.cli.app import main; sys.argv[0] = 'hpo'\n"
         "try: main()\nexcept SystemExit as e: status = e.code\n"
-        "heavy = {'torch', 'mlflow', 'optuna', 'pandas', 'sklearn'} & set(sys.modules)\n"
+        "heavy = {'torch', 'mlflow', 'optuna', 'pandas', 'sklearn', 'plotly'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else status)"
     )
     done = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, check=False)
@@ -218,6 +220,7 @@ def test_the_surface_is_frozen() -> None:
         },
         "check": {"--storage", "--tracking", "--device", "--set"},
         "status": {"--watch", "--trials", "--storage", "--set", "--json"},
+        "report": {"--out", "--format", "--baselines", "--storage", "--set"},
         "export": {"--trial", "--out", "--storage", "--tracking", "--device", "--set", "--json"},
         "worker": {
             "--study",

@@ -8,7 +8,7 @@ from hpo.cli.screen import screen
 from hpo.errors import InputError, masked
 from hpo.export.files import finite
 from hpo.report.comparison import Compared, compared, differences, verdict
-from hpo.runner.progress import duration
+from hpo.search.clock import duration
 from hpo.search.named import named
 
 

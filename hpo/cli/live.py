@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.errors import masked
-from hpo.runner.progress import STATES, Progress, ProgressState, Refreshes, count_text, duration, metrics_shown, shown
+from hpo.runner.progress import STATES, Progress, ProgressState, Refreshes, count_text, metrics_shown, shown
+from hpo.search.clock import duration
 from hpo.search.view import StudyView
 
 _SHOWN = 8

@@ -13,7 +13,8 @@ from hpo.cli.screen import screen
 from hpo.errors import SpecError, masked
 from hpo.export.files import finite
 from hpo.runner.outcome import Outcome, outcome, stack_paths
-from hpo.runner.progress import ProgressState, count_text, duration, shown
+from hpo.runner.progress import ProgressState, count_text, shown
+from hpo.search.clock import duration
 from hpo.search.opening import is_over, no_study, open_stored, workers_of
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView

@@ -9,18 +9,19 @@ from typing import Any
 
 import optuna
 import pandas as pd
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
-from hpo.errors import InputError, did_you_mean, masked
+from hpo.errors import InputError, StorageError, did_you_mean, masked
+from hpo.export.files import finite
+from hpo.report.facts import Facts, leases_of, read
+from hpo.report.place import default_path, write
+from hpo.report.rows import best_of, columns_of, fixed_in, row_of
 from hpo.search import schema
 from hpo.search.address import exists
-from hpo.search.budget import Counts, count, covered, holders, is_paused, spans_of, worker_of
+from hpo.search.budget import Counts, count, holders, wrong_row
 from hpo.search.curves import from_json
 from hpo.search.storage import close_storage, open_storage
 from hpo.search.view import Best, own
-
-_OR = ":or"
-"""How the name ends under which Optuna stores the branch of a parameter with an `or`."""
 
 
 class Study:
@@ -49,9 +50,7 @@ class Study:
                 raise InputError(f"study {name!r} in {masked(storage)} was not made by hpo; see `hpo adopt`")
             self.metric = str(identity.get("metric", "value"))
             self.maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
-            self._fixed = {
-                key: value for key, value in identity.get("params", {}).items() if not isinstance(value, Mapping)
-            }
+            self._fixed = fixed_in(identity)
 
     @property
     def trials(self) -> pd.DataFrame:
@@ -62,28 +61,13 @@ class Study:
         training), `worker`, `retry_of` (the trial that it resumes), `error`. A trial that was interrupted and retried
         stands there once.
         """
-        rows = [self._row(trial) for trial in self._trials()]
-        names = sorted({name for row in rows for name in row if name.startswith("params_")})
-        columns = ["number", "state", "value", *names, "epochs", "best_epoch", "seconds", "worker", "retry_of", "error"]
-        return pd.DataFrame(rows, columns=columns).set_index("number")
+        rows = [row_of(trial) for trial in self._trials()]
+        return pd.DataFrame(rows, columns=columns_of(rows)).set_index("number")
 
     @property
     def best(self) -> Best | None:
         """The best complete trial: `number`, `value`, `params` (all of them), `epoch` (from 0), `metrics`; or None."""
-        complete = [trial for trial in self._trials() if trial.state == TrialState.COMPLETE and trial.value is not None]
-        if not complete:
-            return None
-        sign = -1 if self.maximize else 1
-        trial = min(complete, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
-        assert trial.value is not None
-        return Best(
-            number=trial.number,
-            value=trial.value,
-            params={**self._fixed, **_params(trial)},
-            epoch=min(trial.user_attrs.get(schema.BEST_EPOCH, 0), max(len(trial.intermediate_values) - 1, 0)),
-            seed=trial.user_attrs.get(schema.SEED, 0),
-            metrics=trial.user_attrs.get(schema.METRICS, {}),
-        )
+        return best_of(self._trials(), self._fixed, maximize=self.maximize)
 
     def curves(self, trial: int) -> pd.DataFrame:
         """Return what trial number `trial` reported: a row for each epoch, counted from 1, a column for each metric.
@@ -123,6 +107,41 @@ class Study:
         stored = self._result().get("test")
         return dict(stored) if isinstance(stored, Mapping) else {}
 
+    def report(self, path: str | Path | None = None) -> Path:
+        """Write the page that `hpo report` writes, without what needs the objective's data, and return its path.
+
+        Default: `reports/<name>.html` in the study's `output`. Raises InputError where it cannot be written.
+
+        >>> study = hpo.run({"objective": "iris"}, trials=2, epochs=2, tracking="off", quiet=True)
+        >>> print(study.report("iris.html"))
+        iris.html
+        """
+        from hpo.report.page import page
+
+        facts = self._facts()
+        where = default_path(facts.origin.output, self.name) if path is None else Path(path)
+        write(where, page(facts))
+        return where
+
+    def plot_curves(self, metric: str | None = None) -> Any:
+        """Return a plotly Figure of all trials' learning curves: the best bold; `metric` as in `curves`.
+
+        Default: the study's own. Raises InputError where no trial has reported such a metric.
+
+        >>> study = hpo.run({"objective": "iris"}, trials=2, epochs=2, tracking="off", quiet=True)
+        >>> study.plot_curves("train_accuracy").layout.yaxis.title.text
+        'train_accuracy'
+        """
+        from plotly.graph_objects import Figure
+
+        from hpo.report.figures import curves
+
+        facts = self._facts()
+        name = facts.main_curve if metric is None else metric
+        if name not in facts.curves:
+            raise InputError(f"no trial of study {self.name!r} has reported {name}{did_you_mean(name, facts.curves)}")
+        return Figure(finite(curves(facts, name).figure))
+
     def to_optuna(self) -> optuna.Study:
         """Return the study as Optuna has it, for its plots and its dashboard. Its storage is closed with it."""
         storage = open_storage(self._storage)
@@ -149,6 +168,15 @@ class Study:
         finally:
             close_storage(storage)
 
+    def _facts(self) -> Facts:
+        with self._opened() as study:
+            trials = own(study.get_trials(deepcopy=False))
+            for trial in trials:
+                if (wrong := wrong_row(trial)) is not None:
+                    raise StorageError(f"trial {trial.number} of study {self.name!r}: {wrong}; hpo did not write that")
+            storage = study._storage
+            return read(study, trials, leases_of(storage, self.name), budget=_budget(study))
+
     def _trials(self) -> list[FrozenTrial]:
         with self._opened() as study:
             return holders(own(study.get_trials(deepcopy=False)))
@@ -157,31 +185,6 @@ class Study:
         with self._opened() as study:
             stored = study.user_attrs.get(schema.RESULT)
         return stored if isinstance(stored, Mapping) else {}
-
-    def _row(self, trial: FrozenTrial) -> dict[str, Any]:
-        best_epoch = trial.user_attrs.get(schema.BEST_EPOCH)
-        return {
-            "number": trial.number,
-            "state": "PAUSED" if is_paused(trial) else trial.state.name,
-            "value": trial.value if trial.state == TrialState.COMPLETE else None,
-            **{f"params_{name}": value for name, value in _params(trial).items()},
-            "epochs": len(trial.intermediate_values),
-            "best_epoch": None if best_epoch is None else best_epoch + 1,
-            "seconds": covered(spans) if (spans := spans_of(trial)) and trial.state.is_finished() else None,
-            "worker": worker_of(trial),
-            "retry_of": trial.user_attrs.get(schema.RETRY_OF),
-            "error": trial.user_attrs.get(schema.ERROR),
-        }
-
-
-def _params(trial: FrozenTrial) -> dict[str, Any]:
-    """Return the params that were searched, under their own names."""
-    params = dict(trial.params)
-    branches = [name for name in params if name.endswith(_OR)]
-    for name in branches:
-        params.setdefault(name.removesuffix(_OR), params[name])
-        del params[name]
-    return params
 
 
 def _budget(study: optuna.Study) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.log import log
 from hpo.search.budget import Counts
+from hpo.search.clock import duration
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
 
@@ -206,13 +207,3 @@ def shown(params: Mapping[str, Any]) -> str:
     return " ".join(
         f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in params.items()
     )
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as `0.4 s`, `12 s`, `3 min` or `1 h 20 min`."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -34,11 +34,17 @@ def evaluate(
     task: Task, module: nn.Module, batches: Batches, params: Params, metrics: Mapping[str, Any]
 ) -> dict[str, float]:
     """Return `module`'s `loss` and `metrics` over all rows of `batches`; the module is left in evaluation mode."""
-    module.eval()
     with task.guarding():
-        with task.autocast():
-            parts = [module(*inputs) for inputs, _ in batches.chunks(EVALUATION_ROWS)]
-        return measure(task.objective, in_full(joined(parts)), batches.targets, params, metrics)
+        return measure(task.objective, outputs_of(task, module, batches), batches.targets, params, metrics)
+
+
+@torch.no_grad()
+def outputs_of(task: Task, module: nn.Module, batches: Batches) -> Any:
+    """Return what `module` gives for all rows of `batches`, (N, ...), in float32; it is left in evaluation mode."""
+    module.eval()
+    with task.autocast():
+        parts = [module(*inputs) for inputs, _ in batches.chunks(EVALUATION_ROWS)]
+    return in_full(joined(parts))
 
 
 def measure(

@@ -1,0 +1,108 @@
+"""Seconds that `hpo report` takes, and a browser until its page is there, of studies with many made-up trials.
+
+    python benchmarks/report.py [--trials 100 1000 10000]
+
+The trials have four params, 20 epochs of three metrics, three in ten of them pruned; they lie in SQLite. `page` is from
+the command's start to its end, without the objective's data (`data`: what that adds); `open` from the address to the
+page's `load` event in headless Chromium, with the first screen's figures drawn; `scroll` until every figure is.
+"""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+MAKE = """
+import random, sys, time
+from datetime import datetime, timedelta
+from pathlib import Path
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState, create_trial
+from hpo.runner.opening import open_or_make
+from hpo.runner.prepare import prepare
+
+random.seed(0)
+search = open_or_make(prepare(Path("many.yaml")))
+of = {"learning_rate": FloatDistribution(3e-4, 5e-3, log=True), "weight_decay": FloatDistribution(1e-6, 0.1, log=True),
+      "n_hidden": IntDistribution(8, 64), "optimizer": CategoricalDistribution(["adam", "sgd"])}
+trials, start = [], datetime.now() - timedelta(days=1)
+for slot in range(int(sys.argv[1])):
+    params = {"learning_rate": 10 ** random.uniform(-3.4, -2.4), "weight_decay": 10 ** random.uniform(-5.9, -1.1),
+              "n_hidden": random.randint(8, 64), "optimizer": random.choice(["adam", "sgd"])}
+    floor = abs(params["learning_rate"] - 2e-3) * 50 + random.random() * 0.1 + 0.1
+    pruned = random.random() < 0.3
+    curve = [floor + 1 / (epoch + 1) for epoch in range(5 if pruned else 20)]
+    attrs = {"place": slot, "seed": slot, "best_epoch": len(curve) - 1,
+             "curves": {"valid_loss": curve, "train_loss": curve, "valid_accuracy": [1 - x / 2 for x in curve]}}
+    trial = create_trial(state=TrialState.PRUNED if pruned else TrialState.COMPLETE, value=curve[-1], params=params,
+                         distributions=of, intermediate_values=dict(enumerate(curve)), user_attrs=attrs)
+    trial.datetime_start = start + timedelta(seconds=slot)
+    trial.datetime_complete = trial.datetime_start + timedelta(seconds=random.uniform(1, 8))
+    trials.append(trial)
+search.study.add_trials(trials)
+search.close()
+"""
+STUDY = """
+objective: breast_cancer
+metric: loss
+epochs: 20
+tracking: off
+params:
+  learning_rate: {type: float, low: 3e-4, high: 5e-3, log: true}
+  weight_decay: {type: float, low: 1e-6, high: 1e-1, log: true}
+  n_hidden: {type: int, low: 8, high: 64}
+  optimizer: {type: categorical, choices: [adam, sgd]}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, nargs="+", default=[100, 1000, 10_000])
+    options = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print("| trials | page | data | open | scroll | MB |\n|---|---|---|---|---|---|")
+    for n in options.trials:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "many.yaml").write_text(f"{STUDY}trials: {n}\n")
+            command(folder, "-c", MAKE, str(n))
+            whole = command(folder, "-m", "hpo", "report", "many.yaml", "--out", "page.html")
+            page = command(
+                folder, "-m", "hpo", "report", "many.yaml", "--set", "objective=gone.py", "--out", "page.html"
+            )
+            opened, scrolled = in_browser(folder / "page.html")
+            size = (folder / "page.html").stat().st_size / 1e6
+        print(
+            f"| {n:,} | {page:.1f} s | {whole - page:.1f} s | {opened:.1f} s | {scrolled:.1f} s | {size:.1f} |",
+            flush=True,
+        )
+
+
+def command(folder: Path, *arguments: str) -> float:
+    """Run Python in `folder`; return the seconds."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *arguments], cwd=folder, check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def in_browser(page: Path) -> tuple[float, float]:
+    """Return the seconds until the page is there, and until all of its figures are."""
+    from tests.browser import chromium
+
+    with chromium() as browser:
+        start = time.perf_counter()
+        browser.get(page.as_uri())
+        opened = time.perf_counter() - start
+        browser.execute_script("plots.forEach(draw)")
+        return opened, time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    main()

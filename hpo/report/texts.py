@@ -1,0 +1,124 @@
+"""A report as Markdown, JSON and CSV, and the sentences that it shares with the page."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hpo.export.files import finite
+from hpo.report.facts import Facts
+from hpo.report.rows import PARAM
+
+TOP = 10
+RUNNERS_UP = 3
+
+
+def number(value: Any) -> str:
+    """Return a value as a person reads it."""
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def counts_text(facts: Facts) -> str:
+    """Return how many trials there are of each state."""
+    counts = facts.counts
+    more = [(counts.running, "running"), (counts.paused, "paused"), (counts.waiting, "waiting")]
+    parts = [f"{counts.complete} complete", f"{counts.pruned} pruned", f"{counts.failed} failed"]
+    parts += [f"{n} {word}" for n, word in more if n]
+    return f"{counts.finished} of {counts.finished + counts.unfinished} trials done: {', '.join(parts)}"
+
+
+def certainty(facts: Facts) -> list[str]:
+    """Return, in sentences, how sure the best value is: what is known, and what is not."""
+    best = facts.best
+    if best is None:
+        return []
+    n, ranked = facts.counts.complete, facts.ranked()[1:]
+    equal = sum(row["value"] == best.value for row in ranked)
+    said = [
+        f"The value is one number, measured on the validation split, and the best of {n:,} complete "
+        f"{'trial' if n == 1 else 'trials'}: picked as the best, it flatters, and less is to be expected of new data."
+        if n > 1
+        else "The value is one number, measured on the validation split, of the only complete trial."
+    ]
+    if equal:
+        said.append(f"{equal:,} other {'trial has' if equal == 1 else 'trials have'} exactly the same value.")
+    behind = [row for row in ranked if row["value"] != best.value][:RUNNERS_UP]
+    if behind:
+        gaps = ", ".join(
+            f"trial {row['number']} with {number(row['value'])} (gap {number(abs(row['value'] - best.value))})"
+            for row in behind
+        )
+        said.append(f"Next behind: {gaps}.")
+    if ranked:
+        said.append("No trial was run twice with other seeds, so it is not known which of these gaps are only noise.")
+    return said
+
+
+def tests_text(facts: Facts) -> str:
+    """Return what the test set said of the exported model, and how often it was read."""
+    test = facts.result.get("test")
+    n = facts.n_test_evaluations
+    readings = f"The test set was read {'once' if n == 1 else f'{n} times'}" + (
+        "." if n <= 1 else "; the more often, the less it says."
+    )
+    if not isinstance(test, Mapping) or not test:
+        return f"There is no test result of the best trial yet. {readings}" if n else "The test set was not read."
+    of = facts.result.get("number")
+    stale = "" if facts.best is not None and of == facts.best.number else ", which is not the best trial now"
+    values = ", ".join(f"{name} {number(value)}" for name, value in test.items())
+    return f"{values}: trial {of}'s params{stale}, trained from scratch on train + validation. {readings}"
+
+
+def as_json(facts: Facts, judged: Mapping[str, Any] | None) -> str:
+    """Return everything as JSON, without NaN."""
+    return json.dumps(finite(facts.as_data() | {"judged": judged}), indent=1, allow_nan=False) + "\n"
+
+
+def as_csv(facts: Facts) -> str:
+    """Return the table of all trials."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(facts.columns)
+    writer.writerows([row.get(column) for column in facts.columns] for row in facts.rows)
+    return out.getvalue()
+
+
+def as_markdown(facts: Facts) -> str:
+    """Return a short report: the best, counts, the top trials, importances."""
+    lines = [f"# {_cell(facts.name)}", "", f"{_cell(facts.objective)}: {facts.direction} {_cell(facts.metric)}. "]
+    lines[-1] += f"{counts_text(facts)}."
+    if facts.work.effort_text:
+        lines[-1] += f" {facts.work.effort_text}."
+    best = facts.best
+    lines += ["", "## Best", ""]
+    if best is None:
+        lines.append("No trial is complete yet.")
+    else:
+        lines.append(f"{_cell(facts.metric)} **{number(best.value)}**, trial {best.number}, epoch {best.epoch + 1}.")
+        lines += ["", *_table(["param", "value"], [[k, number(v)] for k, v in best.params.items()])]
+        lines += ["", " ".join(certainty(facts)), "", f"Test: {_cell(tests_text(facts))}"]
+    ranked = facts.ranked()[:TOP]
+    if ranked:
+        params = [name for name in facts.columns if name.startswith(PARAM)]
+        names = ["trial", facts.metric, *(name.removeprefix(PARAM) for name in params), "epochs", "seconds"]
+        keys = ["number", "value", *params, "epochs", "seconds"]
+        rows = [[number(row.get(key)) for key in keys] for row in ranked]
+        lines += ["", f"## Best {len(ranked)} trials", "", *_table(names, rows)]
+    if facts.importances:
+        shares = [[name, f"{share:.1%}"] for name, share in facts.importances.items()]
+        lines += ["", "## Importance of the params", "", *_table(["param", "share"], shares)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [names, ["---"] * len(names), *rows]
+    return ["| " + " | ".join(each if each == "---" else _cell(each) for each in line) + " |" for line in lines]
+
+
+def _cell(value: str) -> str:
+    """Return a text of the user's that is no Markdown, and stays on its line."""
+    flat = " ".join(value.split())
+    return "".join(f"\\{char}" if char in "\\`*_[]<>|#&" else char for char in flat)
