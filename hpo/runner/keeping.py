@@ -45,7 +45,6 @@ def rename(study: Named, new: str) -> list[str]:
 
     Raises InputError where there is no such study, or one named `new`, or `new` is no name, or workers train it.
     """
-    require_name(new)
     with opened(study.storage, study.outage) as storage, locked(storage, study.storage):
         return _rename(storage, found(storage, study.storage, study.name), study.storage, new)
 
@@ -77,9 +76,9 @@ def _free_name(spec: StudySpec, names: Collection[str]) -> str:
 def _rename(storage: RetryingStorage, study: StoredStudy, url: str, new: str) -> list[str]:
     """Rename a study and what belongs to it, all or nothing; its storage's lock must be held."""
     spec = stored_spec(study, url)
+    require_name(new)
     if new in {each.study_name for each in storage.get_all_studies()}:
         raise taken(url, new)
-    require_name(new)
     require_idle(storage, study, url)
     moves = [(folder(spec), folder(spec, new)) for folder in (checkpoints_of, bundle_of) if folder(spec).is_dir()]
     for _, to in moves:
