@@ -235,6 +235,7 @@ def test_the_surface_is_frozen() -> None:
             "--set",
             "--json",
         },
+        "replay": {"--trial", "--epochs", "--storage", "--device", "--set", "--json"},
         "repair": {"--storage", "--tracking", "--set", "--json"},
         "serve": {"--port", "--host", "--storage", "--set"},
         "adopt": {"--from", "--study", "--storage", "--set"},
