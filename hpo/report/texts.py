@@ -74,7 +74,9 @@ def tests_text(facts: Facts) -> str:
 
 def as_json(facts: Facts, judged: Mapping[str, Any] | None) -> str:
     """Return everything as JSON, without NaN."""
-    return json.dumps(finite(facts.as_data() | {"judged": judged}), indent=1, allow_nan=False) + "\n"
+    whole = facts.as_data() | {"judged": judged}
+    whole["trials"] = whole.pop("rows")
+    return json.dumps(finite(whole), indent=1, allow_nan=False) + "\n"
 
 
 def as_csv(facts: Facts) -> str:
