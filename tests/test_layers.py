@@ -220,7 +220,7 @@ def test_the_surface_is_frozen() -> None:
         },
         "check": {"--storage", "--tracking", "--device", "--set"},
         "status": {"--watch", "--trials", "--storage", "--set", "--json"},
-        "report": {"--out", "--format", "--baselines", "--storage", "--set"},
+        "report": {"--out", "--format", "--baselines", "--log", "--storage", "--tracking", "--set"},
         "export": {"--trial", "--out", "--storage", "--tracking", "--device", "--set", "--json"},
         "worker": {
             "--study",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpo.tracking.parent import installed, linked
-from tests.cli import invoke, summary
+from tests.cli import invoke, refused, summary
 from tests.mlflows import Mlflow, in_store
 
 SHORT = "trials: 3\nepochs: 2\nstack: 1\npruner: none\n"
@@ -103,6 +103,18 @@ def test_mlflows_own_variable_has_the_machines_load_logged(
     invoke("run", path, "--trials", "30")
     metrics = mlflow.runs()["study"].data.metrics
     assert 0 < metrics["system/system_memory_usage_percentage"] < 100
+
+
+def test_the_report_is_kept_with_the_studys_run(tracked: tuple[Path, Mlflow]) -> None:
+    path, mlflow = tracked
+    invoke("run", path)
+    out = invoke("report", path, "--log", "--no-baselines")
+    assert "it is in `report` among the artifacts of the study's run" in out
+    assert mlflow.files("study", "report") == ["report/report.html"]
+    assert mlflow.text("study", "report/report.html").startswith("<!DOCTYPE html>")
+    assert mlflow.statuses()["study"] == "FINISHED"
+    assert "leave --out and --format out" in refused("report", path, "--log", "--out", "x.html")
+    assert "the study is not tracked" in refused("report", path, "--log", "--tracking", "off")
 
 
 def test_a_link_to_a_trial_without_a_run_is_plain_text() -> None:

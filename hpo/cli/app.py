@@ -196,12 +196,14 @@ def report(
     ] = None,
     format_: Annotated[
         Literal["html", "md", "json", "csv"] | None,
-        typer.Option("--format", help="html, to reports/<name>.html in `output`; md, json, csv, to stdout."),
+        typer.Option("--format", help="html, to reports/<name>/report.html in `output`; md, json, csv, to stdout."),
     ] = None,
     baselines: Annotated[
         bool | None, typer.Option(help="Fit simple models beside the best trial; default: up to 100,000 rows.")
     ] = None,
+    log: Annotated[bool, typer.Option("--log", help="Keep the page with the study's run in MLflow, too.")] = False,
     storage: Storage = None,
+    tracking: Tracking = None,
     set_: Set = None,
 ) -> None:
     """Write all that a study has found as one page: best, curves, params, timeline, every trial. It needs no network.
@@ -210,7 +212,8 @@ def report(
     """
     from hpo.cli import report as command
 
-    command.report(study, _overrides(set_, storage=storage), format_, out, baselines)
+    overrides = _overrides(set_, storage=storage, tracking=tracking)
+    command.report(study, overrides, format_, out, baselines, log_it=log)
 
 
 @app.command()

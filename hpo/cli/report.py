@@ -7,26 +7,36 @@ from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from hpo.errors import SpecError, masked
+from hpo.errors import InputError, SpecError, masked
 from hpo.log import log, shown_by
 from hpo.report.facts import Facts, leases_of
 from hpo.report.facts import read as read_facts
 from hpo.report.place import default_path, encoded, write
 from hpo.report.texts import as_csv, as_json, as_markdown
+from hpo.search import schema
 from hpo.search.opening import no_study, open_stored
 from hpo.search.search import Search
 from hpo.search.view import StudyView
 from hpo.study.draft import read
+from hpo.study.spec import StudySpec
 
 
 def report(
-    path: Path, overrides: Mapping[str, str], form: str | None, out: Path | None, baselines: bool | None
+    path: Path,
+    overrides: Mapping[str, str],
+    form: str | None,
+    out: Path | None,
+    baselines: bool | None,
+    *,
+    log_it: bool = False,
 ) -> None:
     """`hpo report`.
 
     Without a `form`, it is what the ending of `out` says, else html. `out` is `-` for stdout; without one, a page goes
-    to its place in `output`, and all else to stdout.
+    to its place in `output`, and all else to stdout. `log_it`: a page in its place is kept with the study's run, too.
     """
+    if log_it and (out is not None or form not in (None, "html")):
+        raise InputError("--log keeps the page as it is in its own place: leave --out and --format out")
     if form is None:
         ending = "" if out is None else out.suffix.removeprefix(".")
         form = ending if ending in ("md", "json", "csv") else "html"
@@ -39,6 +49,7 @@ def report(
             raise no_study(draft.spec, path)
         stack.callback(search.close)
         seen, spec = search.view(), search.spec
+        making, adopts = search.making, schema.OWN_RUNS not in search.attrs
         leases = leases_of(search.storage, spec.name)
         facts = read_facts(search.study, seen.everything, leases, budget=spec.trials, epochs=spec.epochs)
         judged = None
@@ -53,6 +64,21 @@ def report(
         return
     write(out, text)
     print(masked(str(out)))
+    if log_it:
+        _keep_with_the_run(spec, out.parent, making, adopts=adopts)
+
+
+def _keep_with_the_run(spec: StudySpec, folder: Path, making: str, *, adopts: bool) -> None:
+    """Have MLflow keep the page among the artifacts of the study's run."""
+    if spec.tracking == "off":
+        raise InputError("--log: the study is not tracked (tracking: off)")
+    from hpo.tracking.mlflow import open_tracker
+
+    unsent = Path(spec.output) / "unsent"
+    tracker = open_tracker(spec.tracking, spec.name, unsent, making=making, adopts=adopts)
+    tracker.log_folder(folder, "report")
+    if tracker.close():
+        print(f"{masked(spec.tracking)}: it is in `report` among the artifacts of the study's run")
 
 
 def _judged(

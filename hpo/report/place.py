@@ -11,7 +11,7 @@ from hpo.processes import this_process
 def default_path(output: str | Path, name: str) -> Path:
     """Return where the page of study `name` goes; a name that others stored leads nowhere else."""
     safe = re.sub(r"[^\w .+-]", "_", name)[:200].lstrip(".") or "study"
-    return Path(output) / "reports" / f"{safe}.html"
+    return Path(output) / "reports" / safe / "report.html"
 
 
 def encoded(text: str) -> bytes:

@@ -110,7 +110,7 @@ class Study:
     def report(self, path: str | Path | None = None) -> Path:
         """Write the page that `hpo report` writes, without what needs the objective's data, and return its path.
 
-        Default: `reports/<name>.html` in the study's `output`. Raises InputError where it cannot be written.
+        Default: `reports/<name>/report.html` in the study's `output`. Raises InputError where it cannot be written.
 
         >>> study = hpo.run({"objective": "iris"}, trials=2, epochs=2, tracking="off", quiet=True)
         >>> print(study.report("iris.html"))
