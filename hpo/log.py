@@ -10,6 +10,10 @@ log = logging.getLogger("hpo")
 """A warning is what a person should act on, or know is wrong, and that it is over; all else is information."""
 
 
+SHOWN = "hpo_shown"
+"""The attribute of what is logged that a person sees already, in a live view: it is for a file."""
+
+
 def _mask(record: logging.LogRecord) -> bool:
     record.msg, record.args = masked(record.getMessage()), ()
     return True

@@ -221,6 +221,15 @@ class TestLive:
         live.trial_ended(9, "PRUNED", 0.5, None)  # while it was paused
         assert not any("3/12" in line for line in drawn(live, 80))
 
+    def test_a_line_a_trial_goes_to_the_log_and_not_to_the_screen(self, live, caplog):
+        out = io.StringIO()
+        console = Console(file=out, width=200)
+        with shown_by(ConsoleHandler(console)), shown_by(caplog.handler):
+            live.trial_ended(3, "COMPLETE", 0.5, None)
+            log.info("a note")
+        assert out.getvalue() == "a note\n"
+        assert caplog.messages[0].startswith("[3/20] trial 3 complete: accuracy 0.5000; learning_rate=0.01 n_hidden=24")
+
     def test_a_secret_in_a_choice_is_not_shown(self, live):
         live.trial_started(0, {"data": "postgresql://bob:s3cret@h/d"})
         assert not any("s3cret" in line for line in drawn(live, 120))

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.errors import masked
-from hpo.runner.progress import STATES, Progress, ProgressState, Refreshes, count_text, metrics_shown, shown
+from hpo.log import SHOWN
+from hpo.runner.progress import STATES, PlainProgress, ProgressState, Refreshes, count_text, metrics_shown, shown
 from hpo.search.clock import duration
 from hpo.search.view import StudyView
 
@@ -32,11 +33,17 @@ class _Row:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-class LiveProgress(Progress):
-    """A bar of all trials, how many there are of each state, the best one, and the first few that run."""
+class LiveProgress(PlainProgress):
+    """A bar of all trials, how many there are of each state, the best one, and the first few that run.
+
+    The lines of the plain form go to a log file only, where there is one.
+    """
+
+    _about = {SHOWN: True}
 
     def __init__(self, board: ProgressState, refresh: Refreshes, console: Console) -> None:
-        self._board, self._refresh, self._console = board, refresh, console
+        super().__init__(board, refresh)
+        self._console = console
         self._rows: dict[int, _Row] = {}
         self._live = Live(self, console=console, refresh_per_second=4)
 
@@ -52,17 +59,20 @@ class LiveProgress(Progress):
         self._board.see(seen)
 
     def trial_started(self, number: int, params: Mapping[str, Any]) -> None:
+        super().trial_started(number, params)
         self._rows[number] = _Row(shown(params))
 
     def epoch_ended(self, number: int, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
+        super().epoch_ended(number, epoch, epochs, metrics)
         row = self._rows[number]
         row.epoch, row.epochs, row.metrics = epoch, epochs, metrics_shown(self._board.metric, metrics)
 
     def trial_paused(self, number: int, epoch: int) -> None:
+        super().trial_paused(number, epoch)
         self._rows.pop(number, None)
 
     def trial_ended(self, number: int, state: str, value: float | None, reason: str | None) -> None:
-        self._refresh(state, value)
+        super().trial_ended(number, state, value, reason)
         self._rows.pop(number, None)  # one that was pruned while it was paused has none
         if reason is not None:
             self._console.print(Text(masked(f"trial {number} {STATES[state]}: {reason}"), style="yellow"))

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hpo.errors import HpoError, InputError, masked
-from hpo.log import log, shown_by
+from hpo.log import SHOWN, log, shown_by
 from hpo.study.draft import read
 
 
@@ -45,7 +45,8 @@ class ConsoleHandler(logging.Handler):
         self._out = out
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._out.print(Text(record.getMessage()))
+        if not getattr(record, SHOWN, False):
+            self._out.print(Text(record.getMessage()))
 
 
 class Shown(NamedTuple):

@@ -135,6 +135,9 @@ def state_of(plan: "Plan", search: Search) -> ProgressState:
 class PlainProgress(Progress):
     """Logs one line a trial, and one every `epoch_seconds` while a long one runs."""
 
+    _about: Mapping[str, Any] = {}
+    """What is logged with each line."""
+
     def __init__(self, board: ProgressState, refresh: Refreshes, epoch_seconds: float = 15.0) -> None:
         self._board, self._refresh, self._epoch_seconds = board, refresh, epoch_seconds
         self._said_at = time.monotonic()
@@ -149,7 +152,8 @@ class PlainProgress(Progress):
     def epoch_ended(self, number: int, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
         if time.monotonic() - self._said_at >= self._epoch_seconds:
             self._said_at = time.monotonic()
-            log.info(f"trial {number}: epoch {epoch}/{epochs}, {metric_text(self._board, metrics)}")
+            line = f"trial {number}: epoch {epoch}/{epochs}, {metric_text(self._board, metrics)}"
+            log.info(line, extra=self._about)
 
     def trial_paused(self, number: int, epoch: int) -> None:
         self._paused[number] = self._running.pop(number)
@@ -167,7 +171,7 @@ class PlainProgress(Progress):
             board.best_text(),
             board.left_text(),
         ]
-        log.info("; ".join(part for part in parts if part))
+        log.info("; ".join(part for part in parts if part), extra=self._about)
 
 
 class NoProgress(Progress):
