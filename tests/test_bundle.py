@@ -154,7 +154,7 @@ def test_bundle_json_says_what_it_is(folder):
     assert about["params"] == PARAMS
     assert about.items() >= ABOUT.items()
     assert about["inputs"] == [{"name": "features", "shape": [None, 4], "dtype": "float32"}]
-    assert about["output"] == {"name": "prediction", "shape": [None, 2], "dtype": "float32"}
+    assert about["output"] == {"name": "prediction", "shape": [None, 2], "dtype": "float32", "values": "probabilities"}
     assert list(about["class_names"]) == ["no", "yes"]
     assert about["n_parameters"] == 4 * 8 + 8 + 8 * 2 + 2
     assert about["versions"]["torch"] == version("torch")

@@ -136,7 +136,7 @@ def test_mlflow_is_imported_only_when_first_used() -> None:
     assert importlib.util.find_spec("mlflow") is not None, "else that says nothing"
 
 
-COMMANDS = ("run", "check", "status", "export", "worker", "repair", "serve", "adopt", "objectives")
+COMMANDS = ("run", "check", "status", "export", "predict", "worker", "repair", "serve", "adopt", "objectives")
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
@@ -214,6 +214,7 @@ def test_the_surface_is_frozen() -> None:
         "check": {"--storage", "--tracking", "--device", "--set"},
         "status": {"--trials", "--storage", "--set", "--json"},
         "export": {"--trial", "--out", "--storage", "--tracking", "--device", "--set", "--json"},
+        "predict": {"--format", "--out", "--top-k", "--id"},
         "worker": {
             "--study",
             "--objective",

@@ -25,8 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from hpo.errors import ExportError, InputError
+from hpo.export.answers import Values, values_of
+from hpo.export.columns import columns_of
 from hpo.export.environment import git_commit, versions
-from hpo.export.files import FILES, finite
+from hpo.export.files import FILES, FORMAT, finite
 from hpo.study.data import DataInfo, Split, prediction
 
 _jit: Any = torch.jit  # whose functions have no types
@@ -244,10 +246,10 @@ def _reset(module: nn.Module) -> nn.Module:
 
 def _describe(model: Model, eager: nn.Module, held_out: Split) -> dict[str, Any]:
     with torch.no_grad():
-        output = eager(*(x[:1].cpu() for x in held_out.inputs.values()))
+        output = eager(*(x[:1000].cpu() for x in held_out.inputs.values()))
     info = asdict(model.info)
-    return {
-        "format": 1,
+    about = {
+        "format": FORMAT,
         **model.about,
         "params": dict(model.params),
         "inputs": [
@@ -258,13 +260,28 @@ def _describe(model: Model, eager: nn.Module, held_out: Split) -> dict[str, Any]
             "name": "prediction",
             "shape": [None, *output.shape[1:]],
             "dtype": str(output.dtype).removeprefix("torch."),
+            "values": _values(model, output),
         },
         "feature_names": info["feature_names"],
         "class_names": info["class_names"],
+        "missing": info["missing"],
         "n_parameters": sum(p.numel() for p in model.network.parameters()),
         "versions": versions(),
         "git_commit": git_commit(),
     }
+    return about | {"columns": columns_of(about)}
+
+
+def _values(model: Model, output: Tensor) -> Values:
+    """Return what the outputs are: what head and loss say counts for more than what a few rows look like."""
+    seen = values_of(output.float().numpy(), model.info.n_classes)
+    if seen == "numbers":
+        return seen
+    if isinstance(model.head, nn.Sigmoid | nn.Softmax):
+        return "probabilities"
+    if isinstance(model.head, nn.Identity) and model.params.get("loss") in ("bce", "cross_entropy", "nll"):
+        return "logits"
+    return seen
 
 
 def _replace(work: Path, folder: Path) -> None:
