@@ -12,6 +12,7 @@ import torch
 from hpo.objectives.models import ScalePixels
 from torch import nn
 
+import hpo
 from hpo.errors import ExportError, InputError
 from hpo.export.bundle import BATCH_SIZES, TOLERANCE, Model, export, parity_of, require_place
 from hpo.study.blocks import MLP, Standardize
@@ -350,3 +351,82 @@ def test_a_link_is_followed_and_the_longest_name_is_taken(tmp_path):
         assert (tmp_path / out / "bundle.json").is_file()
     assert (tmp_path / "link").is_symlink()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def changed(folder, name, change):
+    file = folder / name
+    file.write_bytes(change(file.read_bytes()))
+
+
+def said_of(folder, **keys):
+    if keys:
+        file = folder / "bundle.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+    with pytest.raises(InputError) as caught:
+        hpo.load_bundle(folder)
+    return str(caught.value)
+
+
+TAMPERED = {
+    "one bit": ("model.pt", lambda b: b[:100] + bytes([b[100] ^ 1]) + b[101:], "is not what was exported"),
+    "cut off": ("model.torchscript.pt", lambda b: b[:-10], "is cut off, or another file"),
+    "empty": ("model.pt", lambda b: b"", "has 0 bytes, but"),
+    "no json": ("bundle.json", lambda b: b[:-10], "bundle.json: cannot be read ("),
+    "binary": ("bundle.json", lambda b: b"\xff\x00", "bundle.json: cannot be read ("),
+    "a list": ("bundle.json", lambda b: b"[]", "is no description of an hpo bundle"),
+    "foreign": ("bundle.json", lambda b: b'{"format": "pt"}', "is no description of an hpo bundle"),
+}
+
+
+@pytest.mark.parametrize("how", TAMPERED)
+def test_a_tampered_bundle_is_not_loaded(folder, how):
+    rows = held_out((4,))
+    export(tabular(rows), rows, folder)
+    hpo.load_bundle(folder)
+    name, change, message = TAMPERED[how]
+    changed(folder, name, change)
+    assert message in said_of(folder)
+
+
+def test_what_is_missing_or_of_a_later_version_is_said(folder):
+    rows = held_out((4,))
+    about = export(tabular(rows), rows, folder)
+    assert about["files"]["model.pt"]["bytes"] == (folder / "model.pt").stat().st_size
+    assert "is of format 99, and this hpo reads up to" in said_of(folder, format=99)
+    assert "has no checksum of model.torchscript.pt" in said_of(folder, format=2, files={})
+    (folder / "model.pt").unlink()
+    assert "model.pt: is missing, which bundle.json names" in said_of(folder, files=about["files"])
+    (folder / "bundle.json").unlink()
+    assert "is no bundle, there is no bundle.json" in said_of(folder)
+
+
+def test_a_bundle_of_the_first_format_is_loaded(folder):
+    """As version 0.2 wrote it: no checksums, columns, or kind of outputs."""
+    rows = held_out((4,))
+    about = export(tabular(rows), rows, folder)
+    for key in set(about) - OLD_KEYS:
+        del about[key]
+    del about["output"]["values"]
+    (folder / "bundle.json").write_text(json.dumps(about | {"format": 1}))
+    changed(folder, "model.pt", lambda b: b[:-1])
+    answer = hpo.load_bundle(folder).predict(rows.inputs["features"])
+    assert answer.columns.tolist() == ["class", "probability"]
+
+
+OLD_KEYS = {*ABOUT, "params", "inputs", "output", "feature_names", "class_names", "n_parameters", "versions"}
+
+
+def test_no_pickle_of_a_bundle_is_run(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = held_out((4,))
+    export(tabular(rows), rows, folder)
+
+    class Evil:
+        def __reduce__(self):
+            return (open, ("ran", "w"))
+
+    for name in ("model.pt", "model.torchscript.pt"):
+        torch.save(Evil(), folder / name)
+    assert "was not loaded" in said_of(folder) or "is cut off" in said_of(folder)
+    assert "cannot be read as a TorchScript model" in said_of(folder, format=1)  # without checksums
+    assert not Path("ran").exists()

@@ -29,7 +29,7 @@ def predict(bundle: Path, source: str, format_: str, out: Path | None, top_k: in
     from hpo.export.predicting import predictions
 
     model, notes = load_bundle(folder), Notes()
-    made = predictions(model, source, top_k=top_k, keep=keep, notes=notes)
+    made = predictions(model.model, model.about, source, top_k=top_k, keep=keep, notes=notes)
     with _opened(out) as stream, _progress(source) as show:
         write = _csv_writer(stream) if format_ == "csv" else _json_writer(stream)
         for frame, share in made:

@@ -28,7 +28,7 @@ from hpo.errors import ExportError, InputError
 from hpo.export.answers import Values, values_of
 from hpo.export.columns import columns_of
 from hpo.export.environment import git_commit, versions
-from hpo.export.files import FILES, FORMAT, finite
+from hpo.export.files import FILES, FORMAT, digests, finite
 from hpo.study.data import DataInfo, Split, prediction
 
 _jit: Any = torch.jit  # whose functions have no types
@@ -122,7 +122,7 @@ def export(model: Model, held_out: Split, folder: Path) -> dict[str, Any]:
                 "model.pt": parity_of(eager, restored, held_out),
             }
         _require_parity(parity)
-        about = _describe(model, eager, held_out) | {"torchscript": how, "parity": parity}
+        about = _describe(model, eager, held_out) | {"torchscript": how, "parity": parity, "files": digests(work)}
         with _written(folder):
             (work / "bundle.json").write_text(json.dumps(finite(about), indent=2, allow_nan=False) + "\n")
             _replace(work, place)

@@ -14,7 +14,6 @@ from torch import nn
 from hpo.errors import InputError
 from hpo.export.answers import answers, require_top_k
 from hpo.export.columns import Columns, Notes, columns_of
-from hpo.export.loading import Bundle
 from hpo.export.reading import as_arrays, chunks
 from hpo.log import log
 
@@ -42,18 +41,21 @@ def predict(model: nn.Module, about: Mapping[str, Any], data: Any, top_k: int | 
 
 
 def predictions(
-    bundle: Bundle, source: str, *, top_k: int | None, keep: str | None, notes: Notes
+    model: nn.Module,
+    about: Mapping[str, Any],
+    source: str,
+    *,
+    top_k: int | None,
+    keep: str | None,
+    notes: Notes,
 ) -> Iterator[tuple[pd.DataFrame, float]]:
     """Yield the predictions for `source`, a path or `-`, chunk after chunk, and the share of it that was read.
 
     `keep` is a column that is copied. What is to be said of the source is in `notes` at the end. Raises InputError.
     """
-    about = bundle.about
-    if about is None:
-        raise InputError("the bundle has no bundle.json, which says what the model takes; `hpo export` makes one")
     require_top_k(about, top_k)
     for chunk in chunks(source, about, _columns(about), keep, notes):
-        made = answers(about, outputs_of(bundle.model, chunk.arrays), top_k)
+        made = answers(about, outputs_of(model, chunk.arrays), top_k)
         for place, (name, values) in enumerate(chunk.kept.items()):
             if name in made:
                 raise InputError(f"--id {name}: the predictions have a column of that name; rename it in {source}")
