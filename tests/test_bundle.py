@@ -14,7 +14,9 @@ from torch import nn
 
 import hpo
 from hpo.errors import ExportError, InputError
-from hpo.export.bundle import BATCH_SIZES, TOLERANCE, Model, export, parity_of, require_place
+from hpo.export.bundle import export, require_place
+from hpo.export.model import Model
+from hpo.export.parity import BATCH_SIZES, TOLERANCE, parity_of
 from hpo.study.blocks import MLP, Standardize
 from hpo.study.data import DataInfo, Split
 
@@ -267,7 +269,7 @@ def test_a_bundle_is_replaced_whole(folder, existing):
     rows = held_out((4,))
     made = tabular(rows)
     export(made, rows, folder)
-    assert {path.name for path in folder.iterdir()} == {"model.pt", "model.torchscript.pt", "bundle.json"}
+    assert {path.name for path in folder.iterdir()} == {"model.pt", "model.torchscript.pt", "bundle.json", "MODEL.md"}
     assert (folder / "model.pt").read_bytes() != existing["model.pt"]
     assert [path.name for path in folder.parent.iterdir()] == ["s"]
     assert folder.stat().st_mode & 0o777 == 0o755

@@ -213,7 +213,7 @@ def test_the_surface_is_frozen() -> None:
         },
         "check": {"--storage", "--tracking", "--device", "--set"},
         "status": {"--trials", "--storage", "--set", "--json"},
-        "export": {"--trial", "--out", "--storage", "--tracking", "--device", "--set", "--json"},
+        "export": {"--trial", "--out", "--formats", "--storage", "--tracking", "--device", "--set", "--json"},
         "predict": {"--format", "--out", "--top-k", "--id"},
         "worker": {
             "--study",

@@ -172,6 +172,9 @@ def export(
     out: Annotated[
         Path | None, typer.Option(help="The folder to write; default: bundles/<name> in the study's `output`.")
     ] = None,
+    formats: Annotated[
+        str, typer.Option(help="Of state_dict, torchscript, pt2, onnx, safetensors; the first two always.")
+    ] = "state_dict,torchscript,pt2",
     storage: Storage = None,
     tracking: Tracking = None,
     device: Device = None,
@@ -185,7 +188,7 @@ def export(
     commands = _commands()
 
     overrides = _overrides(set_, storage=storage, tracking=tracking, device=device)
-    _finish(commands.export(study, overrides, trial, out), json_)
+    _finish(commands.export(study, overrides, trial, out, formats), json_)
 
 
 @app.command()

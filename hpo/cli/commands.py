@@ -15,6 +15,7 @@ from hpo.cli.live import LiveProgress
 from hpo.cli.screen import console, screen
 from hpo.cli.status import summary
 from hpo.errors import masked
+from hpo.export.formats import formats_of
 from hpo.runner import study as studies
 from hpo.runner.joining import is_launched, joined, no_progress, stored_study
 from hpo.runner.opening import open_existing, open_or_make, torch_set
@@ -105,14 +106,17 @@ def serve(path: Path, overrides: Mapping[str, str], host: str, port: int) -> Non
     serve_storage(plan.spec.storage, host, port)
 
 
-def export(path: Path, overrides: Mapping[str, str], number: int | None, folder: Path | None) -> dict[str, Any]:
+def export(
+    path: Path, overrides: Mapping[str, str], number: int | None, folder: Path | None, formats: str
+) -> dict[str, Any]:
     """`hpo export`."""
+    chosen = formats_of(formats)
     with screen() as out, ExitStack() as stack:
         plan = _prepared(path, overrides, stack)
         search = open_existing(plan, path)
         stack.callback(search.close)
         seen = search.view()
-        done = studies.export(plan, search, seen, number, folder)
+        done = studies.export(plan, search, seen, number, folder, chosen)
         best = seen.best(number)
         _print_result(plan, seen, best, done, out)
         return summary(plan.spec, seen, best, done)

@@ -13,6 +13,8 @@ FORMAT = 2
 """The version of bundle.json that is written; 1 had no checksums."""
 _MUST = {"inputs", "output", "class_names", "feature_names"}
 FILES = ("model.pt", "model.torchscript.pt", "bundle.json")
+"""What every bundle has; and what it may have."""
+MORE_FILES = ("model.pt2", "model.onnx", "model.safetensors", "MODEL.md")
 
 
 def finite(value: Any) -> Any:

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from hpo.export.bundle import TOLERANCE, Model, export
+from hpo.export.bundle import Model, export
+from hpo.export.parity import TOLERANCE
 from hpo.stacks.candidate import NotStackable
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.study import catalog
