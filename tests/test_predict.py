@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 import hpo
 from hpo.cli.app import app
 from hpo.errors import HpoError, InputError
-from hpo.export.bundle import Model, export
+from hpo.export.bundle import export
+from hpo.export.model import Model
 from hpo.study.blocks import Standardize
 from hpo.study.data import DataInfo, Split
 from tests.cli import invoke, refused

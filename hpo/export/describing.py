@@ -76,7 +76,7 @@ def example(held_out: Split, columns: Sequence[Mapping[str, Any]] | None) -> dic
         return None
     if not columns or not columns[0]["name"]:
         return {name: x.tolist() for name, x in first.items()}
-    left = {name: x.tolist() for name, x in first.items()}
+    left = {name: [float(f"{v:.7g}") if x.is_floating_point() else v for v in x.tolist()] for name, x in first.items()}
     row = {}
     for column in columns:
         value = left[column["input"]].pop(0)

@@ -153,12 +153,14 @@ def _marks(rows: Sequence[Sequence[str]], separator: str) -> tuple[str, str]:
         known = [(".", ""), (".", ","), (",", ""), (",", ".")]
 
     values = [value for row in rows for value in row]
-    some = values[:: 1 + len(values) // _FIELDS]
+    some = [value for value in values[:: 1 + len(values) // _FIELDS] if "." in value or "," in value]
 
     def n_numbers(marks: tuple[str, str]) -> int:
         number = _number(*marks)
         return sum(number.fullmatch(value) is not None for value in some)
 
+    if n_numbers(known[0]) == len(some):
+        return known[0]
     return max(known, key=n_numbers)
 
 
