@@ -173,8 +173,9 @@ def export(
         Path | None, typer.Option(help="The folder to write; default: bundles/<name> in the study's `output`.")
     ] = None,
     formats: Annotated[
-        str, typer.Option(help="Of state_dict, torchscript, pt2, onnx, safetensors; the first two always.")
-    ] = "state_dict,torchscript,pt2",
+        str | None,
+        typer.Option(help="Also pt2 (by default, where it can be), onnx, safetensors; state_dict, torchscript always."),
+    ] = None,
     storage: Storage = None,
     tracking: Tracking = None,
     device: Device = None,

@@ -107,7 +107,7 @@ def serve(path: Path, overrides: Mapping[str, str], host: str, port: int) -> Non
 
 
 def export(
-    path: Path, overrides: Mapping[str, str], number: int | None, folder: Path | None, formats: str
+    path: Path, overrides: Mapping[str, str], number: int | None, folder: Path | None, formats: str | None
 ) -> dict[str, Any]:
     """`hpo export`."""
     chosen = formats_of(formats)

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,15 @@ from hpo.errors import ExportError, InputError
 from hpo.export.card import card
 from hpo.export.describing import describe
 from hpo.export.files import FILES, MORE_FILES, digests, finite
-from hpo.export.formats import ALWAYS, FILE_OF, write
+from hpo.export.formats import ALWAYS, FILE_OF, Formats, Written, write
 from hpo.export.model import Model
 from hpo.export.parity import TOLERANCE, fresh_parity, parity_of, require_parity
+from hpo.log import log
 from hpo.study.data import Split
 
 
 def export(
-    model: Model, held_out: Split, folder: Path, formats: Sequence[str] = ALWAYS, fresh: bool = False
+    model: Model, held_out: Split, folder: Path, formats: Formats = ALWAYS, fresh: bool = False
 ) -> dict[str, Any]:
     """Write `model` to `folder`, in place of whatever bundle is there; return bundle.json's content.
 
@@ -49,7 +50,7 @@ def export(
         how, parity = _write_all(model, eager, held_out, work, folder, formats)
         require_parity(parity)
         if fresh:
-            files = [FILE_OF[kind] for kind in formats]
+            files = [FILE_OF[kind] for kind in formats if (work / FILE_OF[kind]).is_file()]
             for name, found in fresh_parity(eager, work, files, held_out).items():
                 scale = {"largest_prediction": 1.0, "tolerance": TOLERANCE} | parity.get(name, {})
                 parity[name] = scale | {"fresh_process": found}
@@ -67,13 +68,20 @@ def export(
 
 
 def _write_all(
-    model: Model, eager: nn.Module, held_out: Split, work: Path, folder: Path, formats: Sequence[str]
+    model: Model, eager: nn.Module, held_out: Split, work: Path, folder: Path, formats: Formats
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write every format; return how each was written, and how far its predictions are from the eager ones."""
     how, parity = {}, {}
     for kind in formats:
-        with _written(folder):
-            written = write(kind, model, eager, held_out, work)
+        try:
+            with _written(folder):
+                written = write(kind, model, eager, held_out, work)
+        except ExportError as error:
+            if formats[kind]:
+                raise
+            log.warning(str(error))
+            (work / FILE_OF[kind]).unlink(missing_ok=True)
+            written = Written(how={"not_exported": str(error)})
         if written.how:
             how[kind] = dict(written.how)
         if written.call is not None:

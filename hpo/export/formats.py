@@ -17,6 +17,8 @@ from hpo.export.model import Model, Named
 from hpo.study.data import Split
 
 _jit: Any = torch.jit  # whose functions have no types
+Formats = Mapping[str, bool]
+"""Formats by name, and whether it is an error where the model cannot be exported as that, or it is left out."""
 FILE_OF = {
     "state_dict": "model.pt",
     "torchscript": "model.torchscript.pt",
@@ -25,12 +27,17 @@ FILE_OF = {
     "safetensors": "model.safetensors",
 }
 """The file of each format. The first two are in every bundle."""
-ALWAYS = ("state_dict", "torchscript")
+ALWAYS: Formats = {"state_dict": True, "torchscript": True}
 _NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}
 
 
-def formats_of(text: str) -> tuple[str, ...]:
-    """Return the formats that `--formats` names, those of every bundle first. Raises InputError."""
+def formats_of(text: str | None) -> Formats:
+    """Return the formats that `--formats` names, those of every bundle first. Raises InputError.
+
+    Where it was not given, pt2 is among them if the model can be exported as that.
+    """
+    if text is None:
+        return {**ALWAYS, "pt2": False}
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in FILE_OF:
@@ -38,7 +45,7 @@ def formats_of(text: str) -> tuple[str, ...]:
             raise InputError(f"--formats: must be of {', '.join(FILE_OF)}, but got {name!r}{known}")
         if lacking := [package for package in _NEEDS.get(name, ()) if find_spec(package) is None]:
             raise InputError(f"--formats {name}: needs {', '.join(lacking)}; pip install 'hpo[{name}]'")
-    return tuple(dict.fromkeys([*ALWAYS, *names]))
+    return {**ALWAYS, **dict.fromkeys(names, True)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """After the search: the best params are trained from scratch on train + validation, tested once, and exported."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from torch import nn
 
 from hpo.errors import ExportError, HpoError, Interrupted
 from hpo.export.bundle import export
-from hpo.export.formats import ALWAYS
+from hpo.export.formats import ALWAYS, Formats
 from hpo.export.model import Model
 from hpo.log import log
 from hpo.runner.custom import TrialReporter, train_custom
@@ -92,7 +92,7 @@ def finish(
     best: Best,
     folder: Path,
     stopping: Callable[[], bool],
-    formats: Sequence[str] | None = None,
+    formats: Formats | None = None,
 ) -> Outcome:
     """Train `best`'s params from scratch on train + validation, evaluate on the test set once, export to `folder`.
 

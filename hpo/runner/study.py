@@ -18,6 +18,7 @@ import torch
 from hpo.errors import HpoError, InputError, Interrupted
 from hpo.export.bundle import require_place
 from hpo.export.environment import git_commit, user, versions
+from hpo.export.formats import Formats
 from hpo.log import log
 from hpo.runner import checkpoints
 from hpo.runner.describing import announcement
@@ -235,7 +236,7 @@ def adopt(plan: Plan, search: Search, trials: Sequence[Any], source: str) -> int
 
 
 def export(
-    plan: Plan, search: Search, seen: StudyView, number: int | None, folder: Path | None, formats: Sequence[str]
+    plan: Plan, search: Search, seen: StudyView, number: int | None, folder: Path | None, formats: Formats
 ) -> Outcome:
     """Train a complete trial's params on train + validation, test and export them; `number` None: the best.
 

@@ -455,7 +455,7 @@ def test_it_is_exported_in_every_format_and_loaded_where_hpo_cannot_be_imported(
         info=case.data.info,
         about={"study": case.name},
     )
-    about = export(model, case.some(300, "test"), tmp_path / "bundle", (*ALWAYS, kind), fresh=True)
+    about = export(model, case.some(300, "test"), tmp_path / "bundle", {**ALWAYS, kind: True}, fresh=True)
     results = {name: result["fresh_process"] for name, result in about["parity"].items() if name != "model.pt"}
     found = {name: result["max_difference"] for name, result in results.items()}
     assert set(found) == {"model.torchscript.pt", FILE_OF[kind]}
