@@ -14,13 +14,14 @@ import numpy as np
 import pandas as pd
 import torch
 from hpo.objectives.datasets import rows_of_splits
-from hpo.objectives.table_files import listed, read_table
+from hpo.objectives.table_files import read_table
 from pandas.api import types
 from torch import Tensor
 
 from hpo.errors import DataError, did_you_mean
 from hpo.study.blocks import split_by_rows
 from hpo.study.data import Data
+from hpo.study.table_text import as_text, listed
 
 Column = Mapping[str, Any]
 Task = Literal["regression", "binary", "multiclass"]
@@ -261,14 +262,6 @@ def _is_category(where: str, values: pd.Series) -> bool:
             "or, if they are categories, to categorical"
         )
     return not numbers.all()
-
-
-def as_text(values: pd.Series) -> pd.Series:
-    """Return values as text without blanks around it, whole numbers without a point; missing ones stay missing."""
-    if types.is_float_dtype(values) and (values.dropna() % 1 == 0).all():
-        values = values.astype("Int64")
-    text = values.astype("string").str.strip()
-    return text.mask(text == "")
 
 
 def encode(frame: pd.DataFrame, columns: Sequence[Column], where: object = "the table") -> dict[str, Tensor]:

@@ -201,8 +201,10 @@ class TestResults:
         with pytest.raises(InputError, match="no bundle is there"):
             hpo.load_bundle("mlruns/bundles/other")
         Path("model.torchscript.pt").write_text("no")
-        with pytest.raises(InputError, match="cannot be read as a TorchScript model"):
+        with pytest.raises(InputError, match="is no bundle, there is no bundle"):
             hpo.load_bundle(".")
+        with pytest.raises(InputError, match="cannot be read as a TorchScript model"):
+            hpo.load_bundle("model.torchscript.pt")
 
 
 @pytest.mark.parametrize(

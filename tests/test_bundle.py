@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -12,8 +13,12 @@ import torch
 from hpo.objectives.models import ScalePixels
 from torch import nn
 
+import hpo
 from hpo.errors import ExportError, InputError
-from hpo.export.bundle import BATCH_SIZES, TOLERANCE, Model, export, parity_of, require_place
+from hpo.export.bundle import export, require_place
+from hpo.export.formats import ALWAYS, FILE_OF, formats_of
+from hpo.export.model import Model
+from hpo.export.parity import BATCH_SIZES, TOLERANCE, parity_of
 from hpo.study.blocks import MLP, Standardize
 from hpo.study.data import DataInfo, Split
 
@@ -154,7 +159,7 @@ def test_bundle_json_says_what_it_is(folder):
     assert about["params"] == PARAMS
     assert about.items() >= ABOUT.items()
     assert about["inputs"] == [{"name": "features", "shape": [None, 4], "dtype": "float32"}]
-    assert about["output"] == {"name": "prediction", "shape": [None, 2], "dtype": "float32"}
+    assert about["output"] == {"name": "prediction", "shape": [None, 2], "dtype": "float32", "values": "probabilities"}
     assert list(about["class_names"]) == ["no", "yes"]
     assert about["n_parameters"] == 4 * 8 + 8 + 8 * 2 + 2
     assert about["versions"]["torch"] == version("torch")
@@ -266,7 +271,7 @@ def test_a_bundle_is_replaced_whole(folder, existing):
     rows = held_out((4,))
     made = tabular(rows)
     export(made, rows, folder)
-    assert {path.name for path in folder.iterdir()} == {"model.pt", "model.torchscript.pt", "bundle.json"}
+    assert {path.name for path in folder.iterdir()} == {"model.pt", "model.torchscript.pt", "bundle.json", "MODEL.md"}
     assert (folder / "model.pt").read_bytes() != existing["model.pt"]
     assert [path.name for path in folder.parent.iterdir()] == ["s"]
     assert folder.stat().st_mode & 0o777 == 0o755
@@ -350,3 +355,220 @@ def test_a_link_is_followed_and_the_longest_name_is_taken(tmp_path):
         assert (tmp_path / out / "bundle.json").is_file()
     assert (tmp_path / "link").is_symlink()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def changed(folder, name, change):
+    file = folder / name
+    file.write_bytes(change(file.read_bytes()))
+
+
+def said_of(folder, **keys):
+    if keys:
+        file = folder / "bundle.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+    with pytest.raises(InputError) as caught:
+        hpo.load_bundle(folder)
+    return str(caught.value)
+
+
+TAMPERED = {
+    "one bit": ("model.pt", lambda b: b[:100] + bytes([b[100] ^ 1]) + b[101:], "is not what was exported"),
+    "cut off": ("model.torchscript.pt", lambda b: b[:-10], "is cut off, or another file"),
+    "empty": ("model.pt", lambda b: b"", "has 0 bytes, but"),
+    "no json": ("bundle.json", lambda b: b[:-10], "bundle.json: cannot be read ("),
+    "binary": ("bundle.json", lambda b: b"\xff\x00", "bundle.json: cannot be read ("),
+    "a list": ("bundle.json", lambda b: b"[]", "is no description of an hpo bundle"),
+    "foreign": ("bundle.json", lambda b: b'{"format": "pt"}', "is no description of an hpo bundle"),
+}
+
+
+@pytest.mark.parametrize("how", TAMPERED)
+def test_a_tampered_bundle_is_not_loaded(folder, how):
+    rows = held_out((4,))
+    export(tabular(rows), rows, folder)
+    hpo.load_bundle(folder)
+    name, change, message = TAMPERED[how]
+    changed(folder, name, change)
+    assert message in said_of(folder)
+
+
+def test_what_is_missing_or_of_a_later_version_is_said(folder):
+    rows = held_out((4,))
+    about = export(tabular(rows), rows, folder)
+    assert about["files"]["model.pt"]["bytes"] == (folder / "model.pt").stat().st_size
+    assert "is of format 99, and this hpo reads up to" in said_of(folder, format=99)
+    assert "has no checksum of model.torchscript.pt" in said_of(folder, format=2, files={})
+    (folder / "model.pt").unlink()
+    assert "model.pt: is missing, which bundle.json names" in said_of(folder, files=about["files"])
+    (folder / "bundle.json").unlink()
+    assert "is no bundle, there is no bundle.json" in said_of(folder)
+
+
+def test_a_bundle_of_the_first_format_is_loaded(folder):
+    """As version 0.2 wrote it: no checksums, columns, or kind of outputs."""
+    rows = held_out((4,))
+    about = export(tabular(rows), rows, folder)
+    for key in set(about) - OLD_KEYS:
+        del about[key]
+    del about["output"]["values"]
+    (folder / "bundle.json").write_text(json.dumps(about | {"format": 1}))
+    changed(folder, "model.pt", lambda b: b[:-1])
+    answer = hpo.load_bundle(folder).predict(rows.inputs["features"])
+    assert answer.columns.tolist() == ["class", "probability"]
+
+
+OLD_KEYS = {*ABOUT, "params", "inputs", "output", "feature_names", "class_names", "n_parameters", "versions"}
+
+
+def test_no_pickle_of_a_bundle_is_run(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = held_out((4,))
+    export(tabular(rows), rows, folder)
+
+    class Evil:
+        def __reduce__(self):
+            return (open, ("ran", "w"))
+
+    for name in ("model.pt", "model.torchscript.pt"):
+        torch.save(Evil(), folder / name)
+    assert "was not loaded" in said_of(folder) or "is cut off" in said_of(folder)
+    assert "cannot be read as a TorchScript model" in said_of(folder, format=1)  # without checksums
+    assert not Path("ran").exists()
+
+
+EXTRAS = {"pt2": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}
+
+
+@pytest.mark.parametrize("kind", EXTRAS)
+def test_every_format_gives_the_same_where_hpo_cannot_be_imported(folder, kind):
+    for package in EXTRAS[kind]:
+        pytest.importorskip(package)
+    rows = held_out((4,))
+    about = export(tabular(rows), rows, folder, {**ALWAYS, kind: True}, fresh=True)
+    assert set(about["files"]) == {"model.pt", "model.torchscript.pt", FILE_OF[kind], "MODEL.md"}
+    for name in ("model.torchscript.pt", FILE_OF[kind]):
+        found = about["parity"][name]["fresh_process"]
+        assert found["max_difference"] <= TOLERANCE
+        assert found["batch_sizes"] == [1, 2, 257]
+    hpo.load_bundle(folder)
+    require_place(folder)  # such a bundle may be replaced
+
+
+def test_several_inputs_keep_their_names_in_onnx(folder):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    rows = held_out((3,), (2,))
+    made = model(Sum(), rows, Twice(), nn.Sigmoid())
+    export(made, rows, folder, {**ALWAYS, "onnx": True, "pt2": True}, fresh=True)
+    session = runtime.InferenceSession(folder / "model.onnx")
+    assert [each.name for each in session.get_inputs()] == ["features", "other"]
+    assert [each.name for each in session.get_outputs()] == ["prediction"]
+    one = {name: x[:1].numpy() for name, x in rows.inputs.items()}
+    expected = predictions(made.predictor(), rows)[:1]
+    torch.testing.assert_close(torch.from_numpy(session.run(None, one)[0]), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_what_a_format_cannot_hold_is_said_and_nothing_changes(folder, existing):
+    rows = held_out((4,))
+    with pytest.raises(ExportError, match=r"the model cannot be exported as pt2: .+; leave pt2 out of --formats"):
+        export(model(Branchy(), rows), rows, folder, {**ALWAYS, "pt2": True})
+    assert contents(folder) == existing
+    assert [path.name for path in folder.parent.iterdir()] == ["s"]
+
+
+def test_what_nobody_asked_for_is_left_out_where_it_cannot_be(folder, said):
+    rows = held_out((4,))
+    about = export(model(Branchy(), rows), rows, folder, formats_of(None))
+    assert set(about["files"]) == {"model.pt", "model.torchscript.pt", "MODEL.md"}
+    assert about["pt2"]["not_exported"]
+    assert "the model cannot be exported as pt2: " in said[-1]
+    assert set(export(tabular(rows), rows, folder, formats_of(None))["files"]) > {"model.pt2"}
+
+
+def test_a_file_that_only_a_fresh_process_finds_wrong_is_refused(folder, monkeypatch):
+    rows = held_out((4,))
+    monkeypatch.setattr("hpo.export.bundle.parity_of", lambda *args: {"max_difference": 0.0, "tolerance": TOLERANCE})
+    with pytest.raises(ExportError, match=r"model.torchscript.pt is not the model that was measured: .+ 0.01 "):
+        export(model(Shifted(4, 2), rows), rows, folder, fresh=True)
+    assert list(folder.parent.iterdir()) == []
+
+
+def test_formats_are_named_or_refused():
+    assert list(formats_of("pt2")) == list(formats_of(" torchscript , pt2,pt2,")) == [*ALWAYS, "pt2"]
+    with pytest.raises(InputError, match=r"--formats: must be of state_dict, .+ but got 'pt3'; did you mean \"pt2\""):
+        formats_of("pt3")
+
+
+def test_a_format_whose_library_is_not_there_says_which_to_install(monkeypatch):
+    monkeypatch.setattr("hpo.export.formats.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"--formats safetensors: needs safetensors; pip install 'hpo\[safetensors\]'"):
+        formats_of("safetensors")
+
+
+def test_bundle_json_and_the_card_have_the_facts(folder):
+    rows = held_out((2,))
+    made = model(nn.Linear(2, 2), rows, head=nn.Softmax(dim=-1))
+    about = export(made, rows, folder)
+    assert about["format"] == 2
+    assert about["example"] == {
+        name: pytest.approx(float(x)) for name, x in zip("ab", rows.inputs["features"][0], strict=True)
+    }
+    assert set(about["latency_ms"]) == {"1", "256"}
+    assert about["columns"][1] == {"name": "b", "kind": "number", "input": "features"}
+    card = (folder / "MODEL.md").read_text()
+    for fact in ("# s\n", "objective `o`, trial 3", "| a | a number |", "a probability for each class", "no, yes"):
+        assert fact in card
+
+
+CPP = """
+#include <torch/script.h>
+#include <cstdio>
+#include <cstdlib>
+
+int main(int argc, char** argv) {
+    torch::jit::script::Module model = torch::jit::load(argv[1]);
+    model.eval();
+    torch::NoGradGuard no_grad;
+    const int rows = std::atoi(argv[2]), columns = std::atoi(argv[3]);
+    torch::Tensor x = torch::empty({rows, columns});
+    for (int i = 0; i < rows * columns; ++i) {
+        float value;
+        if (std::scanf("%f", &value) != 1) return 1;
+        x.data_ptr<float>()[i] = value;
+    }
+    torch::Tensor y = model.forward({x}).toTensor().contiguous();
+    for (int64_t i = 0; i < y.numel(); ++i) std::printf("%.9g\\n", y.data_ptr<float>()[i]);
+}
+"""
+
+
+def compiled(folder):
+    """Return a program that loads TorchScript, built against the libtorch of the installed torch; else skip."""
+    source, program = folder / "predict.cpp", folder / "predict"
+    source.write_text(CPP)
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler (g++)")
+    torch_folder = Path(torch.__file__).parent
+    includes = [f"-I{torch_folder / part}" for part in ("include", "include/torch/csrc/api/include")]
+    libraries = torch_folder / "lib"
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    flags = ["-std=c++20", "-O0", abi, *includes, f"-L{libraries}", f"-Wl,-rpath,{libraries}"]
+    links = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--allow-shlib-undefined"]
+    command = [compiler, *flags, str(source), "-o", str(program), *links]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return program
+
+
+@pytest.mark.slow
+def test_a_program_in_cpp_predicts_the_same(folder, tmp_path):
+    program = compiled(tmp_path)
+    rows = held_out((4,))
+    made = tabular(rows)
+    export(made, rows, folder)
+    given = " ".join(f"{value:.9g}" for value in rows.inputs["features"].ravel().tolist())
+    command = [str(program), str(folder / "model.torchscript.pt"), str(len(rows)), "4"]
+    done = subprocess.run(command, input=given, capture_output=True, text=True, check=True)
+    seen = torch.tensor([float(line) for line in done.stdout.split()]).reshape(-1, 2)
+    torch.testing.assert_close(seen, predictions(made.predictor(), rows), atol=TOLERANCE, rtol=0)

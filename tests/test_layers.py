@@ -139,7 +139,7 @@ def test_mlflow_is_imported_only_when_first_used() -> None:
     assert importlib.util.find_spec("mlflow") is not None, "else that says nothing"
 
 
-COMMANDS = ("run", "check", "status", "report", "export", "worker", "repair", "serve", "adopt", "objectives")
+COMMANDS = ("run", "check", "status", "report", "export", "predict", "worker", "repair", "serve", "adopt", "objectives")
 COMMANDS += ("studies", "rename", "delete", "ui", "compare", "replay")
 
 
@@ -221,7 +221,8 @@ def test_the_surface_is_frozen() -> None:
         "check": {"--storage", "--tracking", "--device", "--set"},
         "status": {"--watch", "--trials", "--storage", "--set", "--json"},
         "report": {"--out", "--format", "--baselines", "--log", "--storage", "--tracking", "--set"},
-        "export": {"--trial", "--out", "--storage", "--tracking", "--device", "--set", "--json"},
+        "export": {"--trial", "--out", "--formats", "--storage", "--tracking", "--device", "--set", "--json"},
+        "predict": {"--format", "--out", "--top-k", "--id"},
         "worker": {
             "--study",
             "--objective",

@@ -1,6 +1,5 @@
 """What can be done with a study that was run: commands to paste."""
 
-import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +19,7 @@ def next_steps(path: Path, overrides: Mapping[str, str], trials: int, done: Outc
         f"hpo ui {study}": "its trials in MLflow and optuna-dashboard, in the browser",
     }
     if done is not None and done.bundle is not None:
-        code = f"import hpo; print(hpo.load_bundle({json.dumps(str(done.bundle))}))"
-        steps[f"python -c {shlex.quote(code)}"] = "the model, from raw input to prediction"
+        steps[f"hpo predict {shlex.quote(str(done.bundle))} INPUT"] = "predictions for a table, arrays or images"
     steps[f"hpo run {study} --trials {2 * trials}"] = "search on"
     width = min(max(map(len, steps)), 60)
     return [f"{command:<{width}}  # {what}" for command, what in steps.items()]

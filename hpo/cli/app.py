@@ -223,6 +223,10 @@ def export(
     out: Annotated[
         Path | None, typer.Option(help="The folder to write; default: bundles/<name> in the study's `output`.")
     ] = None,
+    formats: Annotated[
+        str | None,
+        typer.Option(help="Also pt2 (by default, where it can be), onnx, safetensors; state_dict, torchscript always."),
+    ] = None,
     storage: Storage = None,
     tracking: Tracking = None,
     device: Device = None,
@@ -236,7 +240,27 @@ def export(
     commands = _commands()
 
     overrides = _overrides(set_, storage=storage, tracking=tracking, device=device)
-    _finish(commands.export(study, overrides, trial, out), json_)
+    _finish(commands.export(study, overrides, trial, out, formats), json_)
+
+
+@app.command()
+def predict(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder, or the study's file.")],
+    source: Annotated[
+        str, typer.Argument(metavar="INPUT", help="A .csv, .parquet, .npz, .pt, an image, a folder of them; -: stdin.")
+    ],
+    format_: Annotated[str, typer.Option("--format", help="csv, or jsonl: a JSON object a line.")] = "csv",
+    out: Annotated[Path | None, typer.Option(help="The file to write; default: stdout.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="So many of the likeliest classes.")] = None,
+    keep: Annotated[str | None, typer.Option("--id", metavar="COLUMN", help="A column to copy.")] = None,
+) -> None:
+    """Predict with an exported model: a row for each row or image of INPUT, in their order.
+
+    Example: hpo predict mlruns/bundles/breast_cancer new.csv --out predictions.csv
+    """
+    from hpo.cli import predict as command
+
+    command.predict(bundle, source, format_, out, top_k, keep)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from hpo.cli.live import LiveProgress
 from hpo.cli.screen import Shown, console, screen
 from hpo.cli.status import summary
 from hpo.errors import HpoError, masked
+from hpo.export.formats import formats_of
 from hpo.runner import keeping
 from hpo.runner import replay as replaying
 from hpo.runner import study as studies
@@ -118,14 +119,17 @@ def serve(path: Path, overrides: Mapping[str, str], host: str, port: int) -> Non
     serve_storage(plan.spec.storage, host, port)
 
 
-def export(path: Path, overrides: Mapping[str, str], number: int | None, folder: Path | None) -> dict[str, Any]:
+def export(
+    path: Path, overrides: Mapping[str, str], number: int | None, folder: Path | None, formats: str | None
+) -> dict[str, Any]:
     """`hpo export`."""
+    chosen = formats_of(formats)
     with screen() as out, ExitStack() as stack:
         plan = _prepared(path, overrides, stack)
         search = open_existing(plan, path)
         stack.callback(search.close)
         seen = search.view()
-        done = studies.export(plan, search, seen, number, folder)
+        done = studies.export(plan, search, seen, number, folder, chosen)
         best = seen.best(number)
         _print_result(plan, seen, best, done, out)
         return summary(plan.spec, seen, best, done)

@@ -3,7 +3,9 @@
 A bundle is a folder:
     model.pt               {"model_state_dict", "model_hyperparameters", ...}; loads with weights_only=True
     model.torchscript.pt   raw inputs -> predictions, compiled, frozen, optimised; needs torch and nothing else
-    bundle.json            params, metrics, inputs and output, class names, parity, versions, commit, data's fingerprint
+    model.pt2, model.onnx, model.safetensors    where they were asked for; see `hpo.export.formats`
+    bundle.json            params, metrics, inputs and output, class names, parity, checksums, versions, commit, ...
+    MODEL.md               the same facts in words
 """
 
 import errno
@@ -11,88 +13,31 @@ import json
 import os
 import shutil
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from copy import deepcopy
-from dataclasses import asdict, dataclass
-from inspect import Parameter, Signature
-from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hpo.errors import ExportError, InputError
-from hpo.export.environment import git_commit, versions
-from hpo.export.files import FILES, finite
-from hpo.study.data import DataInfo, Split, prediction
-
-_jit: Any = torch.jit  # whose functions have no types
-TOLERANCE = 1e-5
-"""The largest difference between an exported model's predictions and the eager one's, of the largest of these where
-that is above 1: float32 has 7 digits, whatever the unit."""
-BATCH_SIZES = (1, 2, 7, 64, 1000)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """A trained model, and what a bundle says of it. `params` are all that it was built from."""
-
-    preprocess: nn.Module
-    network: nn.Module
-    head: nn.Module
-    params: Mapping[str, Any]
-    info: DataInfo
-    about: Mapping[str, Any]
-    """study, objective, options, trial, epochs, seed, metrics, data_fingerprint: plain values."""
-
-    def predictor(self) -> nn.Module:
-        """Return raw inputs -> predictions, in evaluation mode, as a module of its own on the CPU."""
-        parts = [part.cpu().eval() for part in deepcopy([self.preprocess, self.network, self.head])]
-        names = ("preprocess", "network", "head")
-        several = len(self.info.inputs) > 1 or self._gives_several(parts)
-        module = _Named(list(self.info.inputs), *parts) if several else nn.Sequential()
-        if isinstance(module, nn.Sequential):
-            for name, part in zip(names, parts, strict=True):
-                module.add_module(name, part)
-        return module.cpu().eval().requires_grad_(False)
-
-    def _gives_several(self, parts: Sequence[nn.Module]) -> bool:
-        """Whether the network gives several outputs, the first of which is the prediction."""
-        dtype = getattr(torch, next(iter(self.info.input_dtypes.values())))
-        with torch.no_grad():
-            x = torch.zeros(2, *next(iter(self.info.inputs.values())), dtype=dtype)
-            return not isinstance(parts[1](parts[0](x)), Tensor)
+from hpo.export.card import card
+from hpo.export.describing import describe
+from hpo.export.files import FILES, MORE_FILES, digests, finite
+from hpo.export.formats import ALWAYS, FILE_OF, Formats, Written, write
+from hpo.export.model import Model
+from hpo.export.parity import TOLERANCE, fresh_parity, parity_of, require_parity
+from hpo.log import log
+from hpo.study.data import Split
 
 
-class _Named(nn.Module):
-    """preprocess, network and head for several inputs or outputs; traced: TorchScript cannot script `*inputs`.
-
-    What is traced takes its inputs by their names too, as far as Python allows them.
-    """
-
-    def __init__(self, names: Sequence[str], preprocess: nn.Module, network: nn.Module, head: nn.Module) -> None:
-        super().__init__()
-        self.preprocess, self.network, self.head = preprocess, network, head
-
-        def forward(*inputs: Tensor) -> Tensor:
-            prepared = inputs if isinstance(preprocess, nn.Identity) else preprocess(*inputs)
-            prepared = (prepared,) if isinstance(prepared, Tensor) else prepared
-            predicted: Tensor = head(prediction(network(*prepared)))
-            return predicted
-
-        plain = [n if n.isidentifier() and not iskeyword(n) else f"input{place}" for place, n in enumerate(names)]
-        parameters = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in plain]
-        forward.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  # the tracer reads names here
-        self.forward = forward
-
-
-def export(model: Model, held_out: Split, folder: Path) -> dict[str, Any]:
+def export(
+    model: Model, held_out: Split, folder: Path, formats: Formats = ALWAYS, fresh: bool = False
+) -> dict[str, Any]:
     """Write `model` to `folder`, in place of whatever bundle is there; return bundle.json's content.
 
-    What was written is loaded again and compared with the eager module on `held_out` (its inputs only).
+    What was written is loaded again and compared with the eager module on `held_out` (its inputs only); with `fresh` in
+    a process of its own too, which cannot import hpo.
     Raises ExportError, and leaves `folder` as it was, where they differ by more than TOLERANCE, or cannot be written.
     """
     with _written(folder):
@@ -102,31 +47,46 @@ def export(model: Model, held_out: Split, folder: Path) -> dict[str, Any]:
     try:
         os.chmod(work, 0o755)  # mkdtemp makes it for its owner only
         eager = model.predictor()
-        hyperparameters = dict(model.params) | {
-            "input_shapes": {name: list(shape) for name, shape in model.info.inputs.items()},
-            "n_classes": model.info.n_classes,
-        }
-        state = {"model_state_dict": eager.state_dict(), "model_hyperparameters": hyperparameters}
+        how, parity = _write_all(model, eager, held_out, work, folder, formats)
+        require_parity(parity)
+        if fresh:
+            files = [FILE_OF[kind] for kind in formats if (work / FILE_OF[kind]).is_file()]
+            for name, found in fresh_parity(eager, work, files, held_out).items():
+                scale = {"largest_prediction": 1.0, "tolerance": TOLERANCE} | parity.get(name, {})
+                parity[name] = scale | {"fresh_process": found}
+                parity[name]["max_difference"] = max(found["max_difference"], scale.get("max_difference", 0.0))
+            require_parity(parity)
+        about = describe(model, eager, held_out) | how | {"parity": parity}
         with _written(folder):
-            torch.save(state | json.loads(json.dumps(dict(model.about))), work / "model.pt")
-        with _quiet_jit():
-            how = _write_torchscript(eager, held_out, work / "model.torchscript.pt", folder)
-            loaded = _jit.load(work / "model.torchscript.pt")
-            state = torch.load(work / "model.pt", weights_only=True)
-            restored = _reset(model.predictor())
-            restored.load_state_dict(state["model_state_dict"])
-            parity = {
-                "model.torchscript.pt": parity_of(eager, loaded, held_out),
-                "model.pt": parity_of(eager, restored, held_out),
-            }
-        _require_parity(parity)
-        about = _describe(model, eager, held_out) | {"torchscript": how, "parity": parity}
-        with _written(folder):
+            (work / "MODEL.md").write_text(card(about), encoding="utf-8")
+            about |= {"files": digests(work)}
             (work / "bundle.json").write_text(json.dumps(finite(about), indent=2, allow_nan=False) + "\n")
             _replace(work, place)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return about
+
+
+def _write_all(
+    model: Model, eager: nn.Module, held_out: Split, work: Path, folder: Path, formats: Formats
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write every format; return how each was written, and how far its predictions are from the eager ones."""
+    how, parity = {}, {}
+    for kind in formats:
+        try:
+            with _written(folder):
+                written = write(kind, model, eager, held_out, work)
+        except ExportError as error:
+            if formats[kind]:
+                raise
+            log.warning(str(error))
+            (work / FILE_OF[kind]).unlink(missing_ok=True)
+            written = Written(how={"not_exported": str(error)})
+        if written.how:
+            how[kind] = dict(written.how)
+        if written.call is not None:
+            parity[FILE_OF[kind]] = parity_of(eager, written.call, held_out)
+    return how, parity
 
 
 def require_place(folder: Path) -> None:
@@ -137,7 +97,7 @@ def require_place(folder: Path) -> None:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         if place.exists() and not place.is_dir():
             raise InputError(f"--out {folder}: is a file; give a folder")
-        foreign = sorted({file.name for file in place.iterdir()} - set(FILES)) if place.exists() else []
+        foreign = sorted({file.name for file in place.iterdir()} - {*FILES, *MORE_FILES}) if place.exists() else []
         if foreign:
             raise InputError(
                 f"--out {folder}: is to be replaced by the bundle, but holds {foreign[0]}; give another folder"
@@ -181,92 +141,6 @@ def _written(folder: Path) -> Iterator[None]:
         raise ExportError(f"{folder} cannot be written ({_why(error)}); nothing was exported") from error
 
 
-def parity_of(eager: nn.Module, other: nn.Module, held_out: Split) -> dict[str, Any]:
-    """Return the largest difference between the two modules' predictions on `held_out`, for several batch sizes."""
-    largest, scale, rows = 0.0, 1.0, min(len(held_out), 2 * max(BATCH_SIZES))
-    for batch_size in BATCH_SIZES:
-        for start in range(0, min(rows, 4 * batch_size), batch_size):
-            inputs = [x[start : start + batch_size].cpu() for x in held_out.inputs.values()]
-            with torch.no_grad():
-                one, two = eager(*inputs), other(*inputs)
-            difference = torch.where(one == two, 0.0, (one - two).abs()).max()  # -inf equals -inf
-            scale = max(scale, float(one.nan_to_num(posinf=0.0, neginf=0.0).abs().max()))
-            # max() of Python would drop a NaN, and a NaN is no parity
-            largest = max(largest, float(difference)) if torch.isfinite(difference) else float("inf")
-    return {
-        "max_difference": largest,
-        "largest_prediction": scale,
-        "tolerance": TOLERANCE * scale,
-        "batch_sizes": list(BATCH_SIZES),
-        "rows": rows,
-    }
-
-
-def _require_parity(parity: Mapping[str, Mapping[str, Any]]) -> None:
-    for file, result in parity.items():
-        if not result["max_difference"] <= result["tolerance"]:
-            raise ExportError(
-                f"{file} is not the model that was measured: its predictions differ by up to "
-                f"{result['max_difference']:.3g} (allowed: {result['tolerance']:.3g}); nothing was exported"
-            )
-
-
-def _write_torchscript(eager: nn.Module, held_out: Split, path: Path, folder: Path) -> dict[str, Any]:
-    """Write `eager` as TorchScript; return how that was done: scripted or traced, optimised or (why) not."""
-    example = tuple(x[:2].cpu() for x in held_out.inputs.values())
-    how: dict[str, Any] = {"compiled": "script"}
-    try:
-        if isinstance(eager, _Named):
-            raise RuntimeError("several inputs")
-        script = torch.jit.script(eager)
-    except Exception as error:  # the compiler raises a dozen kinds of error for Python it does not take
-        how = {"compiled": "trace", "not_scripted": str(error).strip().splitlines()[0][:200]}
-        script = _jit.trace(eager, example)
-    frozen = torch.jit.freeze(script)
-    try:
-        torch.jit.optimize_for_inference(frozen).save(str(path))
-        _jit.load(path)(*example)
-        how["optimized_for_inference"] = True
-    except RuntimeError as error:
-        # With convolutions it makes a file that torch.jit.load refuses ("attribute 'value' is undefined")
-        with _written(folder):
-            torch.jit.freeze(script).save(str(path))
-        how |= {"optimized_for_inference": False, "not_optimized": str(error).strip().splitlines()[-1][:200]}
-    return how
-
-
-def _reset(module: nn.Module) -> nn.Module:
-    """Return `module` with every number in it set to zero, so that it is what is loaded into it, or nothing."""
-    for tensor in module.state_dict().values():
-        tensor.zero_()
-    return module
-
-
-def _describe(model: Model, eager: nn.Module, held_out: Split) -> dict[str, Any]:
-    with torch.no_grad():
-        output = eager(*(x[:1].cpu() for x in held_out.inputs.values()))
-    info = asdict(model.info)
-    return {
-        "format": 1,
-        **model.about,
-        "params": dict(model.params),
-        "inputs": [
-            {"name": name, "shape": [None, *shape], "dtype": info["input_dtypes"][name]}
-            for name, shape in info["inputs"].items()
-        ],
-        "output": {
-            "name": "prediction",
-            "shape": [None, *output.shape[1:]],
-            "dtype": str(output.dtype).removeprefix("torch."),
-        },
-        "feature_names": info["feature_names"],
-        "class_names": info["class_names"],
-        "n_parameters": sum(p.numel() for p in model.network.parameters()),
-        "versions": versions(),
-        "git_commit": git_commit(),
-    }
-
-
 def _replace(work: Path, folder: Path) -> None:
     """Put `work` in `folder`'s place; what was there is away only for the moment between two renames."""
     old = work.with_name(f"{work.name}-old")
@@ -279,10 +153,3 @@ def _replace(work: Path, folder: Path) -> None:
             old.rename(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def _quiet_jit() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.jit.*")  # deprecated, and still what C++ loads
-        yield

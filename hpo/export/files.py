@@ -1,10 +1,20 @@
 """What lies in a bundle's folder, and numbers as its JSON has them. Nothing here imports torch."""
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from hpo.errors import InputError
+
+FORMAT = 2
+"""The version of bundle.json that is written; 1 had no checksums."""
+_MUST = {"inputs", "output", "class_names", "feature_names"}
 FILES = ("model.pt", "model.torchscript.pt", "bundle.json")
+"""What every bundle has; and what it may have."""
+MORE_FILES = ("model.pt2", "model.onnx", "model.safetensors", "MODEL.md")
 
 
 def finite(value: Any) -> Any:
@@ -14,3 +24,55 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """Return bundle.json's content. Raises InputError where it is none."""
+    file = folder / "bundle.json"
+    try:
+        about = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"{folder}: is no bundle, there is no bundle.json; `hpo export` makes one") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read ({(str(error).splitlines() or [''])[0][:200]})") from error
+    if not isinstance(about, dict) or not isinstance(about.get("format"), int) or _MUST - set(about):
+        raise InputError(f"{file}: is no description of an hpo bundle; `hpo export` makes one")
+    if about["format"] > FORMAT:
+        raise InputError(f"{file}: is of format {about['format']}, and this hpo reads up to {FORMAT}; upgrade hpo")
+    return about
+
+
+def digests(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the SHA-256 and the bytes of every file in a folder, by name."""
+    return {file.name: _digest(file) for file in sorted(folder.iterdir())}
+
+
+def verify(folder: Path, about: Mapping[str, Any], needed: str) -> None:
+    """Raise InputError unless the bundle's files are those that were written; `needed` must be among them.
+
+    Bundles of format 1 have no checksums, and are taken as they are.
+    """
+    if about["format"] < 2:
+        return
+    files = about.get("files")
+    if not isinstance(files, dict) or needed not in files:
+        raise InputError(f"{folder}: its bundle.json has no checksum of {needed}; export it again")
+    for name, written in files.items():
+        file = folder / Path(name).name
+        if not file.is_file():
+            raise InputError(f"{file}: is missing, which bundle.json names; the bundle is not whole, export it again")
+        if (size := file.stat().st_size) != written["bytes"]:
+            raise InputError(
+                f"{file}: has {size} bytes, but {written['bytes']} were written: it is cut off, or another file; "
+                "export it again"
+            )
+        if _digest(file) != written:
+            raise InputError(
+                f"{file}: is not what was exported (its SHA-256 is not that of bundle.json), so it was not loaded; "
+                "export it again"
+            )
+
+
+def _digest(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "bytes": file.stat().st_size}

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from hpo.errors import HpoError, InputError
-from hpo.export.bundle import Model, export
+from hpo.export.bundle import export
+from hpo.export.model import Model
 from hpo.runner.custom import TrialReporter
 from hpo.runner.firststep import missing_param, module_from, settings_stay, try_forward, try_measuring
 from hpo.runner.prepare import Plan, guarded

@@ -10,7 +10,9 @@ from filelock import FileLock
 from torch import nn
 
 from hpo.errors import ExportError, HpoError, Interrupted
-from hpo.export.bundle import Model, export
+from hpo.export.bundle import export
+from hpo.export.formats import ALWAYS, Formats
+from hpo.export.model import Model
 from hpo.log import log
 from hpo.runner.custom import TrialReporter, train_custom
 from hpo.runner.outcome import Outcome, outcome
@@ -24,6 +26,7 @@ from hpo.stacks.candidate import NotStackable
 from hpo.stacks.cost import records
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.data import Data
+from hpo.study.loading import source_fingerprint
 from hpo.tracking.base import Tracker
 from hpo.training.batches import Batches, make_batches
 from hpo.training.evaluation import evaluate
@@ -82,9 +85,18 @@ def conclude(
     return done
 
 
-def finish(plan: Plan, data: Data, search: Search, best: Best, folder: Path, stopping: Callable[[], bool]) -> Outcome:
+def finish(
+    plan: Plan,
+    data: Data,
+    search: Search,
+    best: Best,
+    folder: Path,
+    stopping: Callable[[], bool],
+    formats: Formats | None = None,
+) -> Outcome:
     """Train `best`'s params from scratch on train + validation, evaluate on the test set once, export to `folder`.
 
+    With `formats`, in these, and what was exported is loaded in a process of its own, too, which takes some seconds.
     Every reading of the test set is counted in the study's attributes. Raises ExportError, Interrupted.
     """
     whole = plan.spec.value == "last" and plan.spec.patience is None
@@ -117,6 +129,8 @@ def finish(plan: Plan, data: Data, search: Search, best: Best, folder: Path, sto
         ),
         data.test,
         folder,
+        ALWAYS if formats is None else formats,
+        fresh=formats is not None,
     )
     parity = max(result["max_difference"] for result in written["parity"].values())
     return Outcome(number=best.number, test=test, bundle=folder, parity=parity)
@@ -211,5 +225,6 @@ def _about(
         "metrics": {"of_the_trial": dict(best.metrics), "test": dict(test)},
         "n_test_evaluations": len(_tests(search)),
         "data_fingerprint": data.fingerprint(),
+        "source_fingerprint": source_fingerprint(plan.given),
         "about_the_data": dict(plan.objective.about()),
     }

@@ -17,6 +17,7 @@ import torch
 
 from hpo.errors import HpoError, InputError, Interrupted
 from hpo.export.bundle import require_place
+from hpo.export.formats import Formats
 from hpo.log import log
 from hpo.runner import checkpoints
 from hpo.runner.describing import announcement
@@ -233,7 +234,9 @@ def adopt(plan: Plan, search: Search, trials: Sequence[Any], source: str) -> int
     return n
 
 
-def export(plan: Plan, search: Search, seen: StudyView, number: int | None, folder: Path | None) -> Outcome:
+def export(
+    plan: Plan, search: Search, seen: StudyView, number: int | None, folder: Path | None, formats: Formats
+) -> Outcome:
     """Train a complete trial's params on train + validation, test and export them; `number` None: the best.
 
     Raises InputError where there is no such trial or no network, ExportError, Interrupted.
@@ -248,7 +251,7 @@ def export(plan: Plan, search: Search, seen: StudyView, number: int | None, fold
         raise InputError(f"objective {plan.spec.objective} is a function: it has no model to export")
     with signals() as stopping:
         search.storage.interrupt = stopping.requested
-        done = finish(plan, data, search, best, folder or bundle_folder(plan, number), stopping.requested)
+        done = finish(plan, data, search, best, folder or bundle_folder(plan, number), stopping.requested, formats)
     tell_export(plan, search, done)
     return done
 

@@ -122,6 +122,8 @@ class DataInfo:
     class_names: tuple[str, ...] = ()
     class_counts: tuple[int, ...] = ()
     """How many of the training rows have each class."""
+    missing: bool = False
+    """Whether NaN in the inputs is a missing value."""
 
     @property
     def n_features(self) -> int:
@@ -166,6 +168,7 @@ class Data:
             feature_names=self.feature_names,
             class_names=self.class_names,
             class_counts=tuple(torch.bincount(self.train.targets.long().ravel(), minlength=n).tolist()) if n else (),
+            missing=self.missing,
         )
 
     def checked(self, objective: str) -> "Data":

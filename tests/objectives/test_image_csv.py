@@ -9,7 +9,8 @@ from torch import nn
 from torchvision.transforms import v2
 
 from hpo.errors import DataError, InputError
-from hpo.export.bundle import Model, export
+from hpo.export.bundle import export
+from hpo.export.model import Model
 from hpo.study.loading import load
 from tests.cli import invoke, summary
 

@@ -12,10 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hpo.objectives.models import QuantileNormal
 from PIL import Image
 from torch import nn
 
-from hpo.export.bundle import TOLERANCE, Model, export
+from hpo.export.bundle import export
+from hpo.export.formats import ALWAYS, FILE_OF
+from hpo.export.model import Model
+from hpo.export.parity import TOLERANCE
 from hpo.stacks.candidate import NotStackable
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.study import catalog
@@ -433,3 +437,26 @@ def test_it_is_exported_with_parity_and_takes_raw_inputs(case, tmp_path):
         torch.testing.assert_close(predictions, case.objective.head()(outputs), atol=TOLERANCE, rtol=0)
     assert len(predictions) == len(held_out)
     assert torch.isfinite(predictions).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pt2", "onnx", "safetensors"])
+def test_it_is_exported_in_every_format_and_loaded_where_hpo_cannot_be_imported(case, tmp_path, kind):
+    if kind == "onnx" and any(isinstance(part, QuantileNormal) for part in case.preprocess.modules()):
+        pytest.skip("ONNX has no special.ndtri, which QuantileNormal takes")
+    for package in {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}.get(kind, ()):
+        pytest.importorskip(package)
+    params = case.corners[-1]
+    model = Model(
+        preprocess=case.preprocess,
+        network=case.network(params),
+        head=case.objective.head(),
+        params=params,
+        info=case.data.info,
+        about={"study": case.name},
+    )
+    about = export(model, case.some(300, "test"), tmp_path / "bundle", {**ALWAYS, kind: True}, fresh=True)
+    results = {name: result["fresh_process"] for name, result in about["parity"].items() if name != "model.pt"}
+    found = {name: result["max_difference"] for name, result in results.items()}
+    assert set(found) == {"model.torchscript.pt", FILE_OF[kind]}
+    assert max(found.values()) <= max(result["tolerance"] for result in about["parity"].values())

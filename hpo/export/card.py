@@ -1,0 +1,87 @@
+"""MODEL.md: a model card in plain words, from the facts of bundle.json alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_OUTPUTS = {
+    "probabilities": "a probability for each class",
+    "logits": "logits; `hpo predict` turns them into probabilities",
+    "scores": "a score for each class, the largest of which is the answer; no probabilities",
+    "numbers": "numbers",
+}
+
+
+def card(about: Mapping[str, Any]) -> str:
+    """Return the model card, as Markdown."""
+    name = about.get("study", "model")
+    lines = [f"# {name}", "", *_what(about), "", "## What goes in", "", *_inputs(about), "", "## What comes out", ""]
+    lines += [*_outputs(about), "", "## How good it is", "", *_metrics(about), "", "## How it was made", ""]
+    lines += [*_made(about), "", "## How to use it", "", "```sh", "hpo predict FOLDER new.csv", "```", ""]
+    lines += ["```python", "import hpo", "", 'hpo.load_bundle("FOLDER").predict(frame)', "```", ""]
+    lines += ["`model.torchscript.pt` needs torch alone, in Python or C++; `bundle.json` has all of this for programs."]
+    return "\n".join(lines) + "\n"
+
+
+def _what(about: Mapping[str, Any]) -> list[str]:
+    trial = f", trial {about['trial']}" if "trial" in about else ""
+    return [
+        f"A model of the objective `{about.get('objective', '?')}`{trial}, with {about['n_parameters']:,} parameters. "
+        f"Exported {about['created']} by hpo {about['versions']['hpo']}."
+    ]
+
+
+def _inputs(about: Mapping[str, Any]) -> list[str]:
+    columns = about["columns"]
+    if columns and columns[0]["name"]:
+        lines = ["| column | values |", "|---|---|"]
+        for column in columns:
+            named = column.get("categories", ())
+            more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+            kind = "a number" if column["kind"] == "number" else f"a category: {', '.join(named[:8])}{more}"
+            lines.append(f"| {_cell(column['name'])} | {_cell(kind)} |")
+    else:
+        lines = ["| input | shape | type |", "|---|---|---|"]
+        for entry in about["inputs"]:
+            shape = ", ".join(["rows", *map(str, entry["shape"][1:])])
+            lines.append(f"| {_cell(entry['name'])} | ({shape}) | {entry['dtype']} |")
+    missing = "Missing values are filled in." if about["missing"] else "No value may be missing."
+    return [*lines, "", f"{missing} Scaling is inside the model: values go in as they were measured."]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _outputs(about: Mapping[str, Any]) -> list[str]:
+    classes = ", ".join(map(str, about["class_names"]))
+    given = f"For each row: {_OUTPUTS[about['output']['values']]}."
+    return [f"{given} The classes, in order: {classes}." if classes else given]
+
+
+def _metrics(about: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for group, values in about.get("metrics", {}).items():
+        if isinstance(values, Mapping) and values:
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            lines.append(f"- {about['protocol'].get(group, group)}: {shown}")
+    if (n := about.get("n_test_evaluations", 1)) > 1:
+        lines.append(f"- The test rows were read {n} times in this study: the more often, the less they say.")
+    times = about["latency_ms"]
+    lines.append(f"- One row takes {times['1']} ms, 256 rows {times['256']} ms, on the machine that exported it.")
+    return lines
+
+
+def _made(about: Mapping[str, Any]) -> list[str]:
+    params = ", ".join(f"{name}={value}" for name, value in about["params"].items())
+    lines = [f"- params: {params}"]
+    if "epochs" in about:
+        lines.append(f"- {about['epochs']} epochs on train + validation, seed {about['seed']}")
+    if "data_fingerprint" in about:
+        lines.append(f"- data {about['data_fingerprint']}, source {about.get('source_fingerprint', 'not known')}")
+    versions = about["versions"]
+    lines.append(
+        f"- Python {versions['python']}, torch {versions['torch']}, commit {about['git_commit'] or 'not known'}"
+    )
+    worst = max(entry["max_difference"] for entry in about["parity"].values())
+    lines.append(f"- what was exported differs from the model that was measured by at most {worst:.1e}")
+    return lines

@@ -1,0 +1,201 @@
+"""The columns of a bundle's inputs: a table's rows become the arrays that its model takes, by the columns' names.
+
+A column is {"name": "age", "kind": "number", "input": "numeric"}, or {"name": "city", "kind": "category", "input":
+"categorical", "categories": ["Basel", "Bern"]}. Category i has the code i + 1; what is missing or unknown has 0.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pandas.api import types
+
+from hpo.errors import InputError, did_you_mean
+from hpo.study.table_text import as_text, listed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One column of a table; `categories` None: it holds numbers."""
+
+    name: str
+    categories: tuple[str, ...] | None = None
+
+
+@dataclass
+class Notes:
+    """What is to be said of a table beside its predictions."""
+
+    ignored: list[str] = field(default_factory=list)
+    unknown: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """By column: how many of its values are no category of the model, and the first of them."""
+    resized: tuple[int, str] = (0, "")
+    by_place: int = 0
+    """How many columns without names were taken in their order."""
+
+    def texts(self) -> list[str]:
+        """Return one line for each."""
+        lines = [f"columns that the model does not take were ignored: {listed(self.ignored)}"] if self.ignored else []
+        if self.by_place:
+            lines.append(f"the bundle names no columns: the table's {self.by_place} were taken in their order")
+        for name, (n, first) in self.unknown.items():
+            rows = "1 value was" if n == 1 else f"{n} values were"
+            lines.append(f"column {name!r}: {rows} not seen in training, and taken as unknown (the first: {first})")
+        if self.resized[0]:
+            lines.append(f"{self.resized[0]} images were resized (the first: {self.resized[1]})")
+        return lines
+
+
+def columns_of(about: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the columns that bundle.json has, or that can be made of what it says; None: its inputs are no columns.
+
+    Where nothing names them, their names are empty, and they are taken in their order.
+    """
+    if "columns" in about:
+        columns: list[dict[str, Any]] | None = about["columns"]
+        return columns
+    widths = {entry["name"]: entry["shape"][1] for entry in about["inputs"] if len(entry["shape"]) == 2}
+    if len(widths) != len(about["inputs"]):
+        return None
+    told = about.get("about_the_data", {}).get("columns")
+    if isinstance(told, list) and set(widths) <= {"numeric", "categorical"}:
+        places = {"number": "numeric", "category": "categorical"}
+        made = [dict(column) | {"input": places[column["kind"]]} for column in told]
+        made.sort(key=lambda column: column["input"] != "numeric")
+        if [sum(c["input"] == name for c in made) for name in widths] == list(widths.values()):
+            return made
+    inputs = [name for name, width in widths.items() for _ in range(width)]
+    names = list(about.get("feature_names", ()))
+    names = names if len(names) == len(inputs) else [""] * len(inputs)
+    return [{"name": n, "kind": "number", "input": i} for n, i in zip(names, inputs, strict=True)]
+
+
+class Columns:
+    """The columns of a bundle's inputs, and how a table's rows are taken to arrays. `missing`: NaN may be in them."""
+
+    def __init__(self, about: Mapping[str, Any], columns: Sequence[Mapping[str, Any]]) -> None:
+        self.missing = bool(about.get("missing", any(c["kind"] == "category" for c in columns)))
+        dtypes = {entry["name"]: entry["dtype"] for entry in about["inputs"]}
+        self._inputs: dict[str, list[Column]] = {name: [] for name in dtypes}
+        self._dtypes = {name: np.dtype(dtype) for name, dtype in dtypes.items()}
+        for column in columns:
+            categories = tuple(column["categories"]) if column["kind"] == "category" else None
+            self._inputs[column["input"]].append(Column(name=column["name"], categories=categories))
+        self._every = [column for each in self._inputs.values() for column in each]
+        self._by_place = self.names == [""]
+
+    @property
+    def texts(self) -> list[str]:
+        """The names of the columns that hold categories."""
+        return [column.name for column in self._every if column.categories is not None]
+
+    @property
+    def names(self) -> list[str]:
+        """All names, each once."""
+        return list(dict.fromkeys(column.name for column in self._every))
+
+    def required(self, where: str, header: Iterable[str], keep: str | None, notes: Notes) -> list[str]:
+        """Return which of the table's columns are taken. Raises InputError with all that are missing."""
+        header = list(header)
+        if keep is not None and keep not in header:
+            raise InputError(f"{where}: there is no column {keep!r} (in --id){did_you_mean(keep, header)[:300]}")
+        if self._by_place:
+            found = [name for name in header if name != keep]
+            if len(found) != len(self._every):
+                raise InputError(
+                    f"{where}: the bundle names no columns and takes {len(self._every)} in their order, but got "
+                    f"{len(found)}: {listed(found)}"
+                )
+            notes.by_place = len(found)
+            return found
+        if missing := [name for name in self.names if name not in header]:
+            near = did_you_mean(missing[0], header)[:300] if len(missing) == 1 else f"; it has {listed(header)}"
+            what = "a column is" if len(missing) == 1 else f"{len(missing)} columns are"
+            raise InputError(f"{where}: {what} missing that the model takes: {', '.join(map(repr, missing))}{near}")
+        known = {*self.names, keep}
+        notes.ignored = [repr(name) for name in header if name not in known]
+        return self.names
+
+    def arrays(self, frame: pd.DataFrame, where: str, first: int, notes: Notes) -> dict[str, np.ndarray]:
+        """Return a table's rows, the first of which is row `first`, as arrays (N, columns) by input.
+
+        `frame` has the columns that are `required`. Raises InputError with row, column and value.
+        """
+        made, place = {}, 0
+        for name, columns in self._inputs.items():
+            names = list(frame.columns[place : place + len(columns)]) if self._by_place else [c.name for c in columns]
+            place += len(columns)
+            if columns and columns[0].categories is not None:
+                made[name] = np.stack([self._codes(frame[c.name], c, where, first, notes) for c in columns], 1)
+            else:
+                made[name] = self._numbers(frame, names, self._dtypes[name], where, first)
+        return made
+
+    def _numbers(
+        self, frame: pd.DataFrame, names: Sequence[str], dtype: np.dtype[Any], where: str, first: int
+    ) -> np.ndarray:
+        """Return these columns as numbers (N, columns)."""
+        part = frame[list(names)]
+        plain = all(isinstance(kind, np.dtype) and kind.kind in "iufb" for kind in part.dtypes)
+        columns = part if plain else pd.DataFrame({i: _as_numbers(part.iloc[:, i]) for i in range(len(names))})
+        numbers = columns.to_numpy(dtype=np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):
+            cast = numbers.astype(dtype)
+        if dtype.kind == "f":
+            if np.isfinite(cast.sum(dtype=np.float64)):
+                return cast
+            wrong = ~np.isfinite(cast) & ~(np.isnan(cast) & part.isna().to_numpy() & self.missing)
+        else:
+            wrong = cast != numbers
+        if wrong.any():
+            row, column = (int(place) for place in np.argwhere(wrong)[0])
+            came: Any = part.iloc[row, column]
+            at = f"{where}: row {first + row}, column {names[column]!r}"
+            if pd.isna(came):
+                raise InputError(f"{at}: the value is missing, and the model takes none that are; fill it in")
+            kind = "a finite number" if dtype.kind == "f" else f"a whole number ({dtype})"
+            raise InputError(f"{at}: must be {kind}, but got {_shown(came)}")
+        return cast
+
+    def _codes(self, values: "pd.Series[Any]", column: Column, where: str, first: int, notes: Notes) -> np.ndarray:
+        """Return a column's categories as codes (N,)."""
+        assert column.categories is not None
+        text = as_text(values)
+        index = pd.Index(column.categories, dtype="string")
+        codes = index.get_indexer(pd.Index(text)).astype(np.int64) + 1
+        gone = text.isna().to_numpy()
+        if gone.any() and not self.missing:
+            at = f"{where}: row {first + int(gone.argmax())}, column {column.name!r}"
+            raise InputError(f"{at}: the value is missing, and the model takes none that are; fill it in")
+        if (other := (codes == 0) & ~gone).any():  # 1.0 and 01 are the category 1, as pandas read the training table
+            codes[other] = index.get_indexer(pd.Index([_plain(t) for t in text[other]], dtype="string")) + 1
+        if (unknown := (codes == 0) & ~gone).any():
+            row = int(unknown.argmax())
+            n, example = notes.unknown.get(column.name, (0, f"{_shown(text.iloc[row])} in row {first + row}"))
+            notes.unknown[column.name] = n + int(unknown.sum()), example
+        return codes
+
+
+def _as_numbers(values: "pd.Series[Any]") -> np.ndarray:
+    """Return values as numbers; NaN for those that are none."""
+    if not types.is_numeric_dtype(values):
+        values = pd.to_numeric(values, errors="coerce")
+    return values.astype("Float64").to_numpy(dtype=np.float64, na_value=np.nan)
+
+
+def _plain(text: str) -> str:
+    """Return a number or a truth value as pandas writes what it has read as one."""
+    if text.lower() in ("true", "false"):
+        return text.capitalize()
+    try:
+        number = float(text)
+        return str(int(number)) if number.is_integer() else str(number)
+    except (ValueError, OverflowError):
+        return text
+
+
+def _shown(value: Any) -> str:
+    text = repr(value.item() if isinstance(value, np.generic) else value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,103 @@
+"""What bundle.json says of a model: what goes in and comes out, how fast it is, what it was made with."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpo.export.answers import Values, values_of
+from hpo.export.columns import columns_of
+from hpo.export.environment import git_commit, versions
+from hpo.export.files import FORMAT
+from hpo.export.model import Model
+from hpo.study.data import Split
+
+PROTOCOL = {
+    "of_the_trial": "the validation rows, in the search; the best of many trials, so rather too good",
+    "test": "the test rows, which no trial saw, after training on train + validation from scratch",
+}
+"""What each group of `metrics` was measured on."""
+_MOST_NUMBERS = 1000
+
+
+def describe(model: Model, eager: nn.Module, held_out: Split) -> dict[str, Any]:
+    """Return what bundle.json says of a model beside its files and their parity."""
+    with torch.no_grad():
+        output = eager(*(x[:1000].cpu() for x in held_out.inputs.values()))
+    info = asdict(model.info)
+    about = {
+        "format": FORMAT,
+        **model.about,
+        "params": dict(model.params),
+        "inputs": [
+            {"name": name, "shape": [None, *shape], "dtype": info["input_dtypes"][name]}
+            for name, shape in info["inputs"].items()
+        ],
+        "output": {
+            "name": "prediction",
+            "shape": [None, *output.shape[1:]],
+            "dtype": str(output.dtype).removeprefix("torch."),
+            "values": _values(model, output),
+        },
+        "feature_names": info["feature_names"],
+        "class_names": info["class_names"],
+        "missing": info["missing"],
+        "n_parameters": sum(p.numel() for p in model.network.parameters()),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "protocol": PROTOCOL,
+        "latency_ms": latency(eager, held_out),
+    }
+    columns = columns_of(about)
+    return about | {"columns": columns, "example": example(held_out, columns)}
+
+
+def _values(model: Model, output: Tensor) -> Values:
+    """Return what the outputs are: what head and loss say counts for more than what a few rows look like."""
+    seen = values_of(output.float().numpy(), model.info.n_classes)
+    if seen == "numbers":
+        return seen
+    if isinstance(model.head, nn.Sigmoid | nn.Softmax):
+        return "probabilities"
+    if isinstance(model.head, nn.Identity) and model.params.get("loss") in ("bce", "cross_entropy", "nll"):
+        return "logits"
+    return seen
+
+
+def example(held_out: Split, columns: Sequence[Mapping[str, Any]] | None) -> dict[str, Any] | None:
+    """Return the first held-out row: by column as a table has it, or by input; None: it has very many numbers."""
+    first = {name: x[0].cpu() for name, x in held_out.inputs.items()}
+    if sum(x.numel() for x in first.values()) > _MOST_NUMBERS:
+        return None
+    if not columns or not columns[0]["name"]:
+        return {name: x.tolist() for name, x in first.items()}
+    left = {name: [float(f"{v:.7g}") if x.is_floating_point() else v for v in x.tolist()] for name, x in first.items()}
+    row = {}
+    for column in columns:
+        value = left[column["input"]].pop(0)
+        if column["kind"] == "category":
+            value = column["categories"][value - 1] if 0 < value <= len(column["categories"]) else None
+        row[column["name"]] = value
+    return row
+
+
+def latency(eager: nn.Module, held_out: Split) -> dict[str, float]:
+    """Return the milliseconds that the eager module takes for 1 and for 256 rows, here: the median of a few."""
+    found = {}
+    for size in (1, 256):
+        rows = torch.arange(size) % len(held_out)
+        inputs = [x[rows].cpu() for x in held_out.inputs.values()]
+        times: list[float] = []
+        with torch.inference_mode():
+            eager(*inputs)
+            while len(times) < 9 and sum(times) < 0.1:
+                start = time.perf_counter()
+                eager(*inputs)
+                times.append(time.perf_counter() - start)
+        found[str(size)] = round(1000 * sorted(times)[len(times) // 2], 4)
+    return found

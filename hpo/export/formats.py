@@ -1,0 +1,167 @@
+"""The files that a model is exported as, each written and read by the library that it belongs to."""
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpo.errors import ExportError, InputError, did_you_mean
+from hpo.export.model import Model, Named
+from hpo.study.data import Split
+
+_jit: Any = torch.jit  # whose functions have no types
+Formats = Mapping[str, bool]
+"""Formats by name, and whether it is an error where the model cannot be exported as that, or it is left out."""
+FILE_OF = {
+    "state_dict": "model.pt",
+    "torchscript": "model.torchscript.pt",
+    "pt2": "model.pt2",
+    "onnx": "model.onnx",
+    "safetensors": "model.safetensors",
+}
+"""The file of each format. The first two are in every bundle."""
+ALWAYS: Formats = {"state_dict": True, "torchscript": True}
+_NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}
+
+
+def formats_of(text: str | None) -> Formats:
+    """Return the formats that `--formats` names, those of every bundle first. Raises InputError.
+
+    Where it was not given, pt2 is among them if the model can be exported as that.
+    """
+    if text is None:
+        return {**ALWAYS, "pt2": False}
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in FILE_OF:
+            known = did_you_mean(name, FILE_OF)
+            raise InputError(f"--formats: must be of {', '.join(FILE_OF)}, but got {name!r}{known}")
+        if lacking := [package for package in _NEEDS.get(name, ()) if find_spec(package) is None]:
+            raise InputError(f"--formats {name}: needs {', '.join(lacking)}; pip install 'hpo[{name}]'")
+    return {**ALWAYS, **dict.fromkeys(names, True)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """A file that was written: how, and what it gives for raw inputs; None: it holds tensors, no model."""
+
+    how: Mapping[str, Any]
+    call: Callable[..., Tensor] | None = None
+
+
+def write(kind: str, model: Model, eager: nn.Module, held_out: Split, folder: Path) -> Written:
+    """Write `eager` as one format into `folder`, and read it back. Raises ExportError where it cannot be that."""
+    path = folder / FILE_OF[kind]
+    if kind == "state_dict":
+        return _write_state(model, eager, path)
+    if kind == "torchscript":
+        with _quiet("torch.jit"):
+            how = _write_torchscript(eager, held_out, path)
+            return Written(how=how, call=_jit.load(path))
+    if kind == "safetensors":
+        from safetensors.torch import save_file
+
+        save_file({name: tensor.clone().contiguous() for name, tensor in eager.state_dict().items()}, path)
+        return Written(how={})
+    example = tuple(x[:3].cpu() for x in held_out.inputs.values())
+    if len(example[0]) < 2:  # a batch of one would be taken for a fixed size
+        example = tuple(torch.cat([x, x]) for x in example)
+    names = list(held_out.inputs)
+    try:
+        with _quiet(""):
+            if kind == "pt2":
+                return _write_pt2(eager, example, path)
+            return _write_onnx(eager, example, names, path)
+    except Exception as error:  # torch.export and the converter raise dozens of kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ExportError(f"the model cannot be exported as {kind}: {reason}; leave {kind} out of --formats") from error
+
+
+def _write_state(model: Model, eager: nn.Module, path: Path) -> Written:
+    hyperparameters = dict(model.params) | {
+        "input_shapes": {name: list(shape) for name, shape in model.info.inputs.items()},
+        "n_classes": model.info.n_classes,
+    }
+    state = {"model_state_dict": eager.state_dict(), "model_hyperparameters": hyperparameters}
+    torch.save(state | json.loads(json.dumps(dict(model.about))), path)
+    restored = _reset(model.predictor())
+    restored.load_state_dict(torch.load(path, weights_only=True)["model_state_dict"])
+    return Written(how={}, call=restored)
+
+
+def _shapes(example: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """Return what torch.export is to take as free: the first dimension of every input."""
+    return tuple({0: torch.export.Dim.AUTO} for _ in example)
+
+
+def _write_pt2(eager: nn.Module, example: tuple[Tensor, ...], path: Path) -> Written:
+    program = torch.export.export(eager, example, dynamic_shapes=_shapes(example))
+    torch.export.save(program, path)
+    return Written(how={"inputs": list(program.graph_signature.user_inputs)}, call=torch.export.load(path).module())
+
+
+def _write_onnx(eager: nn.Module, example: tuple[Tensor, ...], names: list[str], path: Path) -> Written:
+    import onnxruntime
+
+    program = torch.onnx.export(
+        eager,
+        example,
+        dynamo=True,
+        verbose=False,
+        input_names=names,
+        output_names=["prediction"],
+        dynamic_shapes=_shapes(example),
+    )
+    assert program is not None
+    program.save(path, external_data=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def call(*inputs: Tensor) -> Tensor:
+        given = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+        return torch.from_numpy(session.run(None, given)[0])
+
+    return Written(how={"inputs": names, "outputs": ["prediction"]}, call=call)
+
+
+def _write_torchscript(eager: nn.Module, held_out: Split, path: Path) -> dict[str, Any]:
+    """Write `eager` as TorchScript; return how that was done: scripted or traced, optimised or (why) not."""
+    example = tuple(x[:2].cpu() for x in held_out.inputs.values())
+    how: dict[str, Any] = {"compiled": "script"}
+    try:
+        if isinstance(eager, Named):
+            raise RuntimeError("several inputs")
+        script = torch.jit.script(eager)
+    except Exception as error:  # the compiler raises a dozen kinds of error for Python it does not take
+        how = {"compiled": "trace", "not_scripted": str(error).strip().splitlines()[0][:200]}
+        script = _jit.trace(eager, example)
+    frozen = torch.jit.freeze(script)
+    try:
+        torch.jit.optimize_for_inference(frozen).save(str(path))
+        _jit.load(path)(*example)
+        how["optimized_for_inference"] = True
+    except RuntimeError as error:
+        # With convolutions it makes a file that torch.jit.load refuses ("attribute 'value' is undefined")
+        torch.jit.freeze(script).save(str(path))
+        how |= {"optimized_for_inference": False, "not_optimized": str(error).strip().splitlines()[-1][:200]}
+    return how
+
+
+def _reset(module: nn.Module) -> nn.Module:
+    """Return `module` with every number in it set to zero, so that it is what is loaded into it, or nothing."""
+    for tensor in module.state_dict().values():
+        tensor.zero_()
+    return module
+
+
+@contextmanager
+def _quiet(about: str) -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=f".*{about}.*")  # of TorchScript: deprecated, and what C++ loads
+        yield

@@ -1,0 +1,262 @@
+"""What is predicted from, read in chunks of rows: a table, arrays, images. Nothing in it is unpickled."""
+
+import io
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pandas as pd
+
+from hpo.errors import InputError
+from hpo.export.columns import Columns, Notes
+from hpo.export.images import SUFFIXES, image_chunks
+from hpo.study.table_text import OPEN, beginning, dialect_of, listed
+
+ROWS = 1 << 16
+"""So many rows of a table are read at a time."""
+_BYTES = 1 << 26
+"""Arrays and images: so many bytes."""
+_MARK = "="
+"""Stands before values that are to stay as they are written, so that pandas takes none for a number or as missing."""
+_TEXT = (".csv", ".tsv", ".txt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Some rows, as arrays (N, ...) by the model's inputs. `share`: how much of the whole has been read, 0 to 1."""
+
+    arrays: Mapping[str, np.ndarray]
+    kept: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Columns that are copied to the answer."""
+    share: float = 1.0
+
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+
+def chunks(
+    source: str, about: Mapping[str, Any], columns: Columns | None, keep: str | None, notes: Notes
+) -> Iterator[Chunk]:
+    """Yield the rows of `source`, a path or `-` for a CSV on stdin. Raises InputError."""
+    if source == "-":
+        return _text(sys.stdin.buffer, "stdin", _tabular("stdin", about, columns), keep, notes, lambda: 0.0)
+    path = Path(source)
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    last = suffixes[-1] if suffixes else ""
+    if not path.exists():
+        raise InputError(f"{path}: there is no such file")
+    if path.is_file() and path.stat().st_size == 0:
+        raise InputError(f"{path}: is empty")
+    if path.is_dir() or last in SUFFIXES:
+        _no_column(path, keep)
+        return (
+            Chunk(arrays=arrays, kept={"file": names}, share=share)
+            for arrays, names, share in image_chunks(path, about, _BYTES, notes)
+        )
+    if last in (".npz", ".npy", ".pt"):
+        _no_column(path, keep)
+        return _arrays(path, about, columns)
+    if last == ".parquet":
+        return _parquet(path, _tabular(str(path), about, columns), keep, notes)
+    if last in _TEXT or (last in OPEN and suffixes[-2:-1] and suffixes[-2] in _TEXT):
+        return _text_file(path, _tabular(str(path), about, columns), keep, notes)
+    raise InputError(
+        f"{path}: must be .csv, .tsv or .txt (.gz, .bz2 or .xz too), .parquet, .npz, .npy, .pt, an image "
+        f"({', '.join(SUFFIXES)}), a folder of images, or - for a CSV on stdin"
+    )
+
+
+def _no_column(path: Path, keep: str | None) -> None:
+    if keep is not None:
+        raise InputError(f"--id {keep}: {path} is no table and has no columns; leave --id away")
+
+
+def _tabular(where: str, about: Mapping[str, Any], columns: Columns | None) -> Columns:
+    if columns is None:
+        shapes = ", ".join(f"{e['name']} {tuple(e['shape'][1:])} in {e['dtype']}" for e in about["inputs"])
+        raise InputError(f"{where}: is a table, but the model takes {shapes}: give a .npz, a .pt, or images")
+    return columns
+
+
+def _text_file(path: Path, columns: Columns, keep: str | None, notes: Notes) -> Iterator[Chunk]:
+    size = path.stat().st_size
+    with path.open("rb") as raw:
+        opened = OPEN.get(path.suffix.lower())
+        with raw if opened is None else opened(raw, "rb") as stream:
+            yield from _text(stream, str(path), columns, keep, notes, lambda: raw.tell() / size)
+
+
+class _Rejoined(io.RawIOBase):
+    """A stream whose beginning was read already."""
+
+    def __init__(self, head: bytes, rest: IO[bytes]) -> None:
+        self._head, self._rest = head, rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size = len(buffer)
+        data, self._head = (self._head[:size], self._head[size:]) if self._head else (self._rest.read(size), b"")
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _text(
+    stream: IO[bytes], where: str, columns: Columns, keep: str | None, notes: Notes, share: Callable[[], float]
+) -> Iterator[Chunk]:
+    """Yield the rows of a table in text, whose separator, encoding and marks of numbers are seen at its beginning."""
+    first = 1
+    try:
+        head, cut = beginning(stream)
+        if not head.strip():
+            raise InputError(f"{where}: is empty")
+        dialect = dialect_of(where, head, cut)
+        header = [name or f"Unnamed: {i}" for i, name in enumerate(dialect.header)]  # as pandas calls them
+        taken = columns.required(where, header, keep, notes)
+        copied = keep if keep not in taken else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # where pandas would cut rows that are too long
+            reader = pd.read_csv(
+                io.BufferedReader(_Rejoined(head, stream), 1 << 20),
+                chunksize=ROWS,
+                low_memory=False,
+                header=0,
+                names=header,
+                dtype={name: str for name in columns.texts},
+                converters=None if copied is None else {copied: _MARK.__add__},
+                **dialect.for_pandas(),
+            )
+            for frame in reader:
+                if len(frame):
+                    kept = {} if keep is None else {keep: frame[keep].tolist()}
+                    if copied is not None:
+                        kept = {copied: [text.removeprefix(_MARK) for text in kept[copied]]}
+                    arrays = columns.arrays(frame[taken], where, first, notes)
+                    yield Chunk(arrays=arrays, kept=kept, share=share())
+                first += len(frame)
+    except InputError:
+        raise
+    except Exception as error:  # pandas, csv, zlib, lzma: each fails in a way of its own
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise InputError(
+            f"{where}: cannot be read behind row {first - 1} ({type(error).__name__}: {reason})"
+        ) from error
+    if first == 1:
+        raise InputError(f"{where}: has a header, but no rows")
+
+
+def _parquet(path: Path, columns: Columns, keep: str | None, notes: Notes) -> Iterator[Chunk]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise InputError(f"{path}: Parquet is read by pyarrow, which is not installed: pip install pyarrow") from error
+    first = 1
+    try:
+        with parquet.ParquetFile(path) as file:
+            header = [name.strip() for name in file.schema_arrow.names]
+            taken = columns.required(str(path), header, keep, notes)
+            wanted = list(dict.fromkeys([*taken, *([] if keep is None else [keep])]))
+            names = [file.schema_arrow.names[header.index(name)] for name in wanted]
+            total = file.metadata.num_rows
+            for batch in file.iter_batches(batch_size=ROWS, columns=names):
+                frame = batch.to_pandas()[names]
+                frame.columns = pd.Index(wanted)
+                if len(frame):
+                    kept = {} if keep is None else {keep: frame[keep].tolist()}
+                    arrays = columns.arrays(frame[taken], str(path), first, notes)
+                    first += len(frame)
+                    yield Chunk(arrays=arrays, kept=kept, share=(first - 1) / total)
+    except InputError:
+        raise
+    except Exception as error:  # pyarrow: many kinds
+        raise InputError(f"{path}: cannot be read behind row {first - 1} ({_why(error)})") from error
+    if first == 1:
+        raise InputError(f"{path}: has no rows")
+
+
+def _arrays(path: Path, about: Mapping[str, Any], columns: Columns | None) -> Iterator[Chunk]:
+    arrays = as_arrays(_loaded(path), about, columns, str(path))
+    n = len(next(iter(arrays.values())))
+    per_row = sum(array.nbytes for array in arrays.values()) // n
+    rows = max(1, min(ROWS, _BYTES // max(1, per_row)))
+    for start in range(0, n, rows):
+        part = {name: array[start : start + rows] for name, array in arrays.items()}
+        yield Chunk(arrays=part, share=min(1.0, (start + rows) / n))
+
+
+def _loaded(path: Path) -> Any:
+    """Return what a .npz, .npy or .pt holds. Raises InputError."""
+    try:
+        if path.suffix.lower() == ".pt":
+            import torch
+
+            return torch.load(path, map_location="cpu", weights_only=True)
+        loaded = np.load(path, allow_pickle=False)
+        return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
+    except Exception as error:  # zip, numpy, torch, pickle: each fails in a way of its own
+        raise InputError(
+            f"{path}: holds no plain arrays or tensors that can be read ({_why(error)}); nothing in it was run"
+        ) from error
+
+
+def _why(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def as_arrays(value: Any, about: Mapping[str, Any], columns: Columns | None, where: str) -> dict[str, np.ndarray]:
+    """Return one array, several in the inputs' order, or a mapping of names, as arrays (N, ...). Raises InputError."""
+    names = [entry["name"] for entry in about["inputs"]]
+    if isinstance(value, Mapping):
+        if len(names) == 1 and len(value) == 1:
+            value = dict(zip(names, value.values(), strict=True))
+        if missing := [name for name in names if name not in value]:
+            raise InputError(f"{where}: holds no {listed(map(repr, missing))}, only {listed(map(repr, value))}")
+        given = [value[name] for name in names]
+    elif isinstance(value, list | tuple) and len(names) > 1:
+        given = list(value)
+        if len(given) != len(names):
+            raise InputError(f"{where}: the model takes {len(names)} inputs ({', '.join(names)}), but got {len(given)}")
+    else:
+        given = [value]
+        if len(names) > 1:
+            raise InputError(f"{where}: the model takes {len(names)} inputs, give each by its name: {', '.join(names)}")
+    missing_ok = bool(about.get("missing", columns.missing if columns else False))
+    made = {
+        entry["name"]: _checked(each, entry, missing_ok, where)
+        for entry, each in zip(about["inputs"], given, strict=True)
+    }
+    sizes = {name: len(array) for name, array in made.items()}
+    if len(set(sizes.values())) > 1:
+        raise InputError(f"{where}: the inputs have different numbers of rows: {sizes}")
+    return made
+
+
+def _checked(value: Any, entry: Mapping[str, Any], missing: bool, where: str) -> np.ndarray:
+    """Return one input as its array (N, ...), of its shape and type. Raises InputError."""
+    name, shape, dtype = entry["name"], tuple(entry["shape"][1:]), np.dtype(entry["dtype"])
+    try:
+        array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{where}: {name} is no array of numbers ({error})") from error
+    if array.dtype.kind not in "iufb":
+        raise InputError(f"{where}: {name} must be numbers, but is {array.dtype}")
+    if array.ndim == 0 or array.shape[1:] != shape:
+        raise InputError(f"{where}: {name} must be (N, {', '.join(map(str, shape))}), but is {array.shape}")
+    if not len(array):
+        raise InputError(f"{where}: {name} has no rows")
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = array.astype(dtype, copy=False)
+    wrong = np.zeros(len(array), dtype=bool)
+    if dtype.kind == "f":
+        wrong = ~(np.isfinite(cast) | (np.isnan(array) & missing)).reshape(len(array), -1).all(1)
+    elif cast is not array:
+        wrong = (cast != array).reshape(len(array), -1).any(1)
+    if wrong.any():
+        what = "NaN or infinity" if dtype.kind == "f" else f"what {dtype} cannot hold"
+        raise InputError(f"{where}: {name} holds {what} in row {int(wrong.argmax()) + 1}")
+    return cast

@@ -1,0 +1,184 @@
+"""How a text table is written: separator, encoding, marks of numbers, from its beginning; values as text."""
+
+import bz2
+import csv
+import gzip
+import lzma
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from typing import IO, Any
+
+import numpy as np
+import pandas as pd
+from pandas.api import types
+
+from hpo.errors import DataError
+
+OPEN: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+"""How a file is opened, by its suffix, where that is not `open`."""
+_SAMPLE, _MOST = 1 << 18, 1 << 24
+"""So many bytes of a file say how it is written; where they do not hold `_LINES` lines, more, up to `_MOST`."""
+_LINES = 8
+_FIELDS = 1 << 17
+"""So many fields say how numbers are written."""
+csv.field_size_limit(_MOST)  # a line that is read with the wrong separator is one field
+_MISSING = ("?",)
+"""Read as missing, beside what pandas takes for that: nothing, NA, N/A, NaN, null, None, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """How a table is written, and its `header`."""
+
+    header: Sequence[str]
+    separator: str
+    decimal: str
+    thousands: str
+    encoding: str
+    errors: str
+    """What is done with bytes that are none of the encoding: strict or replace."""
+
+    def for_pandas(self) -> dict[str, Any]:
+        """Return the arguments of `pandas.read_csv`."""
+        return {
+            "sep": self.separator,
+            "decimal": self.decimal,
+            "thousands": self.thousands or None,
+            "encoding": self.encoding,
+            "encoding_errors": self.errors,
+            "index_col": False,
+            "skipinitialspace": True,
+            "na_values": list(_MISSING),
+        }
+
+
+def dialect_of(where: object, head: bytes, cut: bool) -> Dialect:
+    """Return how the table is written that begins with `head`, and has more where it is `cut`.
+
+    `where` says in messages which table it is. Raises DataError.
+    """
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return _dialect(where, head, cut, "utf-16", "strict")
+    if odd := re.search(rb"[\x00-\x08\x0e-\x1f]", head):
+        raise DataError(
+            f"{where}: is no text (byte {odd.start()} is {odd[0][0]}); give a .csv or a .parquet file, and save a "
+            "workbook as CSV"
+        )
+    try:
+        return _dialect(where, head, cut, "utf-8-sig", "strict")
+    except UnicodeDecodeError:
+        return windows(where, head, cut)
+
+
+def windows(where: object, head: bytes, cut: bool) -> Dialect:
+    """Return how the table is written, whose encoding is that of Windows. Raises DataError."""
+    return _dialect(where, head, cut, "cp1252", "replace")
+
+
+def beginning(stream: IO[bytes]) -> tuple[bytes, bool]:
+    """Return a file's beginning, with some whole rows in it, and whether there is more of it."""
+    head = stream.read(_SAMPLE)
+    while _n_lines(head) < _LINES and len(head) < _MOST and (more := stream.read(len(head))):
+        head += more
+    next_byte = stream.read(1)
+    return head + next_byte, bool(next_byte)
+
+
+def _n_lines(text: bytes) -> int:
+    """Return how many lines end in `text`, those inside of quotes not counted."""
+    characters = np.frombuffer(text, dtype=np.uint8)
+    in_quotes = np.cumsum(characters == ord('"')) % 2 == 1
+    return int((((characters == ord("\n")) | (characters == ord("\r"))) & ~in_quotes).sum())
+
+
+def _dialect(where: object, head: bytes, cut: bool, encoding: str, errors: str) -> Dialect:
+    text = head.decode(encoding, "ignore" if cut else errors)
+    separator = max(",;\t|", key=lambda mark: _n_columns(text, mark, cut))
+    rows = list(_rows(text, separator, cut))
+    if not rows:
+        raise DataError(f"{where}: is empty")
+    header, *rows = [[value.strip() for value in row] for row in rows]
+    number = _number()
+    if all(number.fullmatch(name) for name in header):
+        raise DataError(
+            f"{where}: its first line holds numbers, no names; write a line with the columns' names above it"
+        )
+    if twice := [name for name, n in Counter(header).items() if n > 1 and name]:
+        raise DataError(
+            f"{where}: its header names {listed(map(repr, twice))} more than once; give each column its own name"
+        )
+    if long := next((row for row in rows if len(row) > len(header)), None):
+        raise DataError(
+            f"{where}: a row has {len(long)} fields, but its header has {len(header)} (separated by {separator!r}): "
+            f"{separator.join(long)[:60]!r}; put text that holds {separator!r} into quotes"
+        )
+    decimal, thousands = _marks(rows, separator)
+    return Dialect(
+        header=header,
+        separator=separator,
+        decimal=decimal,
+        thousands=thousands,
+        encoding=encoding,
+        errors=errors,
+    )
+
+
+def _rows(text: str, separator: str, cut: bool) -> Iterator[list[str]]:
+    """Yield the rows that hold something; of several not the last, which is half a row, where the text was `cut`."""
+    rows = filter(None, csv.reader(StringIO(text, newline=""), delimiter=separator, skipinitialspace=True))
+    before = next(rows, None)
+    if before is None:
+        return
+    whole = not cut
+    for row in rows:
+        yield before
+        before, cut = row, not whole
+    if whole or not cut:
+        yield before
+
+
+def _n_columns(text: str, separator: str, cut: bool) -> int:
+    """Return how many columns there are if `separator` is between them; 0 where most rows have another number."""
+    sizes = [len(row) for row in _rows(text, separator, cut)]
+    return sizes[0] if sizes and sizes.count(sizes[0]) >= 0.9 * len(sizes) else 0
+
+
+def _marks(rows: Sequence[Sequence[str]], separator: str) -> tuple[str, str]:
+    """Return the marks of decimals and of thousands with which most fields are numbers; of equals, the first here."""
+    known = [(".", ""), (",", ""), (",", "."), (".", ",")]
+    if separator == ",":  # numbers that hold a comma are in quotes, and it is the mark of thousands
+        known = [(".", ""), (".", ","), (",", ""), (",", ".")]
+
+    values = [value for row in rows for value in row]
+    some = [value for value in values[:: 1 + len(values) // _FIELDS] if "." in value or "," in value]
+
+    def n_numbers(marks: tuple[str, str]) -> int:
+        number = _number(*marks)
+        return sum(number.fullmatch(value) is not None for value in some)
+
+    if n_numbers(known[0]) == len(some):
+        return known[0]
+    return max(known, key=n_numbers)
+
+
+def _number(decimal: str = ".", thousands: str = "") -> re.Pattern[str]:
+    whole = rf"(?:[1-9]\d{{0,2}}(?:\{thousands}\d{{3}})+|\d+)" if thousands else r"\d+"
+    return re.compile(rf"[+-]?(?:{whole}(?:\{decimal}\d*)?|\{decimal}\d+)(?:[eE][+-]?\d+)?")
+
+
+def listed(texts: Iterable[str]) -> str:
+    """Return the texts, long ones cut, with commas between, and how many more there are than ten."""
+    every = [text if len(text) <= 50 else f"{text[:47]}..." for text in texts]
+    more = f" and {len(every) - 10} more" if len(every) > 10 else ""
+    return ", ".join(every[:10]) + more
+
+
+def as_text(values: pd.Series) -> pd.Series:
+    """Return values as text without blanks around it, whole numbers without a point; missing ones stay missing."""
+    if types.is_float_dtype(values) and (values.dropna() % 1 == 0).all():
+        values = values.astype("Int64")
+    text = values.astype("string").str.strip()
+    return text.mask(text == "")
