@@ -10,7 +10,7 @@ import traceback
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -186,34 +186,6 @@ def status(
 
     every = (2.0 if seconds is None else seconds) if watch else None
     _finish(command.status(study, _overrides(set_, trials=trials, storage=storage), every), json_)
-
-
-@app.command()
-def report(
-    study: Study,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to write; - is stdout; default: see --format.")
-    ] = None,
-    format_: Annotated[
-        Literal["html", "md", "json", "csv"] | None,
-        typer.Option("--format", help="html, to reports/<name>/report.html in `output`; md, json, csv, to stdout."),
-    ] = None,
-    baselines: Annotated[
-        bool | None, typer.Option(help="Fit simple models beside the best trial; default: up to 100,000 rows.")
-    ] = None,
-    log: Annotated[bool, typer.Option("--log", help="Keep the page with the study's run in MLflow, too.")] = False,
-    storage: Storage = None,
-    tracking: Tracking = None,
-    set_: Set = None,
-) -> None:
-    """Write all that a study has found as one page: best, curves, params, timeline, every trial. It needs no network.
-
-    Example: hpo report studies/breast_cancer.yaml --out report.html
-    """
-    from hpo.cli import report as command
-
-    overrides = _overrides(set_, storage=storage, tracking=tracking)
-    command.report(study, overrides, format_, out, baselines, log_it=log)
 
 
 @app.command()

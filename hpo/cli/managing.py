@@ -1,9 +1,11 @@
 """The commands that look after studies and change nothing in how they are trained: their options."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
+from hpo.cli import options
 from hpo.cli.options import Json, finish
 
 Named = Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or a study's name in the storage.")]
@@ -14,8 +16,35 @@ Storage = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Give `app` these commands."""
-    for command in (studies, compare, rename, delete, ui):
+    for command in (report, studies, compare, rename, delete, ui):
         app.command()(command)
+
+
+def report(
+    study: options.Study,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to write; - is stdout; default: see --format.")
+    ] = None,
+    format_: Annotated[
+        Literal["html", "md", "json", "csv"] | None,
+        typer.Option("--format", help="html, to reports/<name>/report.html in `output`; md, json, csv, to stdout."),
+    ] = None,
+    baselines: Annotated[
+        bool | None, typer.Option(help="Fit simple models beside the best trial; default: up to 100,000 rows.")
+    ] = None,
+    log: Annotated[bool, typer.Option("--log", help="Keep the page with the study's run in MLflow, too.")] = False,
+    storage: options.Storage = None,
+    tracking: options.Tracking = None,
+    set_: options.Set = None,
+) -> None:
+    """Write all that a study has found as one page: best, curves, params, timeline, every trial. It needs no network.
+
+    Example: hpo report studies/breast_cancer.yaml --out report.html
+    """
+    from hpo.cli import report as command
+
+    overrides = options.overrides(set_, storage=storage, tracking=tracking)
+    command.report(study, overrides, format_, out, baselines, log_it=log)
 
 
 def studies(storage: Storage = None, json_: Json = False) -> None:
