@@ -348,3 +348,9 @@ def test_it_needs_the_bundle_only(bundles, here):
     command = [sys.executable, "-c", code, "predict", str(bundles / "binary"), "new.csv"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_full_disk_is_said(bundles, here):
+    Path("new.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(HpoError, match=r"^--out /dev/full: cannot be written \(No space left on device\); make room"):
+        predicted(bundles / "binary", "new.csv", "--out", "/dev/full")

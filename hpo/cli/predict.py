@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from hpo.errors import InputError, SpecError, did_you_mean
+from hpo.errors import HpoError, InputError, SpecError, did_you_mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,11 +30,17 @@ def predict(bundle: Path, source: str, format_: str, out: Path | None, top_k: in
 
     model, notes = load_bundle(folder), Notes()
     made = predictions(model.model, model.about, source, top_k=top_k, keep=keep, notes=notes)
-    with _opened(out) as stream, _progress(source) as show:
-        write = _csv_writer(stream) if format_ == "csv" else _json_writer(stream)
-        for frame, share in made:
-            write(frame)
-            show(share)
+    try:
+        with _opened(out) as stream, _progress(source) as show:
+            write = _csv_writer(stream) if format_ == "csv" else _json_writer(stream)
+            for frame, share in made:
+                write(frame)
+                show(share)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        where = "stdout" if out is None else f"--out {out}"
+        raise HpoError(f"{where}: cannot be written ({error.strerror or error}); make room, or name another") from error
     for text in notes.texts():
         print(f"hpo: {text}", file=sys.stderr)
 
