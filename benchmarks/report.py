@@ -17,19 +17,20 @@ import time
 from datetime import date
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.browser import chromium
+
 MAKE = """
-import random, sys, time
+import random, sys
 from datetime import datetime, timedelta
 from pathlib import Path
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 from hpo.runner.opening import open_or_make
 from hpo.runner.prepare import prepare
 
 random.seed(0)
 search = open_or_make(prepare(Path("many.yaml")))
-of = {"learning_rate": FloatDistribution(3e-4, 5e-3, log=True), "weight_decay": FloatDistribution(1e-6, 0.1, log=True),
-      "n_hidden": IntDistribution(8, 64), "optimizer": CategoricalDistribution(["adam", "sgd"])}
+of = {dimension.name: dimension.distribution for dimension in search.space.dimensions}
 trials, start = [], datetime.now() - timedelta(days=1)
 for slot in range(int(sys.argv[1])):
     params = {"learning_rate": 10 ** random.uniform(-3.4, -2.4), "weight_decay": 10 ** random.uniform(-5.9, -1.1),
@@ -93,8 +94,6 @@ def command(folder: Path, *arguments: str) -> float:
 
 def in_browser(page: Path) -> tuple[float, float]:
     """Return the seconds until the page is there, and until all of its figures are."""
-    from tests.browser import chromium
-
     with chromium() as browser:
         start = time.perf_counter()
         browser.get(page.as_uri())
@@ -104,5 +103,4 @@ def in_browser(page: Path) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     main()
