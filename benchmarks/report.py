@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
 from selenium.webdriver.support.ui import WebDriverWait
@@ -23,14 +22,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.browser import chromium
 
 MAKE = """
-import random, sys
+import random, sys; random.seed(0)
 from datetime import datetime, timedelta
 from pathlib import Path
 from optuna.trial import TrialState, create_trial
 from hpo.runner.opening import open_or_make
 from hpo.runner.prepare import prepare
 
-random.seed(0)
 search = open_or_make(prepare(Path("many.yaml")))
 of = {dimension.name: dimension.distribution for dimension in search.space.dimensions}
 trials, start = [], datetime.now() - timedelta(days=1)
@@ -51,22 +49,19 @@ for slot in range(int(sys.argv[1])):
 search.study.add_trials(trials)
 search.close()
 """
-STUDY = """
-objective: breast_cancer
-metric: loss
-epochs: 20
-tracking: off
-"""
+STUDY = "objective: breast_cancer\nmetric: loss\nepochs: 20\ntracking: off\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--trials", type=int, nargs="+", default=[100, 1000, 10_000])
-    options = parser.parse_args()
+    counts = parser.parse_args().trials
     os.environ |= {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print(
+        f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    )
     print("| trials | page | CPU | open | figures | MB |\n|---|---|---|---|---|---|")
-    for n in options.trials:
+    for n in counts:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             (folder / "many.yaml").write_text(f"{STUDY}trials: {n}\n")
