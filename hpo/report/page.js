@@ -46,6 +46,7 @@ if (choice) choice.addEventListener("change", () => {
 // The table of all trials: sorted, searched, in pages.
 
 const PER_PAGE = 50;
+const LONGEST = 300; // characters of a cell; it is searched whole
 const { columns, rows } = report.table;
 const texts = rows.map((row) => row.map(shown));
 const searched = texts.map((row) => row.join("\n").toLowerCase());
@@ -84,7 +85,8 @@ function show() {
     const line = body.insertRow();
     for (const text of texts[i]) {
       const cell = line.insertCell();
-      cell.textContent = text;
+      cell.textContent = text.length > LONGEST ? `${text.slice(0, LONGEST)}…` : text;
+      if (text.length > LONGEST) cell.title = text;
       if (text.length > 40) cell.className = "long";
     }
   }

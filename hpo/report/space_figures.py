@@ -1,5 +1,6 @@
 """The figures of the search space: slices, contours, parallel coordinates; of complete trials only."""
 
+import html
 import itertools
 import math
 from collections.abc import Sequence
@@ -139,7 +140,7 @@ def parallel(facts: Facts) -> Drawing | None:
                 "label": text(name),
                 "values": [axis.place(point.params.get(name)) + _beside(axis, point) for point in drawn],
                 "tickvals": places,
-                "ticktext": labels,
+                "ticktext": [html.unescape(label) for label in labels],  # the only texts that plotly takes as they are
                 "range": list(axis.ends()),
             }
         )

@@ -61,6 +61,7 @@ def tests_text(facts: Facts) -> str:
     """Return what the test set said of the exported model, and how often it was read."""
     test = facts.result.get("test")
     n = facts.n_test_evaluations
+    unknown = "It is not known how often the test set was read."
     readings = f"The test set was read {'once' if n == 1 else f'{n} times'}" + (
         "." if n <= 1 else "; the more often, the less it says."
     )
@@ -69,7 +70,8 @@ def tests_text(facts: Facts) -> str:
     of = facts.result.get("number")
     stale = "" if facts.best is not None and of == facts.best.number else ", which is not the best trial now"
     values = ", ".join(f"{name} {number(value)}" for name, value in test.items())
-    return f"{values}: trial {of}'s params{stale}, trained from scratch on train + validation. {readings}"
+    how = f"trial {of}'s params{stale}, trained from scratch on train + validation"
+    return f"{values}: {how}. {readings if n else unknown}"
 
 
 def as_json(facts: Facts, judged: Mapping[str, Any] | None) -> str:
