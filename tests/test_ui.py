@@ -11,10 +11,13 @@ from urllib.request import urlopen
 
 import psutil
 import pytest
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
 
 from hpo.cli import pages
 from hpo.cli.pages import Page, port_of
 from hpo.errors import HpoError, InputError
+from tests import browser
 from tests.cli import invoke, refused
 from tests.conftest import start_hpo
 
@@ -24,6 +27,19 @@ Write = Callable[..., Path]
 def _lines(process: "subprocess.Popen[str]", n: int) -> list[str]:
     assert process.stdout is not None
     return [process.stdout.readline().rstrip() for _ in range(n)]
+
+
+def _look(mlflow: str, dashboard: str) -> None:
+    """See the study's run in MLflow's list of training runs, and the study in the dashboard, in a real browser."""
+    with browser.chromium() as page:
+        wait = WebDriverWait(page, 60)
+        page.get(mlflow)
+        wait.until(lambda page: "Run Name" in page.find_element(By.TAG_NAME, "body").text)
+        wait.until(lambda page: "linear.py" in page.find_element(By.TAG_NAME, "body").text)  # its dataset
+        page.get(dashboard)
+        wait.until(lambda page: "Best Trial" in page.find_element(By.TAG_NAME, "body").text)
+        assert "study" in page.find_element(By.TAG_NAME, "body").text
+        assert browser.errors(page)[-1:] == []
 
 
 def test_both_pages_land_on_the_study_and_end_with_it(study: Write) -> None:
@@ -41,6 +57,8 @@ def test_both_pages_land_on_the_study_and_end_with_it(study: Write) -> None:
             assert b"<title>Optuna Dashboard" in page.read()
         with urlopen(address.replace("dashboard/studies/1", "api/studies/1")) as page:
             assert b'"name":"study"' in page.read().replace(b'": ', b'":')
+        if browser.MISSING is None:
+            _look(mlflow.partition(": ")[2], address)
         assert ends == "Ctrl-C ends them"
         assert len(children) >= 3, "MLflow, its server and the dashboard"
     finally:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hpo.errors import HpoError, InputError, masked
-from hpo.export.files import FILES
+from hpo.export.files import FILES, MORE_FILES
 from hpo.log import log
 from hpo.search import schema
 from hpo.search.address import exists
@@ -173,7 +173,11 @@ def _bundle_lines(spec: StudySpec, remove: bool) -> list[str]:
     folder = bundle_of(spec)
     if not folder.is_dir():
         return []
-    return [_remove(folder, FILES, "bundle")] if remove else [f"kept: its bundle in {folder} (--bundle deletes it)"]
+    return (
+        [_remove(folder, [*FILES, *MORE_FILES], "bundle")]
+        if remove
+        else [f"kept: its bundle in {folder} (--bundle deletes it)"]
+    )
 
 
 def _remove(folder: Path, patterns: Collection[str], what: str) -> str:
