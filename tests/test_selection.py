@@ -130,8 +130,12 @@ def test_the_test_set_is_read_once_and_counted_however_often_a_study_is_conclude
     done = first()
     assert n_tests(search) == 1
     assert search.attrs["hpo:test_evaluations"] == [{"number": 0, "test": done.test}]
-    told_of = {"test_loss": done.test["loss"], "test_r2": done.test["r2"], "best_valid_r2": 0.9}
-    assert first.tracker.metrics == {None: [(0, told_of)]}
+    curve, (step, ending) = first.tracker.metrics[None]
+    assert curve == (1, {"best_valid_r2": 0.9})
+    told_of = {"test_loss": done.test["loss"], "test_r2": done.test["r2"], "trials_complete": 1}
+    assert step == 1
+    assert told_of.items() <= ending.items()
+    assert first.tracker.best == 0
     assert first.tracker.folders == [bundle_folder(plan)]
 
     before = (done.bundle / "bundle.json").stat().st_mtime_ns
