@@ -39,6 +39,7 @@ def screens(output: str) -> list[str]:
             shown.append("\n".join(lines))
             row -= int(match[1][:-1] or 1)
         elif control.endswith("K"):
+            shown += ["\n".join(lines)] if lines[row] else []  # as it was before the live view is drawn again
             lines[row] = ""
     return [*shown, "\n".join(lines)]
 

@@ -16,7 +16,7 @@ def next_steps(path: Path, overrides: Mapping[str, str], trials: int, done: Outc
     study = " ".join([shlex.quote(str(path)), *places])
     steps = {
         f"hpo report {study}": "the whole search on one page",
-        f"hpo ui {study}": "its trials in MLflow and optuna-dashboard, in the browser",
+        f"hpo ui {study}": "in the browser: MLflow, optuna-dashboard",
     }
     if done is not None and done.bundle is not None:
         steps[f"hpo predict {shlex.quote(str(done.bundle))} INPUT"] = "predictions for a table, arrays or images"
