@@ -72,12 +72,14 @@ def chromium():
 def page(chromium, folder):
     browser.errors(chromium), browser.requests(chromium)
     chromium.get((folder / "report.html").as_uri())
+    shown = "#trials-table th button"  # on a busy machine its texts are there before they are laid out
+    WebDriverWait(chromium, 30).until(lambda page: page.find_element(By.CSS_SELECTOR, shown).text)
     return chromium
 
 
 def column(page, name):
-    heads = [each.text for each in page.find_elements(By.CSS_SELECTOR, "#trials-table th button")]
-    at = heads.index(name) + 1
+    heads = page.find_elements(By.CSS_SELECTOR, "#trials-table th button")
+    at = [each.get_attribute("textContent") for each in heads].index(name) + 1
     return [each.text for each in page.find_elements(By.CSS_SELECTOR, f"#trials-table tbody td:nth-child({at})")]
 
 
