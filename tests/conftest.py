@@ -1,10 +1,12 @@
 """What all tests share. Small models are many times slower with torch's own default of threads, so: one."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -116,6 +118,18 @@ def start_hpo(*arguments: object, **environ: str) -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+
+
+def interrupt_after(line: str, path: object) -> None:
+    """Run a study of `linear.py`, slowly, and interrupt it in the trial after that which `line` is printed of."""
+    running = start_hpo("run", path, LINEAR_SECONDS="0.05")
+    assert running.stdout is not None
+    for each in running.stdout:
+        if line in each:
+            break
+    time.sleep(0.4)
+    running.send_signal(signal.SIGINT)
+    running.communicate(timeout=60)
 
 
 def run_hpo(*arguments: object, **environ: str) -> "subprocess.CompletedProcess[str]":

@@ -1,8 +1,6 @@
 """Whatever a person looks at says the same of every trial: Optuna, MLflow, `hpo status`, the report, Python."""
 
 import json
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import pytest
 
 import hpo
 from tests.cli import invoke, summary
-from tests.conftest import start_hpo
+from tests.conftest import interrupt_after
 from tests.mlflows import in_store
 
 STUDY = """
@@ -27,25 +25,13 @@ params:
 """
 
 
-def interrupted(path: Path) -> None:
-    """Run a study until its third trial is in training, and stop it there."""
-    running = start_hpo("run", path, LINEAR_SECONDS="0.05")
-    assert running.stdout is not None
-    for line in running.stdout:
-        if "trial 1 failed" in line:
-            break
-    time.sleep(0.4)  # trial 2 is in training for a second and more
-    running.send_signal(signal.SIGINT)
-    running.communicate(timeout=60)
-
-
 @pytest.mark.parametrize("kind", ["sqlite", "http"])
 def test_all_say_the_same_of_every_trial(
     kind: str, study: Callable[..., Path], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     mlflow = in_store(kind, request, tmp_path)
     path = study(f"{STUDY}name: {mlflow.study}\ntracking: {mlflow.uri}\n")
-    interrupted(path)
+    interrupt_after("trial 1 failed", path)  # trial 2 is in training for a second and more
     done = summary(invoke("run", path, "--json"))
     status = summary(invoke("status", path, "--json"))
     invoke("report", path, "--no-baselines", "--out", "report.json")

@@ -1,8 +1,5 @@
 """The report of a real study in a real browser: it is drawn, sorted and searched without a network."""
 
-import signal
-import time
-
 import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -10,7 +7,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 import hpo
 from tests import browser
-from tests.conftest import LINEAR, run_hpo, start_hpo
+from tests.conftest import LINEAR, interrupt_after, run_hpo
 
 pytestmark = pytest.mark.skipif(browser.MISSING is not None, reason=browser.MISSING or "")
 
@@ -44,14 +41,7 @@ def folder(tmp_path_factory):
         patch.chdir(folder)
         (folder / "linear.py").write_text(LINEAR)
         (folder / "study.yaml").write_text(STUDY)
-        running = start_hpo("run", "study.yaml", LINEAR_SECONDS="0.05")
-        assert running.stdout is not None
-        for line in running.stdout:
-            if "trial 1 failed" in line:
-                break
-        time.sleep(0.4)  # trial 2 is in training for a second and more
-        running.send_signal(signal.SIGINT)
-        running.communicate(timeout=60)
+        interrupt_after("trial 1 failed", "study.yaml")  # trial 2 is in training for a second and more
         done = run_hpo("run", "study.yaml")
         assert done.returncode == 0, done.stderr
         done = run_hpo("report", "study.yaml", "--out", "report.html")

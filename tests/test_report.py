@@ -14,6 +14,7 @@ import time
 import tomllib
 from datetime import datetime, timedelta
 from html.parser import HTMLParser
+from pathlib import Path
 
 import optuna
 import pytest
@@ -32,7 +33,7 @@ from hpo.report.facts import leases_of, read
 from hpo.report.page import page
 from hpo.report.place import default_path
 from hpo.search import schema
-from tests.cli import invoke, refused
+from tests.cli import invoke, refused, summary
 from tests.conftest import ROOT
 from tests.searches import PARAMS, HandClock, Opener
 
@@ -404,6 +405,23 @@ def of_many(n):
 
 
 # Texts that mean harm, and secrets.
+
+
+def test_of_equals_the_report_and_python_name_the_trial_that_the_study_does(study):
+    path = study("trials: 3\nepochs: 1\nstack: 1\npruner: none\n")
+    invoke("run", path)
+    storage = optuna.storages.RDBStorage("sqlite:///mlruns/optuna.db")
+    for trial_id, loss in ((1, 0.3), (2, 0.1), (3, 0.2)):
+        with storage.engine.begin() as connection:  # as three trials of one value would have been written
+            connection.exec_driver_sql(f"update trial_values set value = 0.5 where trial_id = {trial_id}")
+            attr = f"'{{\"valid_loss\": {loss}}}' where trial_id = {trial_id} and key = 'metrics'"
+            connection.exec_driver_sql(f"update trial_user_attributes set value_json = {attr}")
+    storage.engine.dispose()
+    assert summary(invoke("status", path, "--json"))["best"]["number"] == 1
+    assert hpo.open_study(path).best.number == 1
+    invoke("report", path, "--out", "report.json", "--no-baselines")
+    report = json.loads(Path("report.json").read_text())
+    assert (report["best"]["number"], report["ranking"]) == (1, [1, 2, 0])
 
 
 def test_no_text_breaks_out_of_the_page_or_its_data():

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hpo.tracking.parent import installed, linked
+from hpo.tracking.parent import installed
+from hpo.tracking.values import linked
 from tests.cli import invoke, refused, summary
 from tests.mlflows import Mlflow, in_store
 
@@ -119,7 +120,8 @@ def test_the_report_is_kept_with_the_studys_run(tracked: tuple[Path, Mlflow]) ->
 
 def test_a_link_to_a_trial_without_a_run_is_plain_text() -> None:
     text = "by [trial 7](hpo:trial/7) and [trial 8](hpo:trial/8)"
-    assert linked(text, "3", {7: "abc"}.get) == "by [trial 7](#/experiments/3/runs/abc) and [trial 8]"
+    page = {7: "#/experiments/3/runs/abc"}.get
+    assert linked(text, page) == "by [trial 7](#/experiments/3/runs/abc) and [trial 8]"
 
 
 def test_what_is_installed_is_a_list_that_pip_reads() -> None:

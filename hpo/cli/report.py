@@ -72,10 +72,10 @@ def _keep_with_the_run(spec: StudySpec, folder: Path, making: str, *, adopts: bo
     """Have MLflow keep the page among the artifacts of the study's run."""
     if spec.tracking == "off":
         raise InputError("--log: the study is not tracked (tracking: off)")
+    from hpo.runner.keeping import unsent_of
     from hpo.tracking.mlflow import open_tracker
 
-    unsent = Path(spec.output) / "unsent"
-    tracker = open_tracker(spec.tracking, spec.name, unsent, making=making, adopts=adopts)
+    tracker = open_tracker(spec.tracking, spec.name, unsent_of(spec), making=making, adopts=adopts)
     tracker.log_folder(folder, "report")
     if tracker.close():
         print(f"{masked(spec.tracking)}: it is in `report` among the artifacts of the study's run")

@@ -21,7 +21,6 @@ from hpo.search.view import Best, StudyView
 from hpo.study.draft import read
 from hpo.study.spec import StudySpec
 
-_STATES = ("complete", "pruned", "failed", "running", "paused", "waiting")
 _TIME = "time used "
 
 
@@ -107,7 +106,7 @@ def summary(spec: StudySpec, seen: StudyView, best: Best | None, done: Outcome |
     summary = {
         "study": spec.name,
         "storage": masked(spec.storage),
-        "trials": {key: getattr(counts, key) for key in _STATES},
+        "trials": counts.by_state(),
         "epochs": seen.effort.as_dict(),
         "best": None if best is None else {"number": best.number, "value": best.value, "params": dict(best.params)},
         "test": None if done is None else dict(done.test),

@@ -14,7 +14,6 @@ from torch import Tensor
 from hpo.errors import ExportError
 from hpo.study.data import Split
 
-_jit: Any = torch.jit  # whose functions have no types
 TOLERANCE = 1e-5
 """The largest difference between an exported model's predictions and the eager one's, of the largest of these where
 that is above 1: float32 has 7 digits, whatever the unit."""

@@ -44,14 +44,13 @@ class Compared:
     def as_dict(self) -> dict[str, Any]:
         """Return what `--json` prints of it."""
         best = None if self.best is None else {"number": self.best.number, "value": self.best.value}
-        states = ("complete", "pruned", "failed", "running", "paused", "waiting")
         return {
             "study": self.label,
             "storage": self.storage,
             "metric": self.metric,
             "direction": "maximize" if self.maximize else "minimize",
             "best": best,
-            "trials": {state: getattr(self.counts, state) for state in states},
+            "trials": self.counts.by_state(),
             "epochs": self.epochs,
             "seconds": self.seconds,
             "trials_an_hour": self.trials_an_hour,

@@ -5,11 +5,9 @@ is masked here, once.
 """
 
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,13 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.errors import masked
+from hpo.export.environment import versions
 from hpo.export.files import finite
-from hpo.report.rows import best_of, columns_of, fixed_in, forget_masked, params_of, plain, row_of, state_of
+from hpo.report.rows import best_of, columns_of, fixed_in, forget_masked, params_of, plain, ranked, row_of, state_of
 from hpo.report.searched import distributions, importances
 from hpo.search import schema
 from hpo.search.budget import Counts, count, covered, held_until, holders, leases_in, seconds_used, spans_of, worker_of
-from hpo.search.curves import from_json
+from hpo.search.curves import curves_in, reported
 from hpo.search.effort import effort
 from hpo.search.view import Best
 
@@ -96,6 +95,8 @@ class Facts:
     counts: Counts
     rows: Sequence[Mapping[str, Any]]
     columns: Sequence[str]
+    ranking: Sequence[int]
+    """The numbers of the complete trials, the best first."""
     best: Best | None
     best_seconds: float | None
     points: Sequence[Point]
@@ -123,8 +124,8 @@ class Facts:
 
     def ranked(self) -> list[Mapping[str, Any]]:
         """Return the rows of the complete trials, the best first."""
-        complete = [row for row in self.rows if row["state"] == "COMPLETE" and row["value"] is not None]
-        return sorted(complete, key=lambda row: (self.sign(row["value"]), row["number"]))
+        rows = {row["number"]: row for row in self.rows}
+        return [rows[number] for number in self.ranking]
 
     def as_data(self) -> dict[str, Any]:
         """Return everything as JSON has it."""
@@ -167,6 +168,7 @@ def read(
         counts=count(counted, budget),
         rows=rows,
         columns=[masked(name) for name in columns_of(rows)],
+        ranking=[trial.number for trial in ranked(counted, maximize=maximize)],
         best=best,
         best_seconds=next((row["seconds"] for row in rows if best and row["number"] == best.number), None),
         points=[_point(trial) for trial in counted],
@@ -208,7 +210,7 @@ def _origin(attrs: Mapping[str, Any], identity: Mapping[str, Any], result: Mappi
         stacks=[masked(str(each)) for each in _list(attrs.get(schema.STACK_PATHS))],
         stack_choice=_stack_choice(attrs.get(schema.STACK)),
         fingerprints={what: masked(str(attrs[key])) for what, key in _FINGERPRINTS if key in attrs},
-        versions={"python": platform.python_version(), "hpo": _version("hpo"), "optuna": optuna.__version__},
+        versions={name: versions()[name] or "unknown" for name in ("python", "hpo", "optuna")},
         exported_with=_exported_with(result),
     )
 
@@ -224,13 +226,6 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _list(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list) else []
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except Exception:  # it runs from a folder that was never installed
-        return "unknown"
 
 
 def _exported_with(result: Mapping[str, Any]) -> dict[str, str]:
@@ -264,9 +259,9 @@ def _curves(trials: Sequence[FrozenTrial], main: str) -> dict[str, dict[int, lis
     found: dict[str, dict[int, list[float]]] = {main: {}}
     for trial in trials:
         try:
-            curves = from_json(trial.user_attrs[schema.CURVES])
-        except (KeyError, ValueError):  # it has not ended, or is a function's; or others wrote something else
-            curves = {main: [value for _, value in sorted(trial.intermediate_values.items())]}
+            curves = curves_in(trial, main)
+        except ValueError:  # others wrote something else
+            curves = {main: reported(trial)}
         for name, values in curves.items():
             if values:
                 found.setdefault(masked(name), {})[trial.number] = values

@@ -19,7 +19,7 @@ from hpo.report.rows import best_of, columns_of, fixed_in, row_of
 from hpo.search import schema
 from hpo.search.address import exists
 from hpo.search.budget import Counts, count, holders, wrong_row
-from hpo.search.curves import from_json
+from hpo.search.curves import curves_in
 from hpo.search.storage import close_storage, open_storage
 from hpo.search.view import Best, own
 
@@ -79,12 +79,7 @@ class Study:
         if trial not in trials:
             last = f"its trials are 0 to {max(trials)}" if trials else "it has none yet"
             raise InputError(f"study {self.name!r} has no trial {trial!r}; {last}")
-        stored = trials[trial].user_attrs.get(schema.CURVES)
-        if stored is not None:
-            curves = from_json(stored)
-        else:  # it runs yet, or an older version trained it
-            reported = trials[trial].intermediate_values
-            curves = {f"valid_{self.metric}": [reported[step] for step in sorted(reported)]}
+        curves = curves_in(trials[trial], f"valid_{self.metric}")
         frame = pd.DataFrame({name: pd.Series(values, dtype=float) for name, values in curves.items()})
         frame.index = pd.RangeIndex(1, len(frame) + 1, name="epoch")
         return frame

@@ -8,7 +8,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.errors import masked
 from hpo.search import schema
-from hpo.search.budget import covered, is_paused, spans_of, worker_of
+from hpo.search.budget import covered, is_paused, rank, spans_of, worker_of
 from hpo.search.view import Best
 
 COLUMNS = ("number", "state", "value")
@@ -59,12 +59,10 @@ def params_of(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def best_of(trials: Sequence[FrozenTrial], fixed: Mapping[str, Any], *, maximize: bool) -> Best | None:
-    """Return the best complete trial, the first of equals, with its `fixed` params; None: none is complete."""
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE and trial.value is not None]
-    if not complete:
+    """Return the best complete trial, with its `fixed` params; None: none is complete."""
+    trial = next(iter(ranked(trials, maximize=maximize)), None)
+    if trial is None:
         return None
-    sign = -1 if maximize else 1
-    trial = min(complete, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
     assert trial.value is not None
     return Best(
         number=trial.number,
@@ -74,6 +72,12 @@ def best_of(trials: Sequence[FrozenTrial], fixed: Mapping[str, Any], *, maximize
         seed=trial.user_attrs.get(schema.SEED, 0),
         metrics=trial.user_attrs.get(schema.METRICS, {}),
     )
+
+
+def ranked(trials: Sequence[FrozenTrial], *, maximize: bool) -> list[FrozenTrial]:
+    """Return the complete trials, the best first, by the order that the study itself goes by."""
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE and trial.value is not None]
+    return sorted(complete, key=lambda trial: rank(trial, maximize=maximize))
 
 
 def fixed_in(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,6 +53,34 @@ class TrialReporter:
         return not self._over
 
 
+def train_outside(
+    plan: Plan,
+    params: Params,
+    seed: int,
+    data: Data,
+    preprocess: nn.Module,
+    *,
+    epochs: int,
+    most: int,
+    stopping: Callable[[], bool],
+) -> tuple[nn.Module | None, list[dict[str, float]]]:
+    """Train `params` by the objective's own `train`, outside the search, until it has reported `most` times.
+
+    It is given `epochs` as the number of epochs. Return its network, if any, and what it has reported. Raises
+    Interrupted as soon as `stopping` says so.
+    """
+    train, valid = (split.through(preprocess).to(plan.device) for split in (data.train, data.valid))
+    reports: list[dict[str, float]] = []
+
+    def told(metrics: dict[str, float], state: Mapping[str, Any] | None) -> bool:
+        if stopping():
+            raise Interrupted("interrupted")
+        reports.append(metrics)
+        return len(reports) < most
+
+    return train_custom(plan, params, TrialReporter(plan, train, valid, epochs, seed, told)), reports
+
+
 class CustomTraining:
     """One process's share of a study whose trials train themselves, one after the other."""
 

@@ -41,16 +41,13 @@ def intention(plan: Plan) -> str:
     return "\n".join([*_head(plan), "It has not ended yet.", "", *_space(plan)])[:_MOST_CHARACTERS]
 
 
-def description(plan: Plan, seen: StudyView, best: Best, done: Outcome | None, page: str = "hpo:trial/{number}") -> str:
-    """Return what a study has found; a trial is linked to by its `page`.
-
-    The address of its run in MLflow is known only where it is written to (`hpo.tracking.parent`).
-    """
+def description(plan: Plan, seen: StudyView, best: Best, done: Outcome | None) -> str:
+    """Return what a study has found; a link to a trial is `hpo:trial/<number>` (`hpo.tracking.values.linked`)."""
     lines = _head(plan)
     epoch = "" if plan.function is not None else f", epoch {best.epoch + 1}"
     lines += [
         f"**Best {_escaped(plan.metric)}: {best.value:.6g}** on validation, by [trial {best.number}]"
-        f"({page.format(number=best.number)}){epoch}.",
+        f"(hpo:trial/{best.number}){epoch}.",
         "",
     ]
     if done is not None and done.test:

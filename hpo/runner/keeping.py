@@ -40,6 +40,11 @@ def bundle_of(spec: StudySpec, name: str | None = None) -> Path:
     return Path(spec.output) / "bundles" / (spec.name if name is None else name)
 
 
+def unsent_of(spec: StudySpec) -> Path:
+    """Return the folder of what MLflow has not taken yet, of all studies of that `output`."""
+    return Path(spec.output) / "unsent"
+
+
 def rename(study: Named, new: str) -> list[str]:
     """Rename a study, and return in words what has become of what belongs to it.
 
@@ -91,7 +96,7 @@ def _rename(storage: RetryingStorage, study: StoredStudy, url: str, new: str) ->
         for file in _unsent(spec, study.user_attrs.get(schema.MAKING)):
             move(file, file.parent.with_name(new) / file.name)
     with suppress(OSError):
-        (Path(spec.output) / "unsent" / spec.name).rmdir()
+        (unsent_of(spec) / spec.name).rmdir()
     lines = [f"{here} is {to} now" for here, to in moves]
     if spec.tracking != "off":
         where = f"the experiment {spec.name} of {masked(spec.tracking)}"
@@ -134,7 +139,7 @@ def _renamed_attrs(study: StoredStudy, spec: StudySpec, new: str) -> dict[str, A
 def _unsent(spec: StudySpec, making: Any) -> Iterator[Path]:
     """Yield the files of what MLflow has not taken yet of a study: others of its name have another making."""
     if isinstance(making, str) and re.fullmatch(r"[0-9a-f]{32}", making):
-        yield from (Path(spec.output) / "unsent" / spec.name).glob(f"{making}.*")
+        yield from (unsent_of(spec) / spec.name).glob(f"{making}.*")
 
 
 def require_idle(storage: RetryingStorage, study: StoredStudy, url: str) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 from filelock import FileLock
 from torch import nn
 
-from hpo.errors import ExportError, HpoError, Interrupted
+from hpo.errors import ExportError, HpoError
 from hpo.export.bundle import export
 from hpo.export.formats import ALWAYS, Formats
 from hpo.export.model import Model
 from hpo.log import log
-from hpo.runner.custom import TrialReporter, train_custom
+from hpo.runner.custom import train_outside
+from hpo.runner.keeping import bundle_of
 from hpo.runner.outcome import Outcome, outcome
 from hpo.runner.prepare import Plan
 from hpo.runner.tracked import tell_result
@@ -39,8 +40,7 @@ from hpo.training.torch_settings import torch_settings
 
 def bundle_folder(plan: Plan, number: int | None = None) -> Path:
     """Return where the study's bundle goes, or that of its trial `number`."""
-    name = plan.spec.name if number is None else f"{plan.spec.name}-trial-{number}"
-    return plan.output / "bundles" / name
+    return bundle_of(plan.spec, None if number is None else f"{plan.spec.name}-trial-{number}")
 
 
 def conclude(
@@ -195,17 +195,9 @@ def _refit_custom(
     plan: Plan, best: Best, data: Data, preprocess: nn.Module, epochs: int, stopping: Callable[[], bool]
 ) -> nn.Module | None:
     """Return the network that the objective's own `train` makes of `best`'s params in so many epochs, if any."""
-    train_split, valid = (split.through(preprocess).to(plan.device) for split in (data.train, data.valid))
-    done = 0
-
-    def told(metrics: dict[str, float], state: Mapping[str, Any] | None) -> bool:
-        nonlocal done
-        if stopping():
-            raise Interrupted("interrupted")
-        done += 1
-        return done < epochs
-
-    network = train_custom(plan, best.params, TrialReporter(plan, train_split, valid, epochs, best.seed, told))
+    network, _ = train_outside(
+        plan, best.params, best.seed, data, preprocess, epochs=epochs, most=epochs, stopping=stopping
+    )
     return network if network is None else network.to(plan.device)
 
 

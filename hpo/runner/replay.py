@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpo.errors import InputError, Interrupted
+from hpo.errors import InputError
 from hpo.export.environment import git_commit, user, versions
 from hpo.log import log
-from hpo.runner.custom import TrialReporter, train_custom
+from hpo.runner.custom import train_outside
 from hpo.runner.prepare import Plan
 from hpo.search import schema
 from hpo.search.budget import utc
@@ -147,7 +147,17 @@ def _trained(plan: Plan, data: Data, member: Member, epochs: int, stopping: Stop
     """Return the curves of a member that is trained alone, as the search trains it."""
     preprocess = plan.objective.preprocess(data.train)
     if plan.objective.train is not None:
-        return _trained_by_itself(plan, data, member, epochs, stopping)
+        _, reports = train_outside(
+            plan,
+            member.params,
+            member.seed,
+            data,
+            preprocess,
+            epochs=plan.spec.epochs,
+            most=epochs,
+            stopping=stopping.requested,
+        )
+        return curves_of(reports)
     batches = [make_batches(x, preprocess, plan.device, plan.spec.loading) for x in (data.train, data.valid)]
     queue = [member]
     told: list[Mapping[str, float]] = []
@@ -166,21 +176,6 @@ def _trained(plan: Plan, data: Data, member: Member, epochs: int, stopping: Stop
         report=report,
         stopping=stopping.requested,
     )
-    return curves_of(told)
-
-
-def _trained_by_itself(plan: Plan, data: Data, member: Member, epochs: int, stopping: StopToken) -> Curves:
-    preprocess = plan.objective.preprocess(data.train)
-    train_split, valid = (split.through(preprocess).to(plan.device) for split in (data.train, data.valid))
-    told: list[Mapping[str, float]] = []
-
-    def tell(metrics: dict[str, float], state: Mapping[str, Any] | None) -> bool:
-        if stopping.requested():
-            raise Interrupted("interrupted")
-        told.append(metrics)
-        return len(told) < epochs
-
-    train_custom(plan, member.params, TrialReporter(plan, train_split, valid, plan.spec.epochs, member.seed, tell))
     return curves_of(told)
 
 

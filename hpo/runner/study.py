@@ -32,7 +32,6 @@ from hpo.runner.ray_workers import RayWorkers
 from hpo.runner.refit import bundle_folder, conclude, finish
 from hpo.runner.replay import note_environment
 from hpo.runner.tracked import (
-    BestSoFar,
     TrackedProgress,
     begin_study,
     end_study,
@@ -103,24 +102,30 @@ def run(
         return done, seen
     with signals() as stopping:
         search.storage.interrupt = stopping.requested
-        return _run(plan, search, file, show, options, stopping)
+        return _run(plan, search, file, show, options, stopping, seen)
 
 
 def _run(
-    plan: Plan, search: Search, file: StudyFile, show: Show, options: WorkerOptions, stopping: StopToken
+    plan: Plan,
+    search: Search,
+    file: StudyFile,
+    show: Show,
+    options: WorkerOptions,
+    stopping: StopToken,
+    before: StudyView,
 ) -> tuple[Outcome | None, StudyView]:
     data = load_data(plan, search)
     tracker = tracker_of(plan, search)
-    for line in announcement(plan, data, search.view()):
+    for line in announcement(plan, data, before):
         log.info("%s", line)
     _remember(plan, search)
     state, seen = "FAIL", None
     try:
-        begin_study(plan, search, tracker, data, file.path.read_text(encoding="utf-8"))
+        curve = begin_study(plan, search, tracker, data, file.path.read_text(encoding="utf-8"), before)
         n = how_many(options.workers, plan)
         alone = options.ray is None and n == 1
         with show(alone) as shown:
-            progress = TrackedProgress(shown, BestSoFar(plan, search, tracker))
+            progress = shown if curve is None else TrackedProgress(shown, curve)
             if alone:
                 work(plan, data, search, tracker, progress, stopping)
             else:

@@ -3,12 +3,12 @@
 import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from hpo.errors import masked
 from hpo.export.environment import git_commit, user
 from hpo.runner.describing import description, intention
+from hpo.runner.keeping import unsent_of
 from hpo.runner.outcome import Outcome, outcome
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
@@ -20,12 +20,7 @@ from hpo.study.data import Data
 from hpo.tracking.base import NullTracker, Row, Tracker
 from hpo.tracking.leftovers import left_behind
 from hpo.tracking.mlflow import open_tracker
-from hpo.tracking.values import NOTE
-
-
-def unsent_folder(plan: Plan) -> Path:
-    """Return where what the tracker has not taken yet is kept, of all studies."""
-    return plan.output / "unsent"
+from hpo.tracking.values import NOTE, linked
 
 
 def tracker_of(plan: Plan, search: Search) -> Tracker:
@@ -35,7 +30,7 @@ def tracker_of(plan: Plan, search: Search) -> Tracker:
     return open_tracker(
         plan.spec.tracking,
         plan.spec.name,
-        unsent_folder(plan),
+        unsent_of(plan.spec),
         making=search.making,
         adopts=schema.OWN_RUNS not in search.attrs,
         tags={} if plan.spec.tracking == "off" else _source(plan),
@@ -52,14 +47,16 @@ def _source(plan: Plan) -> dict[str, str]:
     } | ({"mlflow.source.git.commit": commit} if commit else {})
 
 
-def begin_study(plan: Plan, search: Search, tracker: Tracker, data: Data | None, file: str) -> None:
-    """Begin the study's run, or resume it; the storage holds that it is open, until `end_study` has closed it.
+def begin_study(
+    plan: Plan, search: Search, tracker: Tracker, data: Data | None, file: str, seen: StudyView
+) -> "BestSoFar | None":
+    """Begin the study's run, or resume it, and return what keeps its curve up; None: it is not tracked.
 
-    `file` is the text of the study file.
+    The storage holds that it is open, until `end_study` has closed it. `file` is the text of the study file, `seen` a
+    view of the study.
     """
     if isinstance(tracker, NullTracker):
-        return
-    seen = search.view()
+        return None
     search.remember(schema.TRACKED, _tracked(plan, seen, "RUNNING"))
     spec = plan.spec
     tags = {
@@ -74,7 +71,9 @@ def begin_study(plan: Plan, search: Search, tracker: Tracker, data: Data | None,
     tracker.start_study(tags, {"study.yaml": masked(file)} | _sources(plan), _settings(plan))
     if data is not None:
         tracker.log_data(_dataset(plan, data, search.attrs.get(schema.DATA, "")))
-    BestSoFar(plan, search, tracker).tell(seen)
+    best = BestSoFar(plan, search, tracker)
+    best.tell(seen)
+    return best
 
 
 def _settings(plan: Plan) -> dict[str, Any]:
@@ -172,16 +171,8 @@ def tell_result(
 
     That one may have been killed before it told it. The storage gets it as the study's note.
     """
-    note = description(plan, seen, best, done, trial_page(search, "{number}"))
-    write_note(
-        search,
-        note
-        + (
-            f"\n\nIts runs in MLflow: `{masked(plan.spec.tracking)}`, experiment `{plan.spec.name}`."
-            if plan.spec.tracking != "off"
-            else ""
-        ),
-    )
+    found = description(plan, seen, best, done)
+    write_note(search, linked(found, lambda number: trial_page(search, number)) + _where_tracked(plan))
     if isinstance(tracker, NullTracker):
         return
     counts = seen.counts
@@ -199,10 +190,18 @@ def tell_result(
     tracker.log_params(None, {"best.trial": best.number} | {f"best.{k}": v for k, v in best.params.items()})
     bundle = {"hpo.bundle": str(done.bundle)} if done and done.bundle else {}
     tags = {"hpo.best_trial": str(best.number), "hpo.data": str(search.attrs.get(schema.DATA, ""))}
-    tracker.tag_study(tags | bundle | {NOTE: description(plan, seen, best, done)})
+    tracker.tag_study(tags | bundle | {NOTE: found})
     tracker.mark_best(best.number)
     if done and done.bundle is not None:
         tracker.log_folder(done.bundle, "bundle")
+
+
+def _where_tracked(plan: Plan) -> str:
+    """Return where the study's runs are, as the end of its note."""
+    spec = plan.spec
+    if spec.tracking == "off":
+        return ""
+    return f"\n\nIts runs in MLflow: `{masked(spec.tracking)}`, experiment `{spec.name}`."
 
 
 def tell_export(plan: Plan, search: Search, done: Outcome) -> None:
@@ -243,7 +242,7 @@ def settle_runs(plan: Plan, search: Search, always: bool = False) -> None:
     ended = _tracked(plan, seen, "COMPLETE")
     elsewhere = tracked is not None and tracked["tracking"] != ended["tracking"]
     all_told = elsewhere or tracked == ended or not over
-    if all_told and not always and not left_behind(unsent_folder(plan), plan.spec.name, search.making):
+    if all_told and not always and not left_behind(unsent_of(plan.spec), plan.spec.name, search.making):
         return
     tracker = tracker_of(plan, search)
     tracker.reconcile(seen.ends)

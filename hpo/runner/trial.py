@@ -200,8 +200,9 @@ class TrialRun:
         self._progress.epoch_ended(self.member.number, epoch + 1, self._plan.spec.epochs, metrics)
 
     def _log(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        rates = {} if self._rates is None else {"learning_rate": self._rates[epoch]}
-        self._tracker.log_metrics(self.member.number, epoch, {**metrics, **rates})
+        if self._rates is not None:
+            metrics = {**metrics, "learning_rate": self._rates[epoch]}
+        self._tracker.log_metrics(self.member.number, epoch, metrics)
 
     def _effort(self) -> dict[str, float]:
         """Return what training has taken so far: seconds before and since a pause, rows a second, memory."""

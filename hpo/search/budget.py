@@ -75,6 +75,11 @@ class Counts:
     waiting: int
     paused: int = 0
 
+    def by_state(self) -> dict[str, int]:
+        """Return the counts by name, as `--json` has them."""
+        states = ("complete", "pruned", "failed", "running", "paused", "waiting")
+        return {state: getattr(self, state) for state in states}
+
     @property
     def finished(self) -> int:
         return self.complete + self.pruned + self.failed

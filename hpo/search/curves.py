@@ -4,6 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from optuna.trial import FrozenTrial
+
+from hpo.search import schema
+
 Curves = Mapping[str, Sequence[float]]
 """Each metric's values by its name, one an epoch; NaN where an epoch did not report it."""
 
@@ -29,6 +33,21 @@ def from_json(stored: Any) -> dict[str, list[float]]:
             raise ValueError(f"{name} is {values!r:.100}, not a list of numbers")
         curves[str(name)] = [float(x) for x in values]
     return curves
+
+
+def reported(trial: FrozenTrial) -> list[float]:
+    """Return what a trial has reported to Optuna, epoch by epoch (of a function: step by step)."""
+    return [value for _, value in sorted(trial.intermediate_values.items())]
+
+
+def curves_in(trial: FrozenTrial, key: str) -> dict[str, list[float]]:
+    """Return the curves that are stored of a trial; of one that has none, what it has reported, as `key`.
+
+    They are stored when it ends: one that is running has none, nor has one that was interrupted, or of an earlier
+    version. Raises ValueError for what hpo did not write.
+    """
+    stored = trial.user_attrs.get(schema.CURVES)
+    return {key: reported(trial)} if stored is None else from_json(stored)
 
 
 def _is_number(x: Any) -> bool:

@@ -27,6 +27,6 @@ def write_note(search: Search, text: str) -> None:
         storage.set_study_system_attr(study_id, f"{_PART}{i}", parts[i] if i < len(parts) else "")
 
 
-def trial_page(search: Search, number: int | str) -> str:
-    """Return where optuna-dashboard shows a trial: of that `number`, or of a placeholder for it."""
+def trial_page(search: Search, number: int) -> str:
+    """Return where optuna-dashboard shows a trial."""
     return f"/dashboard/studies/{search.study._study_id}/trials?numbers={number}"

@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.errors import StorageError
 from hpo.search import schema
 from hpo.search.budget import Counts, count, holders, is_paused, leases_in, rank, utc, worker_of, wrong_row
-from hpo.search.curves import from_json
+from hpo.search.curves import curves_in, reported
 from hpo.search.effort import Effort, effort
 from hpo.search.retrying import RetryingStorage
 from hpo.seeds import derive
@@ -241,8 +241,7 @@ class StudyView:
 
     def curve(self, number: int) -> list[float]:
         """Return any trial's value, epoch by epoch. Raises KeyError: there is no such trial."""
-        reported = self._by_number[number].intermediate_values
-        return [reported[step] for step in sorted(reported)]
+        return reported(self._by_number[number])
 
     def curves(self, number: int) -> dict[str, list[float]]:
         """Return the metrics of any trial by name (`train_loss`, `valid_...`), each a list with one number an epoch.
@@ -253,13 +252,9 @@ class StudyView:
 
         Raises KeyError: there is no such trial; StorageError: hpo did not write what is stored.
         """
-        trial = self._by_number[number]
-        stored = trial.user_attrs.get(schema.CURVES)
-        if stored is None:
-            values = [value for _, value in sorted(trial.intermediate_values.items())]
-            return {self._metric_key: values} if values else {}
         try:
-            return from_json(stored)
+            curves = curves_in(self._by_number[number], self._metric_key)
+            return curves if any(curves.values()) else {}
         except ValueError as error:
             raise foreign(number, self._spec, f"its {schema.CURVES}: {error}") from error
 

@@ -3,8 +3,7 @@
 MLflow keeps the first value of a param and every value of a metric, so that what is there already is left out.
 """
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import distributions
 from typing import Any
 
@@ -12,8 +11,6 @@ from hpo.tracking.values import RUN_NAME, run_name, same
 
 MetricRow = tuple[str, float, int, int]
 """(key, value, when in ms, step)"""
-_LINK = re.compile(r"\(hpo:trial/(\d+)\)")
-"""How a description links to a trial, whose run's address is known here only: `[trial 7](hpo:trial/7)`."""
 
 
 class Known:
@@ -44,16 +41,6 @@ def installed() -> str:
     """Return what is installed beside hpo, a line each, as pip takes it."""
     there = {(each.metadata["Name"] or "", each.version) for each in distributions()}
     return "".join(f"{name}=={version}\n" for name, version in sorted(there) if name)
-
-
-def linked(text: str, experiment: str, run_of: Callable[[int], str | None]) -> str:
-    """Return a description with its links to trials as links to their runs; those without a run lose the link."""
-
-    def target(match: re.Match[str]) -> str:
-        run = run_of(int(match[1]))
-        return "" if run is None else f"(#/experiments/{experiment}/runs/{run})"
-
-    return _LINK.sub(target, text)
 
 
 def log_data(client: Any, run: str, data: Mapping[str, str]) -> None:

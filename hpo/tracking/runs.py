@@ -19,7 +19,7 @@ from filelock import FileLock
 from hpo.log import log
 from hpo.tracking.base import STATUS, unlogged
 from hpo.tracking.items import FILES, MERGED, Answer, Item
-from hpo.tracking.parent import Known, MetricRow, installed, linked, log_data, mark_best, system_monitor
+from hpo.tracking.parent import Known, MetricRow, installed, log_data, mark_best, system_monitor
 from hpo.tracking.values import (
     MAX_PARAM,
     MAX_TAG,
@@ -27,6 +27,7 @@ from hpo.tracking.values import (
     digest_of,
     end_tags,
     legal_name,
+    linked,
     now_ms,
     plain,
     run_name,
@@ -262,7 +263,7 @@ class Runs:
         if params:
             params = unlogged(self._client.get_run(run).data.params, params)
         if NOTE in tags:
-            tags[NOTE] = linked(tags[NOTE], self._experiment, self._found_run)
+            tags[NOTE] = linked(tags[NOTE], self._page_of)
         return rows, params, tags
 
     def _watch_system(self, run: str, item: Item) -> None:
@@ -272,6 +273,11 @@ class Runs:
         elif item["do"] == "end" and self._monitor is not None:
             self._monitor.finish()
             self._monitor = None
+
+    def _page_of(self, trial: int) -> str | None:
+        """Return where MLflow shows a trial's run, if there is one."""
+        run = self._found_run(trial)
+        return None if run is None else f"#/experiments/{self._experiment}/runs/{run}"
 
     def _found_run(self, trial: int) -> str | None:
         """Return the id of a trial's run, if there is one."""

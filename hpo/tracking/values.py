@@ -4,7 +4,7 @@ import hashlib
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,22 @@ def same(one: float | None, two: float) -> bool:
         return one is not None and one != one and two != two
     most = sys.float_info.max
     return max(-most, min(most, one)) == max(-most, min(most, two))
+
+
+_LINK = re.compile(r"\(hpo:trial/(\d+)\)")
+
+
+def linked(text: str, page: Callable[[int], str | None]) -> str:
+    """Return a description, whose links to trials are `[trial 7](hpo:trial/7)`, with links to the `page` of each.
+
+    One without a page loses its link.
+    """
+
+    def target(match: re.Match[str]) -> str:
+        where = page(int(match[1]))
+        return "" if where is None else f"({where})"
+
+    return _LINK.sub(target, text)
 
 
 def digest_of(folder: Path) -> str:

@@ -418,9 +418,9 @@ def _in_double(split):
     )
 
 
-def test_it_is_exported_with_parity_and_takes_raw_inputs(case, tmp_path):
-    params, held_out = case.corners[-1], case.some(300, "test")
-    model = Model(
+def model_of(case, params):
+    """Return what is exported of a network of these params."""
+    return Model(
         preprocess=case.preprocess,
         network=case.network(params),
         head=case.objective.head(),
@@ -428,6 +428,11 @@ def test_it_is_exported_with_parity_and_takes_raw_inputs(case, tmp_path):
         info=case.data.info,
         about={"study": case.name},
     )
+
+
+def test_it_is_exported_with_parity_and_takes_raw_inputs(case, tmp_path):
+    params, held_out = case.corners[-1], case.some(300, "test")
+    model = model_of(case, params)
     about = export(model, held_out, tmp_path / "bundle")
     assert max(result["max_difference"] for result in about["parity"].values()) <= TOLERANCE
     predictor: nn.Module = torch.jit.load(tmp_path / "bundle/model.torchscript.pt")
@@ -447,14 +452,7 @@ def test_it_is_exported_in_every_format_and_loaded_where_hpo_cannot_be_imported(
     for package in {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}.get(kind, ()):
         pytest.importorskip(package)
     params = case.corners[-1]
-    model = Model(
-        preprocess=case.preprocess,
-        network=case.network(params),
-        head=case.objective.head(),
-        params=params,
-        info=case.data.info,
-        about={"study": case.name},
-    )
+    model = model_of(case, params)
     about = export(model, case.some(300, "test"), tmp_path / "bundle", {**ALWAYS, kind: True}, fresh=True)
     results = {name: result["fresh_process"] for name, result in about["parity"].items() if name != "model.pt"}
     found = {name: result["max_difference"] for name, result in results.items()}
