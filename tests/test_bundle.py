@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hpo.objectives.models import ScalePixels
+from hpo.objectives.models import QuantileNormal, ScalePixels
 from torch import nn
 
 import hpo
@@ -18,6 +18,7 @@ from hpo.errors import ExportError, InputError
 from hpo.export.bundle import export, require_place
 from hpo.export.formats import ALWAYS, FILE_OF, formats_of
 from hpo.export.model import Model
+from hpo.export.onnx_file import ndtri, searchsorted
 from hpo.export.parity import BATCH_SIZES, TOLERANCE, parity_of
 from hpo.study.blocks import MLP, Standardize
 from hpo.study.data import DataInfo, Split
@@ -466,6 +467,33 @@ def test_several_inputs_keep_their_names_in_onnx(folder):
     one = {name: x[:1].numpy() for name, x in rows.inputs.items()}
     expected = predictions(made.predictor(), rows)[:1]
     torch.testing.assert_close(torch.from_numpy(session.run(None, one)[0]), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_quantiles_are_in_onnx_too(folder):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    rows = held_out((4,), n=2000)
+    made = model(MLP(4, [8], 2), rows, QuantileNormal(rows.inputs["features"][:1000]))
+    about = export(made, rows, folder, {**ALWAYS, "onnx": True}, fresh=True)
+    assert about["parity"]["model.onnx"]["fresh_process"]["max_difference"] <= TOLERANCE
+    wide = torch.cat([rows.inputs["features"], 1e3 * torch.randn(100, 4), rows.inputs["features"][:1].repeat(3, 1)])
+    session = runtime.InferenceSession(folder / "model.onnx")
+    found = torch.from_numpy(session.run(None, {"features": wide.numpy()})[0])
+    torch.testing.assert_close(found, made.predictor()(wide), atol=TOLERANCE, rtol=0)
+
+
+def test_what_onnx_lacks_is_what_torch_has():
+    share = torch.cat([torch.rand(10_000, dtype=torch.float64), torch.tensor([0, 1e-300, 1e-12, 0.5, 1 - 1e-12, 1])])
+    torch.testing.assert_close(ndtri(share), torch.special.ndtri(share), atol=1e-13, rtol=1e-13)
+    rising = torch.randint(0, 9, (3, 7)).sort(-1).values
+    values = torch.randint(-1, 10, (3, 50))
+    for right in (False, True):
+        torch.testing.assert_close(
+            searchsorted(rising, values, right=right), torch.searchsorted(rising, values, right=right)
+        )
+    torch.testing.assert_close(
+        searchsorted(rising, values, side="right"), torch.searchsorted(rising, values, side="right")
+    )
 
 
 def test_what_a_format_cannot_hold_is_said_and_nothing_changes(folder, existing):

@@ -110,17 +110,10 @@ def _write_pt2(eager: nn.Module, example: tuple[Tensor, ...], path: Path) -> Wri
 def _write_onnx(eager: nn.Module, example: tuple[Tensor, ...], names: list[str], path: Path) -> Written:
     import onnxruntime
 
-    program = torch.onnx.export(
-        eager,
-        example,
-        dynamo=True,
-        verbose=False,
-        input_names=names,
-        output_names=["prediction"],
-        dynamic_shapes=_shapes(example),
-    )
-    assert program is not None
-    program.save(path, external_data=False)
+    from hpo.export.onnx_file import write_onnx
+
+    program = torch.export.export(eager, example, dynamic_shapes=_shapes(example))
+    write_onnx(program, example, names, path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def call(*inputs: Tensor) -> Tensor:
