@@ -30,7 +30,7 @@ FACES = {"__init__", "__main__", "api", "data", "objective"}
 """What stands before the packages and hands their names on; no package imports one of these."""
 HOMES = {
     "optuna": {"search", "study.space", "study.dimension", "report"},
-    "mlflow": {"tracking.runs", "tracking.parent"},
+    "mlflow": {"tracking.models", "tracking.parent", "tracking.runs"},
     "yaml": {"study.yaml_values"},
     "pydantic": {"study.spec", "study.ranges", "study.checking", "study.draft"},
     "sqlalchemy": {"search"},

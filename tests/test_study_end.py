@@ -136,7 +136,9 @@ def expected(done: dict) -> dict[str, object]:
         "points": dict.fromkeys([*metrics, "seconds"], 1) | {"best_valid_r2": 2},
         "best": str(done["best"]["number"]),
         "marked": [str(done["best"]["number"])],
-        "files": [f"bundle/{name}" for name in ("MODEL.md", "bundle.json", "model.pt", "model.torchscript.pt")],
+        "files": [
+            f"bundle/{name}" for name in ("MODEL.md", "bundle.json", "model.pt", "model.pt2", "model.torchscript.pt")
+        ],
     }
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from hpo.errors import ExportError, HpoError
 from hpo.export.bundle import export
-from hpo.export.formats import ALWAYS, Formats
+from hpo.export.formats import Formats, formats_of
 from hpo.export.model import Model
 from hpo.log import log
 from hpo.runner.custom import train_outside
@@ -129,7 +129,7 @@ def finish(
         ),
         data.test,
         folder,
-        ALWAYS if formats is None else formats,
+        formats_of(None) if formats is None else formats,
         fresh=formats is not None,
     )
     parity = max(result["max_difference"] for result in written["parity"].values())

@@ -5,6 +5,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from hpo.errors import masked
 from hpo.export.environment import git_commit, user
 from hpo.runner.describing import description, intention
@@ -194,6 +196,18 @@ def tell_result(
     tracker.mark_best(best.number)
     if done and done.bundle is not None:
         tracker.log_folder(done.bundle, "bundle")
+        tracker.log_model(done.bundle, done.number, _compared_by(plan, search, done))
+
+
+def _compared_by(plan: Plan, search: Search, done: Outcome) -> dict[str, Any]:
+    """Return what tells which of two models of the study is the better one, and the torch that has written it."""
+    return {
+        "metric": plan.metric,
+        "direction": "maximize" if plan.maximize else "minimize",
+        "test": dict(done.test),
+        "data": str(search.attrs.get(schema.DATA, "")),
+        "torch": str(torch.__version__),
+    }
 
 
 def _where_tracked(plan: Plan) -> str:

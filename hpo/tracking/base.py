@@ -97,6 +97,14 @@ class Tracker(ABC):
         """Keep the files of `folder` with the study's run, under `name`."""
 
     @abstractmethod
+    def log_model(self, folder: Path, trial: int, facts: Mapping[str, Any]) -> None:
+        """Register the model of the bundle in `folder`, which has `trial`'s params; the best one is the champion.
+
+        `facts` say what it is compared by: `metric`, `direction`, its `test` metrics, and `data`, the fingerprint;
+        `torch` is the version that wrote the file.
+        """
+
+    @abstractmethod
     def tag_study(self, tags: Mapping[str, str]) -> None:
         """Say more of the study while it runs: what was chosen for it, and why."""
 
@@ -164,6 +172,9 @@ class NullTracker(Tracker):
     def log_folder(self, folder: Path, name: str) -> None:
         pass
 
+    def log_model(self, folder: Path, trial: int, facts: Mapping[str, Any]) -> None:
+        pass
+
     def reconcile(self, ends: Mapping[int, tuple[str, str | None]]) -> None:
         pass
 
@@ -183,6 +194,7 @@ class MemoryTracker(Tracker):
         self.ended: dict[int | None, tuple[str, str | None]] = {}
         self.paused: set[int] = set()
         self.folders: list[Path] = []
+        self.models: dict[int, dict[str, Any]] = {}
         self.tags: dict[str, str] = {}
         self.data: dict[str, str] = {}
         self.best: int | None = None
@@ -241,6 +253,9 @@ class MemoryTracker(Tracker):
 
     def log_folder(self, folder: Path, name: str) -> None:
         self.folders.append(folder)
+
+    def log_model(self, folder: Path, trial: int, facts: Mapping[str, Any]) -> None:
+        self.models[trial] = dict(facts)
 
     def reconcile(self, ends: Mapping[int, tuple[str, str | None]]) -> None:
         states = {trial: state for trial, (state, _) in self.ended.items()}

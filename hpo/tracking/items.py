@@ -27,7 +27,7 @@ class Answer(NamedTuple):
     """(trial, id of its run) for each run that was found or made for it; None: the study's."""
 
 
-FILES = ("texts", "folder")
+FILES = ("texts", "folder", "model")
 """Kinds of items that go to a store of their own, which may be away while the rest works; their order is free."""
 
 
@@ -151,6 +151,12 @@ _KINDS: Mapping[str, Callable[[Item], bool]] = {
     "metrics": lambda item: isinstance(item.get("rows"), list) and _is_of_a_run(item),
     "end": lambda item: item.get("status") in STATUS.values() and "tags" in item and _is_of_a_run(item),
     "folder": lambda item: isinstance(item.get("folder"), str) and _is_file_name(item.get("name")),
+    "model": lambda item: (
+        all(isinstance(item.get(key), str) for key in ("folder", "metric", "direction", "data", "torch"))
+        and _is_count(item.get("of"))
+        and isinstance(item.get("test"), dict)
+        and all(isinstance(name, str) and isinstance(x, float | int) for name, x in item["test"].items())
+    ),
     "data": lambda item: _are_texts(item.get("data")) and item["data"].keys() >= {"name", "digest", "source"},
     "best": lambda item: item["trial"] is not None,
     "reconcile": lambda item: (

@@ -148,6 +148,9 @@ class MlflowTracker(Tracker):
     def log_folder(self, folder: Path, name: str) -> None:
         self._put("folder", None, folder=str(folder.resolve()), name=name)
 
+    def log_model(self, folder: Path, trial: int, facts: Mapping[str, Any]) -> None:
+        self._put("model", None, folder=str(folder.resolve()), of=trial, **facts)
+
     def reconcile(self, ends: Mapping[int, tuple[str, str | None]]) -> None:
         self._adopt()
         self._put("reconcile", None, ends={str(trial): end for trial, end in ends.items()})

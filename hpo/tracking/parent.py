@@ -5,9 +5,10 @@ MLflow keeps the first value of a param and every value of a metric, so that wha
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import distributions
+from pathlib import Path
 from typing import Any
 
-from hpo.tracking.values import RUN_NAME, run_name, same
+from hpo.tracking.values import RUN_NAME, digest_of, run_name, same
 
 MetricRow = tuple[str, float, int, int]
 """(key, value, when in ms, step)"""
@@ -57,6 +58,18 @@ def log_data(client: Any, run: str, data: Mapping[str, str]) -> None:
     )
     context = InputTag("mlflow.data.context", "training")
     client.log_inputs(run, [DatasetInput(dataset, [context])])
+
+
+def log_folder(client: Any, run: str, folder: Path, name: str) -> None:
+    """Send the files of a folder, unless they are there: a tag with their digest is set once all are."""
+    if not folder.is_dir():
+        return
+    mark, digest = f"hpo.files.{name}", digest_of(folder)
+    there = len(client.list_artifacts(run, name))
+    if there and client.get_run(run).data.tags.get(mark) == digest:
+        return
+    client.log_artifacts(run, str(folder), name)
+    client.set_tag(run, mark, digest)
 
 
 def system_monitor(run: str, uri: str) -> Any:

@@ -19,12 +19,12 @@ from filelock import FileLock
 from hpo.log import log
 from hpo.tracking.base import STATUS, unlogged
 from hpo.tracking.items import FILES, MERGED, Answer, Item
-from hpo.tracking.parent import Known, MetricRow, installed, log_data, mark_best, system_monitor
+from hpo.tracking.models import log_model
+from hpo.tracking.parent import Known, MetricRow, installed, log_data, log_folder, mark_best, system_monitor
 from hpo.tracking.values import (
     MAX_PARAM,
     MAX_TAG,
     NOTE,
-    digest_of,
     end_tags,
     legal_name,
     linked,
@@ -58,6 +58,7 @@ class Runs:
         self._uri, self._study = uri, study
         self._making, self._adopts, self._tags = making, adopts, dict(tags or {})
         self._client: Any = None
+        self._address = uri
         self._experiment = ""
         self._is_first = False
         """Whether this process has made the experiment, so that the study's run is its to make, not its peers'."""
@@ -83,7 +84,8 @@ class Runs:
         # MLflow makes its schema when first asked; processes that do so together crash all but one.
         with FileLock(f"{path}.lock", timeout=120) if path is not None else nullcontext():
             # absolute: MLflow keeps one store per address, also when the process changes its folder
-            client = MlflowClient(self._uri if path is None else f"sqlite:///{path.resolve()}")
+            self._address = self._uri if path is None else f"sqlite:///{path.resolve()}"
+            client = MlflowClient(self._address)
             experiment = client.get_experiment_by_name(self._study)
             if experiment is None:
                 where = None if path is None else (path.parent.resolve() / "artifacts" / self._study).as_uri()
@@ -130,7 +132,10 @@ class Runs:
         sends: dict[str, Callable[[Item], None]] = {
             **dict.fromkeys(MERGED, self._write),
             "texts": self._texts,
-            "folder": self._folder,
+            "folder": lambda item: log_folder(
+                self._client, self._id_of(None, item), Path(item["folder"]), item["name"]
+            ),
+            "model": lambda item: log_model(self._client, self._address, self._id_of(None, item), self._study, item),
             "data": lambda item: log_data(self._client, self._id_of(None, item), item["data"]),
             "best": self._best,
             "reconcile": self._reconcile,
@@ -323,18 +328,6 @@ class Runs:
         texts = item["texts"] | ({"requirements.txt": installed()} if item["trial"] is None else {})
         for name, text in texts.items():
             self._client.log_text(run, plain(text, sys.maxsize), name)
-
-    def _folder(self, item: Item) -> None:
-        """Send the files of a folder, unless they are there: a tag with their digest is set once all are."""
-        folder, run = Path(item["folder"]), self._id_of(None, item)
-        if not folder.is_dir():
-            return
-        mark, digest = f"hpo.files.{item['name']}", digest_of(folder)
-        there = len(self._client.list_artifacts(run, item["name"]))
-        if there and self._client.get_run(run).data.tags.get(mark) == digest:
-            return
-        self._client.log_artifacts(run, item["folder"], item["name"])
-        self._tag(run, {mark: digest})
 
     def _legal(self, name: str) -> str:
         legal = legal_name(name)
