@@ -225,7 +225,7 @@ class TestTryOut:
         network, infeasible = preflight(plan, plan.load_data())
         assert sum(p.numel() for p in network.parameters()) == 4 * 4 + 5
         assert network.training
-        assert infeasible == ""
+        assert infeasible == []
 
     @pytest.mark.parametrize(
         ("fault", "text"),

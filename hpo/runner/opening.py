@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hpo.errors import InputError
+from hpo.log import log
 from hpo.runner.preflight import preflight
 from hpo.runner.prepare import Plan
 from hpo.search import schema
@@ -64,7 +65,8 @@ def open_existing(plan: Plan, path: Path | str) -> Search:
 def load_data(plan: Plan, search: Search) -> Data | None:
     """Return the data, which must be the same for all of a study's trials, and see that networks can be built of it.
 
-    None: the objective is a function, which has its own. Raises InputError, DataError.
+    None: the objective is a function, which has its own. Whoever comes first also says what may not be as it was meant.
+    Raises InputError, DataError.
     """
     data = plan.load_data()
     if data is None:
@@ -75,9 +77,11 @@ def load_data(plan: Plan, search: Search) -> Data | None:
             f"the data of objective {plan.spec.objective} is not what study {plan.spec.name!r} began with "
             f"(fingerprint {fingerprint} here, {before} there); bring that data back, or give another `name`"
         )
+    _, warnings = preflight(plan, data)
     if before is None:
         search.remember(schema.DATA, fingerprint)
-    preflight(plan, data)
+        for warning in warnings:  # once a study, not in each of its processes
+            log.warning(warning)
     return data
 
 

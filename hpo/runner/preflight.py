@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hpo.errors import InputError
+from hpo.runner.advice import advice
 from hpo.runner.firststep import missing_param, module_from, settings_stay, try_measuring, try_step
 from hpo.runner.prepare import Plan, guarded
 from hpo.runner.preview import Preview
@@ -21,22 +22,22 @@ from hpo.training.faults import fault_of
 from hpo.training.memory import Within
 
 
-def preflight(plan: Plan, data: Data) -> tuple[nn.Module | None, str]:
+def preflight(plan: Plan, data: Data) -> tuple[nn.Module | None, list[str]]:
     """Build a network and its optimizer for every corner of the space, and train the first on one batch.
 
-    Return the first (None where the objective trains in its own way and has no `preview` of it), and what to say of
-    corners that are infeasible, or that the machine has no memory for: such trials will be ended, the others not.
+    Return the first (None where the objective trains in its own way and has no `preview` of it), and what to warn of:
+    corners that are infeasible, or that the machine has no memory for, whose trials will be ended; what `advice` says.
     Raises InputError.
     """
     objective = plan.objective
     if objective.train is not None and type(objective).preview is Objective.preview:
-        return None, ""
+        return None, []
     preprocess = module_from(plan, "preprocess", lambda: objective.preprocess(data.train))
     head = Split(inputs={n: x[:8] for n, x in data.train.inputs.items()}, targets=data.train.targets[:8])
     batch = guarded(plan, "preprocess", lambda: head.through(preprocess))
     if objective.train is not None:
         (first, _), infeasible = _each_corner(plan, Preview(plan, data, preprocess, head, batch))
-        return first, infeasible
+        return first, [infeasible] if infeasible else []
     (first, outputs), infeasible = _each_corner(
         plan, lambda params, is_first: _try_corner(plan, data, params, batch if is_first else None)
     )
@@ -44,7 +45,8 @@ def preflight(plan: Plan, data: Data) -> tuple[nn.Module | None, str]:
     for params in plan.space.corners():
         losses.setdefault(params.get("loss"), params)
     try_measuring(plan, data, outputs, batch, [*losses.values()])
-    return first, infeasible
+    warnings = [line for params in losses.values() for line in advice(plan, outputs, batch, params)]
+    return first, [*([infeasible] if infeasible else []), *dict.fromkeys(warnings)]
 
 
 def _each_corner(

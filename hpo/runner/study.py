@@ -207,9 +207,9 @@ def check(plan: Plan) -> tuple[Data | None, torch.nn.Module | None]:
     try:
         data = plan.load_data()
         if data is not None:
-            model, infeasible = preflight(plan, data)
-            if infeasible:
-                log.warning(infeasible)
+            model, warnings = preflight(plan, data)
+            for warning in warnings:
+                log.warning(warning)
     except InputError as error:
         problems.append(error)
     if problems:

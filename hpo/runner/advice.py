@@ -1,0 +1,85 @@
+"""What can be trained, but hardly as it was meant: probabilities given to a loss that takes logits, logits exported."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from hpo.runner.prepare import Plan
+from hpo.study.data import Split, prediction
+from hpo.study.objective import Params
+
+_TAKES_LOGITS: Mapping[Any, str] = {
+    F.cross_entropy: "cross_entropy",
+    F.binary_cross_entropy_with_logits: "binary_cross_entropy_with_logits",
+}
+_OF_PARAM = {"cross_entropy": "cross_entropy", "bce": "binary_cross_entropy_with_logits"}
+_HEAD = {"cross_entropy": "nn.Softmax(dim=-1)", "binary_cross_entropy_with_logits": "nn.Sigmoid()"}
+_LAST = {"SoftmaxBackward0": "a softmax", "SigmoidBackward0": "a sigmoid"}
+_RESHAPES = (
+    "View",
+    "Reshape",
+    "Squeeze",
+    "Unsqueeze",
+    "Select",
+    "Slice",
+    "T",
+    "Transpose",
+    "Permute",
+    "Alias",
+    "Clone",
+)
+
+
+def advice(plan: Plan, outputs: Any, batch: Split, params: Params) -> list[str]:
+    """Return what to say of a network's `outputs` of `batch`, with their graph, and of the loss that they are given."""
+    loss = _logits_loss(plan, outputs, batch, params)
+    if loss is None:
+        return []
+    where, head = f"objective {plan.spec.objective}", _HEAD[loss]
+    if last := _last(prediction(outputs)):
+        return [
+            f"{where}: its network ends in {last}, but its loss, {loss}, takes logits and applies one itself: it "
+            f"trains slowly, and not to what was meant; take it out of `build`, and have `head` return {head}"
+        ]
+    if isinstance(plan.objective.head(), nn.Identity):
+        return [
+            f"{where}: its loss, {loss}, takes logits, and it has no `head`, so that the exported model gives logits; "
+            f"for probabilities have `head` return {head}"
+        ]
+    return []
+
+
+def _logits_loss(plan: Plan, outputs: Any, batch: Split, params: Params) -> str | None:
+    """Return the name of torch's function that the loss gives logits to, if it does."""
+    seen = _Seen()
+    with torch.no_grad(), seen:
+        plan.objective.loss(outputs, batch.targets, params)
+    is_named = type(plan.objective).loss.__module__ == "hpo.study.objective"
+    return next(iter(seen.names), _OF_PARAM.get(params.get("loss", "")) if is_named else None)
+
+
+class _Seen(TorchFunctionMode):
+    """Notes which functions that take logits are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if name := _TAKES_LOGITS.get(func):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def _last(outputs: Tensor) -> str | None:
+    """Return the last operation that `outputs` come from, if it makes probabilities; reshaping does not count."""
+    node = outputs.grad_fn
+    while node is not None and node.name().startswith(_RESHAPES) and node.next_functions:
+        node = node.next_functions[0][0]
+    return None if node is None else _LAST.get(node.name())

@@ -1,0 +1,136 @@
+"""What is said of an objective that can be trained, but hardly as it was meant."""
+
+import pytest
+
+from hpo.runner.preflight import preflight
+from hpo.runner.prepare import prepare
+from tests.cli import invoke
+
+OBJECTIVE = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+import hpo
+
+ENDS = {
+    "plain": lambda: [],
+    "softmax": lambda: [nn.Softmax(dim=-1)],
+    "softmax_reshaped": lambda: [nn.Softmax(dim=-1), nn.Unflatten(1, (3, 1)), nn.Flatten()],
+    "log_softmax": lambda: [nn.LogSoftmax(dim=-1)],
+    "sigmoid": lambda: [nn.Sigmoid()],
+    "sigmoid_squeezed": lambda: [nn.Sigmoid(), nn.Flatten(0)],
+}
+
+
+class Odd(hpo.Objective):
+    defaults = {"end": "plain", "with": "cross_entropy", "head": "none", "loss": "cross_entropy"}
+    space = {"learning_rate": {"type": "float", "low": 1e-3, "high": 1e-2}}
+
+    def data(self):
+        x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+        part = hpo.Split(inputs={"x": x}, targets=self.targets())
+        return hpo.Data(train=part, valid=part, test=part)
+
+    def targets(self):
+        return torch.arange(60) % 3
+
+    def build(self, params, info):
+        n_out = 1 if params["with"] == "bce" else 3
+        return nn.Sequential(nn.Linear(4, n_out), *ENDS[params["end"]]())
+
+    def metrics(self):
+        return {"m": Mean()}
+
+    def head(self):
+        return self.the_head
+
+
+class Mean(MeanMetric):
+    higher_is_better = False
+
+    def update(self, outputs, targets):
+        super().update(outputs)
+
+
+class Ce(Odd):
+    the_head = nn.Identity()
+
+    def loss(self, outputs, targets, params):
+        return nn.CrossEntropyLoss()(outputs, targets)
+
+
+class Named(Odd):
+    the_head = nn.Identity()
+
+
+class WithHead(Ce):
+    the_head = nn.Softmax(dim=-1)
+
+
+class Bce(Odd):
+    the_head = nn.Identity()
+    defaults = Odd.defaults | {"with": "bce"}
+
+    def targets(self):
+        return (torch.arange(60) % 2).float()
+
+    def loss(self, outputs, targets, params):
+        return F.binary_cross_entropy_with_logits(outputs.reshape(-1), targets)
+
+
+class Nll(Odd):
+    the_head = nn.Identity()
+
+    def loss(self, outputs, targets, params):
+        return F.nll_loss(outputs, targets)
+"""
+SOFTMAX = "its network ends in a softmax, but its loss, cross_entropy, takes logits and applies one itself: "
+SIGMOID = "its network ends in a sigmoid, but its loss, binary_cross_entropy_with_logits, takes logits and applies one "
+LOGITS = "takes logits, and it has no `head`, so that the exported model gives logits; for probabilities have `head` "
+
+
+@pytest.fixture
+def planned(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd.py").write_text(OBJECTIVE)
+
+    def plan(name, end="plain"):
+        (tmp_path / "study.yaml").write_text(
+            f"objective: odd.py:{name}\ntracking: off\ntrials: 1\nepochs: 1\nparams: {{end: {end}}}\n"
+        )
+        return prepare(tmp_path / "study.yaml")
+
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("name", "end", "said"),
+    [
+        ("Ce", "softmax", SOFTMAX),
+        ("Ce", "softmax_reshaped", SOFTMAX),
+        ("Named", "softmax", SOFTMAX),
+        ("WithHead", "softmax", SOFTMAX),
+        ("Ce", "plain", f"cross_entropy, {LOGITS}return nn.Softmax(dim=-1)"),
+        ("Named", "plain", f"cross_entropy, {LOGITS}return nn.Softmax(dim=-1)"),
+        ("WithHead", "plain", None),
+        ("Nll", "log_softmax", None),
+        ("Bce", "sigmoid", SIGMOID),
+        ("Bce", "sigmoid_squeezed", SIGMOID),
+        ("Bce", "plain", f"binary_cross_entropy_with_logits, {LOGITS}return nn.Sigmoid()"),
+    ],
+)
+def test_what_is_hardly_meant_is_said_with_what_to_do(planned, name, end, said):
+    plan = planned(name, end)
+    _, warnings = preflight(plan, plan.load_data())
+    assert len(warnings) == (said is not None)
+    if said:
+        assert warnings[0].startswith(f"objective odd.py:{name}: its ")
+        assert said in warnings[0]
+
+
+def test_check_and_the_first_run_say_it_once(planned, said):
+    planned("Ce", "softmax")
+    for command, times in ((["check"], 1), (["run"], 2), (["run", "--trials", "2"], 2)):
+        invoke(*command, "study.yaml")
+        assert " ".join(said).count(SOFTMAX) == times
