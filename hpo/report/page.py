@@ -120,6 +120,7 @@ def _sentences(facts: Facts, judged: Mapping[str, Any]) -> dict[str, Any]:
     at_once = facts.work.seconds_summed / facts.work.seconds_used if facts.work.seconds_used > 0 else 0.0
     return {
         "certainty": texts.certainty(facts),
+        "confirmed": texts.confirmed_table(facts) if facts.confirmed else None,
         "counts": texts.counts_text(facts),
         "test": texts.tests_text(facts),
         "best_params": _shown(best.params) if best is not None else [],

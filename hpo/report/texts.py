@@ -52,9 +52,21 @@ def certainty(facts: Facts) -> list[str]:
             for row in behind
         )
         said.append(f"Next behind: {gaps}.")
-    if ranked:
+    if facts.confirmed:
+        said += facts.confirmed["said"]
+    elif ranked:
         said.append("No trial was run twice with other seeds, so it is not known which of these gaps are only noise.")
     return said
+
+
+def confirmed_table(facts: Facts) -> tuple[list[str], list[list[str]]]:
+    """Return the names of the columns, and a row for each configuration that was trained again."""
+    rows = [
+        [number(each[key]) for key in ("number", "search_value", "mean", "std")]
+        + [str(len(each["values"])), f"{each['chance_of_best']:.0%}"]
+        for each in facts.confirmed["configurations"]
+    ]
+    return ["trial", "in the search", "mean of fresh seeds", "standard deviation", "trainings", "chance of best"], rows
 
 
 def tests_text(facts: Facts) -> str:
@@ -103,7 +115,10 @@ def as_markdown(facts: Facts) -> str:
     else:
         lines.append(f"{_cell(facts.metric)} **{number(best.value)}**, trial {best.number}, epoch {best.epoch + 1}.")
         lines += ["", *_table(["param", "value"], [[k, number(v)] for k, v in best.params.items()])]
-        lines += ["", " ".join(certainty(facts)), "", f"Test: {_cell(tests_text(facts))}"]
+        lines += ["", "## How sure", "", _cell(" ".join(certainty(facts)))]
+        if facts.confirmed:
+            lines += ["", *_table(*confirmed_table(facts))]
+        lines += ["", f"Test: {_cell(tests_text(facts))}"]
     ranked = facts.ranked()[:TOP]
     if ranked:
         params = [name for name in facts.columns if name.startswith(PARAM)]

@@ -7,6 +7,7 @@ from hpo.errors import masked
 from hpo.runner.outcome import Outcome
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import count_text, shown
+from hpo.search.confirmed import Confirmed, sentences
 from hpo.search.view import Best, StudyView
 from hpo.study.data import Data
 
@@ -41,8 +42,13 @@ def intention(plan: Plan) -> str:
     return "\n".join([*_head(plan), "It has not ended yet.", "", *_space(plan)])[:_MOST_CHARACTERS]
 
 
-def description(plan: Plan, seen: StudyView, best: Best, done: Outcome | None) -> str:
-    """Return what a study has found; a link to a trial is `hpo:trial/<number>` (`hpo.tracking.values.linked`)."""
+def description(
+    plan: Plan, seen: StudyView, best: Best, done: Outcome | None, confirmed: Confirmed | None = None
+) -> str:
+    """Return what a study has found; a link to a trial is `hpo:trial/<number>` (`hpo.tracking.values.linked`).
+
+    `best` is the trial that the study ends with, the `confirmed` one where there is one.
+    """
     lines = _head(plan)
     epoch = "" if plan.function is not None else f", epoch {best.epoch + 1}"
     lines += [
@@ -50,6 +56,8 @@ def description(plan: Plan, seen: StudyView, best: Best, done: Outcome | None) -
         f"(hpo:trial/{best.number}){epoch}.",
         "",
     ]
+    if confirmed is not None:
+        lines += [_escaped(" ".join(sentences(confirmed, plan.metric))), ""]
     if done is not None and done.test:
         tests = ", ".join(f"{_escaped(name)} {value:.6g}" for name, value in done.test.items())
         lines += [f"Trained again on train + validation and tested once: {tests}.", ""]

@@ -16,6 +16,7 @@ from hpo.runner.prepare import Plan, guarded
 from hpo.runner.preview import Preview
 from hpo.study.data import Data, Split
 from hpo.study.objective import Objective, Params
+from hpo.study.splits import require_rows
 from hpo.training import optim
 from hpo.training.faults import fault_of
 from hpo.training.memory import Within
@@ -29,6 +30,8 @@ def preflight(plan: Plan, data: Data) -> tuple[nn.Module | None, str]:
     Raises InputError.
     """
     objective = plan.objective
+    if plan.spec.confirm is not None and plan.spec.confirm.folds is not None:
+        require_rows(data, plan.spec.confirm.folds)
     if objective.train is not None and type(objective).preview is Objective.preview:
         return None, ""
     preprocess = module_from(plan, "preprocess", lambda: objective.preprocess(data.train))

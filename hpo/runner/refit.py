@@ -14,6 +14,7 @@ from hpo.export.bundle import export
 from hpo.export.formats import ALWAYS, Formats
 from hpo.export.model import Model
 from hpo.log import log
+from hpo.runner.confirm import confirm
 from hpo.runner.custom import train_outside
 from hpo.runner.keeping import bundle_of
 from hpo.runner.outcome import Outcome, outcome
@@ -21,6 +22,7 @@ from hpo.runner.prepare import Plan
 from hpo.runner.tracked import tell_result
 from hpo.runner.worker import EXAMPLE_ROWS, chosen_before
 from hpo.search import schema
+from hpo.search.confirmed import chosen, confirmation, sentences
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
 from hpo.stacks.candidate import NotStackable
@@ -66,17 +68,18 @@ def conclude(
         raise HpoError(f"{why}; no trial is lost, run it again") from error
     with held:
         now = seen or search.view()
-        best = now.best()
+        best = chosen(search, now)
         done = outcome(search, best)
         if done is None and seen is not None:  # a peer may have finished more trials, and the study, since then
             now = search.view()
-            best = now.best()
+            best = chosen(search, now)
             done = outcome(search, best)
-        if best is None:
+        if now.best() is None:
             return None
-        if done is None:
+        if done is None or best is None:
             size = chosen_before(plan, search)
             with torch_settings(plan.device, threads=size.threads if size else None):
+                best = best or confirm(plan, data, search, now, stopping)
                 done = finish(plan, data, search, best, folder, stopping)
             bundle = done.bundle and str(done.bundle)
             stored = {"number": done.number, "test": dict(done.test), "bundle": bundle, "parity": done.parity}
@@ -196,7 +199,14 @@ def _refit_custom(
 ) -> nn.Module | None:
     """Return the network that the objective's own `train` makes of `best`'s params in so many epochs, if any."""
     network, _ = train_outside(
-        plan, best.params, best.seed, data, preprocess, epochs=epochs, most=epochs, stopping=stopping
+        plan,
+        best.params,
+        best.seed,
+        data,
+        preprocess,
+        epochs=epochs,
+        enough=lambda reports: len(reports) >= epochs,
+        stopping=stopping,
     )
     return network if network is None else network.to(plan.device)
 
@@ -215,8 +225,17 @@ def _about(
         "seed": best.seed,
         "trained_on": ["train", "valid"],
         "metrics": {"of_the_trial": dict(best.metrics), "test": dict(test)},
+        **_confirmed(plan, search, best),
         "n_test_evaluations": len(_tests(search)),
         "data_fingerprint": data.fingerprint(),
         "source_fingerprint": source_fingerprint(plan.given),
         "about_the_data": dict(plan.objective.about()),
     }
+
+
+def _confirmed(plan: Plan, search: Search, best: Best) -> dict[str, Any]:
+    """Return what was confirmed of the trial that is exported; nothing where it is another one, or none was."""
+    found = confirmation(search, search.view())
+    if found is None or found.winner.number != best.number:
+        return {}
+    return {"confirmed": found.as_dict() | {"said": sentences(found, plan.metric)}}

@@ -154,7 +154,7 @@ def _trained(plan: Plan, data: Data, member: Member, epochs: int, stopping: Stop
             data,
             preprocess,
             epochs=plan.spec.epochs,
-            most=epochs,
+            enough=lambda reports: len(reports) >= epochs,
             stopping=stopping.requested,
         )
         return curves_of(reports)

@@ -43,6 +43,7 @@ from hpo.runner.tracked import (
 from hpo.runner.worker import INTERRUPTED, work
 from hpo.search import adoption, schema
 from hpo.search.away import StorageAway
+from hpo.search.confirmed import chosen
 from hpo.search.search import Search
 from hpo.search.storage import close_storage, open_storage
 from hpo.search.view import StudyView
@@ -91,7 +92,7 @@ def run(
     Raises HpoError where no trial is complete, Interrupted when asked to stop.
     """
     seen = search.view()
-    best, done = seen.best(), None
+    best, done = chosen(search, seen), None
     over = seen.counts.unfinished == 0
     if over:
         done = outcome(search, best)
@@ -246,7 +247,7 @@ def export(
 
     Raises InputError where there is no such trial or no network, ExportError, Interrupted.
     """
-    best = seen.best(number)
+    best = (chosen(search, seen) if number is None else None) or seen.best(number)
     if best is None:
         raise InputError(_no_such_trial(seen, plan.spec.name, number))
     if folder is not None:

@@ -33,6 +33,9 @@ RESULT = "hpo:result"
 """The outcome of the refit: the trial's `number`, its `test` metrics, the `bundle`'s folder, its `parity`."""
 TEST_EVALUATIONS = "hpo:test_evaluations"
 """Each reading of the test set: the trial's `number`, and its `test` metrics."""
+CONFIRMED = "hpo:confirmed"
+"""What the best configurations came to with fresh seeds, and between which of them was chosen
+(`hpo.search.confirmed`)."""
 TRACKED = "hpo:tracked"
 """Where the study is tracked, the `state` of its run, and how many `trials` had finished then."""
 

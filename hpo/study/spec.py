@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from hpo.study.checking import near
 from hpo.study.ranges import Categorical, Finite, FloatRange, Frozen, IntRange, Scalar, Searched, parse_param
+from hpo.study.spec_parts import Confirm, Loading, confirm_of
 
 __all__ = [
     "KEYS",
@@ -21,6 +22,7 @@ __all__ = [
     "PRUNERS",
     "SAMPLERS",
     "Categorical",
+    "Confirm",
     "FloatRange",
     "IntRange",
     "Loading",
@@ -102,25 +104,6 @@ def _cut(text: str) -> str:
 
 
 _Time = Annotated[Finite, Field(gt=0), BeforeValidator(_seconds)]
-
-
-class Loading(Frozen):
-    """How data gets to the device. What does not lie there streams through a `DataLoader`, with torch's own keys."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    resident: Literal["auto"] | bool = "auto"
-    """Whether data lies on the device as a whole: `auto` (where it fits), `true` or `false`."""
-    num_workers: Annotated[int | None, Field(ge=0)] = None
-    """Processes that load batches. By default up to 4 beside a GPU, else none."""
-    prefetch_factor: Annotated[int | None, Field(ge=1)] = None
-    """Batches that each of these processes loads ahead. By default torch's own."""
-    persistent_workers: bool = True
-    """Whether these processes outlive an epoch."""
-    pin_memory: bool | None = None
-    """Whether batches are put into page-locked memory. By default beside a GPU."""
-    non_blocking: bool = True
-    """Whether copies to the device overlap with computing."""
 
 
 class StudySpec(Frozen):
@@ -305,6 +288,15 @@ class StudySpec(Frozen):
 
     Values: `auto` (measured), or a whole number of at least 1. Default: `auto`.
     Example: `stack: 16`
+    """
+
+    confirm: Annotated[Confirm | None, BeforeValidator(confirm_of)] = None
+    """Train the best configurations of the search again with fresh seeds, and choose the one with the best mean.
+
+    Its keys: `top` (5, how many), `seeds` (5, how often each), `resplit` (`false`; `true`: another validation split for
+    each seed), `folds` (none; K: cross-validation in K folds).
+    Values: `false`, `true` (all keys' defaults), or a mapping of its keys. Default: `false`.
+    Example: `confirm: {top: 5, seeds: 5}`
     """
 
     @field_validator("catch")

@@ -1,0 +1,192 @@
+"""After the search: its best configurations are trained again with fresh seeds, and the best mean is chosen.
+
+A search picks the luckiest of many noisy numbers. What is printed of the chosen one is a mean over seeds that the
+search never saw, on splits that are its own, or drawn again (`resplit`, `folds`). Each result is stored as it comes, so
+that none is trained twice.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from hpo.errors import HpoError
+from hpo.log import log
+from hpo.runner.again import train_members
+from hpo.runner.custom import train_outside
+from hpo.runner.prepare import Plan
+from hpo.search import schema
+from hpo.search.confirmed import Result, chosen, confirmed_in, note_end, note_results, results_in, sentences, top_of
+from hpo.search.search import Search
+from hpo.search.view import Best, StudyView
+from hpo.seeds import derive
+from hpo.study.data import Data
+from hpo.study.loading import origin
+from hpo.study.spec_parts import Confirm
+from hpo.study.splits import folds, resplit
+from hpo.training.batches import make_batches
+from hpo.training.faults import fault_of
+from hpo.training.loop import Results
+from hpo.training.stack import Member, Stack
+
+
+def confirm(plan: Plan, data: Data, search: Search, seen: StudyView, stopping: Callable[[], bool]) -> Best:
+    """Train the best configurations of the search again, as far as that is not done, and return the chosen one.
+
+    Its `epoch` is the median of its runs' best epochs. Raises HpoError where none of them could be trained again,
+    Interrupted.
+    """
+    how = plan.spec.confirm
+    assert how is not None
+    top = top_of(search, seen, how)
+    stored = search.attrs.get(schema.CONFIRMED)
+    left = {(key, run) for key in top for run in range(how.runs)}
+    left -= {(key, run) for key in top for run in results_in(stored, key)}
+    if left:
+        n = len(top) * how.runs
+        log.info(f"confirming: the {len(top)} best configurations are trained with {how.seeds} fresh seeds each")
+        if len(left) < n:
+            log.info(f"  {n - len(left)} of {n} trainings were done before")
+    for runs, divided in _splits(data, how, plan.spec.seed):
+        wanted = [(key, run) for run in runs for key in top if (key, run) in left]
+        if wanted:
+            _Confirming(plan, search, top, wanted, stopping).train(divided())
+    note_end(search, top, how, _overlap(data, how))
+    found = confirmed_in(search.attrs.get(schema.CONFIRMED), maximize=search.maximize)
+    best = chosen(search, seen)
+    if found is None or best is None:
+        faults = [result.fault for key in top for result in results_in(search.attrs[schema.CONFIRMED], key).values()]
+        raise HpoError(f"none of the {len(top)} best configurations could be trained again: {faults[0]}")
+    for line in sentences(found, plan.metric):
+        log.info(line)
+    return best
+
+
+def _splits(data: Data, how: Confirm, seed: int) -> Iterator[tuple[Sequence[int], Callable[[], Data]]]:
+    """Yield which runs are trained on one split, and what gives that: all on the study's own, or each on another."""
+    if not how.resplit and how.folds is None:
+        yield range(how.seeds), lambda: data
+        return
+    for k in range(how.seeds):
+        split_seed = derive(seed, "confirm split", k)
+        if how.folds is None:
+            yield [k], lambda split_seed=split_seed: resplit(data, split_seed)  # type: ignore[misc]
+            continue
+        for i in range(how.folds):
+            yield [k * how.folds + i], lambda s=split_seed, i=i: folds(data, how.folds or 0, s)[i]  # type: ignore[misc]
+
+
+def _overlap(data: Data, how: Confirm) -> float:
+    if how.folds is not None:
+        return 1 / (how.folds - 1)
+    return len(data.valid) / len(data.train) if how.resplit else 0.0
+
+
+@dataclass(frozen=True)
+class _Confirming:
+    """The trainings of one split that are still wanted: of which configuration, and which run."""
+
+    plan: Plan
+    search: Search
+    top: Mapping[str, Best]
+    wanted: list[tuple[str, int]]
+    stopping: Callable[[], bool]
+
+    def train(self, data: Data) -> None:
+        """Train all of them, and store what each comes to."""
+        plan, wanted = self.plan, self.wanted
+        preprocess = plan.objective.preprocess(data.train)
+        if plan.objective.train is not None:
+            for key, run in list(wanted):
+                self._note({(key, run): self._by_itself(key, run, data, preprocess)})
+            return
+        batches = [
+            make_batches(split, preprocess, plan.device, plan.spec.loading) for split in (data.train, data.valid)
+        ]
+        of: dict[Member, tuple[str, int]] = {}
+
+        def left() -> list[Member]:
+            of.clear()
+            of.update({self._member(key, run): (key, run) for key, run in wanted})
+            return list(of)
+
+        def report(stack: Stack, results: Results) -> list[Member]:
+            ended = {member: end for member in results if (end := result_of(plan, member)) is not None}
+            if ended:
+                self._note({of[member]: end for member, end in ended.items()})
+            return [member for member in results if member not in ended]
+
+        train_members(
+            plan,
+            self.search,
+            plan.task(data.info, len(data.train)),
+            (batches[0], batches[1]),
+            left,
+            report,
+            epochs=plan.spec.epochs,
+            seed=derive(plan.spec.seed, "confirm order", wanted[0][1]),
+            stopping=self.stopping,
+        )
+
+    def _member(self, key: str, run: int) -> Member:
+        best = self.top[key]
+        return Member(number=best.number, seed=derive(self.plan.spec.seed, "confirm", run), params=best.params)
+
+    def _note(self, results: Mapping[tuple[str, int], Result]) -> None:
+        """Store results, a configuration's at once; they are wanted no more."""
+        for key in dict.fromkeys(key for key, _ in results):
+            note_results(self.search, key, self.top[key], {run: end for (k, run), end in results.items() if k == key})
+        self.wanted[:] = [each for each in self.wanted if each not in results]
+        log.info(f"  {len(results)} trainings done, {len(self.wanted)} left on this split")
+
+    def _by_itself(self, key: str, run: int, data: Data, preprocess: nn.Module) -> Result:
+        """Have the objective's own `train` train one of them."""
+        plan, member = self.plan, self._member(key, run)
+
+        def enough(reports: Sequence[Mapping[str, float]]) -> bool:
+            member.epoch = len(reports)
+            member.history[:] = [dict(each) for each in reports]
+            return result_of(plan, member) is not None
+
+        try:
+            train_outside(
+                plan,
+                member.params,
+                member.seed,
+                data,
+                preprocess,
+                epochs=plan.spec.epochs,
+                enough=enough,
+                stopping=self.stopping,
+            )
+        except Exception as error:
+            fault = fault_of(error, plan.spec.catch, origin(error))
+            if fault is None:
+                raise
+            return Result(fault=fault.text)
+        ended = result_of(plan, member, over=True)
+        return ended if ended is not None else Result(fault="train returned without having called report")
+
+
+def result_of(plan: Plan, member: Member, over: bool = False) -> Result | None:
+    """Return what a member's training came to by the study's `value`, `patience` and `epochs`; None: it is not over.
+
+    With `over` it is, whatever these say. A metric that is no number is a fault, as it is in the search.
+    """
+    spec, key, history = plan.spec, plan.metric_key, member.history
+    if member.fault is not None:
+        return Result(fault=member.fault, epoch=max(0, len(history) - 1))
+    if not history:
+        return None
+    for name in dict.fromkeys(["train_loss", "valid_loss", key]):
+        last = history[-1].get(name, 0.0 if plan.trains_itself else math.nan)
+        if not math.isfinite(last):
+            return Result(fault=f"{name} became {last} in epoch {len(history)}", epoch=len(history) - 1)
+    curve = [metrics[key] for metrics in history]
+    peak = curve.index(max(curve) if plan.maximize else min(curve))
+    waited = spec.patience is not None and len(curve) - 1 - peak >= spec.patience
+    if not (over or waited or len(curve) >= spec.epochs):
+        return None
+    epoch = len(curve) - 1 if spec.value == "last" else peak
+    return Result(value=curve[epoch], epoch=epoch)
