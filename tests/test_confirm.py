@@ -210,6 +210,53 @@ def test_where_all_fail_the_study_says_so_and_reads_no_test(told):
     assert search.attrs.get("hpo:test_evaluations") is None
 
 
+def given_rows(plan, monkeypatch):
+    """Return the list of the train splits that `preprocess` was fitted on, as sets of rows."""
+    seen = []
+    plain = plan.objective.preprocess
+
+    def preprocess(train):
+        seen.append({tuple(row.tolist()) for row in train.inputs["features"]})
+        return plain(train)
+
+    monkeypatch.setattr(plan.objective, "preprocess", preprocess)
+    return seen
+
+
+def test_resplit_fits_preprocess_and_trains_all_on_another_split_for_each_seed(told, trained, monkeypatch):
+    plan, data, search = told(LUCKY, "{top: 2, seeds: 3, resplit: true}")
+    seen = given_rows(plan, monkeypatch)
+    end(plan, data, search)
+    assert trained == [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2)]
+    splits, refit = seen[:3], seen[3]
+    assert all(len(rows) == 200 and rows < refit for rows in splits)
+    assert len({frozenset(rows) for rows in splits}) == 3
+    found = confirmation(search, search.view())
+    assert found.overlap == pytest.approx(50 / 200)
+    assert "each with a validation split of its own" in sentences(found, "r2")[0]
+
+
+def test_folds_train_each_fold_for_each_seed(told, trained, monkeypatch):
+    plan, data, search = told(LUCKY, "{top: 2, seeds: 1, folds: 5}")
+    seen = given_rows(plan, monkeypatch)
+    end(plan, data, search)
+    assert len(trained) == 10
+    assert [len(rows) for rows in seen] == [200] * 5 + [250]
+    assert set.intersection(*seen[:5]) == set()
+    found = confirmation(search, search.view())
+    assert found.overlap == pytest.approx(1 / 4)
+    assert "1 fresh seed, 5 folds each" in sentences(found, "r2")[0]
+
+
+def test_results_of_other_splits_are_others(told, trained):
+    end(*told(LUCKY))
+    trained.clear()
+    plan, data, search = told(LUCKY, "{top: 2, seeds: 2, resplit: true}")
+    assert chosen(search, search.view()) is None
+    end(plan, data, search)
+    assert len(trained) == 4
+
+
 RULES = [
     ("best", None, [0.1, 0.5, 0.5, 0.2, 0.3], Result(value=0.5, epoch=1)),
     ("last", None, [0.1, 0.5, 0.5, 0.2, 0.3], Result(value=0.3, epoch=4)),

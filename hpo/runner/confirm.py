@@ -8,6 +8,7 @@ that none is trained twice.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -24,7 +25,7 @@ from hpo.seeds import derive
 from hpo.study.data import Data
 from hpo.study.loading import origin
 from hpo.study.spec_parts import Confirm
-from hpo.study.splits import folds, resplit
+from hpo.study.splits import fold, resplit
 from hpo.training.batches import make_batches
 from hpo.training.faults import fault_of
 from hpo.training.loop import Results
@@ -71,10 +72,10 @@ def _splits(data: Data, how: Confirm, seed: int) -> Iterator[tuple[Sequence[int]
     for k in range(how.seeds):
         split_seed = derive(seed, "confirm split", k)
         if how.folds is None:
-            yield [k], lambda split_seed=split_seed: resplit(data, split_seed)  # type: ignore[misc]
+            yield [k], partial(resplit, data, split_seed)
             continue
         for i in range(how.folds):
-            yield [k * how.folds + i], lambda s=split_seed, i=i: folds(data, how.folds or 0, s)[i]  # type: ignore[misc]
+            yield [k * how.folds + i], partial(fold, data, how.folds, i, split_seed)
 
 
 def _overlap(data: Data, how: Confirm) -> float:

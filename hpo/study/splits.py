@@ -27,8 +27,8 @@ def resplit(data: Data, seed: int) -> Data:
     return _divided(data, pool, *rows)
 
 
-def folds(data: Data, k: int, seed: int) -> list[Data]:
-    """Return `data` K times: each row that may be trained on is in the validation split of one of them.
+def fold(data: Data, k: int, i: int, seed: int) -> Data:
+    """Return `data` with the i-th (from 0) of K folds of its train and validation rows for validation, else for train.
 
     By classes where targets are classes. Raises InputError where there are fewer rows than folds.
     """
@@ -38,10 +38,8 @@ def folds(data: Data, k: int, seed: int) -> list[Data]:
     pool = data.for_refit().train
     classes = _classes(data, pool, k)
     kind: Any = KFold if classes is None else StratifiedKFold
-    return [
-        _divided(data, pool, train, valid)
-        for train, valid in kind(k, shuffle=True, random_state=seed).split(range(len(pool)), classes)
-    ]
+    rows = list(kind(k, shuffle=True, random_state=seed).split(range(len(pool)), classes))
+    return _divided(data, pool, *rows[i])
 
 
 def require_rows(data: Data, k: int) -> None:
