@@ -379,3 +379,19 @@ def test_a_function_cannot_be_confirmed():
 )
 def test_what_others_wrote_into_the_storage_is_no_confirmation(stored):
     assert confirmed_in(stored, maximize=True) is None
+
+
+def test_a_second_reading_of_the_test_split_is_shown(study):
+    path = study(TEXT)
+    first = invoke("run", path, "--json")
+    assert summary(first)["test_evaluations"] == 1
+    assert "was read" not in first
+    printed = invoke("export", path, "--trial", "0", "--formats", "torchscript", "--json")
+    said = "the test split was read 2 times: the more often, the less it says"
+    assert said in " ".join(printed.split())
+    assert summary(printed)["test_evaluations"] == 2
+    assert said in invoke("status", path)
+    assert summary(invoke("status", path, "--json"))["test_evaluations"] == 2
+    assert json.loads(Path("mlruns/bundles/study-trial-0/bundle.json").read_text())["n_test_evaluations"] == 2
+    invoke("report", path, "--format", "md", "--out", "r.md")
+    assert "The test set was read 2 times" in Path("r.md").read_text()

@@ -265,7 +265,8 @@ def _print_result(
         ["params", shown(plan.space.searched(winner.params)) or "all fixed"],
     ]
     if done is not None:
-        rows += [["test", ", ".join(f"{name} {value:.4f}" for name, value in done.test.items())]] if done.test else []
+        test = ", ".join(f"{name} {value:.4f}" for name, value in done.test.items())
+        rows += [["test", "; ".join(filter(None, [test, done.readings]))]] if done.test else []
         if done.bundle is not None:
             rows += [["bundle", f"{done.bundle} (differs from the measured model by at most {done.parity:.1e})"]]
     out.print(view.pairs(plan.spec.name, rows))

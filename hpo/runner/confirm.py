@@ -24,6 +24,7 @@ from hpo.search.view import Best, StudyView
 from hpo.seeds import derive
 from hpo.study.data import Data
 from hpo.study.loading import origin
+from hpo.study.sealed import sealed, sealing
 from hpo.study.spec_parts import Confirm
 from hpo.study.splits import fold, resplit
 from hpo.training.batches import make_batches
@@ -38,7 +39,7 @@ def confirm(plan: Plan, data: Data, search: Search, seen: StudyView, stopping: C
     Its `epoch` is the median of its runs' best epochs. Raises HpoError where none of them could be trained again,
     Interrupted.
     """
-    how = plan.spec.confirm
+    how, data = plan.spec.confirm, sealed(data)
     assert how is not None
     top = top_of(search, seen, how)
     stored = search.attrs.get(schema.CONFIRMED)
@@ -52,7 +53,8 @@ def confirm(plan: Plan, data: Data, search: Search, seen: StudyView, stopping: C
     for runs, divided in _splits(data, how, plan.spec.seed):
         wanted = [(key, run) for run in runs for key in top if (key, run) in left]
         if wanted:
-            _Confirming(plan, search, top, wanted, stopping).train(divided())
+            with sealing(plan.given):
+                _Confirming(plan, search, top, wanted, stopping).train(divided())
     note_end(search, top, how, _overlap(data, how))
     found = confirmed_in(search.attrs.get(schema.CONFIRMED), maximize=search.maximize)
     best = chosen(search, seen)

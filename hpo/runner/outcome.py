@@ -1,8 +1,9 @@
 """What the storage holds of a study's end and of how it ran. To look at it needs neither torch nor the objective."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hpo.export.files import FILES
 from hpo.search import schema
@@ -19,6 +20,21 @@ class Outcome:
     bundle: Path | None
     """None where there is no network to export: an objective's own `train` gave none."""
     parity: float | None
+    n_tests: int = field(default=0, compare=False)
+    """How often the test split has been read in this study."""
+
+    @property
+    def readings(self) -> str:
+        """A warning where the test split was read more than once; else nothing."""
+        if self.n_tests < 2:
+            return ""
+        return f"the test split was read {self.n_tests} times: the more often, the less it says"
+
+
+def tests_of(search: Search) -> list[Any]:
+    """Return every reading of the test split so far, as far as the storage holds a list of them."""
+    stored = search.attrs.get(schema.TEST_EVALUATIONS)
+    return stored if isinstance(stored, list) else []
 
 
 def outcome(search: Search, best: Best | None) -> Outcome | None:
@@ -29,7 +45,9 @@ def outcome(search: Search, best: Best | None) -> Outcome | None:
     folder = stored["bundle"] and Path(stored["bundle"])
     if folder is not None and not all((folder / file).is_file() for file in FILES):
         return None
-    return Outcome(number=best.number, test=stored["test"], bundle=folder, parity=stored["parity"])
+    return Outcome(
+        number=best.number, test=stored["test"], bundle=folder, parity=stored["parity"], n_tests=len(tests_of(search))
+    )
 
 
 def stack_paths(search: Search) -> list[str]:

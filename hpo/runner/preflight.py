@@ -16,6 +16,7 @@ from hpo.runner.prepare import Plan, guarded
 from hpo.runner.preview import Preview
 from hpo.study.data import Data, Split
 from hpo.study.objective import Objective, Params
+from hpo.study.sealed import sealed, sealing
 from hpo.study.splits import require_rows
 from hpo.training import optim
 from hpo.training.faults import fault_of
@@ -29,6 +30,11 @@ def preflight(plan: Plan, data: Data) -> tuple[nn.Module | None, str]:
     corners that are infeasible, or that the machine has no memory for: such trials will be ended, the others not.
     Raises InputError.
     """
+    with sealing(plan.given):
+        return _tried(plan, sealed(data))
+
+
+def _tried(plan: Plan, data: Data) -> tuple[nn.Module | None, str]:
     objective = plan.objective
     if plan.spec.confirm is not None and plan.spec.confirm.folds is not None:
         require_rows(data, plan.spec.confirm.folds)

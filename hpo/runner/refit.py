@@ -17,7 +17,7 @@ from hpo.log import log
 from hpo.runner.confirm import confirm
 from hpo.runner.custom import train_outside
 from hpo.runner.keeping import bundle_of
-from hpo.runner.outcome import Outcome, outcome
+from hpo.runner.outcome import Outcome, outcome, tests_of
 from hpo.runner.prepare import Plan
 from hpo.runner.tracked import tell_result
 from hpo.runner.worker import EXAMPLE_ROWS, chosen_before
@@ -30,6 +30,7 @@ from hpo.stacks.cost import records
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.data import Data
 from hpo.study.loading import source_fingerprint
+from hpo.study.sealed import sealed, sealing
 from hpo.tracking.base import Tracker
 from hpo.training.batches import Batches, make_batches
 from hpo.training.evaluation import evaluate
@@ -105,21 +106,16 @@ def finish(
     whole = plan.spec.value == "last" and plan.spec.patience is None
     epochs = plan.spec.epochs if whole else best.epoch + 1
     log.info(f"training the params of trial {best.number} from scratch on train + validation, {epochs} epochs")
-    data_refit = data.for_refit()
-    preprocess = plan.objective.preprocess(data_refit.train)
-    task = plan.task(data.info, len(data_refit.train))
-    if plan.objective.train is not None:
-        network = _refit_custom(plan, best, data_refit, preprocess, epochs, stopping)
-        if network is None:
-            log.info("train returned no network: there is nothing to test or to export")
-            return Outcome(number=best.number, test={}, bundle=None, parity=None)
-    else:
-        batches = make_batches(data_refit.train, preprocess, plan.device, plan.spec.loading)
-        network = _refit(plan, task, best, batches, epochs, stopping)
+    with sealing(plan.given):
+        preprocess, network = _trained_again(plan, best, sealed(data), epochs, stopping)
+    if network is None:
+        log.info("train returned no network: there is nothing to test or to export")
+        return Outcome(number=best.number, test={}, bundle=None, parity=None)
+    task = plan.task(data.info, len(data.train) + len(data.valid))
     metrics = {name: metric.to(plan.device) for name, metric in plan.objective.metrics().items()}
     test_batches = make_batches(data.test, preprocess, plan.device, plan.spec.loading)
     test = evaluate(task, network, test_batches, best.params, metrics)
-    search.remember(schema.TEST_EVALUATIONS, [*_tests(search), {"number": best.number, "test": test}])
+    search.remember(schema.TEST_EVALUATIONS, [*tests_of(search), {"number": best.number, "test": test}])
     log.info("exporting, and comparing what was exported with the model that was measured")
     written = export(
         Model(
@@ -136,13 +132,19 @@ def finish(
         fresh=formats is not None,
     )
     parity = max(result["max_difference"] for result in written["parity"].values())
-    return Outcome(number=best.number, test=test, bundle=folder, parity=parity)
+    return Outcome(number=best.number, test=test, bundle=folder, parity=parity, n_tests=len(tests_of(search)))
 
 
-def _tests(search: Search) -> list[Any]:
-    """Return every reading of the test set so far, as far as the storage holds a list of them."""
-    stored = search.attrs.get(schema.TEST_EVALUATIONS)
-    return stored if isinstance(stored, list) else []
+def _trained_again(
+    plan: Plan, best: Best, data: Data, epochs: int, stopping: Callable[[], bool]
+) -> tuple[nn.Module, nn.Module | None]:
+    """Return `preprocess` of train + validation, and the network of `best`'s params that was trained on these."""
+    whole = data.for_refit()
+    preprocess = plan.objective.preprocess(whole.train)
+    if plan.objective.train is not None:
+        return preprocess, _refit_custom(plan, best, whole, preprocess, epochs, stopping)
+    batches = make_batches(whole.train, preprocess, plan.device, plan.spec.loading)
+    return preprocess, _refit(plan, plan.task(data.info, len(whole.train)), best, batches, epochs, stopping)
 
 
 def _refit(
@@ -226,7 +228,7 @@ def _about(
         "trained_on": ["train", "valid"],
         "metrics": {"of_the_trial": dict(best.metrics), "test": dict(test)},
         **_confirmed(plan, search, best),
-        "n_test_evaluations": len(_tests(search)),
+        "n_test_evaluations": len(tests_of(search)),
         "data_fingerprint": data.fingerprint(),
         "source_fingerprint": source_fingerprint(plan.given),
         "about_the_data": dict(plan.objective.about()),

@@ -23,7 +23,7 @@ from hpo.runner import checkpoints
 from hpo.runner.describing import announcement
 from hpo.runner.joining import join_stored
 from hpo.runner.launch import StudyMonitor, Workers, gpus, how_many
-from hpo.runner.opening import load_data, open_study, source_differs
+from hpo.runner.opening import load_data, open_study, source_differs, warn_of_repeated_rows
 from hpo.runner.outcome import Outcome, outcome
 from hpo.runner.preflight import preflight
 from hpo.runner.prepare import Plan
@@ -119,6 +119,8 @@ def _run(
     tracker = tracker_of(plan, search)
     for line in announcement(plan, data, before):
         log.info("%s", line)
+    if data is not None:
+        warn_of_repeated_rows(data)
     _remember(plan, search)
     state, seen = "FAIL", None
     try:
@@ -208,6 +210,7 @@ def check(plan: Plan) -> tuple[Data | None, torch.nn.Module | None]:
     try:
         data = plan.load_data()
         if data is not None:
+            warn_of_repeated_rows(data)
             model, infeasible = preflight(plan, data)
             if infeasible:
                 log.warning(infeasible)

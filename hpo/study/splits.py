@@ -1,7 +1,6 @@
 """Other divisions of the rows that may be trained on: train and validation drawn again, or K folds. Test stays."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,7 +58,7 @@ def _classes(data: Data, pool: Split, least: int = 2) -> Tensor | None:
 
 
 def _divided(data: Data, pool: Split, train: Sequence[int], valid: Sequence[int]) -> Data:
-    return replace(data, train=_rows(pool, train), valid=_rows(pool, valid))
+    return data.with_rows(_rows(pool, train), _rows(pool, valid))
 
 
 def _rows(split: Split, rows: Sequence[int]) -> Split:

@@ -1,0 +1,195 @@
+"""Is the configuration that `confirm` chooses better on new data than the search's own best, and does its interval hold?
+
+    python benchmarks/selection.py [--trials 200] [--best 40] [--reruns 40] [--epochs 15] [--studies 20]
+                                   [--top 5] [--seeds 5] [--capacity 64] [--seed 0]
+
+California housing, the network of two hidden layers of 24. A random search of `trials` configurations, one seed each, in
+stacks; its `best` are then trained with `reruns` fresh seeds each, and validation and test R2 are recorded, both at the
+epoch that was best on validation. A resampled study sees one of these results of each configuration, picks the naive
+best, confirms its `top` with `seeds` others, and picks the best mean. The truth is the mean of the results that study
+has not seen: of test R2 for the choice, of validation R2 for the interval, which speaks of other seeds on that split.
+"""
+
+import argparse
+import logging
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import torch
+
+from hpo.runner.prepare import Plan, prepare_values
+from hpo.search.certainty import chances_of_best, interval_of
+from hpo.seeds import derive
+from hpo.stacks.padding import PaddingPlan
+from hpo.stacks.pool import Pool
+from hpo.study.data import Data
+from hpo.training.batches import make_batches
+from hpo.training.loop import Results, train
+from hpo.training.stack import Member, Stack
+
+PARAMS = {
+    "n_hidden1": 24,
+    "n_hidden2": 24,
+    "batch_size": 64,
+    "learning_rate": {"type": "float", "low": 3e-4, "high": 3e-2, "log": True},
+    "weight_decay": {"type": "float", "low": 1e-6, "high": 1e-2, "log": True, "or": 0},
+}
+
+
+def plan_of(options: argparse.Namespace) -> tuple[Plan, Data]:
+    values = {"objective": "california_housing", "name": "selection", "metric": "r2", "params": PARAMS}
+    values |= {"epochs": options.epochs, "trials": options.trials, "seed": options.seed, "tracking": "off"}
+    plan = prepare_values("selection", values | {"device": "cpu"}, {})
+    data = plan.load_data()
+    assert data is not None
+    return plan, data
+
+
+def results_of(
+    plan: Plan,
+    data: Data,
+    configurations: Sequence[Mapping[str, Any]],
+    runs: Sequence[int],
+    capacity: int,
+    purpose: str,
+) -> np.ndarray:
+    """Train each configuration with each run's seed; return its best validation R2, and test R2 then: (K, R, 2)."""
+    preprocess = plan.objective.preprocess(data.train)
+    train_batches, valid, test = (
+        make_batches(split, preprocess, plan.device, plan.spec.loading) for split in (data.train, data.valid, data.test)
+    )
+    task = plan.task(data.info, len(data.train))
+    pool = Pool(task, capacity, train_batches.head(8), PaddingPlan(plan.space, task.network, "fine"))
+    found = np.full((len(configurations), len(runs), 2), np.nan)
+    of = {
+        Member(number=i, seed=derive(plan.spec.seed, f"{purpose} {i}", run), params=params): (i, k)
+        for k, run in enumerate(runs)
+        for i, params in enumerate(configurations)
+    }
+    queue = list(of)
+
+    def report(stack: Stack, results: Results) -> list[Member]:
+        tests = stack.evaluate(test)
+        for (member, metrics), at_test in zip(results.items(), tests, strict=True):
+            i, k = of[member]
+            if not metrics["valid_r2"] <= found[i, k, 0]:
+                found[i, k] = metrics["valid_r2"], at_test["r2"]
+        return list(results)
+
+    train(
+        pool,
+        train_batches,
+        valid,
+        epochs=plan.spec.epochs,
+        seed=derive(plan.spec.seed, f"{purpose} order"),
+        ask=lambda n: [queue.pop(0) for _ in range(min(n, len(queue)))],
+        report=report,
+    )
+    return found
+
+
+def resampled(results: np.ndarray, rng: np.random.Generator, top: int, seeds: int) -> dict[str, float]:
+    """Return what one study, which sees some of the results (K, R, 2), makes of them."""
+    n_configurations, n_runs, _ = results.shape
+    order = np.array([rng.permutation(n_runs) for _ in range(n_configurations)])
+    seen = results[np.arange(n_configurations), order[:, 0], 0]
+    best = np.argsort(-seen)[:top]
+    fresh = order[:, 1 : 1 + seeds]
+    unseen = order[:, 1 + seeds :]
+    confirmed = [results[i, fresh[i], 0].tolist() for i in best]
+    winner = int(np.argmax([np.mean(values) for values in confirmed]))
+    interval = interval_of(confirmed[winner], maximize=True, picked_of=top)
+    assert interval is not None
+    valid, test = (results[np.arange(n_configurations)[:, None], unseen, kind].mean(1) for kind in range(2))
+    chosen = best[winner]
+    return {
+        "naive test": test[best[0]],
+        "confirmed test": test[chosen],
+        "naive printed": seen[best[0]],
+        "naive valid": valid[best[0]],
+        "printed": float(np.mean(confirmed[winner])),
+        "valid": valid[chosen],
+        "low": interval.low,
+        "high": interval.high,
+        "chance": chances_of_best(confirmed, maximize=True)[winner],
+        "is best": float(valid[chosen] == valid[best].max()),
+        "covers": float(interval.low <= valid[chosen] <= interval.high),
+        "covers test": float(interval.low <= test[chosen] <= interval.high),
+    }
+
+
+def table(rows: Sequence[Mapping[str, float]]) -> None:
+    print(
+        "| study | test R2 of the search's best | of the confirmed | difference | search printed | confirmed printed |"
+    )
+    print("|---" * 6 + "|")
+    for i, row in enumerate(rows):
+        gain = row["confirmed test"] - row["naive test"]
+        print(
+            f"| {i} | {row['naive test']:.4f} | {row['confirmed test']:.4f} | {gain:+.4f} | "
+            f"{row['naive printed']:.4f} (in truth {row['naive valid']:.4f}) | "
+            f"{row['printed']:.4f}, {row['low']:.4f} to {row['high']:.4f} (in truth {row['valid']:.4f}) |"
+        )
+
+
+def summed(rows: Sequence[Mapping[str, float]], what: str) -> None:
+    gains = np.array([row["confirmed test"] - row["naive test"] for row in rows])
+    mean = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+    print(
+        f"{what}: confirmed better in {(gains > 0).sum()}, the same configuration in {(gains == 0).sum()}, worse in "
+        f"{(gains < 0).sum()} of {len(rows)}; gain of test R2 {gains.mean():+.4f} (worst {gains.min():+.4f}, best "
+        f"{gains.max():+.4f}); the search's printed value is too good by {mean['naive printed'] - mean['naive valid']:.4f}, "
+        f"the confirmed by {mean['printed'] - mean['valid']:.4f}; the interval covers the truth in {mean['covers']:.0%} "
+        f"(of test R2: {mean['covers test']:.0%}); said chance of the best {mean['chance']:.0%}, so in {mean['is best']:.0%}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("trials", 200), ("best", 40), ("reruns", 40), ("epochs", 15), ("studies", 20)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in (("top", 5), ("seeds", 5), ("capacity", 64), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--keep", help="a file (.npy) for the recorded results; read where it is there")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("hpo").setLevel(logging.ERROR)
+    started = time.monotonic()
+    results = recorded(options)
+    print(f"{datetime.now(UTC):%Y-%m-%d}, {platform.processor() or platform.machine()}, {options}\n")
+    rng = np.random.default_rng(options.seed)
+    rows = [resampled(results, rng, options.top, options.seeds) for _ in range(options.studies)]
+    table(rows)
+    print()
+    summed(rows, f"{options.studies} studies")
+    summed([resampled(results, rng, options.top, options.seeds) for _ in range(1000)], "1000 studies")
+    print(f"\n{time.monotonic() - started:.0f} s")
+
+
+def recorded(options: argparse.Namespace) -> np.ndarray:
+    """Return the results of the reruns of the search's best configurations, (K, R, 2)."""
+    if options.keep:
+        try:
+            kept: np.ndarray = np.load(options.keep)
+            return kept
+        except FileNotFoundError:
+            pass
+    plan, data = plan_of(options)
+    drawn = plan.space.draw(options.trials, options.seed)
+    searched = results_of(plan, data, drawn, [0], options.capacity, "search")
+    best = np.argsort(-searched[:, 0, 0])[: options.best]
+    print(
+        f"search: best validation R2 {np.nanmax(searched[:, 0, 0]):.4f}, the {options.best}th {searched[best[-1], 0, 0]:.4f}"
+    )
+    results = results_of(plan, data, [drawn[i] for i in best], range(options.reruns), options.capacity, "rerun")
+    if options.keep:
+        np.save(options.keep, results)
+    return results
+
+
+if __name__ == "__main__":
+    main()
