@@ -1,7 +1,7 @@
 """Is what `confirm` chooses better on new data than the search's own best, and does its interval hold?
 
     python benchmarks/selection.py [--trials 200] [--best 40] [--reruns 40] [--epochs 15] [--studies 20]
-                                   [--of first | best] [--top 5] [--seeds 5] [--capacity 64] [--seed 0] [--keep FILE]
+                                   [--of first | best] [--top 5] [--seeds 5] [--capacity 64] [--seed 0] [--resplit] [--keep FILE]
 
 California housing, the network of two hidden layers of 24. Of a random search of `trials` configurations in
 stacks, its `best` (or as many of its first) are trained with `reruns` fresh seeds each, and validation and test R2 are
@@ -28,6 +28,7 @@ from hpo.seeds import derive
 from hpo.stacks.padding import PaddingPlan
 from hpo.stacks.pool import Pool
 from hpo.study.data import Data
+from hpo.study.splits import resplit
 from hpo.training.batches import make_batches
 from hpo.training.loop import Results, train
 from hpo.training.stack import Member, Stack
@@ -93,8 +94,13 @@ def results_of(
     return found
 
 
-def resampled(results: np.ndarray, rng: np.random.Generator, top: int, seeds: int) -> dict[str, float]:
-    """Return what one study, which sees some of the results (K, R, 2), makes of them."""
+def resampled(
+    results: np.ndarray, rng: np.random.Generator, top: int, seeds: int, resplits: np.ndarray | None = None
+) -> dict[str, float]:
+    """Return what one study, which sees some of the results (K, R, 2), makes of them.
+
+    With `resplits`, results of as many other splits, it confirms on these: all configurations on the same ones.
+    """
     n_configurations, n_runs, _ = results.shape
     order = np.array([rng.permutation(n_runs) for _ in range(n_configurations)])
     seen = results[np.arange(n_configurations), order[:, 0], 0]
@@ -102,21 +108,27 @@ def resampled(results: np.ndarray, rng: np.random.Generator, top: int, seeds: in
     fresh = order[:, 1 : 1 + seeds]
     unseen = order[:, 1 + seeds :]
     confirmed = [results[i, fresh[i], 0].tolist() for i in best]
-    winner = int(np.argmax([np.mean(values) for values in confirmed]))
-    interval = interval_of(confirmed[winner], maximize=True, picked_of=top)
-    assert interval is not None
+    overlap = 0.0
     valid, test = (results[np.arange(n_configurations)[:, None], unseen, kind].mean(1) for kind in range(2))
+    naive_valid = valid
+    if resplits is not None:
+        splits, overlap = rng.permutation(resplits.shape[1]), 0.25
+        confirmed = [resplits[i, splits[:seeds], 0].tolist() for i in best]
+        valid = resplits[:, splits[seeds:], 0].mean(1)
+    winner = int(np.argmax([np.mean(values) for values in confirmed]))
+    interval = interval_of(confirmed[winner], maximize=True, picked_of=top, overlap=overlap)
+    assert interval is not None
     chosen = best[winner]
     return {
         "naive test": test[best[0]],
         "confirmed test": test[chosen],
         "naive printed": seen[best[0]],
-        "naive valid": valid[best[0]],
+        "naive valid": naive_valid[best[0]],
         "printed": float(np.mean(confirmed[winner])),
         "valid": valid[chosen],
         "low": interval.low,
         "high": interval.high,
-        "chance": chances_of_best(confirmed, maximize=True)[winner],
+        "chance": chances_of_best(confirmed, maximize=True, overlap=overlap)[winner],
         "is best": float(valid[chosen] == valid[best].max()),
         "covers": float(interval.low <= valid[chosen] <= interval.high),
         "covers test": float(interval.low <= test[chosen] <= interval.high),
@@ -156,15 +168,16 @@ def main() -> None:
     for name, default in (("top", 5), ("seeds", 5), ("capacity", 64), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--of", choices=("first", "best"), default="first")
+    parser.add_argument("--resplit", action="store_true", help="confirm on other splits, another one for each seed")
     parser.add_argument("--keep", help="a file (.npy) for the recorded results; read where it is there")
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("hpo").setLevel(logging.ERROR)
     started = time.monotonic()
-    results = recorded(options)
+    results, resplits = recorded(options, False), recorded(options, True) if options.resplit else None
     print(f"{datetime.now(UTC):%Y-%m-%d}, {platform.processor() or platform.machine()}, {options}\n")
     rng = np.random.default_rng(options.seed)
-    rows = [resampled(results, rng, options.top, options.seeds) for _ in range(options.studies)]
+    rows = [resampled(results, rng, options.top, options.seeds, resplits) for _ in range(options.studies)]
     table(rows)
     print(
         "\n| studies | better, same, worse | gain of test R2 | the search flatters by | the confirmed mean by ", end=""
@@ -172,16 +185,17 @@ def main() -> None:
     print("| interval covers its truth | test R2 | said chance of the best | so in |\n" + "|---" * 9 + "|")
     summed(rows, f"{options.studies}, {options.seeds} seeds")
     for seeds in (options.seeds, 2 * options.seeds, 4 * options.seeds):
-        more = [resampled(results, rng, options.top, seeds) for _ in range(1000)]
+        more = [resampled(results, rng, options.top, seeds, resplits) for _ in range(1000)]
         summed(more, f"1000, {seeds} seeds")
     print(f"\n{time.monotonic() - started:.0f} s")
 
 
-def recorded(options: argparse.Namespace) -> np.ndarray:
-    """Return the results of the reruns of the search's best configurations, (K, R, 2)."""
-    if options.keep:
+def recorded(options: argparse.Namespace, on_resplits: bool) -> np.ndarray:
+    """Return the results of the reruns of the search's configurations, (K, R, 2); of each run on a split of its own."""
+    file = options.keep and options.keep.replace(".npy", "-resplit.npy" if on_resplits else ".npy")
+    if file:
         try:
-            kept: np.ndarray = np.load(options.keep)
+            kept: np.ndarray = np.load(file)
             return kept
         except FileNotFoundError:
             pass
@@ -193,9 +207,15 @@ def recorded(options: argparse.Namespace) -> np.ndarray:
         searched = results_of(plan, data, drawn, [0], options.capacity, "search")[:, 0, 0]
         best = np.argsort(-searched)[: options.best]
         print(f"search: best validation R2 {searched[best[0]]:.4f}, the {options.best}th {searched[best[-1]]:.4f}")
-    results = results_of(plan, data, [drawn[i] for i in best], range(options.reruns), options.capacity, "rerun")
-    if options.keep:
-        np.save(options.keep, results)
+    configurations = [drawn[i] for i in best]
+    if on_resplits:
+        parts = [(run, resplit(data, derive(options.seed, "confirm split", run))) for run in range(options.reruns)]
+        each = [results_of(plan, part, configurations, [run], options.capacity, "resplit") for run, part in parts]
+        results = np.concatenate(each, axis=1)
+    else:
+        results = results_of(plan, data, configurations, range(options.reruns), options.capacity, "rerun")
+    if file:
+        np.save(file, results)
     return results
 
 

@@ -196,6 +196,8 @@ def test_the_surface_is_frozen() -> None:
         "catch",
         "stack",
         "confirm",
+        "refit_seeds",
+        "ensemble",
     )
     options = {}
     for command in COMMANDS:

@@ -266,7 +266,7 @@ def _print_result(
     ]
     if done is not None:
         test = ", ".join(f"{name} {value:.4f}" for name, value in done.test.items())
-        rows += [["test", "; ".join(filter(None, [test, done.readings]))]] if done.test else []
+        rows += [["test", "; ".join(filter(None, [test, done.seeds_text, done.readings]))]] if done.test else []
         if done.bundle is not None:
             rows += [["bundle", f"{done.bundle} (differs from the measured model by at most {done.parity:.1e})"]]
     out.print(view.pairs(plan.spec.name, rows))

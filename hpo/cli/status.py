@@ -97,7 +97,7 @@ def _look(search: Search) -> tuple[list[str], dict[str, Any], bool]:
     lines.append(f"{_TIME}{duration(used)}" + (f", about {duration(left)} left" if left is not None else ""))
     done, paths = outcome(search, chosen(search, seen)), stack_paths(search)
     confirmed = confirmation(search, seen)
-    lines += [done.readings] if done is not None and done.readings else []
+    lines += [] if done is None else filter(None, [done.seeds_text and f"test, {done.seeds_text}", done.readings])
     lines += [] if confirmed is None else sentences(confirmed, search.metric)
     lines += [f"stacks run {how}" for how in paths]
     ended = is_over(search, seen) and (done is not None or not workers_of(search, seen))
@@ -117,6 +117,7 @@ def summary(
         "best": None if best is None else {"number": best.number, "value": best.value, "params": dict(best.params)},
         "confirmed": None if confirmed is None else confirmed.as_dict(),
         "test": None if done is None else dict(done.test),
+        "test_of_seeds": None if done is None or not done.seeds else dict(done.seeds),
         "test_evaluations": 0 if done is None else done.n_tests,
         "bundle": None if done is None or done.bundle is None else str(done.bundle),
     }

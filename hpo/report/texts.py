@@ -83,7 +83,18 @@ def tests_text(facts: Facts) -> str:
     stale = "" if facts.best is not None and of == facts.best.number else ", which is not the best trial now"
     values = ", ".join(f"{name} {number(value)}" for name, value in test.items())
     how = f"trial {of}'s params{stale}, trained from scratch on train + validation"
+    if (seeds := _over_seeds(facts.result.get("seeds"))) is not None:
+        how += f". {seeds}"
     return f"{values}: {how}. {readings if n else unknown}"
+
+
+def _over_seeds(seeds: Any) -> str | None:
+    """Return the test metrics over several seeds; None: there is one, or what is stored is not ours."""
+    try:
+        pairs = [f"{name} {number(seeds['mean'][name])} ({number(seeds['std'][name])})" for name in seeds["mean"]]
+        return f"Mean (standard deviation) of {seeds['n']} seeds: {', '.join(pairs)}" if pairs else None
+    except (KeyError, TypeError):
+        return None
 
 
 def as_json(facts: Facts, judged: Mapping[str, Any] | None) -> str:

@@ -61,6 +61,7 @@ def description(
     if done is not None and done.test:
         tests = ", ".join(f"{_escaped(name)} {value:.6g}" for name, value in done.test.items())
         lines += [f"Trained again on train + validation and tested: {tests}.", ""]
+        lines += [f"{_escaped(done.seeds_text.capitalize())}.", ""] if done.seeds else []
         lines += [f"{done.readings.capitalize()}.", ""] if done.readings else []
     if done is not None and done.bundle is not None:
         lines += [f"The model is in the artifacts, in `bundle`; it was written to `{masked(str(done.bundle))}`.", ""]

@@ -9,6 +9,7 @@ from hpo.export.files import FILES
 from hpo.search import schema
 from hpo.search.search import Search
 from hpo.search.view import Best
+from hpo.study.spec import StudySpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +24,29 @@ class Outcome:
     n_tests: int = field(default=0, compare=False)
     """How often the test split has been read in this study."""
 
+    seeds: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """Of several networks `n`, and `mean` and `std` of each test metric over them; empty: of a single one."""
+
+    @property
+    def seeds_text(self) -> str:
+        """The test metrics over seeds, for a person; empty: there is a single network."""
+        if not self.seeds:
+            return ""
+        mean, std = self.seeds["mean"], self.seeds["std"]
+        each = ", ".join(f"{name} {mean[name]:.4f} (standard deviation {std[name]:.2g})" for name in mean)
+        return f"mean of {self.seeds['n']} seeds: {each}"
+
     @property
     def readings(self) -> str:
         """A warning where the test split was read more than once; else nothing."""
         if self.n_tests < 2:
             return ""
         return f"the test split was read {self.n_tests} times: the more often, the less it says"
+
+
+def networks_of(spec: StudySpec) -> list[int]:
+    """Return of how many networks the study's end is: trained, and exported as one."""
+    return [max(spec.refit_seeds, spec.ensemble), spec.ensemble]
 
 
 def tests_of(search: Search) -> list[Any]:
@@ -42,11 +60,18 @@ def outcome(search: Search, best: Best | None) -> Outcome | None:
     stored = search.attrs.get(schema.RESULT)
     if not isinstance(stored, Mapping) or best is None or stored.get("number") != best.number:
         return None
+    if stored.get("networks", [1, 1]) != networks_of(search.spec):
+        return None
     folder = stored["bundle"] and Path(stored["bundle"])
     if folder is not None and not all((folder / file).is_file() for file in FILES):
         return None
     return Outcome(
-        number=best.number, test=stored["test"], bundle=folder, parity=stored["parity"], n_tests=len(tests_of(search))
+        number=best.number,
+        test=stored["test"],
+        bundle=folder,
+        parity=stored["parity"],
+        seeds=stored.get("seeds", {}),
+        n_tests=len(tests_of(search)),
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hpo.errors import InputError
+from hpo.export.ensemble import link_of
 from hpo.runner.firststep import missing_param, module_from, settings_stay, try_measuring, try_step
 from hpo.runner.prepare import Plan, guarded
 from hpo.runner.preview import Preview
@@ -36,6 +37,8 @@ def preflight(plan: Plan, data: Data) -> tuple[nn.Module | None, str]:
 
 def _tried(plan: Plan, data: Data) -> tuple[nn.Module | None, str]:
     objective = plan.objective
+    if plan.spec.ensemble > 1:
+        link_of(module_from(plan, "head", objective.head), data.info.n_classes, next(iter(plan.space.corners())))
     if plan.spec.confirm is not None and plan.spec.confirm.folds is not None:
         require_rows(data, plan.spec.confirm.folds)
     if objective.train is not None and type(objective).preview is Objective.preview:

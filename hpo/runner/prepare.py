@@ -156,7 +156,7 @@ def _check(draft: Draft, spec: StudySpec, folder: Path, given: Given | None) -> 
     if objective is None:
         return None, faults
     faults += _halving_faults(spec, objective)
-    faults += _confirm_faults(spec, objective)
+    faults += _end_faults(spec, objective)
     metric, maximize = spec.metric or "value", spec.direction == "maximize"  # a function's
     if isinstance(objective, Objective):
         with collecting(faults):
@@ -199,8 +199,11 @@ def _halving_faults(spec: StudySpec, objective: Objective | Function) -> list[Fa
     return [] if why is None else [Fault(path=("pruner",), message=f"halving pauses trials, and {why}")]
 
 
-def _confirm_faults(spec: StudySpec, objective: Objective | Function) -> list[Fault]:
-    """Return why the best of this study cannot be confirmed, if so."""
+def _end_faults(spec: StudySpec, objective: Objective | Function) -> list[Fault]:
+    """Return why a study cannot end as it is to: confirmed, with several seeds."""
+    if spec.refit_seeds > 1 and spec.ensemble > 1:
+        why = f"the test metrics of an ensemble's {spec.ensemble} networks are given as those of refit_seeds; drop one"
+        return [Fault(path=("refit_seeds",), message=why)]
     if spec.confirm is None:
         return []
     if isinstance(objective, Function):

@@ -17,8 +17,9 @@ from hpo.log import log
 from hpo.runner.confirm import confirm
 from hpo.runner.custom import train_outside
 from hpo.runner.keeping import bundle_of
-from hpo.runner.outcome import Outcome, outcome, tests_of
+from hpo.runner.outcome import Outcome, networks_of, outcome, tests_of
 from hpo.runner.prepare import Plan
+from hpo.runner.several import exported, over_seeds, seeds_of, train_several
 from hpo.runner.tracked import tell_result
 from hpo.runner.worker import EXAMPLE_ROWS, chosen_before
 from hpo.search import schema
@@ -84,6 +85,7 @@ def conclude(
                 done = finish(plan, data, search, best, folder, stopping)
             bundle = done.bundle and str(done.bundle)
             stored = {"number": done.number, "test": dict(done.test), "bundle": bundle, "parity": done.parity}
+            stored |= {"seeds": dict(done.seeds), "networks": networks_of(plan.spec)}
             search.remember(schema.RESULT, stored)
     tell_result(plan, search, tracker, now, best, done)
     return done
@@ -107,14 +109,17 @@ def finish(
     epochs = plan.spec.epochs if whole else best.epoch + 1
     log.info(f"training the params of trial {best.number} from scratch on train + validation, {epochs} epochs")
     with sealing(plan.given):
-        preprocess, network = _trained_again(plan, best, sealed(data), epochs, stopping)
-    if network is None:
+        preprocess, networks = _trained_again(plan, search, best, sealed(data), epochs, stopping)
+    if not networks:
         log.info("train returned no network: there is nothing to test or to export")
         return Outcome(number=best.number, test={}, bundle=None, parity=None)
     task = plan.task(data.info, len(data.train) + len(data.valid))
     metrics = {name: metric.to(plan.device) for name, metric in plan.objective.metrics().items()}
     test_batches = make_batches(data.test, preprocess, plan.device, plan.spec.loading)
+    network = exported(plan, networks, data, best.params)
     test = evaluate(task, network, test_batches, best.params, metrics)
+    several = networks if len(networks) > 1 else []
+    seeds = over_seeds([evaluate(task, each, test_batches, best.params, metrics) for each in several])
     search.remember(schema.TEST_EVALUATIONS, [*tests_of(search), {"number": best.number, "test": test}])
     log.info("exporting, and comparing what was exported with the model that was measured")
     written = export(
@@ -124,7 +129,7 @@ def finish(
             head=plan.objective.head(),
             params=best.params,
             info=data.info,
-            about=_about(plan, data, search, best, epochs, test),
+            about=_about(plan, data, search, best, epochs, test, seeds),
         ),
         data.test,
         folder,
@@ -132,19 +137,26 @@ def finish(
         fresh=formats is not None,
     )
     parity = max(result["max_difference"] for result in written["parity"].values())
-    return Outcome(number=best.number, test=test, bundle=folder, parity=parity, n_tests=len(tests_of(search)))
+    return Outcome(
+        number=best.number, test=test, bundle=folder, parity=parity, seeds=seeds, n_tests=len(tests_of(search))
+    )
 
 
 def _trained_again(
-    plan: Plan, best: Best, data: Data, epochs: int, stopping: Callable[[], bool]
-) -> tuple[nn.Module, nn.Module | None]:
-    """Return `preprocess` of train + validation, and the network of `best`'s params that was trained on these."""
+    plan: Plan, search: Search, best: Best, data: Data, epochs: int, stopping: Callable[[], bool]
+) -> tuple[nn.Module, list[nn.Module]]:
+    """Return `preprocess` of train + validation, and the networks of `best`'s params that were trained on these."""
     whole = data.for_refit()
     preprocess = plan.objective.preprocess(whole.train)
     if plan.objective.train is not None:
-        return preprocess, _refit_custom(plan, best, whole, preprocess, epochs, stopping)
+        trained = (
+            _refit_custom(plan, best, seed, whole, preprocess, epochs, stopping) for seed in seeds_of(plan, best)
+        )
+        return preprocess, [network for network in trained if network is not None]
+    if len(seeds_of(plan, best)) > 1:
+        return preprocess, train_several(plan, search, best, whole, preprocess, epochs, stopping)
     batches = make_batches(whole.train, preprocess, plan.device, plan.spec.loading)
-    return preprocess, _refit(plan, plan.task(data.info, len(whole.train)), best, batches, epochs, stopping)
+    return preprocess, [_refit(plan, plan.task(data.info, len(whole.train)), best, batches, epochs, stopping)]
 
 
 def _refit(
@@ -197,13 +209,13 @@ def _trained_alone(
 
 
 def _refit_custom(
-    plan: Plan, best: Best, data: Data, preprocess: nn.Module, epochs: int, stopping: Callable[[], bool]
+    plan: Plan, best: Best, seed: int, data: Data, preprocess: nn.Module, epochs: int, stopping: Callable[[], bool]
 ) -> nn.Module | None:
     """Return the network that the objective's own `train` makes of `best`'s params in so many epochs, if any."""
     network, _ = train_outside(
         plan,
         best.params,
-        best.seed,
+        seed,
         data,
         preprocess,
         epochs=epochs,
@@ -214,7 +226,13 @@ def _refit_custom(
 
 
 def _about(
-    plan: Plan, data: Data, search: Search, best: Best, epochs: int, test: Mapping[str, float]
+    plan: Plan,
+    data: Data,
+    search: Search,
+    best: Best,
+    epochs: int,
+    test: Mapping[str, float],
+    seeds: Mapping[str, Any],
 ) -> dict[str, Any]:
     return {
         "study": plan.spec.name,
@@ -226,7 +244,9 @@ def _about(
         "epochs": epochs,
         "seed": best.seed,
         "trained_on": ["train", "valid"],
-        "metrics": {"of_the_trial": dict(best.metrics), "test": dict(test)},
+        "metrics": {"of_the_trial": dict(best.metrics), "test": dict(test)}
+        | ({"test_mean_of_seeds": seeds["mean"], "test_std_of_seeds": seeds["std"]} if seeds else {}),
+        "networks": plan.spec.ensemble,
         **_confirmed(plan, search, best),
         "n_test_evaluations": len(tests_of(search)),
         "data_fingerprint": data.fingerprint(),

@@ -1,11 +1,27 @@
-"""The keys of study.yaml that have keys of their own: `loading` and `confirm`."""
+"""Parts of the study file: lengths of time, and the keys that have keys of their own, `loading` and `confirm`."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from hpo.study.ranges import Frozen
+from hpo.study.ranges import Finite, Frozen
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _seconds(value: Any) -> Any:
+    """Return `2h`, `1h30m`, `90s` or a number of seconds as seconds."""
+    if isinstance(value, str):
+        parts = re.findall(r"(\d+(?:\.\d+)?)\s*([smhd])", value)
+        if not parts or re.sub(r"(\d+(?:\.\d+)?)\s*([smhd])\s*", "", value):
+            raise ValueError("must be a length of time such as 90s, 45m, 2h, 1h30m or 1d")
+        return float(sum(float(number) * _UNITS[unit] for number, unit in parts))
+    return value
+
+
+Time = Annotated[Finite, Field(gt=0), BeforeValidator(_seconds)]
 
 
 class Loading(Frozen):
