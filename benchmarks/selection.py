@@ -1,7 +1,8 @@
 """Is what `confirm` chooses better on new data than the search's own best, and does its interval hold?
 
     python benchmarks/selection.py [--trials 200] [--best 40] [--reruns 40] [--epochs 15] [--studies 20]
-                                   [--of first | best] [--top 5] [--seeds 5] [--capacity 64] [--seed 0] [--resplit] [--keep FILE]
+                                   [--of first | best] [--top 5] [--seeds 5] [--capacity 64] [--seed 0]
+                                   [--resplit] [--keep FILE.npy]
 
 California housing, the network of two hidden layers of 24. Of a random search of `trials` configurations in
 stacks, its `best` (or as many of its first) are trained with `reruns` fresh seeds each, and validation and test R2 are
