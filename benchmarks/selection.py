@@ -88,7 +88,7 @@ def results_of(
         train_batches,
         valid,
         epochs=plan.spec.epochs,
-        seed=derive(plan.spec.seed, f"{purpose} order"),
+        seed=derive(plan.spec.seed, f"{purpose} order", runs[0]),
         ask=lambda n: [queue.pop(0) for _ in range(min(n, len(queue)))],
         report=report,
     )
@@ -209,12 +209,13 @@ def recorded(options: argparse.Namespace, on_resplits: bool) -> np.ndarray:
         best = np.argsort(-searched)[: options.best]
         print(f"search: best validation R2 {searched[best[0]]:.4f}, the {options.best}th {searched[best[-1]]:.4f}")
     configurations = [drawn[i] for i in best]
-    if on_resplits:
-        parts = [(run, resplit(data, derive(options.seed, "confirm split", run))) for run in range(options.reruns)]
-        each = [results_of(plan, part, configurations, [run], options.capacity, "resplit") for run, part in parts]
-        results = np.concatenate(each, axis=1)
-    else:
-        results = results_of(plan, data, configurations, range(options.reruns), options.capacity, "rerun")
+    each = []
+    for run in range(options.reruns):  # one has an order of rows of its own, as it has in a confirmation
+        part = resplit(data, derive(options.seed, "confirm split", run)) if on_resplits else data
+        each.append(
+            results_of(plan, part, configurations, [run], options.capacity, "resplit" if on_resplits else "rerun")
+        )
+    results = np.concatenate(each, axis=1)
     if file:
         np.save(file, results)
     return results

@@ -57,13 +57,13 @@ def end(plan, data, search, stopping=lambda: False):
 def trained(monkeypatch):
     """Return the list of (trial, seed) of the members that are trained again."""
     seen = []
-    plain = confirming._Confirming._note
+    plain = confirming._Run._note
 
     def note(self, results):
-        seen.extend((self.top[key].number, run) for key, run in results)
+        seen.extend((self.top[key].number, self.run) for key in results)
         plain(self, results)
 
-    monkeypatch.setattr(confirming._Confirming, "_note", note)
+    monkeypatch.setattr(confirming._Run, "_note", note)
     return seen
 
 
@@ -102,7 +102,7 @@ def alone(plan, data, rate, run):
         SingleStack(LoopStack(plan.task(data.info, len(data.train)))),
         *batches,
         epochs=plan.spec.epochs,
-        seed=derive(plan.spec.seed, "confirm order", 0),
+        seed=derive(plan.spec.seed, "confirm order", run),
         ask=lambda n: [queue.pop()] if queue else [],
         report=lambda stack, results: list(results),
     )
@@ -140,6 +140,10 @@ def test_what_was_trained_before_an_interruption_is_not_trained_twice(told, trai
         end(plan, data, search)
     assert len(trained) == 4
     assert len(set(trained)) == 4
+    resumed = confirmation(search, search.view()).configurations
+    for each in resumed:
+        for run, result in enumerate(each.results):  # as without an interruption
+            assert result.value == pytest.approx(max(alone(plan, data, LUCKY[each.number][0], run)), abs=1e-5)
     assert "  3 of 4 trainings were done before" in said
 
 

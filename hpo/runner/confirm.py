@@ -6,9 +6,8 @@ that none is trained twice.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from torch import nn
 
@@ -27,7 +26,7 @@ from hpo.study.loading import origin
 from hpo.study.sealed import sealed, sealing
 from hpo.study.spec_parts import Confirm
 from hpo.study.splits import fold, resplit
-from hpo.training.batches import make_batches
+from hpo.training.batches import Batches, make_batches
 from hpo.training.faults import fault_of
 from hpo.training.loop import Results
 from hpo.training.stack import Member, Stack
@@ -50,11 +49,15 @@ def confirm(plan: Plan, data: Data, search: Search, seen: StudyView, stopping: C
         log.info(f"confirming: the {len(top)} best configurations are trained with {how.seeds} fresh seeds each")
         if len(left) < n:
             log.info(f"  {n - len(left)} of {n} trainings were done before")
-    for runs, divided in _splits(data, how, plan.spec.seed):
-        wanted = [(key, run) for run in runs for key in top if (key, run) in left]
-        if wanted:
-            with sealing(plan.given):
-                _Confirming(plan, search, top, wanted, stopping).train(divided())
+    prepared = None
+    for run in sorted({run for _, run in left}):
+        part = _split(data, how, plan.spec.seed, run)
+        with sealing(plan.given):
+            if prepared is None or prepared.data is not part:
+                prepared = _Prepared.of(plan, part)
+            wanted = [key for key in top if (key, run) in left]
+            _Run(plan, search, top, run, wanted, prepared, stopping).train()
+        log.info(f"  run {run + 1} of {how.runs} done: {len(wanted)} trainings")
     note_end(search, top, how, _overlap(data, how))
     found = confirmed_in(search.attrs.get(schema.CONFIRMED), maximize=search.maximize)
     best = chosen(search, seen)
@@ -66,18 +69,12 @@ def confirm(plan: Plan, data: Data, search: Search, seen: StudyView, stopping: C
     return best
 
 
-def _splits(data: Data, how: Confirm, seed: int) -> Iterator[tuple[Sequence[int], Callable[[], Data]]]:
-    """Yield which runs are trained on one split, and what gives that: all on the study's own, or each on another."""
-    if not how.resplit and how.folds is None:
-        yield range(how.seeds), lambda: data
-        return
-    for k in range(how.seeds):
-        split_seed = derive(seed, "confirm split", k)
-        if how.folds is None:
-            yield [k], partial(resplit, data, split_seed)
-            continue
-        for i in range(how.folds):
-            yield [k * how.folds + i], partial(fold, data, how.folds, i, split_seed)
+def _split(data: Data, how: Confirm, seed: int, run: int) -> Data:
+    """Return the data of a run: on the study's own split, or another one, which all configurations have."""
+    k = run // (how.folds or 1)
+    if how.folds is not None:
+        return fold(data, how.folds, run % how.folds, derive(seed, "confirm split", k))
+    return resplit(data, derive(seed, "confirm split", k)) if how.resplit else data
 
 
 def _overlap(data: Data, how: Confirm) -> float:
@@ -87,65 +84,78 @@ def _overlap(data: Data, how: Confirm) -> float:
 
 
 @dataclass(frozen=True)
-class _Confirming:
-    """The trainings of one split that are still wanted: of which configuration, and which run."""
+class _Prepared:
+    """A split as networks take it, with `preprocess` fitted on its train rows; None: an objective trains itself."""
+
+    data: Data
+    preprocess: nn.Module
+    batches: tuple[Batches, Batches] | None
+
+    @classmethod
+    def of(cls, plan: Plan, data: Data) -> "_Prepared":
+        preprocess = plan.objective.preprocess(data.train)
+        if plan.objective.train is not None:
+            return cls(data, preprocess, None)
+        train, valid = (make_batches(x, preprocess, plan.device, plan.spec.loading) for x in (data.train, data.valid))
+        return cls(data, preprocess, (train, valid))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run of each configuration that is still `wanted`: they share its seed, its split and its order of rows."""
 
     plan: Plan
     search: Search
     top: Mapping[str, Best]
-    wanted: list[tuple[str, int]]
+    run: int
+    wanted: Sequence[str]
+    prepared: _Prepared
     stopping: Callable[[], bool]
 
-    def train(self, data: Data) -> None:
-        """Train all of them, and store what each comes to."""
-        plan, wanted = self.plan, self.wanted
-        preprocess = plan.objective.preprocess(data.train)
-        if plan.objective.train is not None:
-            for key, run in list(wanted):
-                self._note({(key, run): self._by_itself(key, run, data, preprocess)})
+    def train(self) -> None:
+        """Train all of them, in stacks where the objective does not train itself, and store what each comes to."""
+        plan, data, batches = self.plan, self.prepared.data, self.prepared.batches
+        if batches is None:
+            for key in self.wanted:
+                self._note({key: self._by_itself(key)})
             return
-        batches = [
-            make_batches(split, preprocess, plan.device, plan.spec.loading) for split in (data.train, data.valid)
-        ]
-        of: dict[Member, tuple[str, int]] = {}
+        of: dict[Member, str] = {}
+        noted: set[str] = set()
 
         def left() -> list[Member]:
             of.clear()
-            of.update({self._member(key, run): (key, run) for key, run in wanted})
+            of.update({self._member(key): key for key in self.wanted if key not in noted})
             return list(of)
 
         def report(stack: Stack, results: Results) -> list[Member]:
             ended = {member: end for member in results if (end := result_of(plan, member)) is not None}
-            if ended:
-                self._note({of[member]: end for member, end in ended.items()})
+            self._note({of[member]: end for member, end in ended.items()})
+            noted.update(of[member] for member in ended)
             return [member for member in results if member not in ended]
 
         train_members(
             plan,
             self.search,
             plan.task(data.info, len(data.train)),
-            (batches[0], batches[1]),
+            batches,
             left,
             report,
             epochs=plan.spec.epochs,
-            seed=derive(plan.spec.seed, "confirm order", wanted[0][1]),
+            seed=derive(plan.spec.seed, "confirm order", self.run),
             stopping=self.stopping,
         )
 
-    def _member(self, key: str, run: int) -> Member:
+    def _member(self, key: str) -> Member:
         best = self.top[key]
-        return Member(number=best.number, seed=derive(self.plan.spec.seed, "confirm", run), params=best.params)
+        return Member(number=best.number, seed=derive(self.plan.spec.seed, "confirm", self.run), params=best.params)
 
-    def _note(self, results: Mapping[tuple[str, int], Result]) -> None:
-        """Store results, a configuration's at once; they are wanted no more."""
-        for key in dict.fromkeys(key for key, _ in results):
-            note_results(self.search, key, self.top[key], {run: end for (k, run), end in results.items() if k == key})
-        self.wanted[:] = [each for each in self.wanted if each not in results]
-        log.info(f"  {len(results)} trainings done, {len(self.wanted)} left on this split")
+    def _note(self, results: Mapping[str, Result]) -> None:
+        for key, result in results.items():
+            note_results(self.search, key, self.top[key], {self.run: result})
 
-    def _by_itself(self, key: str, run: int, data: Data, preprocess: nn.Module) -> Result:
+    def _by_itself(self, key: str) -> Result:
         """Have the objective's own `train` train one of them."""
-        plan, member = self.plan, self._member(key, run)
+        plan, member = self.plan, self._member(key)
 
         def enough(reports: Sequence[Mapping[str, float]]) -> bool:
             member.epoch = len(reports)
@@ -157,8 +167,8 @@ class _Confirming:
                 plan,
                 member.params,
                 member.seed,
-                data,
-                preprocess,
+                self.prepared.data,
+                self.prepared.preprocess,
                 epochs=plan.spec.epochs,
                 enough=enough,
                 stopping=self.stopping,
