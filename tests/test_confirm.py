@@ -7,6 +7,7 @@ import pytest
 
 import hpo
 from hpo.errors import HpoError, Interrupted, SpecError
+from hpo.report.texts import as_markdown
 from hpo.runner import confirm as confirming
 from hpo.runner.outcome import outcome
 from hpo.runner.prepare import prepare, prepare_values
@@ -295,11 +296,13 @@ def test_the_whole_is_said_by_each_command_the_report_python_mlflow_and_the_bund
     assert "standard deviation" in printed
     assert "95% interval of the mean" in printed
     said = hpo.open_study(path).confirmed
+    params = found.pop("params")
     assert said.as_dict() == found
+    assert params["learning_rate"] == hpo.open_study(path).trials["params_learning_rate"][found["number"]]
     lines = sentences(said, "r2")
     status = invoke("status", path).splitlines()
     assert set(lines) <= set(status)
-    assert summary(invoke("status", path, "--json"))["confirmed"] == found
+    assert summary(invoke("status", path, "--json"))["confirmed"] == found | {"params": params}
     about = json.loads(Path("mlruns/bundles/study/bundle.json").read_text())
     assert about["confirmed"] == found | {"said": lines}
     card = Path("mlruns/bundles/study/MODEL.md").read_text()
@@ -310,7 +313,7 @@ def test_the_whole_is_said_by_each_command_the_report_python_mlflow_and_the_bund
     assert "95% interval" in report
     assert f"| {found['number']} |" in report
     invoke("report", path, "--format", "json", "--out", "r.json")
-    assert json.loads(Path("r.json").read_text())["confirmed"] == found | {"said": lines}
+    assert json.loads(Path("r.json").read_text())["confirmed"] == found | {"params": params, "said": lines}
     invoke("report", path, "--out", "r.html")
     assert "chance of best" in Path("r.html").read_text()
     metrics = {
@@ -399,3 +402,23 @@ def test_a_second_reading_of_the_test_split_is_shown(study):
     assert json.loads(Path("mlruns/bundles/study-trial-0/bundle.json").read_text())["n_test_evaluations"] == 2
     invoke("report", path, "--format", "md", "--out", "r.md")
     assert "The test set was read 2 times" in Path("r.md").read_text()
+
+
+def test_where_no_seed_changes_anything_that_is_said(study, tmp_path):
+    (tmp_path / "own.py").write_text(OWN.replace("report.seed % 2**32", "0"))
+    path = study(f"{TEXT}objective: own.py\nconfirm: {{top: 2, seeds: 2}}\n")
+    assert "No seed has changed any result" in " ".join(invoke("run", path).split())
+
+
+def test_the_report_leads_with_what_was_confirmed_and_its_params(told):
+    plan, data, search = told(LUCKY)
+    end(plan, data, search)
+    study = hpo.open_study("study", plan.spec.storage)
+    facts = study._facts()
+    assert (facts.best.number, facts.confirmed["number"]) == (0, 1)
+    assert facts.confirmed["params"]["learning_rate"] == 0.05
+    text = as_markdown(facts)
+    assert f"Confirmed with fresh seeds: r2 **{facts.confirmed['mean']:.6g}**, trial 1" in text
+    assert "which is not the best trial now" not in text
+    search.remember("hpo:result", {**search.attrs["hpo:result"], "number": 0})
+    assert "which is not the best trial now" in as_markdown(study._facts())

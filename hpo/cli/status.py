@@ -115,7 +115,7 @@ def summary(
         "trials": counts.by_state(),
         "epochs": seen.effort.as_dict(),
         "best": None if best is None else {"number": best.number, "value": best.value, "params": dict(best.params)},
-        "confirmed": None if confirmed is None else confirmed.as_dict(),
+        "confirmed": None if confirmed is None else confirmed.as_dict() | {"params": _params(seen, confirmed)},
         "test": None if done is None else dict(done.test),
         "test_of_seeds": None if done is None or not done.seeds else dict(done.seeds),
         "test_evaluations": 0 if done is None else done.n_tests,
@@ -123,3 +123,8 @@ def summary(
     }
     whole: dict[str, Any] = finite(summary)
     return whole
+
+
+def _params(seen: StudyView, confirmed: Confirmed) -> dict[str, Any]:
+    winner = seen.best(confirmed.winner.number)
+    return {} if winner is None else dict(winner.params)

@@ -113,7 +113,7 @@ class Facts:
     result: Mapping[str, Any]
     """Of the refit: `test` metrics by name, `bundle`, `number`, `parity`; empty: there was none."""
     confirmed: Mapping[str, Any]
-    """What fresh seeds have shown (`Confirmed.as_dict`), and `said`, its sentences; empty: nothing was confirmed."""
+    """What fresh seeds have shown (`Confirmed.as_dict`), its `params`, and `said`, in sentences; empty: nothing."""
     n_test_evaluations: int
     origin: Origin
 
@@ -181,7 +181,7 @@ def read(
         importances=importances(counted, maximize=maximize),
         work=_work(trials, counted, leases, epochs),
         result=result,
-        confirmed=_confirmed(attrs.get(schema.CONFIRMED), metric, maximize),
+        confirmed=_confirmed(attrs.get(schema.CONFIRMED), metric, counted, fixed_in(identity), maximize=maximize),
         n_test_evaluations=len(_list(attrs.get(schema.TEST_EVALUATIONS))),
         origin=origin,
     )
@@ -219,9 +219,16 @@ def _origin(attrs: Mapping[str, Any], identity: Mapping[str, Any], result: Mappi
     )
 
 
-def _confirmed(stored: Any, metric: str, maximize: bool) -> Mapping[str, Any]:
+def _confirmed(
+    stored: Any, metric: str, trials: Sequence[FrozenTrial], fixed: Mapping[str, Any], *, maximize: bool
+) -> Mapping[str, Any]:
     found = confirmed_in(stored, maximize=maximize)
-    return {} if found is None else plain(finite(found.as_dict() | {"said": sentences(found, metric)}))
+    of = None if found is None else [trial for trial in trials if trial.number == found.winner.number]
+    winner = best_of(of, fixed, maximize=maximize) if of else None
+    if found is None or winner is None:
+        return {}
+    said: dict[str, Any] = found.as_dict() | {"params": dict(winner.params), "said": sentences(found, metric)}
+    return _mapping(plain(finite(said)))
 
 
 def leases_of(storage: Any, name: str) -> dict[str, float]:

@@ -80,7 +80,8 @@ def tests_text(facts: Facts) -> str:
     if not isinstance(test, Mapping) or not test:
         return f"There is no test result of the best trial yet. {readings}" if n else "The test set was not read."
     of = facts.result.get("number")
-    stale = "" if facts.best is not None and of == facts.best.number else ", which is not the best trial now"
+    chosen = facts.confirmed.get("number", None if facts.best is None else facts.best.number)
+    stale = "" if of == chosen else ", which is not the best trial now"
     values = ", ".join(f"{name} {number(value)}" for name, value in test.items())
     how = f"trial {of}'s params{stale}, trained from scratch on train + validation"
     if (seeds := _over_seeds(facts.result.get("seeds"))) is not None:
@@ -125,7 +126,14 @@ def as_markdown(facts: Facts) -> str:
         lines.append("No trial is complete yet.")
     else:
         lines.append(f"{_cell(facts.metric)} **{number(best.value)}**, trial {best.number}, epoch {best.epoch + 1}.")
-        lines += ["", *_table(["param", "value"], [[k, number(v)] for k, v in best.params.items()])]
+        if facts.confirmed:
+            mean, of = number(facts.confirmed["mean"]), facts.confirmed["number"]
+            lines += [
+                "",
+                f"Confirmed with fresh seeds: {_cell(facts.metric)} **{mean}**, trial {of}, whose params these are.",
+            ]
+        params = facts.confirmed.get("params", best.params)
+        lines += ["", *_table(["param", "value"], [[k, number(v)] for k, v in params.items()])]
         lines += ["", "## How sure", "", _cell(" ".join(certainty(facts)))]
         if facts.confirmed:
             lines += ["", *_table(*confirmed_table(facts))]

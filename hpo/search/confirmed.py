@@ -269,6 +269,11 @@ def sentences(found: Confirmed, metric: str) -> list[str]:
         )
     else:
         said.append(f"The search's best value, {best.value:.4g} of trial {best.number}, was not too good: {mean}.")
+    if not any(each.deviation for each in found.configurations) and len(winner.results) > 1:
+        said.append(
+            "No seed has changed any result, so these say nothing of what another seed would give: the objective draws "
+            "nothing from its seed, or the metric is too coarse; `resplit` and `folds` vary the rows."
+        )
     said += [
         f"Of trial {each.number}, {each.n_failed} of {len(each.results)} trainings failed."
         for each in found.configurations
