@@ -132,7 +132,7 @@ def test_equal_configurations_count_once_and_the_budget_of_top_goes_to_others(to
 
 def test_what_was_trained_before_an_interruption_is_not_trained_twice(told, trained):
     plan, data, search = told(LUCKY)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="each seed that was done is stored, run the same command again to resume"):
         end(plan, data, search, stopping=lambda: len(trained) >= 3)
     assert len(trained) == 3
     assert search.attrs.get("hpo:test_evaluations") is None

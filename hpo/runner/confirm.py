@@ -6,12 +6,13 @@ that none is trained twice.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
 
-from hpo.errors import HpoError
+from hpo.errors import HpoError, Interrupted
 from hpo.log import log
 from hpo.runner.again import train_members
 from hpo.runner.custom import train_outside
@@ -52,7 +53,7 @@ def confirm(plan: Plan, data: Data, search: Search, seen: StudyView, stopping: C
     prepared = None
     for run in sorted({run for _, run in left}):
         part = _split(data, how, plan.spec.seed, run)
-        with sealing(plan.given):
+        with sealing(plan.given), _resumable():
             if prepared is None or prepared.data is not part:
                 prepared = _Prepared.of(plan, part)
             wanted = [key for key in top if (key, run) in left]
@@ -67,6 +68,17 @@ def confirm(plan: Plan, data: Data, search: Search, seen: StudyView, stopping: C
     for line in sentences(found, plan.metric):
         log.info(line)
     return best
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Say of an interruption how the confirmation resumes."""
+    try:
+        yield
+    except Interrupted:
+        raise Interrupted(
+            "interrupted; each seed that was done is stored, run the same command again to resume"
+        ) from None
 
 
 def _split(data: Data, how: Confirm, seed: int, run: int) -> Data:

@@ -32,10 +32,11 @@ def preflight(plan: Plan, data: Data) -> tuple[nn.Module | None, str]:
     Raises InputError.
     """
     with sealing(plan.given):
-        return _tried(plan, sealed(data))
+        return _tried(plan, sealed(data), data)
 
 
-def _tried(plan: Plan, data: Data) -> tuple[nn.Module | None, str]:
+def _tried(plan: Plan, data: Data, whole: Data) -> tuple[nn.Module | None, str]:
+    """Do what `preflight` does; of `whole`, which has the test split too, only the extreme targets are looked at."""
     objective = plan.objective
     if plan.spec.ensemble > 1:
         link_of(module_from(plan, "head", objective.head), data.info.n_classes, next(iter(plan.space.corners())))
@@ -55,7 +56,7 @@ def _tried(plan: Plan, data: Data) -> tuple[nn.Module | None, str]:
     losses: dict[Any, Params] = {}
     for params in plan.space.corners():
         losses.setdefault(params.get("loss"), params)
-    try_measuring(plan, data, outputs, batch, [*losses.values()])
+    try_measuring(plan, whole, outputs, batch, [*losses.values()])
     return first, infeasible
 
 
