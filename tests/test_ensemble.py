@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import hpo
 from hpo.errors import InputError
 from hpo.export.ensemble import Ensemble, Link, link_of
+from hpo.runner.opening import open_existing
 from hpo.runner.prepare import prepare
 from hpo.runner.several import over_seeds, seeds_of
 from hpo.seeds import derive
@@ -123,6 +124,17 @@ def test_refit_seeds_export_the_network_that_there_is_without_and_say_how_seeds_
     assert "of 3 seeds: loss" in Path("r.md").read_text()
     again = invoke("run", study(TEXT + "refit_seeds: 3\n"), "--json")
     assert summary(again) == found
+
+
+@pytest.mark.parametrize("seeds", [None, 3, {"n": 3}, {"n": 2, "mean": {"r2": "x"}, "std": {"r2": 1}}, {"mean": [1]}])
+def test_what_others_wrote_of_seeds_into_the_storage_is_left_out(study, seeds):
+    path = study(TEXT)
+    invoke("run", path)
+    plan = prepare(path)
+    search = open_existing(plan, path)
+    search.remember("hpo:result", {**search.attrs["hpo:result"], "seeds": seeds})
+    search.close()
+    assert summary(invoke("status", path, "--json"))["test_of_seeds"] is None
 
 
 def test_another_number_of_networks_is_another_end(study):

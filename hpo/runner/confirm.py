@@ -55,6 +55,7 @@ def confirm(plan: Plan, data: Data, search: Search, seen: StudyView, stopping: C
         part = _split(data, how, plan.spec.seed, run)
         with sealing(plan.given), _resumable():
             if prepared is None or prepared.data is not part:
+                prepared = None  # so that there is one at a time
                 prepared = _Prepared.of(plan, part)
             wanted = [key for key in top if (key, run) in left]
             _Run(plan, search, top, run, wanted, prepared, stopping).train()
@@ -65,8 +66,7 @@ def confirm(plan: Plan, data: Data, search: Search, seen: StudyView, stopping: C
     if found is None or best is None:
         faults = [result.fault for key in top for result in results_in(search.attrs[schema.CONFIRMED], key).values()]
         raise HpoError(f"none of the {len(top)} best configurations could be trained again: {faults[0]}")
-    for line in sentences(found, plan.metric):
-        log.info(line)
+    log.info(sentences(found, plan.metric)[0])
     return best
 
 

@@ -50,10 +50,11 @@ def description(
     `best` is the trial that the study ends with, the `confirmed` one where there is one.
     """
     lines = _head(plan)
-    epoch = "" if plan.function is not None else f", epoch {best.epoch + 1}"
+    first = seen.best() or best
+    epoch = "" if plan.function is not None else f", epoch {first.epoch + 1}"
     lines += [
-        f"**Best {_escaped(plan.metric)}: {best.value:.6g}** on validation, by [trial {best.number}]"
-        f"(hpo:trial/{best.number}){epoch}.",
+        f"**Best {_escaped(plan.metric)}: {first.value:.6g}** on validation, by [trial {first.number}]"
+        f"(hpo:trial/{first.number}){epoch}.",
         "",
     ]
     if confirmed is not None:

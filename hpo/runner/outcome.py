@@ -70,9 +70,18 @@ def outcome(search: Search, best: Best | None) -> Outcome | None:
         test=stored["test"],
         bundle=folder,
         parity=stored["parity"],
-        seeds=stored.get("seeds", {}),
+        seeds=_seeds(stored.get("seeds")),
         n_tests=len(tests_of(search)),
     )
+
+
+def _seeds(stored: Any) -> Mapping[str, Any]:
+    """Return what is stored of the tests of several networks, if that is what hpo writes."""
+    try:
+        pairs = [(float(stored["mean"][name]), float(stored["std"][name])) for name in stored["mean"]]
+        return stored if pairs and int(stored["n"]) > 1 else {}
+    except (LookupError, TypeError, ValueError):
+        return {}
 
 
 def stack_paths(search: Search) -> list[str]:
