@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import hpo
 from hpo.errors import HpoError, Interrupted, SpecError
 from hpo.report.texts import as_markdown
+from hpo.runner import again
 from hpo.runner import confirm as confirming
 from hpo.runner.outcome import outcome
 from hpo.runner.prepare import prepare, prepare_values
@@ -422,3 +424,23 @@ def test_the_report_leads_with_what_was_confirmed_and_its_params(told):
     assert "which is not the best trial now" not in text
     search.remember("hpo:result", {**search.attrs["hpo:result"], "number": 0})
     assert "which is not the best trial now" in as_markdown(study._facts())
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_where_a_stack_has_no_memory_smaller_ones_are_trained(told, trained, monkeypatch, said, error):
+    plan, data, search = told(LUCKY, text=TEXT.replace("stack: 1", "stack: 4"))
+    plain, raised = again.train, []
+
+    def once(*args, **keys):
+        if not raised:
+            raised.append(True)
+            raise error
+        plain(*args, **keys)
+
+    monkeypatch.setattr(again, "train", once)
+    end(plan, data, search)
+    assert sorted(trained) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert any(line.startswith("training in a stack failed") for line in said)
+    for each in confirmation(search, search.view()).configurations:
+        curve = alone(plan, data, LUCKY[each.number][0], 0)
+        assert each.results[0].value == pytest.approx(max(curve), abs=1e-5)

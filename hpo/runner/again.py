@@ -6,8 +6,8 @@ They are nobody's trials: nothing is claimed, reported to a pruner or tracked.
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 
-from hpo.errors import Interrupted
 from hpo.log import Once
 from hpo.runner.prepare import Plan
 from hpo.runner.worker import EXAMPLE_ROWS, chosen_before
@@ -22,6 +22,8 @@ from hpo.training.loop_stack import LoopStack
 from hpo.training.memory import free_all, is_out_of_memory
 from hpo.training.stack import Member, SingleStack, Stack, Stacks, Task
 
+PaddingOf = Callable[[Padding], PaddingPlan]
+"""Gives how networks that were drawn from the study's space are padded."""
 Report = Callable[[Stack, Results], Collection[Member]]
 """Takes an epoch of all members of a stack; returns those that are to be trained further."""
 
@@ -43,7 +45,7 @@ def train_members(
     `left` gives them as new ones, and is asked again where a stack had no memory: then those that are still left are
     trained from scratch, in stacks half as large. `seed` is that of the order of rows. Raises Interrupted.
     """
-    padding_of = _Padding(plan, task)
+    padding_of: PaddingOf = partial(PaddingPlan, plan.space, task.network)
     size = _size(plan, search, task, batches[0], left(), padding_of, stopping)
     once = Once()
     while True:
@@ -66,7 +68,7 @@ def train_members(
             )
             return
         except (RuntimeError, MemoryError) as error:
-            if isinstance(error, Interrupted) or not (size.stacked and is_out_of_memory(error)):
+            if not (size.stacked and is_out_of_memory(error)):
                 raise
             size = replace(size, capacity=max(1, size.capacity // 2), stacked=size.capacity > 1)
             why = f"from now on {size.capacity} at once"
@@ -78,18 +80,8 @@ def train_members(
         once.warning("training in a stack failed", why)
 
 
-class _Padding:
-    """Gives the padding of networks that were drawn from the study's space."""
-
-    def __init__(self, plan: Plan, task: Task) -> None:
-        self._plan, self._task = plan, task
-
-    def __call__(self, padding: Padding) -> PaddingPlan:
-        return PaddingPlan(self._plan.space, self._task.network, padding)
-
-
 def _stacks(
-    task: Task, size: StackSize, batches: Batches, padding_of: _Padding, once: Once, queue: Sequence[Member]
+    task: Task, size: StackSize, batches: Batches, padding_of: PaddingOf, once: Once, queue: Sequence[Member]
 ) -> Stacks:
     if not size.stacked:
         return SingleStack(LoopStack(task))
@@ -103,7 +95,7 @@ def _size(
     task: Task,
     batches: Batches,
     members: Sequence[Member],
-    padding_of: _Padding,
+    padding_of: PaddingOf,
     stopping: Callable[[], bool],
 ) -> StackSize:
     """Return the size of the stacks: what the search had on this machine, else what suits these members."""
