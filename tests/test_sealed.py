@@ -90,7 +90,9 @@ def test_so_does_one_that_trains_itself(study, tmp_path):
             "def train(self, params, report):\n", "def train(self, params, report):\n        self.data().test\n"
         )
     )
-    assert MESSAGE in refused("run", study("objective: own.py\npruner: none\n"))
+    path = study("objective: own.py\npruner: none\n")
+    assert MESSAGE in refused("run", path)
+    assert "0 complete" in invoke("status", path)
 
 
 def test_rows_of_test_that_are_in_train_or_validation_are_counted():
