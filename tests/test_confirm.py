@@ -139,6 +139,7 @@ def test_what_was_trained_before_an_interruption_is_not_trained_twice(told, trai
     assert len(trained) == 3
     assert search.attrs.get("hpo:test_evaluations") is None
     assert chosen(search, search.view()) is None
+    assert "confirming: 3 of 4 trainings done" in invoke("status", "study.yaml")
     with recorded() as said:
         end(plan, data, search)
     assert len(trained) == 4
@@ -148,6 +149,7 @@ def test_what_was_trained_before_an_interruption_is_not_trained_twice(told, trai
         for run, result in enumerate(each.results):  # as without an interruption
             assert result.value == pytest.approx(max(alone(plan, data, LUCKY[each.number][0], run)), abs=1e-5)
     assert "  3 of 4 trainings were done before" in said
+    assert "confirming:" not in invoke("status", "study.yaml")
 
 
 def test_more_trials_keep_what_is_still_among_the_best(told, trained):

@@ -15,7 +15,7 @@ from hpo.export.files import finite
 from hpo.runner.outcome import Outcome, outcome, stack_paths
 from hpo.runner.progress import ProgressState, count_text, shown
 from hpo.search.clock import duration
-from hpo.search.confirmed import Confirmed, chosen, confirmation, sentences
+from hpo.search.confirmed import Confirmed, chosen, confirmation, progress_text, sentences
 from hpo.search.opening import is_over, no_study, open_stored, workers_of
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
@@ -98,6 +98,7 @@ def _look(search: Search) -> tuple[list[str], dict[str, Any], bool]:
     done, paths = outcome(search, chosen(search, seen)), stack_paths(search)
     confirmed = confirmation(search, seen)
     lines += [] if done is None else filter(None, [done.seeds_text and f"test, {done.seeds_text}", done.readings])
+    lines += [text] if (text := progress_text(search, seen)) else []
     lines += [] if confirmed is None else sentences(confirmed, search.metric)
     lines += [f"stacks run {how}" for how in paths]
     ended = is_over(search, seen) and (done is not None or not workers_of(search, seen))

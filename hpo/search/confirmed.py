@@ -231,6 +231,17 @@ def confirmation(search: Search, seen: StudyView) -> Confirmed | None:
     return found if found is not None and found.how == how else None
 
 
+def progress_text(search: Search, seen: StudyView) -> str:
+    """Return how far a confirmation is that the search waits for; empty: none is asked for, or it has ended."""
+    how = search.spec.confirm
+    if how is None or seen.counts.unfinished or not seen.complete or confirmation(search, seen) is not None:
+        return ""
+    top = top_of(search, seen, how)
+    stored = search.attrs.get(schema.CONFIRMED)
+    done = sum(run < how.runs for key in top for run in results_in(stored, key))
+    return f"confirming: {done} of {len(top) * how.runs} trainings done"
+
+
 def chosen(search: Search, seen: StudyView) -> Best | None:
     """Return the trial whose params the study ends with: the confirmed one, where it is confirmed, else the best.
 
