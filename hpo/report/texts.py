@@ -36,12 +36,13 @@ def certainty(facts: Facts) -> list[str]:
     if best is None:
         return []
     n, ranked = facts.counts.complete, facts.ranked()[1:]
+    value = "The search's best value" if facts.confirmed else "The value"
     equal = sum(row["value"] == best.value for row in ranked)
     said = [
-        f"The value is one number, measured on the validation split, and the best of {n:,} complete "
+        f"{value} is one number, measured on the validation split, and the best of {n:,} complete "
         f"{'trial' if n == 1 else 'trials'}: picked as the best, it flatters, and less is to be expected of new data."
         if n > 1
-        else "The value is one number, measured on the validation split, of the only complete trial."
+        else f"{value} is one number, measured on the validation split, of the only complete trial."
     ]
     if equal:
         said.append(f"{equal:,} other {'trial has' if equal == 1 else 'trials have'} exactly the same value.")
