@@ -24,7 +24,9 @@ Write = Callable[..., Path]
 def test_run_then_run_again_then_more_trials(study: Write) -> None:
     path = study()
     first = summary(invoke("run", path, "--json"))
-    assert set(first) == {"study", "storage", "trials", "epochs", "best", "test", "bundle"}
+    keys = {"study", "storage", "trials", "epochs", "best", "confirmed", "test", "bundle"}
+    keys |= {"test_of_seeds", "test_evaluations"}
+    assert set(first) == keys
     assert first["trials"] == {"complete": 3, "pruned": 0, "failed": 0, "running": 0, "paused": 0, "waiting": 0}
     assert set(first["best"]) == {"number", "value", "params"}
     assert set(first["test"]) == {"loss", "r2"}

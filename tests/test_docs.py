@@ -158,7 +158,7 @@ def test_the_study_file_page_is_made_from_the_code() -> None:
 
 
 def test_the_keys_of_the_study_file_have_docstrings() -> None:
-    for name in ("StudySpec", "Loading"):
+    for name in ("StudySpec", "Loading", "Confirm"):
         assert not generated.missing_docstrings(name), name
 
 

@@ -32,7 +32,7 @@ HOMES = {
     "optuna": {"search", "study.space", "study.dimension", "report"},
     "mlflow": {"tracking.models", "tracking.parent", "tracking.runs"},
     "yaml": {"study.yaml_values"},
-    "pydantic": {"study.spec", "study.ranges", "study.checking", "study.draft"},
+    "pydantic": {"study.spec", "study.spec_parts", "study.ranges", "study.checking", "study.draft"},
     "sqlalchemy": {"search"},
     "rich": {"cli"},
     "optuna_dashboard": {"report.dashboard"},
@@ -195,6 +195,9 @@ def test_the_surface_is_frozen() -> None:
         "outage",
         "catch",
         "stack",
+        "confirm",
+        "refit_seeds",
+        "ensemble",
     )
     options = {}
     for command in COMMANDS:

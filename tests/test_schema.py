@@ -26,6 +26,7 @@ STORED = {
     "STACK_PATHS": "hpo:stack_paths",
     "RESULT": "hpo:result",
     "TEST_EVALUATIONS": "hpo:test_evaluations",
+    "CONFIRMED": "hpo:confirmed",
     "TRACKED": "hpo:tracked",
     "OWN_RUNS": "hpo:own_runs",
     "WORKER_LEASE": "hpo:lease:",

@@ -26,6 +26,7 @@ from hpo.runner.prepare import Plan, prepare
 from hpo.runner.progress import PlainProgress, Progress, Refresh, count_text, shown, state_of
 from hpo.runner.study import StudyFile, WorkerOptions
 from hpo.search import adoption
+from hpo.search.confirmed import Confirmed, confirmation, mean_text, sentences
 from hpo.search.search import Search
 from hpo.search.storage import serve_storage
 from hpo.search.view import Best, StudyView
@@ -52,10 +53,11 @@ def run(
             return _progress(plan, search, out, alone, live=not how.quiet)
 
         done, seen = studies.run(plan, search, file, show, options or WorkerOptions())
-        _print_result(plan, seen, seen.best(), done, out)
+        confirmed = confirmation(search, seen)
+        _print_result(plan, seen, seen.best(), done, out, confirmed)
         if not how.quiet:
             _print_next(next_steps(path, overrides, plan.spec.trials, done), out)
-        return summary(plan.spec, seen, seen.best(), done)
+        return summary(plan.spec, seen, seen.best(), done, confirmed)
 
 
 def worker(
@@ -240,23 +242,41 @@ def _print_data(data: Data, out: Console) -> None:
     out.print(view.table("data", ["split", "rows", "inputs", "targets"], shapes))
 
 
-def _print_result(plan: Plan, seen: StudyView, best: Best | None, done: Outcome | None, out: Console) -> None:
+def _print_result(
+    plan: Plan,
+    seen: StudyView,
+    best: Best | None,
+    done: Outcome | None,
+    out: Console,
+    confirmed: Confirmed | None = None,
+) -> None:
+    """Print what a study came to; `best` is its best trial, or the one that was exported by itself."""
     if best is None:
         return
     counts = seen.counts
+    winner = best if confirmed is None else seen.best(confirmed.winner.number) or best
     rows = [
         ["trials", count_text(counts)],
         ["best", f"{plan.metric} {best.value:.4f} on validation (trial {best.number}, epoch {best.epoch + 1})"]
         if plan.function is None
         else ["best", f"{plan.metric} {best.value:.6g} (trial {best.number})"],
         *([["epochs", text]] if (text := seen.effort.text()) else []),
-        ["params", shown(plan.space.searched(best.params)) or "all fixed"],
+        *_confirmed_rows(plan, confirmed),
+        ["params", shown(plan.space.searched(winner.params)) or "all fixed"],
     ]
     if done is not None:
-        rows += [["test", ", ".join(f"{name} {value:.4f}" for name, value in done.test.items())]] if done.test else []
+        test = ", ".join(f"{name} {value:.4f}" for name, value in done.test.items())
+        rows += [["test", "; ".join(filter(None, [test, done.seeds_text, done.readings]))]] if done.test else []
         if done.bundle is not None:
             rows += [["bundle", f"{done.bundle} (differs from the measured model by at most {done.parity:.1e})"]]
     out.print(view.pairs(plan.spec.name, rows))
+
+
+def _confirmed_rows(plan: Plan, confirmed: Confirmed | None) -> list[list[str]]:
+    if confirmed is None:
+        return []
+    row = f"{mean_text(confirmed, plan.metric)} (trial {confirmed.winner.number})"
+    return [["confirmed", row], ["how sure", " ".join(sentences(confirmed, plan.metric)[1:])]]
 
 
 def _print_next(steps: Sequence[str], out: Console) -> None:

@@ -15,6 +15,7 @@ from hpo.export.files import finite
 from hpo.runner.outcome import Outcome, outcome, stack_paths
 from hpo.runner.progress import ProgressState, count_text, shown
 from hpo.search.clock import duration
+from hpo.search.confirmed import Confirmed, chosen, confirmation, progress_text, sentences
 from hpo.search.opening import is_over, no_study, open_stored, workers_of
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
@@ -94,13 +95,19 @@ def _look(search: Search) -> tuple[list[str], dict[str, Any], bool]:
         over = search.seconds_left(spec.timeout, seen)
         left = over if left is None else min(over, left)
     lines.append(f"{_TIME}{duration(used)}" + (f", about {duration(left)} left" if left is not None else ""))
-    done, paths = outcome(search, best), stack_paths(search)
+    done, paths = outcome(search, chosen(search, seen)), stack_paths(search)
+    confirmed = confirmation(search, seen)
+    lines += [] if done is None else filter(None, [done.seeds_text and f"test, {done.seeds_text}", done.readings])
+    lines += [text] if (text := progress_text(search, seen)) else []
+    lines += [] if confirmed is None else sentences(confirmed, search.metric)
     lines += [f"stacks run {how}" for how in paths]
     ended = is_over(search, seen) and (done is not None or not workers_of(search, seen))
-    return lines, summary(spec, seen, best, done) | {"stacks": paths}, ended
+    return lines, summary(spec, seen, best, done, confirmed) | {"stacks": paths}, ended
 
 
-def summary(spec: StudySpec, seen: StudyView, best: Best | None, done: Outcome | None) -> dict[str, Any]:
+def summary(
+    spec: StudySpec, seen: StudyView, best: Best | None, done: Outcome | None, confirmed: Confirmed | None = None
+) -> dict[str, Any]:
     """Return what `--json` prints; scripts rely on its keys."""
     counts = seen.counts
     summary = {
@@ -109,8 +116,16 @@ def summary(spec: StudySpec, seen: StudyView, best: Best | None, done: Outcome |
         "trials": counts.by_state(),
         "epochs": seen.effort.as_dict(),
         "best": None if best is None else {"number": best.number, "value": best.value, "params": dict(best.params)},
+        "confirmed": None if confirmed is None else confirmed.as_dict() | {"params": _params(seen, confirmed)},
         "test": None if done is None else dict(done.test),
+        "test_of_seeds": None if done is None or not done.seeds else dict(done.seeds),
+        "test_evaluations": 0 if done is None else done.n_tests,
         "bundle": None if done is None or done.bundle is None else str(done.bundle),
     }
     whole: dict[str, Any] = finite(summary)
     return whole
+
+
+def _params(seen: StudyView, confirmed: Confirmed) -> dict[str, Any]:
+    winner = seen.best(confirmed.winner.number)
+    return {} if winner is None else dict(winner.params)

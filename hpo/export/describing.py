@@ -18,6 +18,8 @@ from hpo.study.data import Split
 
 PROTOCOL = {
     "of_the_trial": "the validation rows, in the search; the best of many trials, so rather too good",
+    "test_mean_of_seeds": "the test rows, the mean over networks that were trained alike from other seeds",
+    "test_std_of_seeds": "the test rows, the standard deviation over these networks",
     "test": "the test rows, which no trial saw, after training on train + validation from scratch",
 }
 """What each group of `metrics` was measured on."""

@@ -21,6 +21,7 @@ from hpo.report.rows import best_of, columns_of, fixed_in, forget_masked, params
 from hpo.report.searched import distributions, importances
 from hpo.search import schema
 from hpo.search.budget import Counts, count, covered, held_until, holders, leases_in, seconds_used, spans_of, worker_of
+from hpo.search.confirmed import confirmed_in, sentences
 from hpo.search.curves import curves_in, reported
 from hpo.search.effort import effort
 from hpo.search.view import Best
@@ -111,6 +112,8 @@ class Facts:
     work: Work
     result: Mapping[str, Any]
     """Of the refit: `test` metrics by name, `bundle`, `number`, `parity`; empty: there was none."""
+    confirmed: Mapping[str, Any]
+    """What fresh seeds have shown (`Confirmed.as_dict`), its `params`, and `said`, in sentences; empty: nothing."""
     n_test_evaluations: int
     origin: Origin
 
@@ -178,6 +181,7 @@ def read(
         importances=importances(counted, maximize=maximize),
         work=_work(trials, counted, leases, epochs),
         result=result,
+        confirmed=_confirmed(attrs.get(schema.CONFIRMED), metric, counted, fixed_in(identity), maximize=maximize),
         n_test_evaluations=len(_list(attrs.get(schema.TEST_EVALUATIONS))),
         origin=origin,
     )
@@ -213,6 +217,18 @@ def _origin(attrs: Mapping[str, Any], identity: Mapping[str, Any], result: Mappi
         versions={name: versions()[name] or "unknown" for name in ("python", "hpo", "optuna")},
         exported_with=_exported_with(result),
     )
+
+
+def _confirmed(
+    stored: Any, metric: str, trials: Sequence[FrozenTrial], fixed: Mapping[str, Any], *, maximize: bool
+) -> Mapping[str, Any]:
+    found = confirmed_in(stored, maximize=maximize)
+    of = None if found is None else [trial for trial in trials if trial.number == found.winner.number]
+    winner = best_of(of, fixed, maximize=maximize) if of else None
+    if found is None or winner is None:
+        return {}
+    said: dict[str, Any] = found.as_dict() | {"params": dict(winner.params), "said": sentences(found, metric)}
+    return _mapping(plain(finite(said)))
 
 
 def leases_of(storage: Any, name: str) -> dict[str, float]:

@@ -120,9 +120,10 @@ def _sentences(facts: Facts, judged: Mapping[str, Any]) -> dict[str, Any]:
     at_once = facts.work.seconds_summed / facts.work.seconds_used if facts.work.seconds_used > 0 else 0.0
     return {
         "certainty": texts.certainty(facts),
+        "confirmed": texts.confirmed_table(facts) if facts.confirmed else None,
         "counts": texts.counts_text(facts),
         "test": texts.tests_text(facts),
-        "best_params": _shown(best.params) if best is not None else [],
+        "best_params": _shown(facts.confirmed.get("params", best.params)) if best is not None else [],
         "fixed": _shown(origin.fixed),
         "effort": f"{facts.work.effort_text}." if facts.work.effort_text else "Pruning has saved no epochs.",
         "at_once": f"{at_once:.1f}" if at_once > 1.05 else "",

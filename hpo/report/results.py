@@ -19,6 +19,7 @@ from hpo.report.rows import best_of, columns_of, fixed_in, row_of
 from hpo.search import schema
 from hpo.search.address import exists
 from hpo.search.budget import Counts, count, holders, wrong_row
+from hpo.search.confirmed import Confirmed, confirmed_in
 from hpo.search.curves import curves_in
 from hpo.search.storage import close_storage, open_storage
 from hpo.search.view import Best, own
@@ -89,6 +90,15 @@ class Study:
         """How many trials of the budget are complete, pruned, failed, running, waiting; `finished`, `unfinished`."""
         with self._opened() as study:
             return count(holders(own(study.get_trials(deepcopy=False))), _budget(study))
+
+    @property
+    def confirmed(self) -> Confirmed | None:
+        """What fresh seeds have shown of the best configurations (`confirm:` in the study file); None: nothing yet.
+
+        Its `winner` has `number`, `mean`, `deviation` and `values`; `interval`, `chances`, `optimism`; `as_dict()`.
+        """
+        with self._opened() as study:
+            return confirmed_in(study.user_attrs.get(schema.CONFIRMED), maximize=self.maximize)
 
     @property
     def bundle(self) -> Path | None:

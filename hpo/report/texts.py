@@ -36,12 +36,13 @@ def certainty(facts: Facts) -> list[str]:
     if best is None:
         return []
     n, ranked = facts.counts.complete, facts.ranked()[1:]
+    value = "The search's best value" if facts.confirmed else "The value"
     equal = sum(row["value"] == best.value for row in ranked)
     said = [
-        f"The value is one number, measured on the validation split, and the best of {n:,} complete "
+        f"{value} is one number, measured on the validation split, and the best of {n:,} complete "
         f"{'trial' if n == 1 else 'trials'}: picked as the best, it flatters, and less is to be expected of new data."
         if n > 1
-        else "The value is one number, measured on the validation split, of the only complete trial."
+        else f"{value} is one number, measured on the validation split, of the only complete trial."
     ]
     if equal:
         said.append(f"{equal:,} other {'trial has' if equal == 1 else 'trials have'} exactly the same value.")
@@ -52,9 +53,21 @@ def certainty(facts: Facts) -> list[str]:
             for row in behind
         )
         said.append(f"Next behind: {gaps}.")
-    if ranked:
+    if facts.confirmed:
+        said += facts.confirmed["said"]
+    elif ranked:
         said.append("No trial was run twice with other seeds, so it is not known which of these gaps are only noise.")
     return said
+
+
+def confirmed_table(facts: Facts) -> tuple[list[str], list[list[str]]]:
+    """Return the names of the columns, and a row for each configuration that was trained again."""
+    rows = [
+        [number(each[key]) for key in ("number", "search_value", "mean", "std")]
+        + [str(len(each["values"])), f"{each['chance_of_best']:.0%}"]
+        for each in facts.confirmed["configurations"]
+    ]
+    return ["trial", "in the search", "mean of fresh seeds", "standard deviation", "trainings", "chance of best"], rows
 
 
 def tests_text(facts: Facts) -> str:
@@ -68,10 +81,22 @@ def tests_text(facts: Facts) -> str:
     if not isinstance(test, Mapping) or not test:
         return f"There is no test result of the best trial yet. {readings}" if n else "The test set was not read."
     of = facts.result.get("number")
-    stale = "" if facts.best is not None and of == facts.best.number else ", which is not the best trial now"
+    chosen = facts.confirmed.get("number", None if facts.best is None else facts.best.number)
+    stale = "" if of == chosen else ", which is not the best trial now"
     values = ", ".join(f"{name} {number(value)}" for name, value in test.items())
     how = f"trial {of}'s params{stale}, trained from scratch on train + validation"
+    if (seeds := _over_seeds(facts.result.get("seeds"))) is not None:
+        how += f". {seeds}"
     return f"{values}: {how}. {readings if n else unknown}"
+
+
+def _over_seeds(seeds: Any) -> str | None:
+    """Return the test metrics over several seeds; None: there is one, or what is stored is not ours."""
+    try:
+        pairs = [f"{name} {number(seeds['mean'][name])} ({number(seeds['std'][name])})" for name in seeds["mean"]]
+        return f"Mean (standard deviation) of {seeds['n']} seeds: {', '.join(pairs)}" if pairs else None
+    except (KeyError, TypeError):
+        return None
 
 
 def as_json(facts: Facts, judged: Mapping[str, Any] | None) -> str:
@@ -102,8 +127,18 @@ def as_markdown(facts: Facts) -> str:
         lines.append("No trial is complete yet.")
     else:
         lines.append(f"{_cell(facts.metric)} **{number(best.value)}**, trial {best.number}, epoch {best.epoch + 1}.")
-        lines += ["", *_table(["param", "value"], [[k, number(v)] for k, v in best.params.items()])]
-        lines += ["", " ".join(certainty(facts)), "", f"Test: {_cell(tests_text(facts))}"]
+        if facts.confirmed:
+            mean, of = number(facts.confirmed["mean"]), facts.confirmed["number"]
+            lines += [
+                "",
+                f"Confirmed with fresh seeds: {_cell(facts.metric)} **{mean}**, trial {of}, whose params these are.",
+            ]
+        params = facts.confirmed.get("params", best.params)
+        lines += ["", *_table(["param", "value"], [[k, number(v)] for k, v in params.items()])]
+        lines += ["", "## How sure", "", _cell(" ".join(certainty(facts)))]
+        if facts.confirmed:
+            lines += ["", *_table(*confirmed_table(facts))]
+        lines += ["", f"Test: {_cell(tests_text(facts))}"]
     ranked = facts.ranked()[:TOP]
     if ranked:
         params = [name for name in facts.columns if name.startswith(PARAM)]

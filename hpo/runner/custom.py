@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,10 +61,10 @@ def train_outside(
     preprocess: nn.Module,
     *,
     epochs: int,
-    most: int,
+    enough: Callable[[Sequence[Mapping[str, float]]], bool],
     stopping: Callable[[], bool],
 ) -> tuple[nn.Module | None, list[dict[str, float]]]:
-    """Train `params` by the objective's own `train`, outside the search, until it has reported `most` times.
+    """Train `params` by the objective's own `train`, outside the search, until what it has reported is `enough`.
 
     It is given `epochs` as the number of epochs. Return its network, if any, and what it has reported. Raises
     Interrupted as soon as `stopping` says so.
@@ -76,7 +76,7 @@ def train_outside(
         if stopping():
             raise Interrupted("interrupted")
         reports.append(metrics)
-        return len(reports) < most
+        return not enough(reports)
 
     return train_custom(plan, params, TrialReporter(plan, train, valid, epochs, seed, told)), reports
 

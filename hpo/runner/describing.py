@@ -7,6 +7,7 @@ from hpo.errors import masked
 from hpo.runner.outcome import Outcome
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import count_text, shown
+from hpo.search.confirmed import Confirmed, sentences
 from hpo.search.view import Best, StudyView
 from hpo.study.data import Data
 
@@ -41,18 +42,28 @@ def intention(plan: Plan) -> str:
     return "\n".join([*_head(plan), "It has not ended yet.", "", *_space(plan)])[:_MOST_CHARACTERS]
 
 
-def description(plan: Plan, seen: StudyView, best: Best, done: Outcome | None) -> str:
-    """Return what a study has found; a link to a trial is `hpo:trial/<number>` (`hpo.tracking.values.linked`)."""
+def description(
+    plan: Plan, seen: StudyView, best: Best, done: Outcome | None, confirmed: Confirmed | None = None
+) -> str:
+    """Return what a study has found; a link to a trial is `hpo:trial/<number>` (`hpo.tracking.values.linked`).
+
+    `best` is the trial that the study ends with, the `confirmed` one where there is one.
+    """
     lines = _head(plan)
-    epoch = "" if plan.function is not None else f", epoch {best.epoch + 1}"
+    first = seen.best() or best
+    epoch = "" if plan.function is not None else f", epoch {first.epoch + 1}"
     lines += [
-        f"**Best {_escaped(plan.metric)}: {best.value:.6g}** on validation, by [trial {best.number}]"
-        f"(hpo:trial/{best.number}){epoch}.",
+        f"**Best {_escaped(plan.metric)}: {first.value:.6g}** on validation, by [trial {first.number}]"
+        f"(hpo:trial/{first.number}){epoch}.",
         "",
     ]
+    if confirmed is not None:
+        lines += [_escaped(" ".join(sentences(confirmed, plan.metric))), ""]
     if done is not None and done.test:
         tests = ", ".join(f"{_escaped(name)} {value:.6g}" for name, value in done.test.items())
-        lines += [f"Trained again on train + validation and tested once: {tests}.", ""]
+        lines += [f"Trained again on train + validation and tested: {tests}.", ""]
+        lines += [f"{_escaped(done.seeds_text.capitalize())}.", ""] if done.seeds else []
+        lines += [f"{done.readings.capitalize()}.", ""] if done.readings else []
     if done is not None and done.bundle is not None:
         lines += [f"The model is in the artifacts, in `bundle`; it was written to `{masked(str(done.bundle))}`.", ""]
     lines += [f"{count_text(seen.counts)}. {seen.effort.text()}".strip(), ""]

@@ -22,6 +22,7 @@ from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
 from hpo.study.data import Data, Split, prediction
 from hpo.study.loading import origin, source_fingerprint
+from hpo.study.sealed import sealed, sealing
 from hpo.training.batches import make_batches
 from hpo.training.evaluation import measure, outputs_of
 
@@ -76,6 +77,11 @@ def _judge(plan: Plan, search: Search, best: Best, baselines: bool | None) -> di
     assert data is not None
     if search.attrs.get(schema.DATA) not in (None, data.fingerprint()):
         raise Absent("the data is not what the study was run with")
+    with sealing(plan.given):
+        return _judged(plan, search, best, sealed(data), baselines)
+
+
+def _judged(plan: Plan, search: Search, best: Best, data: Data, baselines: bool | None) -> dict[str, Any]:
     preprocess = guarded(plan, "preprocess", lambda: plan.objective.preprocess(data.train))
     judged: dict[str, Any] = {"n_valid": len(data.valid), "notes": []}
     if search.attrs.get(schema.CODE) not in (None, source_fingerprint(plan.given)):

@@ -14,6 +14,7 @@ from hpo.search.opening import no_study, open_search
 from hpo.search.search import Search
 from hpo.study.data import Data
 from hpo.study.loading import file_fingerprint, source_fingerprint
+from hpo.study.sealed import repeated_in_test
 from hpo.training.torch_settings import torch_settings
 
 
@@ -83,6 +84,15 @@ def load_data(plan: Plan, search: Search) -> Data | None:
         for warning in warnings:  # once a study, not in each of its processes
             log.warning(warning)
     return data
+
+
+def warn_of_repeated_rows(data: Data) -> None:
+    """Log how many rows of the test split a network has seen before, if any: they flatter it."""
+    if n := repeated_in_test(data):
+        log.warning(
+            f"{n} of {len(data.test)} test rows equal a row of train or validation, inputs and target: the test "
+            "metrics flatter; a row must be in one split only, unless the data itself has it several times"
+        )
 
 
 def source_differs(plan: Plan, search: Search) -> bool:

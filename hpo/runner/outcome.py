@@ -1,13 +1,15 @@
 """What the storage holds of a study's end and of how it ran. To look at it needs neither torch nor the objective."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hpo.export.files import FILES
 from hpo.search import schema
 from hpo.search.search import Search
 from hpo.search.view import Best
+from hpo.study.spec import StudySpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +21,38 @@ class Outcome:
     bundle: Path | None
     """None where there is no network to export: an objective's own `train` gave none."""
     parity: float | None
+    n_tests: int = field(default=0, compare=False)
+    """How often the test split has been read in this study."""
+
+    seeds: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """Of several networks `n`, and `mean` and `std` of each test metric over them; empty: of a single one."""
+
+    @property
+    def seeds_text(self) -> str:
+        """The test metrics over seeds, for a person; empty: there is a single network."""
+        if not self.seeds:
+            return ""
+        mean, std = self.seeds["mean"], self.seeds["std"]
+        each = ", ".join(f"{name} {mean[name]:.4f} (standard deviation {std[name]:.2g})" for name in mean)
+        return f"mean of {self.seeds['n']} seeds: {each}"
+
+    @property
+    def readings(self) -> str:
+        """A warning where the test split was read more than once; else nothing."""
+        if self.n_tests < 2:
+            return ""
+        return f"the test split was read {self.n_tests} times: the more often, the less it says"
+
+
+def networks_of(spec: StudySpec) -> list[int]:
+    """Return of how many networks the study's end is: trained, and exported as one."""
+    return [max(spec.refit_seeds, spec.ensemble), spec.ensemble]
+
+
+def tests_of(search: Search) -> list[Any]:
+    """Return every reading of the test split so far, as far as the storage holds a list of them."""
+    stored = search.attrs.get(schema.TEST_EVALUATIONS)
+    return stored if isinstance(stored, list) else []
 
 
 def outcome(search: Search, best: Best | None) -> Outcome | None:
@@ -26,10 +60,28 @@ def outcome(search: Search, best: Best | None) -> Outcome | None:
     stored = search.attrs.get(schema.RESULT)
     if not isinstance(stored, Mapping) or best is None or stored.get("number") != best.number:
         return None
+    if stored.get("networks", [1, 1]) != networks_of(search.spec):
+        return None
     folder = stored["bundle"] and Path(stored["bundle"])
     if folder is not None and not all((folder / file).is_file() for file in FILES):
         return None
-    return Outcome(number=best.number, test=stored["test"], bundle=folder, parity=stored["parity"])
+    return Outcome(
+        number=best.number,
+        test=stored["test"],
+        bundle=folder,
+        parity=stored["parity"],
+        seeds=_seeds(stored.get("seeds")),
+        n_tests=len(tests_of(search)),
+    )
+
+
+def _seeds(stored: Any) -> Mapping[str, Any]:
+    """Return what is stored of the tests of several networks, if that is what hpo writes."""
+    try:
+        pairs = [(float(stored["mean"][name]), float(stored["std"][name])) for name in stored["mean"]]
+        return stored if pairs and int(stored["n"]) > 1 else {}
+    except (LookupError, TypeError, ValueError):
+        return {}
 
 
 def stack_paths(search: Search) -> list[str]:

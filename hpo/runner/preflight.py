@@ -12,11 +12,14 @@ from torch import nn
 
 from hpo.errors import InputError
 from hpo.runner.advice import advice
+from hpo.export.ensemble import link_of
 from hpo.runner.firststep import missing_param, module_from, settings_stay, try_measuring, try_step
 from hpo.runner.prepare import Plan, guarded
 from hpo.runner.preview import Preview
 from hpo.study.data import Data, Split
 from hpo.study.objective import Objective, Params
+from hpo.study.sealed import sealed, sealing
+from hpo.study.splits import require_rows
 from hpo.training import optim
 from hpo.training.faults import fault_of
 from hpo.training.memory import Within
@@ -29,7 +32,17 @@ def preflight(plan: Plan, data: Data) -> tuple[nn.Module | None, list[str]]:
     corners that are infeasible, or that the machine has no memory for, whose trials will be ended; what `advice` says.
     Raises InputError.
     """
+    with sealing(plan.given):
+        return _tried(plan, sealed(data), data)
+
+
+def _tried(plan: Plan, data: Data, whole: Data) -> tuple[nn.Module | None, list[str]]:
+    """Do what `preflight` does; of `whole`, which has the test split too, only the extreme targets are looked at."""
     objective = plan.objective
+    if plan.spec.ensemble > 1:
+        link_of(module_from(plan, "head", objective.head), data.info.n_classes, next(iter(plan.space.corners())))
+    if plan.spec.confirm is not None and plan.spec.confirm.folds is not None:
+        require_rows(data, plan.spec.confirm.folds)
     if objective.train is not None and type(objective).preview is Objective.preview:
         return None, []
     preprocess = module_from(plan, "preprocess", lambda: objective.preprocess(data.train))
@@ -44,7 +57,7 @@ def preflight(plan: Plan, data: Data) -> tuple[nn.Module | None, list[str]]:
     losses: dict[Any, Params] = {}
     for params in plan.space.corners():
         losses.setdefault(params.get("loss"), params)
-    try_measuring(plan, data, outputs, batch, [*losses.values()])
+    try_measuring(plan, whole, outputs, batch, [*losses.values()])
     warnings = [line for params in losses.values() for line in advice(plan, outputs, batch, params)]
     return first, [*([infeasible] if infeasible else []), *dict.fromkeys(warnings)]
 

@@ -156,6 +156,7 @@ def _check(draft: Draft, spec: StudySpec, folder: Path, given: Given | None) -> 
     if objective is None:
         return None, faults
     faults += _halving_faults(spec, objective)
+    faults += _end_faults(spec, objective)
     metric, maximize = spec.metric or "value", spec.direction == "maximize"  # a function's
     if isinstance(objective, Objective):
         with collecting(faults):
@@ -196,6 +197,22 @@ def _halving_faults(spec: StudySpec, objective: Objective | Function) -> list[Fa
     elif spec.sampler.name in CANNOT_HALVE:
         why = f"{spec.sampler.name} learns from trials in the order in which they end: choose another sampler, as tpe"
     return [] if why is None else [Fault(path=("pruner",), message=f"halving pauses trials, and {why}")]
+
+
+def _end_faults(spec: StudySpec, objective: Objective | Function) -> list[Fault]:
+    """Return why a study cannot end as it is to: confirmed, with several seeds."""
+    if spec.refit_seeds > 1 and spec.ensemble > 1:
+        why = f"the test metrics of an ensemble's {spec.ensemble} networks are given as those of refit_seeds; drop one"
+        return [Fault(path=("refit_seeds",), message=why)]
+    if spec.confirm is None:
+        return []
+    if isinstance(objective, Function):
+        why = "a function's seeds are its own, so it cannot be trained with fresh ones; remove `confirm`"
+        return [Fault(path=("confirm",), message=why)]
+    if "top" in spec.confirm.model_fields_set and spec.confirm.top > spec.trials:
+        why = f"must be at most {spec.trials}, the number of trials, but got {spec.confirm.top}"
+        return [Fault(path=("confirm", "top"), message=why)]
+    return []
 
 
 def _objective(spec: StudySpec, folder: Path, given: Given | None) -> tuple[Objective | Function | None, list[Fault]]:

@@ -14,13 +14,16 @@ from hpo.export.bundle import export
 from hpo.export.formats import Formats, formats_of
 from hpo.export.model import Model
 from hpo.log import log
+from hpo.runner.confirm import confirm
 from hpo.runner.custom import train_outside
 from hpo.runner.keeping import bundle_of
-from hpo.runner.outcome import Outcome, outcome
+from hpo.runner.outcome import Outcome, networks_of, outcome, tests_of
 from hpo.runner.prepare import Plan
+from hpo.runner.several import exported, over_seeds, seeds_of, train_several
 from hpo.runner.tracked import tell_result
 from hpo.runner.worker import EXAMPLE_ROWS, chosen_before
 from hpo.search import schema
+from hpo.search.confirmed import chosen, confirmation, sentences
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
 from hpo.stacks.candidate import NotStackable
@@ -28,6 +31,7 @@ from hpo.stacks.cost import records
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.data import Data
 from hpo.study.loading import source_fingerprint
+from hpo.study.sealed import sealed, sealing
 from hpo.tracking.base import Tracker
 from hpo.training.batches import Batches, make_batches
 from hpo.training.evaluation import evaluate
@@ -66,20 +70,22 @@ def conclude(
         raise HpoError(f"{why}; no trial is lost, run it again") from error
     with held:
         now = seen or search.view()
-        best = now.best()
+        best = chosen(search, now)
         done = outcome(search, best)
         if done is None and seen is not None:  # a peer may have finished more trials, and the study, since then
             now = search.view()
-            best = now.best()
+            best = chosen(search, now)
             done = outcome(search, best)
-        if best is None:
+        if now.best() is None:
             return None
-        if done is None:
+        if done is None or best is None:
             size = chosen_before(plan, search)
             with torch_settings(plan.device, threads=size.threads if size else None):
+                best = best or confirm(plan, data, search, now, stopping)
                 done = finish(plan, data, search, best, folder, stopping)
             bundle = done.bundle and str(done.bundle)
             stored = {"number": done.number, "test": dict(done.test), "bundle": bundle, "parity": done.parity}
+            stored |= {"seeds": dict(done.seeds), "networks": networks_of(plan.spec)}
             search.remember(schema.RESULT, stored)
     tell_result(plan, search, tracker, now, best, done)
     return done
@@ -102,21 +108,19 @@ def finish(
     whole = plan.spec.value == "last" and plan.spec.patience is None
     epochs = plan.spec.epochs if whole else best.epoch + 1
     log.info(f"training the params of trial {best.number} from scratch on train + validation, {epochs} epochs")
-    data_refit = data.for_refit()
-    preprocess = plan.objective.preprocess(data_refit.train)
-    task = plan.task(data.info, len(data_refit.train))
-    if plan.objective.train is not None:
-        network = _refit_custom(plan, best, data_refit, preprocess, epochs, stopping)
-        if network is None:
-            log.info("train returned no network: there is nothing to test or to export")
-            return Outcome(number=best.number, test={}, bundle=None, parity=None)
-    else:
-        batches = make_batches(data_refit.train, preprocess, plan.device, plan.spec.loading)
-        network = _refit(plan, task, best, batches, epochs, stopping)
+    with sealing(plan.given):
+        preprocess, networks = _trained_again(plan, search, best, sealed(data), epochs, stopping)
+    if not networks:
+        log.info("train returned no network: there is nothing to test or to export")
+        return Outcome(number=best.number, test={}, bundle=None, parity=None)
+    task = plan.task(data.info, len(data.train) + len(data.valid))
     metrics = {name: metric.to(plan.device) for name, metric in plan.objective.metrics().items()}
     test_batches = make_batches(data.test, preprocess, plan.device, plan.spec.loading)
+    network = exported(plan, networks, data, best.params)
     test = evaluate(task, network, test_batches, best.params, metrics)
-    search.remember(schema.TEST_EVALUATIONS, [*_tests(search), {"number": best.number, "test": test}])
+    several = networks if len(networks) > 1 else []
+    seeds = over_seeds([evaluate(task, each, test_batches, best.params, metrics) for each in several])
+    search.remember(schema.TEST_EVALUATIONS, [*tests_of(search), {"number": best.number, "test": test}])
     log.info("exporting, and comparing what was exported with the model that was measured")
     written = export(
         Model(
@@ -125,7 +129,7 @@ def finish(
             head=plan.objective.head(),
             params=best.params,
             info=data.info,
-            about=_about(plan, data, search, best, epochs, test),
+            about=_about(plan, data, search, best, epochs, test, seeds),
         ),
         data.test,
         folder,
@@ -133,13 +137,26 @@ def finish(
         fresh=formats is not None,
     )
     parity = max(result["max_difference"] for result in written["parity"].values())
-    return Outcome(number=best.number, test=test, bundle=folder, parity=parity)
+    return Outcome(
+        number=best.number, test=test, bundle=folder, parity=parity, seeds=seeds, n_tests=len(tests_of(search))
+    )
 
 
-def _tests(search: Search) -> list[Any]:
-    """Return every reading of the test set so far, as far as the storage holds a list of them."""
-    stored = search.attrs.get(schema.TEST_EVALUATIONS)
-    return stored if isinstance(stored, list) else []
+def _trained_again(
+    plan: Plan, search: Search, best: Best, data: Data, epochs: int, stopping: Callable[[], bool]
+) -> tuple[nn.Module, list[nn.Module]]:
+    """Return `preprocess` of train + validation, and the networks of `best`'s params that were trained on these."""
+    whole = data.for_refit()
+    preprocess = plan.objective.preprocess(whole.train)
+    if plan.objective.train is not None:
+        trained = (
+            _refit_custom(plan, best, seed, whole, preprocess, epochs, stopping) for seed in seeds_of(plan, best)
+        )
+        return preprocess, [network for network in trained if network is not None]
+    if len(seeds_of(plan, best)) > 1:
+        return preprocess, train_several(plan, search, best, whole, preprocess, epochs, stopping)
+    batches = make_batches(whole.train, preprocess, plan.device, plan.spec.loading)
+    return preprocess, [_refit(plan, plan.task(data.info, len(whole.train)), best, batches, epochs, stopping)]
 
 
 def _refit(
@@ -192,17 +209,30 @@ def _trained_alone(
 
 
 def _refit_custom(
-    plan: Plan, best: Best, data: Data, preprocess: nn.Module, epochs: int, stopping: Callable[[], bool]
+    plan: Plan, best: Best, seed: int, data: Data, preprocess: nn.Module, epochs: int, stopping: Callable[[], bool]
 ) -> nn.Module | None:
     """Return the network that the objective's own `train` makes of `best`'s params in so many epochs, if any."""
     network, _ = train_outside(
-        plan, best.params, best.seed, data, preprocess, epochs=epochs, most=epochs, stopping=stopping
+        plan,
+        best.params,
+        seed,
+        data,
+        preprocess,
+        epochs=epochs,
+        enough=lambda reports: len(reports) >= epochs,
+        stopping=stopping,
     )
     return network if network is None else network.to(plan.device)
 
 
 def _about(
-    plan: Plan, data: Data, search: Search, best: Best, epochs: int, test: Mapping[str, float]
+    plan: Plan,
+    data: Data,
+    search: Search,
+    best: Best,
+    epochs: int,
+    test: Mapping[str, float],
+    seeds: Mapping[str, Any],
 ) -> dict[str, Any]:
     return {
         "study": plan.spec.name,
@@ -214,9 +244,20 @@ def _about(
         "epochs": epochs,
         "seed": best.seed,
         "trained_on": ["train", "valid"],
-        "metrics": {"of_the_trial": dict(best.metrics), "test": dict(test)},
-        "n_test_evaluations": len(_tests(search)),
+        "metrics": {"of_the_trial": dict(best.metrics), "test": dict(test)}
+        | ({"test_mean_of_seeds": seeds["mean"], "test_std_of_seeds": seeds["std"]} if seeds else {}),
+        "networks": plan.spec.ensemble,
+        **_confirmed(plan, search, best),
+        "n_test_evaluations": len(tests_of(search)),
         "data_fingerprint": data.fingerprint(),
         "source_fingerprint": source_fingerprint(plan.given),
         "about_the_data": dict(plan.objective.about()),
     }
+
+
+def _confirmed(plan: Plan, search: Search, best: Best) -> dict[str, Any]:
+    """Return what was confirmed of the trial that is exported; nothing where it is another one, or none was."""
+    found = confirmation(search, search.view())
+    if found is None or found.winner.number != best.number:
+        return {}
+    return {"confirmed": found.as_dict() | {"said": sentences(found, plan.metric)}}

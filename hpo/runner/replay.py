@@ -19,6 +19,7 @@ from hpo.search.view import StudyView
 from hpo.stopping import StopToken, signals
 from hpo.study.data import Data
 from hpo.study.loading import source_fingerprint
+from hpo.study.sealed import sealed, sealing
 from hpo.training.batches import make_batches
 from hpo.training.loop import Results, train
 from hpo.training.loop_stack import LoopStack
@@ -111,8 +112,8 @@ def replay(plan: Plan, search: Search, seen: StudyView, number: int, epochs: int
     data = plan.load_data()
     assert data is not None
     log.info("training trial %d once more, alone", number)
-    with signals() as stopping:
-        trained = _trained(plan, data, _member(seen, number), epochs or n_recorded, stopping)
+    with signals() as stopping, sealing(plan.given):
+        trained = _trained(plan, sealed(data), _member(seen, number), epochs or n_recorded, stopping)
     names = [name for name in recorded if name in trained]
     n = min(len(trained[name]) for name in names) if names else 0
     return Replay(
@@ -154,7 +155,7 @@ def _trained(plan: Plan, data: Data, member: Member, epochs: int, stopping: Stop
             data,
             preprocess,
             epochs=plan.spec.epochs,
-            most=epochs,
+            enough=lambda reports: len(reports) >= epochs,
             stopping=stopping.requested,
         )
         return curves_of(reports)

@@ -23,7 +23,7 @@ from hpo.runner import checkpoints
 from hpo.runner.describing import announcement
 from hpo.runner.joining import join_stored
 from hpo.runner.launch import StudyMonitor, Workers, gpus, how_many
-from hpo.runner.opening import load_data, open_study, source_differs
+from hpo.runner.opening import load_data, open_study, source_differs, warn_of_repeated_rows
 from hpo.runner.outcome import Outcome, outcome
 from hpo.runner.preflight import preflight
 from hpo.runner.prepare import Plan
@@ -43,6 +43,7 @@ from hpo.runner.tracked import (
 from hpo.runner.worker import INTERRUPTED, work
 from hpo.search import adoption, schema
 from hpo.search.away import StorageAway
+from hpo.search.confirmed import chosen
 from hpo.search.search import Search
 from hpo.search.storage import close_storage, open_storage
 from hpo.search.view import StudyView
@@ -91,7 +92,7 @@ def run(
     Raises HpoError where no trial is complete, Interrupted when asked to stop.
     """
     seen = search.view()
-    best, done = seen.best(), None
+    best, done = chosen(search, seen), None
     over = seen.counts.unfinished == 0
     if over:
         done = outcome(search, best)
@@ -118,6 +119,8 @@ def _run(
     tracker = tracker_of(plan, search)
     for line in announcement(plan, data, before):
         log.info("%s", line)
+    if data is not None:
+        warn_of_repeated_rows(data)
     _remember(plan, search)
     state, seen = "FAIL", None
     try:
@@ -207,6 +210,7 @@ def check(plan: Plan) -> tuple[Data | None, torch.nn.Module | None]:
     try:
         data = plan.load_data()
         if data is not None:
+            warn_of_repeated_rows(data)
             model, warnings = preflight(plan, data)
             for warning in warnings:
                 log.warning(warning)
@@ -246,7 +250,7 @@ def export(
 
     Raises InputError where there is no such trial or no network, ExportError, Interrupted.
     """
-    best = seen.best(number)
+    best = (chosen(search, seen) if number is None else None) or seen.best(number)
     if best is None:
         raise InputError(_no_such_trial(seen, plan.spec.name, number))
     if folder is not None:

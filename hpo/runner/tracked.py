@@ -1,6 +1,7 @@
 """The study's own run in the tracker: begun, kept up while trials end, ended, and brought in line after a kill."""
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from hpo.runner.outcome import Outcome, outcome
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
 from hpo.search import schema
+from hpo.search.confirmed import Confirmed, chosen, confirmation
 from hpo.search.notes import trial_page, write_note
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
@@ -173,7 +175,8 @@ def tell_result(
 
     That one may have been killed before it told it. The storage gets it as the study's note.
     """
-    found = description(plan, seen, best, done)
+    confirmed = confirmation(search, seen)
+    found = description(plan, seen, best, done, confirmed)
     write_note(search, linked(found, lambda number: trial_page(search, number)) + _where_tracked(plan))
     if isinstance(tracker, NullTracker):
         return
@@ -188,6 +191,9 @@ def tell_result(
         "epochs_without_pruning": seen.effort.without,
         "seconds": round(search.seconds_used(seen), 3),
     }
+    for what in ("mean", "std") if done and done.seeds else ():
+        tests |= {f"test_{name}_{what}": value for name, value in done.seeds[what].items()} if done else {}
+    tests |= _numbers(confirmed)
     tracker.log_metrics(None, counts.finished, tests | {name: float(value) for name, value in numbers.items()})
     tracker.log_params(None, {"best.trial": best.number} | {f"best.{k}": v for k, v in best.params.items()})
     bundle = {"hpo.bundle": str(done.bundle)} if done and done.bundle else {}
@@ -208,6 +214,22 @@ def _compared_by(plan: Plan, search: Search, done: Outcome) -> dict[str, Any]:
         "data": str(search.attrs.get(schema.DATA, "")),
         "torch": str(torch.__version__),
     }
+
+
+def _numbers(confirmed: Confirmed | None) -> dict[str, float]:
+    """Return the metrics of a study's run that say how sure its winner is."""
+    if confirmed is None:
+        return {}
+    interval = confirmed.interval
+    numbers = {
+        "mean": confirmed.winner.mean,
+        "std": confirmed.winner.deviation,
+        "low": None if interval is None else interval.low,
+        "high": None if interval is None else interval.high,
+        "chance_of_best": confirmed.chances[0],
+        "optimism": confirmed.optimism,
+    }
+    return {f"confirmed_{name}": x for name, x in numbers.items() if x is not None and math.isfinite(x)}
 
 
 def _where_tracked(plan: Plan) -> str:
@@ -250,7 +272,7 @@ def settle_runs(plan: Plan, search: Search, always: bool = False) -> None:
     if plan.spec.tracking == "off":
         return
     seen = search.view()
-    best, tracked = seen.best(), search.attrs.get(schema.TRACKED)
+    best, tracked = chosen(search, seen), search.attrs.get(schema.TRACKED)
     done = outcome(search, best)
     over = seen.counts.unfinished == 0 and (done is not None or (best is not None and plan.function is not None))
     ended = _tracked(plan, seen, "COMPLETE")

@@ -29,6 +29,7 @@ from hpo.stacks.pool import Pool
 from hpo.stacks.sizing import AS_GIVEN, Sizing, StackSize, looked_at
 from hpo.stopping import StopToken
 from hpo.study.data import Data
+from hpo.study.sealed import sealed, sealing
 from hpo.tracking.base import Tracker
 from hpo.training.batches import make_batches
 from hpo.training.faults import TrialError
@@ -66,7 +67,8 @@ def work(
     """
     stop = stop or StopToken()
     limited = stop.limited()
-    with torch_settings(plan.device):
+    data = None if data is None else sealed(data)
+    with torch_settings(plan.device), sealing(plan.given):
         task = None if data is None or plan.trains_itself else plan.task(data.info, len(data.train))
         trials = Trials(plan, search, tracker, progress, task)
         checkpoints.settle_weights(plan, search)

@@ -25,7 +25,18 @@ from hpo.study.spec import StudySpec
 
 StoredStudy = FrozenStudy
 """A study as its storage lists it."""
-_KEYS = ("sampler", "pruner", "start_with", "timeout", "device", "loading", "retries", "catch", "stack")
+_KEYS = (
+    "sampler",
+    "pruner",
+    "start_with",
+    "timeout",
+    "device",
+    "loading",
+    "retries",
+    "catch",
+    "stack",
+    *("confirm", "refit_seeds", "ensemble"),
+)
 """Keys of a study file that its identity has not, but that may change what is found, or how fast."""
 DEFAULT_STORAGE = str(StudySpec.model_fields["storage"].default)
 

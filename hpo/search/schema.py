@@ -30,9 +30,13 @@ STACK = "hpo:stack"
 STACK_PATHS = "hpo:stack_paths"
 """How the steps of the study's stacks have run (captured, compiled, replayed from a CUDA graph), and why not faster."""
 RESULT = "hpo:result"
-"""The outcome of the refit: the trial's `number`, its `test` metrics, the `bundle`'s folder, its `parity`."""
+"""The outcome of the refit: the trial's `number`, its `test` metrics, the `bundle`'s folder, its `parity`; over
+`seeds`, where there were several, and of how many `networks` it is."""
 TEST_EVALUATIONS = "hpo:test_evaluations"
 """Each reading of the test set: the trial's `number`, and its `test` metrics."""
+CONFIRMED = "hpo:confirmed"
+"""What the best configurations came to with fresh seeds, and between which of them was chosen
+(`hpo.search.confirmed`)."""
 TRACKED = "hpo:tracked"
 """Where the study is tracked, the `state` of its run, and how many `trials` had finished then."""
 

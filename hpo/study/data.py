@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -202,7 +203,13 @@ class Data:
         """Return this data with the validation rows added to train; `valid` stays as it is and must not be measured."""
         both = {n: torch.cat([x, self.valid.inputs[n]]) for n, x in self.train.inputs.items()}
         targets = torch.cat([self.train.targets, self.valid.targets])
-        return replace(self, train=Split(inputs=both, targets=targets))
+        return self.with_rows(Split(inputs=both, targets=targets), self.valid)
+
+    def with_rows(self, train: Split, valid: Split) -> "Data":
+        """Return this data with other rows to train and to validate on; test, which may be out of reach, stays."""
+        other = copy(self)
+        vars(other).update(train=train, valid=valid)
+        return other
 
     def fingerprint(self) -> str:
         """Return the first 16 hex digits of a SHA-256 over every tensor of every split."""

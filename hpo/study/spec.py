@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from hpo.study.checking import near
-from hpo.study.ranges import Categorical, Finite, FloatRange, Frozen, IntRange, Scalar, Searched, parse_param
+from hpo.study.ranges import Categorical, FloatRange, Frozen, IntRange, Scalar, Searched, parse_param
+from hpo.study.spec_parts import Confirm, Loading, Time, confirm_of
 
 __all__ = [
     "KEYS",
@@ -21,6 +22,7 @@ __all__ = [
     "PRUNERS",
     "SAMPLERS",
     "Categorical",
+    "Confirm",
     "FloatRange",
     "IntRange",
     "Loading",
@@ -42,17 +44,6 @@ PRUNERS = (
     "wilcoxon",
     "none",
 )
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
-
-def _seconds(value: Any) -> Any:
-    """Return `2h`, `1h30m`, `90s` or a number of seconds as seconds."""
-    if isinstance(value, str):
-        parts = re.findall(r"(\d+(?:\.\d+)?)\s*([smhd])", value)
-        if not parts or re.sub(r"(\d+(?:\.\d+)?)\s*([smhd])\s*", "", value):
-            raise ValueError("must be a length of time such as 90s, 45m, 2h, 1h30m or 1d")
-        return float(sum(float(number) * _UNITS[unit] for number, unit in parts))
-    return value
 
 
 class Plugin(BaseModel):
@@ -99,28 +90,6 @@ LONGEST_NAME = 128
 
 def _cut(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-_Time = Annotated[Finite, Field(gt=0), BeforeValidator(_seconds)]
-
-
-class Loading(Frozen):
-    """How data gets to the device. What does not lie there streams through a `DataLoader`, with torch's own keys."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    resident: Literal["auto"] | bool = "auto"
-    """Whether data lies on the device as a whole: `auto` (where it fits), `true` or `false`."""
-    num_workers: Annotated[int | None, Field(ge=0)] = None
-    """Processes that load batches. By default up to 4 beside a GPU, else none."""
-    prefetch_factor: Annotated[int | None, Field(ge=1)] = None
-    """Batches that each of these processes loads ahead. By default torch's own."""
-    persistent_workers: bool = True
-    """Whether these processes outlive an epoch."""
-    pin_memory: bool | None = None
-    """Whether batches are put into page-locked memory. By default beside a GPU."""
-    non_blocking: bool = True
-    """Whether copies to the device overlap with computing."""
 
 
 class StudySpec(Frozen):
@@ -183,7 +152,7 @@ class StudySpec(Frozen):
     Values: a whole number of at least 1. Default: `50`.
     Example: `trials: 200`
     """
-    timeout: _Time | None = None
+    timeout: Time | None = None
     """The time in which trials may run, over all restarts. Loading data, and the refit and export, are not counted.
 
     Values: a length of time, such as `90s`, `45m`, `2h`, `1h30m`, `1d`, or seconds. Default: none.
@@ -270,13 +239,13 @@ class StudySpec(Frozen):
     `pin_memory`, `non_blocking` as torch has them. Default: `{resident: auto}`.
     Example: `loading: {resident: false, num_workers: 2}`
     """
-    checkpoint_every: _Time = 60.0
+    checkpoint_every: Time = 60.0
     """The least time between two checkpoints of a trial, from which it resumes; they are made at the end of epochs.
 
     Values: a length of time. Default: `60s`.
     Example: `checkpoint_every: 5m`
     """
-    grace: _Time = 60.0
+    grace: Time = 60.0
     """A worker that has not renewed its lease for so long counts as dead, and its trials are retried by others.
 
     Values: a length of time. Default: `60s`.
@@ -288,7 +257,7 @@ class StudySpec(Frozen):
     Values: a whole number of at least 0. Default: `2`.
     Example: `retries: 0`
     """
-    outage: _Time = 600.0
+    outage: Time = 600.0
     """How long the storage may be away before a worker stops.
 
     Values: a length of time. Default: `10m`.
@@ -305,6 +274,29 @@ class StudySpec(Frozen):
 
     Values: `auto` (measured), or a whole number of at least 1. Default: `auto`.
     Example: `stack: 16`
+    """
+
+    confirm: Annotated[Confirm | None, BeforeValidator(confirm_of)] = None
+    """Train the best configurations of the search again with fresh seeds, and choose the one with the best mean.
+
+    Its keys: `top` (5, how many), `seeds` (5, how often each), `resplit` (`false`; `true`: another validation split for
+    each seed), `folds` (none; K: cross-validation in K folds).
+    Values: `false`, `true` (all keys' defaults), or a mapping of its keys. Default: `false`.
+    Example: `confirm: {top: 5, seeds: 5}`
+    """
+
+    refit_seeds: int = Field(default=1, ge=1)
+    """How many networks the chosen params are trained to at the end; the first is exported, all are tested.
+
+    The test metrics are then also given as mean and standard deviation over seeds.
+    Values: a whole number of at least 1. Default: `1`.
+    Example: `refit_seeds: 5`
+    """
+    ensemble: int = Field(default=1, ge=1)
+    """How many networks the exported model has: the mean of the predictions of as many seeds, tested as one.
+
+    Values: a whole number of at least 1. Default: `1`, a single network.
+    Example: `ensemble: 5`
     """
 
     @field_validator("catch")

@@ -1,0 +1,80 @@
+"""Parts of the study file: lengths of time, and the keys that have keys of their own, `loading` and `confirm`."""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+
+from hpo.study.ranges import Finite, Frozen
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _seconds(value: Any) -> Any:
+    """Return `2h`, `1h30m`, `90s` or a number of seconds as seconds."""
+    if isinstance(value, str):
+        parts = re.findall(r"(\d+(?:\.\d+)?)\s*([smhd])", value)
+        if not parts or re.sub(r"(\d+(?:\.\d+)?)\s*([smhd])\s*", "", value):
+            raise ValueError("must be a length of time such as 90s, 45m, 2h, 1h30m or 1d")
+        return float(sum(float(number) * _UNITS[unit] for number, unit in parts))
+    return value
+
+
+Time = Annotated[Finite, Field(gt=0), BeforeValidator(_seconds)]
+
+
+class Loading(Frozen):
+    """How data gets to the device. What does not lie there streams through a `DataLoader`, with torch's own keys."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    resident: Literal["auto"] | bool = "auto"
+    """Whether data lies on the device as a whole: `auto` (where it fits), `true` or `false`."""
+    num_workers: Annotated[int | None, Field(ge=0)] = None
+    """Processes that load batches. By default up to 4 beside a GPU, else none."""
+    prefetch_factor: Annotated[int | None, Field(ge=1)] = None
+    """Batches that each of these processes loads ahead. By default torch's own."""
+    persistent_workers: bool = True
+    """Whether these processes outlive an epoch."""
+    pin_memory: bool | None = None
+    """Whether batches are put into page-locked memory. By default beside a GPU."""
+    non_blocking: bool = True
+    """Whether copies to the device overlap with computing."""
+
+
+class Confirm(Frozen):
+    """How the best configurations of a search are trained again, with fresh seeds, before one of them is chosen."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    top: Annotated[int, Field(ge=1)] = 5
+    """How many of the best distinct configurations are trained again; at most as many as `trials`."""
+    seeds: Annotated[int, Field(ge=1)] = 5
+    """How many fresh seeds each of them is trained with."""
+    resplit: bool = False
+    """Whether each seed has a train and a validation split of its own, drawn from the rows of both."""
+    folds: Annotated[int | None, Field(ge=2)] = None
+    """K: cross-validation over train and validation in K folds, for each seed. By default none."""
+
+    @model_validator(mode="after")
+    def _one_way_to_split(self) -> "Confirm":
+        if self.resplit and self.folds is not None:
+            raise ValueError(f"resplit and folds exclude each other; drop one, but got both (folds: {self.folds})")
+        if self.seeds == 1 and self.folds is None:
+            raise ValueError("seeds must be at least 2, but got 1: one result says nothing of how much they differ")
+        return self
+
+    @property
+    def runs(self) -> int:
+        """How often each configuration is trained."""
+        return self.seeds * (self.folds or 1)
+
+
+def confirm_of(value: Any) -> Any:
+    """`confirm: true` is short for all of its defaults, `false` for none at all."""
+    if value is None or isinstance(value, bool):
+        return {} if value else None
+    if not isinstance(value, Mapping | Confirm):
+        raise ValueError(f"must be true, false or a mapping of {', '.join(Confirm.model_fields)}, but got {value!r}")
+    return value
