@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from hpo.errors import InputError
-from hpo.runner.advice import advice
 from hpo.export.ensemble import link_of
+from hpo.runner.advice import advice
 from hpo.runner.firststep import missing_param, module_from, settings_stay, try_measuring, try_step
 from hpo.runner.prepare import Plan, guarded
 from hpo.runner.preview import Preview
