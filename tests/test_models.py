@@ -127,7 +127,8 @@ def test_the_champion_gives_way_to_a_better_one_on_the_same_test_rows_only(mlflo
         ({"r2": 0.1, "metric": "loss", "direction": "minimize"}, "3"),
     ]
     for trial, (facts, best) in enumerate(told):
-        (tmp_path / "b/MODEL.md").write_text(str(trial))  # so that it is another bundle
+        about = tmp_path / "b/bundle.json"
+        about.write_text(about.read_text() + "\n")  # so that it is another bundle
         tell(mlflow, tmp_path / "b", trial, **facts)
         assert champion(mlflow)[1] == best, facts
     assert len(versions(mlflow)) == len(told)

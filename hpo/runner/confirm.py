@@ -5,7 +5,6 @@ search never saw, on splits that are its own, or drawn again (`resplit`, `folds`
 that none is trained twice.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -199,16 +198,14 @@ def result_of(plan: Plan, member: Member, over: bool = False) -> Result | None:
 
     With `over` it is, whatever these say. A metric that is no number is a fault, as it is in the search.
     """
-    spec, key, history = plan.spec, plan.metric_key, member.history
+    spec, history = plan.spec, member.history
     if member.fault is not None:
         return Result(fault=member.fault, epoch=max(0, len(history) - 1))
     if not history:
         return None
-    for name in dict.fromkeys(["train_loss", "valid_loss", key]):
-        last = history[-1].get(name, 0.0 if plan.trains_itself else math.nan)
-        if not math.isfinite(last):
-            return Result(fault=f"{name} became {last} in epoch {len(history)}", epoch=len(history) - 1)
-    curve = [metrics[key] for metrics in history]
+    if (fault := plan.fault_in(history[-1], len(history))) is not None:
+        return Result(fault=fault, epoch=len(history) - 1)
+    curve = [metrics[plan.metric_key] for metrics in history]
     peak = curve.index(max(curve) if plan.maximize else min(curve))
     waited = spec.patience is not None and len(curve) - 1 - peak >= spec.patience
     if not (over or waited or len(curve) >= spec.epochs):

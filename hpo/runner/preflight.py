@@ -50,7 +50,7 @@ def _tried(plan: Plan, data: Data, whole: Data) -> tuple[nn.Module | None, list[
     batch = guarded(plan, "preprocess", lambda: head.through(preprocess))
     if objective.train is not None:
         (first, _), infeasible = _each_corner(plan, Preview(plan, data, preprocess, head, batch))
-        return first, [infeasible] if infeasible else []
+        return first, infeasible
     (first, outputs), infeasible = _each_corner(
         plan, lambda params, is_first: _try_corner(plan, data, params, batch if is_first else None)
     )
@@ -59,12 +59,12 @@ def _tried(plan: Plan, data: Data, whole: Data) -> tuple[nn.Module | None, list[
         losses.setdefault(params.get("loss"), params)
     try_measuring(plan, whole, outputs, batch, [*losses.values()])
     warnings = [line for params in losses.values() for line in advice(plan, outputs, batch, params)]
-    return first, [*([infeasible] if infeasible else []), *dict.fromkeys(warnings)]
+    return first, [*infeasible, *dict.fromkeys(warnings)]
 
 
 def _each_corner(
     plan: Plan, attempt: Callable[[Params, bool], tuple[nn.Module | None, Any]]
-) -> tuple[tuple[nn.Module | None, Any], str]:
+) -> tuple[tuple[nn.Module | None, Any], list[str]]:
     """Return what `attempt` makes of the first corner of the space (told so), once it has made something of each.
 
     And what to say of corners that would end their own trial only. Raises InputError.
@@ -84,9 +84,9 @@ def _each_corner(
     if first is None:
         raise InputError(f"no extreme configuration of the space can be trained; {infeasible[0]}") from infeasible[0]
     if not infeasible:
-        return first, ""
+        return first, []
     more = f" (and so for {len(infeasible) - 1} more corners of the space)" if len(infeasible) > 1 else ""
-    return first, f"{infeasible[0]}{more}: such trials will be ended, the others will be trained"
+    return first, [f"{infeasible[0]}{more}: such trials will be ended, the others will be trained"]
 
 
 def _try_corner(plan: Plan, data: Data, params: Params, batch: Split | None) -> tuple[nn.Module, Any]:

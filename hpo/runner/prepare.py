@@ -5,6 +5,7 @@ all faults of the file at once. `load_data` then looks at the data, `preflight` 
 storage or the tracker.
 """
 
+import math
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -66,6 +67,17 @@ class Plan:
     def metric_key(self) -> str:
         """The metric's name among those that are reported of an epoch."""
         return self.metric if self.function is not None else f"valid_{self.metric}"
+
+    def fault_in(self, metrics: Mapping[str, float], epoch: int) -> str | None:
+        """Return why an `epoch` (counted from 1) ends a training: a metric is no finite number; None: it does not.
+
+        An objective that trains itself need not report losses.
+        """
+        for name in dict.fromkeys(["train_loss", "valid_loss", self.metric_key]):
+            value = metrics.get(name, 0.0 if self.trains_itself else math.nan)
+            if not math.isfinite(value):
+                return f"{name} became {value} in epoch {epoch}"
+        return None
 
     @property
     def output(self) -> Path:

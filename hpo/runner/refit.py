@@ -117,9 +117,9 @@ def finish(
     metrics = {name: metric.to(plan.device) for name, metric in plan.objective.metrics().items()}
     test_batches = make_batches(data.test, preprocess, plan.device, plan.spec.loading)
     network = exported(plan, networks, data, best.params)
-    test = evaluate(task, network, test_batches, best.params, metrics)
-    several = networks if len(networks) > 1 else []
-    seeds = over_seeds([evaluate(task, each, test_batches, best.params, metrics) for each in several])
+    of_each = [evaluate(task, each, test_batches, best.params, metrics) for each in networks]
+    test = of_each[0] if network is networks[0] else evaluate(task, network, test_batches, best.params, metrics)
+    seeds = over_seeds(of_each)
     search.remember(schema.TEST_EVALUATIONS, [*tests_of(search), {"number": best.number, "test": test}])
     log.info("exporting, and comparing what was exported with the model that was measured")
     written = export(

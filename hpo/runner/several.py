@@ -11,6 +11,7 @@ from torch import nn
 from hpo.errors import ExportError
 from hpo.export.ensemble import Ensemble, link_of
 from hpo.runner.again import train_members
+from hpo.runner.outcome import networks_of
 from hpo.runner.prepare import Plan
 from hpo.search.search import Search
 from hpo.search.view import Best
@@ -23,7 +24,7 @@ from hpo.training.stack import Member, Stack
 
 def seeds_of(plan: Plan, best: Best) -> list[int]:
     """Return the seeds of the refit: that of the trial, which a single network has, and fresh ones."""
-    n = max(plan.spec.refit_seeds, plan.spec.ensemble)
+    n, _ = networks_of(plan.spec)
     return [best.seed, *(derive(plan.spec.seed, "refit", i) for i in range(1, n))]
 
 

@@ -191,8 +191,9 @@ def tell_result(
         "epochs_without_pruning": seen.effort.without,
         "seconds": round(search.seconds_used(seen), 3),
     }
-    for what in ("mean", "std") if done and done.seeds else ():
-        tests |= {f"test_{name}_{what}": value for name, value in done.seeds[what].items()} if done else {}
+    seeds = done.seeds if done else {}
+    for what in ("mean", "std") if seeds else ():
+        tests |= {f"test_{name}_{what}": value for name, value in seeds[what].items()}
     tests |= _numbers(confirmed)
     tracker.log_metrics(None, counts.finished, tests | {name: float(value) for name, value in numbers.items()})
     tracker.log_params(None, {"best.trial": best.number} | {f"best.{k}": v for k, v in best.params.items()})

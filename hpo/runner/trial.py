@@ -158,10 +158,7 @@ class TrialRun:
         plan, member = self._plan, self.member
         epoch, value = member.epoch - 1, metrics.get(plan.metric_key, math.nan)
         self.log(epoch, metrics)
-        for name in dict.fromkeys(["train_loss", "valid_loss", plan.metric_key]):
-            each = metrics.get(name, 0.0 if plan.trains_itself else math.nan)
-            if member.fault is None and not math.isfinite(each):
-                member.fault = f"{name} became {each} in epoch {member.epoch}"
+        member.fault = member.fault or plan.fault_in(metrics, member.epoch)
         if member.fault is not None:
             if member.error is None:
                 self.end("FAIL", fault=member.fault)

@@ -4,6 +4,7 @@ The file is the bundle's own `model.pt2`, which was compared with the model that
 loads it. So nothing is exported a second time, and the process that sends needs no torch.
 """
 
+import hashlib
 import json
 import platform
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hpo.log import log
-from hpo.tracking.values import digest_of, plain
+from hpo.tracking.values import plain
 
 FILE = "model.pt2"
 CHAMPION = "champion"
@@ -33,11 +34,12 @@ def log_model(client: Any, uri: str, run: str, name: str, item: Mapping[str, Any
     if not (folder / FILE).is_file():
         return
     its_run = client.get_run(run)
-    facts = _facts(item) | {_MARK: digest_of(folder)}
+    file = (folder / "bundle.json").read_bytes()  # it has the checksum of every other file
+    facts = _facts(item) | {_MARK: hashlib.sha256(file).hexdigest()}
     if its_run.data.tags.get(_MARK) == facts[_MARK]:
         return
     with _everywhere(uri):
-        model_id = _logged(client, its_run.info, facts) or _log(client, its_run.info, folder, facts, item)
+        model_id = _logged(client, its_run.info, facts) or _log(client, its_run.info, json.loads(file), facts, item)
         _register(client, name, run, model_id, facts)
     client.set_tag(run, _MARK, facts[_MARK])
 
@@ -62,14 +64,13 @@ def _logged(client: Any, run: Any, facts: Mapping[str, str]) -> str | None:
     return next((str(each.model_id) for each in found if str(each.status) == "READY"), None)
 
 
-def _log(client: Any, run: Any, folder: Path, facts: Mapping[str, str], item: Mapping[str, Any]) -> str:
-    """Log the model with its files and its test metrics, and return its id."""
-    about = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
+def _log(client: Any, run: Any, about: Mapping[str, Any], facts: Mapping[str, str], item: Mapping[str, Any]) -> str:
+    """Log the model that `about` describes with its file and its test metrics, and return its id."""
     logged = client.create_logged_model(
         run.experiment_id, name=f"trial-{item['of']}", source_run_id=run.run_id, tags=facts, params=_params(about)
     )
     with tempfile.TemporaryDirectory() as made:
-        _write(Path(made), folder, about, logged.model_id, run.run_id, item["torch"])
+        _write(Path(made), Path(item["folder"]), about, logged.model_id, run.run_id, item["torch"])
         client.log_model_artifacts(logged.model_id, made)
     _log_outputs(client, run.run_id, logged.model_id, item)
     client.finalize_logged_model(logged.model_id, "READY")
@@ -170,7 +171,7 @@ def _register(client: Any, name: str, run: str, model_id: str, facts: Mapping[st
     why_not = None if champion is None else _why_not(champion.tags, facts)
     if why_not is None:
         client.set_registered_model_alias(name, CHAMPION, version.version)
-    elif champion is not None:
+    else:
         log.info(
             f"tracking: {name!r} version {version.version} is registered in MLflow, and version {champion.version} "
             f"stays its champion: {why_not}"
