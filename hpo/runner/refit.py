@@ -257,7 +257,7 @@ def _about(
 
 def _confirmed(plan: Plan, search: Search, best: Best) -> dict[str, Any]:
     """Return what was confirmed of the trial that is exported; nothing where it is another one, or none was."""
-    found = confirmation(search, search.view())
+    found = None if plan.spec.confirm is None else confirmation(search, search.view())
     if found is None or found.winner.number != best.number:
         return {}
     return {"confirmed": found.as_dict() | {"said": sentences(found, plan.metric)}}

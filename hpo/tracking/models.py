@@ -173,8 +173,8 @@ def _register(client: Any, name: str, run: str, model_id: str, facts: Mapping[st
         client.set_registered_model_alias(name, CHAMPION, version.version)
     else:
         log.info(
-            f"tracking: {name!r} version {version.version} is registered in MLflow, and version {champion.version} "
-            f"stays its champion: {why_not}"
+            f"version {version.version} of {name!r} is registered in MLflow, and version {champion.version} stays its "
+            f"champion: {why_not}"
         )
 
 
