@@ -88,18 +88,28 @@ def example(held_out: Split, columns: Sequence[Mapping[str, Any]] | None) -> dic
     return row
 
 
-def latency(eager: nn.Module, held_out: Split) -> dict[str, float]:
-    """Return the milliseconds that the eager module takes for 1 and for 256 rows, here: the median of a few."""
+def latency(
+    eager: nn.Module, rows: Split, sizes: Sequence[int] = (1, 256), device: torch.device = torch.device("cpu")
+) -> dict[str, float]:
+    """Return the milliseconds that the eager module takes on `device` for so many rows: the median of a few calls."""
     found = {}
-    for size in (1, 256):
-        rows = torch.arange(size) % len(held_out)
-        inputs = [x[rows].cpu() for x in held_out.inputs.values()]
+    for size in sizes:
+        inputs = [x[torch.arange(size) % len(rows)].to(device) for x in rows.inputs.values()]
         times: list[float] = []
         with torch.inference_mode():
-            eager(*inputs)
+            _call(eager, inputs, device)
             while len(times) < 9 and sum(times) < 0.1:
                 start = time.perf_counter()
-                eager(*inputs)
+                _call(eager, inputs, device)
                 times.append(time.perf_counter() - start)
         found[str(size)] = round(1000 * sorted(times)[len(times) // 2], 4)
     return found
+
+
+def _call(eager: nn.Module, inputs: Sequence[Tensor], device: torch.device) -> None:
+    """Call the module and wait until the device has done it: a GPU returns at once."""
+    eager(*inputs)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -9,6 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.errors import masked
 from hpo.search import schema
 from hpo.search.budget import covered, is_paused, rank, spans_of, worker_of
+from hpo.search.constraints import holds
 from hpo.search.view import Best
 
 COLUMNS = ("number", "state", "value")
@@ -59,7 +60,7 @@ def params_of(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def best_of(trials: Sequence[FrozenTrial], fixed: Mapping[str, Any], *, maximize: bool) -> Best | None:
-    """Return the best complete trial, with its `fixed` params; None: none is complete."""
+    """Return the best feasible trial, with its `fixed` params; None: there is none."""
     trial = next(iter(ranked(trials, maximize=maximize)), None)
     if trial is None:
         return None
@@ -75,9 +76,9 @@ def best_of(trials: Sequence[FrozenTrial], fixed: Mapping[str, Any], *, maximize
 
 
 def ranked(trials: Sequence[FrozenTrial], *, maximize: bool) -> list[FrozenTrial]:
-    """Return the complete trials, the best first, by the order that the study itself goes by."""
+    """Return the complete trials that break no constraint, the best first, by the order that the study goes by."""
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE and trial.value is not None]
-    return sorted(complete, key=lambda trial: rank(trial, maximize=maximize))
+    return sorted(filter(holds, complete), key=lambda trial: rank(trial, maximize=maximize))
 
 
 def fixed_in(identity: Mapping[str, Any]) -> dict[str, Any]:

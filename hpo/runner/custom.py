@@ -47,6 +47,10 @@ class TrialReporter:
             raise InputError(
                 f"{where} reported {', '.join(metrics) or 'nothing'}, but the study's metric is {self._plan.metric}"
             )
+        if lacking := [name for name in self._plan.spec.constraints if f"valid_{name}" not in named]:
+            raise InputError(
+                f"{where} reported {', '.join(metrics)}, but the study has a constraint on {', '.join(lacking)}"
+            )
         if state is not None and not isinstance(state, Mapping):
             raise InputError(f"{where} must report its state as a mapping, but reported {state!r:.100}")
         self._over = not self._told(named, state)

@@ -8,6 +8,7 @@ storage or the tracker.
 import math
 import os
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from hpo.log import log
 from hpo.runner.params import space_of
 from hpo.search.samplers import CANNOT_HALVE, make_pruner, make_sampler, trials_of
 from hpo.study import loading as objectives
+from hpo.study.constraints import OF_ANY_TRIAL
 from hpo.study.data import Data, DataInfo
 from hpo.study.document import Document, of_values
 from hpo.study.draft import Draft, draft_of, read
@@ -169,6 +171,7 @@ def _check(draft: Draft, spec: StudySpec, folder: Path, given: Given | None) -> 
         return None, faults
     faults += _halving_faults(spec, objective)
     faults += _end_faults(spec, objective)
+    faults += _constraint_faults(spec, objective)
     metric, maximize = spec.metric or "value", spec.direction == "maximize"  # a function's
     if isinstance(objective, Objective):
         with collecting(faults):
@@ -209,6 +212,32 @@ def _halving_faults(spec: StudySpec, objective: Objective | Function) -> list[Fa
     elif spec.sampler.name in CANNOT_HALVE:
         why = f"{spec.sampler.name} learns from trials in the order in which they end: choose another sampler, as tpe"
     return [] if why is None else [Fault(path=("pruner",), message=f"halving pauses trials, and {why}")]
+
+
+def _constraint_faults(spec: StudySpec, objective: Objective | Function) -> list[Fault]:
+    """Return the constraints that nothing could be held to."""
+    if isinstance(objective, Function):
+        why = "a function sets its own: trial.set_constraint(name, value), where 0 or less holds; remove `constraints`"
+        return [Fault(path=("constraints",), message=why)] if spec.constraints else []
+    faults: list[Fault] = []
+    own: list[str] = []
+    with suppress(Faulty):  # said once, of `metric`
+        own = [*_metrics(objective), "loss"]
+    for name in spec.constraints if own else ():
+        at = ("constraints", name)
+        if name in own and name in OF_ANY_TRIAL:
+            why = "the objective has a metric of that name, so it is not clear which is meant; rename the metric"
+            faults.append(Fault(path=at, message=why))
+        elif name in OF_ANY_TRIAL and objective.train is not None:
+            why = (
+                f"the objective trains itself, so the engine knows its networks only when they are trained; constrain "
+                f"one of its metrics ({', '.join(own[:-1])}), which may be a size that `train` reports"
+            )
+            faults.append(Fault(path=at, message=why))
+        elif name not in (*own, *OF_ANY_TRIAL):
+            why = f"there is nothing of that name to constrain{did_you_mean(name, [*own, *OF_ANY_TRIAL])}"
+            faults.append(Fault(path=at, message=why))
+    return faults
 
 
 def _end_faults(spec: StudySpec, objective: Objective | Function) -> list[Fault]:

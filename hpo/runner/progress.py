@@ -161,7 +161,8 @@ class PlainProgress(Progress):
     def trial_ended(self, number: int, state: str, value: float | None, reason: str | None) -> None:
         self._refresh(state, value)
         board = self._board
-        what = f": {board.metric} {value:.4f}" if value is not None else f": {reason}" if reason else ""
+        said = [f"{board.metric} {value:.4f}" if value is not None else "", reason or ""]
+        what = "".join(f"{before} {each}" for before, each in zip(":,", filter(None, said), strict=False))
         known = self._running if number in self._running else self._paused
         started, params = known.pop(number, (time.monotonic(), ""))
         parts = [

@@ -12,6 +12,7 @@ from hpo.errors import HpoError
 from hpo.log import log
 from hpo.runner import checkpoints
 from hpo.runner.checkpoints import Checkpoint, Origin
+from hpo.runner.constrained import Limits
 from hpo.runner.paused import PausedTrials
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
@@ -51,8 +52,12 @@ class TrialRun:
         progress: Progress,
         paused: PausedTrials,
         task: Task | None,
+        limits: Limits,
     ) -> None:
-        """`task` is what the engine's loop trains; None: trials are trained in another way."""
+        """`task` is what the engine's loop trains; None: trials are trained in another way.
+
+        A trial whose network breaks one of the `limits` ends at once.
+        """
         self._plan, self._origin, self._claim, self._search = plan, origin, claim, search
         self._paused = paused
         self._tracker, self._progress = tracker, progress
@@ -68,6 +73,7 @@ class TrialRun:
         self.caught: BaseException | None = None
         """The error that it ends by, where `catch` names it."""
         self._improved = 0
+        self._limits, self._values = limits, limits.values_at_claim(claim.params)
         self._task = task
         self._rates = None if task is None else _rates(task, claim.params)
         self._started = self._checkpointed = time.monotonic()
@@ -78,7 +84,9 @@ class TrialRun:
             # a trial is claimed once, unless it is paused
             tracker.start_trial(claim.number, claim.params, is_new=True, tags=lineage)
         progress.trial_started(claim.number, plan.space.searched(claim.params))
-        if claim.is_retry or claim.is_resumed:
+        if broken := limits.broken(self._values):
+            self.end("PRUNED", fault=broken)
+        elif claim.is_retry or claim.is_resumed:
             self._resume()
 
     def _resume(self) -> None:
@@ -180,6 +188,8 @@ class TrialRun:
 
     def _pause(self, training: Mapping[str, Any] | None) -> None:
         """Have the trial leave its slot until it is resumed: its checkpoint is there before anybody can claim it."""
+        assert self._best is not None
+        self._values |= self._limits.values(self.member.params, self._best[2])
         if training is not None:
             self._paused.keep(self.member.number, self.checkpoint(training))
         self.ending = Ending(state="PAUSED")
@@ -210,12 +220,19 @@ class TrialRun:
         if self.member.n_parameters is not None:
             effort["n_parameters"] = float(self.member.n_parameters)
         effort["memory_mib"] = round(used_mib(self._plan.device), 1)
-        return effort
+        return effort | self._limits.logged(self._values)
 
     def conclude(self, pruned: bool = False) -> None:
         """End the trial with the best (or the last) that was reported of it."""
         assert self._best is not None
-        self.end("PRUNED" if pruned else "COMPLETE", self._best[0])
+        value, epoch, metrics = self._best
+        self._values |= self._limits.values(self.member.params, metrics, timed=not pruned)
+        if pruned:
+            self.end("PRUNED", value)
+        elif unknown := self._limits.unknown(self._values):
+            self.end("FAIL", fault=f"{unknown} is no number in epoch {epoch + 1}, and the study has a constraint on it")
+        else:
+            self.end("COMPLETE", value)
 
     @property
     def has_reported(self) -> bool:
@@ -228,8 +245,10 @@ class TrialRun:
 
     @property
     def rank(self) -> Rank | None:
-        """What it is compared by with other complete trials; None: it is not complete."""
+        """What it is compared by with other complete trials; None: it is not complete, or breaks a constraint."""
         if self.ending is None or self.ending.state != "COMPLETE" or self.ending.value is None:
+            return None
+        if self._limits.broken(self._values):
             return None
         metrics = {} if self._best is None else self._best[2]
         size, number = self.member.n_parameters, self.member.number
@@ -259,6 +278,7 @@ class TrialRun:
                 search.annotate(number, {schema.JOINED: self.member.joined})
         if self.member.n_parameters is not None:
             search.annotate(number, {schema.N_PARAMETERS: self.member.n_parameters})
+        search.annotate(number, self._limits.attrs(self._values))
         if self._logged:
             # They are whole for a trial that was retried, too: it resumes from a checkpoint, which keeps the metrics of
             # the epochs before it, or it starts from scratch. One that is given back has none: its successor has them.
@@ -287,7 +307,8 @@ class TrialRun:
             return
         checkpoints.drop(self._plan, self._claim)
         self._tracker.end_trial(number, ending.state, ending.fault, self._effort())
-        self._progress.trial_ended(number, ending.state, ending.value, ending.fault)
+        broken = self._limits.broken(self._values) if ending.state == "COMPLETE" else None
+        self._progress.trial_ended(number, ending.state, ending.value, ending.fault or broken)
 
     def _better(self, value: float, than: float) -> bool:
         return value > than if self._plan.maximize else value < than

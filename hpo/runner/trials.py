@@ -1,11 +1,12 @@
 """The claimed trials of a worker: claimed, reported and told together, given back."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from hpo.log import log
 from hpo.runner import checkpoints
 from hpo.runner.checkpoints import Origin
+from hpo.runner.constrained import Limits
 from hpo.runner.paused import PausedTrials
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
@@ -23,11 +24,22 @@ class Trials:
     """The trials that this process has claimed and that are not done."""
 
     def __init__(
-        self, plan: Plan, search: Search, tracker: Tracker, progress: Progress, task: Task | None = None
+        self,
+        plan: Plan,
+        search: Search,
+        tracker: Tracker,
+        progress: Progress,
+        task: Task | None = None,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`task` is what the engine's loop trains; None: trials are trained in another way."""
+        """`task` is what the engine's loop trains; None: trials are trained in another way.
+
+        `stopping`: whether no more trials are to be claimed in place of those that break a constraint.
+        """
         self._plan, self._search, self._tracker, self._progress = plan, search, tracker, progress
-        self._task = task
+        self._task, self._stopping = task, stopping
+        self.limits = Limits(plan, task)
+        """What trials are held to; it is to be given rows by who has the data."""
         self._origin = Origin.of(plan, search)
         self._active: dict[int, TrialRun] = {}
         pruner = search.study.pruner
@@ -73,7 +85,20 @@ class Trials:
         return best if self._search.may_be_best(best.ending.value) else None
 
     def claim_up_to(self, n: int, wait: bool = True) -> list[TrialRun]:
-        """Claim up to `n` trials. Without `wait`, neither peers nor a storage that is away are waited for."""
+        """Claim up to `n` trials. Without `wait`, neither peers nor a storage that is away are waited for.
+
+        Those that end at once, since their networks break a constraint, cost nothing, and others are claimed for them.
+        """
+        claimed: list[TrialRun] = []
+        while len(claimed) < n:
+            some = self._claim(n - len(claimed), wait and not claimed)
+            trained = self._without_those_to_end(some)
+            claimed += trained
+            if len(trained) == len(some) or self._stopping():
+                break
+        return claimed
+
+    def _claim(self, n: int, wait: bool) -> list[TrialRun]:
         try:
             claims = self._search.ask_up_to(n, wait)
         except StorageAway:
@@ -90,23 +115,34 @@ class Trials:
         if not claims:
             return []
         with self._search.storage.together(), self._tracker.together():
-            begun = [self._begun(claim) for claim in claims]
-        return self._without_those_to_pause(begun)
+            return [self._begun(claim) for claim in claims]
 
-    def _without_those_to_pause(self, begun: Sequence[TrialRun]) -> list[TrialRun]:
-        """Pause those that succeed a trial whose worker died as it was to be paused; return the others."""
-        due = [trial for trial in begun if trial.is_at_its_pause]
+    def _without_those_to_end(self, begun: Sequence[TrialRun]) -> list[TrialRun]:
+        """End those that break a constraint; pause those that succeed a trial whose worker died as it was to be paused.
+
+        Return the others.
+        """
+        due = [trial for trial in begun if trial.ending is not None or trial.is_at_its_pause]
         if due:
             with self.together():
                 for trial in due:
-                    trial.end("PAUSED")
+                    if trial.ending is None:
+                        trial.end("PAUSED")
             for trial in due:
                 self.done(trial.member.number)
         return [trial for trial in begun if trial not in due]
 
     def _begun(self, claim: Claim) -> TrialRun:
         trial = TrialRun(
-            self._plan, self._origin, claim, self._search, self._tracker, self._progress, self._paused, self._task
+            self._plan,
+            self._origin,
+            claim,
+            self._search,
+            self._tracker,
+            self._progress,
+            self._paused,
+            self._task,
+            self.limits,
         )
         self._active[claim.number] = trial
         return trial

@@ -70,7 +70,7 @@ def work(
     data = None if data is None else sealed(data)
     with torch_settings(plan.device), sealing(plan.given):
         task = None if data is None or plan.trains_itself else plan.task(data.info, len(data.train))
-        trials = Trials(plan, search, tracker, progress, task)
+        trials = Trials(plan, search, tracker, progress, task, limited.requested)
         checkpoints.settle_weights(plan, search)
         worker: _Worker | CustomTraining
         if data is None or plan.trains_itself:
@@ -156,6 +156,7 @@ class _Worker:
         )
         self._example = self._train.head(EXAMPLE_ROWS)
         self._trials = trials
+        trials.limits.rows = self._train.head
         self._once = Once()
         self._paths: dict[str, bool] = {}
         """How stacks have run, and whether that is stored."""
@@ -288,7 +289,7 @@ class _Worker:
             return before
         learns = spec.sampler.name not in ("random", "grid", "qmc", "brute_force")
         several = self._plan.space.draw(min(_DRAWS, n_trials), spec.seed)
-        draws, n_too_large = looked_at(several, self._task.network)
+        draws, n_too_large = looked_at(several, self._trials.limits.network)
         sizing = Sizing(
             task=self._task,
             batches=self._train,

@@ -10,6 +10,7 @@ from typing import Any, cast
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.search import schema
+from hpo.search.constraints import wrong_constraints
 
 _NUMBERS = (
     schema.SLOT,
@@ -174,7 +175,7 @@ Rank = tuple[float, float, float, int]
 
 
 def rank(trial: FrozenTrial, *, maximize: bool) -> Rank:
-    """Return what complete trials are sorted by, the best first (`rank_of`)."""
+    """Return what complete trials that break no constraint are sorted by, the best first (`rank_of`)."""
     attrs = trial.user_attrs
     metrics, size = attrs.get(schema.METRICS, {}), attrs.get(schema.N_PARAMETERS)
     return rank_of(trial.value or 0.0, metrics, size, trial.number, maximize=maximize)
@@ -246,7 +247,7 @@ def wrong_row(trial: FrozenTrial) -> str | None:
         if not isinstance(stored.get(key, {}), Mapping):
             return f"its {key} are {stored[key]!r:.100}"
     sound = isinstance(lease, Mapping) and all(isinstance(lease[k], t) for k, t in _LEASE_TYPES.items() if k in lease)
-    return None if sound else f"its lease is {lease!r:.100}"
+    return wrong_constraints(trial) if sound else f"its lease is {lease!r:.100}"
 
 
 def _is_span(span: Any) -> bool:

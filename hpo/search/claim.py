@@ -9,6 +9,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial
 
 from hpo.errors import InputError
+from hpo.search import schema
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,13 @@ class ClaimedTrial(Trial):
     """Optuna's trial, which passes on what a plain Optuna objective reports."""
 
     on_report: Callable[[int, float], None] = staticmethod(lambda step, value: None)
+
+    def annotate(self, key: str, value: Any) -> None:
+        """Set an attribute of the trial, a key of `hpo.search.schema`: Optuna's own of constraints, or a user's."""
+        if key.startswith(schema.CONSTRAINT):
+            self.storage.set_trial_system_attr(self._trial_id, key, value)
+        else:
+            self.set_user_attr(key, value)
 
     def report(self, value: float, step: int) -> None:
         super().report(value, step)

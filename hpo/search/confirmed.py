@@ -140,7 +140,7 @@ class Confirmed:
 def top_of(search: Search, seen: StudyView, how: Confirm) -> dict[str, Best]:
     """Return the best distinct configurations of the search by their digest, the best first."""
     top: dict[str, Best] = {}
-    for trial in sorted(seen.complete, key=lambda trial: rank(trial, maximize=search.maximize)):
+    for trial in sorted(seen.feasible, key=lambda trial: rank(trial, maximize=search.maximize)):
         if len(top) == how.top:
             break
         best = seen.best(trial.number)
@@ -234,7 +234,7 @@ def confirmation(search: Search, seen: StudyView) -> Confirmed | None:
 def progress_text(search: Search, seen: StudyView) -> str:
     """Return how far a confirmation is that the search waits for; empty: none is asked for, or it has ended."""
     how = search.spec.confirm
-    if how is None or seen.counts.unfinished or not seen.complete or confirmation(search, seen) is not None:
+    if how is None or seen.counts.unfinished or not seen.feasible or confirmation(search, seen) is not None:
         return ""
     top = top_of(search, seen, how)
     stored = search.attrs.get(schema.CONFIRMED)

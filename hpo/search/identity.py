@@ -34,6 +34,8 @@ def identity(spec: StudySpec, space: Space, metric: str, options: Mapping[str, A
         "seed": spec.seed,
         "params": space.identity(),
     }
+    if spec.constraints:
+        plain["constraints"] = spec.constraints
     stored: dict[str, Any] = json.loads(json.dumps(plain))  # as the storage gives it back
     return stored
 
@@ -49,12 +51,20 @@ def compare(spec: StudySpec, attrs: Mapping[str, Any], wanted: Mapping[str, Any]
         if there != wanted[key]:
             differences.append(f"{key} is {wanted[key]!r} here, {there!r} there")
     differences += _different_options(spec, wanted["options"], stored.get("options", {}))
-    here, there = wanted["params"], stored.get("params", {})
-    for name in sorted({*here, *there}):
-        if here.get(name, _ABSENT) != there.get(name, _ABSENT):
-            differences.append(f"params.{name} is {here.get(name, _ABSENT)} here, {there.get(name, _ABSENT)} there")
+    differences += _different("constraints", wanted.get("constraints", {}), stored.get("constraints", {}))
+    differences += _different("params", wanted["params"], stored.get("params", {}))
     if differences:
         raise another_study(spec, differences)
+
+
+def _different(key: str, here: Mapping[str, Any], there: Any) -> list[str]:
+    """Return in what two mappings under a `key` of the study file differ."""
+    there = there if isinstance(there, Mapping) else {}
+    return [
+        f"{key}.{name} is {here.get(name, _ABSENT)} here, {there.get(name, _ABSENT)} there"
+        for name in sorted({*here, *there})
+        if here.get(name, _ABSENT) != there.get(name, _ABSENT)
+    ]
 
 
 def _different_options(spec: StudySpec, wanted: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:

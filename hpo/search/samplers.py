@@ -27,6 +27,7 @@ from hpo.study.spec import PRUNERS, Plugin, StudySpec
 _SAMPLERS: dict[str, Callable[..., BaseSampler]] = {
     "tpe": optuna.samplers.TPESampler,
     "gp": optuna.samplers.GPSampler,
+    "nsgaii": optuna.samplers.NSGAIISampler,
     "cmaes": optuna.samplers.CmaEsSampler,
     "qmc": optuna.samplers.QMCSampler,
     "random": optuna.samplers.RandomSampler,
@@ -45,7 +46,7 @@ _PRUNERS: dict[str, Callable[..., BasePruner]] = {
     "none": optuna.pruners.NopPruner,
 }
 _SHARED: dict[str, Callable[..., BasePruner]] = {"median": SharedMedianPruner, "percentile": SharedPercentilePruner}
-CANNOT_HALVE = ("cmaes",)
+CANNOT_HALVE = ("cmaes", "nsgaii")
 """Samplers that learn from trials in the order in which they end, generation by generation: none can be paused."""
 _ONE_STREAM = ("qmc", "grid")
 """Samplers whose points are one sequence, counted in the storage: every worker must have the same seed."""
@@ -241,6 +242,11 @@ _NOT_PLAIN = (
     "gamma",
     "weights",
     "categorical_distance_func",
+    "mutation",
+    "crossover",
+    "elite_population_selection_strategy",
+    "child_generation_strategy",
+    "after_trial_strategy",
 )
 """Keys that take objects and functions."""
 _KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}

@@ -87,6 +87,8 @@ ADOPTED = "hpo:adopted"
 """`study#number` of the trial of another study that it is: history for the sampler, no trial of the budget."""
 CURVES = "curves"
 """Its metrics by name, each a list with one number an epoch (`hpo.search.curves`)."""
+CONSTRAINED = "constrained"
+"""The values of what the study constrains, by name, as far as they are known; a latency is in milliseconds."""
 
 # Attributes of a trial that Optuna's own code does not show as the user's (`system_attrs`).
 
@@ -104,6 +106,8 @@ LEASE_ATTEMPT = "attempt"
 
 # Optuna's own attributes of a trial that hpo reads or hands on (`system_attrs`).
 
+CONSTRAINT = "constraints:"
+"""With a constraint's name behind it: by how much the trial breaks it, as a part of the bound; 0 or less: it holds."""
 FIXED_PARAMS = "fixed_params"
 """The params that a trial was queued with; those that are missing are sampled."""
 GRID_ID = "grid_id"

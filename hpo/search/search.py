@@ -73,7 +73,7 @@ class Search:
         self._queue.halving = halving
         if self.spec.sampler.name in LEARNING:
             assert isinstance(self.study.sampler, PerTrialSampler)
-            self.study.sampler.see = AtOneRung(halving, self.spec.epochs, maximize=self.maximize)
+            self.study.sampler.see = AtOneRung(halving, self.spec.epochs, self.spec.constraints, maximize=self.maximize)
 
     # Ask.
 
@@ -228,10 +228,10 @@ class Search:
         return self._claimed[number].run(function, on_report, self.spec.objective)
 
     def annotate(self, number: int, attrs: Mapping[str, Any]) -> None:
-        """Set the trial's `user_attrs` (keys of `hpo.search.schema`), unless a peer has ended it."""
+        """Set the trial's attributes (keys of `hpo.search.schema`), unless a peer has ended it."""
         for key, value in attrs.items():
             with suppress(UpdateFinishedTrialError):
-                self._claimed[number].set_user_attr(key, value)
+                self._claimed[number].annotate(key, value)
 
     # Tell.
 

@@ -6,13 +6,14 @@ rung that enough of them have reached, each with its best value so far there.
 """
 
 import copy
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Hashable, Sequence
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.search import schema
 from hpo.search.budget import holders
+from hpo.search.constraints import holds
 from hpo.search.halving import ENOUGH, Halving
 from hpo.search.view import own
 
@@ -25,14 +26,18 @@ EVERY = 3
 class AtOneRung:
     """Gives of a study's trials those that compare, as complete ones."""
 
-    def __init__(self, halving: Halving, epochs: int, *, maximize: bool) -> None:
+    def __init__(self, halving: Halving, epochs: int, constraints: Collection[str] = (), *, maximize: bool) -> None:
+        """`constraints`: the names of the study's; what is not known to hold to each of them, or not, is not seen."""
         self._halving, self._rungs = halving, (*halving.rungs, epochs)
+        self._constraints = set(constraints)
         self._sign = -1 if maximize else 1
-        self._made: dict[tuple[int, int], FrozenTrial] = {}
+        self._made: dict[Hashable, FrozenTrial] = {}
         self._last: tuple[Sequence[FrozenTrial] | None, list[FrozenTrial]] = (None, [])
 
     def __call__(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         """Return adopted trials as they are, those at the highest rung with ENOUGH, and the running ones that are new.
+
+        And those that were not trained, since they break a constraint.
 
         A running trial that was resumed counts with its value, not as one of which nothing is known, which TPE takes
         for a bad one. The same list is ranked once, however often a sampler asks (`Search.ask_up_to` reads it once).
@@ -45,10 +50,13 @@ class AtOneRung:
         of_budget = holders(own(trials))
         adopted = [trial for trial in trials if schema.ADOPTED in trial.user_attrs]
         running = [t for t in of_budget if t.state == TrialState.RUNNING and not t.intermediate_values]
-        return [*adopted, *sorted([*self._at_highest(of_budget), *running], key=lambda trial: trial.number)]
+        pruned = [t for t in of_budget if t.state == TrialState.PRUNED and not t.intermediate_values]
+        untrained = [trial for trial in pruned if not holds(trial)]
+        seen = [*self._at_highest(of_budget), *running, *untrained]
+        return [*adopted, *sorted(seen, key=lambda trial: trial.number)]
 
     def _at_highest(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-        known = [trial for trial in trials if trial.state != TrialState.FAIL]
+        known = [t for t in trials if t.state != TrialState.FAIL and self._constraints <= t.constraints.keys()]
         for rung in reversed(self._rungs):
             at = self._halving.at(known, rung)
             if len(at) >= ENOUGH:
@@ -56,7 +64,7 @@ class AtOneRung:
         return []
 
     def _as_complete(self, trial: FrozenTrial, rung: int) -> FrozenTrial:
-        key = trial.number, rung
+        key = trial.number, rung, tuple(trial.constraints.items())
         if key not in self._made:
             made = copy.copy(trial)
             made.state, made.values = TrialState.COMPLETE, [self._sign * self._halving.score(trial, rung)]

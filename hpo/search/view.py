@@ -10,6 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.errors import StorageError
 from hpo.search import schema
 from hpo.search.budget import Counts, count, holders, is_paused, leases_in, rank, utc, worker_of, wrong_row
+from hpo.search.constraints import holds
 from hpo.search.curves import curves_in, reported
 from hpo.search.effort import Effort, effort
 from hpo.search.retrying import RetryingStorage
@@ -166,8 +167,13 @@ class StudyView:
         """The complete trials, in the order of their numbers."""
         return [trial for trial in self.trials if trial.state == TrialState.COMPLETE]
 
+    @cached_property
+    def feasible(self) -> Sequence[FrozenTrial]:
+        """The complete trials that break no constraint, in the order of their numbers: one of them can be the best."""
+        return [trial for trial in self.complete if holds(trial)]
+
     def best(self, number: int | None = None) -> Best | None:
-        """Return the best complete trial (of equals: `rank`), or the complete trial `number`; None: there is none.
+        """Return the best feasible trial (of equals: `rank`), or the complete trial `number`; None: there is none.
 
         Raises StorageError where its params are not of the study's space.
         """
@@ -187,20 +193,20 @@ class StudyView:
 
     @cached_property
     def _best(self) -> FrozenTrial | None:
-        return min(self.complete, key=lambda t: rank(t, maximize=self._sign < 0), default=None)
+        return min(self.feasible, key=lambda t: rank(t, maximize=self._sign < 0), default=None)
 
     @property
     def best_so_far(self) -> list[tuple[int, float, int]]:
         """The best value after each trial that has ended: how many had ended, the value, when (in ms since 1970).
 
-        It begins with the first complete trial. Trials are in the order of their ends, so that it only ever grows.
+        It begins with the first feasible trial. Trials are in the order of their ends, so that it only ever grows.
         """
         ended = [t for t in self.trials if t.state.is_finished() and t.datetime_complete is not None]
         ended.sort(key=lambda t: (t.datetime_complete, t.number))
         curve: list[tuple[int, float, int]] = []
         best: float | None = None
         for n, trial in enumerate(ended, start=1):
-            value = trial.value if trial.state == TrialState.COMPLETE else None
+            value = trial.value if trial.state == TrialState.COMPLETE and holds(trial) else None
             if value is not None and (best is None or self._sign * value < self._sign * best):
                 best = value
             if best is not None:
@@ -209,7 +215,7 @@ class StudyView:
         return curve
 
     def none_is_better(self, value: float) -> bool:
-        """Whether no complete trial is better than one of that value."""
+        """Whether no feasible trial is better than one of that value."""
         return self._best is None or self._sign * value <= self._sign * (self._best.value or 0.0)
 
     def _resolved(self, trial: FrozenTrial) -> dict[str, Any]:

@@ -4,17 +4,15 @@ Each key's docstring says what it is, its values, its default and an example; py
 `description`, from which the documentation is made.
 """
 
-import builtins
 import re
-from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from hpo.study.checking import near
+from hpo.study.constraints import checked
 from hpo.study.ranges import Categorical, FloatRange, Frozen, IntRange, Scalar, Searched, parse_param
-from hpo.study.spec_parts import Confirm, Loading, Time, confirm_of
+from hpo.study.spec_parts import Confirm, Loading, Time, confirm_of, wrong_names
 
 __all__ = [
     "KEYS",
@@ -32,7 +30,7 @@ __all__ = [
     "parse_param",
 ]
 
-SAMPLERS = ("tpe", "gp", "cmaes", "qmc", "random", "grid", "brute_force")
+SAMPLERS = ("tpe", "gp", "nsgaii", "cmaes", "qmc", "random", "grid", "brute_force")
 PRUNERS = (
     "median",
     "halving",
@@ -128,6 +126,14 @@ class StudySpec(Frozen):
     Values: `minimize`, `maximize`. Default: as the metric says; of a function's value, less is better.
     Example: `direction: maximize`
     """
+    constraints: Annotated[dict[str, str], BeforeValidator(checked)] = Field(default_factory=dict)
+    """What a trial must come to beside its metric: only one that does can be the best, and samplers look for such.
+
+    Values: a mapping of names to `<=` or `>=` and a number. Names: the objective's metrics, `loss`, `n_parameters`
+    (trainable; a network with too many is not trained), `latency` and `latency_256` (of a batch of 1 and of 256 rows,
+    with the unit `ms` or `s`). Default: `{}`, none.
+    Example: `constraints: {n_parameters: "<= 100000", latency: "<= 2ms"}`
+    """
     value: Literal["best", "last"] = "best"
     """Which epoch's metric is a trial's value.
 
@@ -167,8 +173,8 @@ class StudySpec(Frozen):
     sampler: Annotated[Plugin, BeforeValidator(_named), _one_of(SAMPLERS)] = Plugin(name="tpe")
     """Optuna's sampler, which chooses the params of each trial.
 
-    Values: `tpe`, `gp`, `cmaes`, `qmc`, `random`, `grid`, `brute_force`, alone or as `name` beside the keys of Optuna's
-    own class. Default: `tpe`.
+    Values: `tpe`, `gp`, `nsgaii`, `cmaes`, `qmc`, `random`, `grid`, `brute_force`, alone or as `name` beside the keys
+    of Optuna's own class. Default: `tpe`.
     Example: `sampler: {name: tpe, n_startup_trials: 20}`
     """
     pruner: Annotated[Plugin, BeforeValidator(_named), _one_of(PRUNERS)] = Plugin(name="median")
@@ -302,7 +308,7 @@ class StudySpec(Frozen):
     @field_validator("catch")
     @classmethod
     def _exceptions(cls, catch: tuple[str, ...]) -> tuple[str, ...]:
-        for why in _wrong_names(catch):
+        for why in wrong_names(catch):
             raise ValueError(why)
         return catch
 
@@ -326,16 +332,3 @@ class StudySpec(Frozen):
 
 
 KEYS = tuple(StudySpec.model_fields)
-
-
-def _wrong_names(catch: Sequence[str]) -> Iterator[str]:
-    """Yield why a name cannot be meant, for each such name."""
-    for name in catch:
-        known = getattr(builtins, name, None)
-        if isinstance(known, type) and issubclass(known, BaseException):
-            if not issubclass(known, Exception):
-                yield f"must name an Exception, but {name} is how a process is stopped"
-        elif known is not None or not re.fullmatch(r"[A-Za-z_][\w.]*", name):
-            yield f"must name an exception, as Python shows it (ValueError, torch.linalg.LinAlgError), but got {name!r}"
-        elif near := get_close_matches(name, [n for n in dir(builtins) if n.endswith(("Error", "Exception"))], 1, 0.85):
-            yield f'there is no exception {name!r}; did you mean "{near[0]}"?'

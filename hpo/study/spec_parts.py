@@ -1,7 +1,9 @@
-"""Parts of the study file: lengths of time, and the keys that have keys of their own, `loading` and `confirm`."""
+"""Parts of the study file: lengths of time, names of exceptions, and the keys that have keys of their own."""
 
+import builtins
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
@@ -78,3 +80,16 @@ def confirm_of(value: Any) -> Any:
     if not isinstance(value, Mapping | Confirm):
         raise ValueError(f"must be true, false or a mapping of {', '.join(Confirm.model_fields)}, but got {value!r}")
     return value
+
+
+def wrong_names(catch: Sequence[str]) -> Iterator[str]:
+    """Yield why a name cannot be meant, for each such name."""
+    for name in catch:
+        known = getattr(builtins, name, None)
+        if isinstance(known, type) and issubclass(known, BaseException):
+            if not issubclass(known, Exception):
+                yield f"must name an Exception, but {name} is how a process is stopped"
+        elif known is not None or not re.fullmatch(r"[A-Za-z_][\w.]*", name):
+            yield f"must name an exception, as Python shows it (ValueError, torch.linalg.LinAlgError), but got {name!r}"
+        elif near := get_close_matches(name, [n for n in dir(builtins) if n.endswith(("Error", "Exception"))], 1, 0.85):
+            yield f'there is no exception {name!r}; did you mean "{near[0]}"?'
