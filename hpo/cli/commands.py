@@ -191,6 +191,7 @@ def _print_check(plan: Plan, data: Data | None, model: torch.nn.Module | None, o
             ["parameter", "values"],
             [[d.name, d.describe()] for d in plan.space.dimensions]
             + [[name, f"{value} (fixed)"] for name, value in plan.space.fixed.items()]
+            + [[name, f"{text} (constraint)"] for name, text in plan.spec.constraints.items()]
             + ([["(any)", "the function suggests its own"]] if plan.function is not None else []),
         )
     )
@@ -262,6 +263,7 @@ def _print_result(
         else ["best", f"{plan.metric} {best.value:.6g} (trial {best.number})"],
         *([["epochs", text]] if (text := seen.effort.text()) else []),
         *_confirmed_rows(plan, confirmed),
+        *([["constraints", seen.feasible_text]] if seen.feasible_text else []),
         ["params", shown(plan.space.searched(winner.params)) or "all fixed"],
     ]
     if done is not None:

@@ -86,6 +86,7 @@ def _look(search: Search) -> tuple[list[str], dict[str, Any], bool]:
         + f"{counts.waiting} waiting",
         *([text] if (text := seen.effort.text()) else []),
         board.best_text() + (f": {shown(search.space.searched(best.params))}" if best else ""),
+        *([f"constraints: {seen.feasible_text}"] if seen.feasible_text else []),
     ]
     for trial in seen.running:
         value = "" if trial.value is None else f", {search.metric} {trial.value:.4f}"
@@ -116,6 +117,7 @@ def summary(
         "trials": counts.by_state(),
         "epochs": seen.effort.as_dict(),
         "best": None if best is None else {"number": best.number, "value": best.value, "params": dict(best.params)},
+        **({"constraints": seen.constrained} if seen.feasible_text else {}),
         "confirmed": None if confirmed is None else confirmed.as_dict() | {"params": _params(seen, confirmed)},
         "test": None if done is None else dict(done.test),
         "test_of_seeds": None if done is None or not done.seeds else dict(done.seeds),

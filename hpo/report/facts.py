@@ -22,6 +22,7 @@ from hpo.report.searched import distributions, importances
 from hpo.search import schema
 from hpo.search.budget import Counts, count, covered, held_until, holders, leases_in, seconds_used, spans_of, worker_of
 from hpo.search.confirmed import confirmed_in, sentences
+from hpo.search.constraints import constraints_of, feasible_text, is_feasible
 from hpo.search.curves import curves_in, reported
 from hpo.search.effort import effort
 from hpo.search.view import Best
@@ -49,6 +50,8 @@ class Point:
     state: str
     value: float | None
     params: Mapping[str, Any]
+    feasible: bool | None = None
+    """Whether it holds to the study's constraints; None: there is none, or it is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +100,9 @@ class Facts:
     rows: Sequence[Mapping[str, Any]]
     columns: Sequence[str]
     ranking: Sequence[int]
-    """The numbers of the complete trials, the best first."""
+    """The numbers of the complete trials that break no constraint, the best first."""
+    constraints: str
+    """How many complete trials hold to the study's constraints, in words; empty: it has none."""
     best: Best | None
     best_seconds: float | None
     points: Sequence[Point]
@@ -126,7 +131,7 @@ class Facts:
         return -value if self.maximize else value
 
     def ranked(self) -> list[Mapping[str, Any]]:
-        """Return the rows of the complete trials, the best first."""
+        """Return the rows of the complete trials that break no constraint, the best first."""
         rows = {row["number"]: row for row in self.rows}
         return [rows[number] for number in self.ranking]
 
@@ -172,6 +177,7 @@ def read(
         rows=rows,
         columns=[masked(name) for name in columns_of(rows)],
         ranking=[trial.number for trial in ranked(counted, maximize=maximize)],
+        constraints=masked(feasible_text(counted, constraints_of(attrs))),
         best=best,
         best_seconds=next((row["seconds"] for row in rows if best and row["number"] == best.number), None),
         points=[_point(trial) for trial in counted],
@@ -267,7 +273,13 @@ def _stack_choice(stored: Any) -> str:
 def _point(trial: FrozenTrial) -> Point:
     last = trial.intermediate_values.get(trial.last_step) if trial.last_step is not None else None
     value = trial.value if trial.state == TrialState.COMPLETE else last
-    return Point(number=trial.number, state=state_of(trial), value=finite(value), params=plain(params_of(trial)))
+    return Point(
+        number=trial.number,
+        state=state_of(trial),
+        value=finite(value),
+        params=plain(params_of(trial)),
+        feasible=is_feasible(trial),
+    )
 
 
 def _curves(trials: Sequence[FrozenTrial], main: str) -> dict[str, dict[int, list[float]]]:

@@ -19,8 +19,11 @@ MOST_CURVES, MOST_FAINT_CURVES, MOST_EPOCHS = 50, 150, 200
 BOLD_CURVES = 5
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, BLACK)
+INFEASIBLE = "INFEASIBLE"
+"""What a complete trial that breaks a constraint is drawn as."""
 STATES: Mapping[str, tuple[str, str, str]] = {
     "COMPLETE": ("complete", BLUE, "circle"),
+    INFEASIBLE: ("infeasible", BLUE, "circle-open"),
     "PRUNED": ("pruned", ORANGE, "triangle-down-open"),
     "FAIL": ("failed", BLACK, "x"),
     "PAUSED": ("paused", PURPLE, "square-open"),
@@ -78,7 +81,7 @@ def history(facts: Facts) -> Drawing | None:
     numbers, values = _best_so_far(facts)
     steps = set(numbers)
     drawn = thinned(started, MOST_POINTS, lambda point: point.number in steps)
-    traces = [trace for state in STATES for trace in _of_state(state, [p for p in drawn if p.state == state])]
+    traces = [trace for state in STATES for trace in _of_state(state, [p for p in drawn if _drawn_as(p) == state])]
     if numbers:
         last = max(point.number for point in started)
         line = {"color": BLUE, "width": 2, "shape": "hv"}
@@ -98,6 +101,10 @@ def history(facts: Facts) -> Drawing | None:
         yaxis2={"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True},
     )
     return Drawing(title="History", note=joined(notes), figure={"data": traces, "layout": shape})
+
+
+def _drawn_as(point: Point) -> str:
+    return INFEASIBLE if point.state == "COMPLETE" and point.feasible is False else point.state
 
 
 def _of_state(state: str, points: Sequence[Point]) -> list[dict[str, Any]]:
@@ -131,7 +138,7 @@ def _best_so_far(facts: Facts) -> tuple[list[int], list[float]]:
     numbers: list[int] = []
     values: list[float] = []
     for point in facts.points:
-        if point.state != "COMPLETE" or point.value is None:
+        if _drawn_as(point) != "COMPLETE" or point.value is None:
             continue
         if not values or facts.sign(point.value) < facts.sign(values[-1]):
             numbers.append(point.number)

@@ -57,8 +57,9 @@ class Study:
     def trials(self) -> pd.DataFrame:
         """One row for each trial of the budget, indexed by its number.
 
-        Columns: `state` (Optuna's: COMPLETE, PRUNED, FAIL, RUNNING, WAITING; or PAUSED), `value`, the params that were
-        searched as `params_<name>`, `epochs` (how many were reported), `best_epoch` (counted from 1), `seconds` (of
+        Columns: `state` (Optuna's: COMPLETE, PRUNED, FAIL, RUNNING, WAITING; or PAUSED), `value`, of a study with
+        constraints `feasible` (None: not known), `violation` (added up, as parts of the bounds) and `constrained_<name>`
+        (the value; of a latency in milliseconds), the params that were searched as `params_<name>`, `epochs` (how many were reported), `best_epoch` (counted from 1), `seconds` (of
         training), `worker`, `retry_of` (the trial that it resumes), `error`. A trial that was interrupted and retried
         stands there once.
         """
@@ -67,7 +68,7 @@ class Study:
 
     @property
     def best(self) -> Best | None:
-        """The best complete trial: `number`, `value`, `params` (all of them), `epoch` (from 0), `metrics`; or None."""
+        """The best complete trial that breaks no constraint: `number`, `value`, `params` (all of them), `epoch` (from 0), `metrics`; or None."""
         return best_of(self._trials(), self._fixed, maximize=self.maximize)
 
     def curves(self, trial: int) -> pd.DataFrame:
@@ -158,7 +159,7 @@ class Study:
         counts, best = self.counts, self.best
         done = f"{counts.finished} of {counts.finished + counts.unfinished} trials finished"
         if best is None:
-            return f"Study({self.name!r}: {done}, none complete yet)"
+            return f"Study({self.name!r}: {done}, no {'feasible' if counts.complete else 'complete'} one yet)"
         return f"Study({self.name!r}: {done}, best {self.metric} {best.value:.4g} (trial {best.number}))"
 
     @contextmanager

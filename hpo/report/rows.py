@@ -9,7 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.errors import masked
 from hpo.search import schema
 from hpo.search.budget import covered, is_paused, rank, spans_of, worker_of
-from hpo.search.constraints import holds
+from hpo.search.constraints import holds, is_feasible, values_of, violation_of
 from hpo.search.view import Best
 
 COLUMNS = ("number", "state", "value")
@@ -17,17 +17,21 @@ COLUMNS = ("number", "state", "value")
 MORE_COLUMNS = ("epochs", "best_epoch", "seconds", "worker", "retry_of", "error")
 PARAM = "params_"
 """How the name of a param's column begins."""
+CONSTRAINED = "constrained_"
+"""How the name of a column begins that has the value of a constraint; a latency is in milliseconds."""
 OR = ":or"
 """How the name ends under which Optuna stores the branch of a parameter with an `or`."""
 
 
 def row_of(trial: FrozenTrial) -> dict[str, Any]:
-    """Return a trial's row: COLUMNS, `params_<name>` of the params that it has, MORE_COLUMNS."""
+    """Return a trial's row: COLUMNS, what is known of constraints, `params_<name>` of its params, MORE_COLUMNS."""
     best_epoch = trial.user_attrs.get(schema.BEST_EPOCH)
     return {
         "number": trial.number,
         "state": state_of(trial),
         "value": trial.value if trial.state == TrialState.COMPLETE else None,
+        **({"feasible": is_feasible(trial), "violation": violation_of(trial)} if trial.constraints else {}),
+        **{f"{CONSTRAINED}{name}": value for name, value in values_of(trial).items()},
         **{f"{PARAM}{name}": value for name, value in params_of(trial).items()},
         "epochs": len(trial.intermediate_values),
         "best_epoch": None if best_epoch is None else best_epoch + 1,
@@ -39,9 +43,11 @@ def row_of(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the columns of a table of these rows: those of all params that any row has, by name, are among them."""
-    names = sorted({name for row in rows for name in row if name.startswith(PARAM)})
-    return [*COLUMNS, *names, *MORE_COLUMNS]
+    """Return the columns of a table of these rows: those of all constraints and params that any row has, by name."""
+    there = {name for row in rows for name in row}
+    held = [name for name in ("feasible", "violation") if name in there]
+    named = [name for begin in (CONSTRAINED, PARAM) for name in sorted(there) if name.startswith(begin)]
+    return [*COLUMNS, *held, *named, *MORE_COLUMNS]
 
 
 def state_of(trial: FrozenTrial) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from hpo.export.files import finite
 from hpo.report.facts import Facts
-from hpo.report.rows import PARAM
+from hpo.report.rows import CONSTRAINED, PARAM
 
 TOP = 10
 RUNNERS_UP = 3
@@ -35,14 +35,15 @@ def certainty(facts: Facts) -> list[str]:
     best = facts.best
     if best is None:
         return []
-    n, ranked = facts.counts.complete, facts.ranked()[1:]
+    n, ranked = len(facts.ranking), facts.ranked()[1:]
+    kind = "feasible" if n < facts.counts.complete else "complete"
     value = "The search's best value" if facts.confirmed else "The value"
     equal = sum(row["value"] == best.value for row in ranked)
     said = [
-        f"{value} is one number, measured on the validation split, and the best of {n:,} complete "
+        f"{value} is one number, measured on the validation split, and the best of {n:,} {kind} "
         f"{'trial' if n == 1 else 'trials'}: picked as the best, it flatters, and less is to be expected of new data."
         if n > 1
-        else f"{value} is one number, measured on the validation split, of the only complete trial."
+        else f"{value} is one number, measured on the validation split, of the only {kind} trial."
     ]
     if equal:
         said.append(f"{equal:,} other {'trial has' if equal == 1 else 'trials have'} exactly the same value.")
@@ -121,10 +122,12 @@ def as_markdown(facts: Facts) -> str:
     lines[-1] += f"{counts_text(facts)}."
     if facts.work.effort_text:
         lines[-1] += f" {facts.work.effort_text}."
+    if facts.constraints:
+        lines += ["", f"Constraints: {_cell(facts.constraints)}."]
     best = facts.best
     lines += ["", "## Best", ""]
     if best is None:
-        lines.append("No trial is complete yet.")
+        lines.append(f"No trial {'holds to the constraints' if facts.counts.complete else 'is complete'} yet.")
     else:
         lines.append(f"{_cell(facts.metric)} **{number(best.value)}**, trial {best.number}, epoch {best.epoch + 1}.")
         if facts.confirmed:
@@ -141,7 +144,7 @@ def as_markdown(facts: Facts) -> str:
         lines += ["", f"Test: {_cell(tests_text(facts))}"]
     ranked = facts.ranked()[:TOP]
     if ranked:
-        params = [name for name in facts.columns if name.startswith(PARAM)]
+        params = [name for name in facts.columns if name.startswith((CONSTRAINED, PARAM))]
         names = ["trial", facts.metric, *(name.removeprefix(PARAM) for name in params), "epochs", "seconds"]
         keys = ["number", "value", *params, "epochs", "seconds"]
         rows = [[number(row.get(key)) for key in keys] for row in ranked]

@@ -8,6 +8,7 @@ from hpo.runner.outcome import Outcome
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import count_text, shown
 from hpo.search.confirmed import Confirmed, sentences
+from hpo.search.samplers import CONSTRAINED
 from hpo.search.view import Best, StudyView
 from hpo.study.data import Data
 
@@ -27,6 +28,10 @@ def announcement(plan: Plan, data: Data | None, seen: StudyView) -> list[str]:
         return lines
     searched = [f"{each.name} {each.describe()}" for each in space.dimensions]
     lines.append(f"  searched: {'; '.join(searched) or 'nothing'}")
+    if spec.constraints:
+        lines.append(f"  constraints: {', '.join(f'{name} {text}' for name, text in spec.constraints.items())}")
+        if spec.sampler.name not in CONSTRAINED:
+            lines.append(f"  the sampler {spec.sampler.name} does not look at constraints; {', '.join(CONSTRAINED)} do")
     if space.fixed:
         lines.append(f"  fixed: {shown(space.fixed)}")
     if unsearched := [name for name in plan.objective.space if name in space.fixed and name not in spec.params]:
@@ -67,6 +72,7 @@ def description(
     if done is not None and done.bundle is not None:
         lines += [f"The model is in the artifacts, in `bundle`; it was written to `{masked(str(done.bundle))}`.", ""]
     lines += [f"{count_text(seen.counts)}. {seen.effort.text()}".strip(), ""]
+    lines += [f"Constraints: {_escaped(seen.feasible_text)}.", ""] if seen.feasible_text else []
     lines += _table(["parameter", "best value"], plan.space.searched(best.params) or best.params)
     lines += ["", *_space(plan)]
     return "\n".join(lines)[:_MOST_CHARACTERS]

@@ -145,7 +145,10 @@ class StudyMonitor:
             if number not in self._epochs:
                 self._begin(number, seen)
             state, error = seen.ends[number]
-            self._progress.trial_ended(number, state, seen.value_of(number), error)
+            broken = seen.broken(number) if error is None else ""
+            self._progress.trial_ended(
+                number, state, seen.value_of(number), error or (broken and f"infeasible: {broken}")
+            )
 
     def _begin(self, number: int, seen: StudyView) -> None:
         self._epochs[number] = 0

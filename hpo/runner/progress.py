@@ -91,7 +91,7 @@ class ProgressState:
     def best_text(self) -> str:
         """Return `best accuracy 0.9890 (trial 7)`."""
         return (
-            "no trial yet"
+            ("no feasible trial yet" if self.counts.complete else "no trial yet")
             if self.best is None
             else f"best {self.metric} {self.best.value:.4f} (trial {self.best.number})"
         )

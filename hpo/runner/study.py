@@ -140,7 +140,7 @@ def _run(
         ended = conclude(plan, data, search, tracker, stopping.requested, seen) if data else None
         best = seen.best()
         if best is None:
-            raise HpoError(_why_no_best(seen, plan.spec.name))
+            raise HpoError(_why_no_best(seen, plan))
         if data is None:
             tell_result(plan, search, tracker, seen, best, None)
         state = "COMPLETE" if seen.counts.waiting + seen.counts.paused == 0 else "INTERRUPTED"
@@ -252,7 +252,9 @@ def export(
     """
     best = (chosen(search, seen) if number is None else None) or seen.best(number)
     if best is None:
-        raise InputError(_no_such_trial(seen, plan.spec.name, number))
+        raise InputError(_no_such_trial(seen, plan, number))
+    if broken := seen.broken(best.number):
+        log.warning("trial %d is exported though it breaks a constraint: %s", best.number, broken)
     if folder is not None:
         require_place(folder)
     data = load_data(plan, search)
@@ -265,19 +267,31 @@ def export(
     return done
 
 
-def _no_such_trial(seen: StudyView, study: str, number: int | None) -> str:
-    complete = [trial.number for trial in seen.complete]
+def _no_such_trial(seen: StudyView, plan: Plan, number: int | None) -> str:
+    study, complete = plan.spec.name, [trial.number for trial in seen.complete]
+    if number is None and complete:
+        return _none_feasible(seen, plan)
     if number is None:
         return f"study {study!r} has no complete trial yet, so there is nothing to export"
     some = ", ".join(map(str, complete[:20])) or "none"
     return f"--trial {number}: is not a complete trial of study {study!r}; complete are: {some}"
 
 
-def _why_no_best(seen: StudyView, study: str) -> str:
-    counts = seen.counts
+def _why_no_best(seen: StudyView, plan: Plan) -> str:
+    study, counts = plan.spec.name, seen.counts
+    if seen.feasible_text:
+        return _none_feasible(seen, plan)
     reasons = [t.user_attrs[schema.ERROR] for t in seen.trials if schema.ERROR in t.user_attrs]
     last = f"; the last one failed: {reasons[-1]}" if reasons else ""
     return (
         f"study {study!r} has no complete trial to choose from: {counts.pruned} pruned, "
         f"{counts.failed} failed, {counts.waiting} not started{last}"
+    )
+
+
+def _none_feasible(seen: StudyView, plan: Plan) -> str:
+    """Return which constraint keeps a study from having a best trial, by how much, and what to do."""
+    return (
+        f"study {plan.spec.name!r} has no feasible trial, so there is nothing to export: "
+        f"{seen.feasible_text}; raise `trials`, or loosen the constraint or search other params in a new study (--fresh)"
     )

@@ -91,6 +91,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "sampler": spec.sampler.name,
         "pruner": spec.pruner.name,
     }
+    settings |= {f"constraints.{name}": text for name, text in spec.constraints.items()}
     options = {f"options.{name}": masked(str(value)) for name, value in plan.options.items()}
     space = {f"space.{each.name}": each.describe() for each in plan.space.dimensions}
     fixed = {f"fixed.{name}": value for name, value in plan.space.fixed.items()}
@@ -187,6 +188,7 @@ def tell_result(
         "trials_complete": counts.complete,
         "trials_pruned": counts.pruned,
         "trials_failed": counts.failed,
+        **({"trials_feasible": len(seen.feasible)} if seen.feasible_text else {}),
         "epochs_trained": seen.effort.epochs,
         "epochs_without_pruning": seen.effort.without,
         "seconds": round(search.seconds_used(seen), 3),

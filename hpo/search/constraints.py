@@ -66,6 +66,25 @@ def nearest(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
     return min(broken, key=lambda t: (t.state != TrialState.COMPLETE, violation_of(t), t.number), default=None)
 
 
+def feasible_text(trials: Sequence[FrozenTrial], constraints: Mapping[str, Constraint]) -> str:
+    """Return how many of a study's complete trials hold to its constraints, and how near the others come.
+
+    Empty: the study has none, and no trial breaks one of its own.
+    """
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    held = sum(map(holds, complete))
+    found = nearest(trials)
+    if not constraints and found is None:
+        return ""
+    texts = [f"{each.name} {each.text}" for each in constraints.values()] or ["its own constraints"]
+    untrained = sum(t.state == TrialState.PRUNED and not t.intermediate_values and not holds(t) for t in trials)
+    said = f"{held} of {len(complete)} complete trials hold to {', '.join(texts)}"
+    said += f"; {untrained} more were not trained, since they break it" if untrained else ""
+    if held or found is None:
+        return said
+    return f"{said}; the nearest is trial {found.number}: {said_of(found, constraints)}"
+
+
 def wrong_constraints(trial: FrozenTrial) -> str | None:
     """Return what is wrong with what a storage holds of a trial's constraints; None: nothing."""
     for key, value in trial.system_attrs.items():

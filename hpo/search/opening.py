@@ -16,6 +16,7 @@ from hpo.search.address import exists
 from hpo.search.away import open_patiently
 from hpo.search.budget import leases_in
 from hpo.search.clock import SYSTEM, Clock
+from hpo.search.constraints import constraints_of
 from hpo.search.identity import another_study, compare, identity, not_ours
 from hpo.search.lease import working
 from hpo.search.retrying import RetryingStorage, locked
@@ -104,7 +105,8 @@ def as_stored(spec: StudySpec, storage: RetryingStorage) -> Search:
     space, more = build(params, [])
     if not params or unread or more:  # a function's; or a later version's
         space = FreeSpace(fixed={}, dimensions=())
-    spec = spec.model_copy(update={"trials": trials_of(spec, space)})
+    constraints = {name: each.text for name, each in constraints_of(study.user_attrs).items()}
+    spec = spec.model_copy(update={"trials": trials_of(spec, space), "constraints": constraints})
     return Search(study, storage, spec, space, str(stored.get("metric", "value")))
 
 

@@ -48,6 +48,8 @@ _PRUNERS: dict[str, Callable[..., BasePruner]] = {
 _SHARED: dict[str, Callable[..., BasePruner]] = {"median": SharedMedianPruner, "percentile": SharedPercentilePruner}
 CANNOT_HALVE = ("cmaes", "nsgaii")
 """Samplers that learn from trials in the order in which they end, generation by generation: none can be paused."""
+CONSTRAINED = ("tpe", "gp", "nsgaii")
+"""Samplers that look for trials that hold to the study's constraints; the others ignore these."""
 _ONE_STREAM = ("qmc", "grid")
 """Samplers whose points are one sequence, counted in the storage: every worker must have the same seed."""
 

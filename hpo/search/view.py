@@ -10,11 +10,12 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.errors import StorageError
 from hpo.search import schema
 from hpo.search.budget import Counts, count, holders, is_paused, leases_in, rank, utc, worker_of, wrong_row
-from hpo.search.constraints import holds
+from hpo.search.constraints import feasible_text, holds, said_of, values_of
 from hpo.search.curves import curves_in, reported
 from hpo.search.effort import Effort, effort
 from hpo.search.retrying import RetryingStorage
 from hpo.seeds import derive
+from hpo.study.constraints import constraints_in
 from hpo.study.space import FreeSpace, Space
 from hpo.study.spec import StudySpec
 
@@ -100,6 +101,7 @@ class StudyView:
         self.everything, self._spec, self._space = everything, spec, space
         self._metric_key = metric if isinstance(space, FreeSpace) else f"valid_{metric}"
         self._sign = -1 if maximize else 1
+        self._constraints = constraints_in(spec.constraints)
 
     @cached_property
     def trials(self) -> Sequence[FrozenTrial]:
@@ -171,6 +173,31 @@ class StudyView:
     def feasible(self) -> Sequence[FrozenTrial]:
         """The complete trials that break no constraint, in the order of their numbers: one of them can be the best."""
         return [trial for trial in self.complete if holds(trial)]
+
+    @cached_property
+    def feasible_text(self) -> str:
+        """How many complete trials hold to the study's constraints, for a person; empty: there are none."""
+        return feasible_text(self.trials, self._constraints)
+
+    @cached_property
+    def constrained(self) -> dict[str, Any]:
+        """What `--json` prints of constraints: their texts by name, and of each trial that is known to hold to them.
+
+        `feasible` and `infeasible` are numbers of trials; `values` the constrained values by number.
+        """
+        return {
+            "constraints": {name: each.text for name, each in self._constraints.items()},
+            "feasible": [trial.number for trial in self.feasible],
+            "infeasible": [trial.number for trial in self.trials if not holds(trial)],
+            "values": {str(trial.number): found for trial in self.trials if (found := values_of(trial))},
+        }
+
+    def broken(self, number: int) -> str:
+        """Return which constraints any trial breaks, and by how much, for a person; empty: none.
+
+        Raises KeyError: there is no such trial.
+        """
+        return said_of(self._by_number[number], self._constraints)
 
     def best(self, number: int | None = None) -> Best | None:
         """Return the best feasible trial (of equals: `rank`), or the complete trial `number`; None: there is none.
