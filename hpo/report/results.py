@@ -57,18 +57,23 @@ class Study:
     def trials(self) -> pd.DataFrame:
         """One row for each trial of the budget, indexed by its number.
 
-        Columns: `state` (Optuna's: COMPLETE, PRUNED, FAIL, RUNNING, WAITING; or PAUSED), `value`, of a study with
-        constraints `feasible` (None: not known), `violation` (added up, as parts of the bounds) and `constrained_<name>`
-        (the value; of a latency in milliseconds), the params that were searched as `params_<name>`, `epochs` (how many were reported), `best_epoch` (counted from 1), `seconds` (of
+        Columns: `state` (Optuna's: COMPLETE, PRUNED, FAIL, RUNNING, WAITING; or PAUSED), `value`, the params that were
+        searched as `params_<name>`, `epochs` (how many were reported), `best_epoch` (counted from 1), `seconds` (of
         training), `worker`, `retry_of` (the trial that it resumes), `error`. A trial that was interrupted and retried
         stands there once.
+
+        Of a study with constraints also `feasible` (None: not known), `violation` (by how much, as parts of the bounds,
+        added up), and the values as `constrained_<name>` (a latency in milliseconds).
         """
         rows = [row_of(trial) for trial in self._trials()]
         return pd.DataFrame(rows, columns=columns_of(rows)).set_index("number")
 
     @property
     def best(self) -> Best | None:
-        """The best complete trial that breaks no constraint: `number`, `value`, `params` (all of them), `epoch` (from 0), `metrics`; or None."""
+        """The best complete trial that breaks no constraint; None: there is none.
+
+        It has `number`, `value`, `params` (all of them), `epoch` (from 0) and `metrics`.
+        """
         return best_of(self._trials(), self._fixed, maximize=self.maximize)
 
     def curves(self, trial: int) -> pd.DataFrame:

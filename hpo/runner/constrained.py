@@ -1,4 +1,4 @@
-"""What a trial is held to beside its metric: its values of the study's constraints, measured; networks that are too large.
+"""What a trial is held to beside its metric: the values that the study constrains, measured.
 
 How many parameters a network has is known before it is trained, so one with too many is not: its trial is PRUNED, and
 samplers are given by how much it breaks the constraint. A latency is measured when a trial ends or is paused.
@@ -81,7 +81,7 @@ class Limits:
         return attrs_of(self._constraints, values)
 
     def logged(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Return what is logged of a trial with these values beside its metrics and its size; nothing: no constraint."""
+        """Return what is logged of a trial with these values beside its metrics; nothing where none is constrained."""
         if not self._constraints:
             return {}
         times = {f"{name}_ms": value for name, value in values.items() if name in LATENCY}

@@ -293,5 +293,6 @@ def _none_feasible(seen: StudyView, plan: Plan) -> str:
     """Return which constraint keeps a study from having a best trial, by how much, and what to do."""
     return (
         f"study {plan.spec.name!r} has no feasible trial, so there is nothing to export: "
-        f"{seen.feasible_text}; raise `trials`, or loosen the constraint or search other params in a new study (--fresh)"
+        f"{seen.feasible_text}; raise `trials`, or loosen the constraint or search other params in a new study "
+        "(hpo run FILE --fresh)"
     )

@@ -79,7 +79,7 @@ def feasible_text(trials: Sequence[FrozenTrial], constraints: Mapping[str, Const
     texts = [f"{each.name} {each.text}" for each in constraints.values()] or ["its own constraints"]
     untrained = sum(t.state == TrialState.PRUNED and not t.intermediate_values and not holds(t) for t in trials)
     said = f"{held} of {len(complete)} complete trials hold to {', '.join(texts)}"
-    said += f"; {untrained} more were not trained, since they break it" if untrained else ""
+    said += f"; {untrained} more were not trained, since they break one" if untrained else ""
     if held or found is None:
         return said
     return f"{said}; the nearest is trial {found.number}: {said_of(found, constraints)}"

@@ -122,7 +122,9 @@ class PerTrialSampler(BaseSampler):
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Any) -> None:
         try:
-            self._of(trial).after_trial(study, trial, state, values)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Constraints have been set")  # said once, as the study starts
+                self._of(trial).after_trial(study, trial, state, values)
         except RuntimeError as error:
             # grid and brute_force call Study.stop once all was tried, which Optuna allows in `optimize` only; here
             # the budget ends the study (`hpo.runner.prepare` cuts it to the number of configurations).
