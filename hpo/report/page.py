@@ -20,7 +20,7 @@ from hpo.export.files import finite
 from hpo.report import figures, judged_figures, space_figures, texts, time_figures
 from hpo.report.facts import Facts
 from hpo.report.figures import Drawing
-from hpo.report.rows import PARAM
+from hpo.report.rows import CONSTRAINED, PARAM
 from hpo.search.clock import duration
 
 _SECTIONS = (
@@ -101,7 +101,9 @@ def _data(facts: Facts, drawings: Mapping[str, Drawing]) -> dict[str, Any]:
 
 
 def _heading(column: str) -> str:
-    return column.removeprefix(PARAM) if column.startswith(PARAM) else column.replace("_", " ")
+    if column.startswith((PARAM, CONSTRAINED)):
+        return column.removeprefix(PARAM).removeprefix(CONSTRAINED)
+    return column.replace("_", " ")
 
 
 def _sentences(facts: Facts, judged: Mapping[str, Any]) -> dict[str, Any]:
