@@ -145,13 +145,8 @@ def as_markdown(facts: Facts) -> str:
     ranked = facts.ranked()[:TOP]
     if ranked:
         params = [name for name in facts.columns if name.startswith((CONSTRAINED, PARAM))]
-        names = [
-            "trial",
-            facts.metric,
-            *(name.removeprefix(PARAM).removeprefix(CONSTRAINED) for name in params),
-            "epochs",
-            "seconds",
-        ]
+        shown = [name.removeprefix(PARAM).removeprefix(CONSTRAINED) for name in params]
+        names = ["trial", facts.metric, *shown, "epochs", "seconds"]
         keys = ["number", "value", *params, "epochs", "seconds"]
         rows = [[number(row.get(key)) for key in keys] for row in ranked]
         lines += ["", f"## Best {len(ranked)} trials", "", *_table(names, rows)]

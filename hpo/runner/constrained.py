@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from hpo.export.describing import latency
 from hpo.runner.prepare import Plan
@@ -41,7 +40,7 @@ class Limits:
         if N_PARAMETERS not in self._constraints:
             return {}
         try:
-            return {N_PARAMETERS: float(self._n_trainable(self._network(params)))}
+            return {N_PARAMETERS: self._n_trainable(self._network(params))}
         except TrialError:
             return {}
         except (RuntimeError, MemoryError) as error:
@@ -53,7 +52,7 @@ class Limits:
         """Return a network of `params`, on the CPU. Raises TrialError where it would not be trained."""
         network = self._network(params)
         if N_PARAMETERS in self._constraints:
-            broken = self.broken({N_PARAMETERS: float(self._n_trainable(network))})
+            broken = self.broken({N_PARAMETERS: self._n_trainable(network)})
             if broken is not None:
                 raise TrialError(TrialFault(state="PRUNED", text=broken))
         return network
@@ -63,9 +62,8 @@ class Limits:
         named = {name: metrics.get(f"valid_{name}", math.nan) for name in self._constraints}
         sizes = {name: LATENCY[name] for name in self._constraints if name in LATENCY} if timed else {}
         times = self._latency(params, tuple(sizes.values())) if sizes else {}
-        return {name: value for name, value in named.items() if math.isfinite(value)} | {
-            name: times[str(size)] for name, size in sizes.items()
-        }
+        named |= {name: times.get(str(size), math.nan) for name, size in sizes.items()}
+        return {name: value for name, value in named.items() if math.isfinite(value)}
 
     def unknown(self, values: Mapping[str, float]) -> str | None:
         """Return the first name of which no value is known; None: all are."""
@@ -95,18 +93,22 @@ class Limits:
         with torch.random.fork_rng(devices=[]), Within():
             return self._task.network(params)
 
-    def _n_trainable(self, network: nn.Module) -> int:
-        assert self._task is not None
-        if any(map(is_lazy, network.parameters())):  # shapes that follow from the first rows
-            assert self.rows is not None
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
-                network.eval()(*(x.cpu() for x in self.rows(1).inputs.values()))
-        return sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
+    @staticmethod
+    def _n_trainable(network: nn.Module) -> float:
+        return float(sum(weight.numel() for weight in network.parameters() if weight.requires_grad))
 
     def _latency(self, params: Params, sizes: tuple[int, ...]) -> dict[str, float]:
-        """Return the milliseconds that a network of `params` takes for so many rows, eager, on the study's device."""
+        """Return the milliseconds that a network of `params` takes for so many rows, eager, on the study's device.
+
+        Nothing where that has no memory for it.
+        """
         assert self._task is not None
         assert self.rows is not None
-        network = self._network(params).to(self._task.device).eval()
-        with torch.random.fork_rng(devices=[]), self._task.autocast():
-            return latency(network, self.rows(max(sizes)), sizes, self._task.device)
+        try:
+            network = self._network(params).to(self._task.device).eval()
+            with torch.random.fork_rng(devices=[]), self._task.autocast():
+                return latency(network, self.rows(max(sizes)), sizes, self._task.device)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return {}

@@ -279,7 +279,7 @@ def _no_such_trial(seen: StudyView, plan: Plan, number: int | None) -> str:
 
 def _why_no_best(seen: StudyView, plan: Plan) -> str:
     study, counts = plan.spec.name, seen.counts
-    if seen.feasible_text:
+    if seen.constrained["infeasible"]:
         return _none_feasible(seen, plan)
     reasons = [t.user_attrs[schema.ERROR] for t in seen.trials if schema.ERROR in t.user_attrs]
     last = f"; the last one failed: {reasons[-1]}" if reasons else ""

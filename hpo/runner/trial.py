@@ -73,7 +73,9 @@ class TrialRun:
         self.caught: BaseException | None = None
         """The error that it ends by, where `catch` names it."""
         self._improved = 0
-        self._limits, self._values = limits, limits.values_at_claim(claim.params)
+        self._limits, self._known = limits, limits.values_at_claim(claim.params)
+        self._values = self._known
+        """Of what the study constrains, as far as they are known."""
         self._task = task
         self._rates = None if task is None else _rates(task, claim.params)
         self._started = self._checkpointed = time.monotonic()
@@ -189,7 +191,7 @@ class TrialRun:
     def _pause(self, training: Mapping[str, Any] | None) -> None:
         """Have the trial leave its slot until it is resumed: its checkpoint is there before anybody can claim it."""
         assert self._best is not None
-        self._values |= self._limits.values(self.member.params, self._best[2])
+        self._values = self._known | self._limits.values(self.member.params, self._best[2])
         if training is not None:
             self._paused.keep(self.member.number, self.checkpoint(training))
         self.ending = Ending(state="PAUSED")
@@ -226,11 +228,11 @@ class TrialRun:
         """End the trial with the best (or the last) that was reported of it."""
         assert self._best is not None
         value, epoch, metrics = self._best
-        self._values |= self._limits.values(self.member.params, metrics, timed=not pruned)
+        self._values = self._known | self._limits.values(self.member.params, metrics, timed=not pruned)
         if pruned:
             self.end("PRUNED", value)
         elif unknown := self._limits.unknown(self._values):
-            self.end("FAIL", fault=f"{unknown} is no number in epoch {epoch + 1}, and the study has a constraint on it")
+            self.end("FAIL", fault=f"{unknown} is not known in epoch {epoch + 1}, and the study has a constraint on it")
         else:
             self.end("COMPLETE", value)
 

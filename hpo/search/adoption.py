@@ -12,11 +12,13 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from hpo.errors import InputError, did_you_mean, masked
+from hpo.errors import InputError, did_you_mean, is_number, masked
 from hpo.search import schema
 from hpo.search.address import exists
+from hpo.search.constraints import attrs_of, constraints_of, values_of
 from hpo.search.retrying import RetryingStorage, locked
 from hpo.search.storage import close_storage, open_storage
+from hpo.study.constraints import Constraint
 from hpo.study.dimension import Dimension, same
 from hpo.study.space import FreeSpace, Space
 from hpo.study.spec import Categorical
@@ -48,17 +50,25 @@ def require_alike(study: optuna.Study, *, maximize: bool) -> None:
 
 
 def as_history(
-    trials: Sequence[FrozenTrial], space: Space, source: str, adopted: Sequence[FrozenTrial]
+    trials: Sequence[FrozenTrial],
+    space: Space,
+    source: str,
+    adopted: Sequence[FrozenTrial],
+    constraints: Mapping[str, Constraint] | None = None,
 ) -> tuple[list[FrozenTrial], Counter[str]]:
     """Return those of `trials` that `space` could have given, to be added, and how many were left out, by the reason.
 
-    `source` names the study they come from; what stands in `adopted` already is left out too.
+    `source` names the study they come from; what stands in `adopted` already is left out too, and trials of which it is
+    not known whether they hold to the study's `constraints`.
     """
+    constraints = constraints or {}
     there = {trial.user_attrs[schema.ADOPTED] for trial in adopted}
     history, left_out = [], Counter[str]()
     for trial in trials:
         mark = f"{source}#{trial.number}"
-        reason = _why_not(trial, space)
+        attrs = attrs_of(constraints, _values(trial))
+        unknown = next((name for name in constraints if name not in attrs.get(schema.CONSTRAINED, {})), None)
+        reason = _why_not(trial, space) or (unknown and f"its {unknown} is not known, which is constrained here")
         if reason is not None or mark in there:
             left_out[reason or "adopted before"] += 1
             continue
@@ -71,9 +81,17 @@ def as_history(
                 params=params,
                 distributions=distributions,
                 user_attrs={schema.ADOPTED: mark},
+                system_attrs={key: value for key, value in attrs.items() if key.startswith(schema.CONSTRAINT)},
             )
         )
     return history, left_out
+
+
+def _values(trial: FrozenTrial) -> dict[str, float]:
+    """Return what is known of a trial of hpo's that may be constrained: its metrics, and what was constrained there."""
+    metrics = trial.user_attrs.get(schema.METRICS, {})
+    known = {str(name).removeprefix("valid_"): value for name, value in metrics.items()}
+    return {name: float(value) for name, value in {**known, **values_of(trial)}.items() if is_number(value)}
 
 
 def _why_not(trial: FrozenTrial, space: Space) -> str | None:
@@ -123,6 +141,6 @@ def adopt(
     """Add `trials` to `study` as history; return how many were added, and how many not, by the reason."""
     with locked(storage, url):
         adopted = [trial for trial in study.get_trials(deepcopy=False) if schema.ADOPTED in trial.user_attrs]
-        history, left_out = as_history(trials, space, source, adopted)
+        history, left_out = as_history(trials, space, source, adopted, constraints_of(study.user_attrs))
         study.add_trials(history)
     return len(history), left_out

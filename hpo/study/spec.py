@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from hpo.study.checking import near
 from hpo.study.constraints import checked
 from hpo.study.ranges import Categorical, FloatRange, Frozen, IntRange, Scalar, Searched, parse_param
-from hpo.study.spec_parts import Confirm, Loading, Time, confirm_of, wrong_names
+from hpo.study.spec_parts import Confirm, Loading, Time, confirm_of, one_metric, wrong_names
 
 __all__ = [
     "KEYS",
@@ -114,7 +114,7 @@ class StudySpec(Frozen):
     Values: a mapping. Default: `{}`, each option has the objective's default.
     Example: `options: {file: wine.csv, target: quality}`
     """
-    metric: str | None = None
+    metric: Annotated[str | None, BeforeValidator(one_metric)] = None
     """What is optimized, measured on the validation set.
 
     Values: one of the objective's metrics, or `loss`. Default: the objective's first metric.
