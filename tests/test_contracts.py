@@ -79,7 +79,7 @@ class TestStorages(StorageTestCase):
 class TestSamplers(BasicSamplerTestCase):
     """Each sampler that can draw from any space, made per trial; grid and brute_force have only what they list."""
 
-    @pytest.fixture(params=["tpe", "random", "qmc", "cmaes", slow("gp")])
+    @pytest.fixture(params=["tpe", "random", "qmc", "cmaes", "nsgaii", slow("gp")])
     def sampler(self, request):
         space, _ = build({}, ())
         keys = {"n_startup_trials": 2} if request.param in ("tpe", "gp") else {}

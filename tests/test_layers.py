@@ -172,6 +172,7 @@ def test_the_surface_is_frozen() -> None:
         "options",
         "metric",
         "direction",
+        "constraints",
         "value",
         "epochs",
         "patience",

@@ -69,7 +69,7 @@ def test_a_study_that_was_interrupted_goes_on_as_it_would_have(name):
     assert drawn(again, 3) == whole
 
 
-@pytest.mark.parametrize("name", ["tpe", "gp", "cmaes", "qmc", "random"])
+@pytest.mark.parametrize("name", ["tpe", "gp", "nsgaii", "cmaes", "qmc", "random"])
 def test_a_seed_makes_a_study_and_every_trial_draws_anew(name):
     def draws(seed):
         study = optuna.create_study(sampler=sampler(name, seed, ENDLESS, **QUICK.get(name, {})))
@@ -304,6 +304,7 @@ def test_a_key_that_a_pruner_requires_is_missed(name, key):
     [
         ({"name": "gp", "independent_sampler": "x"}, "is Python code's to give"),
         ({"name": "cmaes", "source_trials": [1]}, "is Python code's to give"),
+        ({"name": "nsgaii", "crossover": "uniform"}, "is Python code's to give"),
         ({"name": "cmaes", "x0": "abc"}, "must be numbers by the names of params, but got 'abc'"),
         ({"name": "tpe", "constraints_func": "x"}, "is Python code's to give"),
     ],

@@ -157,7 +157,7 @@ KEYS = [
     ),
     (
         "sampler: tpee",
-        "sampler: must be one of tpe, gp, cmaes, qmc, random, grid, brute_force, but got 'tpee'; did you mean \"tpe\"?",
+        "sampler: must be one of tpe, gp, nsgaii, cmaes, qmc, random, grid, brute_force, but got 'tpee'; did you mean \"tpe\"?",
     ),
     (
         "pruner: {name: best}",

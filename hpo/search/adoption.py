@@ -6,6 +6,7 @@ study's own space, so that a sampler takes it for one of its own.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import optuna
@@ -91,7 +92,11 @@ def _values(trial: FrozenTrial) -> dict[str, float]:
     """Return what is known of a trial of hpo's that may be constrained: its metrics, and what was constrained there."""
     metrics = trial.user_attrs.get(schema.METRICS, {})
     known = {str(name).removeprefix("valid_"): value for name, value in metrics.items()}
-    return {name: float(value) for name, value in {**known, **values_of(trial)}.items() if is_number(value)}
+    return {
+        name: float(value)
+        for name, value in {**known, **values_of(trial)}.items()
+        if is_number(value) and isfinite(value)
+    }
 
 
 def _why_not(trial: FrozenTrial, space: Space) -> str | None:

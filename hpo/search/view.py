@@ -181,12 +181,12 @@ class StudyView:
 
     @cached_property
     def constrained(self) -> dict[str, Any]:
-        """What `--json` prints of constraints: their texts by name, and of each trial that is known to hold to them.
+        """What `--json` prints of constraints: their `bounds` by name, and which trials hold to them.
 
         `feasible` and `infeasible` are numbers of trials; `values` the constrained values by number.
         """
         return {
-            "constraints": {name: each.text for name, each in self._constraints.items()},
+            "bounds": {name: each.text for name, each in self._constraints.items()},
             "feasible": [trial.number for trial in self.feasible],
             "infeasible": [trial.number for trial in self.trials if not holds(trial)],
             "values": {str(trial.number): found for trial in self.trials if (found := values_of(trial))},
