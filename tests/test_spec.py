@@ -157,7 +157,8 @@ KEYS = [
     ),
     (
         "sampler: tpee",
-        "sampler: must be one of tpe, gp, nsgaii, cmaes, qmc, random, grid, brute_force, but got 'tpee'; did you mean \"tpe\"?",
+        "sampler: must be one of tpe, gp, nsgaii, cmaes, qmc, random, grid, brute_force, but got 'tpee'; "
+        'did you mean "tpe"?',
     ),
     (
         "pruner: {name: best}",

@@ -126,7 +126,7 @@ class StudySpec(Frozen):
     Values: `minimize`, `maximize`. Default: as the metric says; of a function's value, less is better.
     Example: `direction: maximize`
     """
-    constraints: Annotated[dict[str, str], BeforeValidator(checked)] = Field(default_factory=dict)
+    constraints: Annotated[dict[str, str], BeforeValidator(checked)] = {}
     """What a trial must come to beside its metric: only one that does can be the best, and samplers look for such.
 
     Values: a mapping of names to `<=` or `>=` and a number. Names: the objective's metrics, `loss`, `n_parameters`
