@@ -138,6 +138,7 @@ def test_params_are_ranges_or_fixed_values(draft):
     }
 
 
+VALUE = "must be best, last or mean_of_K (K at least 2, such as mean_of_3)"
 KEYS = [
     ("trials: 0", "trials: must be greater than or equal to 1, but got 0"),
     ("epochs: 1.5", "epochs: must be an integer, but got 1.5"),
@@ -147,7 +148,14 @@ KEYS = [
     ("precision: fp16", "precision: must be 'float32', 'tf32' or 'bf16', but got 'fp16'"),
     ("precision: 16", "precision: must be 'float32', 'tf32' or 'bf16', but got 16"),
     ("seed: -1", "seed: must be greater than or equal to 0, but got -1"),
-    ("value: worst", "value: must be 'best' or 'last', but got 'worst'"),
+    ("value: worst", f"value: {VALUE}, but got 'worst'"),
+    ("value: mean_of_1", f"value: {VALUE}, but got 'mean_of_1'"),
+    ("value: mean_of_2.5", f"value: {VALUE}, but got 'mean_of_2.5'"),
+    ("value: mean_of_03", f"value: {VALUE}, but got 'mean_of_03'"),
+    ("value: mean_of_K", f"value: {VALUE}, but got 'mean_of_K'"),
+    ("value: 3", f"value: {VALUE}, but got 3"),
+    ("value:", f"value: {VALUE}, but got None"),
+    ("value: mean_of_21", "value: must be a mean over at most 20 epochs, the number of `epochs`, but got 'mean_of_21'"),
     ("metric: 4", "metric: must be a string, but got 4"),
     ("params: 3", "params: must be a mapping of names, but got 3"),
     ("trails: 3", 'trails: unknown key; did you mean "trials"?'),
@@ -247,7 +255,7 @@ def test_all_faults_come_at_once_each_with_its_line(faults, monkeypatch):
         "    type: int\n    low: a\n    high: 3\nsede: 1\ntrials: 2\n",
         {"value": "worst"},
     ) == [
-        "--set value: value: must be 'best' or 'last', but got 'worst'",
+        f"--set value: value: {VALUE}, but got 'worst'",
         "study.yaml:3: epochs: the environment variable UNSET is not set; set it, or write ${UNSET:-default}",
         "study.yaml:5: params.lr: low < high must hold, but got low=2.0 and high=1.0",
         "study.yaml:11: params.n.low: must be an integer, but got 'a'",

@@ -22,7 +22,7 @@ from hpo.report.searched import distributions, importances
 from hpo.search import schema
 from hpo.search.budget import Counts, count, covered, held_until, holders, leases_in, seconds_used, spans_of, worker_of
 from hpo.search.confirmed import confirmed_in, sentences
-from hpo.search.curves import curves_in, reported
+from hpo.search.curves import curves_in, reported, where
 from hpo.search.effort import effort
 from hpo.search.view import Best
 
@@ -99,6 +99,8 @@ class Facts:
     ranking: Sequence[int]
     """The numbers of the complete trials, the best first."""
     best: Best | None
+    best_when: str
+    """In which epoch it had its value, or over which epochs; empty: there is none."""
     best_seconds: float | None
     points: Sequence[Point]
     curves: Mapping[str, Mapping[int, Sequence[float]]]
@@ -173,6 +175,7 @@ def read(
         columns=[masked(name) for name in columns_of(rows)],
         ranking=[trial.number for trial in ranked(counted, maximize=maximize)],
         best=best,
+        best_when="" if best is None else where(str(identity.get("value", "best")), best.epoch),
         best_seconds=next((row["seconds"] for row in rows if best and row["number"] == best.number), None),
         points=[_point(trial) for trial in counted],
         curves=_curves(counted, main),

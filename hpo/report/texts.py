@@ -126,7 +126,7 @@ def as_markdown(facts: Facts) -> str:
     if best is None:
         lines.append("No trial is complete yet.")
     else:
-        lines.append(f"{_cell(facts.metric)} **{number(best.value)}**, trial {best.number}, epoch {best.epoch + 1}.")
+        lines.append(f"{_cell(facts.metric)} **{number(best.value)}**, trial {best.number}, {facts.best_when}.")
         if facts.confirmed:
             mean, of = number(facts.confirmed["mean"]), facts.confirmed["number"]
             lines += [

@@ -8,6 +8,7 @@ from hpo.runner.outcome import Outcome
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import count_text, shown
 from hpo.search.confirmed import Confirmed, sentences
+from hpo.search.curves import where
 from hpo.search.view import Best, StudyView
 from hpo.study.data import Data
 
@@ -51,7 +52,7 @@ def description(
     """
     lines = _head(plan)
     first = seen.best() or best
-    epoch = "" if plan.function is not None else f", epoch {first.epoch + 1}"
+    epoch = "" if plan.function is not None else f", {where(plan.spec.value, first.epoch)}"
     lines += [
         f"**Best {_escaped(plan.metric)}: {first.value:.6g}** on validation, by [trial {first.number}]"
         f"(hpo:trial/{first.number}){epoch}.",

@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.search import schema
 from hpo.search.budget import is_paused
+from hpo.study.value import BEST, averaged, value_of
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -102,12 +103,17 @@ class Choice:
 class Halving:
     """The rule, for one study."""
 
-    def __init__(self, pruner: HalvingPruner, cohorts: int, *, maximize: bool) -> None:
-        """`cohorts` is how many there are, where the pruner's are `auto`."""
+    def __init__(self, pruner: HalvingPruner, cohorts: int, *, maximize: bool, value: str = BEST) -> None:
+        """`cohorts` is how many there are, where the pruner's are `auto`; `value` is the study's.
+
+        With `value: last` the best so far counts: the last epoch before a rung is not the trial's last, and its metric
+        is one noisy number.
+        """
         self._pruner = pruner
         self.rungs = pruner.rungs
         self._cohorts = pruner.cohorts if isinstance(pruner.cohorts, int) else cohorts
         self._sign = -1 if maximize else 1
+        self._value = BEST if averaged(value) is None else value
         self._scores: dict[tuple[int, int], float] = {}
         self._doubt_from: float = ENOUGH
 
@@ -193,13 +199,14 @@ class Halving:
         return _n_reports(trial) >= rung or ended_early
 
     def score(self, trial: FrozenTrial, rung: int) -> float:
-        """Return a trial's best value so far at `rung`, less being better; infinite for one that failed."""
+        """Return a trial's value so far at `rung`, less being better; infinite for one that failed."""
         if trial.state == TrialState.FAIL:
             return math.inf
         key = trial.number, rung
         if key not in self._scores:
-            values = [self._sign * value for step, value in trial.intermediate_values.items() if step < rung]
-            self._scores[key] = min((value for value in values if math.isfinite(value)), default=math.inf)
+            reports = sorted(trial.intermediate_values.items())
+            curve = [self._sign * value for step, value in reports if step < rung and math.isfinite(value)]
+            self._scores[key] = value_of(curve, self._value, maximize=False)[0] if curve else math.inf
         return self._scores[key]
 
     def next_pause(self, since: int) -> int | None:

@@ -17,6 +17,7 @@ from hpo.study.document import Document
 from hpo.study.document import read as read_document
 from hpo.study.ranges import parse_params
 from hpo.study.spec import KEYS, StudySpec
+from hpo.study.value import too_long
 
 
 @dataclass(kw_only=True)
@@ -54,6 +55,9 @@ def draft_of(document: Document, name: str) -> Draft:
     if spec is not None and len(spec.start_with) > spec.trials:
         message = f"names {len(spec.start_with)} configurations, but trials is {spec.trials}; raise trials"
         faults.append(Fault(path=("start_with",), message=message))
+    has_epochs = spec is not None and all(fault.path[:1] != ("epochs",) for fault in faults)
+    if spec is not None and has_epochs and (why := too_long(spec.value, spec.epochs)) is not None:
+        faults.append(Fault(path=("value",), message=why))
     return Draft(spec=spec, document=document, faults=faults, own_space=own_space)
 
 

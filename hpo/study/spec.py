@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from hpo.study.checking import near
 from hpo.study.ranges import Categorical, FloatRange, Frozen, IntRange, Scalar, Searched, parse_param
 from hpo.study.spec_parts import Confirm, Loading, Time, confirm_of
+from hpo.study.value import check_value
 
 __all__ = [
     "KEYS",
@@ -128,11 +129,11 @@ class StudySpec(Frozen):
     Values: `minimize`, `maximize`. Default: as the metric says; of a function's value, less is better.
     Example: `direction: maximize`
     """
-    value: Literal["best", "last"] = "best"
-    """Which epoch's metric is a trial's value.
+    value: Annotated[str, BeforeValidator(check_value)] = "best"
+    """Which epoch's metric is a trial's value: the best one's, the last one's, or the mean over the last K.
 
-    Values: `best`, `last`. Default: `best`.
-    Example: `value: last`
+    Values: `best`, `last`, `mean_of_K` (`mean_of_3`, ...). Default: `best`.
+    Example: `value: mean_of_3`
     """
     epochs: int = Field(default=20, ge=1)
     """How many epochs each trial is trained, unless it is pruned or `patience` ends it.
