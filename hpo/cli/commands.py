@@ -57,7 +57,7 @@ def run(
         confirmed = confirmation(search, seen)
         _print_result(plan, seen, seen.best(), done, out, confirmed)
         if not how.quiet:
-            _print_next(next_steps(path, overrides, plan.spec.trials, done), out)
+            _print_next(next_steps(path, overrides, plan.spec.trials, done, stopped=seen.stopped is not None), out)
         return summary(plan.spec, seen, seen.best(), done, confirmed)
 
 
@@ -259,6 +259,7 @@ def _print_result(
     winner = best if confirmed is None else seen.best(confirmed.winner.number) or best
     rows = [
         ["trials", count_text(counts)],
+        *([] if seen.stopped is None else [["stopped", seen.stopped.text().removeprefix("stopped ")]]),
         ["best", f"{plan.metric} {best.value:.4f} on validation (trial {best.number}, {when})"]
         if plan.function is None
         else ["best", f"{plan.metric} {best.value:.6g} (trial {best.number})"],

@@ -24,6 +24,8 @@ from hpo.search.budget import Counts, count, covered, held_until, holders, lease
 from hpo.search.confirmed import confirmed_in, sentences
 from hpo.search.curves import curves_in, reported, where
 from hpo.search.effort import effort
+from hpo.search.stop import budget as budget_of
+from hpo.search.stop import stopped_in
 from hpo.search.view import Best
 
 _FINGERPRINTS = (("data", schema.DATA), ("code", schema.CODE))
@@ -94,6 +96,8 @@ class Facts:
     made: str
     """When this was read: ISO 8601, UTC."""
     counts: Counts
+    stopped: str
+    """Why the search ended before its budget was spent, in words; empty: it did not."""
     rows: Sequence[Mapping[str, Any]]
     columns: Sequence[str]
     ranking: Sequence[int]
@@ -164,13 +168,15 @@ def read(
         best = replace(best, params=plain(best.params), metrics=plain(best.metrics))
     result = plain(_mapping(attrs.get(schema.RESULT)))
     origin = _origin(attrs, identity, result)
+    stopped = stopped_in(attrs.get(schema.STOPPED))
     return Facts(
         name=masked(study.study_name),
         objective=masked(str(identity.get("objective", origin.study_file.get("objective", "")))),
         metric=masked(metric),
         maximize=maximize,
         made=datetime.now(UTC).isoformat(timespec="seconds"),
-        counts=count(counted, budget),
+        counts=count(counted, budget_of(budget, counted, stopped)),
+        stopped="" if stopped is None else stopped.text(),
         rows=rows,
         columns=[masked(name) for name in columns_of(rows)],
         ranking=[trial.number for trial in ranked(counted, maximize=maximize)],

@@ -27,7 +27,8 @@ def counts_text(facts: Facts) -> str:
     more = [(counts.running, "running"), (counts.paused, "paused"), (counts.waiting, "waiting")]
     parts = [f"{counts.complete} complete", f"{counts.pruned} pruned", f"{counts.failed} failed"]
     parts += [f"{n} {word}" for n, word in more if n]
-    return f"{counts.finished} of {counts.finished + counts.unfinished} trials done: {', '.join(parts)}"
+    stopped = f"; the search was {facts.stopped}" if facts.stopped else ""
+    return f"{counts.finished} of {counts.finished + counts.unfinished} trials done: {', '.join(parts)}{stopped}"
 
 
 def certainty(facts: Facts) -> list[str]:

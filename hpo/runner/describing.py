@@ -67,7 +67,8 @@ def description(
         lines += [f"{done.readings.capitalize()}.", ""] if done.readings else []
     if done is not None and done.bundle is not None:
         lines += [f"The model is in the artifacts, in `bundle`; it was written to `{masked(str(done.bundle))}`.", ""]
-    lines += [f"{count_text(seen.counts)}. {seen.effort.text()}".strip(), ""]
+    stopped = "" if seen.stopped is None else f" The search was {seen.stopped.text()}."
+    lines += [f"{count_text(seen.counts)}.{stopped} {seen.effort.text()}".strip(), ""]
     lines += _table(["parameter", "best value"], plan.space.searched(best.params) or best.params)
     lines += ["", *_space(plan)]
     return "\n".join(lines)[:_MOST_CHARACTERS]

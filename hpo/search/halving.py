@@ -18,8 +18,7 @@ import numpy as np
 from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.search import schema
-from hpo.search.budget import is_paused
+from hpo.search.budget import is_new, is_paused
 from hpo.study.value import BEST, averaged, value_of
 
 if TYPE_CHECKING:
@@ -130,8 +129,8 @@ class Halving:
     def choose(self, holders: Sequence[FrozenTrial], n: int, trials: int) -> Choice:
         """Return which of the `holders` of a budget of so many `trials` are to be claimed next, at most `n`."""
         waiting = [trial for trial in holders if trial.state == TrialState.WAITING]
-        new = [trial for trial in waiting if _is_new(trial)]
-        claim = [trial for trial in waiting if not _is_new(trial) and self._rung_of(trial) == 0][:n]  # retries
+        new = [trial for trial in waiting if is_new(trial)]
+        claim = [trial for trial in waiting if not is_new(trial) and self._rung_of(trial) == 0][:n]  # retries
         n_started = len(holders) - len(new)
         room = self._room(n_started, trials)
         claim += new[: min(room, n - len(claim))]
@@ -238,11 +237,6 @@ class Halving:
             f"pruner: how trials do after {first} epochs says nothing of how they do after {second} (rank correlation "
             f"{correlation:.2f} of {len(there)} trials), so good ones may be pruned; raise `first`, which is {first}"
         )
-
-
-def _is_new(trial: FrozenTrial) -> bool:
-    """Whether a WAITING trial has never been trained, nor one that it succeeds."""
-    return trial.state == TrialState.WAITING and not is_paused(trial) and schema.RETRY_OF not in trial.user_attrs
 
 
 def _n_reports(trial: FrozenTrial) -> int:
