@@ -120,17 +120,17 @@ class StopRules:
         complete = [trial for trial in ended if trial.state == TrialState.COMPLETE]
         if stop.terminator is None or len(complete) < max(self._ask_at, TERMINATORS[stop.terminator]):
             return None
-        self._ask_at = len(complete) + max(_EVERY, len(complete) // 10)
         if self._terminator is None:
             self._terminator = _terminator(stop.terminator, derive(self._spec.seed, "terminator", 0))
         try:
             with _quiet():
-                done = self._terminator.should_terminate(_study_of(complete, maximize=self._maximize))
+                if self._terminator.should_terminate(_study_of(complete, maximize=self._maximize)):
+                    after = f"after {len(complete)} complete trials"
+                    return "terminator", f"Optuna's terminator {stop.terminator} expects nothing more of it, {after}"
         except Exception as error:  # Optuna's own, on trials that it was not made for: no reason to stop a study
             log.warning(f"stop.terminator: {stop.terminator} could not be asked ({type(error).__name__}: {error})")
-            return None
-        why = f"Optuna's terminator {stop.terminator} expects nothing more of it, after {len(complete)} complete trials"
-        return ("terminator", why) if done else None
+        self._ask_at = len(complete) + max(_EVERY, len(complete) // 10)
+        return None
 
     def _best(self, ended: Sequence[FrozenTrial]) -> FrozenTrial | None:
         complete = [trial for trial in ended if trial.state == TrialState.COMPLETE]
