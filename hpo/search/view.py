@@ -131,7 +131,7 @@ class StudyView:
 
     @cached_property
     def ends(self) -> Mapping[int, tuple[str, str | None]]:
-        """By the number of every trial that has ended, retried ones too: how, and why if it failed.
+        """By the number of every trial that has ended, retried ones too: how, and why if it failed; not of withdrawn ones.
 
         How is a key of `hpo.tracking.base.STATUS`.
         """
@@ -142,7 +142,7 @@ class StudyView:
                 trial.user_attrs.get(schema.ERROR),
             )
             for trial in self.everything
-            if trial.state.is_finished()
+            if trial.state.is_finished() and not (trial.datetime_start is None and schema.WITHDRAWN in trial.user_attrs)
         }
 
     @cached_property
