@@ -79,9 +79,9 @@ class ProgressState:
     def add(self, state: str) -> None:
         """Count one more trial that has ended."""
         field = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}.get(state)
-        if field is not None and self.counts.finished < self.trials:  # of many that end together, one look sees all
+        if field is not None and self.counts.finished < self._ends_at:  # of many that end together, one look sees all
             counts = replace(self.counts, **{field: getattr(self.counts, field) + 1})
-            self.counts = replace(counts, paused=min(counts.paused, self.trials - counts.finished))
+            self.counts = replace(counts, paused=min(counts.paused, self._ends_at - counts.finished))
 
     def seconds_left(self) -> float | None:
         """Return how long the rest will take at the pace so far, or None before the first trial has ended."""

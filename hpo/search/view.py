@@ -131,7 +131,7 @@ class StudyView:
 
     @cached_property
     def ends(self) -> Mapping[int, tuple[str, str | None]]:
-        """By the number of every trial that has ended, retried ones too: how, and why if it failed; not of withdrawn ones.
+        """By the number of every trial that has ended, retried ones too: how, and why if it failed; not the withdrawn.
 
         How is a key of `hpo.tracking.base.STATUS`.
         """
