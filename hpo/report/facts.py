@@ -163,9 +163,7 @@ def read(
     maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
     counted = holders(trials)
     rows = [plain(row_of(trial)) for trial in counted]
-    best = best_of(counted, fixed_in(identity), maximize=maximize)
-    if best is not None:
-        best = replace(best, params=plain(best.params), metrics=plain(best.metrics))
+    best = _best(counted, fixed_in(identity), maximize=maximize)
     result = plain(_mapping(attrs.get(schema.RESULT)))
     origin = _origin(attrs, identity, result)
     stopped = stopped_in(attrs.get(schema.STOPPED))
@@ -194,6 +192,11 @@ def read(
         n_test_evaluations=len(_list(attrs.get(schema.TEST_EVALUATIONS))),
         origin=origin,
     )
+
+
+def _best(trials: Sequence[FrozenTrial], fixed: Mapping[str, Any], *, maximize: bool) -> Best | None:
+    best = best_of(trials, fixed, maximize=maximize)
+    return best and replace(best, params=plain(best.params), metrics=plain(best.metrics))
 
 
 def _work(
