@@ -108,6 +108,7 @@ class TestStopped:
         assert [t.number for t in search.trials()] == [0, 1, 2]
         assert (search.counts().complete, search.counts().failed, search.counts().waiting) == (3, 0, 0)
         assert is_over(search, search.view())
+        assert set(search.view().ends) == {0, 1, 2}  # what nobody has claimed has not ended, either
 
     def test_another_worker_claims_none_either_not_even_one_that_it_has_seen_waiting(self, opened):
         one, two = (opened(trials=20, stop={"no_gain": 2}) for _ in range(2))
