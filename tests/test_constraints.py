@@ -17,8 +17,10 @@ from hpo.search.constraints import feasible_text, holds, is_feasible, nearest, v
 from hpo.search.halving import Halving, HalvingPruner
 from hpo.search.samplers import PerTrialSampler
 from hpo.search.seen import AtOneRung
+from hpo.search.stop import StopRules
 from hpo.search.tpe import Shared, SharedTPESampler
 from hpo.study.constraints import constraints_in, parse
+from hpo.study.spec import StudySpec
 from tests.cli import invoke, refused, summary
 from tests.test_own import OWN
 from tests.test_tpe import SPACE, drawn, same
@@ -213,6 +215,16 @@ def test_adopted_trials_are_those_that_are_known_to_hold_or_not(sized):
     third = sized('constraints: {n_parameters: "<= 9"}\n', name="third.yaml")
     invoke("adopt", third, "--from", "sqlite:///mlruns/optuna.db", "--study", "study")
     assert hpo.open_study(third).to_optuna().get_trials() == []
+
+
+def test_rules_that_stop_a_search_count_feasible_trials_only():
+    spec = StudySpec(name="s", objective="o", trials=9, stop={"target": 1.0, "no_gain": 3})
+    broken = [trial(i, 5.0 + i, constraints={"a": 1.0}) for i in range(4)]
+    assert StopRules(spec, maximize=True).ask(broken) is None
+    found = StopRules(spec, maximize=True).ask([trial(9, 1.5, constraints={"a": -1.0}), *broken[:1]])
+    assert found.why == "trial 9 has reached the target 1, with 1.5"
+    ended = [trial(0, 0.5, constraints={"a": 0.0}), *(trial(1 + i, 5.0, constraints={"a": 1.0}) for i in range(3))]
+    assert "none of the last 3 finished trials was better than trial 0" in StopRules(spec, maximize=True).ask(ended).why
 
 
 # TPE.

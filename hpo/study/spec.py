@@ -12,7 +12,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from hpo.study.checking import near
 from hpo.study.constraints import checked
 from hpo.study.ranges import Categorical, FloatRange, Frozen, IntRange, Scalar, Searched, parse_param
-from hpo.study.spec_parts import Confirm, Loading, Time, confirm_of, one_metric, wrong_names
+from hpo.study.spec_parts import Confirm, Loading, Stop, Time, confirm_of, one_metric, stop_of, wrong_names
+from hpo.study.value import check_value
 
 __all__ = [
     "KEYS",
@@ -26,6 +27,7 @@ __all__ = [
     "Loading",
     "Plugin",
     "Searched",
+    "Stop",
     "StudySpec",
     "parse_param",
 ]
@@ -134,11 +136,11 @@ class StudySpec(Frozen):
     with the unit `ms` or `s`). Default: `{}`, none.
     Example: `constraints: {n_parameters: "<= 100000", latency: "<= 2ms"}`
     """
-    value: Literal["best", "last"] = "best"
-    """Which epoch's metric is a trial's value.
+    value: Annotated[str, BeforeValidator(check_value)] = "best"
+    """Which epoch's metric is a trial's value: the best one's, the last one's, or the mean over the last K.
 
-    Values: `best`, `last`. Default: `best`.
-    Example: `value: last`
+    Values: `best`, `last`, `mean_of_K` (`mean_of_3`, ...). Default: `best`.
+    Example: `value: mean_of_3`
     """
     epochs: int = Field(default=20, ge=1)
     """How many epochs each trial is trained, unless it is pruned or `patience` ends it.
@@ -163,6 +165,14 @@ class StudySpec(Frozen):
 
     Values: a length of time, such as `90s`, `45m`, `2h`, `1h30m`, `1d`, or seconds. Default: none.
     Example: `timeout: 2h`
+    """
+    stop: Annotated[Stop | None, BeforeValidator(stop_of)] = None
+    """End the search when more trials are not worth it; what is in training is trained to its end.
+
+    Its keys, of which the first that holds counts: `no_gain` (so many finished trials without a better one), `target`
+    (a value that is good enough), `terminator` (one of Optuna's). It may be changed at any time.
+    Values: `false`, or a mapping of its keys. Default: `false`.
+    Example: `stop: {no_gain: 30, target: 0.98}`
     """
     seed: int = Field(default=42, ge=0)
     """What every random stream of the study follows from: weights, order of rows, dropout, sampler.

@@ -1,4 +1,4 @@
-"""Parts of the study file: lengths of time, names of exceptions, and the keys that have keys of their own."""
+"""Parts of the study file: times, names of exceptions, and the keys that have keys of their own."""
 
 import builtins
 import re
@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from hpo.study.checking import near
 from hpo.study.ranges import Finite, Frozen
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -43,6 +44,52 @@ class Loading(Frozen):
     """Whether batches are put into page-locked memory. By default beside a GPU."""
     non_blocking: bool = True
     """Whether copies to the device overlap with computing."""
+
+
+TERMINATORS: Mapping[str, int] = {"regret_bound": 30, "emmr": 30, "best_value_stagnation": 32}
+"""Optuna's terminators by name, and how many complete trials each needs before it can end a search."""
+
+
+def _terminator(value: Any) -> Any:
+    """`terminator: true` is short for Optuna's default, `false` for none."""
+    if value is None or isinstance(value, bool):
+        return "regret_bound" if value else None
+    if not isinstance(value, str) or value not in TERMINATORS:
+        hint = near(value, tuple(TERMINATORS)) if isinstance(value, str) else ""
+        raise ValueError(f"must be true or one of {', '.join(TERMINATORS)}, but got {value!r}{hint}")
+    return value
+
+
+class Stop(Frozen):
+    """What ends a search before `trials`: the first of these that holds."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    no_gain: Annotated[int | None, Field(ge=1)] = None
+    """N: none of the last N finished trials (complete, pruned or failed) was better than the best before them."""
+    target: Finite | None = None
+    """A complete trial's value has reached this number, in the study's direction."""
+    terminator: Annotated[str | None, BeforeValidator(_terminator)] = None
+    """One of Optuna's terminators: `regret_bound` (or `true`), `emmr`, `best_value_stagnation`."""
+
+    @model_validator(mode="after")
+    def _some_rule(self) -> "Stop":
+        if not self.rules():
+            raise ValueError(f"must name at least one of {', '.join(Stop.model_fields)}, but got none of them")
+        return self
+
+    def rules(self) -> dict[str, int | float | str]:
+        """Return what is set, by key."""
+        return {key: value for key in Stop.model_fields if (value := getattr(self, key)) is not None}
+
+
+def stop_of(value: Any) -> Any:
+    """`stop: false` is none at all."""
+    if value is None or value is False:
+        return None
+    if not isinstance(value, Mapping | Stop):
+        raise ValueError(f"must be false or a mapping of {', '.join(Stop.model_fields)}, but got {value!r}")
+    return value
 
 
 class Confirm(Frozen):
