@@ -147,13 +147,31 @@ def test_no_constraint_at_all_is_the_default(sized):
     assert prepare(sized("constraints: {}\n")).spec.constraints == {}
 
 
-def test_a_function_and_an_objective_that_trains_itself_are_said_what_to_do(study):
-    Path("own.py").write_text(OWN)
-    said = refused("check", study('objective: own.py\nconstraints: {n_parameters: "<= 5"}\n'))
-    assert "constraints.n_parameters: the objective trains itself" in said
+def test_a_function_is_said_what_to_do(study):
     Path("f.py").write_text("def f(trial):\n    return trial.suggest_float('x', 0, 1)\n")
     said = refused("check", study('objective: f.py:f\nconstraints: {x: "<= 5"}\n'))
     assert "constraints: a function sets its own: trial.set_constraint" in said
+
+
+@pytest.mark.parametrize("pruner", ["median", "{name: halving, first: 1, finish: 1}"])
+def test_an_objective_that_trains_itself_is_held_to_the_network_that_it_returns(study, pruner):
+    own = OWN.replace("def train(self, params, report):", "def train(self, params, report, resume=None):")
+    own = own.replace("network = nn.Linear(4, 2)", "network = nn.Linear(4, 2); network.bias.requires_grad_(False)")
+    Path("own.py").write_text(own)
+    bounds = 'constraints: {n_parameters: "<= 8", latency: "<= 1s"}\n'
+    file = study(f"objective: own.py\nepochs: 4\ntrials: 6\npruner: {pruner}\n{bounds}")
+    invoke("run", file)
+    table = hpo.open_study(file).trials
+    complete = table[table["state"] == "COMPLETE"]
+    assert (complete["constrained_n_parameters"] == 8).all()
+    assert complete["feasible"].all()
+    assert (complete["constrained_latency"] > 0).all()
+    assert complete["epochs"].tolist() == [4] * len(complete) != []
+    tight = study(f"objective: own.py\n{bounds.replace('8', '7')}", name="tight.yaml")
+    assert "trial 0: n_parameters 8 (must be <= 7, broken by 1)" in failed("run", tight)
+    Path("own.py").write_text(own.replace("return network", "return None"))
+    said = refused("run", study(f"objective: own.py\n{bounds}", name="none.yaml"))
+    assert "train must return its network, since the study has a constraint on n_parameters, latency" in said
 
 
 def test_a_metric_that_an_objectives_own_train_does_not_report_stops_the_study(study):

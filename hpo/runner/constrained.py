@@ -6,6 +6,7 @@ samplers are given by how much it breaks the constraint. A latency is measured w
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from hpo.export.describing import latency
 from hpo.runner.prepare import Plan
 from hpo.search.constraints import attrs_of
-from hpo.study.constraints import LATENCY, N_PARAMETERS, constraints_in
+from hpo.study.constraints import LATENCY, N_PARAMETERS, OF_ANY_TRIAL, constraints_in
 from hpo.study.data import Split
 from hpo.study.objective import Params
 from hpo.training.faults import TrialError, TrialFault
@@ -28,7 +29,9 @@ class Limits:
     def __init__(self, plan: Plan, task: Task | None = None) -> None:
         """`task` is what the engine's loop trains; None: trials are trained in another way."""
         self._constraints = constraints_in(plan.spec.constraints)
-        self._task = task
+        self._task, self._device = task, plan.device
+        self.wants_network = task is None and any(name in OF_ANY_TRIAL for name in self._constraints)
+        """Whether a trial that trains itself is judged only once it has given its network (`values_of_network`)."""
         self.rows: Callable[[int], Split] | None = None
         """Gives the first so many rows as networks take them, on the device; set by who has the data."""
 
@@ -37,7 +40,7 @@ class Limits:
 
         Nothing where its network cannot be built: that ends its trial where it is trained.
         """
-        if N_PARAMETERS not in self._constraints:
+        if self._task is None or N_PARAMETERS not in self._constraints:
             return {}
         try:
             return {N_PARAMETERS: self._n_trainable(self._network(params))}
@@ -47,6 +50,11 @@ class Limits:
             if not is_out_of_memory(error):
                 raise
             return {}
+
+    def values_of_network(self, network: nn.Module) -> dict[str, float]:
+        """Return what is known of a trial by the network that an objective's own training has given."""
+        counted = {N_PARAMETERS: self._n_trainable(network)} if N_PARAMETERS in self._constraints else {}
+        return counted | self._latency(lambda: network)
 
     def network(self, params: Params) -> nn.Module:
         """Return a network of `params`, on the CPU. Raises TrialError where it would not be trained."""
@@ -60,10 +68,8 @@ class Limits:
     def values(self, params: Params, metrics: Mapping[str, float], timed: bool = True) -> dict[str, float]:
         """Return the values that a trial has by the `metrics` of an epoch, and, unless not `timed`, its latency."""
         named = {name: metrics.get(f"valid_{name}", math.nan) for name in self._constraints}
-        sizes = {name: LATENCY[name] for name in self._constraints if name in LATENCY} if timed else {}
-        times = self._latency(params, tuple(sizes.values())) if sizes else {}
-        named |= {name: times.get(str(size), math.nan) for name, size in sizes.items()}
-        return {name: value for name, value in named.items() if math.isfinite(value)}
+        known = {name: value for name, value in named.items() if math.isfinite(value)}
+        return known | (self._latency(lambda: self._network(params)) if timed and self._task is not None else {})
 
     def unknown(self, values: Mapping[str, float]) -> str | None:
         """Return the first name of which no value is known; None: all are."""
@@ -97,18 +103,21 @@ class Limits:
     def _n_trainable(network: nn.Module) -> float:
         return float(sum(weight.numel() for weight in network.parameters() if weight.requires_grad))
 
-    def _latency(self, params: Params, sizes: tuple[int, ...]) -> dict[str, float]:
-        """Return the milliseconds that a network of `params` takes for so many rows, eager, on the study's device.
+    def _latency(self, build: Callable[[], nn.Module]) -> dict[str, float]:
+        """Return the milliseconds that a network takes, eager, on the study's device, by the constraints' names.
 
-        Nothing where that has no memory for it.
+        Nothing where the device has no memory for it, or none is constrained.
         """
-        assert self._task is not None
+        sizes = {name: LATENCY[name] for name in self._constraints if name in LATENCY}
+        if not sizes:
+            return {}
         assert self.rows is not None
         try:
-            network = self._network(params).to(self._task.device).eval()
-            with torch.random.fork_rng(devices=[]), self._task.autocast():
-                return latency(network, self.rows(max(sizes)), sizes, self._task.device)
+            network = build().to(self._device).eval()
+            with torch.random.fork_rng(devices=[]), nullcontext() if self._task is None else self._task.autocast():
+                times = latency(network, self.rows(max(sizes.values())), tuple(sizes.values()), self._device)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return {}
+        return {name: times[str(size)] for name, size in sizes.items()}

@@ -18,6 +18,7 @@ from hpo.search.claim import TakenOver
 from hpo.search.pruning import settle_pruner
 from hpo.search.search import Search
 from hpo.stopping import StopToken
+from hpo.study.constraints import OF_ANY_TRIAL
 from hpo.study.data import Data, Split
 from hpo.study.loading import origin
 from hpo.study.objective import Function, Params, resumes
@@ -47,7 +48,8 @@ class TrialReporter:
             raise InputError(
                 f"{where} reported {', '.join(metrics) or 'nothing'}, but the study's metric is {self._plan.metric}"
             )
-        if lacking := [name for name in self._plan.spec.constraints if f"valid_{name}" not in named]:
+        reported = [name for name in self._plan.spec.constraints if name not in OF_ANY_TRIAL]
+        if lacking := [name for name in reported if f"valid_{name}" not in named]:
             raise InputError(
                 f"{where} reported {', '.join(metrics)}, but the study has a constraint on {', '.join(lacking)}"
             )
@@ -102,6 +104,7 @@ class CustomTraining:
         if data is not None:
             preprocess = plan.objective.preprocess(data.train)
             self._train, self._valid = (x.through(preprocess).to(plan.device) for x in (data.train, data.valid))
+            trials.limits.rows = lambda n: self._train  # `latency` takes as many as it needs
 
     def choose(self) -> None:
         """Choose how trials are pruned; they are never stacked."""
@@ -148,10 +151,17 @@ class CustomTraining:
                 trial.report(metrics, None, training)
             if trial.ending is None and training is not None and trial.checkpoint_is_due:
                 trial.checkpoint(training)
-            return trial.ending is None
+            return not trial.is_over
 
         report = TrialReporter(plan, self._train, self._valid, plan.spec.epochs, member.seed, told)
-        train_custom(plan, member.params, report, member.resume and member.resume.get(OWN))
+        network = train_custom(plan, member.params, report, member.resume and member.resume.get(OWN))
+        if self._trials.limits.wants_network and trial.ending is None:
+            if network is None:
+                names = ", ".join(name for name in plan.spec.constraints if name in OF_ANY_TRIAL)
+                where = f"objective {plan.spec.objective}: train"
+                raise InputError(f"{where} must return its network, since the study has a constraint on {names}")
+            with self._trials.together():
+                trial.take_network(network)
         if trial.ending is not None:  # by its last epoch, the pruner, or a fault of its first epoch
             return
         if not trial.has_reported:

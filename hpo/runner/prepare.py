@@ -229,12 +229,6 @@ def _constraint_faults(spec: StudySpec, objective: Objective | Function) -> list
         if name in own and name in OF_ANY_TRIAL:
             why = "the objective has a metric of that name, so it is not clear which is meant; rename the metric"
             faults.append(Fault(path=at, message=why))
-        elif name in OF_ANY_TRIAL and objective.train is not None:
-            why = (
-                f"the objective trains itself, so the engine knows its networks only when they are trained; constrain "
-                f"one of its metrics ({', '.join(own[:-1])}), which may be a size that `train` reports"
-            )
-            faults.append(Fault(path=at, message=why))
         elif name not in (*own, *OF_ANY_TRIAL):
             why = f"there is nothing of that name to constrain{did_you_mean(name, [*own, *OF_ANY_TRIAL])}"
             faults.append(Fault(path=at, message=why))

@@ -4,7 +4,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hpo.log import log
@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from hpo.runner.prepare import Plan
 
 STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "INTERRUPTED": "interrupted"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How a trial ends: the state is a key of `hpo.tracking.base.STATUS`; `fault` says why it failed."""
+
+    state: str
+    value: float | None = None
+    fault: str | None = None
 
 
 class Progress(ABC):

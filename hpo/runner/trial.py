@@ -2,11 +2,11 @@
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-import torch
+from torch import nn
 
 from hpo.errors import HpoError
 from hpo.log import log
@@ -15,7 +15,7 @@ from hpo.runner.checkpoints import Checkpoint, Origin
 from hpo.runner.constrained import Limits
 from hpo.runner.paused import PausedTrials
 from hpo.runner.prepare import Plan
-from hpo.runner.progress import Progress
+from hpo.runner.progress import Ending, Progress
 from hpo.search import schema
 from hpo.search.budget import Rank, rank_of
 from hpo.search.claim import Claim
@@ -29,15 +29,6 @@ from hpo.training.memory import used_mib
 from hpo.training.stack import Kept, Member, Stack, Task
 
 TAKEN_OVER = "another worker took this trial over, since this one was not heard of for too long"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ending:
-    """How a trial ends: the state is a key of `hpo.tracking.base.STATUS`; `fault` says why it failed."""
-
-    state: str
-    value: float | None = None
-    fault: str | None = None
 
 
 class TrialRun:
@@ -79,8 +70,11 @@ class TrialRun:
         self._limits, self._known = limits, limits.values_at_claim(claim.params)
         self._values = self._known
         """Of what the study constrains, as far as they are known."""
+        self._end: Callable[[], None] | None = None
+        """What ends the trial once its network is there, where that is waited for."""
         self._task = task
-        self._rates = None if task is None else _rates(task, claim.params)
+        steps = None if task is None else task.steps_per_epoch(claim.params)
+        self._rates = None if steps is None else schedules.rates(claim.params, steps, plan.spec.epochs)
         self._started = self._checkpointed = time.monotonic()
         if claim.is_resumed:
             tracker.resume_trial(claim.number)
@@ -190,9 +184,27 @@ class TrialRun:
         patience = plan.spec.patience
         last = member.epoch >= plan.spec.epochs or (patience is not None and epoch - self._improved >= patience)
         if last or not go_on:
-            self.conclude(pruned=not last)  # after the last epoch pruning would save nothing
+            self._end_by_then(partial(self.conclude, pruned=not last))  # after the last epoch pruning saves nothing
         elif member.epoch == member.pause:
-            self._pause(training if stack is None else stack.checkpoint(member))
+            self._end_by_then(partial(self._pause, training if stack is None else stack.checkpoint(member)))
+
+    def _end_by_then(self, end: Callable[[], None]) -> None:
+        """End the trial by `end`, as soon as all is known that it is held to."""
+        if self._limits.wants_network:
+            self._end = end
+        else:
+            end()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is no further epoch to train."""
+        return self.ending is not None or self._end is not None
+
+    def take_network(self, network: nn.Module) -> None:
+        """Take the network that an objective's own training has given, which ends the trial if it is over."""
+        self._known = self._limits.values_of_network(network)
+        if self._end is not None:
+            self._end()
 
     def _pause(self, training: Mapping[str, Any] | None) -> None:
         """Have the trial leave its slot until it is resumed: its checkpoint is there before anybody can claim it."""
@@ -335,14 +347,3 @@ class TrialRun:
             return  # its end was told already
         self._tracker.end_trial(self._claim.number, "INTERRUPTED", reason)
         self._progress.trial_ended(self._claim.number, "INTERRUPTED", None, reason)
-
-
-def _rates(task: Task, params: Mapping[str, Any]) -> list[float] | None:
-    """Return a trial's learning rate at the last step of each epoch; None: it stays what it is in the params."""
-    if params.get("schedule", "constant") == "constant":
-        return None
-    steps = task.steps_per_epoch(params)
-    last = torch.arange(1, task.epochs + 1, dtype=torch.float64) * steps - 1
-    factors = schedules.factor(schedules.hyperparameters(params), last, steps, task.epochs)
-    rates: list[float] = (params["learning_rate"] * factors).tolist()
-    return rates

@@ -65,3 +65,13 @@ def _anneal(start: float, end: float, share: Any) -> Any:
 def _positive(length: Any) -> Any:
     """Return `length`, kept from being zero where a phase has no steps."""
     return length.clamp(min=1e-9) if isinstance(length, Tensor) else max(length, 1e-9)
+
+
+def rates(params: Mapping[str, Any], steps_per_epoch: int, epochs: int) -> list[float] | None:
+    """Return a trial's learning rate at the last step of each epoch; None: it stays what it is in the params."""
+    if params.get("schedule", "constant") == "constant":
+        return None
+    last = torch.arange(1, epochs + 1, dtype=torch.float64) * steps_per_epoch - 1
+    factors = factor(hyperparameters(params), last, steps_per_epoch, epochs)
+    found: list[float] = (params["learning_rate"] * factors).tolist()
+    return found
