@@ -165,8 +165,7 @@ def read(
     identity = _mapping(attrs.get(schema.IDENTITY))
     metric = str(identity.get("metric", "value"))
     main = f"valid_{metric}" if identity.get("params") else metric
-    maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
-    counted = holders(trials)
+    maximize, counted = study.direction == optuna.study.StudyDirection.MAXIMIZE, holders(trials)
     rows = [plain(row_of(trial)) for trial in counted]
     best = _best(counted, fixed_in(identity), maximize=maximize)
     result = plain(_mapping(attrs.get(schema.RESULT)))

@@ -34,6 +34,11 @@ TAKEN_OVER = "another worker took this trial over, since this one was not heard 
 class TrialRun:
     """Tells storage, tracker and progress of one trial, from its claim to its end."""
 
+    caught: BaseException | None = None
+    """The error that it ends by, where `catch` names it."""
+    _end: Callable[[], None] | None = None
+    """What ends the trial once its network is there, where that is waited for."""
+
     def __init__(
         self,
         plan: Plan,
@@ -64,14 +69,10 @@ class TrialRun:
         self._peak: float | None = None
         self.ending: Ending | None = None
         """How the trial ends, once that is known."""
-        self.caught: BaseException | None = None
-        """The error that it ends by, where `catch` names it."""
         self._improved = 0
         self._limits, self._known = limits, limits.values_at_claim(claim.params)
         self._values = self._known
         """Of what the study constrains, as far as they are known."""
-        self._end: Callable[[], None] | None = None
-        """What ends the trial once its network is there, where that is waited for."""
         self._task = task
         steps = None if task is None else task.steps_per_epoch(claim.params)
         self._rates = None if steps is None else schedules.rates(claim.params, steps, plan.spec.epochs)
