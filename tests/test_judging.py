@@ -84,7 +84,9 @@ def test_the_confusion_is_that_of_the_weights_that_were_kept(judged, kind):
     assert found["confusion"]["classes"] == ["a", "b", "c"][: len(counts)]
     assert counts.diagonal().sum() / 50 == pytest.approx(best.value, abs=1e-6)
     assert found["measured"]["accuracy"] == pytest.approx(best.value, abs=1e-6)
-    boosting, linear = found["baselines"]["rows"]
+    majority, linear, boosting = found["baselines"]["rows"]
+    assert majority["name"] == "majority class"
+    assert majority["value"] < 0.7
     assert "HistGradientBoosting" in boosting["name"]
     assert linear["name"] == "logistic regression"
     assert 0.9 < linear["value"] <= 1.0
@@ -99,7 +101,7 @@ def test_a_class_that_the_network_never_predicts_has_its_column(judged):
 
 def test_of_images_there_are_no_baselines(judged):
     found, best = judged(kind='"images"')
-    assert found["baselines"] == {"absent": "they need a table: one input of numbers, a row for each example"}
+    assert found["baselines"] == {"absent": "they need a table: numbers or categories, a row for each example"}
     assert found["measured"]["accuracy"] == pytest.approx(best.value, abs=1e-6)
 
 

@@ -55,7 +55,7 @@ def confirm(plan: Plan, data: Data, search: Search, seen: StudyView, stopping: C
         with sealing(plan.given), _resumable():
             if prepared is None or prepared.data is not part:
                 prepared = None  # so that there is one at a time
-                prepared = _Prepared.of(plan, part)
+                prepared = Prepared.of(plan, part)
             wanted = [key for key in top if (key, run) in left]
             _Run(plan, search, top, run, wanted, prepared, stopping).train()
         log.info(f"  run {run + 1} of {how.runs} done: {len(wanted)} trainings")
@@ -95,7 +95,7 @@ def _overlap(data: Data, how: Confirm) -> float:
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """A split as networks take it, with `preprocess` fitted on its train rows; None: an objective trains itself."""
 
     data: Data
@@ -103,7 +103,7 @@ class _Prepared:
     batches: tuple[Batches, Batches] | None
 
     @classmethod
-    def of(cls, plan: Plan, data: Data) -> "_Prepared":
+    def of(cls, plan: Plan, data: Data) -> "Prepared":
         preprocess = plan.objective.preprocess(data.train)
         if plan.objective.train is not None:
             return cls(data, preprocess, None)
@@ -120,7 +120,7 @@ class _Run:
     top: Mapping[str, Best]
     run: int
     wanted: Sequence[str]
-    prepared: _Prepared
+    prepared: Prepared
     stopping: Callable[[], bool]
 
     def train(self) -> None:

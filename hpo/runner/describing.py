@@ -64,6 +64,7 @@ def description(
         lines += [f"Trained again on train + validation and tested: {tests}.", ""]
         lines += [f"{_escaped(done.seeds_text.capitalize())}.", ""] if done.seeds else []
         lines += [f"{done.readings.capitalize()}.", ""] if done.readings else []
+        lines += [_escaped(" ".join(done.beside.sentences())), ""] if done.beside is not None else []
     if done is not None and done.bundle is not None:
         lines += [f"The model is in the artifacts, in `bundle`; it was written to `{masked(str(done.bundle))}`.", ""]
     lines += [f"{count_text(seen.counts)}. {seen.effort.text()}".strip(), ""]
