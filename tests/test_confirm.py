@@ -14,8 +14,9 @@ from hpo.runner import confirm as confirming
 from hpo.runner.outcome import outcome
 from hpo.runner.prepare import prepare, prepare_values
 from hpo.runner.refit import conclude
-from hpo.search.confirmed import Result, chosen, confirmation, confirmed_in, results_in, sentences
+from hpo.search.confirmed import chosen, confirmation, confirmed_in, results_in, sentences
 from hpo.search.opening import open_search
+from hpo.search.retrained import Result
 from hpo.seeds import derive
 from hpo.tracking.base import MemoryTracker
 from hpo.training.batches import make_batches

@@ -27,7 +27,8 @@ from hpo.runner.progress import PlainProgress, Progress, Refresh, count_text, sh
 from hpo.runner.study import StudyFile, WorkerOptions
 from hpo.search import adoption
 from hpo.search.beside import Beside
-from hpo.search.confirmed import Confirmed, confirmation, mean_text, sentences
+from hpo.search.confirmed import confirmation, mean_text, sentences
+from hpo.search.retrained import Confirmed
 from hpo.search.search import Search
 from hpo.search.storage import serve_storage
 from hpo.search.view import Best, StudyView

@@ -15,8 +15,9 @@ from hpo.export.files import finite
 from hpo.runner.outcome import Outcome, outcome, stack_paths
 from hpo.runner.progress import ProgressState, count_text, shown
 from hpo.search.clock import duration
-from hpo.search.confirmed import Confirmed, chosen, confirmation, progress_text, sentences
+from hpo.search.confirmed import chosen, confirmation, progress_text, sentences
 from hpo.search.opening import is_over, no_study, open_stored, workers_of
+from hpo.search.retrained import Confirmed
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
 from hpo.study.draft import read

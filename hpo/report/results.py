@@ -20,8 +20,9 @@ from hpo.search import schema
 from hpo.search.address import exists
 from hpo.search.beside import Beside, beside_in
 from hpo.search.budget import Counts, count, holders, wrong_row
-from hpo.search.confirmed import Confirmed, confirmed_in
+from hpo.search.confirmed import confirmed_in
 from hpo.search.curves import curves_in
+from hpo.search.retrained import Confirmed
 from hpo.search.storage import close_storage, open_storage
 from hpo.search.view import Best, own
 

@@ -136,11 +136,12 @@ def fit_baselines(
     except (Exception, SystemExit) as error:  # the user's own preprocess, a library's, memory
         return fitted, [f"no linear model and no gradient boosting: {why(error)}"]
     some = "" if len(chosen) == len(train) else f"fitted to {len(chosen):,} of {len(train):,} rows"
-    for name, make in _models(form, table, seed):
+    for name, make in (("linear model", _linear), ("HistGradientBoosting", _boosted)):
         try:
+            name, fit = make(form, table, seed)  # which imports scikit-learn
             start = time.perf_counter()
             with _quiet(x.size):
-                model, note = make(x, y)
+                model, note = fit(x, y)
             seconds = time.perf_counter() - start
             predict = _predictor(form, table, model)
             fitted.append(
@@ -260,13 +261,7 @@ _Fit = Callable[[np.ndarray, np.ndarray], tuple[Any, str]]
 """Takes inputs (N, F) and targets; returns the fitted model, and what it was spared."""
 
 
-def _models(form: Form, table: _Table, seed: int) -> Iterator[tuple[str, _Fit]]:
-    name = "logistic regression" if form.n_classes else "linear regression"
-    yield name, lambda x, y: (_linear(form, table).fit(x, y), "")
-    yield "HistGradientBoosting", lambda x, y: _boosted(form, table, seed, x, y)
-
-
-def _linear(form: Form, table: _Table) -> Any:
+def _linear(form: Form, table: _Table, seed: int) -> tuple[str, _Fit]:
     """Return a linear model of standardised numbers, the missing ones at their median, and of categories."""
     from sklearn.compose import make_column_transformer
     from sklearn.impute import SimpleImputer
@@ -283,29 +278,33 @@ def _linear(form: Form, table: _Table) -> Any:
         (filled, [i for i, each in enumerate(category) if not each]),
         (indicators, [i for i, each in enumerate(category) if each]),
     )
-    return make_pipeline(prepared, LogisticRegression() if form.n_classes else LinearRegression())
+    model = make_pipeline(prepared, LogisticRegression() if form.n_classes else LinearRegression())
+    name = "logistic regression" if form.n_classes else "linear regression"
+    return name, lambda x, y: (model.fit(x, y), "")
 
 
-def _boosted(form: Form, table: _Table, seed: int, x: np.ndarray, y: np.ndarray) -> tuple[Any, str]:
+def _boosted(form: Form, table: _Table, seed: int) -> tuple[str, _Fit]:
     """Return gradient boosting by scikit-learn's own settings, but for the trees that would take more than seconds."""
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
-    if y.ndim > 1:
-        raise Absent("it predicts one number a row")
     kind = HistGradientBoostingClassifier if form.n_classes else HistGradientBoostingRegressor
     category = table.is_category
     keys = {"categorical_features": category if any(category) else None, "random_state": seed % 2**32}
     model = kind(max_iter=_FIRST_TREES, warm_start=True, **keys)
-    start = time.perf_counter()
-    model.fit(x, y)
-    affordable = int(_FIRST_TREES * _TREE_SECONDS / max(time.perf_counter() - start, 1e-9))
-    if model.n_iter_ < _FIRST_TREES:  # it has stopped early by itself
-        return model, ""
-    trees = min(_TREES, max(affordable, _FIRST_TREES))
-    if trees > _FIRST_TREES:
-        model.set_params(max_iter=trees)
+
+    def fit(x: np.ndarray, y: np.ndarray) -> tuple[Any, str]:
+        if y.ndim > 1:
+            raise Absent("it predicts one number a row")
+        start = time.perf_counter()
         model.fit(x, y)
-    return model, "" if trees == _TREES else f"{trees} of {_TREES} trees"
+        affordable = int(_FIRST_TREES * _TREE_SECONDS / max(time.perf_counter() - start, 1e-9))
+        trees = min(_TREES, max(affordable, _FIRST_TREES))
+        if model.n_iter_ == _FIRST_TREES < trees:  # it has not stopped early by itself
+            model.set_params(max_iter=trees)
+            model.fit(x, y)
+        return model, "" if trees == _TREES else f"{trees} of {_TREES} trees"
+
+    return "HistGradientBoosting", fit
 
 
 @contextmanager

@@ -121,7 +121,7 @@ class _Measuring:
         self._slow = time.perf_counter() - start > _MOST_SECONDS
         if not math.isfinite(value):
             return None
-        theirs = self._predicted(fitted, prediction(outputs))
+        theirs, failed = self._predicted(fitted, prediction(outputs))
         baselines = [
             Baseline(name=each.name, metrics=self._all(made, loss=is_tensor), seconds=each.seconds, note=each.note)
             for each, made in theirs
@@ -134,7 +134,7 @@ class _Measuring:
             rows=len(self._rows),
             of_rows=len(self._test),
             baselines=baselines,
-            absent=absent,
+            absent=[*absent, *failed],
         )
         best = found.best_baseline
         if best is not None:
@@ -157,12 +157,18 @@ class _Measuring:
         """Return the outputs for the rows that are measured."""
         return outputs if self._is_whole else tree_map(lambda x: x[self._rows.to(x.device)], outputs)
 
-    def _predicted(self, fitted: Sequence[Fitted], like: Tensor) -> list[tuple[Fitted, Tensor]]:
-        """Return the baselines with their outputs for the rows that are measured, on the device."""
+    def _predicted(self, fitted: Sequence[Fitted], like: Tensor) -> tuple[list[tuple[Fitted, Tensor]], list[str]]:
+        """Return the baselines with their outputs for the rows that are measured, on the device; and what failed."""
         rows = self._test if self._is_whole else taken(self._test, self._rows)
         if len(fitted) > 1:  # the first needs no inputs
             rows = rows.through(self._preprocess)
-        return [(each, each.predict(rows).to(like)) for each in fitted]
+        made, failed = [], []
+        for each in fitted:
+            try:
+                made.append((each, each.predict(rows).to(like)))
+            except Exception as error:
+                failed.append(f"no {each.name}: {why(error)}")
+        return made, failed
 
     def _value(self, outputs: Any, name: str = "", rows: Tensor | None = None) -> float:
         name, targets = name or self._plan.metric, self._targets

@@ -12,48 +12,24 @@ from hpo.log import log
 from hpo.runner.again import train_members
 from hpo.runner.baselines import Absent, why
 from hpo.runner.confirm import Prepared, result_of
+from hpo.runner.params import default_params
 from hpo.runner.prepare import Plan
 from hpo.search import schema
 from hpo.search.beside import Default
 from hpo.search.clock import duration
-from hpo.search.confirmed import Configuration, Result, digest, results_in
+from hpo.search.confirmed import digest, results_in
+from hpo.search.retrained import Configuration, Result
 from hpo.search.search import Search
-from hpo.search.view import Best, StudyView
+from hpo.search.view import NO_TRIAL, Best, StudyView
 from hpo.seeds import derive
 from hpo.study.data import Data
-from hpo.training import optim
 from hpo.training.loop import Results
 from hpo.training.stack import Member, Stack
 
 SHARE, SECONDS = 0.1, 2.0
 """The default configuration is trained where that takes at most this share of the search's time, or so many seconds."""
-NO_TRIAL = -1
-"""In place of a trial's number: the default configuration need not be a trial of the study."""
 Refit = Callable[[Best, int], nn.Module]
 """Trains a configuration from scratch on train + validation, for so many epochs."""
-
-
-def default_params(plan: Plan) -> dict[str, Any]:
-    """Return the default configuration: the first of `start_with` over the objective's and the engine's defaults.
-
-    What the study file fixes is fixed here too; a searched param of the engine that has no default is left to torch.
-    Raises Absent where a param has none.
-    """
-    known = {**optim.DEFAULTS, **plan.objective.defaults, **(plan.spec.start_with[0] if plan.spec.start_with else {})}
-    params = dict(plan.space.fixed)
-    for each in plan.space.dimensions:
-        if not each.applies(params):
-            continue
-        if each.name in known:
-            params[each.name] = known[each.name]
-        elif each.name not in optim.NAMES:
-            raise Absent(f"{each.name} has no default")
-    return params
-
-
-def trial_of(seen: StudyView, params: Mapping[str, Any]) -> Best | None:
-    """Return the first complete trial of these params; None: there is none."""
-    return next((b for t in seen.complete if (b := seen.best(t.number)) is not None and b.params == params), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +37,6 @@ class Trained:
     """What was found of the default configuration before the test rows are read, and its network, if there is one."""
 
     known: Default
-    params: Mapping[str, Any]
     network: nn.Module | None = None
 
 
@@ -81,24 +56,31 @@ def train_default(
     trial, or of its confirmation; else it is trained once on the train split, as a trial. Raises Interrupted.
     """
     try:
-        params = default_params(plan)
-    except Absent as reason:
-        return Trained(known=Default(why=str(reason)), params={})
-    trial = trial_of(seen, params)
+        params = default_params(plan.objective, plan.spec, plan.space)
+    except KeyError as error:
+        return Trained(known=Default(why=f"{error.args[0]} has no default"))
+    trial = seen.complete_with(params)
     if params == best.params:
-        return Trained(known=Default(number=best.number, is_best=True), params=params)
+        return Trained(known=Default(number=best.number, is_best=True))
     value = None if trial is None else trial.value
     known = Default(number=None if trial is None else trial.number)
     start, network, failed = time.perf_counter(), None, ""
     try:
-        epochs = _epochs_of(plan, search, trial, params)
+        epochs = _epochs_of(plan, search, trial, params if trial is None else trial.params)
         _require_cheap(plan, search, seen, took, epochs)
         log.info("training the default configuration, to compare the best of the search with it")
         if epochs is None:
             found = _as_a_trial(plan, search, params, data, stopping)
             value, epochs = found.value, found.epoch + 1
         seed = derive(plan.spec.seed, "default") if trial is None else trial.seed
-        of_default = Best(number=NO_TRIAL, value=0.0, params=params, epoch=epochs - 1, seed=seed, metrics={})
+        of_default = Best(
+            number=NO_TRIAL,
+            value=0.0,
+            params=params if trial is None else trial.params,
+            epoch=epochs - 1,
+            seed=seed,
+            metrics={},
+        )
         network = refit(of_default, epochs)
         known = replace(known, epochs=epochs, seconds=time.perf_counter() - start)
     except Interrupted:
@@ -106,7 +88,7 @@ def train_default(
     except (Absent, HpoError) as error:
         failed = why(error)
     gain = None if value is None else (best.value - value) * (1 if search.maximize else -1)
-    return Trained(known=replace(known, gain_on_validation=gain, why=failed), params=params, network=network)
+    return Trained(known=replace(known, gain_on_validation=gain, why=failed), network=network)
 
 
 def _epochs_of(plan: Plan, search: Search, trial: Best | None, params: Mapping[str, Any]) -> int | None:

@@ -7,7 +7,8 @@ from hpo.errors import masked
 from hpo.runner.outcome import Outcome
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import count_text, shown
-from hpo.search.confirmed import Confirmed, sentences
+from hpo.search.confirmed import sentences
+from hpo.search.retrained import Confirmed
 from hpo.search.view import Best, StudyView
 from hpo.study.data import Data
 

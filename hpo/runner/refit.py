@@ -19,7 +19,7 @@ from hpo.log import log
 from hpo.runner.beside import Contest
 from hpo.runner.confirm import confirm
 from hpo.runner.custom import train_outside
-from hpo.runner.default import NO_TRIAL, has_all_epochs, train_default
+from hpo.runner.default import has_all_epochs, train_default
 from hpo.runner.keeping import bundle_of
 from hpo.runner.outcome import Outcome, networks_of, outcome, tests_of
 from hpo.runner.prepare import Plan
@@ -30,7 +30,7 @@ from hpo.search import schema
 from hpo.search.beside import Beside
 from hpo.search.confirmed import chosen, confirmation, sentences
 from hpo.search.search import Search
-from hpo.search.view import Best, StudyView
+from hpo.search.view import NO_TRIAL, Best, StudyView
 from hpo.stacks.candidate import NotStackable
 from hpo.stacks.cost import records
 from hpo.stacks.vmap_stack import VmapStack

@@ -16,8 +16,9 @@ from hpo.runner.outcome import Outcome, outcome
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
 from hpo.search import schema
-from hpo.search.confirmed import Confirmed, chosen, confirmation
+from hpo.search.confirmed import chosen, confirmation
 from hpo.search.notes import trial_page, write_note
+from hpo.search.retrained import Confirmed
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
 from hpo.study.data import Data

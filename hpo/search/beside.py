@@ -126,7 +126,7 @@ class Beside:
         for each in self.baselines:
             value = f"{each.metrics[self.metric]:.4g}" if self.metric in each.metrics else "not known"
             more = f", {each.note}" if each.note else ""
-            texts.append(f"{each.name} {value} ({each.seconds:.2g} s{more})")
+            texts.append(f"{each.name} {value} ({each.seconds:.2f} s{more})")
         values = [f"{self.metric} on test: {', '.join(texts)}"] if texts else []
         return "; ".join([*values, *self.absent])
 
@@ -140,10 +140,10 @@ class Beside:
         name = f"{best.name[0].upper()}{best.name[1:]}"
         if not found.is_clear:
             if found.by == 0:
-                return f"{name} is as good as the network: {self.metric} {ours} of both; it took {best.seconds:.2g} s."
+                return f"{name} is as good as the network: {self.metric} {ours} of both; it took {best.seconds:.2f} s."
             return (
                 f"{name} comes to {self.metric} {theirs}, the network to {ours}: no difference that {self._rows} "
-                f"could show; the baseline took {best.seconds:.2g} s."
+                f"could show; the baseline took {best.seconds:.2f} s."
             )
         if found.by > 0:
             return (
@@ -152,7 +152,7 @@ class Beside:
             )
         return (
             f"{name} is better than the network, by {-found.by:.2g}: {self.metric} {theirs} against {ours} "
-            f"({self._certainty(found)}); it took {best.seconds:.2g} s."
+            f"({self._certainty(found)}); it took {best.seconds:.2f} s."
         )
 
     @property
@@ -197,7 +197,8 @@ class Beside:
     def _certainty(self, found: Difference) -> str:
         if found.interval is None:
             return f"of {self._rows}; how much of it is chance is not known"
-        return f"95% interval of the difference {found.interval.low:.2g} to {found.interval.high:.2g}, {self._rows}"
+        ends = sorted(abs(end) for end in (found.interval.low, found.interval.high))  # it is on one side of 0
+        return f"95% interval of the difference {ends[0]:.2g} to {ends[1]:.2g}, {self._rows}"
 
     def sentences(self) -> list[str]:
         """Return all that is said of it, for a person."""
