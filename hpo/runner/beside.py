@@ -96,6 +96,8 @@ class _Measuring:
         self._metrics = {"loss": None} | {n: each.to(plan.device) for n, each in plan.objective.metrics().items()}
         self._rows = some_rows(len(test), MOST_ROWS, plan.spec.seed)
         self._targets = batches.targets if self._is_whole else batches.targets[self._rows.to(plan.device)]
+        self._slow = False
+        """Whether a metric takes so long that there are no intervals."""
         n = len(self._rows)
         generator = torch.Generator().manual_seed(derive(plan.spec.seed, "test groups"))
         group = torch.randperm(n, generator=generator) % min(GROUPS, n)
