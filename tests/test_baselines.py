@@ -296,7 +296,7 @@ def test_it_is_one_reading_of_the_test_rows_and_changes_nothing_of_what_is_expor
 
 
 def test_the_key_is_true_or_false(study):
-    assert "baseline: must be true or false" in refused("run", study("baseline: maybe\n"))
+    assert "baseline: must be a boolean, but got 'maybe'" in refused("run", study("baseline: maybe\n"))
 
 
 def test_an_objective_that_trains_itself_and_a_function_have_none(study, tmp_path):
