@@ -11,11 +11,12 @@ from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 
 import hpo
 from hpo.errors import Interrupted
-from hpo.runner import baselines, default
-from hpo.runner.baselines import Absent, Form, fit_baselines, form_of, some_rows, value_of
+from hpo.runner import default, table_models
+from hpo.runner.baselines import Form, fit_baselines, form_of, some_rows, value_of
 from hpo.runner.outcome import outcome
 from hpo.runner.prepare import prepare
 from hpo.runner.refit import conclude
+from hpo.runner.table_models import Absent
 from hpo.search.beside import beside_in
 from hpo.search.opening import open_search
 from hpo.study.data import DataInfo, Split
@@ -171,15 +172,15 @@ def test_of_many_rows_a_sample_is_fitted_to_and_that_is_said():
     assert len(some_rows(10, 4, 0).unique()) == 4
 
 
-def test_trees_that_would_take_long_are_left_out_and_that_is_said(monkeypatch):
-    monkeypatch.setattr(baselines, "_TREE_SECONDS", 0.0)
+def test_steps_and_trees_that_would_take_long_are_left_out_and_that_is_said(monkeypatch):
+    monkeypatch.setattr(table_models, "_SECONDS", 0.0)
     found, _ = fitted(Form(n_classes=2, shape=(2,), are="logits"), table())
-    assert found[2].note == "10 of 100 trees"
+    assert [each.note for each in found] == ["", "not converged", "1 of 100 trees"]
 
 
 WRONG = {
     "one class": (Form(n_classes=2, shape=(2,), are="logits"), torch.zeros(400).long(), "no logistic regression: "),
-    "many columns": (NUMBERS, None, "there are more than 2,000 columns"),
+    "many columns": (NUMBERS, None, "there are more than 500 columns"),
     "many classes": (Form(n_classes=101, shape=(101,), are="logits"), None, "there are more than 100 classes"),
 }
 
@@ -189,7 +190,7 @@ def test_what_cannot_be_fitted_is_said_in_a_line_and_the_rest_is_there(case):
     form, targets, why = WRONG[case]
     train = table()
     if case == "many columns":
-        train = Split(inputs={"x": torch.zeros(400, 2001)}, targets=torch.zeros(400, 1))
+        train = Split(inputs={"x": torch.zeros(400, 501)}, targets=torch.zeros(400, 1))
     found, absent = fitted(form, Split(inputs=train.inputs, targets=train.targets if targets is None else targets))
     assert found[0].name in ("majority class", "mean of the targets")
     assert why in absent[0]
@@ -400,7 +401,7 @@ def test_a_metric_that_knows_networks_only_leaves_the_result_as_it_is(told):
 def test_of_many_test_rows_as_many_are_measured_and_that_is_said(told, monkeypatch):
     from hpo.runner import beside
 
-    monkeypatch.setattr(beside, "MOST_ROWS", 20)
+    monkeypatch.setattr(beside, "MOST_MEASURED", 20)
     plan, data, search = told([(0.01, 0.7, 3), (0.09, 0.8, 1)])
     done = end(plan, data, search)
     assert (done.beside.rows, done.beside.of_rows) == (20, 50)

@@ -7,9 +7,7 @@ others need a table.
 """
 
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,31 +17,23 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from hpo.errors import HpoError, said
+from hpo.runner.table_models import MOST_INDICATORS, Absent, Table, boosted, linear, quiet
 from hpo.seeds import derive
 from hpo.study.data import DataInfo, Split, prediction
 from hpo.study.objective import Objective
 
 MOST_ROWS = 50_000
-"""So many rows are fitted to, or measured, at the most."""
+"""So many rows are fitted to at the most."""
 MOST_CLASSES = 100
-_MOST_COLUMNS = 2000
+MOST_MEASURED = 20_000
+"""So many test rows are measured at the most."""
+_MOST_COLUMNS = 500
 _MOST_NUMBERS = 10_000_000
 """Rows times columns that are fitted to; and twice as many by the number of classes."""
-_MOST_CATEGORIES = 254
-"""scikit-learn's gradient boosting takes 255 bins, one of them for missing values."""
-_MOST_INDICATORS = 20
-"""For so many categories of a column the linear model has a weight each; rarer ones share one."""
-_TREES, _FIRST_TREES, _TREE_SECONDS = 100, 10, 2.0
 _LEAST_CHANCE = 1e-12
 """A chance of nothing has no logarithm."""
-_SMALL = 1_000_000
-"""Below so many numbers, threads wait for each other longer than they work."""
 LOGITS = ("bce", "cross_entropy", "nll")
 """The losses by name that take logits."""
-
-
-class Absent(Exception):
-    """Why something cannot be had, in one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,16 +121,16 @@ def fit_baselines(
             return fitted, absent
         _require_few(form, train)
         chosen = _sample(train, preprocess, form, seed, most)
-        table = _Table.of(chosen)
+        table = Table.of(chosen)
         x, y = table(chosen), _wanted(form, chosen.targets)
     except (Exception, SystemExit) as error:  # the user's own preprocess, a library's, memory
         return fitted, [f"no linear model and no gradient boosting: {why(error)}"]
     some = "" if len(chosen) == len(train) else f"fitted to {len(chosen):,} of {len(train):,} rows"
-    for name, make in (("linear model", _linear), ("HistGradientBoosting", _boosted)):
+    for name, make in (("linear model", linear), ("HistGradientBoosting", boosted)):
         try:
-            name, fit = make(form, table, seed)  # which imports scikit-learn
+            name, fit = make(table, seed, of_classes=form.n_classes > 0)  # which imports scikit-learn
             start = time.perf_counter()
-            with _quiet(x.size):
+            with quiet(x.size):
                 model, note = fit(x, y)
             seconds = time.perf_counter() - start
             predict = _predictor(form, table, model)
@@ -211,6 +201,7 @@ def _sample(train: Split, preprocess: nn.Module, form: Form, seed: int, most: in
     if columns > _MOST_COLUMNS:
         raise Absent(f"there are more than {_MOST_COLUMNS:,} columns")
     if most <= MOST_ROWS:
+        columns = sum(x[0].numel() * (1 if x.is_floating_point() else MOST_INDICATORS) for x in one.inputs.values())
         most = min(most, _MOST_NUMBERS // max(1, columns), 2 * _MOST_NUMBERS // max(1, columns * form.n_classes))
     return taken(train, some_rows(len(train), most, seed)).through(preprocess)
 
@@ -222,105 +213,10 @@ def _wanted(form: Form, targets: Tensor) -> np.ndarray:
     return y[:, 0] if y.shape[1] == 1 else y
 
 
-@dataclass(frozen=True)
-class _Table:
-    """A split as one matrix (N, F) of float64: of each column its categories, or None where it is numbers.
-
-    Integers are codes of categories, unless they are many or negative. In the matrix a category is its place among
-    those of the rows that were fitted to, and NaN where it is none of them.
-    """
-
-    columns: tuple[np.ndarray | None, ...]
-
-    @classmethod
-    def of(cls, split: Split) -> "_Table":
-        columns: list[np.ndarray | None] = []
-        for x in split.inputs.values():
-            codes = x.dtype in (torch.int16, torch.int32, torch.int64)
-            for column in x.cpu().reshape(len(x), -1).T.numpy():
-                found = np.unique(column) if codes else None
-                few = found is not None and len(found) <= _MOST_CATEGORIES and found[0] >= 0
-                columns.append(found if few else None)
-        return cls(tuple(columns))
-
-    def __call__(self, split: Split) -> np.ndarray:
-        parts = [x.cpu().reshape(len(x), -1).double().numpy() for x in split.inputs.values()]
-        matrix = np.concatenate(parts, 1)
-        for place, known in enumerate(self.columns):
-            if known is not None:
-                at = np.searchsorted(known, matrix[:, place]).clip(max=len(known) - 1)
-                matrix[:, place] = np.where(known[at] == matrix[:, place], at, np.nan)
-        return matrix
-
-    @property
-    def is_category(self) -> list[bool]:
-        return [known is not None for known in self.columns]
-
-
-_Fit = Callable[[np.ndarray, np.ndarray], tuple[Any, str]]
-"""Takes inputs (N, F) and targets; returns the fitted model, and what it was spared."""
-
-
-def _linear(form: Form, table: _Table, seed: int) -> tuple[str, _Fit]:
-    """Return a linear model of standardised numbers, the missing ones at their median, and of categories."""
-    from sklearn.compose import make_column_transformer
-    from sklearn.impute import SimpleImputer
-    from sklearn.linear_model import LinearRegression, LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import OneHotEncoder, StandardScaler
-
-    filled = make_pipeline(SimpleImputer(strategy="median", keep_empty_features=True), StandardScaler())
-    indicators = OneHotEncoder(
-        max_categories=_MOST_INDICATORS, handle_unknown="infrequent_if_exist", sparse_output=False
-    )
-    category = table.is_category
-    prepared = make_column_transformer(
-        (filled, [i for i, each in enumerate(category) if not each]),
-        (indicators, [i for i, each in enumerate(category) if each]),
-    )
-    model = make_pipeline(prepared, LogisticRegression() if form.n_classes else LinearRegression())
-    name = "logistic regression" if form.n_classes else "linear regression"
-    return name, lambda x, y: (model.fit(x, y), "")
-
-
-def _boosted(form: Form, table: _Table, seed: int) -> tuple[str, _Fit]:
-    """Return gradient boosting by scikit-learn's own settings, but for the trees that would take more than seconds."""
-    from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
-
-    kind = HistGradientBoostingClassifier if form.n_classes else HistGradientBoostingRegressor
-    category = table.is_category
-    keys = {"categorical_features": category if any(category) else None, "random_state": seed % 2**32}
-    model = kind(max_iter=_FIRST_TREES, warm_start=True, **keys)
-
-    def fit(x: np.ndarray, y: np.ndarray) -> tuple[Any, str]:
-        if y.ndim > 1:
-            raise Absent("it predicts one number a row")
-        start = time.perf_counter()
-        model.fit(x, y)
-        affordable = int(_FIRST_TREES * _TREE_SECONDS / max(time.perf_counter() - start, 1e-9))
-        trees = min(_TREES, max(affordable, _FIRST_TREES))
-        if model.n_iter_ == _FIRST_TREES < trees:  # it has not stopped early by itself
-            model.set_params(max_iter=trees)
-            model.fit(x, y)
-        return model, "" if trees == _TREES else f"{trees} of {_TREES} trees"
-
-    return "HistGradientBoosting", fit
-
-
-@contextmanager
-def _quiet(numbers: int) -> Iterator[None]:
-    """Within this scikit-learn warns of nothing, and has few threads where there is little to do."""
-    from threadpoolctl import threadpool_limits
-
-    with warnings.catch_warnings(), threadpool_limits(1 if numbers < _SMALL else 4):
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _predictor(form: Form, table: _Table, model: Any) -> Callable[[Split], Tensor]:
+def _predictor(form: Form, table: Table, model: Any) -> Callable[[Split], Tensor]:
     def predict(rows: Split) -> Tensor:
         x = table(rows)
-        with _quiet(x.size):
+        with quiet(x.size):
             if not form.n_classes:
                 return form.outputs(model.predict(x))
             chances = np.zeros((len(x), form.n_classes))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from hpo.log import log
-from hpo.runner.baselines import MOST_ROWS, Fitted, fit_baselines, form_of, some_rows, taken, value_of, why
+from hpo.runner.baselines import MOST_MEASURED, Fitted, fit_baselines, form_of, some_rows, taken, value_of, why
 from hpo.runner.default import Trained
 from hpo.runner.prepare import Plan
 from hpo.search.beside import Baseline, Beside, Default, Difference
@@ -94,7 +94,7 @@ class _Measuring:
     ) -> None:
         self._plan, self._params, self._test, self._preprocess = plan, params, test, preprocess
         self._metrics = {"loss": None} | {n: each.to(plan.device) for n, each in plan.objective.metrics().items()}
-        self._rows = some_rows(len(test), MOST_ROWS, plan.spec.seed)
+        self._rows = some_rows(len(test), MOST_MEASURED, plan.spec.seed)
         self._targets = batches.targets if self._is_whole else batches.targets[self._rows.to(plan.device)]
         self._slow = False
         """Whether a metric takes so long that there are no intervals."""

@@ -10,10 +10,11 @@ from torch import nn
 from hpo.errors import HpoError, Interrupted
 from hpo.log import log
 from hpo.runner.again import train_members
-from hpo.runner.baselines import Absent, why
+from hpo.runner.baselines import why
 from hpo.runner.confirm import Prepared, result_of
 from hpo.runner.params import default_params
 from hpo.runner.prepare import Plan
+from hpo.runner.table_models import Absent
 from hpo.search import schema
 from hpo.search.beside import Default
 from hpo.search.clock import duration

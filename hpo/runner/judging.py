@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from hpo.errors import HpoError, masked, said
-from hpo.runner.baselines import Absent, fit_baselines, form_of, is_table, taken, value_of
+from hpo.runner.baselines import fit_baselines, form_of, is_table, taken, value_of
 from hpo.runner.checkpoints import BEST, folder_of
 from hpo.runner.opening import torch_set
 from hpo.runner.prepare import Plan, guarded, prepare
+from hpo.runner.table_models import Absent
 from hpo.search import schema
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
