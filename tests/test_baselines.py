@@ -255,7 +255,7 @@ def test_the_whole_is_said_by_each_command_the_report_python_mlflow_and_the_bund
     assert found["best"] == "linear regression"
     assert found["difference"]["by"] < 0
     assert "Linear regression is better than the network, by" in printed.replace("\n", " ")
-    assert "it took 0.0" in printed
+    assert "it took " in printed
     said = hpo.open_study(path).baselines
     assert said.as_dict() == found
     lines = said.sentences()
