@@ -24,6 +24,7 @@ from hpo.search.search import Search
 from hpo.search.view import NO_TRIAL, Best, StudyView
 from hpo.seeds import derive
 from hpo.study.data import Data
+from hpo.study.value import BEST
 from hpo.training.loop import Results
 from hpo.training.stack import Member, Stack
 
@@ -105,7 +106,7 @@ def _epochs_of(plan: Plan, search: Search, trial: Best | None, params: Mapping[s
 
 def has_all_epochs(plan: Plan) -> bool:
     """Whether a refit has all epochs of the study, whichever was the best."""
-    return plan.spec.value == "last" and plan.spec.patience is None
+    return plan.spec.value != BEST and plan.spec.patience is None
 
 
 def _require_cheap(plan: Plan, search: Search, seen: StudyView, took: tuple[float, int], epochs: int | None) -> None:

@@ -20,6 +20,7 @@ from hpo.export.bundle import require_place
 from hpo.export.formats import Formats
 from hpo.log import log
 from hpo.runner import checkpoints
+from hpo.runner.advice import stop_advice
 from hpo.runner.describing import announcement
 from hpo.runner.joining import join_stored
 from hpo.runner.launch import StudyMonitor, Workers, gpus, how_many
@@ -91,6 +92,7 @@ def run(
     Where all of that is done already, the stored outcome is returned and nothing is trained.
     Raises HpoError where no trial is complete, Interrupted when asked to stop.
     """
+    search.settle_stop()
     seen = search.view()
     best, done = chosen(search, seen), None
     over = seen.counts.unfinished == 0
@@ -98,7 +100,8 @@ def run(
         done = outcome(search, best)
         seen = checkpoints.settle_weights(plan, search)
         settle_runs(plan, search)
-        log.info("%s: all %d trials are done", plan.spec.name, plan.spec.trials)
+        if seen.stopped is None:
+            log.info("%s: all %d trials are done", plan.spec.name, plan.spec.trials)
     if done is not None or (over and best is not None and plan.function is not None):
         return done, seen
     with signals() as stopping:
@@ -116,6 +119,8 @@ def _run(
     before: StudyView,
 ) -> tuple[Outcome | None, StudyView]:
     data = load_data(plan, search)
+    for line in stop_advice(plan):
+        log.warning(line)
     tracker = tracker_of(plan, search)
     for line in announcement(plan, data, before):
         log.info("%s", line)
@@ -212,7 +217,7 @@ def check(plan: Plan) -> tuple[Data | None, torch.nn.Module | None]:
         if data is not None:
             warn_of_repeated_rows(data)
             model, warnings = preflight(plan, data)
-            for warning in warnings:
+            for warning in [*warnings, *stop_advice(plan)]:
                 log.warning(warning)
     except InputError as error:
         problems.append(error)
