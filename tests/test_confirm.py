@@ -14,8 +14,9 @@ from hpo.runner import confirm as confirming
 from hpo.runner.outcome import outcome
 from hpo.runner.prepare import prepare, prepare_values
 from hpo.runner.refit import conclude
-from hpo.search.confirmed import Result, chosen, confirmation, confirmed_in, results_in, sentences
+from hpo.search.confirmed import chosen, confirmation, confirmed_in, results_in, sentences
 from hpo.search.opening import open_search
+from hpo.search.retrained import Result
 from hpo.seeds import derive
 from hpo.tracking.base import MemoryTracker
 from hpo.training.batches import make_batches
@@ -446,3 +447,65 @@ def test_where_a_stack_has_no_memory_smaller_ones_are_trained(told, trained, mon
     for each in confirmation(search, search.view()).configurations:
         curve = alone(plan, data, LUCKY[each.number][0], 0)
         assert each.results[0].value == pytest.approx(max(curve), abs=1e-5)
+
+
+def test_the_default_configuration_has_the_same_seeds_where_it_is_none_of_the_best(told, trained):
+    plan, data, search = told([(0.001, 0.1), (0.05, 0.9), (0.09, 0.8)])
+    end(plan, data, search)
+    assert sorted(trained) == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    found = confirmation(search, search.view())
+    assert [each.number for each in found.configurations] == [2, 1]
+    assert found.default.number == 0
+    assert [each.value for each in found.default.results] == [
+        pytest.approx(max(alone(plan, data, 0.001, run)), abs=1e-5) for run in range(2)
+    ]
+    gains = [a - b for a, b in zip(found.winner.values, found.default.values, strict=True)]
+    assert found.gain.by == pytest.approx(sum(gains) / 2)
+    assert found.gain.interval.low < found.gain.by < found.gain.interval.high
+    assert "The default configuration comes to a mean r2 of" in " ".join(sentences(found, "r2"))
+    assert confirmed_in(search.attrs["hpo:confirmed"], maximize=True).as_dict() == found.as_dict()
+    trained.clear()
+    end(plan, data, search)
+    assert not trained
+
+
+def test_a_default_configuration_that_is_no_trial_is_confirmed_too_and_never_chosen(study):
+    path = study(
+        f"{TEXT}confirm: {{top: 1, seeds: 2}}\nparams: {{learning_rate: {{type: float, low: 1e-5, high: 1e-4}}}}\n"
+    )
+    done = summary(invoke("run", path, "--json"))
+    found = done["confirmed"]
+    assert [each["number"] for each in found["configurations"]] == [found["number"]]
+    assert found["default"]["number"] is None
+    assert len(found["default"]["values"]) == 2
+    assert found["default"]["gain"]["by"] < 0  # its rate is 0.05, from which the search was kept
+    assert done["baselines"]["default"]["trial"] is None
+    assert "default configuration" in " ".join(hpo.open_study(path).baselines.sentences())
+
+
+def test_a_default_configuration_that_wins_says_that_the_search_gained_nothing(told):
+    plan, data, search = told([(0.09, 0.9), (0.001, 0.8)])
+    end(plan, data, search)
+    found = confirmation(search, search.view())
+    assert found.is_default
+    assert found.gain is None
+    assert "It is the default configuration: the search gained nothing over that." in sentences(found, "r2")
+    assert found.as_dict()["default"]["gain"] is None
+
+
+def test_without_baselines_only_the_best_are_trained_again(told, trained):
+    plan, data, search = told([(0.001, 0.1), (0.05, 0.9), (0.09, 0.8)], text=f"{TEXT}baseline: false\n")
+    end(plan, data, search)
+    assert {number for number, _ in trained} == {1, 2}
+    found = confirmation(search, search.view())
+    assert found.default is None
+    assert found.as_dict()["default"] is None
+    assert "default" not in search.attrs["hpo:confirmed"]
+
+
+@pytest.mark.parametrize("default", [None, 1, [], "no such", {"a": 1}])
+def test_what_others_wrote_of_the_default_configuration_is_left_out(told, default):
+    plan, data, search = told(LUCKY)
+    end(plan, data, search)
+    stored = {**search.attrs["hpo:confirmed"], "default": default}
+    assert confirmed_in(stored, maximize=True).default is None

@@ -8,6 +8,7 @@ import torch
 from hpo.runner import judging
 from hpo.runner.judging import judge
 from hpo.search.opening import open_stored
+from hpo.study.data import Split
 from hpo.study.draft import read
 from tests.cli import invoke
 
@@ -84,7 +85,9 @@ def test_the_confusion_is_that_of_the_weights_that_were_kept(judged, kind):
     assert found["confusion"]["classes"] == ["a", "b", "c"][: len(counts)]
     assert counts.diagonal().sum() / 50 == pytest.approx(best.value, abs=1e-6)
     assert found["measured"]["accuracy"] == pytest.approx(best.value, abs=1e-6)
-    boosting, linear = found["baselines"]["rows"]
+    majority, linear, boosting = found["baselines"]["rows"]
+    assert majority["name"] == "majority class"
+    assert majority["value"] < linear["value"]
     assert "HistGradientBoosting" in boosting["name"]
     assert linear["name"] == "logistic regression"
     assert 0.9 < linear["value"] <= 1.0
@@ -99,7 +102,7 @@ def test_a_class_that_the_network_never_predicts_has_its_column(judged):
 
 def test_of_images_there_are_no_baselines(judged):
     found, best = judged(kind='"images"')
-    assert found["baselines"] == {"absent": "they need a table: one input of numbers, a row for each example"}
+    assert found["baselines"] == {"absent": "they need a table: numbers or categories, a row for each example"}
     assert found["measured"]["accuracy"] == pytest.approx(best.value, abs=1e-6)
 
 
@@ -138,18 +141,20 @@ def test_the_test_split_is_never_looked_at(judged, monkeypatch):
     seen = []
 
     def recorded(call):
-        def record(split, *rest):
+        def record(*given, **keys):
+            (split,) = (each for each in given if isinstance(each, Split))
             seen.append(split.inputs["features"])
-            return call(split, *rest)
+            return call(*given, **keys)
 
         return record
 
-    for name in ("make_batches", "_table"):
+    for name in ("make_batches", "taken", "fit_baselines"):
         monkeypatch.setattr(judging, name, recorded(getattr(judging, name)))
     found, _ = judged()
     assert found["measured"]
     assert found["baselines"]["rows"]
     x = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
-    assert [len(each) for each in seen] == [50, 200, 50]
+    assert [len(each) for each in seen] == [50, 50, 200]
     assert torch.equal(seen[0], x[200:250])
-    assert torch.equal(seen[2], x[200:250])
+    assert torch.equal(seen[1], x[200:250])
+    assert torch.equal(seen[2], x[:200])

@@ -200,6 +200,7 @@ def test_the_surface_is_frozen() -> None:
         "confirm",
         "refit_seeds",
         "ensemble",
+        "baseline",
     )
     options = {}
     for command in COMMANDS:

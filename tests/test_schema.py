@@ -80,6 +80,7 @@ NOT_STORED = {
     ("search/identity.py", "seed"),  # a key of the study's identity, which is one stored value
     ("search/samplers.py", "seed"),  # a key of Optuna's samplers, as a study file gives them
     ("search/samplers.py", "search_space"),
+    ("search/beside.py", "metrics"),  # a key of the study's result, which is one stored value
     ("search/named.py", "start_with"),  # a key of the study file
 }
 """Strings of `hpo/search` that are keys of something else."""

@@ -129,6 +129,11 @@ def expected(done: dict) -> dict[str, object]:
     metrics = {f"test_{name}": value for name, value in done["test"].items()} | {"best_valid_r2": done["best"]["value"]}
     metrics |= {"trials_complete": 2, "trials_pruned": 0, "trials_failed": 0}
     metrics |= {"epochs_trained": 2, "epochs_without_pruning": 2}
+    beside = done["baselines"]
+    (cheap,) = [each for each in beside["models"] if each["name"] == beside["best"]]
+    metrics |= {f"baseline_{name}": value for name, value in cheap["metrics"].items()}
+    metrics |= {"baseline_seconds": cheap["seconds"]}
+    metrics |= {f"default_{name}": value for name, value in (beside["default"]["metrics"] or {}).items()}
     return {
         "statuses": {"study": "FINISHED", "0": "FINISHED", "1": "FINISHED"},
         "state": "COMPLETE",

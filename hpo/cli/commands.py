@@ -26,8 +26,10 @@ from hpo.runner.prepare import Plan, prepare
 from hpo.runner.progress import PlainProgress, Progress, Refresh, count_text, shown, state_of
 from hpo.runner.study import StudyFile, WorkerOptions
 from hpo.search import adoption
-from hpo.search.confirmed import Confirmed, confirmation, mean_text, sentences
+from hpo.search.beside import Beside
+from hpo.search.confirmed import confirmation, mean_text, sentences
 from hpo.search.curves import where
+from hpo.search.retrained import Confirmed
 from hpo.search.search import Search
 from hpo.search.storage import serve_storage
 from hpo.search.view import Best, StudyView
@@ -272,6 +274,7 @@ def _print_result(
     if done is not None:
         test = ", ".join(f"{name} {value:.4f}" for name, value in done.test.items())
         rows += [["test", "; ".join(filter(None, [test, done.seeds_text, done.readings]))]] if done.test else []
+        rows += [] if done.beside is None else _beside_rows(done.beside)
         if done.bundle is not None:
             rows += [["bundle", f"{done.bundle} (differs from the measured model by at most {done.parity:.1e})"]]
     out.print(view.pairs(plan.spec.name, rows))
@@ -282,6 +285,11 @@ def _confirmed_rows(plan: Plan, confirmed: Confirmed | None) -> list[list[str]]:
         return []
     row = f"{mean_text(confirmed, plan.metric)} (trial {confirmed.winner.number})"
     return [["confirmed", row], ["how sure", " ".join(sentences(confirmed, plan.metric)[1:])]]
+
+
+def _beside_rows(beside: Beside) -> list[list[str]]:
+    texts = {"baselines": beside.values_text, "beside them": beside.verdict, "default": beside.default_text}
+    return [[name, text] for name, text in texts.items() if text]
 
 
 def _print_next(steps: Sequence[str], out: Console) -> None:

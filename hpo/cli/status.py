@@ -15,8 +15,9 @@ from hpo.export.files import finite
 from hpo.runner.outcome import Outcome, outcome, stack_paths
 from hpo.runner.progress import ProgressState, count_text, shown
 from hpo.search.clock import duration
-from hpo.search.confirmed import Confirmed, chosen, confirmation, progress_text, sentences
+from hpo.search.confirmed import chosen, confirmation, progress_text, sentences
 from hpo.search.opening import is_over, no_study, open_stored, workers_of
+from hpo.search.retrained import Confirmed
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
 from hpo.study.draft import read
@@ -100,6 +101,7 @@ def _look(search: Search) -> tuple[list[str], dict[str, Any], bool]:
     done, paths = outcome(search, chosen(search, seen)), stack_paths(search)
     confirmed = confirmation(search, seen)
     lines += [] if done is None else filter(None, [done.seeds_text and f"test, {done.seeds_text}", done.readings])
+    lines += [] if done is None or done.beside is None else done.beside.sentences()
     lines += [text] if (text := progress_text(search, seen)) else []
     lines += [] if confirmed is None else sentences(confirmed, search.metric)
     lines += [f"stacks run {how}" for how in paths]
@@ -124,6 +126,7 @@ def summary(
         "test": None if done is None else dict(done.test),
         "test_of_seeds": None if done is None or not done.seeds else dict(done.seeds),
         "test_evaluations": 0 if done is None else done.n_tests,
+        "baselines": None if done is None or done.beside is None else done.beside.as_dict(),
         "bundle": None if done is None or done.bundle is None else str(done.bundle),
     }
     whole: dict[str, Any] = finite(summary)

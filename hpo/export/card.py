@@ -64,7 +64,8 @@ def _metrics(about: Mapping[str, Any]) -> list[str]:
         if isinstance(values, Mapping) and values:
             shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             lines.append(f"- {about['protocol'].get(group, group)}: {shown}")
-    lines += [f"- {line}" for line in about.get("confirmed", {}).get("said", ())]
+    for what in ("confirmed", "baselines"):
+        lines += [f"- {line}" for line in about.get(what, {}).get("said", ())]
     if (n := about.get("n_test_evaluations", 1)) > 1:
         lines.append(f"- The test rows were read {n} times in this study: the more often, the less they say.")
     times = about["latency_ms"]

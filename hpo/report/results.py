@@ -18,9 +18,11 @@ from hpo.report.place import default_path, write
 from hpo.report.rows import best_of, columns_of, fixed_in, row_of
 from hpo.search import schema
 from hpo.search.address import exists
+from hpo.search.beside import Beside, beside_in
 from hpo.search.budget import Counts, count, holders, wrong_row
-from hpo.search.confirmed import Confirmed, confirmed_in
+from hpo.search.confirmed import confirmed_in
 from hpo.search.curves import curves_in
+from hpo.search.retrained import Confirmed
 from hpo.search.stop import budget, stopped_in
 from hpo.search.storage import close_storage, open_storage
 from hpo.search.view import Best, own
@@ -114,6 +116,16 @@ class Study:
         """
         with self._opened() as study:
             return confirmed_in(study.user_attrs.get(schema.CONFIRMED), maximize=self.maximize)
+
+    @property
+    def baselines(self) -> Beside | None:
+        """What the test result stands beside: cheap models and the default configuration; None: nothing yet.
+
+        It has `network` (the value), `baselines` (`name`, `metrics`, `seconds`), `difference` from the best of them,
+        `default`, `sentences()` for a person, and `as_dict()`. A key of the study file, `baseline: false`, leaves it
+        out.
+        """
+        return beside_in(self._result().get("baselines"))
 
     @property
     def bundle(self) -> Path | None:

@@ -9,6 +9,7 @@ from typing import Any
 from hpo.export.files import finite
 from hpo.report.facts import Facts
 from hpo.report.rows import CONSTRAINED, PARAM
+from hpo.search.beside import beside_in
 
 TOP = 10
 RUNNERS_UP = 3
@@ -89,7 +90,9 @@ def tests_text(facts: Facts) -> str:
     how = f"trial {of}'s params{stale}, trained from scratch on train + validation"
     if (seeds := _over_seeds(facts.result.get("seeds"))) is not None:
         how += f". {seeds}"
-    return f"{values}: {how}. {readings if n else unknown}"
+    beside = beside_in(facts.result.get("baselines"))
+    said = "" if beside is None else " ".join(["", *beside.sentences()])
+    return f"{values}: {how}. {readings if n else unknown}{said}"
 
 
 def _over_seeds(seeds: Any) -> str | None:

@@ -15,11 +15,13 @@ from hpo.errors import HpoError, Interrupted
 from hpo.log import log
 from hpo.runner.again import train_members
 from hpo.runner.custom import train_outside
+from hpo.runner.params import default_params
 from hpo.runner.prepare import Plan
 from hpo.search import schema
-from hpo.search.confirmed import Result, chosen, confirmed_in, note_end, note_results, results_in, sentences, top_of
+from hpo.search.confirmed import chosen, confirmed_in, digest, note_end, note_results, results_in, sentences, top_of
+from hpo.search.retrained import Result
 from hpo.search.search import Search
-from hpo.search.view import Best, StudyView
+from hpo.search.view import NO_TRIAL, Best, StudyView
 from hpo.seeds import derive
 from hpo.study.data import Data
 from hpo.study.loading import origin
@@ -42,12 +44,17 @@ def confirm(plan: Plan, data: Data, search: Search, seen: StudyView, stopping: C
     how, data = plan.spec.confirm, sealed(data)
     assert how is not None
     top = top_of(search, seen, how)
+    default = _default(plan, seen, how)
+    configurations = top | default
     stored = search.attrs.get(schema.CONFIRMED)
-    left = {(key, run) for key in top for run in range(how.runs)}
-    left -= {(key, run) for key in top for run in results_in(stored, key)}
+    left = {(key, run) for key in configurations for run in range(how.runs)}
+    left -= {(key, run) for key in configurations for run in results_in(stored, key)}
     if left:
-        n = len(top) * how.runs
-        log.info(f"confirming: the {len(top)} best configurations are trained with {how.seeds} fresh seeds each")
+        n = len(configurations) * how.runs
+        what = f"the {len(top)} best configurations" + (
+            " and the default one" if len(configurations) > len(top) else ""
+        )
+        log.info(f"confirming: {what} are trained with {how.seeds} fresh seeds each")
         if len(left) < n:
             log.info(f"  {n - len(left)} of {n} trainings were done before")
     prepared = None
@@ -56,11 +63,11 @@ def confirm(plan: Plan, data: Data, search: Search, seen: StudyView, stopping: C
         with sealing(plan.given), _resumable():
             if prepared is None or prepared.data is not part:
                 prepared = None  # so that there is one at a time
-                prepared = _Prepared.of(plan, part)
-            wanted = [key for key in top if (key, run) in left]
-            _Run(plan, search, top, run, wanted, prepared, stopping).train()
+                prepared = Prepared.of(plan, part)
+            wanted = [key for key in configurations if (key, run) in left]
+            _Run(plan, search, configurations, run, wanted, prepared, stopping).train()
         log.info(f"  run {run + 1} of {how.runs} done: {len(wanted)} trainings")
-    note_end(search, top, how, _overlap(data, how))
+    note_end(search, top, how, _overlap(data, how), default)
     found = confirmed_in(search.attrs.get(schema.CONFIRMED), maximize=search.maximize)
     best = chosen(search, seen)
     if found is None or best is None:
@@ -68,6 +75,19 @@ def confirm(plan: Plan, data: Data, search: Search, seen: StudyView, stopping: C
         raise HpoError(f"none of the {len(top)} best configurations could be trained again: {faults[0]}")
     log.info(sentences(found, plan.metric)[0])
     return best
+
+
+def _default(plan: Plan, seen: StudyView, how: Confirm) -> dict[str, Best]:
+    """Return the default configuration by its digest; empty: there is none, or nothing is to be compared with it."""
+    if not plan.spec.baseline or plan.objective.train is not None:
+        return {}
+    try:
+        params = default_params(plan.objective, plan.spec, plan.space)
+    except KeyError:
+        return {}
+    trial = seen.complete_with(params)
+    found = trial or Best(number=NO_TRIAL, value=0.0, params=params, epoch=0, seed=0, metrics={})
+    return {digest(found.params, how): found}
 
 
 @contextmanager
@@ -96,7 +116,7 @@ def _overlap(data: Data, how: Confirm) -> float:
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """A split as networks take it, with `preprocess` fitted on its train rows; None: an objective trains itself."""
 
     data: Data
@@ -104,7 +124,7 @@ class _Prepared:
     batches: tuple[Batches, Batches] | None
 
     @classmethod
-    def of(cls, plan: Plan, data: Data) -> "_Prepared":
+    def of(cls, plan: Plan, data: Data) -> "Prepared":
         preprocess = plan.objective.preprocess(data.train)
         if plan.objective.train is not None:
             return cls(data, preprocess, None)
@@ -121,7 +141,7 @@ class _Run:
     top: Mapping[str, Best]
     run: int
     wanted: Sequence[str]
-    prepared: _Prepared
+    prepared: Prepared
     stopping: Callable[[], bool]
 
     def train(self) -> None:

@@ -7,8 +7,9 @@ from hpo.errors import masked
 from hpo.runner.outcome import Outcome
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import count_text, shown
-from hpo.search.confirmed import Confirmed, sentences
+from hpo.search.confirmed import sentences
 from hpo.search.curves import where
+from hpo.search.retrained import Confirmed
 from hpo.search.samplers import CONSTRAINED
 from hpo.search.view import Best, StudyView
 from hpo.study.data import Data
@@ -70,6 +71,7 @@ def description(
         lines += [f"Trained again on train + validation and tested: {tests}.", ""]
         lines += [f"{_escaped(done.seeds_text.capitalize())}.", ""] if done.seeds else []
         lines += [f"{done.readings.capitalize()}.", ""] if done.readings else []
+        lines += [_escaped(" ".join(done.beside.sentences())), ""] if done.beside is not None else []
     if done is not None and done.bundle is not None:
         lines += [f"The model is in the artifacts, in `bundle`; it was written to `{masked(str(done.bundle))}`.", ""]
     stopped = "" if seen.stopped is None else f" The search was {seen.stopped.text()}."

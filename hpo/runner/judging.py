@@ -4,7 +4,6 @@ Of the test split nothing is read: it is for the refit alone. What cannot be had
 the rest of a report needs none of it.
 """
 
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,29 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from hpo.errors import HpoError, masked, said
-from hpo.log import log
+from hpo.runner.baselines import fit_baselines, form_of, is_table, taken, value_of
 from hpo.runner.checkpoints import BEST, folder_of
 from hpo.runner.opening import torch_set
 from hpo.runner.prepare import Plan, guarded, prepare
+from hpo.runner.table_models import Absent
 from hpo.search import schema
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
-from hpo.study.data import Data, Split, prediction
+from hpo.study.data import Data, prediction
 from hpo.study.loading import origin, source_fingerprint
 from hpo.study.sealed import sealed, sealing
-from hpo.training.batches import make_batches
+from hpo.training.batches import Batches, make_batches
 from hpo.training.evaluation import measure, outputs_of
 
 MOST_ROWS = 100_000
 """Above so many training rows baselines are fitted only if they are asked for."""
 MOST_RESIDUALS = 2000
 MOST_CLASSES = 100
-_LEAST_CHANCE = 1e-12
-"""A chance of nothing has no logarithm."""
-
-
-class Absent(Exception):
-    """Why something cannot be had, in one line."""
+_LOOKED_AT = 256
+"""So many rows show what a network's outputs are."""
 
 
 def judge(
@@ -186,68 +182,23 @@ def _confusion(data: Data, predicted: Tensor, targets: Tensor) -> dict[str, Any]
 
 
 def _baselines(plan: Plan, best: Best, data: Data, preprocess: nn.Module, wanted: bool | None) -> dict[str, Any]:
-    """Fit gradient boosting and a linear model on the train split; measure the study's metric on validation."""
+    """Fit models that cost little on the train split; measure the study's metric on validation."""
     if wanted is False:
         raise Absent("they were not asked for (--no-baselines)")
     if wanted is None and len(data.train) > MOST_ROWS:
         raise Absent(f"there are more than {MOST_ROWS:,} rows to train on; --baselines fits them all the same")
-    train, valid = (_table(split.through(preprocess)) for split in (data.train, data.valid))
-    targets = data.train.targets
-    classes = data.info.n_classes > 1 or not targets.is_floating_point()
-    if targets.numel() != len(targets):
-        raise Absent("they need one target a row")
-    if classes and len(set(targets.reshape(-1).tolist())) > MOST_CLASSES:
-        raise Absent(f"there are more than {MOST_CLASSES} classes")
+    if not is_table(data.train, preprocess):
+        raise Absent("they need a table: numbers or categories, a row for each example")
+    valid, targets = data.valid.through(preprocess), data.valid.targets
+    task = plan.task(data.info, len(data.train))
+    few = taken(valid, torch.arange(min(_LOOKED_AT, len(valid))))
+    outputs = outputs_of(task, task.network(best.params), Batches(few, torch.device("cpu")))
+    form = form_of(plan.objective, data.info, best.params, prediction(outputs), few.targets)
+    fitted, absent = fit_baselines(form, data.train, preprocess, plan.spec.seed, most=len(data.train))
+    metric = None if plan.metric == "loss" else plan.objective.metrics()[plan.metric]
     rows = []
-    for name, model in _models(classes, plan.spec.seed):
-        log.info(f"baseline on {len(targets):,} rows: {name}")
-        start = time.perf_counter()
-        model.fit(train.numpy(), targets.reshape(-1).numpy())
-        seconds = time.perf_counter() - start
-        value = _value(plan, best, _outputs(plan, model, valid, data.valid.targets), data.valid.targets)
-        rows.append({"name": name, "value": value, "seconds": seconds})
-    return {"rows": rows}
-
-
-def _table(split: Split) -> Tensor:
-    """Return a split's only input, (N, F) numbers. Raises Absent where it is no table."""
-    inputs = list(split.inputs.values())
-    if len(inputs) != 1 or inputs[0].ndim != 2 or not inputs[0].is_floating_point():
-        raise Absent("they need a table: one input of numbers, a row for each example")
-    return inputs[0].cpu()
-
-
-def _models(classes: bool, seed: int) -> list[tuple[str, Any]]:
-    from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
-    from sklearn.linear_model import LinearRegression, LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    boosting = HistGradientBoostingClassifier if classes else HistGradientBoostingRegressor
-    linear = LogisticRegression(max_iter=1000) if classes else LinearRegression()
-    return [
-        ("gradient boosting (scikit-learn's HistGradientBoosting)", boosting(random_state=seed)),
-        ("logistic regression" if classes else "linear regression", make_pipeline(StandardScaler(), linear)),
-    ]
-
-
-def _outputs(plan: Plan, model: Any, valid: Tensor, targets: Tensor) -> Tensor:
-    """Return predictions such as the study's networks give: logits of classes, or numbers shaped as the targets."""
-    if not hasattr(model, "predict_proba"):
-        return torch.as_tensor(model.predict(valid.numpy()), dtype=torch.float32).reshape(targets.shape)
-    known = [int(each) for each in model.classes_]
-    chances = torch.zeros(len(valid), max(plan.objective.info.n_classes, max(known) + 1), dtype=torch.float64)
-    chances[:, known] = torch.as_tensor(model.predict_proba(valid.numpy()), dtype=torch.float64)
-    logits = chances.clamp(_LEAST_CHANCE, 1 - _LEAST_CHANCE).log().float()
-    if targets.is_floating_point() and logits.shape[1] == 2:  # of two classes, networks give one logit
-        return (logits[:, 1] - logits[:, 0]).reshape(targets.shape)
-    return logits
-
-
-def _value(plan: Plan, best: Best, outputs: Tensor, targets: Tensor) -> float:
-    """Return the study's own metric of these predictions."""
-    if plan.metric == "loss":
-        return measure(plan.objective, outputs, targets, best.params, {})["loss"]
-    metric = plan.objective.metrics()[plan.metric]
-    metric.update(outputs, targets)
-    return float(metric.compute())
+    for each in fitted:
+        value = value_of(plan.objective, plan.metric, each.predict(valid), targets, best.params, metric)
+        name = f"{each.name} ({each.note})" if each.note else each.name
+        rows.append({"name": name, "value": value, "seconds": each.seconds})
+    return {"rows": rows} | ({"notes": absent} if absent else {})

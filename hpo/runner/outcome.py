@@ -7,6 +7,7 @@ from typing import Any
 
 from hpo.export.files import FILES
 from hpo.search import schema
+from hpo.search.beside import Beside, beside_in
 from hpo.search.search import Search
 from hpo.search.view import Best
 from hpo.study.spec import StudySpec
@@ -26,6 +27,9 @@ class Outcome:
 
     seeds: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """Of several networks `n`, and `mean` and `std` of each test metric over them; empty: of a single one."""
+
+    beside: Beside | None = field(default=None, compare=False)
+    """What it was compared with; None: with nothing, or by an earlier version."""
 
     @property
     def seeds_text(self) -> str:
@@ -72,6 +76,7 @@ def outcome(search: Search, best: Best | None) -> Outcome | None:
         parity=stored["parity"],
         seeds=_seeds(stored.get("seeds")),
         n_tests=len(tests_of(search)),
+        beside=beside_in(stored.get("baselines")),
     )
 
 

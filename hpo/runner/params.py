@@ -59,6 +59,20 @@ def _params(objective: Objective, draft: Draft, spec: StudySpec) -> tuple[dict[s
     return params, faults + (optim.faults(values) if objective.train is None else [])
 
 
+def default_params(objective: Objective, spec: StudySpec, space: Space) -> dict[str, Any]:
+    """Return the default configuration: the first of `start_with` over the objective's and the engine's defaults.
+
+    What the study file fixes is fixed here too; a searched param of the engine that has no default is left to torch.
+    Raises KeyError with the name of a param that has none.
+    """
+    known = {**optim.DEFAULTS, **objective.defaults, **(spec.start_with[0] if spec.start_with else {})}
+    params = dict(space.fixed)
+    for each in space.dimensions:
+        if each.applies(params) and (each.name in known or each.name not in optim.NAMES):
+            params[each.name] = known[each.name]
+    return params
+
+
 def _own_params(objective: Objective, engine: Sequence[str]) -> tuple[Mapping[str, Any], dict[str, Any], list[Fault]]:
     """Return the objective's defaults, its default space, and what is wrong with them."""
     at = ("objective",)

@@ -1,11 +1,13 @@
 """After the search: the best params are trained from scratch on train + validation, tested once, and exported."""
 
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 from torch import nn
 
@@ -14,8 +16,10 @@ from hpo.export.bundle import export
 from hpo.export.formats import Formats, formats_of
 from hpo.export.model import Model
 from hpo.log import log
+from hpo.runner.beside import Contest
 from hpo.runner.confirm import confirm
 from hpo.runner.custom import train_outside
+from hpo.runner.default import has_all_epochs, train_default
 from hpo.runner.keeping import bundle_of
 from hpo.runner.outcome import Outcome, networks_of, outcome, tests_of
 from hpo.runner.prepare import Plan
@@ -23,19 +27,19 @@ from hpo.runner.several import exported, over_seeds, seeds_of, train_several
 from hpo.runner.tracked import tell_result
 from hpo.runner.worker import EXAMPLE_ROWS, chosen_before
 from hpo.search import schema
+from hpo.search.beside import Beside
 from hpo.search.confirmed import chosen, confirmation, sentences
 from hpo.search.search import Search
-from hpo.search.view import Best, StudyView
+from hpo.search.view import NO_TRIAL, Best, StudyView
 from hpo.stacks.candidate import NotStackable
 from hpo.stacks.cost import records
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.data import Data
 from hpo.study.loading import source_fingerprint
 from hpo.study.sealed import sealed, sealing
-from hpo.study.value import BEST
 from hpo.tracking.base import Tracker
 from hpo.training.batches import Batches, make_batches
-from hpo.training.evaluation import evaluate
+from hpo.training.evaluation import evaluate, measure, outputs_of
 from hpo.training.loop import Results, train
 from hpo.training.loop_stack import LoopStack
 from hpo.training.memory import free_all, is_out_of_memory
@@ -83,10 +87,11 @@ def conclude(
             size = chosen_before(plan, search)
             with torch_settings(plan.device, threads=size.threads if size else None):
                 best = best or confirm(plan, data, search, now, stopping)
-                done = finish(plan, data, search, best, folder, stopping)
+                done = finish(plan, data, search, best, folder, stopping, seen=now)
             bundle = done.bundle and str(done.bundle)
             stored = {"number": done.number, "test": dict(done.test), "bundle": bundle, "parity": done.parity}
             stored |= {"seeds": dict(done.seeds), "networks": networks_of(plan.spec)}
+            stored |= {} if done.beside is None else {"baselines": done.beside.as_dict()}
             search.remember(schema.RESULT, stored)
     tell_result(plan, search, tracker, now, best, done)
     return done
@@ -100,37 +105,33 @@ def finish(
     folder: Path,
     stopping: Callable[[], bool],
     formats: Formats | None = None,
+    seen: StudyView | None = None,
 ) -> Outcome:
     """Train `best`'s params from scratch on train + validation, evaluate on the test set once, export to `folder`.
 
-    With `formats`, in these, and what was exported is loaded in a process of its own, too, which takes some seconds.
+    With a view of the study, `best` is what it ends with, and is compared with the default configuration. With
+    `formats`, in these, and what was exported is loaded in a process of its own, too, which takes some seconds.
     Every reading of the test set is counted in the study's attributes. Raises ExportError, Interrupted.
     """
-    whole = plan.spec.value != BEST and plan.spec.patience is None
-    epochs = plan.spec.epochs if whole else best.epoch + 1
-    log.info(f"training the params of trial {best.number} from scratch on train + validation, {epochs} epochs")
+    again = _Again(plan, search, best, data, plan.spec.epochs if has_all_epochs(plan) else best.epoch + 1, stopping)
+    log.info(f"training the params of trial {best.number} from scratch on train + validation, {again.epochs} epochs")
     with sealing(plan.given):
-        preprocess, networks = _trained_again(plan, search, best, sealed(data), epochs, stopping)
-    if not networks:
-        log.info("train returned no network: there is nothing to test or to export")
-        return Outcome(number=best.number, test={}, bundle=None, parity=None)
-    task = plan.task(data.info, len(data.train) + len(data.valid))
-    metrics = {name: metric.to(plan.device) for name, metric in plan.objective.metrics().items()}
-    test_batches = make_batches(data.test, preprocess, plan.device, plan.spec.loading)
-    network = exported(plan, networks, data, best.params)
-    of_each = [evaluate(task, each, test_batches, best.params, metrics) for each in networks]
-    test = of_each[0] if network is networks[0] else evaluate(task, network, test_batches, best.params, metrics)
-    seeds = over_seeds(of_each)
-    search.remember(schema.TEST_EVALUATIONS, [*tests_of(search), {"number": best.number, "test": test}])
+        networks = again.networks()
+        if not networks:
+            log.info("train returned no network: there is nothing to test or to export")
+            return Outcome(number=best.number, test={}, bundle=None, parity=None)
+        network = exported(plan, networks, data, best.params)
+        contest = again.contest(network, seen)
+    test, seeds, beside = again.tested(network, networks, contest)
     log.info("exporting, and comparing what was exported with the model that was measured")
     written = export(
         Model(
-            preprocess=preprocess,
+            preprocess=again.preprocess,
             network=network,
             head=plan.objective.head(),
             params=best.params,
             info=data.info,
-            about=_about(plan, data, search, best, epochs, test, seeds),
+            about=_about(plan, data, search, best, again.epochs, test, seeds, beside),
         ),
         data.test,
         folder,
@@ -138,26 +139,95 @@ def finish(
         fresh=formats is not None,
     )
     parity = max(result["max_difference"] for result in written["parity"].values())
+    n_tests = len(tests_of(search))
     return Outcome(
-        number=best.number, test=test, bundle=folder, parity=parity, seeds=seeds, n_tests=len(tests_of(search))
+        number=best.number, test=test, bundle=folder, parity=parity, seeds=seeds, n_tests=n_tests, beside=beside
     )
 
 
-def _trained_again(
-    plan: Plan, search: Search, best: Best, data: Data, epochs: int, stopping: Callable[[], bool]
-) -> tuple[nn.Module, list[nn.Module]]:
-    """Return `preprocess` of train + validation, and the networks of `best`'s params that were trained on these."""
-    whole = data.for_refit()
-    preprocess = plan.objective.preprocess(whole.train)
-    if plan.objective.train is not None:
-        trained = (
-            _refit_custom(plan, best, seed, whole, preprocess, epochs, stopping) for seed in seeds_of(plan, best)
-        )
-        return preprocess, [network for network in trained if network is not None]
-    if len(seeds_of(plan, best)) > 1:
-        return preprocess, train_several(plan, search, best, whole, preprocess, epochs, stopping)
-    batches = make_batches(whole.train, preprocess, plan.device, plan.spec.loading)
-    return preprocess, [_refit(plan, plan.task(data.info, len(whole.train)), best, batches, epochs, stopping)]
+class _Again:
+    """The params of `best` trained from scratch on train + validation, and what the test rows then say of them."""
+
+    def __init__(
+        self, plan: Plan, search: Search, best: Best, data: Data, epochs: int, stopping: Callable[[], bool]
+    ) -> None:
+        self._plan, self._search, self._best, self._data = plan, search, best, data
+        self.epochs, self._stopping = epochs, stopping
+        self._seconds = 0.0
+        """How long a network of these epochs was trained."""
+
+    @cached_property
+    def _whole(self) -> Data:
+        return sealed(self._data).for_refit()
+
+    @cached_property
+    def preprocess(self) -> nn.Module:
+        """The objective's `preprocess`, fitted on train + validation."""
+        return self._plan.objective.preprocess(self._whole.train)
+
+    @cached_property
+    def _batches(self) -> Batches:
+        return make_batches(self._whole.train, self.preprocess, self._plan.device, self._plan.spec.loading)
+
+    @property
+    def _task(self) -> Task:
+        return self._plan.task(self._data.info, len(self._whole.train))
+
+    def networks(self) -> list[nn.Module]:
+        """Return the networks that were trained, one for each seed of the refit, as far as there are any."""
+        plan, best, whole, seeds = self._plan, self._best, self._whole, seeds_of(self._plan, self._best)
+        start = time.perf_counter()
+        if plan.objective.train is not None:
+            trained = (
+                _refit_custom(plan, best, seed, whole, self.preprocess, self.epochs, self._stopping) for seed in seeds
+            )
+            return [network for network in trained if network is not None]
+        if len(seeds) > 1:
+            several = train_several(plan, self._search, best, whole, self.preprocess, self.epochs, self._stopping)
+        else:
+            several = [self._alone(best, self.epochs)]
+        self._seconds = (time.perf_counter() - start) / len(seeds)
+        return several
+
+    def _alone(self, best: Best, epochs: int) -> nn.Module:
+        return _refit(self._plan, self._task, best, self._batches, epochs, self._stopping)
+
+    def contest(self, network: nn.Module, seen: StudyView | None) -> Contest | None:
+        """Return what `network` is compared with; None: the study file does not ask for it, or nothing is known of it.
+
+        Without a view of the study that is without the default configuration. Raises Interrupted.
+        """
+        plan = self._plan
+        if not plan.spec.baseline or plan.objective.train is not None:
+            return None
+        default = None
+        if seen is not None:
+            took = self._seconds, self.epochs
+            data = sealed(self._data)
+            default = train_default(plan, self._search, seen, self._best, data, self._alone, took, self._stopping)
+        rows = self._whole.train
+        return Contest(plan, self._task, self._best.params, network, rows, self.preprocess, default)
+
+    def tested(
+        self, network: nn.Module, networks: Sequence[nn.Module], contest: Contest | None
+    ) -> tuple[dict[str, float], dict[str, Any], Beside | None]:
+        """Return the test metrics of the exported `network`, those over seeds, and what stands beside the result.
+
+        That is one reading of the test rows, and is counted.
+        """
+        plan, params, task = self._plan, self._best.params, self._task
+        metrics = {name: metric.to(plan.device) for name, metric in plan.objective.metrics().items()}
+        batches = make_batches(self._data.test, self.preprocess, plan.device, plan.spec.loading)
+        with torch.no_grad(), task.guarding():
+            outputs = outputs_of(task, network, batches)
+            test = measure(plan.objective, outputs, batches.targets, params, metrics)
+        of_each = [test if each is network else evaluate(task, each, batches, params, metrics) for each in networks]
+        readings = [*tests_of(self._search), {"number": self._best.number, "test": test}]
+        self._search.remember(schema.TEST_EVALUATIONS, readings)
+        if contest is None:
+            return test, over_seeds(of_each), None
+        first = outputs if network is networks[0] else outputs_of(task, networks[0], batches)
+        return test, over_seeds(of_each), contest.measured(self._data.test, batches, outputs, first)
 
 
 def _refit(
@@ -205,7 +275,8 @@ def _trained_alone(
         stopping=stopping,
     )
     if member.fault is not None or network is None:
-        raise ExportError(f"trial {best.number}, trained from scratch on train + validation, failed: {member.fault}")
+        what = "the default configuration" if best.number == NO_TRIAL else f"trial {best.number}"
+        raise ExportError(f"{what}, trained from scratch on train + validation, failed: {member.fault}")
     return network
 
 
@@ -234,6 +305,7 @@ def _about(
     epochs: int,
     test: Mapping[str, float],
     seeds: Mapping[str, Any],
+    beside: Beside | None,
 ) -> dict[str, Any]:
     return {
         "study": plan.spec.name,
@@ -249,6 +321,7 @@ def _about(
         | ({"test_mean_of_seeds": seeds["mean"], "test_std_of_seeds": seeds["std"]} if seeds else {}),
         "networks": plan.spec.ensemble,
         **_confirmed(plan, search, best),
+        **({} if beside is None else {"baselines": beside.as_dict()}),
         "n_test_evaluations": len(tests_of(search)),
         "data_fingerprint": data.fingerprint(),
         "source_fingerprint": source_fingerprint(plan.given),

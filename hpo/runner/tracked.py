@@ -16,8 +16,9 @@ from hpo.runner.outcome import Outcome, outcome
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
 from hpo.search import schema
-from hpo.search.confirmed import Confirmed, chosen, confirmation
+from hpo.search.confirmed import chosen, confirmation
 from hpo.search.notes import trial_page, write_note
+from hpo.search.retrained import Confirmed
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
 from hpo.study.data import Data
@@ -197,6 +198,7 @@ def tell_result(
     for what in ("mean", "std") if seeds else ():
         tests |= {f"test_{name}_{what}": value for name, value in seeds[what].items()}
     tests |= _numbers(confirmed)
+    tests |= done.beside.numbers() if done is not None and done.beside is not None else {}
     tracker.log_metrics(None, counts.finished, tests | {name: float(value) for name, value in numbers.items()})
     tracker.log_params(None, {"best.trial": best.number} | {f"best.{k}": v for k, v in best.params.items()})
     bundle = {"hpo.bundle": str(done.bundle)} if done and done.bundle else {}

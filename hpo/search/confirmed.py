@@ -9,132 +9,16 @@ left out.
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from hpo.search import schema
 from hpo.search.budget import rank
-from hpo.search.certainty import Interval, chances_of_best, deviation_of, interval_of, mean_of
+from hpo.search.retrained import Configuration, Confirmed, Result
 from hpo.search.search import Search
-from hpo.search.view import Best, StudyView
+from hpo.search.view import NO_TRIAL, Best, StudyView
 from hpo.study.spec_parts import Confirm
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """One training of a configuration: its `value` at its best `epoch` (from 0), or the `fault` by which it failed."""
-
-    value: float | None = None
-    epoch: int = 0
-    fault: str | None = None
-
-    def stored(self) -> list[Any]:
-        """Return it as plain JSON."""
-        return [self.value, self.epoch] if self.fault is None else [None, self.epoch, self.fault]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Configuration:
-    """A configuration that was trained again: its trial's `number`, and the `value` that it had in the search."""
-
-    number: int
-    value: float
-    results: Sequence[Result]
-    """By run: one a seed, and of folds one a fold of each seed."""
-
-    @property
-    def values(self) -> list[float]:
-        """The values of those that did not fail."""
-        return [result.value for result in self.results if result.value is not None]
-
-    @property
-    def n_failed(self) -> int:
-        return len(self.results) - len(self.values)
-
-    @property
-    def mean(self) -> float:
-        return mean_of(self.values) if self.values else math.nan
-
-    @property
-    def deviation(self) -> float | None:
-        """The standard deviation over runs; None where it is not known."""
-        return deviation_of(self.values)
-
-    @property
-    def epoch(self) -> int:
-        """The median of its runs' best epochs, counted from 0, the earlier of two."""
-        epochs = sorted(result.epoch for result in self.results if result.value is not None)
-        return epochs[(len(epochs) - 1) // 2] if epochs else 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Confirmed:
-    """Configurations that were trained again with fresh seeds, the best mean first."""
-
-    configurations: Sequence[Configuration]
-    how: Confirm
-    overlap: float
-    """Rows of validation divided by rows of train where runs have splits of their own; else 0."""
-    maximize: bool
-
-    @property
-    def winner(self) -> Configuration:
-        return self.configurations[0]
-
-    @cached_property
-    def interval(self) -> Interval | None:
-        """Of the winner's mean, at 95%; None where there is only one result."""
-        return interval_of(
-            self.winner.values, maximize=self.maximize, picked_of=len(self.configurations), overlap=self.overlap
-        )
-
-    @cached_property
-    def chances(self) -> list[float]:
-        """For each configuration, how likely it is really the best; 0 for one that has failed in a run."""
-        whole = [each.values if not each.n_failed else None for each in self.configurations]
-        compared = [values for values in whole if values]
-        found = iter(chances_of_best(compared, maximize=self.maximize, overlap=self.overlap) if compared else ())
-        return [next(found) if values else 0.0 for values in whole]
-
-    @property
-    def search_best(self) -> Configuration:
-        """The configuration that was the best of the search."""
-        return (max if self.maximize else min)(self.configurations, key=lambda each: each.value)
-
-    @property
-    def optimism(self) -> float:
-        """By how much the search's best value is better than the mean of that very configuration."""
-        best = self.search_best
-        return (best.value - best.mean) * (1 if self.maximize else -1)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return all of it as plain values; scripts rely on the keys."""
-        winner, interval = self.winner, self.interval
-        return {
-            "number": winner.number,
-            "mean": winner.mean,
-            "std": winner.deviation,
-            "interval": None if interval is None else [interval.low, interval.high],
-            "chance_of_best": self.chances[0],
-            "optimism": self.optimism,
-            "search_best": self.search_best.number,
-            "search_value": self.search_best.value,
-            "how": self.how.model_dump(),
-            "configurations": [
-                {
-                    "number": each.number,
-                    "search_value": each.value,
-                    "mean": each.mean,
-                    "std": each.deviation,
-                    "values": each.values,
-                    "n_failed": each.n_failed,
-                    "chance_of_best": chance,
-                }
-                for each, chance in zip(self.configurations, self.chances, strict=True)
-            ],
-        }
 
 
 def top_of(search: Search, seen: StudyView, how: Confirm) -> dict[str, Best]:
@@ -181,19 +65,22 @@ def note_results(search: Search, key: str, best: Best, results: Mapping[int, Res
     known = {**results_in(stored, key), **results}
     whole = {
         "number": best.number,
-        "value": best.value,
+        "value": None if best.number == NO_TRIAL else best.value,
         "results": {str(run): result.stored() for run, result in sorted(known.items())},
     }
     others = _mapping(stored.get("configurations"))
     search.remember(schema.CONFIRMED, {**stored, "configurations": {**others, key: whole}})
 
 
-def note_end(search: Search, top: Mapping[str, Best], how: Confirm, overlap: float) -> None:
-    """Store that a confirmation has all its results, and between which configurations it was."""
+def note_end(
+    search: Search, top: Mapping[str, Best], how: Confirm, overlap: float, default: Mapping[str, Best]
+) -> None:
+    """Store that a confirmation has all its results, between which configurations it was, and the `default` one."""
     stored = _mapping(search.attrs.get(schema.CONFIRMED))
     known = _mapping(stored.get("configurations"))
     now = {key: {**_mapping(known.get(key)), "number": best.number, "value": best.value} for key, best in top.items()}
     end = {"configurations": {**known, **now}, "top": list(top), "how": how.model_dump(), "overlap": overlap}
+    end |= {"default": next(iter(default))} if default else {}
     if stored != end:
         search.remember(schema.CONFIRMED, end)
 
@@ -213,9 +100,21 @@ def confirmed_in(stored: Any, *, maximize: bool) -> Confirmed | None:
         return None
     if not any(each.values for each in found):
         return None
+    default = _default_in(stored, how)
     sign = -1 if maximize else 1
     order = sorted(found, key=lambda each: (each.n_failed, sign * each.mean if each.values else math.inf))
-    return Confirmed(configurations=order, how=how, overlap=overlap, maximize=maximize)
+    return Confirmed(configurations=order, how=how, overlap=overlap, maximize=maximize, default=default)
+
+
+def _default_in(stored: Mapping[str, Any], how: Confirm) -> Configuration | None:
+    """Return the default configuration's results; None: they are not there, or not of ours."""
+    try:
+        each, results = stored["configurations"][stored["default"]], results_in(stored, stored["default"])
+        value = math.nan if each["value"] is None else float(each["value"])
+        runs = [results[run] for run in range(how.runs)]
+        return Configuration(number=int(each["number"]), value=value, results=runs)
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def confirmation(search: Search, seen: StudyView) -> Confirmed | None:
@@ -280,6 +179,7 @@ def sentences(found: Confirmed, metric: str) -> list[str]:
         )
     else:
         said.append(f"The search's best value, {best.value:.4g} of trial {best.number}, was not too good: {mean}.")
+    said += _of_default(found, metric)
     if not any(each.deviation for each in found.configurations) and len(winner.results) > 1:
         said.append(
             "No seed has changed any result, so these say nothing of what another seed would give: the objective draws "
@@ -291,6 +191,24 @@ def sentences(found: Confirmed, metric: str) -> list[str]:
         if each.n_failed
     ]
     return said
+
+
+def _of_default(found: Confirmed, metric: str) -> list[str]:
+    """Return what the search has gained over the default configuration."""
+    default, gain = found.default, found.gain
+    if default is None:
+        return []
+    if found.is_default:
+        return ["It is the default configuration: the search gained nothing over that."]
+    if gain is None:
+        return [f"Of the default configuration, {default.n_failed} of {len(default.results)} trainings failed."]
+    n = len(default.results)
+    said = f"The default configuration comes to a mean {metric} of {default.mean:.4g} with the same seeds: the search "
+    if not gain.is_clear or gain.interval is None:
+        return [f"{said}gained nothing that {n} trainings could show."]
+    ends = sorted(abs(end) for end in (gain.interval.low, gain.interval.high))
+    what = f"gained {gain.by:.2g}" if gain.by > 0 else f"lost {-gain.by:.2g}"
+    return [f"{said}{what} (95% interval {ends[0]:.2g} to {ends[1]:.2g})."]
 
 
 def mean_text(found: Confirmed, metric: str) -> str:

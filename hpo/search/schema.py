@@ -33,7 +33,8 @@ STACK_PATHS = "hpo:stack_paths"
 """How the steps of the study's stacks have run (captured, compiled, replayed from a CUDA graph), and why not faster."""
 RESULT = "hpo:result"
 """The outcome of the refit: the trial's `number`, its `test` metrics, the `bundle`'s folder, its `parity`; over
-`seeds`, where there were several, and of how many `networks` it is."""
+`seeds`, where there were several, of how many `networks` it is, and beside which `baselines` and which default
+configuration it stands (`hpo.search.beside`)."""
 TEST_EVALUATIONS = "hpo:test_evaluations"
 """Each reading of the test set: the trial's `number`, and its `test` metrics."""
 CONFIRMED = "hpo:confirmed"

@@ -42,6 +42,10 @@ class Running:
     worker: str
 
 
+NO_TRIAL = -1
+"""In place of a number: params that are no trial's."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Best:
     """A finished trial: its value, all of its params, and at which epoch (counted from 0) it had that value."""
@@ -237,6 +241,10 @@ class StudyView:
             seed=self.seed_of(trial.number),
             metrics=attrs.get(schema.METRICS, {}),
         )
+
+    def complete_with(self, params: Mapping[str, Any]) -> Best | None:
+        """Return the first complete trial of these params; None: there is none."""
+        return next((b for t in self.complete if (b := self.best(t.number)) is not None and b.params == params), None)
 
     @cached_property
     def _best(self) -> FrozenTrial | None:

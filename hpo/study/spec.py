@@ -314,6 +314,12 @@ class StudySpec(Frozen):
     Values: a whole number of at least 1. Default: `1`, a single network.
     Example: `ensemble: 5`
     """
+    baseline: bool = True
+    """Whether the result is compared with models that cost next to nothing, and with the default configuration.
+
+    Values: `true`, `false`. Default: `true`.
+    Example: `baseline: false`
+    """
 
     @field_validator("catch")
     @classmethod
