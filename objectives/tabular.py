@@ -136,6 +136,7 @@ class Tabular(Objective):
             "columns": list(table.columns),
             "dropped": dict(table.dropped),
             "rows_without_target": table.n_without_target,
+            "notices": list(table.data.notices),
         }
 
 

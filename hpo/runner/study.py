@@ -23,7 +23,7 @@ from hpo.runner import checkpoints
 from hpo.runner.describing import announcement
 from hpo.runner.joining import join_stored
 from hpo.runner.launch import StudyMonitor, Workers, gpus, how_many
-from hpo.runner.opening import load_data, open_study, source_differs, warn_of_repeated_rows
+from hpo.runner.opening import load_data, open_study, source_differs, tell_of_data
 from hpo.runner.outcome import Outcome, outcome
 from hpo.runner.preflight import preflight
 from hpo.runner.prepare import Plan
@@ -120,7 +120,7 @@ def _run(
     for line in announcement(plan, data, before):
         log.info("%s", line)
     if data is not None:
-        warn_of_repeated_rows(data)
+        tell_of_data(data)
     _remember(plan, search)
     state, seen = "FAIL", None
     try:
@@ -210,7 +210,7 @@ def check(plan: Plan) -> tuple[Data | None, torch.nn.Module | None]:
     try:
         data = plan.load_data()
         if data is not None:
-            warn_of_repeated_rows(data)
+            tell_of_data(data)
             model, warnings = preflight(plan, data)
             for warning in warnings:
                 log.warning(warning)
