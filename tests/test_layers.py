@@ -32,7 +32,7 @@ HOMES = {
     "optuna": {"search", "study.space", "study.dimension", "report"},
     "mlflow": {"tracking.models", "tracking.parent", "tracking.runs"},
     "yaml": {"study.yaml_values"},
-    "pydantic": {"study.spec", "study.spec_parts", "study.ranges", "study.checking", "study.draft"},
+    "pydantic": {"study.spec", "study.spec_parts", "study.plugins", "study.ranges", "study.checking", "study.draft"},
     "sqlalchemy": {"search"},
     "rich": {"cli"},
     "optuna_dashboard": {"report.dashboard"},

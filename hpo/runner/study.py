@@ -20,6 +20,7 @@ from hpo.export.bundle import require_place
 from hpo.export.formats import Formats
 from hpo.log import log
 from hpo.runner import checkpoints
+from hpo.runner.deadline import set_end
 from hpo.runner.describing import announcement
 from hpo.runner.joining import join_stored
 from hpo.runner.launch import StudyMonitor, Workers, gpus, how_many
@@ -115,6 +116,7 @@ def _run(
     stopping: StopToken,
     before: StudyView,
 ) -> tuple[Outcome | None, StudyView]:
+    set_end(plan, search)
     data = load_data(plan, search)
     tracker = tracker_of(plan, search)
     for line in announcement(plan, data, before):
@@ -143,7 +145,8 @@ def _run(
             raise HpoError(_why_no_best(seen, plan.spec.name))
         if data is None:
             tell_result(plan, search, tracker, seen, best, None)
-        state = "COMPLETE" if seen.counts.waiting + seen.counts.paused == 0 else "INTERRUPTED"
+        whole = seen.counts.waiting + seen.counts.paused == 0 or plan.spec.time is not None
+        state = "COMPLETE" if whole else "INTERRUPTED"
         return ended, seen
     except Interrupted:
         state = "INTERRUPTED"
