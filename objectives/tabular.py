@@ -63,7 +63,7 @@ class Tabular(Objective):
             "learning_rate": 2e-3,
             "weight_decay": 1e-2,
             "schedule": "cosine",
-            "batch_size": 2 ** min(max(round(math.log2(n_rows / 100)), 4), 10),  # 100 steps an epoch; 16 to 1,024 rows
+            "batch_size": _batch_size(n_rows),
             "n_layers": 2,
             "n_hidden": 128,
             "dropout": 0.1,
@@ -148,6 +148,12 @@ class Tabular(Objective):
             "rows_without_target": table.n_without_target,
             "notices": list(table.data.notices),
         }
+
+
+def _batch_size(n_rows: int) -> int:
+    """Return the batch size for so many rows: 16 to 1,024, for 50 steps an epoch, or of many rows for 400."""
+    rows = n_rows / 50 if n_rows < 12_800 else max(256, n_rows / 400)
+    return 2 ** min(max(round(math.log2(rows)), 4), 10)
 
 
 class RMSE(MeanSquaredError):
