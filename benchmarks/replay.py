@@ -10,7 +10,7 @@ import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,24 @@ class _Slots:
                 del self._active[claim.number]
 
 
+@contextmanager
+def in_memory(
+    spec: StudySpec, params: Mapping[str, Any], workers: int = 1
+) -> Iterator[tuple[optuna.storages.InMemoryStorage, list[Search]]]:
+    """Open a study that is minimized, in a storage in memory, once for each of its workers."""
+    space, faults = build({name: parse_param(entry) for name, entry in params.items()}, spec.start_with)
+    assert not faults, faults
+    inner = optuna.storages.InMemoryStorage()
+    with ExitStack() as end, patch("hpo.search.opening.open_patiently", lambda *_: inner):
+        searches = []
+        for _ in range(workers):
+            search = open_search(spec, space, "value", maximize=False)
+            assert search is not None
+            end.callback(search.close)
+            searches.append(search)
+        yield inner, searches
+
+
 def play(
     task: Task,
     pruner: Plugin,
@@ -167,17 +185,10 @@ def play(
         pruner=pruner,
         start_with=starts,
     )
-    space, faults = build({name: parse_param(entry) for name, entry in params.items()}, spec.start_with)
-    assert not faults, faults
-    inner = optuna.storages.InMemoryStorage()
-    with ExitStack() as end, patch("hpo.search.opening.open_patiently", lambda *_: inner):
-        searches = [open_search(spec, space, "value", maximize=False) for _ in range(workers)]
-        slots = []
+    with in_memory(spec, params, workers) as (inner, searches):
         for search in searches:
-            assert search is not None
-            end.callback(search.close)
             settle_pruner(search, stack * workers, stacked=stack > 1)
-            slots.append(_Slots(search, task, stack))
+        slots = [_Slots(search, task, stack) for search in searches]
         _run(slots, random.Random(seed), budget)
         finished = [trial for trial in inner.get_all_trials(0, deepcopy=False) if trial.intermediate_values]
     if budget == math.inf:

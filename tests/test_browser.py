@@ -122,6 +122,17 @@ def test_the_table_is_searched(page):
     assert page.find_element(By.ID, "trials-shown").text == "no trial has that"
 
 
+def test_all_trials_are_printed_and_then_the_page_is_as_it_was(page):
+    trials = len(column(page, "number"))
+    page.execute_script("state.atOnce = 5; state.page = 1; show()")
+    assert len(column(page, "number")) == 5
+    page.execute_script("window.dispatchEvent(new Event('beforeprint'))")
+    assert len(column(page, "number")) == trials > 5
+    assert page.execute_script("return [state.page, state.before]") == [0, 1]
+    page.execute_script("window.dispatchEvent(new Event('afterprint'))")
+    assert page.execute_script("return state.atOnce === PER_PAGE")
+
+
 def test_another_metric_s_curves_are_chosen(page):
     choice = page.find_element(By.ID, "curve-choice")
     page.execute_script("arguments[0].scrollIntoView()", choice)

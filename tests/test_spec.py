@@ -138,6 +138,7 @@ def test_params_are_ranges_or_fixed_values(draft):
     }
 
 
+VALUE = "must be best, last or mean_of_K (K at least 2, such as mean_of_3)"
 KEYS = [
     ("trials: 0", "trials: must be greater than or equal to 1, but got 0"),
     ("epochs: 1.5", "epochs: must be an integer, but got 1.5"),
@@ -147,7 +148,31 @@ KEYS = [
     ("precision: fp16", "precision: must be 'float32', 'tf32' or 'bf16', but got 'fp16'"),
     ("precision: 16", "precision: must be 'float32', 'tf32' or 'bf16', but got 16"),
     ("seed: -1", "seed: must be greater than or equal to 0, but got -1"),
-    ("value: worst", "value: must be 'best' or 'last', but got 'worst'"),
+    ("value: worst", f"value: {VALUE}, but got 'worst'"),
+    ("value: mean_of_1", f"value: {VALUE}, but got 'mean_of_1'"),
+    ("value: mean_of_2.5", f"value: {VALUE}, but got 'mean_of_2.5'"),
+    ("value: mean_of_03", f"value: {VALUE}, but got 'mean_of_03'"),
+    ("value: mean_of_K", f"value: {VALUE}, but got 'mean_of_K'"),
+    ("value: 3", f"value: {VALUE}, but got 3"),
+    ("value:", f"value: {VALUE}, but got None"),
+    ("value: mean_of_21", "value: must be a mean over at most 20 epochs, the number of `epochs`, but got 'mean_of_21'"),
+    ("stop: true", "stop: must be false or a mapping of no_gain, target, terminator, but got True"),
+    ("stop: 30", "stop: must be false or a mapping of no_gain, target, terminator, but got 30"),
+    ("stop: {}", "stop: must name at least one of no_gain, target, terminator, but got none of them"),
+    ("stop: {terminator: false}", "stop: must name at least one of no_gain, target, terminator, but got none of them"),
+    ("stop: {no_gian: 3}", 'stop.no_gian: unknown key; did you mean "no_gain"?'),
+    ("stop: {zzz: 3}", "stop.zzz: unknown key; known: no_gain, target, terminator"),
+    ("stop: {no_gain: 0}", "stop.no_gain: must be greater than or equal to 1, but got 0"),
+    ("stop: {no_gain: 2.5}", "stop.no_gain: must be an integer, but got 2.5"),
+    ("stop: {no_gain: true}", "stop.no_gain: must be an integer, but got True"),
+    ("stop: {target: .nan}", "stop.target: must be a finite number, but got nan"),
+    ("stop: {target: high}", "stop.target: must be a number, but got 'high'"),
+    (
+        "stop: {terminator: emr}",
+        "stop.terminator: must be true or one of regret_bound, emmr, best_value_stagnation, but got 'emr'; "
+        'did you mean "emmr"?',
+    ),
+    ("confirm: {sede: 3}", 'confirm.sede: unknown key; did you mean "seeds"?'),
     ("metric: 4", "metric: must be a string, but got 4"),
     ("params: 3", "params: must be a mapping of names, but got 3"),
     ("trails: 3", 'trails: unknown key; did you mean "trials"?'),
@@ -247,7 +272,7 @@ def test_all_faults_come_at_once_each_with_its_line(faults, monkeypatch):
         "    type: int\n    low: a\n    high: 3\nsede: 1\ntrials: 2\n",
         {"value": "worst"},
     ) == [
-        "--set value: value: must be 'best' or 'last', but got 'worst'",
+        f"--set value: value: {VALUE}, but got 'worst'",
         "study.yaml:3: epochs: the environment variable UNSET is not set; set it, or write ${UNSET:-default}",
         "study.yaml:5: params.lr: low < high must hold, but got low=2.0 and high=1.0",
         "study.yaml:11: params.n.low: must be an integer, but got 'a'",

@@ -19,7 +19,7 @@ import hpo
 from hpo.study import spec
 
 _DEFAULTS = {("StudySpec", "name"): "default: the file's name without its ending"}
-CLASSES = ("StudySpec", "Loading", "Confirm", "FloatRange", "IntRange", "Categorical")
+CLASSES = ("StudySpec", "Loading", "Stop", "Confirm", "FloatRange", "IntRange", "Categorical")
 
 
 def study_keys(name: str) -> str:

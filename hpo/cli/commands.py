@@ -28,6 +28,7 @@ from hpo.runner.progress import PlainProgress, Progress, Refresh, count_text, sh
 from hpo.runner.study import StudyFile, WorkerOptions
 from hpo.search import adoption
 from hpo.search.confirmed import Confirmed, confirmation, mean_text, sentences
+from hpo.search.curves import where
 from hpo.search.search import Search
 from hpo.search.storage import serve_storage
 from hpo.search.view import Best, StudyView
@@ -58,7 +59,7 @@ def run(
         confirmed = confirmation(search, seen)
         _print_result(plan, seen, seen.best(), done, out, confirmed)
         if not how.quiet:
-            _print_next(next_steps(path, overrides, plan.spec, done), out)
+            _print_next(next_steps(path, overrides, plan.spec, done, stopped=seen.stopped is not None), out)
         return summary(plan.spec, seen, seen.best(), done, confirmed)
 
 
@@ -256,10 +257,12 @@ def _print_result(
     if best is None:
         return
     counts = seen.counts
+    when = where(plan.spec.value, best.epoch)
     winner = best if confirmed is None else seen.best(confirmed.winner.number) or best
     rows = [
         ["trials", count_text(counts)],
-        ["best", f"{plan.metric} {best.value:.4f} on validation (trial {best.number}, epoch {best.epoch + 1})"]
+        *([] if seen.stopped is None else [["stopped", seen.stopped.text().removeprefix("stopped ")]]),
+        ["best", f"{plan.metric} {best.value:.4f} on validation (trial {best.number}, {when})"]
         if plan.function is None
         else ["best", f"{plan.metric} {best.value:.6g} (trial {best.number})"],
         *([["epochs", text]] if (text := seen.effort.text()) else []),

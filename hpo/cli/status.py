@@ -84,6 +84,7 @@ def _look(search: Search) -> tuple[list[str], dict[str, Any], bool]:
         f"{counts.running} running, "
         + (f"{counts.paused} paused, " if counts.paused else "")
         + ("" if spec.trials == UNBOUNDED else f"{counts.waiting} waiting"),
+        *([] if seen.stopped is None else [seen.stopped.text()]),
         *([text] if (text := seen.effort.text()) else []),
         board.best_text() + (f": {shown(search.space.searched(best.params))}" if best else ""),
     ]
@@ -114,6 +115,7 @@ def summary(
         "study": spec.name,
         "storage": masked(spec.storage),
         "trials": counts.by_state(),
+        "stopped": None if seen.stopped is None else seen.stopped.as_dict(),
         "epochs": seen.effort.as_dict(),
         "best": None if best is None else {"number": best.number, "value": best.value, "params": dict(best.params)},
         "confirmed": None if confirmed is None else confirmed.as_dict() | {"params": _params(seen, confirmed)},

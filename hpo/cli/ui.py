@@ -12,6 +12,8 @@ from urllib.parse import quote
 from hpo.cli.pages import Page, get, port_of
 from hpo.cli.screen import screen
 from hpo.errors import InputError, masked
+from hpo.export.files import FILES, MORE_FILES
+from hpo.report.place import default_path
 from hpo.search.address import kind_of, parsed_url
 from hpo.search.named import found, named, opened, stored_spec
 from hpo.stopping import StopToken, signals
@@ -45,7 +47,7 @@ def ui(
             stack.callback(pages[-1].end)
         if dashboard:
             at = port_of(None if port is None else port + len(pages), _DASHBOARD_PORT)
-            pages.append(_dashboard(spec, at))
+            pages.append(_dashboard(spec, study_id, at))
             stack.callback(pages[-1].end)
         for page in pages:
             is_mlflow = page.what == "MLflow"
@@ -98,9 +100,13 @@ def _mlflow(tracking: str, port: int) -> Page:
     return Page("MLflow", command, port, environ, "")
 
 
-def _dashboard(spec: StudySpec, port: int) -> Page:
+def _dashboard(spec: StudySpec, study_id: int, port: int) -> Page:
+    """Start Optuna's dashboard; the study's bundle and report, once they are there, are its artifacts."""
+    bundle = Path(spec.output).absolute() / "bundles" / spec.name
+    files = [*(bundle / name for name in (*FILES, *MORE_FILES)), default_path(spec.output, spec.name).absolute()]
+    shown = json.dumps({"storage": spec.storage, "study": study_id, "files": [str(file) for file in files]})
     command = [sys.executable, "-m", "hpo.report.dashboard", str(port)]
-    return Page("Optuna's dashboard", command, port, {}, f"{spec.storage}\n")
+    return Page("Optuna's dashboard", command, port, {}, f"{shown}\n")
 
 
 def _runs_page(page: Page, experiment: str) -> str:

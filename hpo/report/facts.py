@@ -22,8 +22,10 @@ from hpo.report.searched import distributions, importances
 from hpo.search import schema
 from hpo.search.budget import Counts, count, covered, held_until, holders, leases_in, seconds_used, spans_of, worker_of
 from hpo.search.confirmed import confirmed_in, sentences
-from hpo.search.curves import curves_in, reported
+from hpo.search.curves import curves_in, reported, where
 from hpo.search.effort import effort
+from hpo.search.stop import budget as budget_of
+from hpo.search.stop import stopped_in
 from hpo.search.view import Best
 
 _FINGERPRINTS = (("data", schema.DATA), ("code", schema.CODE))
@@ -94,11 +96,15 @@ class Facts:
     made: str
     """When this was read: ISO 8601, UTC."""
     counts: Counts
+    stopped: str
+    """Why the search ended before its budget was spent, in words; empty: it did not."""
     rows: Sequence[Mapping[str, Any]]
     columns: Sequence[str]
     ranking: Sequence[int]
     """The numbers of the complete trials, the best first."""
     best: Best | None
+    best_when: str
+    """In which epoch it had its value, or over which epochs; empty: there is none."""
     best_seconds: float | None
     points: Sequence[Point]
     curves: Mapping[str, Mapping[int, Sequence[float]]]
@@ -157,22 +163,23 @@ def read(
     maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
     counted = holders(trials)
     rows = [plain(row_of(trial)) for trial in counted]
-    best = best_of(counted, fixed_in(identity), maximize=maximize)
-    if best is not None:
-        best = replace(best, params=plain(best.params), metrics=plain(best.metrics))
+    best = _best(counted, fixed_in(identity), maximize=maximize)
     result = plain(_mapping(attrs.get(schema.RESULT)))
     origin = _origin(attrs, identity, result)
+    stopped = stopped_in(attrs.get(schema.STOPPED))
     return Facts(
         name=masked(study.study_name),
         objective=masked(str(identity.get("objective", origin.study_file.get("objective", "")))),
         metric=masked(metric),
         maximize=maximize,
         made=datetime.now(UTC).isoformat(timespec="seconds"),
-        counts=count(counted, budget),
+        counts=count(counted, budget_of(budget, counted, stopped)),
+        stopped="" if stopped is None else stopped.text(),
         rows=rows,
         columns=[masked(name) for name in columns_of(rows)],
         ranking=[trial.number for trial in ranked(counted, maximize=maximize)],
         best=best,
+        best_when="" if best is None else where(str(identity.get("value", "best")), best.epoch),
         best_seconds=next((row["seconds"] for row in rows if best and row["number"] == best.number), None),
         points=[_point(trial) for trial in counted],
         curves=_curves(counted, main),
@@ -185,6 +192,11 @@ def read(
         n_test_evaluations=len(_list(attrs.get(schema.TEST_EVALUATIONS))),
         origin=origin,
     )
+
+
+def _best(trials: Sequence[FrozenTrial], fixed: Mapping[str, Any], *, maximize: bool) -> Best | None:
+    best = best_of(trials, fixed, maximize=maximize)
+    return best and replace(best, params=plain(best.params), metrics=plain(best.metrics))
 
 
 def _work(

@@ -8,7 +8,10 @@ const hasWebGL = (() => {
 })();
 const drawn = new Set();
 // plotly's own button would send a figure to its makers' server
-const config = { responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "" };
+const config = {
+  responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "",
+  displayModeBar: window.matchMedia("(max-width: 600px)").matches ? false : "hover", // it would hide the legend
+};
 
 function draw(plot) {
   if (drawn.has(plot)) return;
@@ -31,7 +34,11 @@ const near = new IntersectionObserver((entries) => {
   }
 }, { rootMargin: "200px" });
 for (const plot of plots) near.observe(plot);
-window.addEventListener("beforeprint", () => plots.forEach(draw));
+window.addEventListener("beforeprint", () => {
+  plots.forEach(draw);
+  printed(true);
+});
+window.addEventListener("afterprint", () => printed(false));
 
 const choice = document.getElementById("curve-choice");
 if (choice) choice.addEventListener("change", () => {
@@ -46,12 +53,13 @@ if (choice) choice.addEventListener("change", () => {
 // The table of all trials: sorted, searched, in pages.
 
 const PER_PAGE = 50;
+const PRINTED = 1000; // of more trials, the page says how many are not there
 const LONGEST = 300; // characters of a cell; it is searched whole
 const { columns, rows } = report.table;
 const texts = rows.map((row) => row.map(shown));
 const searched = texts.map((row) => row.join("\n").toLowerCase());
 const table = document.getElementById("trials-table");
-const state = { by: 0, down: false, page: 0, words: [] };
+const state = { by: 0, down: false, page: 0, before: 0, atOnce: PER_PAGE, words: [] };
 
 function shown(value) {
   if (value === null || value === undefined) return "";
@@ -75,13 +83,21 @@ function found() {
   return kept.sort((i, j) => compare(rows[i][state.by], rows[j][state.by]) || i - j);
 }
 
+function printed(now) { // all trials, then again the page that was shown before
+  if (!table) return;
+  if (now) state.before = state.page;
+  state.page = now ? 0 : state.before;
+  state.atOnce = now ? PRINTED : PER_PAGE;
+  show();
+}
+
 function show() {
   const kept = found();
-  const pages = Math.max(1, Math.ceil(kept.length / PER_PAGE));
+  const pages = Math.max(1, Math.ceil(kept.length / state.atOnce));
   state.page = Math.min(state.page, pages - 1);
-  const first = state.page * PER_PAGE;
+  const first = state.page * state.atOnce;
   const body = document.createElement("tbody");
-  for (const i of kept.slice(first, first + PER_PAGE)) {
+  for (const i of kept.slice(first, first + state.atOnce)) {
     const line = body.insertRow();
     for (const text of texts[i]) {
       const cell = line.insertCell();
@@ -91,7 +107,7 @@ function show() {
     }
   }
   table.tBodies[0].replaceWith(body);
-  const last = Math.min(first + PER_PAGE, kept.length);
+  const last = Math.min(first + state.atOnce, kept.length);
   const many = (n) => n.toLocaleString("en");
   document.getElementById("trials-shown").textContent = kept.length
     ? `${many(first + 1)} to ${many(last)} of ${many(kept.length)} trials` : "no trial has that";

@@ -21,6 +21,7 @@ from hpo.search.address import exists
 from hpo.search.budget import Counts, count, holders, wrong_row
 from hpo.search.confirmed import Confirmed, confirmed_in
 from hpo.search.curves import curves_in
+from hpo.search.stop import budget, stopped_in
 from hpo.search.storage import close_storage, open_storage
 from hpo.search.view import Best, own
 
@@ -89,7 +90,15 @@ class Study:
     def counts(self) -> Counts:
         """How many trials of the budget are complete, pruned, failed, running, waiting; `finished`, `unfinished`."""
         with self._opened() as study:
-            return count(holders(own(study.get_trials(deepcopy=False))), _budget(study))
+            counted = holders(own(study.get_trials(deepcopy=False)))
+            return count(counted, budget(_budget(study), counted, stopped_in(study.user_attrs.get(schema.STOPPED))))
+
+    @property
+    def stopped(self) -> str | None:
+        """Why the search was ended by `stop` before its budget was spent, in words; None: it was not."""
+        with self._opened() as study:
+            stopped = stopped_in(study.user_attrs.get(schema.STOPPED))
+        return None if stopped is None else stopped.text()
 
     @property
     def confirmed(self) -> Confirmed | None:

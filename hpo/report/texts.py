@@ -27,7 +27,8 @@ def counts_text(facts: Facts) -> str:
     more = [(counts.running, "running"), (counts.paused, "paused"), (counts.waiting, "waiting")]
     parts = [f"{counts.complete} complete", f"{counts.pruned} pruned", f"{counts.failed} failed"]
     parts += [f"{n} {word}" for n, word in more if n]
-    return f"{counts.finished} of {counts.finished + counts.unfinished} trials done: {', '.join(parts)}"
+    stopped = f"; the search was {facts.stopped}" if facts.stopped else ""
+    return f"{counts.finished} of {counts.finished + counts.unfinished} trials done: {', '.join(parts)}{stopped}"
 
 
 def certainty(facts: Facts) -> list[str]:
@@ -126,7 +127,7 @@ def as_markdown(facts: Facts) -> str:
     if best is None:
         lines.append("No trial is complete yet.")
     else:
-        lines.append(f"{_cell(facts.metric)} **{number(best.value)}**, trial {best.number}, epoch {best.epoch + 1}.")
+        lines.append(f"{_cell(facts.metric)} **{number(best.value)}**, trial {best.number}, {facts.best_when}.")
         if facts.confirmed:
             mean, of = number(facts.confirmed["mean"]), facts.confirmed["number"]
             lines += [

@@ -1,4 +1,4 @@
-"""What can be trained, but hardly as it was meant: probabilities given to a loss that takes logits, logits exported."""
+"""What can be run, but hardly as it was meant: a loss of logits given probabilities, a rule that never holds."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from hpo.runner.prepare import Plan
 from hpo.study.data import Split, prediction
 from hpo.study.objective import Params
+from hpo.study.spec_parts import TERMINATORS
 
 _TAKES_LOGITS: Mapping[Any, str] = {
     F.cross_entropy: "cross_entropy",
@@ -51,6 +52,31 @@ def advice(plan: Plan, outputs: Any, batch: Split, params: Params) -> list[str]:
             f"for probabilities have `head` return {head}"
         ]
     return []
+
+
+def stop_advice(plan: Plan) -> list[str]:
+    """Return what to say of rules of `stop` that can never hold in this study."""
+    stop, trials = plan.spec.stop, plan.spec.trials
+    if stop is None:
+        return []
+    lines = []
+    if stop.no_gain is not None and stop.no_gain >= trials:
+        lines.append(f"stop.no_gain: {stop.no_gain} never holds in a study of {trials} trials; lower it")
+    if stop.terminator is not None and (least := TERMINATORS[stop.terminator]) >= trials:
+        why = f"{stop.terminator} needs {least} complete trials"
+        lines.append(f"stop.terminator: {why}, so it never ends a study of {trials}; raise `trials`")
+    bound = None if stop.target is None or plan.function is not None else _bound(plan)
+    if stop.target is not None and bound is not None and (bound - stop.target) * (1 if plan.maximize else -1) < 0:
+        most = "at most" if plan.maximize else "at least"
+        lines.append(f"stop.target: {stop.target:g} is never reached: {plan.metric} is {most} {bound:g}")
+    return lines
+
+
+def _bound(plan: Plan) -> float | None:
+    """Return the best value that the study's metric can have, as far as TorchMetrics says so."""
+    metric = plan.objective.metrics().get(plan.metric)
+    bound = getattr(metric, "plot_upper_bound" if plan.maximize else "plot_lower_bound", None)
+    return float(bound) if isinstance(bound, int | float) else None
 
 
 def _logits_loss(plan: Plan, outputs: Any, batch: Split, params: Params) -> str | None:

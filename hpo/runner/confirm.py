@@ -26,6 +26,7 @@ from hpo.study.loading import origin
 from hpo.study.sealed import sealed, sealing
 from hpo.study.spec_parts import Confirm
 from hpo.study.splits import fold, resplit
+from hpo.study.value import value_of
 from hpo.training.batches import Batches, make_batches
 from hpo.training.faults import fault_of
 from hpo.training.loop import Results
@@ -210,5 +211,5 @@ def result_of(plan: Plan, member: Member, over: bool = False) -> Result | None:
     waited = spec.patience is not None and len(curve) - 1 - peak >= spec.patience
     if not (over or waited or len(curve) >= spec.epochs):
         return None
-    epoch = len(curve) - 1 if spec.value == "last" else peak
-    return Result(value=curve[epoch], epoch=epoch)
+    value, epoch = value_of(curve, spec.value, maximize=plan.maximize)
+    return Result(value=value, epoch=epoch)

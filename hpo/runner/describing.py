@@ -8,6 +8,7 @@ from hpo.runner.outcome import Outcome
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import count_text, shown
 from hpo.search.confirmed import Confirmed, sentences
+from hpo.search.curves import where
 from hpo.search.view import Best, StudyView
 from hpo.study.data import Data
 
@@ -52,7 +53,7 @@ def description(
     """
     lines = _head(plan)
     first = seen.best() or best
-    epoch = "" if plan.function is not None else f", epoch {first.epoch + 1}"
+    epoch = "" if plan.function is not None else f", {where(plan.spec.value, first.epoch)}"
     lines += [
         f"**Best {_escaped(plan.metric)}: {first.value:.6g}** on validation, by [trial {first.number}]"
         f"(hpo:trial/{first.number}){epoch}.",
@@ -67,7 +68,8 @@ def description(
         lines += [f"{done.readings.capitalize()}.", ""] if done.readings else []
     if done is not None and done.bundle is not None:
         lines += [f"The model is in the artifacts, in `bundle`; it was written to `{masked(str(done.bundle))}`.", ""]
-    lines += [f"{count_text(seen.counts)}. {seen.effort.text()}".strip(), ""]
+    stopped = "" if seen.stopped is None else f" The search was {seen.stopped.text()}."
+    lines += [f"{count_text(seen.counts)}.{stopped} {seen.effort.text()}".strip(), ""]
     lines += _table(["parameter", "best value"], plan.space.searched(best.params) or best.params)
     lines += ["", *_space(plan)]
     return "\n".join(lines)[:_MOST_CHARACTERS]

@@ -181,6 +181,7 @@ def _check(draft: Draft, spec: StudySpec, folder: Path, given: Given | None) -> 
     if any(fault.path[:1] == ("params",) for fault in draft.faults):  # its own faults come first: mend those
         more = [fault for fault in more if fault.path[0] != "start_with"]
     faults += more
+    faults += _stop_faults(spec, space, objective)
     spec = _starting(spec, objective, space)
     _, more = make_sampler(spec.sampler, spec.seed, space)
     faults += more
@@ -256,6 +257,17 @@ def _end_faults(spec: StudySpec, objective: Objective | Function) -> list[Fault]
         why = f"must be at most {spec.trials}, the number of trials, but got {spec.confirm.top}"
         return [Fault(path=("confirm", "top"), message=why)]
     return []
+
+
+def _stop_faults(spec: StudySpec, space: Space, objective: Objective | Function) -> list[Fault]:
+    """Return why Optuna's terminator cannot be asked, if so: its model is of params that every trial has."""
+    name = None if spec.stop is None else spec.stop.terminator
+    if name in (None, "best_value_stagnation") or isinstance(objective, Function):
+        return []
+    if any(not dimension.searched.when for dimension in space.dimensions):
+        return []
+    why = "needs a param that is searched in every trial, and the space has none; choose best_value_stagnation"
+    return [Fault(path=("stop", "terminator"), message=f"{name} {why}")]
 
 
 def _objective(spec: StudySpec, folder: Path, given: Given | None) -> tuple[Objective | Function | None, list[Fault]]:

@@ -51,6 +51,7 @@ class ProgressState:
 
     def __init__(self, counts: Counts, best: Best | None, trials: int, metric: str) -> None:
         self.counts, self.best, self.trials, self.metric = counts, best, trials, metric
+        self._ends_at = trials
         self._started, self._done_before = time.monotonic(), counts.finished
         self.best_params: Mapping[str, Any] = {} if best is None else best.params
         """Those of the best trial that were searched, as far as that is known."""
@@ -62,6 +63,7 @@ class ProgressState:
     def see(self, seen: StudyView) -> None:
         """Take the numbers of a view of the study."""
         self.counts, self.best = seen.counts, seen.best()
+        self._ends_at = seen.counts.finished + seen.counts.unfinished  # fewer than `trials` once `stop` has ended it
         self.workers = {trial.worker for trial in seen.running}
         if self.best is not None:
             self.best_params, self.curve = seen.searched(self.best.params), seen.curve(self.best.number)
@@ -78,9 +80,9 @@ class ProgressState:
     def add(self, state: str) -> None:
         """Count one more trial that has ended."""
         field = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}.get(state)
-        if field is not None and self.counts.finished < self.trials:  # of many that end together, one look sees all
+        if field is not None and self.counts.finished < self._ends_at:  # of many that end together, one look sees all
             counts = replace(self.counts, **{field: getattr(self.counts, field) + 1})
-            self.counts = replace(counts, paused=min(counts.paused, self.trials - counts.finished))
+            self.counts = replace(counts, paused=min(counts.paused, self._ends_at - counts.finished))
 
     def seconds_left(self) -> float | None:
         """Return how long the rest will take at the pace so far, or None before the first trial has ended."""
@@ -89,7 +91,7 @@ class ProgressState:
             return None
         if self.trials == UNBOUNDED:
             return None
-        return (time.monotonic() - self._started) / done * (self.trials - self.counts.finished)
+        return (time.monotonic() - self._started) / done * (self._ends_at - self.counts.finished)
 
     def done_text(self) -> str:
         """Return `3/50`, how many trials have ended of how many; `3` where a `time` bounds them."""
@@ -106,7 +108,7 @@ class ProgressState:
     def left_text(self) -> str:
         """Return `about 3 min left`, or nothing while that is unknown."""
         left = self.seconds_left()
-        return "" if left is None or self.counts.finished >= self.trials else f"about {duration(left)} left"
+        return "" if left is None or self.counts.finished >= self._ends_at else f"about {duration(left)} left"
 
 
 class Refresh:

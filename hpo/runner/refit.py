@@ -32,6 +32,7 @@ from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.data import Data
 from hpo.study.loading import source_fingerprint
 from hpo.study.sealed import sealed, sealing
+from hpo.study.value import BEST
 from hpo.tracking.base import Tracker
 from hpo.training.batches import Batches, make_batches
 from hpo.training.evaluation import evaluate
@@ -105,7 +106,7 @@ def finish(
     With `formats`, in these, and what was exported is loaded in a process of its own, too, which takes some seconds.
     Every reading of the test set is counted in the study's attributes. Raises ExportError, Interrupted.
     """
-    whole = plan.spec.value == "last" and plan.spec.patience is None
+    whole = plan.spec.value != BEST and plan.spec.patience is None
     epochs = plan.spec.epochs if whole else best.epoch + 1
     log.info(f"training the params of trial {best.number} from scratch on train + validation, {epochs} epochs")
     with sealing(plan.given):

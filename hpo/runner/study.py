@@ -20,6 +20,7 @@ from hpo.export.bundle import require_place
 from hpo.export.formats import Formats
 from hpo.log import log
 from hpo.runner import checkpoints
+from hpo.runner.advice import stop_advice
 from hpo.runner.deadline import set_end
 from hpo.runner.describing import announcement
 from hpo.runner.joining import join_stored
@@ -92,6 +93,7 @@ def run(
     Where all of that is done already, the stored outcome is returned and nothing is trained.
     Raises HpoError where no trial is complete, Interrupted when asked to stop.
     """
+    search.settle_stop()
     seen = search.view()
     best, done = chosen(search, seen), None
     over = seen.counts.unfinished == 0
@@ -99,7 +101,8 @@ def run(
         done = outcome(search, best)
         seen = checkpoints.settle_weights(plan, search)
         settle_runs(plan, search)
-        log.info("%s: all %d trials are done", plan.spec.name, plan.spec.trials)
+        if seen.stopped is None:
+            log.info("%s: all %d trials are done", plan.spec.name, plan.spec.trials)
     if done is not None or (over and best is not None and plan.function is not None):
         return done, seen
     with signals() as stopping:
@@ -118,6 +121,8 @@ def _run(
 ) -> tuple[Outcome | None, StudyView]:
     set_end(plan, search)
     data = load_data(plan, search)
+    for line in stop_advice(plan):
+        log.warning(line)
     tracker = tracker_of(plan, search)
     for line in announcement(plan, data, before):
         log.info("%s", line)
@@ -215,7 +220,7 @@ def check(plan: Plan) -> tuple[Data | None, torch.nn.Module | None]:
         if data is not None:
             tell_of_data(data)
             model, warnings = preflight(plan, data)
-            for warning in warnings:
+            for warning in [*warnings, *stop_advice(plan)]:
                 log.warning(warning)
     except InputError as error:
         problems.append(error)

@@ -20,6 +20,7 @@ from hpo.search.budget import Rank, rank_of
 from hpo.search.claim import Claim
 from hpo.search.curves import curves_of, to_json
 from hpo.search.search import Search
+from hpo.study.value import value_of
 from hpo.tracking.base import Tracker
 from hpo.training import schedules
 from hpo.training.faults import TrialFault
@@ -60,6 +61,8 @@ class TrialRun:
         self.member = Member(number=claim.number, seed=claim.seed, params=claim.params, pause=pause)
         self._logged: list[dict[str, float]] = []
         """The metrics of each epoch, those before a checkpoint that it resumes from too."""
+        self._curve: list[float] = []
+        """The study's metric in each of these."""
         self._best: tuple[float, int, dict[str, float]] | None = None
         self._kept: Kept | None = None
         self._peak: float | None = None
@@ -111,6 +114,7 @@ class TrialRun:
         member.resume, member.epoch, member.joined = kept.training, kept.epoch, kept.joined
         member.history[:] = kept.history
         self._logged[:] = kept.history
+        self._curve[:] = [metrics[self._plan.metric_key] for metrics in kept.history]
         weights = kept.kept
         self._best, self._kept = kept.best, (lambda: weights) if weights else None
         self._peak, self._improved = kept.peak, kept.improved
@@ -167,8 +171,10 @@ class TrialRun:
             return
         if self._peak is None or self._better(value, self._peak):
             self._peak, self._improved = value, epoch
-        if self._best is None or plan.spec.value == "last" or self._improved == epoch:
-            self._best = (value, epoch, dict(metrics))
+        self._curve.append(value)
+        of_trial, at = value_of(self._curve, plan.spec.value, maximize=plan.maximize)
+        if at == epoch:
+            self._best = (of_trial, epoch, dict(metrics))
             self._kept = None if stack is None else stack.keep(member)
         go_on = self._search.report(member.number, epoch, value)
         patience = plan.spec.patience
@@ -213,7 +219,7 @@ class TrialRun:
         return effort
 
     def conclude(self, pruned: bool = False) -> None:
-        """End the trial with the best (or the last) that was reported of it."""
+        """End the trial with its value (`value_of`) of what was reported of it."""
         assert self._best is not None
         self.end("PRUNED" if pruned else "COMPLETE", self._best[0])
 

@@ -64,6 +64,17 @@ def is_paused(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.WAITING and bool(trial.intermediate_values)
 
 
+def is_new(trial: FrozenTrial) -> bool:
+    """Whether a trial waits that has never been trained, nor has one that it succeeds."""
+    return trial.state == TrialState.WAITING and not is_paused(trial) and schema.RETRY_OF not in trial.user_attrs
+
+
+def in_order_of_end(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Return those of `trials` that have ended, the first first."""
+    ended = [trial for trial in trials if trial.state.is_finished() and trial.datetime_complete is not None]
+    return sorted(ended, key=lambda trial: (trial.datetime_complete, trial.number))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Counts:
     """A study's trials by state. A trial that a successor replaced is not counted."""

@@ -7,6 +7,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from hpo.search import schema
+from hpo.study.value import averaged
 
 Curves = Mapping[str, Sequence[float]]
 """Each metric's values by its name, one an epoch; NaN where an epoch did not report it."""
@@ -38,6 +39,15 @@ def from_json(stored: Any) -> dict[str, list[float]]:
 def reported(trial: FrozenTrial) -> list[float]:
     """Return what a trial has reported to Optuna, epoch by epoch (of a function: step by step)."""
     return [value for _, value in sorted(trial.intermediate_values.items())]
+
+
+def where(value: str, epoch: int) -> str:
+    """Return when a trial had its value, for a person: in which epoch (`epoch`, from 0), or over which epochs.
+
+    `value` is the study's: `best`, `last` or `mean_of_K`.
+    """
+    first = max(0, epoch + 1 - (averaged(value) or 1))
+    return f"epoch {epoch + 1}" if first == epoch else f"mean of epochs {first + 1} to {epoch + 1}"
 
 
 def curves_in(trial: FrozenTrial, key: str) -> dict[str, list[float]]:

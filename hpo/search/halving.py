@@ -18,8 +18,8 @@ import numpy as np
 from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.search import schema
-from hpo.search.budget import is_paused
+from hpo.search.budget import is_new, is_paused
+from hpo.study.value import BEST, averaged, value_of
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -102,12 +102,17 @@ class Choice:
 class Halving:
     """The rule, for one study."""
 
-    def __init__(self, pruner: HalvingPruner, cohorts: int, *, maximize: bool) -> None:
-        """`cohorts` is how many there are, where the pruner's are `auto`."""
+    def __init__(self, pruner: HalvingPruner, cohorts: int, *, maximize: bool, value: str = BEST) -> None:
+        """`cohorts` is how many there are, where the pruner's are `auto`; `value` is the study's.
+
+        With `value: last` the best so far counts: the last epoch before a rung is not the trial's last, and its metric
+        is one noisy number.
+        """
         self._pruner = pruner
         self.rungs = pruner.rungs
         self._cohorts = pruner.cohorts if isinstance(pruner.cohorts, int) else cohorts
         self._sign = -1 if maximize else 1
+        self._value = BEST if averaged(value) is None else value
         self._scores: dict[tuple[int, int], float] = {}
         self._doubt_from: float = ENOUGH
 
@@ -124,8 +129,8 @@ class Halving:
     def choose(self, holders: Sequence[FrozenTrial], n: int, trials: int) -> Choice:
         """Return which of the `holders` of a budget of so many `trials` are to be claimed next, at most `n`."""
         waiting = [trial for trial in holders if trial.state == TrialState.WAITING]
-        new = [trial for trial in waiting if _is_new(trial)]
-        claim = [trial for trial in waiting if not _is_new(trial) and self._rung_of(trial) == 0][:n]  # retries
+        new = [trial for trial in waiting if is_new(trial)]
+        claim = [trial for trial in waiting if not is_new(trial) and self._rung_of(trial) == 0][:n]  # retries
         n_started = len(holders) - len(new)
         room = self._room(n_started, trials)
         claim += new[: min(room, n - len(claim))]
@@ -193,13 +198,14 @@ class Halving:
         return _n_reports(trial) >= rung or ended_early
 
     def score(self, trial: FrozenTrial, rung: int) -> float:
-        """Return a trial's best value so far at `rung`, less being better; infinite for one that failed."""
+        """Return a trial's value so far at `rung`, less being better; infinite for one that failed."""
         if trial.state == TrialState.FAIL:
             return math.inf
         key = trial.number, rung
         if key not in self._scores:
-            values = [self._sign * value for step, value in trial.intermediate_values.items() if step < rung]
-            self._scores[key] = min((value for value in values if math.isfinite(value)), default=math.inf)
+            reports = sorted(trial.intermediate_values.items())
+            curve = [self._sign * value for step, value in reports if step < rung and math.isfinite(value)]
+            self._scores[key] = value_of(curve, self._value, maximize=False)[0] if curve else math.inf
         return self._scores[key]
 
     def next_pause(self, since: int) -> int | None:
@@ -231,11 +237,6 @@ class Halving:
             f"pruner: how trials do after {first} epochs says nothing of how they do after {second} (rank correlation "
             f"{correlation:.2f} of {len(there)} trials), so good ones may be pruned; raise `first`, which is {first}"
         )
-
-
-def _is_new(trial: FrozenTrial) -> bool:
-    """Whether a WAITING trial has never been trained, nor one that it succeeds."""
-    return trial.state == TrialState.WAITING and not is_paused(trial) and schema.RETRY_OF not in trial.user_attrs
 
 
 def _n_reports(trial: FrozenTrial) -> int:

@@ -31,6 +31,7 @@ _KEYS = (
     "start_with",
     "timeout",
     "time",
+    "stop",
     "device",
     "loading",
     "retries",

@@ -34,7 +34,8 @@ def settle_pruner(search: Search, at_once: int, stacked: bool) -> bool:
     if name == "halving":
         if not isinstance(pruner, HalvingPruner):
             search.study.pruner = pruner = HalvingPruner(search.spec.epochs)
-        search.pause_by(Halving(pruner, 1 if stored is None else stored["cohorts"], maximize=search.maximize))
+        cohorts = 1 if stored is None else stored["cohorts"]
+        search.pause_by(Halving(pruner, cohorts, maximize=search.maximize, value=search.spec.value))
     return chosen
 
 

@@ -21,11 +21,12 @@ from hpo.log import log
 from hpo.processes import this_process
 from hpo.search import schema
 from hpo.search.batch import Queued
-from hpo.search.budget import held_until, holders, is_paused, lease_of, refill, worker_of
+from hpo.search.budget import held_until, holders, is_new, is_paused, lease_of, refill, worker_of
 from hpo.search.clock import Clock
 from hpo.search.halving import Halving
 from hpo.search.lease import LeaseKeeper, LeaseMonitor
 from hpo.search.retrying import RetryingStorage, locked
+from hpo.search.stop import Stopped, StopRules, budget
 from hpo.search.view import TrialReader
 from hpo.seeds import derive
 from hpo.study.space import Space
@@ -67,6 +68,7 @@ class Queue:
         """`ours` are the numbers of the trials that this process has claimed and not ended."""
         self._study, self._storage, self._spec, self._space = study, storage, spec, space
         self._reader, self._lease, self._ours, self._clock = reader, lease, ours, clock
+        self._rules = StopRules(spec, maximize=study.direction == optuna.study.StudyDirection.MAXIMIZE)
         self._monitor = LeaseMonitor(spec.grace, clock)
         self._waiting: deque[FrozenTrial] = deque()
         self._lost: list[Lost] = []
@@ -77,7 +79,9 @@ class Queue:
     def take(self, n: int) -> list[FrozenTrial]:
         """Claim up to `n` trials: from now on they are RUNNING, and ours. None of them: there is none left to claim."""
         while True:
-            if self.halving is not None:
+            if self._stop_if_due() is not None:
+                self._waiting = deque(self._left())
+            elif self.halving is not None:
                 self._waiting = deque(self._chosen(self.halving, n))
             elif not self._waiting:
                 self._look_for_waiting(n)
@@ -121,7 +125,7 @@ class Queue:
         """End all paused trials, unless there is something to be trained by now."""
         with locked(self._storage, self._spec.storage):
             taken = holders(self._reader.read())
-            if not halving.choose(taken, 1, self._spec.trials).over:
+            if not self._is_over(halving, taken):
                 return
             paused = [trial for trial in taken if is_paused(trial)]
             with self._storage.together() as over:
@@ -130,6 +134,49 @@ class Queue:
                     values = None if math.isnan(last) else [last]
                     self._storage.set_trial_state_values(trial._trial_id, TrialState.PRUNED, values)
         self._lost += [Lost(number=trial.number, state="PRUNED") for trial in paused if trial._trial_id not in over]
+
+    def _is_over(self, halving: Halving, taken: Sequence[FrozenTrial]) -> bool:
+        """Whether of the trials that hold the slots only paused ones are left, none of which is to be resumed."""
+        if self._reader.stopped() is None:
+            return halving.choose(taken, 1, self._spec.trials).over
+        return not any(trial.state == TrialState.RUNNING or _is_retry(trial) for trial in taken)
+
+    # The end of a search before its budget is spent (`stop`).
+
+    def settle_stop(self) -> None:
+        """Ask the rules of `stop` before anything is trained; say what has ended the search, now or in another run."""
+        if self._study.user_attrs.get(schema.STOPPED) is not None:
+            if (before := self._reader.stopped()) is not None:
+                log.info(f"the search was {before.text()}; change or remove `stop` to search on")
+                return
+            self._study.set_user_attr(schema.STOPPED, None)
+        self._stop_if_due()
+
+    def _stop_if_due(self) -> Stopped | None:
+        """Return what has ended the search; where nothing has, ask the rules."""
+        found = self._reader.stopped()
+        if self._spec.stop is None or found is not None:
+            return found
+        found = self._rules.ask(holders(self._reader.read()))
+        if found is None:
+            return None
+        with locked(self._storage, self._spec.storage):
+            if (before := self._reader.stopped()) is not None:
+                return before
+            self._study.set_user_attr(schema.STOPPED, found.as_dict())
+        log.info(f"the search is {found.text()}; no new trial is started")
+        self.fill()
+        return found
+
+    def _left(self) -> Sequence[FrozenTrial]:
+        """Return what is still to be trained of a search that was stopped: retries. At its end prune the paused."""
+        taken = holders(self._reader.read())
+        others = any(trial.state == TrialState.RUNNING and trial.number not in self._ours for trial in taken)
+        if others or any(map(is_new, taken)):  # who may have died; what who stopped it was killed before withdrawing
+            taken = holders(self.fill())
+        if self.halving is not None and any(map(is_paused, taken)) and self._is_over(self.halving, taken):
+            self._prune_paused(self.halving)
+        return _share([trial for trial in taken if _is_retry(trial)], _n_peers(taken))
 
     # The budget.
 
@@ -142,7 +189,8 @@ class Queue:
             everything: Sequence[FrozenTrial] = self._reader.read()
             if any(self._reclaim(everything).values()):
                 everything = self._reader.read()
-            change = refill(everything, self._spec.trials, len(self._spec.start_with), max(n, _CHUNK))
+            trials = budget(self._spec.trials, holders(everything), self._reader.stopped())
+            change = refill(everything, trials, len(self._spec.start_with), max(n, _CHUNK))
             if change.queue:
                 self._storage.enqueue(self._study._study_id, [self._new(slot, start) for slot, start in change.queue])
             self._withdraw(change.withdraw)
@@ -242,6 +290,11 @@ class Queue:
         """Return the trials that were ended here since the last call though this worker did not train them."""
         lost, self._lost = self._lost, []
         return lost
+
+
+def _is_retry(trial: FrozenTrial) -> bool:
+    """Whether a WAITING trial succeeds one that was in training."""
+    return trial.state == TrialState.WAITING and not is_new(trial) and not is_paused(trial)
 
 
 def _n_peers(taken: Sequence[FrozenTrial]) -> int:

@@ -158,13 +158,17 @@ class Search:
         return self._queue.repair()
 
     def tidy(self, seen: StudyView | None = None) -> None:
-        """Withdraw what is still queued of a study that is done: where no lock is, workers may queue a trial twice.
+        """Withdraw what is still queued of a study that is done (`seen`: a fresh view).
 
-        `seen` is a view of the study, if there is a fresh one.
+        Where no lock is, workers may queue a trial twice.
         """
         everything = (seen or self.view()).everything
         if any(trial.state == TrialState.WAITING for trial in everything):
             self._queue.fill()
+
+    def settle_stop(self) -> None:
+        """Ask the rules of `stop`, and say what has ended the search (`Queue.settle_stop`)."""
+        self._queue.settle_stop()
 
     def drain_lost(self) -> list[Lost]:
         """Return other workers' trials that were ended here since the last call."""
@@ -300,7 +304,9 @@ class Search:
 
     def view(self) -> StudyView:
         """Return the study as it is now: all trials are read, once. Ask it, where several things are asked in a row."""
-        self._seen = StudyView(self._reader.read(), self.spec, self.space, self.metric, maximize=self.maximize)
+        everything, stopped = self._reader.read(), self._reader.stopped()
+        of = self.spec, self.space, self.metric
+        self._seen = StudyView(everything, *of, maximize=self.maximize, stopped=stopped)
         return self._seen
 
     def trials(self) -> list[FrozenTrial]:
@@ -320,17 +326,11 @@ class Search:
         return self._seen is None or self._seen.none_is_better(value)
 
     def seconds_used(self, seen: StudyView | None = None) -> float:
-        """Return for how long at least one trial was running until now, over all workers and restarts.
-
-        `seen` is a view of the study, if there is a fresh one.
-        """
+        """Return for how long at least one trial was running until now (`seen`: a fresh view), over all restarts."""
         return seconds_used((seen or self.view()).everything, self._reader.leases())
 
     def seconds_left(self, timeout: float, seen: StudyView | None = None) -> float:
-        """Return what is left of `timeout`: nothing once it has ended the study, however the pauses are counted.
-
-        `seen` is a view of the study, if there is a fresh one.
-        """
+        """Return what is left of `timeout` (`seen`: a fresh view): nothing once it has ended the study."""
         if self.attrs.get(schema.TIMED_OUT, 0.0) >= timeout:
             return 0.0
         return max(0.0, timeout - self.seconds_used(seen))

@@ -9,10 +9,22 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.errors import StorageError
 from hpo.search import schema
-from hpo.search.budget import Counts, count, holders, is_paused, leases_in, rank, utc, worker_of, wrong_row
+from hpo.search.budget import (
+    Counts,
+    count,
+    holders,
+    in_order_of_end,
+    is_paused,
+    leases_in,
+    rank,
+    utc,
+    worker_of,
+    wrong_row,
+)
 from hpo.search.curves import curves_in, reported
 from hpo.search.effort import Effort, effort
 from hpo.search.retrying import RetryingStorage
+from hpo.search.stop import Stopped, budget, still_stopped
 from hpo.seeds import derive
 from hpo.study.space import FreeSpace, Space
 from hpo.study.spec import StudySpec
@@ -62,6 +74,12 @@ class TrialReader:
                 self._sound.add(trial.number)
         return trials
 
+    def stopped(self) -> Stopped | None:
+        """Return what has ended the search, as far as the study file still says so. Raises StorageAway."""
+        if self._spec.stop is None:
+            return None
+        return still_stopped(self._storage.get_study_user_attrs(self._study_id).get(schema.STOPPED), self._spec)
+
     def leases(self) -> dict[str, float]:
         """Return until when each worker's lease holds, by its id. Raises StorageAway."""
         return leases_in(self._storage.get_study_system_attrs(self._study_id))
@@ -94,8 +112,10 @@ class StudyView:
         metric: str,
         *,
         maximize: bool,
+        stopped: Stopped | None = None,
     ) -> None:
-        """`everything` is all trials of the study, as `TrialReader` gives them."""
+        """`everything` is all trials of the study, as `TrialReader` gives them; `stopped` is what it says, too."""
+        self.stopped = stopped
         self.everything, self._spec, self._space = everything, spec, space
         self._metric_key = metric if isinstance(space, FreeSpace) else f"valid_{metric}"
         self._sign = -1 if maximize else 1
@@ -107,11 +127,11 @@ class StudyView:
 
     @cached_property
     def counts(self) -> Counts:
-        return count(self.trials, self._spec.trials)
+        return count(self.trials, budget(self._spec.trials, self.trials, self.stopped))
 
     @cached_property
     def ends(self) -> Mapping[int, tuple[str, str | None]]:
-        """By the number of every trial that has ended, retried ones too: how, and why if it failed.
+        """By the number of every trial that has ended, retried ones too: how, and why if it failed; not the withdrawn.
 
         How is a key of `hpo.tracking.base.STATUS`.
         """
@@ -122,7 +142,7 @@ class StudyView:
                 trial.user_attrs.get(schema.ERROR),
             )
             for trial in self.everything
-            if trial.state.is_finished()
+            if trial.state.is_finished() and not (trial.datetime_start is None and schema.WITHDRAWN in trial.user_attrs)
         }
 
     @cached_property
@@ -195,11 +215,9 @@ class StudyView:
 
         It begins with the first complete trial. Trials are in the order of their ends, so that it only ever grows.
         """
-        ended = [t for t in self.trials if t.state.is_finished() and t.datetime_complete is not None]
-        ended.sort(key=lambda t: (t.datetime_complete, t.number))
         curve: list[tuple[int, float, int]] = []
         best: float | None = None
-        for n, trial in enumerate(ended, start=1):
+        for n, trial in enumerate(in_order_of_end(self.trials), start=1):
             value = trial.value if trial.state == TrialState.COMPLETE else None
             if value is not None and (best is None or self._sign * value < self._sign * best):
                 best = value

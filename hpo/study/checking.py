@@ -26,8 +26,17 @@ def validate(cls: type, values: Mapping[str, Any], at: tuple[str | int, ...]) ->
         return None, faults + list(faults_of(error, at, dict(values), known))
 
 
-def faults_of(error: ValidationError, at: tuple[str | int, ...], values: Any, known: Sequence[str]) -> Iterator[Fault]:
-    """Translate the errors of `values`, which stand `at` that place and may have the `known` keys."""
+def faults_of(
+    error: ValidationError,
+    at: tuple[str | int, ...],
+    values: Any,
+    known: Sequence[str],
+    parts: Mapping[str | int, Sequence[str]] | None = None,
+) -> Iterator[Fault]:
+    """Translate the errors of `values`, which stand `at` that place and may have the `known` keys.
+
+    `parts` are the known keys of those that have keys of their own.
+    """
     for item in error.errors(include_url=False):
         path: list[str | int] = []
         here = values
@@ -40,7 +49,9 @@ def faults_of(error: ValidationError, at: tuple[str | int, ...], values: Any, kn
                 path.append(part)
             elif part == item["loc"][-1] and item["type"] == "missing":
                 path.append(part)
-        yield Fault(path=(*at, *path), message=_message(item, here, here is values and isinstance(here, dict), known))
+        whole = here is values and isinstance(here, dict)
+        of = known if len(item["loc"]) < 2 or parts is None else parts.get(item["loc"][0], known)
+        yield Fault(path=(*at, *path), message=_message(item, here, whole, of))
 
 
 def _message(item: ErrorDetails, here: Any, whole: bool, known: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ What is at fault is left out of a draft's spec, so that the checks that come aft
 sampler) still run and a user sees every fault at once; `Draft.spec` must not be run while `Draft.faults` is not empty.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,15 @@ from hpo.study.document import Document
 from hpo.study.document import read as read_document
 from hpo.study.ranges import parse_params
 from hpo.study.spec import KEYS, StudySpec
+from hpo.study.spec_parts import Confirm, Loading, Stop
+from hpo.study.value import too_long
+
+_PARTS: Mapping[str | int, Sequence[str]] = {
+    "loading": tuple(Loading.model_fields),
+    "stop": tuple(Stop.model_fields),
+    "confirm": tuple(Confirm.model_fields),
+}
+"""The keys of what has keys of its own."""
 
 
 @dataclass(kw_only=True)
@@ -54,6 +63,9 @@ def draft_of(document: Document, name: str) -> Draft:
     if spec is not None and len(spec.start_with) > spec.trials:
         message = f"names {len(spec.start_with)} configurations, but trials is {spec.trials}; raise trials"
         faults.append(Fault(path=("start_with",), message=message))
+    has_epochs = spec is not None and all(fault.path[:1] != ("epochs",) for fault in faults)
+    if spec is not None and has_epochs and (why := too_long(spec.value, spec.epochs)) is not None:
+        faults.append(Fault(path=("value",), message=why))
     return Draft(spec=spec, document=document, faults=faults, own_space=own_space)
 
 
@@ -65,7 +77,7 @@ def _spec(values: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[StudySp
         try:
             return StudySpec.model_validate(left | {"params": dict(params)}), faults
         except ValidationError as error:
-            new = list(faults_of(error, (), left, KEYS))
+            new = list(faults_of(error, (), left, KEYS, _PARTS))
         faults += new
         if any(fault.path == ("objective",) for fault in new):
             return None, faults

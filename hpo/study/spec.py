@@ -4,17 +4,15 @@ Each key's docstring says what it is, its values, its default and an example; py
 `description`, from which the documentation is made.
 """
 
-import builtins
 import re
-from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from hpo.study.plugins import PRUNERS, SAMPLERS, Plugin, named, one_of
 from hpo.study.ranges import Categorical, FloatRange, Frozen, IntRange, Scalar, Searched, parse_param
-from hpo.study.spec_parts import Confirm, Loading, Time, confirm_of
+from hpo.study.spec_parts import Confirm, Loading, Stop, Time, confirm_of, stop_of, wrong_names
+from hpo.study.value import check_value
 
 __all__ = [
     "KEYS",
@@ -28,6 +26,7 @@ __all__ = [
     "Loading",
     "Plugin",
     "Searched",
+    "Stop",
     "StudySpec",
     "parse_param",
 ]
@@ -89,11 +88,11 @@ class StudySpec(Frozen):
     Values: `minimize`, `maximize`. Default: as the metric says; of a function's value, less is better.
     Example: `direction: maximize`
     """
-    value: Literal["best", "last"] = "best"
-    """Which epoch's metric is a trial's value.
+    value: Annotated[str, BeforeValidator(check_value)] = "best"
+    """Which epoch's metric is a trial's value: the best one's, the last one's, or the mean over the last K.
 
-    Values: `best`, `last`. Default: `best`.
-    Example: `value: last`
+    Values: `best`, `last`, `mean_of_K` (`mean_of_3`, ...). Default: `best`.
+    Example: `value: mean_of_3`
     """
     epochs: int = Field(default=20, ge=1)
     """How many epochs each trial is trained, unless it is pruned or `patience` ends it.
@@ -125,6 +124,14 @@ class StudySpec(Frozen):
     Without `trials` there are as many as fit; at least one is finished.
     Values: a length of time. Default: none.
     Example: `time: 10m`
+    """
+    stop: Annotated[Stop | None, BeforeValidator(stop_of)] = None
+    """End the search when more trials are not worth it; what is in training is trained to its end.
+
+    Its keys, of which the first that holds counts: `no_gain` (so many finished trials without a better one), `target`
+    (a value that is good enough), `terminator` (one of Optuna's). It may be changed at any time.
+    Values: `false`, or a mapping of its keys. Default: `false`.
+    Example: `stop: {no_gain: 30, target: 0.98}`
     """
     seed: int = Field(default=42, ge=0)
     """What every random stream of the study follows from: weights, order of rows, dropout, sampler.
@@ -290,7 +297,7 @@ class StudySpec(Frozen):
     @field_validator("catch")
     @classmethod
     def _exceptions(cls, catch: tuple[str, ...]) -> tuple[str, ...]:
-        for why in _wrong_names(catch):
+        for why in wrong_names(catch):
             raise ValueError(why)
         return catch
 
@@ -314,16 +321,3 @@ class StudySpec(Frozen):
 
 
 KEYS = tuple(StudySpec.model_fields)
-
-
-def _wrong_names(catch: Sequence[str]) -> Iterator[str]:
-    """Yield why a name cannot be meant, for each such name."""
-    for name in catch:
-        known = getattr(builtins, name, None)
-        if isinstance(known, type) and issubclass(known, BaseException):
-            if not issubclass(known, Exception):
-                yield f"must name an Exception, but {name} is how a process is stopped"
-        elif known is not None or not re.fullmatch(r"[A-Za-z_][\w.]*", name):
-            yield f"must name an exception, as Python shows it (ValueError, torch.linalg.LinAlgError), but got {name!r}"
-        elif near := get_close_matches(name, [n for n in dir(builtins) if n.endswith(("Error", "Exception"))], 1, 0.85):
-            yield f'there is no exception {name!r}; did you mean "{near[0]}"?'
