@@ -177,6 +177,7 @@ def test_the_surface_is_frozen() -> None:
         "patience",
         "trials",
         "timeout",
+        "time",
         "stop",
         "seed",
         "sampler",

@@ -74,7 +74,7 @@ def run(
 
     Example: hpo run studies/breast_cancer.yaml --trials 20 --set params.batch_size=32
     """
-    begun = time.monotonic()
+    started = time.monotonic()
     from hpo.cli.screen import Shown, announce
 
     overrides = _overrides(set_, trials=trials, storage=storage, tracking=tracking, device=device, stack=stack)
@@ -85,7 +85,7 @@ def run(
     from hpo.runner.study import WorkerOptions
 
     options = WorkerOptions(workers=_count(workers), ray=ray, gpus_per_worker=gpus_per_worker)
-    _finish(commands.run(study, overrides, options, fresh, Shown(quiet, log_file, begun)), json_)
+    _finish(commands.run(study, overrides, options, fresh, Shown(quiet, log_file, started)), json_)
 
 
 @app.command()

@@ -45,7 +45,7 @@ def run(
     """`hpo run`; `fresh`: a study of that name is kept under another one, and a new one starts."""
     with screen(how) as out, ExitStack() as stack:
         plan = _prepared(path, overrides, stack)
-        plan = plan if how.begun is None else replace(plan, made=how.begun)
+        plan = plan if how.started is None else replace(plan, made=how.started)
         if fresh:
             keeping.set_aside(plan.spec)
         search = open_or_make(plan)

@@ -56,7 +56,7 @@ class Shown(NamedTuple):
     """Only warnings."""
     log_file: Path | None = None
     """A file that all of it is added to, each text with its time."""
-    begun: float | None = None
+    started: float | None = None
     """When the command began, by time.monotonic(), before it imported anything; a study's `time` counts from there."""
 
 
