@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 ANSWER_SECONDS = 6.0
@@ -54,15 +54,19 @@ class LimitedStop(StopToken):
         super().__init__()
         self._token = token
         self.deadline = math.inf
+        self.look: Callable[[], float] | None = None
+        """Gives the deadline where it may change; asked at the end of epochs."""
 
     def out_of_time(self) -> bool:
+        if self.look is not None:
+            self.deadline = self.look()
         return time.monotonic() >= self.deadline
 
     def requested(self) -> bool:
         return self._token.requested() or self.out_of_time()
 
     def immediate(self) -> bool:
-        return self._token.immediate() or self.out_of_time()
+        return self._token.immediate() or time.monotonic() >= self.deadline
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pandas.api.types import is_scalar
 from pandas.errors import ParserWarning
 
 from hpo.errors import DataError
-from hpo.study.table_text import OPEN, Dialect, beginning, dialect_of, windows
+from hpo.study.table_text import OPEN, Dialect, beginning, dialect_of, listed, windows
 from hpo.training.memory import free_bytes
 
 _MEMORY = {"text": 4, "packed": 20}
@@ -33,6 +33,8 @@ def read_table(file: Path) -> pd.DataFrame:
         reason = (str(error).splitlines() or [""])[0][:200]
         raise DataError(f"{file}: cannot be read ({type(error).__name__}: {reason})") from error
     frame.columns = pd.Index([str(name).strip() for name in frame.columns])
+    if twice := sorted(set(frame.columns[frame.columns.duplicated()])):
+        raise DataError(f"{file}: has several columns of one name ({listed(map(repr, twice))}); give each its own")
     if frame.empty:
         raise DataError(f"{file}: has a header, but no rows")
     for name in frame.columns[(frame.dtypes == "object").to_numpy()]:
@@ -69,4 +71,5 @@ def _read_text(file: Path) -> pd.DataFrame:
 def _parse(file: Path, dialect: Dialect) -> pd.DataFrame:
     with warnings.catch_warnings():
         warnings.simplefilter("error", ParserWarning)  # where pandas would cut rows that are too long
-        return pd.read_csv(file, low_memory=False, **dialect.for_pandas())
+        dtypes = {name: str for name in dialect.dates}
+        return pd.read_csv(file, low_memory=False, dtype=dtypes, **dialect.for_pandas())

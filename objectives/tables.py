@@ -1,19 +1,21 @@
 """A table to learn from: what its columns are, its tensors, its splits; or in one line why nothing can be learned.
 
-Each column is numbers or categories. What a model was trained on is said in plain values, a mapping for each column, so
-that `encode` makes the same tensors of another table: {"name": "age", "kind": "number"}, or {"name": "city", "kind":
-"category", "categories": ["Basel", "Bern"]}.
+Each column is numbers, dates or categories. What a model was trained on is said in plain values, a mapping for each
+column, so that `encode` makes the same tensors of another table: {"name": "age", "kind": "number"}, or {"name": "city",
+"kind": "category", "categories": ["Basel", "Bern"]}, or of "kind": "date" with the keys of `hpo.study.table_dates`.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from hpo.objectives.datasets import rows_of_splits
+from hpo.objectives.table_columns import FEW, Column, Found, columns_of, plain_numbers, without
 from hpo.objectives.table_files import read_table
 from pandas.api import types
 from torch import Tensor
@@ -21,15 +23,12 @@ from torch import Tensor
 from hpo.errors import DataError, did_you_mean
 from hpo.study.blocks import split_by_rows
 from hpo.study.data import Data
+from hpo.study.table_dates import format_of, is_stored_as_date, moments, numbers_of
 from hpo.study.table_text import as_text, listed
 
-Column = Mapping[str, Any]
 Task = Literal["regression", "binary", "multiclass"]
 
 FEWEST_ROWS, FEWEST_OF_A_CLASS = 20, 3
-FEW = 20
-"""So many different texts are categories, however few rows there are; so many whole numbers may be classes, or not."""
-_DATE = r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}([ T].*)?"
 
 
 @dataclass(frozen=True)
@@ -37,16 +36,18 @@ class TableOptions:
     """`task` auto is told from the target: two values, and text, are classes; numbers that have fractions, or are many,
     are amounts; of other numbers the study must say what they are.
 
-    `missing`: values that are not there are an error; or numbers become the median of train, categories one of their
-    own, and rows without a target are left out. `drop` names columns to leave out, `categorical` those whose numbers
-    are names. `valid` and `test` are shares of all rows (of each class), drawn by `seed`.
+    `missing`: of values that are not there, numbers become the median of train, categories one of their own, and rows
+    without a target are left out; or they are an error. `drop` names columns to leave out, `keep` those that look like
+    identifiers and are none, `categorical` those whose numbers are names. `valid` and `test` are shares of all rows
+    (of each class), drawn by `seed`.
     """
 
     file: Path
     target: str
     task: Literal["auto", "regression", "binary", "multiclass"] = "auto"
-    missing: Literal["error", "impute"] = "error"
+    missing: Literal["error", "impute"] = "impute"
     drop: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
     categorical: tuple[str, ...] = ()
     valid: float = 0.2
     test: float = 0.2
@@ -79,45 +80,107 @@ def table_of(options: TableOptions) -> Table:
     """Return the file that the options name as it is learned from. Raises DataError."""
     file, target, impute = options.file, options.target, options.missing == "impute"
     frame = read_table(file)
-    require(file, frame, [target], "the target")
-    require(file, frame, options.drop, "in drop")
-    require(file, frame, options.categorical, "in categorical")
+    _require_named(file, frame, options)
+    whole, faults = frame, []
     frame, n_without_target = _with_target(file, frame, target, impute)
-    values = frame[target]
-    where = f"{file}: the target {target!r}"
-    task = _task(where, values, options.task)
-    frame, dropped = _without_constants(_without(frame, {target, *options.drop}))
-    if frame.columns.empty:
-        reasons = listed(f"{name!r} was dropped, {why}" for name, why in dropped.items())
-        raise DataError(f"{file}: there is no column to predict {target!r} from; {reasons or 'it is the only one'}")
-    if (gaps := _missing_in(frame)) and not impute:
-        raise DataError(f"{file}: values are missing: {gaps}; fill them in, drop these columns, or set missing: impute")
-    names, codes = (), np.zeros(len(values), dtype=np.int64)
-    if task != "regression":
-        names, codes = _classes(where, values)
+    values, where = frame[target], f"{file}: the target {target!r}"
+    task, names, codes = _understood(where, values, options.task, faults)
     rows = rows_of_splits(codes, test=options.test, valid=options.valid, seed=options.seed)
+    frame = without(frame, {target, *options.drop})
+    found = columns_of(frame, options.keep, options.categorical, rows[0])
+    taken = [column["name"] for column in found.columns]
+    gaps = _missing_in(frame[[*taken, *found.faults]])
+    if gaps and not impute:
+        faults.append(f"{file}: values are missing: {gaps}; fill them in, drop these columns, or set missing: impute")
+    faults += _column_faults(file, found, options.drop)
+    if not (taken or faults):
+        why = f"left out: {found.reasons()}" if found.dropped else "it is the only one"
+        faults.append(f"{file}: there is no column to predict {target!r} from; {why}")
+    if faults:
+        raise DataError("; ".join(faults))
     mean, std, targets = 0.0, 1.0, torch.from_numpy(codes)
     if task == "regression":
         numbers = values.astype("float64").to_numpy()
         mean, std = float(numbers[rows[0]].mean()), float(numbers[rows[0]].std()) or 1.0
         targets = torch.from_numpy((numbers - mean) / std)
-    columns = columns_of(file, frame, options.categorical, rows[0])
     data = split_by_rows(
-        encode(frame, columns, file),
+        encode(frame, found.columns, file),
         targets if task == "multiclass" else targets.float().unsqueeze(1),
         rows,
-        feature_names=tuple(c["name"] for kind in ("number", "category") for c in columns if c["kind"] == kind),
+        feature_names=_feature_names(found.columns),
         class_names=names,
     )
     return Table(
-        data=replace(data, missing=impute),
+        data=replace(data, missing=impute, notices=_notices(found, gaps, len(whole), n_without_target)),
         task=task,
-        columns=columns,
-        dropped=dropped,
+        columns=found.columns,
+        dropped=found.dropped,
         n_without_target=n_without_target,
         mean=mean,
         std=std,
     )
+
+
+def _require_named(file: Path, frame: pd.DataFrame, options: TableOptions) -> None:
+    """Raise DataError with every name in the options that is no column of the table, or is the target."""
+    target = options.target
+    given = {"drop": options.drop, "categorical": options.categorical, "keep": options.keep}
+    faults = []
+    for names, what in (([target], "the target"), *((names, f"in {key}") for key, names in given.items())):
+        try:
+            require(file, frame, names, what)
+        except DataError as error:
+            faults.append(str(error))
+    if target in options.drop:
+        faults.append(f"{file}: drop names the target {target!r}; remove it there, or name another target")
+    if faults:
+        raise DataError("; ".join(faults))
+
+
+def _understood(
+    where: str, values: pd.Series, task: str, faults: list[str]
+) -> tuple[Task, tuple[str, ...], np.ndarray]:
+    """Return the task, the classes' names and each row's class (N,), 0 of amounts; what is wrong goes to `faults`."""
+    none = np.zeros(len(values), dtype=np.int64)
+    try:
+        found = _task(where, values, task)
+        if found == "regression":
+            return found, (), none
+        return found, *_classes(where, values)
+    except DataError as error:
+        faults.append(str(error))
+        return "regression", (), none
+
+
+def _column_faults(file: Path, found: Found, drop: Sequence[str]) -> list[str]:
+    """Return what is wrong with the columns, all of it, and the line of the study file that leaves them out."""
+    if not found.faults:
+        return []
+    each = "; ".join(f"column {name!r} {why}" for name, why in found.faults.items())
+    quoted = ", ".join(json.dumps(name, ensure_ascii=False) for name in (*drop, *found.faults))
+    return [f"{file}: {each}; or leave {'it' if len(found.faults) == 1 else 'them'} out, drop: [{quoted}]"]
+
+
+def _notices(found: Found, gaps: str, n_rows: int, n_without_target: int) -> tuple[str, ...]:
+    """Return what a user should know of how a table is taken, a line for each."""
+    lines = [*found.notices]
+    if found.dropped:
+        lines.insert(0, f"left out: {found.reasons()}")
+    if n_without_target:
+        lines.insert(0, f"{n_without_target} of {n_rows} rows have no target and are left out")
+    if gaps:
+        lines.append(
+            f"values are missing: {gaps}; numbers and parts of dates become the median of the training rows, "
+            "categories one of their own (missing: error refuses them)"
+        )
+    return tuple(lines)
+
+
+def _feature_names(columns: Sequence[Column]) -> tuple[str, ...]:
+    """Return the names of all inputs in their order; those of dates are `day (year)`, `day (month)`, ..."""
+    by_kind = {kind: [c for c in columns if c["kind"] == kind] for kind in ("number", "date", "category")}
+    dates = [f"{c['name']} ({part})" for c in by_kind["date"] for part in c["parts"]]
+    return (*(c["name"] for c in by_kind["number"]), *dates, *(c["name"] for c in by_kind["category"]))
 
 
 def _with_target(file: Path, frame: pd.DataFrame, target: str, impute: bool) -> tuple[pd.DataFrame, int]:
@@ -132,7 +195,7 @@ def _with_target(file: Path, frame: pd.DataFrame, target: str, impute: bool) -> 
         )
     if len(frame) - n < FEWEST_ROWS:
         raise DataError(f"{file}: {len(frame) - n} rows have a target, but {FEWEST_ROWS} is the least to learn from")
-    return (frame[known].reset_index(drop=True) if n else frame), n
+    return (frame[known] if n else frame), n  # its index says which rows of the file these are
 
 
 def _task(where: str, values: pd.Series, task: str) -> Task:
@@ -143,6 +206,11 @@ def _task(where: str, values: pd.Series, task: str) -> Task:
     some += ", ..." if len(found) > 10 else ""
     if len(found) == 1:
         raise DataError(f"{where} is {some} in every row: there is nothing to tell apart")
+    if not number and task in ("auto", "regression") and (is_stored_as_date(values) or format_of(as_text(values))):
+        raise DataError(
+            f"{where} holds dates ({as_text(values).iloc[0]!r}); predict a number that you make of them, as the days "
+            "since the first one"
+        )
     if task == "regression":
         if not number:
             raise DataError(f"{where} must be numbers for task: regression, but it holds {some}")
@@ -198,79 +266,17 @@ def _missing_in(frame: pd.DataFrame) -> str:
     return listed(f"{n} in {name!r}" for name, n in counts[counts > 0].items())
 
 
-def _plain_numbers(frame: pd.DataFrame) -> list[str]:
-    """Return the columns that NumPy has as numbers: of these there may be very many, so they are looked at together."""
-    return [name for name, kind in frame.dtypes.items() if isinstance(kind, np.dtype) and kind.kind in "iuf"]
-
-
-def _without_constants(frame: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
-    """Return the table without the columns that say nothing, and why each of these was dropped."""
-    plain = frame[_plain_numbers(frame)]
-    varied = set(plain.columns[(plain.min() < plain.max()).to_numpy(dtype=bool)])
-    dropped = {}
-    for name in (n for n in frame.columns if n not in varied or n.startswith("Unnamed: ")):
-        values = frame[name]
-        number = types.is_numeric_dtype(values)
-        if values.nunique(dropna=number) < 2:
-            dropped[name] = "it has one value only"
-        elif number and name.startswith("Unnamed: ") and (values.diff().dropna() == 1).all():
-            dropped[name] = "it has no name and counts the rows"
-    return _without(frame, dropped), dropped
-
-
-def _without(frame: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
-    """Return the other columns; `drop` would leave them in as many pieces, each as slow to look at as a whole table."""
-    return frame.loc[:, ~frame.columns.isin(list(names))]
-
-
-def columns_of(where: object, frame: pd.DataFrame, categorical: Sequence[str], rows: np.ndarray) -> list[Column]:
-    """Return what each column is: of those in `categorical` and of texts the categories, as they are in `rows`.
-
-    Raises DataError for dates, for text that is different in almost every row, and for what is no plain value.
-    """
-    columns: list[Column] = []
-    names = set(categorical)
-    numbers = set(_plain_numbers(frame)) - names
-    for name in frame.columns:
-        if name not in numbers and (name in names or _is_category(f"{where}: column {name!r}", frame[name])):
-            found = sorted(as_text(frame[name].iloc[rows]).dropna().unique())
-            columns.append({"name": name, "kind": "category", "categories": found})
-        else:
-            columns.append({"name": name, "kind": "number"})
-    return columns
-
-
-def _is_category(where: str, values: pd.Series) -> bool:
-    if types.is_numeric_dtype(values) or isinstance(values.dtype, pd.CategoricalDtype):
-        return not types.is_numeric_dtype(values)
-    text = as_text(values).dropna()
-    plain = types.is_object_dtype(values) or types.is_string_dtype(values)
-    if not plain or text.str.fullmatch(_DATE).mean() > 0.9:
-        raise DataError(
-            f"{where} holds dates or times ({text.iloc[0]!r}); give numbers in their place (year, month, ...), "
-            "or add it to drop"
-        )
-    numbers = pd.to_numeric(text, errors="coerce").notna()
-    if numbers.mean() > 0.5 and not numbers.all():
-        row, value = text[~numbers].index[0] + 1, text[~numbers].iloc[0]
-        raise DataError(
-            f"{where} holds numbers, but also text ({value!r} in row {row}); mend it, or add it to categorical or drop"
-        )
-    if (n := text.nunique()) > max(FEW, len(text) / 2):
-        raise DataError(
-            f"{where} has {n} different texts in {len(text)} rows ({text.iloc[0][:40]!r}, ...); add it to drop, "
-            "or, if they are categories, to categorical"
-        )
-    return not numbers.all()
-
-
 def encode(frame: pd.DataFrame, columns: Sequence[Column], where: object = "the table") -> dict[str, Tensor]:
     """Return a table's `columns` as tensors: `numeric` (N, F) in float32 and `categorical` (N, C) in int64, if any.
 
-    A missing number is NaN. Category i has the code i + 1; missing and unknown ones have 0. Raises DataError.
+    Numbers come first, then the parts of dates; what is missing among them is NaN. Category i has the code i + 1;
+    missing and unknown ones have 0. Raises DataError.
     """
     require(where, frame, [column["name"] for column in columns], "it is one of the model's")
     numbers = _matrix(where, frame, [c["name"] for c in columns if c["kind"] == "number"])
+    if dates := [c for c in columns if c["kind"] == "date"]:
+        parts = [numbers_of(moments(frame[c["name"]], c["format"]), c).astype(np.float32) for c in dates]
+        numbers = np.concatenate([numbers, *parts], 1)
     codes = [
         pd.Index(c["categories"], dtype="string").get_indexer(as_text(frame[c["name"]])).astype(np.int64) + 1
         for c in columns
@@ -282,7 +288,7 @@ def encode(frame: pd.DataFrame, columns: Sequence[Column], where: object = "the 
 
 def _matrix(where: object, frame: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
     """Return these columns as (N, F) in float32. Raises DataError."""
-    plain = set(_plain_numbers(frame))
+    plain = set(plain_numbers(frame))
     together = [i for i, name in enumerate(names) if name in plain]
     numbers = np.empty((len(frame), len(names)), dtype=np.float32)
     with np.errstate(over="ignore"):

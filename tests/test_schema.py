@@ -19,6 +19,7 @@ STORED = {
     "CODE": "hpo:code",
     "STUDY_FILE": "hpo:study_file",
     "TIMED_OUT": "hpo:timed_out",
+    "ENDS": "hpo:ends",
     "STOPPED": "hpo:stopped",
     "PRUNER": "hpo:pruner",
     "MADE_WITH": "hpo:made_with",

@@ -13,6 +13,7 @@ import textwrap
 import types
 from typing import Any, Literal, Union, get_args, get_origin
 
+from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 import hpo
@@ -98,7 +99,7 @@ def _words(annotation: Any) -> str:
     if origin is tuple:
         return "a list of mappings" if "dict" in repr(arguments) else "a list"
     if isinstance(annotation, type):
-        return "a mapping, see below" if issubclass(annotation, spec.BaseModel) else annotation.__name__
+        return "a mapping, see below" if issubclass(annotation, BaseModel) else annotation.__name__
     return str(annotation)
 
 
@@ -110,7 +111,7 @@ def _default(field: Any) -> str:
         return "optional"
     if isinstance(value, spec.Plugin):
         return f"default `{value.name}`"
-    if isinstance(value, spec.BaseModel):
+    if isinstance(value, BaseModel):
         return "optional"
     if isinstance(value, bool):
         value = str(value).lower()

@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hpo.runner.outcome import Outcome
+from hpo.study.spec import StudySpec
 
 _PLACES = ("name", "storage", "tracking", "output")
 """What says where a study is: a command that is to find it again needs it too."""
 
 
 def next_steps(
-    path: Path, overrides: Mapping[str, str], trials: int, done: Outcome | None, *, stopped: bool = False
+    path: Path, overrides: Mapping[str, str], spec: StudySpec, done: Outcome | None, *, stopped: bool = False
 ) -> list[str]:
     """Return commands that a person may want next, each with what it does: at most five lines, which can be pasted."""
     places = [f"--set {shlex.quote(f'{key}={overrides[key]}')}" for key in _PLACES if key in overrides]
@@ -22,7 +23,8 @@ def next_steps(
     }
     if done is not None and done.bundle is not None:
         steps[f"hpo predict {shlex.quote(str(done.bundle))} INPUT"] = "predictions for a table, arrays or images"
-    more = "--set stop=false" if stopped else f"--trials {2 * trials}"
+    more = f"--trials {2 * spec.trials}" if spec.time is None else f"--set time={2 * spec.time:g}s"
+    more = "--set stop=false" if stopped else more
     steps[f"hpo run {study} {more}"] = "search on"
     width = min(max(map(len, steps)), 60)
     return [f"{command:<{width}}  # {what}" for command, what in steps.items()]

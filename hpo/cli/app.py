@@ -6,6 +6,7 @@ Exit status: 0 done, 1 failed, 2 bad input, 130 interrupted. Nothing heavy is im
 
 import gc
 import sys
+import time
 import traceback
 from importlib import import_module
 from pathlib import Path
@@ -73,6 +74,7 @@ def run(
 
     Example: hpo run studies/breast_cancer.yaml --trials 20 --set params.batch_size=32
     """
+    started = time.monotonic()
     from hpo.cli.screen import Shown, announce
 
     overrides = _overrides(set_, trials=trials, storage=storage, tracking=tracking, device=device, stack=stack)
@@ -83,7 +85,7 @@ def run(
     from hpo.runner.study import WorkerOptions
 
     options = WorkerOptions(workers=_count(workers), ray=ray, gpus_per_worker=gpus_per_worker)
-    _finish(commands.run(study, overrides, options, fresh, Shown(quiet, log_file)), json_)
+    _finish(commands.run(study, overrides, options, fresh, Shown(quiet, log_file, started)), json_)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def run(
     """`hpo run`; `fresh`: a study of that name is kept under another one, and a new one starts."""
     with screen(how) as out, ExitStack() as stack:
         plan = _prepared(path, overrides, stack)
+        plan = plan if how.started is None else replace(plan, made=how.started)
         if fresh:
             keeping.set_aside(plan.spec)
         search = open_or_make(plan)
@@ -59,7 +61,7 @@ def run(
         confirmed = confirmation(search, seen)
         _print_result(plan, seen, seen.best(), done, out, confirmed)
         if not how.quiet:
-            _print_next(next_steps(path, overrides, plan.spec.trials, done, stopped=seen.stopped is not None), out)
+            _print_next(next_steps(path, overrides, plan.spec, done, stopped=seen.stopped is not None), out)
         return summary(plan.spec, seen, seen.best(), done, confirmed)
 
 
@@ -96,7 +98,7 @@ def repair(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
         seen = studies.repair(plan, search)
         counts = seen.counts
         out.print(
-            f"{plan.spec.name}: {counts.finished} of {plan.spec.trials} trials done, {counts.running} running, "
+            f"{plan.spec.name}: {counts.finished} of {plan.spec.budget_text} done, {counts.running} running, "
             f"{counts.waiting} waiting; the runs in {masked(plan.spec.tracking)} say the same"
         )
         return summary(plan.spec, seen, seen.best(), None)
@@ -189,8 +191,8 @@ def _print_check(plan: Plan, data: Data | None, model: torch.nn.Module | None, o
     direction = "highest" if plan.maximize else "lowest"
     out.print(
         view.table(
-            f"{plan.spec.name}: the {direction} {plan.metric} on validation, of {plan.spec.trials} trials of "
-            f"{plan.spec.epochs} epochs",
+            f"{plan.spec.name}: the {direction} {plan.metric} on validation, of {plan.spec.budget_text}, of "
+            f"{plan.spec.epochs} epochs each",
             ["parameter", "values"],
             [[d.name, d.describe()] for d in plan.space.dimensions]
             + [[name, f"{value} (fixed)"] for name, value in plan.space.fixed.items()]

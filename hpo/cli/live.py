@@ -92,7 +92,7 @@ class LiveProgress(PlainProgress):
         line = Table.grid(padding=(0, 1))
         bar = ProgressBar(total=max(board.trials, 1), completed=board.counts.finished, width=min(30, width // 4))
         times = ", ".join(part for part in (duration(board.elapsed()), board.left_text()) if part)
-        line.add_row(Text("trials", style="bold"), bar, Text(f"{board.counts.finished}/{board.trials}"), Text(times))
+        line.add_row(Text("trials", style="bold"), bar, Text(board.done_text()), Text(times))
         return line
 
     def _counts(self, n_training: int) -> str:

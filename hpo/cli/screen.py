@@ -34,7 +34,7 @@ def announce(path: Path, overrides: Mapping[str, str]) -> None:
         return
     draft = read(path, overrides)
     if draft.spec is not None and not draft.faults:
-        console().print(f"{draft.spec.name}: {path}, {draft.spec.trials} trials; importing PyTorch")
+        console().print(f"{draft.spec.name}: {path}, {draft.spec.budget_text}; importing PyTorch")
 
 
 class ConsoleHandler(logging.Handler):
@@ -56,6 +56,8 @@ class Shown(NamedTuple):
     """Only warnings."""
     log_file: Path | None = None
     """A file that all of it is added to, each text with its time."""
+    started: float | None = None
+    """When the command began, by time.monotonic(), before it imported anything; a study's `time` counts from there."""
 
 
 @contextmanager

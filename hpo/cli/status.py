@@ -21,7 +21,7 @@ from hpo.search.retrained import Confirmed
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
 from hpo.study.draft import read
-from hpo.study.spec import StudySpec
+from hpo.study.spec import UNBOUNDED, StudySpec
 
 _TIME = "time used "
 
@@ -80,11 +80,11 @@ def _look(search: Search) -> tuple[list[str], dict[str, Any], bool]:
     used = search.seconds_used(seen)
     board = ProgressState(counts, best, spec.trials, search.metric)
     lines = [
-        f"{spec.name}: {counts.finished} of {spec.trials} trials done "
+        f"{spec.name}: {counts.finished} of {spec.budget_text} done "
         f"({count_text(counts)}), "
         f"{counts.running} running, "
         + (f"{counts.paused} paused, " if counts.paused else "")
-        + f"{counts.waiting} waiting",
+        + ("" if spec.trials == UNBOUNDED else f"{counts.waiting} waiting"),
         *([] if seen.stopped is None else [seen.stopped.text()]),
         *([text] if (text := seen.effort.text()) else []),
         board.best_text() + (f": {shown(search.space.searched(best.params))}" if best else ""),
@@ -94,8 +94,8 @@ def _look(search: Search) -> tuple[list[str], dict[str, Any], bool]:
         value = "" if trial.value is None else f", {search.metric} {trial.value:.4f}"
         lines.append(f"  trial {trial.number}: epoch {trial.epoch}/{spec.epochs}{value}")
     left = used / counts.finished * counts.unfinished if counts.finished and counts.unfinished else None
-    if spec.timeout is not None and counts.unfinished:
-        over = search.seconds_left(spec.timeout, seen)
+    if spec.limit is not None and counts.unfinished:
+        over = search.seconds_left(spec.limit, seen)
         left = over if left is None else min(over, left)
     lines.append(f"{_TIME}{duration(used)}" + (f", about {duration(left)} left" if left is not None else ""))
     done, paths = outcome(search, chosen(search, seen)), stack_paths(search)

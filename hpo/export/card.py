@@ -37,7 +37,8 @@ def _inputs(about: Mapping[str, Any]) -> list[str]:
         for column in columns:
             named = column.get("categories", ())
             more = f" and {len(named) - 8} more" if len(named) > 8 else ""
-            kind = "a number" if column["kind"] == "number" else f"a category: {', '.join(named[:8])}{more}"
+            kinds = {"number": "a number", "date": f"a date, as {column.get('format')}"}
+            kind = kinds.get(column["kind"], f"a category: {', '.join(named[:8])}{more}")
             lines.append(f"| {_cell(column['name'])} | {_cell(kind)} |")
     else:
         lines = ["| input | shape | type |", "|---|---|---|"]

@@ -1,7 +1,8 @@
 """The columns of a bundle's inputs: a table's rows become the arrays that its model takes, by the columns' names.
 
 A column is {"name": "age", "kind": "number", "input": "numeric"}, or {"name": "city", "kind": "category", "input":
-"categorical", "categories": ["Basel", "Bern"]}. Category i has the code i + 1; what is missing or unknown has 0.
+"categorical", "categories": ["Basel", "Bern"]}, or of "kind": "date" with the keys of `hpo.study.table_dates`, whose
+parts stand behind the numbers of its input. Category i has the code i + 1; what is missing or unknown has 0.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,15 +14,18 @@ import pandas as pd
 from pandas.api import types
 
 from hpo.errors import InputError, did_you_mean
+from hpo.study.table_dates import moments, numbers_of
 from hpo.study.table_text import as_text, listed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """One column of a table; `categories` None: it holds numbers."""
+    """One column of a table; `categories` and `date` None: it holds numbers."""
 
     name: str
     categories: tuple[str, ...] | None = None
+    date: Mapping[str, Any] | None = None
+    """How its dates are written, and which of their parts are numbers; see `hpo.study.table_dates`."""
 
 
 @dataclass
@@ -31,6 +35,8 @@ class Notes:
     ignored: list[str] = field(default_factory=list)
     unknown: dict[str, tuple[int, str]] = field(default_factory=dict)
     """By column: how many of its values are no category of the model, and the first of them."""
+    undated: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """By column: how many of its values are no dates as training had them, and the first of them."""
     resized: tuple[int, str] = (0, "")
     by_place: int = 0
     """How many columns without names were taken in their order."""
@@ -43,6 +49,9 @@ class Notes:
         for name, (n, first) in self.unknown.items():
             rows = "1 value was" if n == 1 else f"{n} values were"
             lines.append(f"column {name!r}: {rows} not seen in training, and taken as unknown (the first: {first})")
+        for name, (n, first) in self.undated.items():
+            rows = "1 value is no date" if n == 1 else f"{n} values are no dates"
+            lines.append(f"column {name!r}: {rows} as training had them, and taken as missing (the first: {first})")
         if self.resized[0]:
             lines.append(f"{self.resized[0]} images were resized (the first: {self.resized[1]})")
         return lines
@@ -61,10 +70,11 @@ def columns_of(about: Mapping[str, Any]) -> list[dict[str, Any]] | None:
         return None
     told = about.get("about_the_data", {}).get("columns")
     if isinstance(told, list) and set(widths) <= {"numeric", "categorical"}:
-        places = {"number": "numeric", "category": "categorical"}
+        places = {"number": "numeric", "date": "numeric", "category": "categorical"}
         made = [dict(column) | {"input": places[column["kind"]]} for column in told]
-        made.sort(key=lambda column: column["input"] != "numeric")
-        if [sum(c["input"] == name for c in made) for name in widths] == list(widths.values()):
+        made.sort(key=lambda column: list(places).index(column["kind"]))
+        sizes = [(c["input"], len(c["parts"]) if c["kind"] == "date" else 1) for c in made]
+        if [sum(n for name, n in sizes if name == each) for each in widths] == list(widths.values()):
             return made
     inputs = [name for name, width in widths.items() for _ in range(width)]
     names = list(about.get("feature_names", ()))
@@ -82,14 +92,15 @@ class Columns:
         self._dtypes = {name: np.dtype(dtype) for name, dtype in dtypes.items()}
         for column in columns:
             categories = tuple(column["categories"]) if column["kind"] == "category" else None
-            self._inputs[column["input"]].append(Column(name=column["name"], categories=categories))
+            date = column if column["kind"] == "date" else None
+            self._inputs[column["input"]].append(Column(name=column["name"], categories=categories, date=date))
         self._every = [column for each in self._inputs.values() for column in each]
         self._by_place = self.names == [""]
 
     @property
     def texts(self) -> list[str]:
-        """The names of the columns that hold categories."""
-        return [column.name for column in self._every if column.categories is not None]
+        """The names of the columns that hold categories or dates."""
+        return [column.name for column in self._every if column.categories is not None or column.date is not None]
 
     @property
     def names(self) -> list[str]:
@@ -130,7 +141,10 @@ class Columns:
             if columns and columns[0].categories is not None:
                 made[name] = np.stack([self._codes(frame[c.name], c, where, first, notes) for c in columns], 1)
             else:
-                made[name] = self._numbers(frame, names, self._dtypes[name], where, first)
+                plain = [n for n, column in zip(names, columns, strict=True) if column.date is None]
+                numbers = self._numbers(frame, plain, self._dtypes[name], where, first)
+                dates = [self._dates(frame[c.name], c, where, first, notes) for c in columns if c.date is not None]
+                made[name] = np.concatenate([numbers, *dates], 1, dtype=numbers.dtype) if dates else numbers
         return made
 
     def _numbers(
@@ -158,6 +172,20 @@ class Columns:
             kind = "a finite number" if dtype.kind == "f" else f"a whole number ({dtype})"
             raise InputError(f"{at}: must be {kind}, but got {_shown(came)}")
         return cast
+
+    def _dates(self, values: "pd.Series[Any]", column: Column, where: str, first: int, notes: Notes) -> np.ndarray:
+        """Return the parts of a column's dates (N, parts), NaN where there is none."""
+        assert column.date is not None
+        dates = moments(values, column.date["format"])
+        gone = dates.isna().to_numpy()
+        if gone.any() and not self.missing:
+            at = f"{where}: row {first + int(gone.argmax())}, column {column.name!r}"
+            raise InputError(f"{at}: there is no date as training had them, and the model takes none that are missing")
+        if (wrong := gone & as_text(values).notna().to_numpy()).any():
+            row = int(wrong.argmax())
+            n, example = notes.undated.get(column.name, (0, f"{_shown(values.iloc[row])} in row {first + row}"))
+            notes.undated[column.name] = n + int(wrong.sum()), example
+        return numbers_of(dates, column.date)
 
     def _codes(self, values: "pd.Series[Any]", column: Column, where: str, first: int, notes: Notes) -> np.ndarray:
         """Return a column's categories as codes (N,)."""

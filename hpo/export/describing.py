@@ -15,6 +15,7 @@ from hpo.export.environment import git_commit, versions
 from hpo.export.files import FORMAT
 from hpo.export.model import Model
 from hpo.study.data import Split
+from hpo.study.table_dates import written
 
 PROTOCOL = {
     "of_the_trial": "the validation rows, in the search; the best of many trials, so rather too good",
@@ -79,8 +80,11 @@ def example(held_out: Split, columns: Sequence[Mapping[str, Any]] | None) -> dic
     if not columns or not columns[0]["name"]:
         return {name: x.tolist() for name, x in first.items()}
     left = {name: [float(f"{v:.7g}") if x.is_floating_point() else v for v in x.tolist()] for name, x in first.items()}
-    row = {}
+    row: dict[str, Any] = {}
     for column in columns:
+        if column["kind"] == "date":
+            row[column["name"]] = written([left[column["input"]].pop(0) for _ in column["parts"]], column)
+            continue
         value = left[column["input"]].pop(0)
         if column["kind"] == "category":
             value = column["categories"][value - 1] if 0 < value <= len(column["categories"]) else None

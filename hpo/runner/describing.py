@@ -23,9 +23,9 @@ def announcement(plan: Plan, data: Data | None, seen: StudyView) -> list[str]:
     """Return what is said as a study starts: how much, of what, where; what is searched, and what is held fixed."""
     spec, space = plan.spec, plan.space
     of_what = f"of {spec.epochs} epochs on {plan.device}, {len(data.train)} rows" if data else "of a function"
-    lines = [f"{spec.name}: {spec.trials} trials {of_what}; {masked(spec.storage)}"]
+    lines = [f"{spec.name}: {spec.budget_text}{',' if spec.time else ''} {of_what}; {masked(spec.storage)}"]
     if seen.counts.finished:
-        lines.append(f"  resumed: {seen.counts.finished} of {spec.trials} trials have ended")
+        lines.append(f"  resumed: {seen.counts.finished} trials have ended, of {spec.budget_text}")
     if plan.function is not None:
         return lines
     searched = [f"{each.name} {each.describe()}" for each in space.dimensions]
@@ -34,6 +34,7 @@ def announcement(plan: Plan, data: Data | None, seen: StudyView) -> list[str]:
         lines.append(f"  constraints: {', '.join(f'{name} {text}' for name, text in spec.constraints.items())}")
         if spec.sampler.name not in CONSTRAINED:
             lines.append(f"  the sampler {spec.sampler.name} does not look at constraints; {', '.join(CONSTRAINED)} do")
+    lines += [f"  tried first: {shown(entry)}" for entry in spec.start_with[: 0 if seen.counts.finished else 3]]
     if space.fixed:
         lines.append(f"  fixed: {shown(space.fixed)}")
     if unsearched := [name for name in plan.objective.space if name in space.fixed and name not in spec.params]:
@@ -88,7 +89,7 @@ def _head(plan: Plan) -> list[str]:
     return [
         f"A search for the {goal} **{_escaped(plan.metric)}** of `{spec.objective}`, by hpo.",
         "",
-        f"{spec.trials} trials of {spec.epochs} epochs; sampler `{spec.sampler.name}`, pruner `{spec.pruner.name}`, "
+        f"{spec.budget_text} of {spec.epochs} epochs; sampler `{spec.sampler.name}`, pruner `{spec.pruner.name}`, "
         f"seed {spec.seed}; storage `{masked(spec.storage)}`, study `{spec.name}`.",
         "",
     ]

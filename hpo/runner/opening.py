@@ -86,8 +86,10 @@ def load_data(plan: Plan, search: Search) -> Data | None:
     return data
 
 
-def warn_of_repeated_rows(data: Data) -> None:
-    """Log how many rows of the test split a network has seen before, if any: they flatter it."""
+def tell_of_data(data: Data) -> None:
+    """Log the data's own notices, and how many test rows a network has seen before, if any: they flatter it."""
+    for notice in data.notices:
+        log.info(f"data: {notice}")
     if n := repeated_in_test(data):
         log.warning(
             f"{n} of {len(data.test)} test rows equal a row of train or validation, inputs and target: the test "

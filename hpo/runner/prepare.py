@@ -7,9 +7,10 @@ storage or the tracker.
 
 import math
 import os
+import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ class Plan:
     metric: str
     maximize: bool
     device: torch.device
+    made: float = field(default_factory=time.monotonic)
+    """When the plan was made, by time.monotonic(): a study's `time` counts from there."""
 
     @property
     def objective(self) -> Objective:
@@ -169,6 +172,7 @@ def _check(draft: Draft, spec: StudySpec, folder: Path, given: Given | None) -> 
     faults += more
     if objective is None:
         return None, faults
+    spec = _paced(spec, objective, faults)
     faults += _halving_faults(spec, objective)
     faults += _end_faults(spec, objective)
     faults += _constraint_faults(spec, objective)
@@ -181,6 +185,7 @@ def _check(draft: Draft, spec: StudySpec, folder: Path, given: Given | None) -> 
         more = [fault for fault in more if fault.path[0] != "start_with"]
     faults += more
     faults += _stop_faults(spec, space, objective)
+    spec = _starting(spec, objective, space)
     _, more = make_sampler(spec.sampler, spec.seed, space)
     faults += more
     if spec.sampler.name == "grid" and spec.start_with:
@@ -198,6 +203,32 @@ def _check(draft: Draft, spec: StudySpec, folder: Path, given: Given | None) -> 
         maximize=maximize,
         device=device,
     ), faults
+
+
+def _paced(spec: StudySpec, objective: Objective | Function, faults: list[Fault]) -> StudySpec:
+    """Return the spec with the objective's own `pace`, where the study has a `time` and its file names no epochs."""
+    if spec.time is None or isinstance(objective, Function):
+        return spec
+    with collecting(faults):
+        try:
+            pace = {key: int(n) for key, n in objective.pace.items() if key in ("epochs", "patience")}
+        except HpoError:
+            return spec  # the data's own fault is said where it is read
+        except Exception as error:  # the user's own code
+            raise Faulty(("objective",), f"its pace failed: {objectives.origin(error)}") from error
+        return spec.model_copy(update={key: n for key, n in pace.items() if key not in spec.model_fields_set})
+    return spec
+
+
+def _starting(spec: StudySpec, objective: Objective | Function, space: Space) -> StudySpec:
+    """Return the spec with the objective's defaults as the first trial, where they are meant to be."""
+    if isinstance(objective, Function) or not objective.defaults_first or spec.start_with:
+        return spec
+    if spec.sampler.name in ("grid", "brute_force"):  # they try every configuration anyway
+        return spec
+    defaults = objective.defaults
+    first = {d.name: defaults[d.name] for d in space.dimensions if d.name in defaults and d.takes(defaults[d.name])}
+    return spec.model_copy(update={"start_with": (first,)}) if first else spec
 
 
 def _halving_faults(spec: StudySpec, objective: Objective | Function) -> list[Fault]:

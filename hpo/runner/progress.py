@@ -12,6 +12,7 @@ from hpo.search.budget import Counts
 from hpo.search.clock import duration
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
+from hpo.study.spec import UNBOUNDED
 
 if TYPE_CHECKING:
     from hpo.runner.prepare import Plan
@@ -97,7 +98,13 @@ class ProgressState:
         done = self.counts.finished - self._done_before
         if done <= 0 or self.counts.paused:  # which of those are resumed is not known
             return None
+        if self.trials == UNBOUNDED:
+            return None
         return (time.monotonic() - self._started) / done * (self._ends_at - self.counts.finished)
+
+    def done_text(self) -> str:
+        """Return `3/50`, how many trials have ended of how many; `3` where a `time` bounds them."""
+        return f"{self.counts.finished}" + ("" if self.trials == UNBOUNDED else f"/{self.trials}")
 
     def best_text(self) -> str:
         """Return `best accuracy 0.9890 (trial 7)`."""
@@ -177,7 +184,7 @@ class PlainProgress(Progress):
         known = self._running if number in self._running else self._paused
         started, params = known.pop(number, (time.monotonic(), ""))
         parts = [
-            f"[{board.counts.finished}/{board.trials}] trial {number} {STATES[state]}{what}",
+            f"[{board.done_text()}] trial {number} {STATES[state]}{what}",
             params,
             duration(time.monotonic() - started),
             board.best_text(),

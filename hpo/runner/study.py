@@ -21,10 +21,11 @@ from hpo.export.formats import Formats
 from hpo.log import log
 from hpo.runner import checkpoints
 from hpo.runner.advice import stop_advice
+from hpo.runner.deadline import set_end
 from hpo.runner.describing import announcement
 from hpo.runner.joining import join_stored
 from hpo.runner.launch import StudyMonitor, Workers, gpus, how_many
-from hpo.runner.opening import load_data, open_study, source_differs, warn_of_repeated_rows
+from hpo.runner.opening import load_data, open_study, source_differs, tell_of_data
 from hpo.runner.outcome import Outcome, outcome
 from hpo.runner.preflight import preflight
 from hpo.runner.prepare import Plan
@@ -118,6 +119,7 @@ def _run(
     stopping: StopToken,
     before: StudyView,
 ) -> tuple[Outcome | None, StudyView]:
+    set_end(plan, search)
     data = load_data(plan, search)
     for line in stop_advice(plan):
         log.warning(line)
@@ -125,7 +127,7 @@ def _run(
     for line in announcement(plan, data, before):
         log.info("%s", line)
     if data is not None:
-        warn_of_repeated_rows(data)
+        tell_of_data(data)
     _remember(plan, search)
     state, seen = "FAIL", None
     try:
@@ -148,7 +150,8 @@ def _run(
             raise HpoError(_why_no_best(seen, plan))
         if data is None:
             tell_result(plan, search, tracker, seen, best, None)
-        state = "COMPLETE" if seen.counts.waiting + seen.counts.paused == 0 else "INTERRUPTED"
+        whole = seen.counts.waiting + seen.counts.paused == 0 or plan.spec.time is not None
+        state = "COMPLETE" if whole else "INTERRUPTED"
         return ended, seen
     except Interrupted:
         state = "INTERRUPTED"
@@ -215,7 +218,7 @@ def check(plan: Plan) -> tuple[Data | None, torch.nn.Module | None]:
     try:
         data = plan.load_data()
         if data is not None:
-            warn_of_repeated_rows(data)
+            tell_of_data(data)
             model, warnings = preflight(plan, data)
             for warning in [*warnings, *stop_advice(plan)]:
                 log.warning(warning)

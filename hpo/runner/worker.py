@@ -15,6 +15,7 @@ from hpo.errors import Interrupted
 from hpo.log import Once, log
 from hpo.runner import checkpoints
 from hpo.runner.custom import CustomTraining
+from hpo.runner.deadline import SHORT_SECONDS, Deadline
 from hpo.runner.launch import LAUNCHED
 from hpo.runner.outcome import stack_paths
 from hpo.runner.prepare import Plan
@@ -81,7 +82,7 @@ def work(
             worker.choose()
         except Interrupted:
             raise Interrupted(INTERRUPTED) from None
-        limited.deadline = _deadline(plan, search)  # measuring is not counted: no trial runs
+        limited.look = Deadline(plan, search)  # of a `timeout`, measuring is not counted: no trial runs
         while not limited.out_of_time():
             _train_some(worker, trials, search, stop)
             if limited.out_of_time():
@@ -92,10 +93,9 @@ def work(
                 checkpoints.remove_old(plan)
                 return
             time.sleep(WAIT_SECONDS)  # others still train; should they die, their trials are ours to take up
-    search.remember(schema.TIMED_OUT, plan.spec.timeout)
-    log.info(
-        f"the study's time ({plan.spec.timeout:g} s) is over: no new trial is started; raise `timeout` to train more"
-    )
+    search.remember(schema.TIMED_OUT, plan.spec.limit)
+    key = "timeout" if plan.spec.limit == plan.spec.timeout else "time"
+    log.info(f"the study's time ({plan.spec.limit:g} s) is over: no new trial is started; raise `{key}` to train more")
 
 
 def _train_some(worker: "_Worker | CustomTraining", trials: Trials, search: Search, stop: StopToken) -> None:
@@ -113,12 +113,6 @@ def _train_some(worker: "_Worker | CustomTraining", trials: Trials, search: Sear
         with suppress(StorageAway), search.storage.at_once():  # if nobody can be told, the lease runs out
             trials.give_back(f"{type(error).__name__}: {error}")
         raise
-
-
-def _deadline(plan: Plan, search: Search) -> float:
-    if plan.spec.timeout is None:
-        return math.inf
-    return time.monotonic() + search.seconds_left(plan.spec.timeout)
 
 
 def chosen_before(plan: Plan, search: Search) -> StackSize | None:
@@ -287,6 +281,8 @@ class _Worker:
         before = chosen_before(self._plan, self._search)
         if before is not None:
             return before
+        if spec.stack == "auto" and spec.time is not None and spec.time < SHORT_SECONDS:
+            return StackSize(why=f"one trial at a time: in {spec.time:g} s to measure would not pay")
         learns = spec.sampler.name not in ("random", "grid", "qmc", "brute_force")
         several = self._plan.space.draw(min(_DRAWS, n_trials), spec.seed)
         draws, n_too_large = looked_at(several, self._trials.limits.network)
@@ -299,7 +295,7 @@ class _Worker:
             n_too_large=n_too_large,
             n_trials=n_trials,
             most=max(1, n_trials // ROUNDS) if learns else n_trials,
-            seconds=math.inf if spec.timeout is None else self._search.seconds_left(spec.timeout),
+            seconds=math.inf if spec.limit is None else self._search.seconds_left(spec.limit),
             stopping=self._stop.requested,
         )
         if spec.stack != "auto":

@@ -30,6 +30,7 @@ _KEYS = (
     "pruner",
     "start_with",
     "timeout",
+    "time",
     "stop",
     "device",
     "loading",

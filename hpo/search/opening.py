@@ -118,7 +118,7 @@ def workers_of(search: Search, seen: StudyView) -> dict[str, float]:
 
 def is_over(search: Search, seen: StudyView) -> bool:
     """Whether no trial of a study is left to train, or its timeout has ended it."""
-    timeout, ended_by = search.spec.timeout, search.attrs.get(schema.TIMED_OUT)
+    timeout, ended_by = search.spec.limit, search.attrs.get(schema.TIMED_OUT)
     timed_out = timeout is not None and isinstance(ended_by, int | float) and ended_by >= timeout
     return seen.counts.unfinished == 0 or (timed_out and seen.counts.running == 0)
 

@@ -155,6 +155,8 @@ class Data:
     class_names: tuple[str, ...] = ()
     missing: bool = False
     """Whether NaN in the inputs is a missing value, which `preprocess` fills in; else it is refused."""
+    notices: tuple[str, ...] = ()
+    """What a user should know of how the rows were read, a line each; said as a study starts, and by `hpo check`."""
 
     @property
     def splits(self) -> dict[str, Split]:

@@ -101,6 +101,11 @@ class Objective(ABC):
     property where it depends on the options; so may `space` be."""
     space: Mapping[str, Any] = {}
     """The default search space, as in study.yaml's `params`; used where the study names no range of its own."""
+    defaults_first: bool = False
+    """Whether the first trial has the `defaults` of all that is searched, as if they were the study's `start_with`:
+    where they were tuned. A study that names a `start_with` has that instead."""
+    pace: Mapping[str, int] = {}
+    """`epochs` and `patience` of a study that has a `time`, where its file names none: how long a trial is to be."""
     info: DataInfo = DataInfo(inputs={}, input_dtypes={})
     """What the data is; set as soon as the engine has loaded it."""
     own_losses: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {}

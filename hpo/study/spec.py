@@ -7,10 +7,10 @@ Each key's docstring says what it is, its values, its default and an example; py
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from hpo.study.checking import near
 from hpo.study.constraints import checked
+from hpo.study.plugins import PRUNERS, SAMPLERS, Plugin, named, one_of
 from hpo.study.ranges import Categorical, FloatRange, Frozen, IntRange, Scalar, Searched, parse_param
 from hpo.study.spec_parts import Confirm, Loading, Stop, Time, confirm_of, one_metric, stop_of, wrong_names
 from hpo.study.value import check_value
@@ -32,47 +32,6 @@ __all__ = [
     "parse_param",
 ]
 
-SAMPLERS = ("tpe", "gp", "nsgaii", "cmaes", "qmc", "random", "grid", "brute_force")
-PRUNERS = (
-    "median",
-    "halving",
-    "percentile",
-    "successive_halving",
-    "hyperband",
-    "patient",
-    "threshold",
-    "wilcoxon",
-    "none",
-)
-
-
-class Plugin(BaseModel):
-    """A sampler or a pruner: a name and the keys of Optuna's own class, checked against it in `hpo.search.search`."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
-    name: str
-
-    @property
-    def keys(self) -> dict[str, Any]:
-        """All that stands beside `name`."""
-        return dict(self.model_extra or {})
-
-
-def _named(value: Any) -> Any:
-    """`sampler: tpe` is short for `sampler: {name: tpe}`."""
-    return {"name": value} if isinstance(value, str) else {"name": "none"} if value is None else value
-
-
-def _one_of(known: tuple[str, ...]) -> AfterValidator:
-    """Return a validator that takes a plugin with one of the `known` names."""
-
-    def check(plugin: Plugin) -> Plugin:
-        if plugin.name not in known:
-            raise ValueError(f"must be one of {', '.join(known)}, but got {plugin.name!r}{near(plugin.name, known)}")
-        return plugin
-
-    return AfterValidator(check)
-
 
 def _off(value: Any) -> Any:
     return "off" if value is False or value is None else value
@@ -84,6 +43,8 @@ def _stack(value: Any) -> Any:
     return value
 
 
+UNBOUNDED = 1_000_000
+"""The `trials` of a study that has a `time` and names none."""
 LONGEST_NAME = 128
 """Bytes of a study's name. A file's name may have 255, and `<name>.<process>.jsonl` has up to 100 beside it."""
 
@@ -166,6 +127,13 @@ class StudySpec(Frozen):
     Values: a length of time, such as `90s`, `45m`, `2h`, `1h30m`, `1d`, or seconds. Default: none.
     Example: `timeout: 2h`
     """
+    time: Time | None = None
+    """The time in which the whole of `hpo run` aims to end: search, confirmation, refit and export, over all restarts.
+
+    Without `trials` there are as many as fit; at least one is finished.
+    Values: a length of time. Default: none.
+    Example: `time: 10m`
+    """
     stop: Annotated[Stop | None, BeforeValidator(stop_of)] = None
     """End the search when more trials are not worth it; what is in training is trained to its end.
 
@@ -180,14 +148,14 @@ class StudySpec(Frozen):
     Values: a whole number of at least 0. Default: `42`.
     Example: `seed: 7`
     """
-    sampler: Annotated[Plugin, BeforeValidator(_named), _one_of(SAMPLERS)] = Plugin(name="tpe")
+    sampler: Annotated[Plugin, BeforeValidator(named), one_of(SAMPLERS)] = Plugin(name="tpe")
     """Optuna's sampler, which chooses the params of each trial.
 
     Values: `tpe`, `gp`, `nsgaii`, `cmaes`, `qmc`, `random`, `grid`, `brute_force`, alone or as `name` beside the keys
     of Optuna's own class. Default: `tpe`.
     Example: `sampler: {name: tpe, n_startup_trials: 20}`
     """
-    pruner: Annotated[Plugin, BeforeValidator(_named), _one_of(PRUNERS)] = Plugin(name="median")
+    pruner: Annotated[Plugin, BeforeValidator(named), one_of(PRUNERS)] = Plugin(name="median")
     """What ends trials that do worse than others did at the same epoch: `halving`, or one of Optuna's pruners.
 
     `halving` pauses every trial at rungs and resumes the best, so it also compares trials that are trained at once. Its
@@ -320,6 +288,26 @@ class StudySpec(Frozen):
     Values: `true`, `false`. Default: `true`.
     Example: `baseline: false`
     """
+
+    @property
+    def budget_text(self) -> str:
+        """The budget in words: so many trials, in so much time."""
+        if self.time is None:
+            return f"{self.trials} trials"
+        n = "as many trials" if self.trials == UNBOUNDED else f"{self.trials} trials"
+        return f"{n} {'as fit ' if self.trials == UNBOUNDED else ''}in {self.time:g} s"
+
+    @property
+    def limit(self) -> float | None:
+        """The shortest time that trials may take together, in seconds; None: there is none."""
+        return min((seconds for seconds in (self.timeout, self.time) if seconds is not None), default=None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bounded_by_time(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("time") is not None and "trials" not in values:
+            return values | {"trials": UNBOUNDED}
+        return values
 
     @field_validator("catch")
     @classmethod

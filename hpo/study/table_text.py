@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
+from itertools import zip_longest
 from typing import IO, Any
 
 import numpy as np
@@ -25,6 +26,7 @@ _LINES = 8
 _FIELDS = 1 << 17
 """So many fields say how numbers are written."""
 csv.field_size_limit(_MOST)  # a line that is read with the wrong separator is one field
+_DATE = re.compile(r"\d{1,2}([.,])\d{1,2}\1\d{2,4}")
 _MISSING = ("?",)
 """Read as missing, beside what pandas takes for that: nothing, NA, N/A, NaN, null, None, ..."""
 
@@ -40,6 +42,8 @@ class Dialect:
     encoding: str
     errors: str
     """What is done with bytes that are none of the encoding: strict or replace."""
+    dates: Sequence[str] = ()
+    """Columns of dates such as 31.12.2020, where the mark of thousands would make numbers of them."""
 
     def for_pandas(self) -> dict[str, Any]:
         """Return the arguments of `pandas.read_csv`."""
@@ -116,7 +120,9 @@ def _dialect(where: object, head: bytes, cut: bool, encoding: str, errors: str) 
             f"{separator.join(long)[:60]!r}; put text that holds {separator!r} into quotes"
         )
     decimal, thousands = _marks(rows, separator)
+    columns = zip_longest(header, *rows, fillvalue="") if thousands else ()
     return Dialect(
+        dates=[name for name, *values in columns if _are_dates(values)],
         header=header,
         separator=separator,
         decimal=decimal,
@@ -164,14 +170,19 @@ def _marks(rows: Sequence[Sequence[str]], separator: str) -> tuple[str, str]:
     return max(known, key=n_numbers)
 
 
+def _are_dates(values: Sequence[str]) -> bool:
+    known = list(filter(None, values))
+    return 2 * sum(_DATE.fullmatch(value) is not None for value in known) > len(known)
+
+
 def _number(decimal: str = ".", thousands: str = "") -> re.Pattern[str]:
     whole = rf"(?:[1-9]\d{{0,2}}(?:\{thousands}\d{{3}})+|\d+)" if thousands else r"\d+"
     return re.compile(rf"[+-]?(?:{whole}(?:\{decimal}\d*)?|\{decimal}\d+)(?:[eE][+-]?\d+)?")
 
 
-def listed(texts: Iterable[str]) -> str:
-    """Return the texts, long ones cut, with commas between, and how many more there are than ten."""
-    every = [text if len(text) <= 50 else f"{text[:47]}..." for text in texts]
+def listed(texts: Iterable[str], longest: int = 50) -> str:
+    """Return the texts, cut where they are longer than `longest`, with commas between, and how many more than ten."""
+    every = [text if len(text) <= longest else f"{text[: longest - 3]}..." for text in texts]
     more = f" and {len(every) - 10} more" if len(every) > 10 else ""
     return ", ".join(every[:10]) + more
 

@@ -1,0 +1,83 @@
+"""When the trials of a study that has a `time` must end, so that the whole of `hpo run` ends in that time.
+
+What comes behind them is estimated from what trials have taken: the refit is about one trial alone, a confirmation is
+as many as it trains; the export, and its comparison with the model that was measured, take some seconds.
+"""
+
+import math
+import time
+from statistics import fmean
+
+from hpo.runner.outcome import networks_of
+from hpo.runner.prepare import Plan
+from hpo.search import schema
+from hpo.search.budget import covered, spans_of
+from hpo.search.search import Search
+from hpo.search.view import StudyView
+
+EXPORT_SECONDS = 6.0
+"""What the test, the export in all formats and its comparison take, measured on a network of a table, or as long as it
+took to begin (imports, data, networks tried) where that was longer: a busy machine is slow at both."""
+_MOST_EXPORT_SECONDS = 60.0
+_MORE_ROWS = 1.3
+"""A refit has the validation rows too, a fourth more by the default shares."""
+_MOST_BEHIND = 0.6
+"""No more than so large a share of the time is kept for what comes behind the trials."""
+_LOOK_SECONDS = 1.0
+SHORT_SECONDS = 300.0
+"""A shorter `time` is not spent on measuring how many trials to train at once."""
+
+
+def set_end(plan: Plan, search: Search) -> None:
+    """Store when the study is to end, from what of its `time` earlier runs have left; all its workers keep to that."""
+    if plan.spec.time is not None:
+        since = time.monotonic() - plan.made
+        search.remember(schema.ENDS, time.time() - since + search.seconds_left(plan.spec.time))
+
+
+class Deadline:
+    """Until when trials may run, by time.monotonic(); of a `time`, what comes behind them is taken off.
+
+    Where no trial has ended yet, the first is trained to its end.
+    """
+
+    def __init__(self, plan: Plan, search: Search) -> None:
+        self._plan, self._search = plan, search
+        self._look_at, self._until, now = -math.inf, math.inf, time.monotonic()
+        spec = plan.spec
+        self._export = min(max(EXPORT_SECONDS, now - plan.made), _MOST_EXPORT_SECONDS)
+        self._trials_end = now + search.seconds_left(spec.timeout) if spec.timeout is not None else math.inf
+        self._end = math.inf
+        if spec.time is not None:
+            left, ends = search.seconds_left(spec.time), search.attrs.get(schema.ENDS)
+            if isinstance(ends, int | float) and ends > time.time():
+                left = min(left, ends - time.time())
+            self._end = now + left
+
+    def __call__(self) -> float:
+        """Return the deadline as it is seen now."""
+        if self._end == math.inf:
+            return self._trials_end
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + _LOOK_SECONDS
+            seen = self._search.view()
+            until = self._end - seconds_behind(self._plan, seen, self._export) if seen.counts.finished else math.inf
+            self._until = min(until, self._trials_end)
+        return self._until
+
+
+def seconds_behind(plan: Plan, seen: StudyView, export: float = EXPORT_SECONDS) -> float:
+    """Return the seconds that confirmation, refit and `export` will take, from what the trials have taken."""
+    assert plan.spec.time is not None
+    took = {trial.number: covered(spans_of(trial)) for trial in seen.complete}
+    best = seen.best()
+    if best is None or plan.function is not None:
+        return 0.0
+    n_networks = max(networks_of(plan.spec))
+    [trained] = [trial for trial in seen.complete if trial.number == best.number]
+    share = (best.epoch + 1) / max(len(trained.intermediate_values), best.epoch + 1)  # it is refitted to its best epoch
+    behind = took[best.number] * share * _MORE_ROWS * n_networks + export
+    if plan.spec.confirm is not None:
+        behind += fmean(took.values()) * plan.spec.confirm.runs * min(plan.spec.confirm.top, len(took))
+    return min(behind, _MOST_BEHIND * plan.spec.time)

@@ -1,0 +1,213 @@
+"""What the columns of a raw table are: numbers, dates, categories; what nothing can be learned from, and what is wrong.
+
+Nothing is raised here: all that is wrong is collected, so that it can be said at once.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pandas.api import types
+
+from hpo.study.table_dates import ISO, described, format_of, is_stored_as_date, moments
+from hpo.study.table_text import as_text, listed
+
+Column = Mapping[str, Any]
+
+FEW = 20
+"""So many different texts are categories, however few rows there are; so many whole numbers may be classes, or not."""
+_MOST_BROKEN = 0.1
+"""So large a share of a column of dates may be none; they count as missing."""
+_FLOAT32 = float(np.finfo(np.float32).max)
+_KEEPABLE = re.compile("identifier|counts the rows|free text")
+_IDENTIFIER = re.compile(r"(?:^|[\s_.-])(?:id|idx|index|uuid|guid|row|rownames?)$", re.IGNORECASE)
+_CAMEL_IDENTIFIER = re.compile(r"[a-z]I[dD]$")
+
+
+@dataclass
+class Found:
+    """What was found in a table's columns, each of which is in one of `columns`, `dropped` and `faults`."""
+
+    columns: list[Column] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
+    """Why nothing can be learned from a column, by its name."""
+    faults: dict[str, str] = field(default_factory=dict)
+    """What must be changed in a column, by its name: what it holds, and what to do beside dropping it."""
+    notices: list[str] = field(default_factory=list)
+    """What is to be known of columns that are taken otherwise than as they stand there."""
+
+    def reasons(self) -> str:
+        """Return which columns are dropped, and why; and what keeps one of them nevertheless."""
+        each = listed((f"{name!r}: {why}" for name, why in self.dropped.items()), 200)
+        names = [name for name, why in self.dropped.items() if _KEEPABLE.search(why)]
+        return (
+            f"{each}; a column that is to stay: keep: [{json.dumps(names[0], ensure_ascii=False)}]" if names else each
+        )
+
+
+def columns_of(frame: pd.DataFrame, keep: Sequence[str], categorical: Sequence[str], rows: np.ndarray) -> Found:
+    """Return what each column of a table is; the categories of texts, and the parts of dates, as they are in `rows`.
+
+    The table's index says which rows of its file these are, from 0 on.
+    Columns in `keep` are no identifiers, and those in `categorical` are categories, whatever they look like.
+    """
+    found = Found()
+    numbers = set(plain_numbers(frame)) - set(categorical)
+    found.dropped |= _useless_numbers(frame[[n for n in frame.columns if n in numbers]], set(keep))
+    found.faults |= _infinite(frame[[n for n in frame.columns if n in numbers and n not in found.dropped]])
+    for name in frame.columns:
+        if name in found.dropped or name in found.faults:
+            continue
+        if name in numbers:
+            found.columns.append({"name": name, "kind": "number"})
+        elif name in categorical:
+            _take_category(found, name, as_text(frame[name]), rows)
+        else:
+            _look(found, name, frame[name], rows, kept=name in keep)
+    return found
+
+
+def plain_numbers(frame: pd.DataFrame) -> list[str]:
+    """Return the columns that NumPy has as numbers: of these there may be very many, so they are looked at together."""
+    return [name for name, kind in frame.dtypes.items() if isinstance(kind, np.dtype) and kind.kind in "iuf"]
+
+
+def without(frame: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
+    """Return the other columns; `drop` would leave them in as many pieces, each as slow to look at as a whole table."""
+    return frame.loc[:, ~frame.columns.isin(list(names))]
+
+
+def _useless_numbers(plain: pd.DataFrame, keep: set[str]) -> dict[str, str]:
+    """Return why nothing can be learned from columns of numbers: one value, or they count or name rows."""
+    dropped = {}
+    varied = (plain.min() < plain.max()).to_numpy(dtype=bool)
+    empty = plain.isna().all().to_numpy(dtype=bool)
+    for place in np.flatnonzero(~varied):
+        dropped[plain.columns[place]] = "it has no values" if empty[place] else "it has one value only"
+    values = plain.iloc[[0, -1]].to_numpy()
+    counts = np.isin(values[0] - plain.index[0], (0, 1)) & (values[1] - plain.index[-1] == values[0] - plain.index[0])
+    named = np.array([_names_rows(name) for name in plain.columns], dtype=bool)
+    for place in np.flatnonzero(varied & (counts | named)):
+        name = plain.columns[place]
+        if name not in keep and (why := _identifies(plain[name], counted=bool(counts[place]))):
+            dropped[name] = why
+    return dropped
+
+
+def _names_rows(name: str) -> bool:
+    """Whether a column is called as identifiers are: id, PassengerId, row_index, or nothing at all."""
+    return bool(_IDENTIFIER.search(name) or _CAMEL_IDENTIFIER.search(name)) or name.startswith("Unnamed: ")
+
+
+def _identifies(values: "pd.Series[Any]", *, counted: bool) -> str | None:
+    """Return how whole numbers identify rows, if they do: they count them, or differ in each and are called so."""
+    known = values.dropna()
+    if counted and (values - values.index).nunique(dropna=False) == 1:
+        unnamed = str(values.name).startswith("Unnamed: ")
+        return "it has no name and counts the rows" if unnamed else "it counts the rows"
+    if _names_rows(str(values.name)) and known.is_unique and bool((known % 1 == 0).all()):
+        return "it is an identifier, another whole number in each row"
+    return None
+
+
+def _infinite(plain: pd.DataFrame) -> dict[str, str]:
+    """Return which columns of numbers hold what float32 cannot."""
+    faults = {}
+    least, most = plain.min().to_numpy(dtype=np.float64), plain.max().to_numpy(dtype=np.float64)
+    for place in np.flatnonzero((most > _FLOAT32) | (least < -_FLOAT32)):
+        wrong = (plain.iloc[:, place].abs() > _FLOAT32).to_numpy()
+        faults[plain.columns[place]] = (
+            f"holds infinity, or more than 3e38, in {wrong.sum()} of {len(wrong)} rows (the first: row "
+            f"{plain.index[wrong.argmax()] + 1}); remove these rows"
+        )
+    return faults
+
+
+def _look(found: Found, name: str, values: "pd.Series[Any]", rows: np.ndarray, *, kept: bool) -> None:
+    """Note what a column is that NumPy does not have as numbers."""
+    if types.is_numeric_dtype(values):  # truth values, and pandas' own numbers
+        _take_numbers(found, name, values)
+        return
+    if is_stored_as_date(values):
+        _take_dates(found, name, values, ISO, rows)
+        return
+    text = as_text(values)
+    plain = types.is_object_dtype(values) or types.is_string_dtype(values)
+    if not plain and not isinstance(values.dtype, pd.CategoricalDtype):
+        first = text.dropna().iloc[:1].tolist()
+        found.faults[name] = f"holds times ({first[0]!r}); give numbers in their place" if first else "has no values"
+        return
+    known = text.dropna()
+    if known.empty:
+        found.dropped[name] = "it has no values"
+        return
+    if (numbers := pd.to_numeric(known, errors="coerce").notna()).all() and plain:
+        _take_numbers(found, name, values)
+    elif numbers.mean() > 0.5:
+        row, value = known[~numbers].index[0] + 1, known[~numbers].iloc[0]
+        found.faults[name] = (
+            f"holds numbers, but also text in {int((~numbers).sum())} rows ({value!r} in row {row}); correct it, or "
+            "add it to categorical"
+        )
+    elif (form := format_of(known)) is not None:
+        _take_dates(found, name, values, form, rows)
+    else:
+        _look_at_text(found, name, text, rows, kept=kept)
+
+
+def _look_at_text(found: Found, name: str, text: "pd.Series[Any]", rows: np.ndarray, *, kept: bool) -> None:
+    known = text.dropna()
+    n = known.nunique()
+    if n == 1 and len(known) == len(text):
+        found.dropped[name] = "it has one value only"
+    elif n > max(FEW, len(known) / 2) and not kept:
+        what = "it is an identifier" if n == len(known) and not known.str.contains(r"\s").any() else "it is free text"
+        found.dropped[name] = f"{what}, {n} different texts in {len(known)} rows ({known.iloc[0][:40]!r}, ...)"
+    else:
+        _take_category(found, name, text, rows)
+
+
+def _take_numbers(found: Found, name: str, values: "pd.Series[Any]") -> None:
+    numbers = pd.to_numeric(as_text(values) if values.dtype == object else values, errors="coerce")
+    made = numbers.astype("Float64").to_numpy(dtype=np.float64, na_value=np.nan)
+    plain = pd.DataFrame({name: made}, index=values.index)
+    if useless := _useless_numbers(plain, {name}):
+        found.dropped |= useless
+    elif faults := _infinite(plain):
+        found.faults |= faults
+    else:
+        found.columns.append({"name": name, "kind": "number"})
+
+
+def _take_category(found: Found, name: str, text: "pd.Series[Any]", rows: np.ndarray) -> None:
+    if text.nunique(dropna=False) < 2:
+        found.dropped[name] = "it has no values" if text.isna().all() else "it has one value only"
+        return
+    categories = sorted(text.iloc[rows].dropna().unique())
+    found.columns.append({"name": name, "kind": "category", "categories": categories})
+
+
+def _take_dates(found: Found, name: str, values: "pd.Series[Any]", form: str, rows: np.ndarray) -> None:
+    """Note a column of dates; few that are none are missing, and where they are many nothing is guessed."""
+    dates = moments(values, form)
+    text = as_text(values)
+    broken = (dates.isna() & text.notna()).to_numpy()
+    how = "2020-01-31" if form == ISO else form
+    if broken.any():
+        row = int(broken.argmax())
+        first = f"{text.iloc[row][:40]!r} in row {text.index[row] + 1}"
+        which = f"{int(broken.sum())} of {len(broken)} rows (the first: {first})"
+        if broken.sum() > _MOST_BROKEN * text.notna().sum():
+            found.faults[name] = f"holds dates, written as {how}, but not in {which}; write all alike"
+            return
+        found.notices.append(f"column {name!r}: no date as {how} in {which}: these count as missing")
+    about = described(dates.iloc[rows], form)
+    if not about["parts"]:
+        found.dropped[name] = "it has one date only"
+        return
+    found.columns.append({"name": name, "kind": "date", **about})
+    found.notices.append(f"column {name!r} holds dates ({how}), taken as {listed(about['parts'])}")

@@ -1,0 +1,167 @@
+"""A raw table just runs: what is found in it, what is said of it, and that a new table is taken the same way."""
+
+import json
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import hpo
+from hpo.study.loading import load
+from hpo.study.table_dates import format_of, moments
+from tests.conftest import run_hpo
+
+N = 120
+
+
+def passengers() -> pd.DataFrame:
+    """A table as Titanic's is: an identifier, names, tickets, a cabin that is mostly missing, ages that are in part."""
+    random = np.random.default_rng(0)
+    sex = random.choice(["male", "female"], N)
+    day = pd.Timestamp("1912-04-01") + pd.to_timedelta(np.arange(N) * 7 % 90, "D")
+    return pd.DataFrame(
+        {
+            "PassengerId": np.arange(1, N + 1),
+            "Survived": np.where(random.random(N) < 0.1, None, (sex == "female").astype(int).astype(object)),
+            "Name": [f"Smith{i}, Mr. No. {i}" for i in range(N)],
+            "Sex": sex,
+            "Age": np.where(random.random(N) < 0.2, np.nan, random.integers(1, 80, N)),
+            "Ticket": [f"A/{i}" for i in range(N)],
+            "Cabin": [f"C{i}" if i % 4 == 0 else None for i in range(N)],
+            "Embarked": random.choice(["S", "C", None], N),
+            "day": np.where(np.arange(N) == 5, "soon", day.strftime("%d.%m.%Y")),
+            "ship": "Titanic",
+        }
+    )
+
+
+def tabular(frame: pd.DataFrame, folder: Path, **options):
+    """Return the objective of a table that is written to `folder`."""
+    frame.to_csv(folder / "raw.csv", index=False)
+    objective, faults = load("tabular", {"file": str(folder / "raw.csv"), "target": "Survived"} | options, Path())
+    assert not faults
+    objective.info = objective.data().checked("tabular").info
+    return objective
+
+
+def test_each_column_is_what_it_is_meant_to_be(tmp_path):
+    table = tabular(passengers(), tmp_path).table
+    assert {c["name"]: c["kind"] for c in table.columns} == {
+        "Sex": "category",
+        "Age": "number",
+        "Embarked": "category",
+        "day": "date",
+    }
+    assert table.task == "binary"
+    assert set(table.dropped) == {"PassengerId", "Name", "Ticket", "Cabin", "ship"}
+    said = "\n".join(table.data.notices)
+    for part in (
+        f"{table.n_without_target} of {N} rows have no target and are left out",
+        "'PassengerId': it counts the rows",
+        "'Name': it is free text",
+        "'Ticket': it is an identifier",
+        "'ship': it has one value only",
+        'keep: ["PassengerId"]',
+        "column 'day' holds dates (%d.%m.%Y), taken as month, weekday, days",
+        "column 'day': no date as %d.%m.%Y in 1 of",
+        "in 'Age'",
+        "missing: error refuses them",
+    ):
+        assert part in said
+
+
+def test_what_looks_like_an_identifier_may_be_kept(tmp_path):
+    table = tabular(passengers(), tmp_path, keep=["PassengerId", "Ticket"]).table
+    assert {"PassengerId", "Ticket"} <= {c["name"] for c in table.columns}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "kept"),
+    [
+        ("year", range(1900, 1900 + N), True),
+        ("x", range(N), False),
+        ("customer_id", [7 * (i * 37 % N) for i in range(N)], False),
+        ("customer_id", [i % 10 for i in range(N)], True),
+        ("paid", [i * 37 % N for i in range(N)], True),
+        ("x", [i / 2 for i in range(N)], True),
+    ],
+)
+def test_numbers_that_differ_in_each_row_are_identifiers_only_where_they_count_or_name_the_rows(
+    tmp_path, name, values, kept
+):
+    table = tabular(passengers().assign(**{name: list(values)}), tmp_path, missing="impute").table
+    assert (name in table.dropped) is not kept
+
+
+@pytest.mark.parametrize(
+    ("texts", "form"),
+    [
+        (["2020-01-31", "2021-12-01"], "ISO8601"),
+        (["2020-01-31T10:00:00Z", "2021-12-01T10:00:00+02:00"], "ISO8601"),
+        (["31.1.2020", "1.12.2021"], "%d.%m.%Y"),
+        (["31/01/2020", "01/02/2021"], "%d/%m/%Y"),
+        (["01/31/2020", "02/01/2021"], "%m/%d/%Y"),
+        (["31-Jan-99", "01-Feb-00"], "%d-%b-%y"),
+        (["1/31/2020 10:30 PM", "2/1/2021 1:05 AM"], "%m/%d/%Y %I:%M %p"),
+        (["Jan 2020", "Feb 2021"], "%b %Y"),
+        (["May", "June"], None),
+        (["12:30", "13:45"], None),
+        (["1.2.3", "1.2.4"], None),
+        (["A/5 21171", "PC 17599"], None),
+    ],
+)
+def test_how_dates_are_written_is_seen(texts, form):
+    values = pd.Series(texts, dtype="string")
+    assert format_of(values) == form
+    assert form is None or moments(values, form).notna().all()
+
+
+BARE = """
+import json, sys
+import pandas as pd, hpo
+made = hpo.load_bundle(sys.argv[1]).predict(pd.read_csv(sys.argv[2]))
+made.to_csv(sys.argv[3], index=False)
+assert not any(name.startswith("hpo.objectives") for name in sys.modules)
+"""
+
+
+def test_a_new_table_is_taken_as_the_one_that_was_learned_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    passengers().to_csv("raw.csv", index=False)
+    Path("raw.yaml").write_text(
+        "objective: tabular\noptions: {file: raw.csv, target: Survived}\ntrials: 2\nepochs: 3\ntracking: off\n"
+        "params: {n_hidden: 16, ensemble: 0, batch_size: 32, learning_rate: {type: float, low: 0.001, high: 0.01}}\n"
+    )
+    checked = run_hpo("check", "raw.yaml")
+    assert checked.returncode == 0, checked.stderr
+    done = run_hpo("run", "raw.yaml")
+    assert done.returncode == 0, done.stderr
+    for output in (checked, done):
+        assert "'PassengerId': it counts the rows" in " ".join((output.stdout + output.stderr).split())
+    bundle = tmp_path / "mlruns/bundles/raw"
+    about = json.loads((bundle / "bundle.json").read_text())
+    assert about["about_the_data"]["notices"]
+    assert "a date, as %d.%m.%Y" in (bundle / "MODEL.md").read_text()
+    new = passengers().drop(columns=["Survived", "Name", "ship"]).iloc[:, ::-1].head(6).reset_index(drop=True)
+    new.loc[0, "Embarked"], new.loc[1, "Age"], new.loc[2, "day"], new.loc[3, "day"] = "Q", np.nan, None, "some day"
+    new.to_csv("new.csv", index=False)
+    whole = run_hpo("predict", str(bundle), "new.csv")
+    assert whole.returncode == 0, whole.stderr
+    assert (
+        "2 values are no dates as training had them, and taken as missing (the first: 'some day' in row 4)"
+        in " ".join(whole.stderr.split())
+    )
+    by_command = pd.read_csv(StringIO(whole.stdout))
+    by_frame = hpo.load_bundle(bundle).predict(new)
+    subprocess.run([sys.executable, "-c", BARE, str(bundle), "new.csv", "bare.csv"], check=True)
+    for made in (by_command, pd.read_csv("bare.csv")):
+        assert made["class"].astype(str).tolist() == by_frame["class"].tolist()
+        np.testing.assert_allclose(made["probability"], by_frame["probability"], atol=1e-6)
+    dated = new.assign(day=pd.to_datetime(new.day, format="%d.%m.%Y", errors="coerce"))
+    pd.testing.assert_frame_equal(hpo.load_bundle(bundle).predict(dated), by_frame)
+    example = hpo.load_bundle(bundle).predict(pd.DataFrame([about["example"]]))
+    assert len(example) == 1
