@@ -14,9 +14,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from hpo.errors import HpoError, said
+from hpo.light import Metric
 from hpo.runner.table_models import MOST_INDICATORS, Absent, Table, boosted, linear, quiet
 from hpo.seeds import derive
 from hpo.study.data import DataInfo, Split, prediction

@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from contextlib import suppress
 
-from torchmetrics import Metric
-
 from hpo.errors import Fault, Faulty, did_you_mean
+from hpo.light import Metric
 from hpo.search.samplers import CANNOT_HALVE
 from hpo.study import loading as objectives
 from hpo.study.constraints import OF_ANY_TRIAL

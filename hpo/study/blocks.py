@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
-from torchmetrics.classification import BinaryAccuracy
 
+from hpo.light import BinaryAccuracy
 from hpo.study.data import Data, Split
 
 

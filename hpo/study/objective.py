@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
-from torchmetrics import Metric
 
+from hpo.light import Metric
 from hpo.study import losses
 from hpo.study.data import Data, DataInfo, Split
 

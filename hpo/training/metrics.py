@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_map
-from torchmetrics import Metric
 
+from hpo.light import Metric
 from hpo.study.data import prediction
 from hpo.study.objective import Objective, Params
 
