@@ -4,6 +4,7 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from hpo.search import schema
 from hpo.search.effort import effort
 from hpo.search.halving import Halving, HalvingPruner
 from hpo.search.samplers import make_pruner
@@ -251,7 +252,9 @@ def test_effort():
         trial(3, "C", [1] * 5, restarted=1),  # by `patience`: nothing was saved of it
         trial(4, "P", [1] * 3),
         trial(5, "W"),
+        trial(6, "P"),
     ]
+    trials[-1].system_attrs = {f"{schema.CONSTRAINT}n_parameters": 0.5}  # never trained, which is not pruning's doing
     found = effort(trials, 16)
     assert found.as_dict() == {
         "epochs": 30,

@@ -7,6 +7,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.search import schema
 from hpo.search.budget import is_paused
+from hpo.search.constraints import is_untrained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +49,11 @@ class Effort:
 def effort(trials: Sequence[FrozenTrial], epochs: int) -> Effort:
     """Return the effort of these `trials`, each of which has so many `epochs` without pruning.
 
-    One that is complete after fewer (`patience`) would have had no more.
+    One that is complete after fewer (`patience`) would have had no more. One whose network breaks a constraint, and is
+    not trained, is none of them: pruning has saved nothing of it.
     """
-    started = [trial for trial in trials if trial.state != TrialState.WAITING or is_paused(trial)]
+    asked_for = [trial for trial in trials if trial.state != TrialState.WAITING or is_paused(trial)]
+    started = [trial for trial in asked_for if not is_untrained(trial)]
     trained = {trial.number: len(trial.intermediate_values) for trial in started}
     n_paused = {trial.number: len(trial.user_attrs.get(schema.TRAINED, ())) for trial in started}
     n_resumed = {trial.number: n_paused[trial.number] - _is_still(trial) for trial in started if n_paused[trial.number]}

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.search import schema
 from hpo.search.budget import holders
-from hpo.search.constraints import holds
+from hpo.search.constraints import is_untrained
 from hpo.search.halving import ENOUGH, Halving
 from hpo.search.view import own
 
@@ -50,9 +50,7 @@ class AtOneRung:
         of_budget = holders(own(trials))
         adopted = [trial for trial in trials if schema.ADOPTED in trial.user_attrs]
         running = [t for t in of_budget if t.state == TrialState.RUNNING and not t.intermediate_values]
-        pruned = [t for t in of_budget if t.state == TrialState.PRUNED and not t.intermediate_values]
-        untrained = [trial for trial in pruned if not holds(trial)]
-        seen = [*self._at_highest(of_budget), *running, *untrained]
+        seen = [*self._at_highest(of_budget), *running, *filter(is_untrained, of_budget)]
         return [*adopted, *sorted(seen, key=lambda trial: trial.number)]
 
     def _at_highest(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
