@@ -252,19 +252,20 @@ def test_effort():
         trial(3, "C", [1] * 5, restarted=1),  # by `patience`: nothing was saved of it
         trial(4, "P", [1] * 3),
         trial(5, "W"),
+        trial(7, "F", [1] * 2),
         trial(6, "P"),
     ]
     trials[-1].system_attrs = {f"{schema.CONSTRAINT}n_parameters": 0.5}  # never trained, which is not pruning's doing
     found = effort(trials, 16)
     assert found.as_dict() == {
-        "epochs": 30,
-        "without": 16 + 16 + 16 + 5 + 16,
+        "epochs": 32,
+        "without": 16 + 16 + 16 + 5 + 16 + 2,
         "paused": 6,
         "resumed": 4,
         "promoted": 2,
         "restarted": 1,
     }
     assert found.text() == (
-        "30 of 69 epochs trained (43%); 6 times paused, 4 times resumed, 2 trials promoted; 1 resumed from scratch"
+        "32 of 71 epochs trained (45%); 6 times paused, 4 times resumed, 2 trials promoted; 1 resumed from scratch"
     )
     assert effort([trial(0, "C", [1] * 16)], 16).text() == ""
