@@ -176,6 +176,13 @@ class TestSamplersSee:
         assert [t.value for t in AtOneRung(halving(), 16, maximize=False)(paused(range(10)))] == list(range(10))
         assert see(paused(range(9))) == []
 
+    def test_whole_trials_with_their_own_values(self):
+        rule = Halving(HalvingPruner(16), 1, maximize=False, value="last")
+        whole = [trial(n, "C", [1.0] * 15 + [n + 2.0]) for n in range(10)]
+        for each in whole:
+            each.value = each.intermediate_values[15]
+        assert [t.value for t in AtOneRung(rule, 16, maximize=False)(whole)] == [n + 2.0 for n in range(10)]
+
     def test_neither_the_failed_nor_the_resumed_as_unknown_but_new_ones(self):
         see = AtOneRung(halving(), 16, maximize=False)
         more = [trial(30, "R", [7] * 5), trial(31, "R"), trial(32, "F", [1] * 8), trial(33, "W")]

@@ -2,7 +2,7 @@
 
 Optuna's samplers take the trials that have ended, each with its last value. Under halving few have ended, after as many
 epochs as they were worth, so they would learn that what starts fast is good. Here they see the trials of the highest
-rung that enough of them have reached, each with its best value so far there.
+rung that enough of them have reached, each with its score there (`Halving.score`), or at the end with its own value.
 """
 
 import copy
@@ -65,7 +65,9 @@ class AtOneRung:
         key = trial.number, rung, tuple(trial.constraints.items())
         if key not in self._made:
             made = copy.copy(trial)
-            made.state, made.values = TrialState.COMPLETE, [self._sign * self._halving.score(trial, rung)]
+            made.state = TrialState.COMPLETE
+            if trial.state != TrialState.COMPLETE or rung < self._rungs[-1]:  # else its own value is what it came to
+                made.values = [self._sign * self._halving.score(trial, rung)]
             self._made[key] = made
         return self._made[key]
 
