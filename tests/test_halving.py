@@ -4,6 +4,7 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from hpo.search import schema
 from hpo.search.effort import effort
 from hpo.search.halving import Halving, HalvingPruner
 from hpo.search.samplers import make_pruner
@@ -175,6 +176,13 @@ class TestSamplersSee:
         assert [t.value for t in AtOneRung(halving(), 16, maximize=False)(paused(range(10)))] == list(range(10))
         assert see(paused(range(9))) == []
 
+    def test_whole_trials_with_their_own_values(self):
+        rule = Halving(HalvingPruner(16), 1, maximize=False, value="last")
+        whole = [trial(n, "C", [1.0] * 15 + [n + 2.0]) for n in range(10)]
+        for each in whole:
+            each.value = each.intermediate_values[15]
+        assert [t.value for t in AtOneRung(rule, 16, maximize=False)(whole)] == [n + 2.0 for n in range(10)]
+
     def test_neither_the_failed_nor_the_resumed_as_unknown_but_new_ones(self):
         see = AtOneRung(halving(), 16, maximize=False)
         more = [trial(30, "R", [7] * 5), trial(31, "R"), trial(32, "F", [1] * 8), trial(33, "W")]
@@ -251,17 +259,20 @@ def test_effort():
         trial(3, "C", [1] * 5, restarted=1),  # by `patience`: nothing was saved of it
         trial(4, "P", [1] * 3),
         trial(5, "W"),
+        trial(7, "F", [1] * 2),
+        trial(6, "P"),
     ]
+    trials[-1].system_attrs = {f"{schema.CONSTRAINT}n_parameters": 0.5}  # never trained, which is not pruning's doing
     found = effort(trials, 16)
     assert found.as_dict() == {
-        "epochs": 30,
-        "without": 16 + 16 + 16 + 5 + 16,
+        "epochs": 32,
+        "without": 16 + 16 + 16 + 5 + 16 + 2,
         "paused": 6,
         "resumed": 4,
         "promoted": 2,
         "restarted": 1,
     }
     assert found.text() == (
-        "30 of 69 epochs trained (43%); 6 times paused, 4 times resumed, 2 trials promoted; 1 resumed from scratch"
+        "32 of 71 epochs trained (45%); 6 times paused, 4 times resumed, 2 trials promoted; 1 resumed from scratch"
     )
     assert effort([trial(0, "C", [1] * 16)], 16).text() == ""

@@ -10,10 +10,12 @@ from hpo.errors import Interrupted, SpecError
 from hpo.runner.checkpoints import folder_of
 from hpo.runner.prepare import prepare
 from hpo.runner.worker import work
+from hpo.search.curves import curves_in, reported
 from hpo.search.opening import open_search
 from hpo.search.pruning import settle_pruner
 from hpo.search.search import Search
 from hpo.study.spec import Plugin
+from hpo.study.value import value_of
 from hpo.tracking.base import MemoryTracker
 from tests.logged import recorded
 from tests.screens import Screen
@@ -359,6 +361,20 @@ class TestOwnTraining:
         assert {slot: whole[slot][: len(curve)] for slot, curve in curves.items()} == curves
         assert {len(curve) for curve in curves.values()} >= {2, 8}
         assert (done.view.counts.finished, done.view.effort.restarted) == (8, 0)
+
+    @pytest.mark.parametrize("value", ["best", "last", "mean_of_3"])
+    @pytest.mark.parametrize("memory", [0, 256], ids=["from its file", "from memory"])
+    def test_a_resumed_trials_value_is_of_all_its_epochs(self, value, memory):
+        done = Study(
+            "whole", f"{HALVING}value: {value}\n".replace("halving,", f"halving, memory: {memory},"), OWN
+        ).run()
+        complete = [trial for trial in done.view.trials if trial.state == TrialState.COMPLETE]
+        curves = {trial.number: reported(trial) for trial in complete}
+        assert {trial.number: trial.value for trial in complete} == {
+            number: value_of(curve, value, maximize=True)[0] for number, curve in curves.items()
+        }
+        assert [curves_in(trial, "")["valid_r2"] for trial in complete] == [*curves.values()]
+        assert (bool(complete), done.view.effort.restarted) == (True, 0)
 
     def test_one_that_reports_no_state_is_trained_from_scratch(self):
         silent = OWN.replace(', {"network": network.state_dict(), "epochs": epoch + 1})', ")")

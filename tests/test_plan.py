@@ -43,6 +43,8 @@ class Choosy(Objective):
     def build(self, params, info):
         if params["fault"] == "dice":
             return nn.Linear(3, 1) if random.random() < 0.5 else nn.Sequential(nn.Linear(3, 1))
+        if params["fault"] == "lazy":
+            return nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(1))
         if params["fault"] == "seed":
             torch.manual_seed(7)
         if params["fault"] == "dtype":
@@ -236,6 +238,7 @@ class TestTryOut:
                 r"take its mean",
             ),
             ("number", r"loss must return one number \(a tensor of no dimensions\), but got 0.5; take its mean"),
+            ("lazy", r"build must return a network whose weights are there, .* of 1 \(LazyLinear\); give the layer"),
             ("build", r"build with .*n_hidden=64.* failed: ValueError: 64 is too wide \(.*choosy.py:\d+\)"),
             ("forward", r"forward.* failed: RuntimeError: .*mat1 and mat2 shapes cannot be multiplied"),
             ("loss", r"loss.* failed: KeyError: 'no_such' \(.*choosy.py:\d+\)"),

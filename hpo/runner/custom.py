@@ -146,6 +146,7 @@ class CustomTraining:
         def told(metrics: dict[str, float], state: Mapping[str, Any] | None) -> bool:
             self._stop()
             member.epoch += 1
+            member.history.append(metrics)  # what a checkpoint has of the epochs before it
             training = None if state is None else {OWN: dict(state)}
             with self._trials.together():
                 trial.report(metrics, None, training)

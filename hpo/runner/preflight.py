@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from hpo.errors import InputError
 from hpo.export.ensemble import link_of
@@ -100,6 +101,7 @@ def _try_corner(plan: Plan, data: Data, params: Params, batch: Split | None) -> 
 
     try:
         module = build()
+        _refuse_lazy(plan, module)
         if batch is not None:
             _require_same_network(plan, build)
     except InputError as error:
@@ -110,6 +112,25 @@ def _try_corner(plan: Plan, data: Data, params: Params, batch: Split | None) -> 
         return module, None
     with settings_stay(plan, "a training step"):
         return module, try_step(plan, module, optimizer, batch, params)
+
+
+def _refuse_lazy(plan: Plan, module: nn.Module) -> None:
+    """Raise InputError for a layer whose weights are made by the first batch (torch.nn.LazyLinear).
+
+    Constraints, stacks and the optimizer need them before there is a batch, and each network its own from its seed.
+    """
+    lazy = next((f"{n} ({type(m).__name__})" for n, m in module.named_modules() if _is_lazy(m)), None)
+    if lazy is not None:
+        raise InputError(
+            f"objective {plan.spec.objective}: build must return a network whose weights are there, but the first "
+            f"batch makes those of {lazy}; give the layer its size (info.n_features, or from info.inputs), or call the "
+            "network in build, once, with zeros of the inputs' shapes"
+        )
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return any(is_lazy(tensor) for tensor in own)
 
 
 def _require_same_network(plan: Plan, build: Callable[[], nn.Module]) -> None:

@@ -32,6 +32,11 @@ def holds(trial: FrozenTrial) -> bool:
     return violation_of(trial) == 0
 
 
+def is_untrained(trial: FrozenTrial) -> bool:
+    """Whether a trial was pruned before its first epoch, since its network breaks a constraint."""
+    return trial.state == TrialState.PRUNED and not trial.intermediate_values and not holds(trial)
+
+
 def is_feasible(trial: FrozenTrial) -> bool | None:
     """Whether a trial holds to all of its constraints; None: it has none, or is not complete and breaks none so far."""
     if not holds(trial):
@@ -77,7 +82,7 @@ def feasible_text(trials: Sequence[FrozenTrial], constraints: Mapping[str, Const
     if not constraints and found is None:
         return ""
     texts = [f"{each.name} {each.text}" for each in constraints.values()] or ["its own constraints"]
-    untrained = sum(t.state == TrialState.PRUNED and not t.intermediate_values and not holds(t) for t in trials)
+    untrained = sum(map(is_untrained, trials))
     said = f"{held} of {len(complete)} complete trials hold to {', '.join(texts)}"
     said += f"; {untrained} more were not trained, since they break one" if untrained else ""
     if held or found is None:

