@@ -126,6 +126,19 @@ def test_the_time_of_a_study_that_was_killed_is_what_is_left(study):
     search.close()
 
 
+def test_a_trial_that_was_interrupted_is_resumed_before_new_ones(study):
+    study()
+    _, search = opened(TIMED.format("100s"))
+    first = search.ask()
+    search.give_back(first.number, "interrupted")
+    search.close()
+    _, search = opened(TIMED.format("100s"))
+    resumed = search.ask()
+    assert resumed.retry_of == first.number
+    assert resumed.params == first.params
+    search.close()
+
+
 def test_nothing_is_kept_for_a_refit_before_a_trial_is_complete(study):
     study()
     plan, search = opened(TIMED.format("100s"))
