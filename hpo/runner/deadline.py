@@ -46,8 +46,8 @@ class Deadline:
     def __init__(self, plan: Plan, search: Search) -> None:
         self._plan, self._search = plan, search
         self._look_at, self._until, now = -math.inf, math.inf, time.monotonic()
-        self._reported: dict[int, float] = {}
-        """When each trial has reported last, by time.monotonic()."""
+        self._reported: dict[int, tuple[float, int]] = {}
+        """When each trial has first reported, by time.monotonic(), and after how many epochs."""
         self._any_complete = False
         spec = plan.spec
         self._export = min(max(EXPORT_SECONDS, now - plan.made), _MOST_EXPORT_SECONDS)
@@ -80,8 +80,8 @@ class Deadline:
         if self._end == math.inf or self._any_complete:
             return False
         spec, now = self._plan.spec, time.monotonic()
-        epoch = now - self._reported.get(member.number, started)
-        self._reported[member.number] = now
+        first, n_first = self._reported.setdefault(member.number, (now, member.epoch))
+        epoch = (now - first) / (member.epoch - n_first) if member.epoch > n_first else now - started
         trial = epoch * (member.epoch + 1)
         behind = trial * _MORE_ROWS * max(networks_of(spec)) + self._export
         if spec.confirm is not None:
