@@ -100,7 +100,11 @@ def _n_lines(text: bytes) -> int:
 
 def _dialect(where: object, head: bytes, cut: bool, encoding: str, errors: str) -> Dialect:
     text = head.decode(encoding, "ignore" if cut else errors)
-    separator = max(",;\t|", key=lambda mark: _n_columns(text, mark, cut))
+    columns = {mark: _n_columns(text, mark, cut) for mark in ",;\t|"}
+    if max(columns.values()) == 1:  # rows that have more fields than the header: that is to be said, not "one column"
+        first = text.lstrip().partition("\n")[0]
+        columns = {mark: first.count(mark) for mark in columns}
+    separator = max(columns, key=columns.__getitem__)
     rows = list(_rows(text, separator, cut))
     if not rows:
         raise DataError(f"{where}: is empty")
