@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from pandas.api import types
 
+from hpo.study.table_amounts import amounts, unit_of
 from hpo.study.table_dates import ISO, described, format_of, is_stored_as_date, moments
 from hpo.study.table_text import as_text, listed
 
@@ -155,6 +156,8 @@ def _look(found: Found, name: str, values: "pd.Series[Any]", rows: np.ndarray, *
         )
     elif (form := format_of(known)) is not None:
         _take_dates(found, name, values, form, rows)
+    elif known.nunique() > FEW and (of := unit_of(known)) is not None:
+        _take_amounts(found, name, text, *of)
     else:
         _look_at_text(found, name, text, rows, kept=kept)
 
@@ -181,6 +184,27 @@ def _take_numbers(found: Found, name: str, values: "pd.Series[Any]") -> None:
         found.faults |= faults
     else:
         found.columns.append({"name": name, "kind": "number"})
+
+
+def _take_amounts(found: Found, name: str, text: "pd.Series[Any]", unit: str, decimal: str) -> None:
+    """Note a column of numbers with a unit, all of which must be such."""
+    plain = amounts(text, decimal)
+    wrong = (pd.to_numeric(plain, errors="coerce").isna() & text.notna()).to_numpy()
+    if wrong.any():
+        row = int(wrong.argmax())
+        found.faults[name] = (
+            f"holds numbers with {unit!r}, but also other text in {wrong.sum()} rows ({text.iloc[row][:40]!r} in row "
+            f"{text.index[row] + 1}); correct it, or add it to categorical"
+        )
+        return
+    n = len(found.columns)
+    _take_numbers(found, name, plain)
+    if len(found.columns) > n:
+        found.columns[-1] = {**found.columns[-1], "decimal": decimal}
+        first = int(text.notna().to_numpy().argmax())
+        found.notices.append(
+            f"column {name!r} holds numbers with {unit!r}: {text.iloc[first]!r} is {plain.iloc[first]}"
+        )
 
 
 def _take_category(found: Found, name: str, text: "pd.Series[Any]", rows: np.ndarray) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from hpo.errors import DataError, did_you_mean
 from hpo.study.blocks import split_by_rows
 from hpo.study.data import Data
+from hpo.study.table_amounts import amounts
 from hpo.study.table_dates import format_of, is_stored_as_date, moments, numbers_of
 from hpo.study.table_text import as_text, listed
 
@@ -273,6 +274,8 @@ def encode(frame: pd.DataFrame, columns: Sequence[Column], where: object = "the 
     missing and unknown ones have 0. Raises DataError.
     """
     require(where, frame, [column["name"] for column in columns], "it is one of the model's")
+    if of_units := {c["name"]: amounts(frame[c["name"]], c["decimal"]) for c in columns if "decimal" in c}:
+        frame = frame.assign(**of_units)
     numbers = _matrix(where, frame, [c["name"] for c in columns if c["kind"] == "number"])
     if dates := [c for c in columns if c["kind"] == "date"]:
         parts = [numbers_of(moments(frame[c["name"]], c["format"]), c).astype(np.float32) for c in dates]

@@ -15,6 +15,7 @@ from hpo.search import schema
 from hpo.search.opening import open_search
 from hpo.study.spec import UNBOUNDED
 from hpo.tracking.base import MemoryTracker
+from hpo.training.stack import Member
 from tests.cli import invoke
 from tests.conftest import run_hpo
 from tests.screens import Screen
@@ -78,6 +79,36 @@ def test_the_first_trial_has_no_deadline_and_the_others_leave_time_for_the_refit
     search.close()
 
 
+def test_a_first_trial_that_would_take_all_of_the_time_is_complete_with_the_epochs_it_has(study, monkeypatch):
+    study()
+    monkeypatch.setenv("LINEAR_SECONDS", "0.02")
+    plan, search = opened(TIMED.format("3s").replace("epochs: 3", "epochs: 5000"))
+    since = time.monotonic()
+    set_end(plan, search)
+    work(plan, plan.load_data(), search, MemoryTracker(), Screen())
+    seen = search.view()
+    assert time.monotonic() - since < 8  # 5,000 epochs take minutes
+    [trial] = seen.complete
+    assert 1 <= len(trial.intermediate_values) < 5000
+    assert seen.best().epoch < len(trial.intermediate_values)
+    search.close()
+
+
+def test_a_first_trial_is_not_ended_where_a_paused_one_was_better(study):
+    study()
+    plan, search = opened(TIMED.format("1s") + "pruner: {name: halving, first: 1}\n")
+    deadline = Deadline(plan, search)
+    ended = search.ask()
+    search.report(ended.number, 0, 0.5)
+    search.pause(ended.number)
+    member = Member(number=1, seed=0, params={}, epoch=1)
+    time.sleep(0.5)
+    worse, better = (0.4, 0.6) if plan.maximize else (0.6, 0.4)
+    assert not deadline.must_end(member, worse, time.monotonic() - 1)
+    assert deadline.must_end(member, better, time.monotonic() - 1)
+    search.close()
+
+
 def test_a_confirmation_is_kept_time_for_but_not_all_of_it(study):
     study()
     plan, search = opened(TIMED.format("2s") + "trials: 2\npruner: none\nconfirm: {top: 2, seeds: 9}\n")
@@ -92,6 +123,19 @@ def test_the_time_of_a_study_that_was_killed_is_what_is_left(study):
     search.remember(schema.TIMED_OUT, 100.0)
     assert search.seconds_left(100.0) == 0.0
     assert search.seconds_left(200.0) == pytest.approx(200.0, abs=1)
+    search.close()
+
+
+def test_a_trial_that_was_interrupted_is_resumed_before_new_ones(study):
+    study()
+    _, search = opened(TIMED.format("100s"))
+    first = search.ask()
+    search.give_back(first.number, "interrupted")
+    search.close()
+    _, search = opened(TIMED.format("100s"))
+    resumed = search.ask()
+    assert resumed.retry_of == first.number
+    assert resumed.params == first.params
     search.close()
 
 

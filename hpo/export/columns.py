@@ -14,6 +14,7 @@ import pandas as pd
 from pandas.api import types
 
 from hpo.errors import InputError, did_you_mean
+from hpo.study.table_amounts import amounts
 from hpo.study.table_dates import moments, numbers_of
 from hpo.study.table_text import as_text, listed
 
@@ -26,6 +27,8 @@ class Column:
     categories: tuple[str, ...] | None = None
     date: Mapping[str, Any] | None = None
     """How its dates are written, and which of their parts are numbers; see `hpo.study.table_dates`."""
+    decimal: str | None = None
+    """The mark of decimals, where its numbers may have a unit; see `hpo.study.table_amounts`."""
 
 
 @dataclass
@@ -93,14 +96,15 @@ class Columns:
         for column in columns:
             categories = tuple(column["categories"]) if column["kind"] == "category" else None
             date = column if column["kind"] == "date" else None
-            self._inputs[column["input"]].append(Column(name=column["name"], categories=categories, date=date))
+            made = Column(name=column["name"], categories=categories, date=date, decimal=column.get("decimal"))
+            self._inputs[column["input"]].append(made)
         self._every = [column for each in self._inputs.values() for column in each]
         self._by_place = self.names == [""]
 
     @property
     def texts(self) -> list[str]:
-        """The names of the columns that hold categories or dates."""
-        return [column.name for column in self._every if column.categories is not None or column.date is not None]
+        """The names of the columns that hold categories, dates, or numbers with a unit."""
+        return [c.name for c in self._every if any(x is not None for x in (c.categories, c.date, c.decimal))]
 
     @property
     def names(self) -> list[str]:
@@ -135,6 +139,8 @@ class Columns:
         `frame` has the columns that are `required`. Raises InputError with row, column and value.
         """
         made, place = {}, 0
+        if of_units := {c.name: amounts(frame[c.name], c.decimal) for c in self._every if c.decimal is not None}:
+            frame = frame.assign(**of_units)
         for name, columns in self._inputs.items():
             names = list(frame.columns[place : place + len(columns)]) if self._by_place else [c.name for c in columns]
             place += len(columns)

@@ -20,7 +20,7 @@ from hpo.study.data import Split
 from hpo.study.objective import Params
 from hpo.training.faults import TrialError, TrialFault
 from hpo.training.memory import Within, is_out_of_memory
-from hpo.training.stack import Task
+from hpo.training.stack import Member, Task
 
 
 class Limits:
@@ -34,6 +34,8 @@ class Limits:
         """Whether a trial that trains itself is judged only once it has given its network (`values_of_network`)."""
         self.rows: Callable[[int], Split] | None = None
         """Gives the first so many rows as networks take them, on the device; set by who has the data."""
+        self.must_end: Callable[[Member, float, float], bool] = lambda member, value, started: False
+        """Whether a trial is complete with the epochs it has, for the study's time (`hpo.runner.deadline`)."""
 
     def values_at_claim(self, params: Params) -> dict[str, float]:
         """Return what is known of a trial of these `params` before it is trained.

@@ -8,12 +8,14 @@ import math
 import time
 from statistics import fmean
 
+from hpo.log import log
 from hpo.runner.outcome import networks_of
 from hpo.runner.prepare import Plan
 from hpo.search import schema
 from hpo.search.budget import covered, spans_of
 from hpo.search.search import Search
 from hpo.search.view import StudyView
+from hpo.training.stack import Member
 
 EXPORT_SECONDS = 6.0
 """What the test, the export in all formats and its comparison take, measured on a network of a table, or as long as it
@@ -38,12 +40,15 @@ def set_end(plan: Plan, search: Search) -> None:
 class Deadline:
     """Until when trials may run, by time.monotonic(); of a `time`, what comes behind them is taken off.
 
-    Where no trial has ended yet, the first is trained to its end.
+    Where no trial has ended yet, none is given back, since there would be no model: `must_end` says when it has enough.
     """
 
     def __init__(self, plan: Plan, search: Search) -> None:
         self._plan, self._search = plan, search
         self._look_at, self._until, now = -math.inf, math.inf, time.monotonic()
+        self._reported: dict[int, tuple[float, int]] = {}
+        """When each trial has first reported, by time.monotonic(), and after how many epochs."""
+        self._any_complete = False
         spec = plan.spec
         self._export = min(max(EXPORT_SECONDS, now - plan.made), _MOST_EXPORT_SECONDS)
         self._trials_end = now + search.seconds_left(spec.timeout) if spec.timeout is not None else math.inf
@@ -65,6 +70,40 @@ class Deadline:
             until = self._end - seconds_behind(self._plan, seen, self._export) if seen.counts.finished else math.inf
             self._until = min(until, self._trials_end)
         return self._until
+
+    def must_end(self, member: Member, value: float, started: float) -> bool:
+        """Whether a trial is to be complete with the epochs it has, since the time is too short for another one.
+
+        That is so only where none is complete yet. `value` is what the trial comes to so far, `started` when it was
+        claimed, by time.monotonic().
+        """
+        if self._end == math.inf or self._any_complete:
+            return False
+        spec, now = self._plan.spec, time.monotonic()
+        first, n_first = self._reported.setdefault(member.number, (now, member.epoch))
+        epoch = (now - first) / (member.epoch - n_first) if member.epoch > n_first else now - started
+        trial = epoch * (member.epoch + 1)
+        behind = trial * _MORE_ROWS * max(networks_of(spec)) + self._export
+        if spec.confirm is not None:
+            behind += trial * spec.confirm.runs
+        assert spec.time is not None
+        if now + epoch + min(behind, _MOST_BEHIND * spec.time) <= self._end:
+            return False
+        seen = self._search.view()
+        self._any_complete = bool(seen.complete)
+        if self._any_complete or _is_behind_a_paused_one(seen, value, maximize=self._plan.maximize):
+            return False
+        log.info(
+            f"trial {member.number} ends after {member.epoch} of {spec.epochs} epochs, since the study's time "
+            f"({spec.time:g} s) is needed for refit and export; raise `time` or lower `epochs` to train it whole"
+        )
+        return True
+
+
+def _is_behind_a_paused_one(seen: StudyView, value: float, *, maximize: bool) -> bool:
+    """Whether a paused trial has been better: then that one is to be the model, once it is resumed."""
+    sign = -1.0 if maximize else 1.0
+    return any(sign * x < sign * value for number in seen.paused for x in seen.curve(number))
 
 
 def seconds_behind(plan: Plan, seen: StudyView, export: float = EXPORT_SECONDS) -> float:

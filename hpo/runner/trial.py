@@ -182,8 +182,8 @@ class TrialRun:
             self._best = (of_trial, epoch, dict(metrics))
             self._kept = None if stack is None else stack.keep(member)
         go_on = self._search.report(member.number, epoch, value)
-        patience = plan.spec.patience
-        last = member.epoch >= plan.spec.epochs or (patience is not None and epoch - self._improved >= patience)
+        last = member.epoch >= plan.spec.epochs or epoch - self._improved >= (plan.spec.patience or math.inf)
+        last = last or self._limits.must_end(member, of_trial, self._started)
         if last or not go_on:
             self._end_by_then(partial(self.conclude, pruned=not last))  # after the last epoch pruning saves nothing
         elif member.epoch == member.pause:

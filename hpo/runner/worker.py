@@ -82,7 +82,8 @@ def work(
             worker.choose()
         except Interrupted:
             raise Interrupted(INTERRUPTED) from None
-        limited.look = Deadline(plan, search)  # of a `timeout`, measuring is not counted: no trial runs
+        deadline = Deadline(plan, search)  # of a `timeout`, measuring is not counted: no trial runs
+        limited.look, trials.limits.must_end = deadline, deadline.must_end
         while not limited.out_of_time():
             _train_some(worker, trials, search, stop)
             if limited.out_of_time():

@@ -100,12 +100,16 @@ def _n_lines(text: bytes) -> int:
 
 def _dialect(where: object, head: bytes, cut: bool, encoding: str, errors: str) -> Dialect:
     text = head.decode(encoding, "ignore" if cut else errors)
-    separator = max(",;\t|", key=lambda mark: _n_columns(text, mark, cut))
+    columns = {mark: _n_columns(text, mark, cut) for mark in ",;\t|"}
+    if max(columns.values()) == 1:  # rows that have more fields than the header: that is to be said, not "one column"
+        first = text.lstrip().partition("\n")[0]
+        columns = {mark: first.count(mark) for mark in columns}
+    separator = max(columns, key=columns.__getitem__)
     rows = list(_rows(text, separator, cut))
     if not rows:
         raise DataError(f"{where}: is empty")
     header, *rows = [[value.strip() for value in row] for row in rows]
-    number = _number()
+    number = number_pattern()
     if all(number.fullmatch(name) for name in header):
         raise DataError(
             f"{where}: its first line holds numbers, no names; write a line with the columns' names above it"
@@ -162,7 +166,7 @@ def _marks(rows: Sequence[Sequence[str]], separator: str) -> tuple[str, str]:
     some = [value for value in values[:: 1 + len(values) // _FIELDS] if "." in value or "," in value]
 
     def n_numbers(marks: tuple[str, str]) -> int:
-        number = _number(*marks)
+        number = number_pattern(*marks)
         return sum(number.fullmatch(value) is not None for value in some)
 
     if n_numbers(known[0]) == len(some):
@@ -175,7 +179,8 @@ def _are_dates(values: Sequence[str]) -> bool:
     return 2 * sum(_DATE.fullmatch(value) is not None for value in known) > len(known)
 
 
-def _number(decimal: str = ".", thousands: str = "") -> re.Pattern[str]:
+def number_pattern(decimal: str = ".", thousands: str = "") -> re.Pattern[str]:
+    """Return what a number is that is written with these marks; thousands need none."""
     whole = rf"(?:[1-9]\d{{0,2}}(?:\{thousands}\d{{3}})+|\d+)" if thousands else r"\d+"
     return re.compile(rf"[+-]?(?:{whole}(?:\{decimal}\d*)?|\{decimal}\d+)(?:[eE][+-]?\d+)?")
 

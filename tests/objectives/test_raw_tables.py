@@ -9,9 +9,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from hpo.objectives.tables import encode
 
 import hpo
+from hpo.errors import DataError, InputError
+from hpo.export.columns import Columns, Notes
 from hpo.study.loading import load
+from hpo.study.table_amounts import amounts, unit_of
 from hpo.study.table_dates import format_of, moments
 from tests.conftest import run_hpo
 
@@ -118,6 +122,49 @@ def test_how_dates_are_written_is_seen(texts, form):
     values = pd.Series(texts, dtype="string")
     assert format_of(values) == form
     assert form is None or moments(values, form).notna().all()
+
+
+@pytest.mark.parametrize(
+    ("texts", "unit", "numbers"),
+    [
+        (["$1,200.50", "-$3", "$1,000,000"], "$", ["1200.50", "-3", "1000000"]),
+        (["1.200,50 €", "3 €"], "€", ["1200.50", "3"]),
+        (["1.200 €", "950 €"], "€", ["1200", "950"]),
+        (["CHF 1'200.50", "CHF 7.-", "CHF 8"], "CHF", ["1200.50", "CHF 7.-", "8"]),
+        (["45.125%", "7 %"], "%", ["45.125", "7"]),
+        (["1,5%", "7%"], "%", ["1.5", "7"]),
+        (["$5", "5 €"], None, None),
+        (["A 5", "A/5", "5 kg"], None, None),
+        (["5", "6", "$7"], None, None),
+    ],
+)
+def test_numbers_with_a_unit_are_numbers(texts, unit, numbers):
+    text = pd.Series(texts, dtype="string")
+    of = unit_of(text)
+    assert (of[0] if of else None) == unit
+    assert of is None or amounts(text, of[1]).tolist() == numbers
+
+
+def test_a_column_of_prices_is_one_of_numbers_and_so_it_is_in_a_new_table(tmp_path):
+    prices = [f"${1000 + 7 * i:,}.50" for i in range(N)]
+    table = tabular(passengers().assign(price=prices), tmp_path).table
+    (column,) = [c for c in table.columns if c["name"] == "price"]
+    assert column == {"name": "price", "kind": "number", "decimal": "."}
+    assert "column 'price' holds numbers with '$': '$1,000.50' is 1000.50" in table.data.notices
+    about = {"inputs": [{"name": "numeric", "dtype": "float32", "shape": [None, 1]}], "missing": True}
+    columns = Columns(about, [column | {"input": "numeric"}])
+    new = pd.DataFrame({"price": ["$1,200.50", "3", None]})
+    made = columns.arrays(new, "new.csv", 1, Notes())["numeric"]
+    np.testing.assert_array_equal(made, [[1200.5], [3], [np.nan]])
+    np.testing.assert_array_equal(encode(new, [column])["numeric"].numpy(), made)
+    with pytest.raises(InputError, match="row 1, column 'price': must be a finite number, but got '12 boxes'"):
+        columns.arrays(pd.DataFrame({"price": ["12 boxes"]}), "new.csv", 1, Notes())
+
+
+def test_prices_among_which_other_text_is_are_refused_with_what_to_do(tmp_path):
+    prices = [f"${1000 + 7 * i:,}.50" for i in range(N - 1)] + ["free"]
+    with pytest.raises(DataError, match=r"holds numbers with '\$', but also other text in 1 rows .'free' in row 120."):
+        tabular(passengers().assign(price=prices, Survived=range(N)), tmp_path)
 
 
 BARE = """

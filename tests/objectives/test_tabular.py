@@ -160,6 +160,10 @@ REFUSED = {
     "twice": ("age,age,price\n1,2,3\n", "its header names 'age' more than once"),
     "no names": ("1,2\n3,4\n", "its first line holds numbers, no names"),
     "ragged": (csv() + "1,2,Bern,4,5\n", "a row has 5 fields, but its header has 4 .*'1,2,Bern,4,5'"),
+    "a separator at each end but the header's": (
+        "age,price\n" + "1,2,\n" * 30,
+        "a row has 3 fields, but its header has 2 .separated by ','.: '1,2,'",
+    ),
     "few": (rows().head(10), "10 rows have a target, but 20 is the least"),
     "no target": (rows().drop(columns="price").assign(prize=1), r"no column 'price' \(the target\); did you mean"),
     "one class": (rows(price="yes"), "is 'yes' in every row: there is nothing to tell apart"),
