@@ -90,9 +90,13 @@ class Tabular(Objective):
 
     @property
     def pace(self):
-        """Seconds a trial on a core or two: as many epochs as make ROWS_OF_A_TRIAL rows."""
+        """Seconds a trial on a core or two: as many epochs as make ROWS_OF_A_TRIAL rows.
+
+        The patience is long, so that most trials see the schedule's low learning rates: the refit stops at the best
+        epoch, and at a high rate that is a lucky one of few validation rows.
+        """
         epochs = min(max(round(ROWS_OF_A_TRIAL / len(self.table.data.train)), 6), 60)
-        return {"epochs": epochs, "patience": max(4, epochs // 4)}
+        return {"epochs": epochs, "patience": max(4, epochs // 2)}
 
     def data(self):
         return self.table.data
@@ -167,9 +171,9 @@ def _embedding_defaults(kind: str, n_rows: int) -> dict[str, Any]:
 
 
 def _batch_size(n_rows: int) -> int:
-    """Return the batch size for so many rows: 16 to 1,024, for 50 steps an epoch, or of many rows for 400."""
+    """Return the batch size for so many rows: 32 to 1,024, for 50 steps an epoch, or of many rows for 400."""
     rows = n_rows / 50 if n_rows < 12_800 else max(256, n_rows / 400)
-    return 2 ** min(max(round(math.log2(rows)), 4), 10)
+    return 2 ** min(max(round(math.log2(rows)), 5), 10)
 
 
 class RMSE(MeanSquaredError):

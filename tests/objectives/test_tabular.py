@@ -364,10 +364,12 @@ def test_numbers_beyond_all_training_rows_lie_where_the_outermost_of_them_does(m
 
 
 @pytest.mark.parametrize(("n_rows", "n_bins", "d_embedding"), [(60, 8, 8), (400, 12, 8), (2000, 48, 16)])
-def test_few_rows_have_fewer_bins_and_a_narrower_embedding(make, n_rows, n_bins, d_embedding):
+def test_few_rows_have_fewer_bins_a_narrower_embedding_and_a_long_patience(make, n_rows, n_bins, d_embedding):
     ages = np.random.RandomState(0).normal(40, 9, n_rows)
-    defaults = make(pd.DataFrame({"age": ages, "price": ages * 2})).defaults
-    assert (defaults["n_bins"], defaults["d_embedding"]) == (n_bins, d_embedding)
+    objective = make(pd.DataFrame({"age": ages, "price": ages * 2}))
+    defaults = objective.defaults
+    assert (defaults["n_bins"], defaults["d_embedding"], defaults["batch_size"]) == (n_bins, d_embedding, 32)
+    assert objective.pace == {"epochs": 60, "patience": 30}
 
 
 @pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
