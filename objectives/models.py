@@ -216,10 +216,12 @@ class QuantileNormal(nn.Module):
 
     As scikit-learn's QuantileTransformer(output_distribution="normal"): between two of the quantiles it is linear, and
     a value that many rows share gets the middle of its ranks. The quantiles of `train` (N, F) are kept as buffers.
+    `least` is the smallest rank, as a share, from 0 to 0.5: outermost values and all beyond them have no further one.
     """
 
-    def __init__(self, train: Tensor, rows_per_quantile: int = 30) -> None:
+    def __init__(self, train: Tensor, rows_per_quantile: int = 30, least: float = 1e-7) -> None:
         super().__init__()
+        self.least = least
         n = min(max(len(train) // rows_per_quantile, 10), 1000)
         ranks = torch.linspace(0, 1, n, dtype=torch.float64)
         quantiles = torch.stack([torch.quantile(column, ranks) for column in train.double().T])
@@ -229,7 +231,7 @@ class QuantileNormal(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         columns = x.T.contiguous()
         share = (self._share(columns, self.quantiles) + 1 - self._share(-columns, self.falling)) / 2
-        return torch.special.ndtri(share.clamp(1e-7, 1 - 1e-7)).T.contiguous()
+        return torch.special.ndtri(share.clamp(self.least, 1 - self.least)).T.contiguous()
 
     def _share(self, columns: Tensor, quantiles: Tensor) -> Tensor:
         """Return the share of rows below each value, (F, B): 0 to 1, linear between two quantiles (F, n)."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from hpo.objectives.embeddings import (
@@ -32,6 +32,7 @@ from hpo.study.objective import Objective
 LOSS = {"regression": "mse", "binary": "bce", "multiclass": "cross_entropy"}
 ROWS_OF_A_TRIAL = 400_000
 """So many rows a default trial sees, over all its epochs: 10 to 20 seconds on a core, measured."""
+ROWS_OF_A_BIN, FEW_ROWS = 20, 960
 MEAN = {"regression": mean_of_numbers, "binary": mean_of_odds, "multiclass": mean_of_classes}
 
 
@@ -71,7 +72,7 @@ class Tabular(Objective):
             "ensemble": 8,
             "d_category": 8,
             **of_classes,
-            **EMBEDDING_DEFAULTS[self.options.embedding],
+            **_embedding_defaults(self.options.embedding, n_rows),
         }
 
     @property
@@ -89,9 +90,13 @@ class Tabular(Objective):
 
     @property
     def pace(self):
-        """Seconds a trial on a core or two: as many epochs as make ROWS_OF_A_TRIAL rows."""
+        """Seconds a trial on a core or two: as many epochs as make ROWS_OF_A_TRIAL rows.
+
+        The patience is long, so that most trials see the schedule's low learning rates: the refit stops at the best
+        epoch, and at a high rate that is a lucky one of few validation rows.
+        """
         epochs = min(max(round(ROWS_OF_A_TRIAL / len(self.table.data.train)), 6), 60)
-        return {"epochs": epochs, "patience": max(4, epochs // 4)}
+        return {"epochs": epochs, "patience": max(4, epochs // 2)}
 
     def data(self):
         return self.table.data
@@ -127,7 +132,9 @@ class Tabular(Objective):
         if "numeric" in train.inputs:
             numbers = train.inputs["numeric"][:: max(1, len(train) // 1_000_000)]  # quantiles need no more rows
             filled = FillMissing(numbers)
-            modules.append(nn.Sequential(filled, QuantileNormal(filled(numbers))))
+            # the outermost of few rows would lie at 5.2 deviations, the next below 3: it gets the middle of its rank
+            normal = QuantileNormal(filled(numbers), least=0.5 / len(numbers))
+            modules.append(nn.Sequential(filled, normal))
         if sizes := self.table.category_sizes:
             modules.append(KnownCodes(sizes))
         return EachInput(modules)
@@ -150,10 +157,23 @@ class Tabular(Objective):
         }
 
 
+def _embedding_defaults(kind: str, n_rows: int) -> dict[str, Any]:
+    """Return the embedding's params for so many rows: of few, fewer bins (20 rows in each) and half the width.
+
+    On three tables of 240 rows that was better by 1% in the mean, 6% on the noisiest. From 960 rows on all is as given.
+    """
+    params = dict(EMBEDDING_DEFAULTS[kind])
+    if "n_bins" in params:
+        params["n_bins"] = min(max(n_rows // ROWS_OF_A_BIN, 8), params["n_bins"])
+    if "d_embedding" in params and n_rows < FEW_ROWS:
+        params["d_embedding"] //= 2
+    return params
+
+
 def _batch_size(n_rows: int) -> int:
-    """Return the batch size for so many rows: 16 to 1,024, for 50 steps an epoch, or of many rows for 400."""
+    """Return the batch size for so many rows: 32 to 1,024, for 50 steps an epoch, or of many rows for 400."""
     rows = n_rows / 50 if n_rows < 12_800 else max(256, n_rows / 400)
-    return 2 ** min(max(round(math.log2(rows)), 4), 10)
+    return 2 ** min(max(round(math.log2(rows)), 5), 10)
 
 
 class RMSE(MeanSquaredError):

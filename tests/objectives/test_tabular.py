@@ -356,6 +356,26 @@ def test_missing_numbers_are_the_median_and_unknown_categories_are_one(make):
     assert torch.isfinite(first)
 
 
+def test_numbers_beyond_all_training_rows_lie_where_the_outermost_of_them_does(make):
+    objective = make(rows())
+    train = objective.data().train
+    heights = train.inputs["numeric"][:, 1]
+    lowest, highest = heights.min(), heights.max()
+    numbers = torch.tensor([[30.0, lowest], [30.0, lowest - 1], [30.0, highest], [30.0, 1e9]])
+    prepared = objective.preprocess(train)(numbers, torch.ones(4, 1, dtype=torch.long))[0][:, 1]
+    outermost = torch.special.ndtri(torch.tensor(1 - 0.5 / len(train)))
+    torch.testing.assert_close(prepared, outermost * torch.tensor([-1.0, -1.0, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize(("n_rows", "n_bins", "d_embedding"), [(60, 8, 8), (400, 12, 8), (2000, 48, 16)])
+def test_few_rows_have_fewer_bins_a_narrower_embedding_and_a_long_patience(make, n_rows, n_bins, d_embedding):
+    ages = np.random.RandomState(0).normal(40, 9, n_rows)
+    objective = make(pd.DataFrame({"age": ages, "price": ages * 2}))
+    defaults = objective.defaults
+    assert (defaults["n_bins"], defaults["d_embedding"], defaults["batch_size"]) == (n_bins, d_embedding, 32)
+    assert objective.pace == {"epochs": 60, "patience": 30}
+
+
 @pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
 def test_a_regression_is_the_same_in_any_unit(make, unit):
     plain, scaled = make(rows()), make(rows(price=rows().price * unit - 3 * unit), name="scaled.csv")
