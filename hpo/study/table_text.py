@@ -124,9 +124,9 @@ def _dialect(where: object, head: bytes, cut: bool, encoding: str, errors: str) 
             f"{separator.join(long)[:60]!r}; put text that holds {separator!r} into quotes"
         )
     decimal, thousands = _marks(rows, separator)
-    columns = list(zip_longest(header, *rows, fillvalue="")) if thousands else []
+    by_column = list(zip_longest(header, *rows, fillvalue="")) if thousands else []
     return Dialect(
-        dates=[column[0] for column in columns if _are_dates(column[1:])],
+        dates=[column[0] for column in by_column if _are_dates(column[1:])],
         header=header,
         separator=separator,
         decimal=decimal,
