@@ -188,7 +188,7 @@ def mean_of_odds(logits: Tensor) -> Tensor:
 
 def mean_of_classes(logits: Tensor) -> Tensor:
     """Return the logarithm of the members' mean probabilities of the classes: (B, K, C) -> (B, C)."""
-    return logits.log_softmax(-1).logsumexp(1) - math.log(logits.shape[1])
+    return logits.log_softmax(-1).logsumexp(1).log_softmax(-1)  # the sum of the chances is K: a trace knows no number K
 
 
 def of_members(outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,9 +25,9 @@ ROOM = {
     "cli": {"study", "search", "training", "stacks", "tracking", "export", "runner", "report"},
 }
 """What each package may import beside itself; the modules of the root are open to all."""
-ROOT_MODULES = {"__init__", "__main__", "errors", "log", "seeds", "processes", "stopping", "data", "objective", "api"}
 FACES = {"__init__", "__main__", "api", "data", "objective"}
 """What stands before the packages and hands their names on; no package imports one of these."""
+ROOT_MODULES = FACES | {"errors", "light", "log", "seeds", "processes", "stopping"}
 HOMES = {
     "optuna": {"search", "study.space", "study.dimension", "report"},
     "mlflow": {"tracking.models", "tracking.parent", "tracking.runs"},

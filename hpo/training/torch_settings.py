@@ -55,8 +55,9 @@ def _set_tf32(allowed: bool, restoring: ExitStack) -> None:
 
 def _set_deterministic(wanted: bool, restoring: ExitStack) -> None:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    restoring.callback(lambda: torch.use_deterministic_algorithms(before[0], warn_only=before[1]))
-    torch.use_deterministic_algorithms(wanted)
+    if before != (wanted, False):  # it imports torch's compiler, which takes a second
+        restoring.callback(lambda: torch.use_deterministic_algorithms(before[0], warn_only=before[1]))
+        torch.use_deterministic_algorithms(wanted)
     if wanted and _CUBLAS not in os.environ:
         os.environ[_CUBLAS] = ":4096:8"  # what CUDA's matrix products need for it
         restoring.callback(os.environ.pop, _CUBLAS, None)
