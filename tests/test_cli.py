@@ -25,7 +25,7 @@ def test_run_then_run_again_then_more_trials(study: Write) -> None:
     path = study()
     first = summary(invoke("run", path, "--json"))
     keys = {"study", "storage", "trials", "epochs", "best", "confirmed", "test", "bundle"}
-    keys |= {"test_of_seeds", "test_evaluations"}
+    keys |= {"test_of_seeds", "test_evaluations", "stopped", "baselines"}
     assert set(first) == keys
     assert first["trials"] == {"complete": 3, "pruned": 0, "failed": 0, "running": 0, "paused": 0, "waiting": 0}
     assert set(first["best"]) == {"number", "value", "params"}
