@@ -14,17 +14,16 @@ from hpo.errors import Interrupted
 from hpo.runner import default, table_models
 from hpo.runner.baselines import Form, fit_baselines, form_of, some_rows, value_of
 from hpo.runner.outcome import outcome
-from hpo.runner.prepare import prepare
 from hpo.runner.refit import conclude
 from hpo.runner.table_models import Absent
 from hpo.search.beside import beside_in
-from hpo.search.opening import open_search
 from hpo.study.data import DataInfo, Split
 from hpo.study.objective import Objective
 from hpo.tracking.base import MemoryTracker
 from tests.cli import invoke, refused, summary
 from tests.databases import MLFLOW, rows
 from tests.logged import recorded
+from tests.searches import Told
 from tests.test_own import OWN
 
 NUMBERS = Form(n_classes=0, shape=(1,), are="numbers")
@@ -219,24 +218,16 @@ def test_a_preprocess_that_fails_costs_only_the_models_that_need_it():
 @pytest.fixture
 def told(study):
     """Return a function that tells trials (learning rate, value, best epoch); it gives plan, data and search."""
-    searches = []
+    told = Told()
 
     def make(trials, text="", start=""):
         rates = start or ", ".join(f"{{learning_rate: {rate}}}" for rate, _, _ in trials)
         path = study(f"epochs: 5\npruner: none\nstack: 1\n{text}trials: {len(trials)}\nstart_with: [{rates}]\n")
-        plan = prepare(path)
-        search = open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize)
-        searches.append(search)
         left = list(trials)
-        while (claim := search.ask()) is not None:
-            _, value, epoch = left.pop(0)
-            search.annotate(claim.number, {"best_epoch": epoch, "metrics": {"valid_r2": value}})
-            search.complete(claim.number, value)
-        return plan, plan.load_data(), search
+        return told(path, lambda claim: left.pop(0)[1:])
 
     yield make
-    for search in searches:
-        search.close()
+    told.close()
 
 
 def end(plan, data, search, stopping=lambda: False):

@@ -15,7 +15,6 @@ from hpo.runner.outcome import outcome
 from hpo.runner.prepare import prepare, prepare_values
 from hpo.runner.refit import conclude
 from hpo.search.confirmed import chosen, confirmation, confirmed_in, results_in, sentences
-from hpo.search.opening import open_search
 from hpo.search.retrained import Result
 from hpo.seeds import derive
 from hpo.tracking.base import MemoryTracker
@@ -26,6 +25,7 @@ from hpo.training.stack import Member, SingleStack
 from tests.cli import invoke, refused, summary
 from tests.databases import MLFLOW, rows
 from tests.logged import recorded
+from tests.searches import Told
 from tests.test_own import OWN
 
 TEXT = "epochs: 3\npruner: none\nstack: 1\n"
@@ -34,23 +34,15 @@ TEXT = "epochs: 3\npruner: none\nstack: 1\n"
 @pytest.fixture
 def told(study):
     """Return a function that tells trials (learning rate, value); it gives plan, data and search of that study."""
-    searches = []
+    told = Told()
 
     def make(trials, confirm="{top: 2, seeds: 2}", text=TEXT):
         rates = ", ".join(f"{{learning_rate: {rate}}}" for rate, _ in trials)
         path = study(f"{text}confirm: {confirm}\ntrials: {len(trials)}\nstart_with: [{rates}]\n")
-        plan = prepare(path)
-        search = open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize)
-        searches.append(search)
-        while (claim := search.ask()) is not None:
-            value = dict(trials)[claim.params["learning_rate"]]
-            search.annotate(claim.number, {"best_epoch": 0, "metrics": {"valid_r2": value}})
-            search.complete(claim.number, value)
-        return plan, plan.load_data(), search
+        return told(path, lambda claim: (dict(trials)[claim.params["learning_rate"]], 0))
 
     yield make
-    for search in searches:
-        search.close()
+    told.close()
 
 
 def end(plan, data, search, stopping=lambda: False):

@@ -21,10 +21,15 @@ from hpo.runner.table_models import MOST_INDICATORS, Absent, Table, boosted, lin
 from hpo.seeds import derive
 from hpo.study.data import DataInfo, Split, prediction
 from hpo.study.objective import Objective
+from hpo.training.batches import Batches
+from hpo.training.evaluation import outputs_of
+from hpo.training.stack import Task
 
 MOST_ROWS = 50_000
 """So many rows are fitted to at the most."""
 MOST_CLASSES = 100
+LOOKED_AT = 256
+"""So many rows show what a network's outputs are."""
 MOST_MEASURED = 20_000
 """So many test rows are measured at the most."""
 _MOST_COLUMNS = 500
@@ -83,6 +88,12 @@ def form_of(objective: Objective, info: DataInfo, params: Mapping[str, Any], out
     if of_classes:
         raise Absent("a row has more than one class")
     return Form(n_classes=0, shape=shape, are="numbers")
+
+
+def form_seen(task: Task, params: Mapping[str, Any], network: nn.Module, rows: Split, device: torch.device) -> Form:
+    """Return the form of a network's outputs for a few `rows`, prepared; the network is on `device`. Raises Absent."""
+    outputs = prediction(outputs_of(task, network, Batches(rows, device))).cpu()
+    return form_of(task.objective, task.info, params, outputs, rows.targets.cpu())
 
 
 def _looks_like(outputs: Tensor, width: int) -> Literal["logits", "probabilities"]:

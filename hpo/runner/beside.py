@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from hpo.log import log
-from hpo.runner.baselines import MOST_MEASURED, Fitted, fit_baselines, form_of, some_rows, taken, value_of, why
+from hpo.runner.baselines import (
+    LOOKED_AT,
+    MOST_MEASURED,
+    Fitted,
+    fit_baselines,
+    form_seen,
+    some_rows,
+    taken,
+    value_of,
+    why,
+)
 from hpo.runner.default import Trained
 from hpo.runner.prepare import Plan
 from hpo.search.beside import Baseline, Beside, Default, Difference
@@ -25,8 +35,6 @@ from hpo.training.stack import Task
 
 GROUPS = 20
 """Into so many groups the test rows are divided to see how much of a difference is chance."""
-_LOOKED_AT = 256
-"""So many training rows show what a network's outputs are."""
 _MOST_SECONDS = 0.03
 """A metric that takes longer is not measured again without each group."""
 
@@ -52,9 +60,8 @@ class Contest:
         self._fitted: list[Fitted] = []
         start, seed = time.perf_counter(), plan.spec.seed
         try:
-            few = taken(train, some_rows(len(train), _LOOKED_AT, seed)).through(preprocess)
-            outputs = prediction(outputs_of(task, network, Batches(few, task.device))).cpu()
-            form = form_of(plan.objective, task.info, params, outputs, few.targets.cpu())
+            few = taken(train, some_rows(len(train), LOOKED_AT, seed)).through(preprocess)
+            form = form_seen(task, params, network, few, task.device)
             self._fitted, self._absent = fit_baselines(form, train, preprocess, seed)
             log.info(f"baselines were fitted in {time.perf_counter() - start:.1f} s")
         except (Exception, SystemExit) as error:  # none of it is needed for the study's result

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hpo.errors import HpoError, masked, said
-from hpo.runner.baselines import fit_baselines, form_of, is_table, taken, value_of
+from hpo.runner.baselines import LOOKED_AT, fit_baselines, form_seen, is_table, taken, value_of
 from hpo.runner.checkpoints import BEST, folder_of
 from hpo.runner.opening import torch_set
 from hpo.runner.prepare import Plan, guarded, prepare
@@ -23,15 +23,13 @@ from hpo.search.view import Best, StudyView
 from hpo.study.data import Data, prediction
 from hpo.study.loading import origin, source_fingerprint
 from hpo.study.sealed import sealed, sealing
-from hpo.training.batches import Batches, make_batches
+from hpo.training.batches import make_batches
 from hpo.training.evaluation import measure, outputs_of
 
 MOST_ROWS = 100_000
 """Above so many training rows baselines are fitted only if they are asked for."""
 MOST_RESIDUALS = 2000
 MOST_CLASSES = 100
-_LOOKED_AT = 256
-"""So many rows show what a network's outputs are."""
 
 
 def judge(
@@ -191,9 +189,8 @@ def _baselines(plan: Plan, best: Best, data: Data, preprocess: nn.Module, wanted
         raise Absent("they need a table: numbers or categories, a row for each example")
     valid, targets = data.valid.through(preprocess), data.valid.targets
     task = plan.task(data.info, len(data.train))
-    few = taken(valid, torch.arange(min(_LOOKED_AT, len(valid))))
-    outputs = outputs_of(task, task.network(best.params), Batches(few, torch.device("cpu")))
-    form = form_of(plan.objective, data.info, best.params, prediction(outputs), few.targets)
+    few = taken(valid, torch.arange(min(LOOKED_AT, len(valid))))
+    form = form_seen(task, best.params, task.network(best.params), few, torch.device("cpu"))
     fitted, absent = fit_baselines(form, data.train, preprocess, plan.spec.seed, most=len(data.train))
     metric = None if plan.metric == "loss" else plan.objective.metrics()[plan.metric]
     rows = []

@@ -25,6 +25,14 @@ class Difference:
         """Whether it is more than these rows could show by chance; where that is not known, whether there is any."""
         return self.by != 0 and (self.interval is None or self.interval.is_clear)
 
+    @property
+    def ends_text(self) -> str:
+        """The ends of an interval that is on one side of 0, as sizes; empty: it is not known."""
+        if self.interval is None:
+            return ""
+        low, high = sorted(abs(end) for end in (self.interval.low, self.interval.high))
+        return f"{low:.2g} to {high:.2g}"
+
     def as_dict(self) -> dict[str, Any]:
         """Return it as plain values."""
         return {"by": self.by, "interval": None if self.interval is None else [self.interval.low, self.interval.high]}
@@ -197,8 +205,7 @@ class Beside:
     def _certainty(self, found: Difference) -> str:
         if found.interval is None:
             return f"of {self._rows}; how much of it is chance is not known"
-        ends = sorted(abs(end) for end in (found.interval.low, found.interval.high))  # it is on one side of 0
-        return f"95% interval of the difference {ends[0]:.2g} to {ends[1]:.2g}, {self._rows}"
+        return f"95% interval of the difference {found.ends_text}, {self._rows}"
 
     def sentences(self) -> list[str]:
         """Return all that is said of it, for a person."""

@@ -206,9 +206,8 @@ def _of_default(found: Confirmed, metric: str) -> list[str]:
     said = f"The default configuration comes to a mean {metric} of {default.mean:.4g} with the same seeds: the search "
     if not gain.is_clear or gain.interval is None:
         return [f"{said}gained nothing that {n} trainings could show."]
-    ends = sorted(abs(end) for end in (gain.interval.low, gain.interval.high))
     what = f"gained {gain.by:.2g}" if gain.by > 0 else f"lost {-gain.by:.2g}"
-    return [f"{said}{what} (95% interval {ends[0]:.2g} to {ends[1]:.2g})."]
+    return [f"{said}{what} (95% interval {gain.ends_text})."]
 
 
 def mean_text(found: Confirmed, metric: str) -> str:
