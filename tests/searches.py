@@ -49,7 +49,7 @@ class Told:
         self._searches = []
 
     def __call__(self, path, end_of):
-        """Return a study file's plan, data and search; `end_of` gives a claim's value and best epoch. None: none ends."""
+        """Return plan, data and search of a study file; `end_of` gives a claim's value and best epoch, or is None."""
         plan = prepare(path)
         search = open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize)
         self._searches.append(search)
