@@ -69,7 +69,7 @@ def test_an_interrupted_trial_is_resumed_and_nothing_else():
 
 
 def test_the_command_line_says_why_and_finishes_what_is_left(study):
-    path = study(f"epochs: 2\ntrials: 6\npruner: none\nstack: 1\n{REACHED}")
+    path = study(f"epochs: 2\ntrials: 6\npruner: none\nstack: 1\nbaseline: false\n{REACHED}")
     said = invoke("run", path)
     assert "the search is stopped after 1 of 6 trials: trial 0 has reached the target -1000, with " in said
     assert "stopped │ after 1 of 6 trials: trial 0 has reached the target -1000" in said
