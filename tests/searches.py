@@ -70,7 +70,7 @@ class Opener:
     def __init__(self, folder):
         self._folder, self._searches = folder, []
 
-    def __call__(self, params=PARAMS, maximize=True, make=True, wait=False, clock=SYSTEM, **keys):
+    def __call__(self, params=PARAMS, maximize=True, others=None, make=True, wait=False, clock=SYSTEM, **keys):
         keys = {
             "name": "s",
             "objective": "o",
@@ -82,7 +82,8 @@ class Opener:
         spec = StudySpec(**keys)
         space, faults = build({name: parse_param(entry) for name, entry in params.items()}, spec.start_with)
         assert not faults
-        search = open_search(spec, space, "accuracy", maximize=maximize, make=make, wait=wait, clock=clock)
+        ways = {"maximize": maximize, "others": others}
+        search = open_search(spec, space, "accuracy", **ways, make=make, wait=wait, clock=clock)
         if search is not None:
             self._searches.append(search)
         return search

@@ -172,6 +172,7 @@ def test_the_surface_is_frozen() -> None:
         "options",
         "metric",
         "direction",
+        "prune_on",
         "constraints",
         "value",
         "epochs",

@@ -173,7 +173,7 @@ KEYS = [
         'did you mean "emmr"?',
     ),
     ("confirm: {sede: 3}", 'confirm.sede: unknown key; did you mean "seeds"?'),
-    ("metric: 4", "metric: must be a string, but got 4"),
+    ("metric: 4", "metric: must be a name, or a list of names such as [accuracy, n_parameters], but got 4"),
     ("params: 3", "params: must be a mapping of names, but got 3"),
     ("trails: 3", 'trails: unknown key; did you mean "trials"?'),
     (

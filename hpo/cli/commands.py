@@ -20,6 +20,7 @@ from hpo.export.formats import formats_of
 from hpo.runner import keeping
 from hpo.runner import replay as replaying
 from hpo.runner import study as studies
+from hpo.runner.describing import goal_text
 from hpo.runner.joining import is_launched, joined, no_progress, stored_study
 from hpo.runner.opening import open_existing, open_or_make, torch_set
 from hpo.runner.outcome import Outcome
@@ -30,6 +31,7 @@ from hpo.search import adoption
 from hpo.search.beside import Beside
 from hpo.search.confirmed import confirmation, mean_text, sentences
 from hpo.search.curves import where
+from hpo.search.pareto import front_lines
 from hpo.search.retrained import Confirmed
 from hpo.search.search import Search
 from hpo.search.storage import serve_storage
@@ -188,10 +190,10 @@ def check(path: Path, overrides: Mapping[str, str]) -> None:
 
 
 def _print_check(plan: Plan, data: Data | None, model: torch.nn.Module | None, out: Console) -> None:
-    direction = "highest" if plan.maximize else "lowest"
+    goal = goal_text(plan)
     out.print(
         view.table(
-            f"{plan.spec.name}: the {direction} {plan.metric} on validation, of {plan.spec.budget_text}, of "
+            f"{plan.spec.name}: the {goal} on validation, of {plan.spec.budget_text}, of "
             f"{plan.spec.epochs} epochs each",
             ["parameter", "values"],
             [[d.name, d.describe()] for d in plan.space.dimensions]
@@ -271,6 +273,7 @@ def _print_result(
         *([["epochs", text]] if (text := seen.effort.text()) else []),
         *_confirmed_rows(plan, confirmed),
         *([["constraints", seen.feasible_text]] if seen.feasible_text else []),
+        *([["Pareto front", "\n".join(lines).removeprefix("Pareto front ")]] if (lines := front_lines(seen)) else []),
         ["params", shown(plan.space.searched(winner.params)) or "all fixed"],
     ]
     if done is not None:

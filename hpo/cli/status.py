@@ -17,6 +17,7 @@ from hpo.runner.progress import ProgressState, count_text, shown
 from hpo.search.clock import duration
 from hpo.search.confirmed import chosen, confirmation, progress_text, sentences
 from hpo.search.opening import is_over, no_study, open_stored, workers_of
+from hpo.search.pareto import front_data, front_lines
 from hpo.search.retrained import Confirmed
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
@@ -89,6 +90,7 @@ def _look(search: Search) -> tuple[list[str], dict[str, Any], bool]:
         *([text] if (text := seen.effort.text()) else []),
         board.best_text() + (f": {shown(search.space.searched(best.params))}" if best else ""),
         *([f"constraints: {seen.feasible_text}"] if seen.feasible_text else []),
+        *front_lines(seen),
     ]
     for trial in seen.running:
         value = "" if trial.value is None else f", {search.metric} {trial.value:.4f}"
@@ -122,6 +124,7 @@ def summary(
         "epochs": seen.effort.as_dict(),
         "best": None if best is None else {"number": best.number, "value": best.value, "params": dict(best.params)},
         **({"constraints": seen.constrained} if seen.feasible_text else {}),
+        **({"metrics": front_data(seen)} if seen.others else {}),
         "confirmed": None if confirmed is None else confirmed.as_dict() | {"params": _params(seen, confirmed)},
         "test": None if done is None else dict(done.test),
         "test_of_seeds": None if done is None or not done.seeds else dict(done.seeds),

@@ -25,6 +25,7 @@ from hpo.search.confirmed import confirmed_in, sentences
 from hpo.search.constraints import constraints_of, feasible_text, is_feasible
 from hpo.search.curves import curves_in, reported, where
 from hpo.search.effort import effort
+from hpo.search.front import directions_of, front_of, leading, maximizes, others_in
 from hpo.search.stop import budget as budget_of
 from hpo.search.stop import stopped_in
 from hpo.search.view import Best
@@ -96,6 +97,10 @@ class Facts:
     objective: str
     metric: str
     maximize: bool
+    others: Mapping[str, str]
+    """The metrics beside the one that leads, each with its direction; empty: there is one metric."""
+    front: Sequence[int]
+    """The numbers of the trials on the Pareto front, those first that lead."""
     made: str
     """When this was read: ISO 8601, UTC."""
     counts: Counts
@@ -163,25 +168,26 @@ def read(
     forget_masked()  # there may be more to mask by now
     attrs = study.user_attrs
     identity = _mapping(attrs.get(schema.IDENTITY))
-    metric = str(identity.get("metric", "value"))
+    metric, others = str(identity.get("metric", "value")), others_in(identity)
     main = f"valid_{metric}" if identity.get("params") else metric
-    maximize, counted = study.direction == optuna.study.StudyDirection.MAXIMIZE, holders(trials)
-    rows = [plain(row_of(trial)) for trial in counted]
-    best = _best(counted, fixed_in(identity), maximize=maximize)
+    maximize, counted = maximizes(study), holders(trials)
+    rows = [plain(row_of(trial, others)) for trial in counted]
+    best = _best(counted, fixed_in(identity), others, maximize=maximize)
     result = plain(_mapping(attrs.get(schema.RESULT)))
-    origin = _origin(attrs, identity, result)
     stopped = stopped_in(attrs.get(schema.STOPPED))
     return Facts(
         name=masked(study.study_name),
-        objective=masked(str(identity.get("objective", origin.study_file.get("objective", "")))),
+        objective=masked(str(identity.get("objective", ""))),
         metric=masked(metric),
         maximize=maximize,
+        others=directions_of(others),
+        front=[trial.number for trial in front_of(counted, [maximize, *others.values()])],
         made=datetime.now(UTC).isoformat(timespec="seconds"),
         counts=count(counted, budget_of(budget, counted, stopped)),
         stopped="" if stopped is None else stopped.text(),
         rows=rows,
         columns=[masked(name) for name in columns_of(rows)],
-        ranking=[trial.number for trial in ranked(counted, maximize=maximize)],
+        ranking=[trial.number for trial in ranked(counted, maximize=maximize, others=others)],
         constraints=masked(feasible_text(counted, constraints_of(attrs))),
         best=best,
         best_when="" if best is None else where(str(identity.get("value", "best")), best.epoch),
@@ -195,12 +201,14 @@ def read(
         result=result,
         confirmed=_confirmed(attrs.get(schema.CONFIRMED), metric, counted, fixed_in(identity), maximize=maximize),
         n_test_evaluations=len(_list(attrs.get(schema.TEST_EVALUATIONS))),
-        origin=origin,
+        origin=_origin(attrs, identity, result),
     )
 
 
-def _best(trials: Sequence[FrozenTrial], fixed: Mapping[str, Any], *, maximize: bool) -> Best | None:
-    best = best_of(trials, fixed, maximize=maximize)
+def _best(
+    trials: Sequence[FrozenTrial], fixed: Mapping[str, Any], others: Mapping[str, bool], *, maximize: bool
+) -> Best | None:
+    best = best_of(trials, fixed, maximize=maximize, others=others)
     return best and replace(best, params=plain(best.params), metrics=plain(best.metrics))
 
 
@@ -283,7 +291,7 @@ def _stack_choice(stored: Any) -> str:
 
 def _point(trial: FrozenTrial) -> Point:
     last = trial.intermediate_values.get(trial.last_step) if trial.last_step is not None else None
-    value = trial.value if trial.state == TrialState.COMPLETE else last
+    value = leading(trial) if trial.state == TrialState.COMPLETE else last
     return Point(
         number=trial.number,
         state=state_of(trial),

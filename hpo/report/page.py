@@ -17,10 +17,10 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from hpo.export.files import finite
-from hpo.report import figures, judged_figures, space_figures, texts, time_figures
+from hpo.report import figures, front_figure, judged_figures, space_figures, texts, time_figures
 from hpo.report.facts import Facts
 from hpo.report.figures import Drawing
-from hpo.report.rows import CONSTRAINED, PARAM
+from hpo.report.rows import CONSTRAINED, OTHER, PARAM
 from hpo.search.clock import duration
 
 _SECTIONS = (
@@ -61,7 +61,7 @@ def page(facts: Facts, judged: Mapping[str, Any] | None = None) -> str:
     )
 
 
-_SEVERAL = ("curves", "slice", "contour", "judged")
+_SEVERAL = ("front", "curves", "slice", "contour", "judged")
 
 
 def _groups(facts: Facts, judged: Mapping[str, Any]) -> dict[str, Sequence[Drawing | None]]:
@@ -73,6 +73,7 @@ def _groups(facts: Facts, judged: Mapping[str, Any]) -> dict[str, Sequence[Drawi
         validation = judged_figures.residuals(judged["residuals"])
     return {
         "history": [figures.history(facts)],
+        "front": front_figure.fronts(facts),
         "curves": [figures.curves(facts, metric) for metric in list(facts.curves)[:MOST_METRICS]],
         "importance": [figures.importance(facts)],
         "slice": space_figures.slices(facts),
@@ -101,8 +102,8 @@ def _data(facts: Facts, drawings: Mapping[str, Drawing]) -> dict[str, Any]:
 
 
 def _heading(column: str) -> str:
-    if column.startswith((PARAM, CONSTRAINED)):
-        return column.removeprefix(PARAM).removeprefix(CONSTRAINED)
+    if column.startswith((PARAM, CONSTRAINED, OTHER)):
+        return column.removeprefix(PARAM).removeprefix(CONSTRAINED).removeprefix(OTHER)
     return column.replace("_", " ")
 
 
@@ -122,6 +123,7 @@ def _sentences(facts: Facts, judged: Mapping[str, Any]) -> dict[str, Any]:
     at_once = facts.work.seconds_summed / facts.work.seconds_used if facts.work.seconds_used > 0 else 0.0
     return {
         "certainty": texts.certainty(facts),
+        "front": (texts.front_text(facts), *texts.front_table(facts)) if facts.front else None,
         "confirmed": texts.confirmed_table(facts) if facts.confirmed else None,
         "counts": texts.counts_text(facts),
         "test": texts.tests_text(facts),

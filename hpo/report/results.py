@@ -15,13 +15,14 @@ from hpo.errors import InputError, StorageError, did_you_mean, masked
 from hpo.export.files import finite
 from hpo.report.facts import Facts, leases_of, read
 from hpo.report.place import default_path, write
-from hpo.report.rows import best_of, columns_of, fixed_in, row_of
+from hpo.report.rows import as_best, best_of, columns_of, fixed_in, row_of
 from hpo.search import schema
 from hpo.search.address import exists
 from hpo.search.beside import Beside, beside_in
 from hpo.search.budget import Counts, count, holders, wrong_row
 from hpo.search.confirmed import confirmed_in
 from hpo.search.curves import curves_in
+from hpo.search.front import front_of, maximizes, others_in
 from hpo.search.retrained import Confirmed
 from hpo.search.stop import budget, stopped_in
 from hpo.search.storage import close_storage, open_storage
@@ -53,7 +54,7 @@ class Study:
             if not isinstance(identity, Mapping):
                 raise InputError(f"study {name!r} in {masked(storage)} was not made by hpo; see `hpo adopt`")
             self.metric = str(identity.get("metric", "value"))
-            self.maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
+            self.maximize, self.others = maximizes(study), others_in(identity)
             self._fixed = fixed_in(identity)
 
     @property
@@ -65,19 +66,28 @@ class Study:
         training), `worker`, `retry_of` (the trial that it resumes), `error`. A trial that was interrupted and retried
         stands there once.
 
+        Of a study of several metrics `value` is of the one that leads, and `values_<name>` of each other one.
+
         Of a study with constraints also `feasible` (None: not known), `violation` (by how much, as parts of the bounds,
         added up), and the values as `constrained_<name>` (a latency in milliseconds).
         """
-        rows = [row_of(trial) for trial in self._trials()]
+        rows = [row_of(trial, self.others) for trial in self._trials()]
         return pd.DataFrame(rows, columns=columns_of(rows)).set_index("number")
 
     @property
     def best(self) -> Best | None:
         """The best complete trial that breaks no constraint; None: there is none.
 
-        It has `number`, `value`, `params` (all of them), `epoch` (from 0) and `metrics`.
+        It has `number`, `value`, `params` (all of them), `epoch` (from 0) and `metrics`. Of several metrics it is the
+        best one in the one that leads (`metric`); `others` has its values of the other ones.
         """
-        return best_of(self._trials(), self._fixed, maximize=self.maximize)
+        return best_of(self._trials(), self._fixed, maximize=self.maximize, others=self.others)
+
+    @property
+    def front(self) -> list[Best]:
+        """The Pareto front of a study of several metrics, the trials first that lead; empty: it has one metric."""
+        trials = front_of(self._trials(), [self.maximize, *self.others.values()])
+        return [as_best(trial, self._fixed, self.others) for trial in trials]
 
     def curves(self, trial: int) -> pd.DataFrame:
         """Return what trial number `trial` reported: a row for each epoch, counted from 1, a column for each metric.

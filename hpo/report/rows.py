@@ -1,6 +1,6 @@
 """A stored trial as a row of a table, and the best of them: what `Study.trials` and `hpo report` both show."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -10,6 +10,7 @@ from hpo.errors import masked
 from hpo.search import schema
 from hpo.search.budget import covered, is_paused, rank, spans_of, worker_of
 from hpo.search.constraints import holds, is_feasible, values_of, violation_of
+from hpo.search.front import leading, others_of
 from hpo.search.view import Best
 
 COLUMNS = ("number", "state", "value")
@@ -17,19 +18,26 @@ COLUMNS = ("number", "state", "value")
 MORE_COLUMNS = ("epochs", "best_epoch", "seconds", "worker", "retry_of", "error")
 PARAM = "params_"
 """How the name of a param's column begins."""
+NO_OTHERS: Mapping[str, bool] = {}
+OTHER = "values_"
+"""How the name of a column begins that has the value of a metric beside the one that leads."""
 CONSTRAINED = "constrained_"
 """How the name of a column begins that has the value of a constraint; a latency is in milliseconds."""
 OR = ":or"
 """How the name ends under which Optuna stores the branch of a parameter with an `or`."""
 
 
-def row_of(trial: FrozenTrial) -> dict[str, Any]:
-    """Return a trial's row: COLUMNS, what is known of constraints, `params_<name>` of its params, MORE_COLUMNS."""
+def row_of(trial: FrozenTrial, others: Collection[str] = ()) -> dict[str, Any]:
+    """Return a trial's row: COLUMNS, what is known of constraints, `params_<name>` of its params, MORE_COLUMNS.
+
+    And `values_<name>` of the study's `others`, its metrics beside the one that leads.
+    """
     best_epoch = trial.user_attrs.get(schema.BEST_EPOCH)
     return {
         "number": trial.number,
         "state": state_of(trial),
-        "value": trial.value if trial.state == TrialState.COMPLETE else None,
+        "value": leading(trial) if trial.state == TrialState.COMPLETE else None,
+        **{f"{OTHER}{name}": value for name, value in others_of(trial, others).items()},
         **({"feasible": is_feasible(trial), "violation": violation_of(trial)} if trial.constraints else {}),
         **{f"{CONSTRAINED}{name}": value for name, value in values_of(trial).items()},
         **{f"{PARAM}{name}": value for name, value in params_of(trial).items()},
@@ -47,7 +55,8 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     there = {name for row in rows for name in row}
     held = [name for name in ("feasible", "violation") if name in there]
     named = [name for begin in (CONSTRAINED, PARAM) for name in sorted(there) if name.startswith(begin)]
-    return [*COLUMNS, *held, *named, *MORE_COLUMNS]
+    others = [name for name in dict.fromkeys(name for row in rows for name in row) if name.startswith(OTHER)]
+    return [*COLUMNS, *others, *held, *named, *MORE_COLUMNS]
 
 
 def state_of(trial: FrozenTrial) -> str:
@@ -65,15 +74,22 @@ def params_of(trial: FrozenTrial) -> dict[str, Any]:
     return params
 
 
-def best_of(trials: Sequence[FrozenTrial], fixed: Mapping[str, Any], *, maximize: bool) -> Best | None:
-    """Return the best feasible trial, with its `fixed` params; None: there is none."""
-    trial = next(iter(ranked(trials, maximize=maximize)), None)
-    if trial is None:
-        return None
-    assert trial.value is not None
+def best_of(
+    trials: Sequence[FrozenTrial], fixed: Mapping[str, Any], *, maximize: bool, others: Mapping[str, bool] = NO_OTHERS
+) -> Best | None:
+    """Return the best feasible trial, with its `fixed` params; None: there is none. `others` as in `row_of`."""
+    trial = next(iter(ranked(trials, maximize=maximize, others=others)), None)
+    return None if trial is None else as_best(trial, fixed, others)
+
+
+def as_best(trial: FrozenTrial, fixed: Mapping[str, Any], others: Collection[str] = ()) -> Best:
+    """Return a complete trial, with its `fixed` params."""
+    value = leading(trial)
+    assert value is not None
     return Best(
         number=trial.number,
-        value=trial.value,
+        value=value,
+        others=others_of(trial, others),
         params={**fixed, **params_of(trial)},
         epoch=min(trial.user_attrs.get(schema.BEST_EPOCH, 0), max(len(trial.intermediate_values) - 1, 0)),
         seed=trial.user_attrs.get(schema.SEED, 0),
@@ -81,10 +97,16 @@ def best_of(trials: Sequence[FrozenTrial], fixed: Mapping[str, Any], *, maximize
     )
 
 
-def ranked(trials: Sequence[FrozenTrial], *, maximize: bool) -> list[FrozenTrial]:
-    """Return the complete trials that break no constraint, the best first, by the order that the study goes by."""
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE and trial.value is not None]
-    return sorted(filter(holds, complete), key=lambda trial: rank(trial, maximize=maximize))
+def ranked(
+    trials: Sequence[FrozenTrial], *, maximize: bool, others: Mapping[str, bool] = NO_OTHERS
+) -> list[FrozenTrial]:
+    """Return the complete trials that break no constraint, the best first, by the order that the study goes by.
+
+    `others` are the metrics beside the one that leads, each with whether more of it is better.
+    """
+    more = tuple(others.values())
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE and leading(trial) is not None]
+    return sorted(filter(holds, complete), key=lambda trial: rank(trial, maximize=maximize, others=more))
 
 
 def fixed_in(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.errors import masked
 from hpo.export.files import finite
 from hpo.report.rows import OR, plain
+from hpo.search.front import leading
 
 FEWEST_FOR_IMPORTANCE = 4
 """How many complete trials it takes to say anything of a param's importance."""
@@ -33,7 +34,7 @@ def distributions(trials: Sequence[FrozenTrial]) -> dict[str, dict[str, Any]]:
 
 def importances(trials: Sequence[FrozenTrial], *, maximize: bool) -> dict[str, float]:
     """Return each param's share of what Optuna's PED-ANOVA finds, a branch (`or`) counted with its param."""
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE and finite(trial.value) is not None]
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE and finite(leading(trial)) is not None]
     if len(complete) < FEWEST_FOR_IMPORTANCE:
         return {}
     try:
@@ -56,4 +57,4 @@ def importances(trials: Sequence[FrozenTrial], *, maximize: bool) -> dict[str, f
 
 def _light(trial: FrozenTrial) -> FrozenTrial:
     """Return a trial without its epochs, which take long to copy."""
-    return optuna.trial.create_trial(value=trial.value, params=trial.params, distributions=trial.distributions)
+    return optuna.trial.create_trial(value=leading(trial), params=trial.params, distributions=trial.distributions)

@@ -8,10 +8,12 @@ from typing import Any
 
 from hpo.export.files import finite
 from hpo.report.facts import Facts
-from hpo.report.rows import CONSTRAINED, PARAM
+from hpo.report.rows import CONSTRAINED, OTHER, PARAM
 from hpo.search.beside import beside_in
 
 TOP = 10
+MOST_ON_FRONT = 100
+"""Trials on the Pareto front that a table has."""
 RUNNERS_UP = 3
 
 
@@ -71,6 +73,24 @@ def confirmed_table(facts: Facts) -> tuple[list[str], list[list[str]]]:
         for each in facts.confirmed["configurations"]
     ]
     return ["trial", "in the search", "mean of fresh seeds", "standard deviation", "trainings", "chance of best"], rows
+
+
+def front_text(facts: Facts) -> str:
+    """Return what the Pareto front is of."""
+    goals = {facts.metric: facts.direction, **facts.others}
+    names = " and ".join(
+        f"{name} ({'more' if goal == 'maximize' else 'less'} is better)" for name, goal in goals.items()
+    )
+    return f"{len(facts.front):,} of {facts.counts.complete:,} complete trials: no other is better in {names}."
+
+
+def front_table(facts: Facts) -> tuple[list[str], list[list[str]]]:
+    """Return the names of the columns, and a row for each trial on the Pareto front, at most MOST_ON_FRONT."""
+    rows = {row["number"]: row for row in facts.rows}
+    params = [name for name in facts.columns if name.startswith(PARAM)]
+    keys = ["number", "value", *(f"{OTHER}{name}" for name in facts.others), *params]
+    names = ["trial", facts.metric, *facts.others, *(name.removeprefix(PARAM) for name in params)]
+    return names, [[number(rows[of].get(key)) for key in keys] for of in facts.front[:MOST_ON_FRONT]]
 
 
 def tests_text(facts: Facts) -> str:
@@ -146,6 +166,8 @@ def as_markdown(facts: Facts) -> str:
         if facts.confirmed:
             lines += ["", *_table(*confirmed_table(facts))]
         lines += ["", f"Test: {_cell(tests_text(facts))}"]
+    if facts.front:
+        lines += ["", "## Pareto front", "", front_text(facts), "", *_table(*front_table(facts))]
     ranked = facts.ranked()[:TOP]
     if ranked:
         params = [name for name in facts.columns if name.startswith((CONSTRAINED, PARAM))]

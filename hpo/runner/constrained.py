@@ -1,4 +1,4 @@
-"""What a trial is held to beside its metric: the values that the study constrains, measured.
+"""What is measured of a trial beside the metric that leads: what the study constrains, and its other metrics.
 
 How many parameters a network has is known before it is trained, so one with too many is not: its trial is PRUNED, and
 samplers are given by how much it breaks the constraint. A latency is measured when a trial ends or is paused.
@@ -29,8 +29,10 @@ class Limits:
     def __init__(self, plan: Plan, task: Task | None = None) -> None:
         """`task` is what the engine's loop trains; None: trials are trained in another way."""
         self._constraints = constraints_in(plan.spec.constraints)
+        self._names = tuple(dict.fromkeys((*self._constraints, *plan.others)))
+        """What is measured."""
         self._task, self._device = task, plan.device
-        self.wants_network = task is None and any(name in OF_ANY_TRIAL for name in self._constraints)
+        self.wants_network = task is None and any(name in OF_ANY_TRIAL for name in self._names)
         """Whether a trial that trains itself is judged only once it has given its network (`values_of_network`)."""
         self.rows: Callable[[int], Split] | None = None
         """Gives the first so many rows as networks take them, on the device; set by who has the data."""
@@ -42,7 +44,7 @@ class Limits:
 
         Nothing where its network cannot be built: that ends its trial where it is trained.
         """
-        if self._task is None or N_PARAMETERS not in self._constraints:
+        if self._task is None or N_PARAMETERS not in self._names:
             return {}
         try:
             return {N_PARAMETERS: self._n_trainable(self._network(params))}
@@ -55,7 +57,7 @@ class Limits:
 
     def values_of_network(self, network: nn.Module) -> dict[str, float]:
         """Return what is known of a trial by the network that an objective's own training has given."""
-        counted = {N_PARAMETERS: self._n_trainable(network)} if N_PARAMETERS in self._constraints else {}
+        counted = {N_PARAMETERS: self._n_trainable(network)} if N_PARAMETERS in self._names else {}
         return counted | self._latency(lambda: network)
 
     def network(self, params: Params) -> nn.Module:
@@ -69,17 +71,18 @@ class Limits:
 
     def values(self, params: Params, metrics: Mapping[str, float], timed: bool = True) -> dict[str, float]:
         """Return the values that a trial has by the `metrics` of an epoch, and, unless not `timed`, its latency."""
-        named = {name: metrics.get(f"valid_{name}", math.nan) for name in self._constraints}
+        named = {name: metrics.get(f"valid_{name}", math.nan) for name in self._names}
         known = {name: value for name, value in named.items() if math.isfinite(value)}
         return known | (self._latency(lambda: self._network(params)) if timed and self._task is not None else {})
 
     def unknown(self, values: Mapping[str, float]) -> str | None:
         """Return the first name of which no value is known; None: all are."""
-        return next((name for name in self._constraints if name not in values), None)
+        return next((name for name in self._names if name not in values), None)
 
     def broken(self, values: Mapping[str, float]) -> str | None:
         """Return which constraints a trial with these values breaks, and by how much; None: none."""
-        said = [self._constraints[name].said(value) for name, value in values.items() if self._excess(name, value) > 0]
+        held = [(each, values[name]) for name, each in self._constraints.items() if name in values]
+        said = [each.said(value) for each, value in held if each.excess(value) > 0]
         return f"infeasible: {', '.join(said)}" if said else None
 
     def attrs(self, values: Mapping[str, float]) -> dict[str, Any]:
@@ -87,14 +90,9 @@ class Limits:
         return attrs_of(self._constraints, values)
 
     def logged(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Return what is logged of a trial with these values beside its metrics; nothing where none is constrained."""
-        if not self._constraints:
-            return {}
+        """Return what is logged of a trial with these values beside its metrics."""
         times = {f"{name}_ms": value for name, value in values.items() if name in LATENCY}
-        return times | {"feasible": float(self.broken(values) is None)}
-
-    def _excess(self, name: str, value: float) -> float:
-        return self._constraints[name].excess(value)
+        return times | ({"feasible": float(self.broken(values) is None)} if self._constraints else {})
 
     def _network(self, params: Params) -> nn.Module:
         assert self._task is not None
@@ -106,11 +104,11 @@ class Limits:
         return float(sum(weight.numel() for weight in network.parameters() if weight.requires_grad))
 
     def _latency(self, build: Callable[[], nn.Module]) -> dict[str, float]:
-        """Return the milliseconds that a network takes, eager, on the study's device, by the constraints' names.
+        """Return the milliseconds that a network takes, eager, on the study's device, by `latency` and the like.
 
-        Nothing where the device has no memory for it, or none is constrained.
+        Nothing where the device has no memory for it, or none is wanted.
         """
-        sizes = {name: LATENCY[name] for name in self._constraints if name in LATENCY}
+        sizes = {name: LATENCY[name] for name in self._names if name in LATENCY}
         if not sizes:
             return {}
         assert self.rows is not None

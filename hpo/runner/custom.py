@@ -48,7 +48,7 @@ class TrialReporter:
             raise InputError(
                 f"{where} reported {', '.join(metrics) or 'nothing'}, but the study's metric is {self._plan.metric}"
             )
-        reported = [name for name in self._plan.spec.constraints if name not in OF_ANY_TRIAL]
+        reported = [name for name in (*self._plan.spec.constraints, *self._plan.others) if name not in OF_ANY_TRIAL]
         if lacking := [name for name in reported if f"valid_{name}" not in named]:
             raise InputError(
                 f"{where} reported {', '.join(metrics)}, but the study has a constraint on {', '.join(lacking)}"
@@ -158,9 +158,9 @@ class CustomTraining:
         network = train_custom(plan, member.params, report, member.resume and member.resume.get(OWN))
         if self._trials.limits.wants_network and trial.ending is None:
             if network is None:
-                names = ", ".join(name for name in plan.spec.constraints if name in OF_ANY_TRIAL)
+                names = ", ".join(n for n in dict.fromkeys((*plan.spec.constraints, *plan.others)) if n in OF_ANY_TRIAL)
                 where = f"objective {plan.spec.objective}: train"
-                raise InputError(f"{where} must return its network, since the study has a constraint on {names}")
+                raise InputError(f"{where} must return its network, since the study measures {names} of it")
             with self._trials.together():
                 trial.take_network(network)
         if trial.ending is not None:  # by its last epoch, the pruner, or a fault of its first epoch
@@ -177,15 +177,17 @@ class CustomTraining:
             trial.log(step, {plan.metric: value})
             self._stop()
 
-        params, value = self._search.call(number, function.call, told)
+        names = plan.spec.metric if isinstance(plan.spec.metric, tuple) else (plan.metric,)
+        params, values = self._search.call(number, function.call, names, told)
         self._tracker.log_params(number, params)
         with self._trials.together():
-            if value is None:
+            if values is None:
                 trial.end("PRUNED")
-            elif math.isfinite(value):
-                trial.end("COMPLETE", value)
+            elif not_finite := [f"{name} became {value}" for name, value in values.items() if not math.isfinite(value)]:
+                trial.end("FAIL", fault=", ".join(not_finite))
             else:
-                trial.end("FAIL", fault=f"{plan.metric} became {value}")
+                trial.values = dict(values)
+                trial.end("COMPLETE", values[plan.metric])
 
 
 def train_custom(

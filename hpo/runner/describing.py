@@ -9,6 +9,7 @@ from hpo.runner.prepare import Plan
 from hpo.runner.progress import count_text, shown
 from hpo.search.confirmed import sentences
 from hpo.search.curves import where
+from hpo.search.pareto import front_lines
 from hpo.search.retrained import Confirmed
 from hpo.search.samplers import CONSTRAINED
 from hpo.search.view import Best, StudyView
@@ -78,16 +79,22 @@ def description(
     stopped = "" if seen.stopped is None else f" The search was {seen.stopped.text()}."
     lines += [f"{count_text(seen.counts)}.{stopped} {seen.effort.text()}".strip(), ""]
     lines += [f"Constraints: {_escaped(seen.feasible_text)}.", ""] if seen.feasible_text else []
+    lines += [line for text in front_lines(seen) for line in (_escaped(text.strip()), "")]
     lines += _table(["parameter", "best value"], plan.space.searched(best.params) or best.params)
     lines += ["", *_space(plan)]
     return "\n".join(lines)[:_MOST_CHARACTERS]
 
 
+def goal_text(plan: Plan) -> str:
+    """Return what a study searches for: `highest accuracy and lowest n_parameters`."""
+    goals = {plan.metric: plan.maximize, **plan.others}
+    return " and ".join(f"{'highest' if more else 'lowest'} {name}" for name, more in goals.items())
+
+
 def _head(plan: Plan) -> list[str]:
     spec = plan.spec
-    goal = "highest" if plan.maximize else "lowest"
     return [
-        f"A search for the {goal} **{_escaped(plan.metric)}** of `{spec.objective}`, by hpo.",
+        f"A search for the **{_escaped(goal_text(plan))}** of `{spec.objective}`, by hpo.",
         "",
         f"{spec.budget_text} of {spec.epochs} epochs; sampler `{spec.sampler.name}`, pruner `{spec.pruner.name}`, "
         f"seed {spec.seed}; storage `{masked(spec.storage)}`, study `{spec.name}`.",

@@ -5,17 +5,21 @@ from contextlib import suppress
 
 from hpo.errors import Fault, Faulty, did_you_mean
 from hpo.light import Metric
-from hpo.search.samplers import CANNOT_HALVE
+from hpo.search.samplers import CANNOT_HALVE, ONE_METRIC
 from hpo.study import loading as objectives
 from hpo.study.constraints import OF_ANY_TRIAL
+from hpo.study.goals import direction_of
 from hpo.study.objective import Function, Objective, resumes
 from hpo.study.space import Space
 from hpo.study.spec import StudySpec
 
+_TWICE = "the objective has a metric of that name, so it is not clear which is meant; rename the metric"
+
 
 def faults_with(spec: StudySpec, objective: Objective | Function) -> list[Fault]:
     """Return what the study file asks for, and its objective cannot give, whatever is searched."""
-    return [*_halving_faults(spec, objective), *_end_faults(spec, objective), *_constraint_faults(spec, objective)]
+    faults = [*_halving_faults(spec, objective), *_end_faults(spec, objective), *_constraint_faults(spec, objective)]
+    return [*faults, *_several_faults(spec)]
 
 
 def _halving_faults(spec: StudySpec, objective: Objective | Function) -> list[Fault]:
@@ -45,8 +49,7 @@ def _constraint_faults(spec: StudySpec, objective: Objective | Function) -> list
     for name in spec.constraints if own else ():
         at = ("constraints", name)
         if name in own and name in OF_ANY_TRIAL:
-            why = "the objective has a metric of that name, so it is not clear which is meant; rename the metric"
-            faults.append(Fault(path=at, message=why))
+            faults.append(Fault(path=at, message=_TWICE))
         elif name not in (*own, *OF_ANY_TRIAL):
             why = f"there is nothing of that name to constrain{did_you_mean(name, [*own, *OF_ANY_TRIAL])}"
             faults.append(Fault(path=at, message=why))
@@ -80,24 +83,105 @@ def stop_faults(spec: StudySpec, space: Space, objective: Objective | Function) 
     return [Fault(path=("stop", "terminator"), message=f"{name} {why}")]
 
 
-def metric_of(objective: Objective, spec: StudySpec) -> tuple[str, bool]:
-    """Return the study's metric and whether more of it is better. Raises Faulty."""
-    metrics = _metrics(objective)
-    known = [*metrics, "loss"]
-    name = known[0] if spec.metric is None else spec.metric
-    if name not in known:
-        raise Faulty(("metric",), f"the objective has no metric {name!r}{did_you_mean(name, known)}")
-    better = False if name == "loss" else metrics[name].higher_is_better
-    if better is None and spec.direction is None:
+def goals_of(objective: Objective | Function, spec: StudySpec) -> dict[str, bool]:
+    """Return the study's metrics, each with whether more of it is better; the one that leads is the first.
+
+    Raises Faulty.
+    """
+    if isinstance(objective, Function):
+        named = spec.metric or "value"
+        known, each_epoch = dict.fromkeys((named,) if isinstance(named, str) else named), None
+        wanted = list(known)
+    else:
+        metrics = _metrics(objective)
+        each_epoch = [*metrics, "loss"]
+        wanted = [each_epoch[0]] if spec.metric is None else _names(spec)
+        known = {name: metric.higher_is_better for name, metric in metrics.items()} | {"loss": False}
+        if len(wanted) > 1:
+            known = dict.fromkeys(OF_ANY_TRIAL, False) | known
+        for name in wanted:
+            if len(wanted) > 1 and name in metrics and name in OF_ANY_TRIAL:
+                raise Faulty(("metric",), f"{name}: {_TWICE}")
+            if name not in known:
+                raise Faulty(("metric",), _unknown(name, list(known)))
+    directions = _directions(spec, wanted)
+    goals = {name: _maximizes(name, known, directions[name], each_epoch is None) for name in wanted}
+    leading = _leading(spec, wanted, each_epoch)
+    return {leading: goals.pop(leading), **goals}
+
+
+def _names(spec: StudySpec) -> list[str]:
+    return [spec.metric] if isinstance(spec.metric, str) else list(spec.metric or ())
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    why = f"the objective has no metric {name!r}{did_you_mean(name, known)}"
+    if name in OF_ANY_TRIAL:
+        why = f"{name} alone says nothing of what was learned: name a metric beside it, such as [{known[0]}, {name}]"
+    return why
+
+
+def _directions(spec: StudySpec, wanted: list[str]) -> dict[str, str | None]:
+    """Return the `direction` of each metric, as far as the study file names one. Raises Faulty."""
+    if spec.direction is None or (isinstance(spec.direction, str) and len(wanted) == 1):
+        return dict.fromkeys(wanted, spec.direction)
+    given = [spec.direction] if isinstance(spec.direction, str) else list(spec.direction)
+    if len(given) != len(wanted):
+        rule = f"must be a list with one for each of {', '.join(wanted)}" if len(wanted) > 1 else "must be one"
+        raise Faulty(("direction",), f"{rule}, but got {', '.join(given)}")
+    return dict(zip(wanted, given, strict=True))
+
+
+def _maximizes(name: str, known: Mapping[str, bool | None], direction: str | None, is_function: bool) -> bool:
+    """Return whether more of a metric is better. Raises Faulty."""
+    better = known[name]
+    if is_function:
+        return direction == "maximize"
+    if better is None and direction is None:
         raise Faulty(
             ("metric",),
             f"{name} does not say in which direction it is better (higher_is_better); write a `direction`, or choose "
-            f"one of {', '.join(known)}",
+            f"one of {', '.join(other for other in known if other not in OF_ANY_TRIAL)}",
         )
-    maximize = spec.direction == "maximize" if better is None else bool(better)
-    if spec.direction not in (None, "maximize" if maximize else "minimize"):
+    maximize = direction == "maximize" if better is None else bool(better)
+    if direction not in (None, direction_of(maximize)):
         raise Faulty(("direction",), f"of {name} {'more' if maximize else 'less'} is better; remove `direction`")
-    return name, maximize
+    return maximize
+
+
+def _leading(spec: StudySpec, wanted: list[str], each_epoch: list[str] | None) -> str:
+    """Return the metric that leads. Raises Faulty.
+
+    `each_epoch` are those that are measured each epoch; None: they are a function's, which may report any.
+    """
+    if spec.prune_on is not None and len(wanted) == 1:
+        raise Faulty(("prune_on",), f"is for studies of several metrics: trials are pruned on {wanted[0]}; remove it")
+    if spec.prune_on is not None and spec.prune_on not in wanted:
+        raise Faulty(("prune_on",), f"must be one of `metric`, {', '.join(wanted)}, but got {spec.prune_on!r}")
+    if spec.prune_on is not None and each_epoch is not None and spec.prune_on not in each_epoch:
+        raise Faulty(("prune_on",), f"must be measured each epoch, but {spec.prune_on} is known once: of a network")
+    leading = [name for name in wanted if each_epoch is None or name in each_epoch]
+    if not leading:
+        rule = f"one must be measured each epoch, {' or '.join(each_epoch or [])}, to choose the best epoch by"
+        raise Faulty(("metric",), f"{rule}, but got {', '.join(wanted)}")
+    return spec.prune_on or leading[0]
+
+
+def _several_faults(spec: StudySpec) -> list[Fault]:
+    """Return what a study of several metrics cannot have."""
+    if not isinstance(spec.metric, tuple):
+        return []
+    faults = []
+    if spec.sampler.name in ONE_METRIC:
+        why = f"{spec.sampler.name} searches for one metric: choose another sampler for several, such as tpe or nsgaii"
+        faults.append(Fault(path=("sampler",), message=why))
+    if spec.prune_on is None and "pruner" in spec.model_fields_set and spec.pruner.name != "none":
+        why = f"{spec.pruner.name} ends trials by one metric, and the study has several: name it, such as"
+        faults.append(Fault(path=("pruner",), message=f"{why} `prune_on: {spec.metric[0]}`, or leave the pruner out"))
+    if spec.stop is not None and spec.stop.terminator is not None:
+        why = "Optuna's terminators know one metric; choose `no_gain` (trials that add nothing to the Pareto front)"
+        faults.append(Fault(path=("stop", "terminator"), message=why))
+    return faults
 
 
 def _metrics(objective: Objective) -> Mapping[str, Metric]:

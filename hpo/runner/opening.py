@@ -42,6 +42,7 @@ def open_study(plan: Plan, *, make: bool = True, wait: bool = False) -> Search |
         plan.space,
         plan.metric,
         maximize=plan.maximize,
+        others=plan.others,
         options=plan.options,
         make=make,
         wait=wait,

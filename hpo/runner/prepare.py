@@ -17,7 +17,7 @@ import torch
 
 from hpo.errors import Fault, Faulty, HpoError, InputError, SpecError, collecting
 from hpo.log import log
-from hpo.runner.matching import faults_with, metric_of, stop_faults
+from hpo.runner.matching import faults_with, goals_of, stop_faults
 from hpo.runner.params import space_of
 from hpo.search.samplers import make_pruner, make_sampler, trials_of
 from hpo.study import loading as objectives
@@ -26,7 +26,7 @@ from hpo.study.document import Document, of_values
 from hpo.study.draft import Draft, draft_of, read
 from hpo.study.objective import Function, Objective
 from hpo.study.space import Space
-from hpo.study.spec import StudySpec
+from hpo.study.spec import Plugin, StudySpec
 from hpo.study.trust import unnamed_code
 from hpo.tracking.base import check_address
 from hpo.training.stack import Task
@@ -45,7 +45,10 @@ class Plan:
     """The objective as it was given: `objective` or `function` has it by its kind."""
     space: Space
     metric: str
+    """What is optimized; of several metrics the one that leads."""
     maximize: bool
+    others: Mapping[str, bool]
+    """The other metrics, each with whether more of it is better."""
     device: torch.device
     made: float = field(default_factory=time.monotonic)
     """When the plan was made, by time.monotonic(): a study's `time` counts from there."""
@@ -170,12 +173,12 @@ def _check(draft: Draft, spec: StudySpec, folder: Path, given: Given | None) -> 
     faults += more
     if objective is None:
         return None, faults
-    spec = _paced(spec, objective, faults)
+    spec = _paced(_unpruned(spec), objective, faults)
     faults += faults_with(spec, objective)
-    metric, maximize = spec.metric or "value", spec.direction == "maximize"  # a function's
-    if isinstance(objective, Objective):
-        with collecting(faults):
-            metric, maximize = metric_of(objective, spec)
+    goals = {"": False}
+    with collecting(faults):
+        goals = goals_of(objective, spec)
+    (metric, maximize), *others = goals.items()
     space, more = space_of(objective, draft, spec, folder)
     if any(fault.path[:1] == ("params",) for fault in draft.faults):  # its own faults come first: mend those
         more = [fault for fault in more if fault.path[0] != "start_with"]
@@ -197,8 +200,17 @@ def _check(draft: Draft, spec: StudySpec, folder: Path, given: Given | None) -> 
         space=space,
         metric=metric,
         maximize=maximize,
+        others=dict(others),
         device=device,
     ), faults
+
+
+def _unpruned(spec: StudySpec) -> StudySpec:
+    """Return the spec without a pruner, where the study has several metrics and names none to prune on."""
+    is_open = "pruner" not in spec.model_fields_set and spec.prune_on is None
+    if is_open and isinstance(spec.metric, tuple):
+        return spec.model_copy(update={"pruner": Plugin(name="none")})
+    return spec
 
 
 def _paced(spec: StudySpec, objective: Objective | Function, faults: list[Fault]) -> StudySpec:

@@ -314,6 +314,7 @@ def _about(
         "trial": best.number,
         "metric": plan.metric,
         "value": best.value,
+        **({"other_metrics": dict(best.others)} if best.others else {}),
         "epochs": epochs,
         "seed": best.seed,
         "trained_on": ["train", "valid"],

@@ -22,6 +22,7 @@ from hpo.search.retrained import Confirmed
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
 from hpo.study.data import Data
+from hpo.study.goals import direction_of
 from hpo.tracking.base import NullTracker, Row, Tracker
 from hpo.tracking.leftovers import left_behind
 from hpo.tracking.mlflow import open_tracker
@@ -92,6 +93,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "sampler": spec.sampler.name,
         "pruner": spec.pruner.name,
     }
+    settings |= {f"direction.{name}": direction_of(more) for name, more in plan.others.items()}
     settings |= {f"constraints.{name}": text for name, text in spec.constraints.items()}
     options = {f"options.{name}": masked(str(value)) for name, value in plan.options.items()}
     space = {f"space.{each.name}": each.describe() for each in plan.space.dimensions}

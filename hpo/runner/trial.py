@@ -56,8 +56,7 @@ class TrialRun:
         A trial whose network breaks one of the `limits` ends at once.
         """
         self._plan, self._origin, self._claim, self._search = plan, origin, claim, search
-        self._paused = paused
-        self._tracker, self._progress = tracker, progress
+        self._tracker, self._progress, self._paused = tracker, progress, paused
         pause = None if search.halving is None else search.halving.next_pause(claim.paused_at)
         self.member = Member(number=claim.number, seed=claim.seed, params=claim.params, pause=pause)
         self._logged: list[dict[str, float]] = []
@@ -71,8 +70,8 @@ class TrialRun:
         """How the trial ends, once that is known."""
         self._improved = 0
         self._limits, self._known = limits, limits.values_at_claim(claim.params)
-        self._values = self._known
-        """Of what the study constrains, as far as they are known."""
+        self.values = self._known
+        """Of what the study constrains, and of its other metrics, as far as they are known."""
         self._task = task
         steps = None if task is None else task.steps_per_epoch(claim.params)
         self._rates = None if steps is None else schedules.rates(claim.params, steps, plan.spec.epochs)
@@ -84,7 +83,7 @@ class TrialRun:
             # a trial is claimed once, unless it is paused
             tracker.start_trial(claim.number, claim.params, is_new=True, tags=lineage)
         progress.trial_started(claim.number, plan.space.searched(claim.params))
-        if broken := limits.broken(self._values):
+        if broken := limits.broken(self.values):
             self.end("PRUNED", fault=broken)
         elif claim.is_retry or claim.is_resumed:
             self._resume()
@@ -210,7 +209,7 @@ class TrialRun:
     def _pause(self, training: Mapping[str, Any] | None) -> None:
         """Have the trial leave its slot until it is resumed: its checkpoint is there before anybody can claim it."""
         assert self._best is not None
-        self._values = self._known | self._limits.values(self.member.params, self._best[2])
+        self.values = self._known | self._limits.values(self.member.params, self._best[2])
         if training is not None:
             self._paused.keep(self.member.number, self.checkpoint(training))
         self.ending = Ending(state="PAUSED")
@@ -241,17 +240,17 @@ class TrialRun:
         if self.member.n_parameters is not None:
             effort["n_parameters"] = float(self.member.n_parameters)
         effort["memory_mib"] = round(used_mib(self._plan.device), 1)
-        return effort | self._limits.logged(self._values)
+        return effort | self._limits.logged(self.values)
 
     def conclude(self, pruned: bool = False) -> None:
         """End the trial with its value (`value_of`) of what was reported of it."""
         assert self._best is not None
         value, epoch, metrics = self._best
-        self._values = self._known | self._limits.values(self.member.params, metrics, timed=not pruned)
+        self.values = self._known | self._limits.values(self.member.params, metrics, timed=not pruned)
         if pruned:
             self.end("PRUNED", value)
-        elif unknown := self._limits.unknown(self._values):
-            self.end("FAIL", fault=f"{unknown} is not known in epoch {epoch + 1}, and the study has a constraint on it")
+        elif unknown := self._limits.unknown(self.values):
+            self.end("FAIL", fault=f"{unknown} is not known in epoch {epoch + 1}, and the study needs it of each trial")
         else:
             self.end("COMPLETE", value)
 
@@ -269,11 +268,12 @@ class TrialRun:
         """What it is compared by with other complete trials; None: it is not complete, or breaks a constraint."""
         if self.ending is None or self.ending.state != "COMPLETE" or self.ending.value is None:
             return None
-        if self._limits.broken(self._values):
+        if self._limits.broken(self.values):
             return None
         metrics = {} if self._best is None else self._best[2]
         size, number = self.member.n_parameters, self.member.number
-        return rank_of(self.ending.value, metrics, size, number, maximize=self._plan.maximize)
+        others = [(self.values.get(name, math.inf), more) for name, more in self._plan.others.items()]
+        return rank_of(self.ending.value, metrics, size, number, maximize=self._plan.maximize, others=others)
 
     def keep_weights(self) -> HpoError | None:
         """Keep the weights of a trial that may be the best, before it is told; return why they could not be written."""
@@ -299,7 +299,7 @@ class TrialRun:
                 search.annotate(number, {schema.JOINED: self.member.joined})
         if self.member.n_parameters is not None:
             search.annotate(number, {schema.N_PARAMETERS: self.member.n_parameters})
-        search.annotate(number, self._limits.attrs(self._values))
+        search.annotate(number, self._limits.attrs(self.values))
         if self._logged:
             # They are whole for a trial that was retried, too: it resumes from a checkpoint, which keeps the metrics of
             # the epochs before it, or it starts from scratch. One that is given back has none: its successor has them.
@@ -310,7 +310,7 @@ class TrialRun:
             search.annotate(number, {schema.RUN_ID: run})
         if state == "COMPLETE":
             assert value is not None
-            search.complete(number, value)
+            search.complete(number, value, self.values)
         elif state == "PRUNED":
             search.prune(number)
         elif state == "PAUSED":
@@ -328,7 +328,7 @@ class TrialRun:
             return
         checkpoints.drop(self._plan, self._claim)
         self._tracker.end_trial(number, ending.state, ending.fault, self._effort())
-        broken = self._limits.broken(self._values) if ending.state == "COMPLETE" else None
+        broken = self._limits.broken(self.values) if ending.state == "COMPLETE" else None
         self._progress.trial_ended(number, ending.state, ending.value, ending.fault or broken)
 
     def _better(self, value: float, than: float) -> bool:

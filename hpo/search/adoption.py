@@ -44,7 +44,7 @@ def trials_of(url: str, name: str, *, maximize: bool) -> list[FrozenTrial]:
 def require_alike(study: optuna.Study, *, maximize: bool) -> None:
     """Raise InputError where the values of `study` do not compare with those of the one that adopts its trials."""
     if len(study.directions) > 1:
-        raise InputError(f"study {study.study_name!r} has {len(study.directions)} objectives; hpo's has one")
+        raise InputError(f"study {study.study_name!r} has {len(study.directions)} metrics; one with one can be adopted")
     if (study.direction == optuna.study.StudyDirection.MAXIMIZE) != maximize:
         here = "maximize" if maximize else "minimize"
         raise InputError(f"study {study.study_name!r} goes to {study.direction.name.lower()}, this one to {here}")
@@ -143,7 +143,12 @@ def _value(dimension: Dimension, value: Any) -> Any:
 def adopt(
     study: optuna.Study, storage: RetryingStorage, url: str, space: Space, trials: Sequence[FrozenTrial], source: str
 ) -> tuple[int, Counter[str]]:
-    """Add `trials` to `study` as history; return how many were added, and how many not, by the reason."""
+    """Add `trials` to `study` as history; return how many were added, and how many not, by the reason.
+
+    Raises InputError where the study has several metrics: what trials of others came to in each of them is not known.
+    """
+    if len(study.directions) > 1:
+        raise InputError(f"study {study.study_name!r} has {len(study.directions)} metrics: it cannot adopt trials")
     with locked(storage, url):
         adopted = [trial for trial in study.get_trials(deepcopy=False) if schema.ADOPTED in trial.user_attrs]
         history, left_out = as_history(trials, space, source, adopted, constraints_of(study.user_attrs))

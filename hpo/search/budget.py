@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.search import schema
 from hpo.search.constraints import wrong_constraints
+from hpo.search.front import leading
 
 _NUMBERS = (
     schema.SLOT,
@@ -182,22 +183,36 @@ def refill(trials: Sequence[FrozenTrial], budget: int, n_starts: int, most: int)
     return Refill(queue=queue, withdraw=[*doubles, *last_first[: max(0, len(counted) - budget)]])
 
 
-Rank = tuple[float, float, float, int]
+Rank = tuple[float, ...]
 
 
-def rank(trial: FrozenTrial, *, maximize: bool) -> Rank:
-    """Return what complete trials that break no constraint are sorted by, the best first (`rank_of`)."""
+def rank(trial: FrozenTrial, *, maximize: bool, others: Sequence[bool] = ()) -> Rank:
+    """Return what complete trials that break no constraint are sorted by, the best first (`rank_of`).
+
+    `others`: of each metric beside the one that leads, whether more of it is better.
+    """
     attrs = trial.user_attrs
     metrics, size = attrs.get(schema.METRICS, {}), attrs.get(schema.N_PARAMETERS)
-    return rank_of(trial.value or 0.0, metrics, size, trial.number, maximize=maximize)
+    values = zip((trial.values or ())[1:], others, strict=False)
+    return rank_of(leading(trial) or 0.0, metrics, size, trial.number, maximize=maximize, others=list(values))
 
 
-def rank_of(value: float, metrics: Mapping[str, Any], size: int | None, number: int, *, maximize: bool) -> Rank:
+def rank_of(
+    value: float,
+    metrics: Mapping[str, Any],
+    size: int | None,
+    number: int,
+    *,
+    maximize: bool,
+    others: Sequence[tuple[float, bool]] = (),
+) -> Rank:
     """Return a rank by value; of equals the lower validation loss is better, then the smaller network, the earlier.
 
-    `metrics` are those of the trial's best epoch, `size` is how many parameters its network has.
+    `metrics` are those of the trial's best epoch, `size` is how many parameters its network has. Of several metrics the
+    `others`, each with whether more of it is better, come before the loss: the best trial is on the Pareto front.
     """
-    return (-value if maximize else value, _number(metrics.get("valid_loss")), _number(size), number)
+    signed = [-x if more else x for x, more in ((value, maximize), *others)]
+    return (*signed, _number(metrics.get("valid_loss")), _number(size), number)
 
 
 def _number(x: Any) -> float:

@@ -1,6 +1,7 @@
 """A claimed trial: what its worker is told of it, and Optuna's object of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from optuna.trial import Trial
 
 from hpo.errors import InputError
 from hpo.search import schema
+from hpo.search.front import alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +61,36 @@ class ClaimedTrial(Trial):
             self.set_user_attr(key, value)
 
     def report(self, value: float, step: int) -> None:
-        super().report(value, step)
+        with self._of_leading_metric():
+            super().report(value, step)
         self.on_report(step, float(value))
 
-    def run(
-        self, function: Callable[[Trial], Any], on_report: Callable[[int, float], None], objective: str
-    ) -> tuple[Mapping[str, Any], float | None]:
-        """Return the params that `function`, a plain Optuna objective, asked for, and its value; None: it pruned.
+    def should_prune(self) -> bool:
+        with self._of_leading_metric():
+            return super().should_prune()
 
-        `on_report` is called with each step and value that it reports; `objective` is its name. Raises InputError where
-        it returns no number, TakenOver where a peer has ended the trial meanwhile.
+    @contextmanager
+    def _of_leading_metric(self) -> Iterator[None]:
+        """Within this, the study has one metric, which is reported and pruned on: Optuna refuses both of several."""
+        study = self.study
+        self.study = alone(study)
+        try:
+            yield
+        finally:
+            self.study = study
+
+    def run(
+        self,
+        function: Callable[[Trial], Any],
+        names: Sequence[str],
+        on_report: Callable[[int, float], None],
+        objective: str,
+    ) -> tuple[Mapping[str, Any], Mapping[str, float] | None]:
+        """Return the params that `function`, a plain Optuna objective, asked for, and its values; None: it pruned.
+
+        `names` are those of its values; `on_report` is called with each step and value that it reports; `objective` is
+        the function's name. Raises InputError where it returns no number for each, TakenOver where a peer has ended the
+        trial meanwhile.
         """
         self.on_report = on_report
         try:
@@ -80,11 +102,13 @@ class ClaimedTrial(Trial):
                 raise TakenOver from error
             raise
         try:
-            return self.params, float(value)
+            values = [value] if len(names) == 1 else list(value)
+            return self.params, {name: float(each) for name, each in zip(names, values, strict=True)}
         except (TypeError, ValueError):
-            raise InputError(
-                f"objective {objective}: must return one number, a trial's value, but returned {value!r:.100}"
-            ) from None
+            what = "one number, a trial's value" if len(names) == 1 else f"{len(names)} numbers, {', '.join(names)}"
+            if len(names) == 1 and isinstance(value, list | tuple) and len(value) > 1:
+                what += " (of several metrics: name them in the study file, `metric: [a, b]`)"
+            raise InputError(f"objective {objective}: must return {what}, but returned {value!r:.100}") from None
 
 
 def _says_finished(error: BaseException | None) -> bool:

@@ -24,7 +24,8 @@ from hpo.study.spec_parts import Confirm
 def top_of(search: Search, seen: StudyView, how: Confirm) -> dict[str, Best]:
     """Return the best distinct configurations of the search by their digest, the best first."""
     top: dict[str, Best] = {}
-    for trial in sorted(seen.feasible, key=lambda trial: rank(trial, maximize=search.maximize)):
+    others = tuple(search.others.values())
+    for trial in sorted(seen.feasible, key=lambda trial: rank(trial, maximize=search.maximize, others=others)):
         if len(top) == how.top:
             break
         best = seen.best(trial.number)

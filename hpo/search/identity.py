@@ -8,6 +8,7 @@ from typing import Any
 from hpo.errors import InputError, did_you_mean
 from hpo.search import schema
 from hpo.search.storage import close_storage, open_storage
+from hpo.study.goals import direction_of
 from hpo.study.space import Space
 from hpo.study.spec import StudySpec
 
@@ -17,10 +18,13 @@ _LATER_KEYS: Mapping[str, Any] = {"precision": "float32", "deterministic": False
 """What a key meant in studies that were stored before there was one."""
 
 
-def identity(spec: StudySpec, space: Space, metric: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def identity(
+    spec: StudySpec, space: Space, metric: str, options: Mapping[str, Any], others: Mapping[str, bool]
+) -> dict[str, Any]:
     """Return what must not change while a study is resumed, as plain values: its trials would not compare.
 
-    `options` are the spec's, without what must not be seen (`Document.options`).
+    `options` are the spec's, without what must not be seen (`Document.options`); `others` the metrics beside the one
+    that leads, each with whether more of it is better.
     """
     plain = {
         "objective": spec.objective,
@@ -36,6 +40,8 @@ def identity(spec: StudySpec, space: Space, metric: str, options: Mapping[str, A
     }
     if spec.constraints:
         plain["constraints"] = spec.constraints
+    if others:
+        plain["others"] = {name: direction_of(maximize) for name, maximize in others.items()}
     stored: dict[str, Any] = json.loads(json.dumps(plain))  # as the storage gives it back
     return stored
 
@@ -51,6 +57,7 @@ def compare(spec: StudySpec, attrs: Mapping[str, Any], wanted: Mapping[str, Any]
         if there != wanted[key]:
             differences.append(f"{key} is {wanted[key]!r} here, {there!r} there")
     differences += _different_options(spec, wanted["options"], stored.get("options", {}))
+    differences += _different("metric", wanted.get("others", {}), stored.get("others", {}))
     differences += _different("constraints", wanted.get("constraints", {}), stored.get("constraints", {}))
     differences += _different("params", wanted["params"], stored.get("params", {}))
     if differences:

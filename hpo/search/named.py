@@ -17,6 +17,7 @@ from hpo.errors import InputError, SpecError, did_you_mean, masked
 from hpo.search import schema
 from hpo.search.address import exists
 from hpo.search.away import open_patiently
+from hpo.search.front import others_in
 from hpo.search.identity import not_ours
 from hpo.search.retrying import RetryingStorage
 from hpo.study.document import of_values
@@ -96,7 +97,8 @@ def found(storage: RetryingStorage, url: str, name: str) -> StoredStudy:
 
 def is_ours(study: StoredStudy) -> bool:
     """Whether hpo has made a study."""
-    return isinstance(study.user_attrs.get(schema.IDENTITY), Mapping) and len(study.directions) == 1
+    identity = study.user_attrs.get(schema.IDENTITY)
+    return isinstance(identity, Mapping) and len(study.directions) == 1 + len(others_in(identity))
 
 
 def stored_spec(study: StoredStudy, url: str) -> StudySpec:

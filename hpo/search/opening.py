@@ -3,10 +3,10 @@
 import time
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import optuna
 
@@ -23,6 +23,7 @@ from hpo.search.retrying import RetryingStorage, locked
 from hpo.search.samplers import make_pruner, make_sampler, trials_of
 from hpo.search.search import Search
 from hpo.search.view import StudyView
+from hpo.study.goals import Direction, direction_of
 from hpo.study.ranges import parse_params
 from hpo.study.space import FreeSpace, Space, build
 from hpo.study.spec import StudySpec
@@ -37,6 +38,7 @@ def open_search(
     metric: str,
     *,
     maximize: bool,
+    others: Mapping[str, bool] | None = None,
     options: Mapping[str, Any] | None = None,
     make: bool = True,
     wait: bool = False,
@@ -44,7 +46,8 @@ def open_search(
 ) -> Search | None:
     """Return the study in its storage, made if it is not there (None with `make=False`). Close it at the end.
 
-    `options` are the spec's as they may be stored. With `wait`, a storage that does not answer is waited for, as it is
+    `others` are the metrics beside the one that leads, each with whether more of it is better; `options` the spec's
+    as they may be stored. With `wait`, a storage that does not answer is waited for, as it is
     later on.
     Raises StorageError where the storage cannot be opened, InputError where its study of that name is another one; no
     connection is left open then.
@@ -55,10 +58,12 @@ def open_search(
         inner = open_patiently(spec.storage, spec.outage, wait)
         storage = RetryingStorage(inner, spec.outage, clock)
         unless_opened.callback(storage.close)
-        wanted = identity(spec, space, metric, spec.options if options is None else options)
+        others = others or {}
+        wanted = identity(spec, space, metric, spec.options if options is None else options, others)
+        directions = [direction_of(each) for each in (maximize, *others.values())]
         with locked(storage, spec.storage):
-            found = _find(spec, storage, wanted, "maximize" if maximize else "minimize")
-            study = _make(spec, space, storage, wanted, maximize) if found or make else None
+            found = _find(spec, storage, wanted, directions[0])
+            study = _make(spec, space, storage, wanted, directions) if found or make else None
         if study is None:
             return None
         search = Search(study, storage, spec, space, metric, clock)
@@ -139,16 +144,19 @@ def _find(spec: StudySpec, storage: RetryingStorage, wanted: Mapping[str, Any], 
 
 
 def _make(
-    spec: StudySpec, space: Space, storage: RetryingStorage, wanted: Mapping[str, Any], maximize: bool
+    spec: StudySpec,
+    space: Space,
+    storage: RetryingStorage,
+    wanted: Mapping[str, Any],
+    directions: Sequence[Direction],
 ) -> optuna.Study:
     """Return the study, made with all of its attributes if it is not there. The lock must be held."""
-    direction: Literal["minimize", "maximize"] = "maximize" if maximize else "minimize"
-    sampler, _ = make_sampler(spec.sampler, spec.seed, space)
+    sampler, _ = make_sampler(spec.sampler, spec.seed, space, [each == "maximize" for each in directions])
     pruner, _ = make_pruner(spec.pruner, spec.epochs)
     study = optuna.create_study(
         study_name=spec.name,
         storage=storage,
-        direction=direction,
+        directions=directions,
         load_if_exists=True,
         sampler=sampler,
         pruner=pruner,
@@ -159,7 +167,7 @@ def _make(
         study.set_user_attr(schema.IDENTITY, wanted)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names([wanted["metric"]])  # the dashboard's axis
+            study.set_metric_names([wanted["metric"], *wanted.get("others", {})])  # the dashboard's axis
     return study
 
 

@@ -51,5 +51,5 @@ def _default(search: Search, stacked: bool) -> str:
     spec = search.spec
     is_new = search.view().n_claimed == 0  # what an older version began stays as it was
     rungs = HalvingPruner(spec.epochs).rungs
-    suits = stacked and rungs and spec.sampler.name not in CANNOT_HALVE
+    suits = stacked and rungs and spec.sampler.name not in CANNOT_HALVE and not search.others
     return "halving" if suits and is_new else "median"

@@ -23,6 +23,7 @@ from hpo.search import schema
 from hpo.search.batch import Queued
 from hpo.search.budget import held_until, holders, is_new, is_paused, lease_of, refill, worker_of
 from hpo.search.clock import Clock
+from hpo.search.front import maximizes, others_in
 from hpo.search.halving import Halving
 from hpo.search.lease import LeaseKeeper, LeaseMonitor
 from hpo.search.retrying import RetryingStorage, locked
@@ -68,7 +69,8 @@ class Queue:
         """`ours` are the numbers of the trials that this process has claimed and not ended."""
         self._study, self._storage, self._spec, self._space = study, storage, spec, space
         self._reader, self._lease, self._ours, self._clock = reader, lease, ours, clock
-        self._rules = StopRules(spec, maximize=study.direction == optuna.study.StudyDirection.MAXIMIZE)
+        others = others_in(study.user_attrs.get(schema.IDENTITY))
+        self._rules = StopRules(spec, maximize=maximizes(study), others=tuple(others.values()))
         self._monitor = LeaseMonitor(spec.grace, clock)
         self._waiting: deque[FrozenTrial] = deque()
         self._lost: list[Lost] = []

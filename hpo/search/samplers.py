@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.errors import Fault, InputError, did_you_mean, is_number
 from hpo.search import schema
 from hpo.search.cmaes import Evolution, RebuiltCmaEsSampler
+from hpo.search.front import WorstIfPruned
 from hpo.search.halving import HalvingPruner
 from hpo.search.pruners import SharedMedianPruner, SharedPercentilePruner
 from hpo.search.seen import EVERY, LEARNING, AtOneRung, SeenStudy
@@ -50,6 +51,8 @@ CANNOT_HALVE = ("cmaes", "nsgaii")
 """Samplers that learn from trials in the order in which they end, generation by generation: none can be paused."""
 CONSTRAINED = ("tpe", "gp", "nsgaii")
 """Samplers that look for trials that hold to the study's constraints; the others ignore these."""
+ONE_METRIC = ("cmaes",)
+"""Samplers of studies that have one metric only."""
 _ONE_STREAM = ("qmc", "grid")
 """Samplers whose points are one sequence, counted in the storage: every worker must have the same seed."""
 
@@ -62,7 +65,7 @@ class PerTrialSampler(BaseSampler):
     the storage, so nothing is lost with the object.
     """
 
-    see: AtOneRung | None = None
+    see: AtOneRung | WorstIfPruned | None = None
     """What the samplers see of the study's trials; None: all of them."""
 
     def __init__(
@@ -90,7 +93,7 @@ class PerTrialSampler(BaseSampler):
     def _of(self, trial: FrozenTrial) -> BaseSampler:
         if trial.number not in self._current:
             slot = trial.user_attrs.get(schema.SLOT, trial.number)
-            is_random = self.see is not None and slot % EVERY == EVERY - 1
+            is_random = isinstance(self.see, AtOneRung) and slot % EVERY == EVERY - 1
             make = (self._random if is_random else None) or self._make
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -134,8 +137,14 @@ class PerTrialSampler(BaseSampler):
             self._current.pop(trial.number, None)
 
 
-def make_sampler(plugin: Plugin, seed: int, space: Space) -> tuple[BaseSampler, list[Fault]]:
-    """Return the sampler that study.yaml names, and all that is wrong with its keys."""
+def make_sampler(
+    plugin: Plugin, seed: int, space: Space, maximize: Sequence[bool] = (False,)
+) -> tuple[BaseSampler, list[Fault]]:
+    """Return the sampler that study.yaml names, and all that is wrong with its keys.
+
+    `maximize`: of each metric whether more of it is better.
+    """
+    several = len(maximize) > 1
     cls = _SAMPLERS[plugin.name]
     keys = plugin.keys
     faults = _key_faults(cls, keys, ("sampler",))
@@ -157,7 +166,7 @@ def make_sampler(plugin: Plugin, seed: int, space: Space) -> tuple[BaseSampler, 
     shared, construct = Shared(), cls
     if plugin.name == "cmaes":
         construct = partial(RebuiltCmaEsSampler, Evolution())
-    elif plugin.name == "tpe" and not keys.get("group"):
+    elif plugin.name == "tpe" and not keys.get("group") and not several:
         construct = partial(SharedTPESampler, shared)
 
     def make(number: int) -> BaseSampler:
@@ -167,7 +176,10 @@ def make_sampler(plugin: Plugin, seed: int, space: Space) -> tuple[BaseSampler, 
     if not faults:
         faults += _try(lambda: make(0), plugin.name, ("sampler",))
     random = partial(_random_sampler, base) if plugin.name in LEARNING else None
-    return PerTrialSampler(make, shared, random), faults
+    sampler = PerTrialSampler(make, shared, random)
+    if several and plugin.name in LEARNING:
+        sampler.see = WorstIfPruned(maximize)
+    return sampler, faults
 
 
 def _random_sampler(base: int, number: int) -> BaseSampler:

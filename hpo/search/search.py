@@ -13,7 +13,7 @@ from typing import Any
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import _filter_study
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from hpo.errors import HpoError, masked
 from hpo.search import schema
@@ -21,6 +21,7 @@ from hpo.search.away import StorageAway
 from hpo.search.budget import Counts, seconds_used, utc
 from hpo.search.claim import Claim, ClaimedTrial
 from hpo.search.clock import SYSTEM, Clock
+from hpo.search.front import maximizes, others_in
 from hpo.search.halving import Halving
 from hpo.search.lease import LeaseKeeper
 from hpo.search.queue import Lost, Queue
@@ -49,8 +50,7 @@ class Search:
         clock: Clock = SYSTEM,
     ) -> None:
         self.study, self.storage, self.spec, self.space = study, storage, spec, space
-        self.metric = metric
-        self.maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
+        self.metric, self.maximize, self.others = metric, maximizes(study), others_in(self.attrs.get(schema.IDENTITY))
         study_id = storage.get_study_id_from_name(study.study_name)
         self.making: str = self.attrs.get(schema.MAKING, "")
         """What tells this study from another one of its name, made before or in another storage."""
@@ -71,7 +71,7 @@ class Search:
     def pause_by(self, halving: Halving) -> None:
         """Have that rule say from now on which trials are paused and resumed (`hpo.search.pruning`)."""
         self._queue.halving = halving
-        if self.spec.sampler.name in LEARNING:
+        if self.spec.sampler.name in LEARNING and not self.others:
             assert isinstance(self.study.sampler, PerTrialSampler)
             self.study.sampler.see = AtOneRung(halving, self.spec.epochs, self.spec.constraints, maximize=self.maximize)
 
@@ -226,10 +226,10 @@ class Search:
             return True  # just now: continue training
 
     def call(
-        self, number: int, function: Callable[[Trial], Any], on_report: Callable[[int, float], None]
-    ) -> tuple[Mapping[str, Any], float | None]:
+        self, number: int, function: Callable[..., Any], names: Sequence[str], on_report: Callable[[int, float], None]
+    ) -> tuple[Mapping[str, Any], Mapping[str, float] | None]:
         """Run `function`, a plain Optuna objective, on a trial; see `ClaimedTrial.run`."""
-        return self._claimed[number].run(function, on_report, self.spec.objective)
+        return self._claimed[number].run(function, names, on_report, self.spec.objective)
 
     def annotate(self, number: int, attrs: Mapping[str, Any]) -> None:
         """Set the trial's attributes (keys of `hpo.search.schema`), unless a peer has ended it."""
@@ -239,9 +239,9 @@ class Search:
 
     # Tell.
 
-    def complete(self, number: int, value: float) -> bool:
-        """Tell that a trial is complete; return False where a peer has ended it before."""
-        return self._finish(number, TrialState.COMPLETE, value)
+    def complete(self, number: int, value: float, others: Mapping[str, float] | None = None) -> bool:
+        """Tell that a trial is complete; `others` has its values of the other metrics. Returns as `prune`."""
+        return self._finish(number, TrialState.COMPLETE, [value, *((others or {})[name] for name in self.others)])
 
     def prune(self, number: int) -> bool:
         """Tell that a trial was pruned; return False where a peer has ended it before."""
@@ -282,12 +282,11 @@ class Search:
         self.forget(number)
         return True
 
-    def _finish(self, number: int, state: TrialState, value: float | None = None) -> bool:
+    def _finish(self, number: int, state: TrialState, values: list[float] | None = None) -> bool:
         """Do what Study.tell does, but that it reads the trial, all of which is known here."""
         trial = self._claimed.pop(number)
         frozen = trial._cached_frozen_trial
-        values = [value] if value is not None else None
-        if state == TrialState.PRUNED and frozen.last_step is not None:
+        if state == TrialState.PRUNED and frozen.last_step is not None and not self.others:
             last = frozen.intermediate_values[frozen.last_step]
             values = None if math.isnan(last) else [last]
         self.study._thread_local.cached_all_trials = None
@@ -305,8 +304,8 @@ class Search:
     def view(self) -> StudyView:
         """Return the study as it is now: all trials are read, once. Ask it, where several things are asked in a row."""
         everything, stopped = self._reader.read(), self._reader.stopped()
-        of = self.spec, self.space, self.metric
-        self._seen = StudyView(everything, *of, maximize=self.maximize, stopped=stopped)
+        metrics = {self.metric: self.maximize, **self.others}
+        self._seen = StudyView(everything, self.spec, self.space, metrics, stopped=stopped)
         return self._seen
 
     def trials(self) -> list[FrozenTrial]:

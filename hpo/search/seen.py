@@ -6,7 +6,7 @@ rung that enough of them have reached, each with its score there (`Halving.score
 """
 
 import copy
-from collections.abc import Collection, Container, Hashable, Sequence
+from collections.abc import Callable, Collection, Container, Hashable, Sequence
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -75,7 +75,7 @@ class AtOneRung:
 class SeenStudy(optuna.Study):
     """A study of which a sampler sees only some trials, as that of Optuna's `HyperbandPruner`."""
 
-    def __init__(self, study: optuna.Study, see: AtOneRung) -> None:
+    def __init__(self, study: optuna.Study, see: Callable[[Sequence[FrozenTrial]], list[FrozenTrial]]) -> None:
         self.__dict__ |= study.__dict__
         self._see = see
 

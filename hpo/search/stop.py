@@ -18,7 +18,9 @@ from hpo.errors import masked
 from hpo.log import log
 from hpo.search.budget import in_order_of_end, is_new, is_paused, rank
 from hpo.search.constraints import holds
+from hpo.search.front import leading
 from hpo.seeds import derive
+from hpo.study.goals import front
 from hpo.study.spec import StudySpec
 from hpo.study.spec_parts import TERMINATORS, Stop
 
@@ -76,8 +78,9 @@ def budget(trials: int, holders: Sequence[FrozenTrial], stopped: Stopped | None)
 class StopRules:
     """The rules of one study, as one process asks them."""
 
-    def __init__(self, spec: StudySpec, *, maximize: bool) -> None:
-        self._spec, self._maximize = spec, maximize
+    def __init__(self, spec: StudySpec, *, maximize: bool, others: Sequence[bool] = ()) -> None:
+        """`others`: of each metric beside the one that leads, whether more of it is better."""
+        self._spec, self._maximize, self._others = spec, maximize, others
         self._terminator: Any = None
         self._ask_at = 0
 
@@ -99,15 +102,18 @@ class StopRules:
 
     def _target(self, stop: Stop, ended: Sequence[FrozenTrial]) -> tuple[str, str] | None:
         best = self._best(ended)
-        if stop.target is None or best is None or best.value is None:
+        value = None if best is None else leading(best)
+        if stop.target is None or best is None or value is None:
             return None
-        if best.value < stop.target if self._maximize else best.value > stop.target:
+        if value < stop.target if self._maximize else value > stop.target:
             return None
-        return "target", f"trial {best.number} has reached the target {stop.target:g}, with {best.value:.6g}"
+        return "target", f"trial {best.number} has reached the target {stop.target:g}, with {value:.6g}"
 
     def _no_gain(self, stop: Stop, ended: Sequence[FrozenTrial]) -> tuple[str, str] | None:
         if stop.no_gain is None:
             return None
+        if self._others:
+            return self._front_stands(stop.no_gain, ended)
         best, since = None, 0
         for trial in ended:
             since += 1
@@ -116,6 +122,16 @@ class StopRules:
         if best is None or since < stop.no_gain:
             return None
         return "no_gain", f"none of the last {since} finished trials was better than trial {best.number}"
+
+    def _front_stands(self, no_gain: int, ended: Sequence[FrozenTrial]) -> tuple[str, str] | None:
+        before = [trial.values for trial in ended[:-no_gain] if _counts(trial)]
+        after = [trial.values for trial in ended[-no_gain:] if _counts(trial)]
+        if not before:
+            return None
+        on = front([*map(tuple, before), *map(tuple, after)], (self._maximize, *self._others))
+        if any(i >= len(before) and after[i - len(before)] not in before for i in on):
+            return None
+        return "no_gain", f"none of the last {no_gain} finished trials added to the Pareto front"
 
     def _terminated(self, stop: Stop, ended: Sequence[FrozenTrial]) -> tuple[str, str] | None:
         complete = list(filter(_counts, ended))
@@ -135,7 +151,7 @@ class StopRules:
 
     def _best(self, ended: Sequence[FrozenTrial]) -> FrozenTrial | None:
         complete = list(filter(_counts, ended))
-        return min(complete, key=lambda trial: rank(trial, maximize=self._maximize), default=None)
+        return min(complete, key=lambda t: rank(t, maximize=self._maximize, others=self._others), default=None)
 
     def _better(self, trial: FrozenTrial, than: FrozenTrial) -> bool:
         return rank(trial, maximize=self._maximize)[0] < rank(than, maximize=self._maximize)[0]

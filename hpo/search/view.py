@@ -1,7 +1,7 @@
 """What is known of a study, from one read of all its trials: counts, the best, ends, curves."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +24,7 @@ from hpo.search.budget import (
 from hpo.search.constraints import feasible_text, holds, said_of, values_of
 from hpo.search.curves import curves_in, reported
 from hpo.search.effort import Effort, effort
+from hpo.search.front import front_of, leading, others_of
 from hpo.search.retrying import RetryingStorage
 from hpo.search.stop import Stopped, budget, still_stopped
 from hpo.seeds import derive
@@ -56,6 +57,8 @@ class Best:
     epoch: int
     seed: int
     metrics: Mapping[str, float]
+    others: Mapping[str, float] = field(default_factory=dict)
+    """Its values of the metrics beside the one that leads, by name; empty: the study has one metric."""
 
 
 class TrialReader:
@@ -115,13 +118,16 @@ class StudyView:
         everything: Sequence[FrozenTrial],
         spec: StudySpec,
         space: Space,
-        metric: str,
+        metrics: Mapping[str, bool],
         *,
-        maximize: bool,
         stopped: Stopped | None = None,
     ) -> None:
-        """`everything` is all trials of the study, as `TrialReader` gives them; `stopped` is what it says, too."""
-        self.stopped = stopped
+        """`everything` is all trials of the study, as `TrialReader` gives them; `stopped` is what it says, too.
+
+        `metrics` says of each whether more of it is better; the first is the one that leads.
+        """
+        (metric, maximize), *others = metrics.items()
+        self.stopped, self.others, self.metrics = stopped, dict(others), metrics
         self.everything, self._spec, self._space = everything, spec, space
         self._metric_key = metric if isinstance(space, FreeSpace) else f"valid_{metric}"
         self._sign = -1 if maximize else 1
@@ -231,11 +237,12 @@ class StudyView:
         trial = self._best if number is None else next((t for t in self.complete if t.number == number), None)
         if trial is None:
             return None
-        assert trial.value is not None
-        attrs = trial.user_attrs
+        value, attrs = leading(trial), trial.user_attrs
+        assert value is not None
         return Best(
             number=trial.number,
-            value=trial.value,
+            value=value,
+            others=others_of(trial, self.others),
             params=self._resolved(trial),
             epoch=min(attrs.get(schema.BEST_EPOCH, self._spec.epochs), self._spec.epochs - 1),
             seed=self.seed_of(trial.number),
@@ -248,7 +255,14 @@ class StudyView:
 
     @cached_property
     def _best(self) -> FrozenTrial | None:
-        return min(self.feasible, key=lambda t: rank(t, maximize=self._sign < 0), default=None)
+        others = tuple(self.others.values())
+        return min(self.feasible, key=lambda t: rank(t, maximize=self._sign < 0, others=others), default=None)
+
+    @cached_property
+    def front(self) -> Sequence[Best]:
+        """The Pareto front of several metrics, the trials first that lead; empty: the study has one metric."""
+        trials = front_of(self.trials, [self._sign < 0, *self.others.values()])
+        return [best for trial in trials if (best := self.best(trial.number)) is not None]
 
     @property
     def best_so_far(self) -> list[tuple[int, float, int]]:
@@ -259,7 +273,7 @@ class StudyView:
         curve: list[tuple[int, float, int]] = []
         best: float | None = None
         for n, trial in enumerate(in_order_of_end(self.trials), start=1):
-            value = trial.value if trial.state == TrialState.COMPLETE and holds(trial) else None
+            value = leading(trial) if trial.state == TrialState.COMPLETE and holds(trial) else None
             if value is not None and (best is None or self._sign * value < self._sign * best):
                 best = value
             if best is not None:
@@ -269,7 +283,7 @@ class StudyView:
 
     def none_is_better(self, value: float) -> bool:
         """Whether no feasible trial is better than one of that value."""
-        return self._best is None or self._sign * value <= self._sign * (self._best.value or 0.0)
+        return self._best is None or self._sign * value <= self._sign * (leading(self._best) or 0.0)
 
     def _resolved(self, trial: FrozenTrial) -> dict[str, Any]:
         try:
@@ -292,7 +306,7 @@ class StudyView:
     def value_of(self, number: int) -> float | None:
         """Return any trial's value; None where it is not complete. Raises KeyError: there is no such trial."""
         trial = self._by_number[number]
-        return trial.value if trial.state == TrialState.COMPLETE else None
+        return leading(trial) if trial.state == TrialState.COMPLETE else None
 
     def searched(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return those of a trial's params that were searched."""

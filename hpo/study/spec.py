@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from hpo.study.constraints import checked
+from hpo.study.goals import Direction, directions_of, metrics_of
 from hpo.study.plugins import PRUNERS, SAMPLERS, Plugin, named, one_of
 from hpo.study.ranges import Categorical, FloatRange, Frozen, IntRange, Scalar, Searched, parse_param
-from hpo.study.spec_parts import Confirm, Loading, Stop, Time, confirm_of, one_metric, stop_of, wrong_names
+from hpo.study.spec_parts import Confirm, Loading, Stop, Time, confirm_of, stop_of, wrong_names
 from hpo.study.value import check_value
 
 __all__ = [
@@ -77,17 +78,25 @@ class StudySpec(Frozen):
     Values: a mapping. Default: `{}`, each option has the objective's default.
     Example: `options: {file: wine.csv, target: quality}`
     """
-    metric: Annotated[str | None, BeforeValidator(one_metric)] = None
-    """What is optimized, measured on the validation set.
+    metric: Annotated[str | tuple[str, ...] | None, BeforeValidator(metrics_of)] = None
+    """What is optimized, measured on the validation set: one metric, or several, whose Pareto front is searched.
 
-    Values: one of the objective's metrics, or `loss`. Default: the objective's first metric.
-    Example: `metric: accuracy`
+    Of several the first that is measured each epoch leads (or `prune_on`): by it the best epoch and trial are chosen.
+    Values: one of the objective's metrics, or `loss`; or a list, also of `n_parameters` (trainable), `latency` and
+    `latency_256` (milliseconds for a batch of 1 and of 256 rows). Default: the objective's first metric.
+    Example: `metric: [accuracy, n_parameters]`
     """
-    direction: Literal["minimize", "maximize"] | None = None
+    direction: Annotated[Direction | tuple[Direction, ...] | None, BeforeValidator(directions_of)] = None
     """Whether less of the metric is better, or more; needed only where the metric does not say it itself.
 
-    Values: `minimize`, `maximize`. Default: as the metric says; of a function's value, less is better.
+    Values: `minimize`, `maximize`; of several metrics a list. Default: as they say; of a function's value, less.
     Example: `direction: maximize`
+    """
+    prune_on: str | None = None
+    """Of several metrics the one by which trials are pruned; without it none is, since it might be good in another.
+
+    Values: one of `metric` that is measured each epoch. Default: none.
+    Example: `prune_on: accuracy`
     """
     constraints: Annotated[dict[str, str], BeforeValidator(checked)] = {}
     """What a trial must come to beside its metric: only one that does can be the best, and samplers look for such.

@@ -129,18 +129,6 @@ def confirm_of(value: Any) -> Any:
     return value
 
 
-def one_metric(value: Any) -> Any:
-    """Refuse a list of metrics: a study has one, and may hold others to a bound. Raises ValueError."""
-    if not isinstance(value, list | tuple):
-        return value
-    first, others = (*value, "accuracy")[0], [str(name) for name in value[1:]] or ["n_parameters"]
-    bounds = ", ".join(f'{name}: "<= ..."' for name in others)
-    raise ValueError(
-        f"must be one metric; a study has one, and holds others to a bound: write `metric: {first}` and "
-        f"`constraints: {{{bounds}}}`, but got {list(value)!r:.100}"
-    )
-
-
 def wrong_names(catch: Sequence[str]) -> Iterator[str]:
     """Yield why a name cannot be meant, for each such name."""
     for name in catch:
