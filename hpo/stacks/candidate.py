@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from hpo.stacks.cost import records
 from hpo.stacks.padding import Padder, PaddingPlan
 from hpo.stacks.structure import PaddedModule, own_state
+from hpo.stacks.tensor_modules import with_masks_of
 from hpo.study.data import Split
 from hpo.study.objective import Params
 from hpo.training import stacked_optim
@@ -112,9 +113,11 @@ def candidate(task: Task, member: Member, padder: Padder, example: Split) -> Can
             task.objective.loss(outputs, example.targets, reads)
     if own_state(probe) != before:
         raise NotStackable("its forward changes the module's own attributes")
+    padded = padder(task.drawn(member).train(), member.params)
+    with_masks_of(padded.module, member.seed)
     return Candidate(
         member=member,
-        padded=padder(task.drawn(member).train(), member.params),
+        padded=padded,
         probe=padder(probe.train(), member.params),
         outputs=outputs,
         reads=sorted(reads.names),

@@ -1,26 +1,88 @@
 """Modules that hold in a buffer what other modules hold in their code: so members that differ in it share a stack."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from hpo.seeds import derive
+
 
 class RateDropout(nn.Module):
-    """nn.Dropout with its rate in a buffer."""
+    """nn.Dropout with its rate in a buffer, whose masks are a member's own.
+
+    Within `masks_of_a_step` a mask follows from `key` (the member's seed and which dropout of its network it is), from
+    `step`, how many steps it has done, and from each element's place: whatever is trained beside the member, and however
+    far it is padded. Elsewhere it is drawn from torch's stream, as nn.Dropout's.
+    """
 
     rate: Tensor
+    key: Tensor
+    step: Tensor
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self, rate: float, index: int = 0) -> None:
+        """`index`: which dropout of its network it is; `with_masks_of` makes a key of it."""
         super().__init__()
         self.register_buffer("rate", torch.tensor(float(rate)))
+        self.register_buffer("key", torch.tensor(index))
+        self.register_buffer("step", torch.tensor(0))
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
         keep = 1 - self.rate
+        kept = torch.rand_like(x) < keep if _CALLS is None else self._uniform(x, _CALLS) < keep
         # rate 1 keeps nothing, and nothing over nothing is no number
-        return torch.where(torch.rand_like(x) < keep, x / keep.clamp(min=1e-7), torch.zeros_like(x))
+        return torch.where(kept, x / keep.clamp(min=1e-7), torch.zeros_like(x))
+
+    def _uniform(self, x: Tensor, calls: dict[int, int]) -> Tensor:
+        """Return numbers in [0, 1), one for each element of `x`; others where it is called again in the same step."""
+        calls[id(self)] = call = calls.get(id(self), -1) + 1
+        number = _mixed(_mixed(self.key + self.step * _PRIMES[-1]) + call * _PRIMES[-2])
+        for dim, size in enumerate(x.shape):
+            places = torch.arange(size, device=x.device) * _PRIMES[dim % len(_PRIMES[:-2])]
+            number = number + places.view(-1, *[1] * (x.ndim - dim - 1))
+        return (_mixed(number) >> 8) * 2.0**-24
+
+
+_CALLS: dict[int, int] | None = None
+"""How often each dropout was called in this step; None: there is no step."""
+_PRIMES = (1640531527, 1097514319, 668265263, 374761393, 1540483477, 461845907, 987654323)
+_LOW = (1 << 32) - 1
+
+
+def _mixed(number: Tensor) -> Tensor:
+    """Return 32 bits that follow from the low 32 bits of a number as if at random (Mueller's integer hash)."""
+    number = number & _LOW
+    for _ in range(2):
+        number = (((number >> 16) ^ number) * 73244475) & _LOW  # no product is above 63 bits
+    return (number >> 16) ^ number
+
+
+@contextmanager
+def masks_of_a_step() -> Iterator[None]:
+    """Within this, which is one step's forward pass, the masks of dropout are each member's own."""
+    global _CALLS
+    before, _CALLS = _CALLS, {}
+    try:
+        yield
+    finally:
+        _CALLS = before
+
+
+def with_masks_of(module: nn.Module, seed: int) -> nn.Module:
+    """Return `module`, whose dropouts draw from now on what a member of that seed draws. To be called once."""
+    for each in module.modules():
+        if isinstance(each, RateDropout):
+            each.key.fill_(derive(seed, "dropout", int(each.key)))
+    return module
+
+
+def step_buffers(module: nn.Module) -> list[str]:
+    """Return the names of the buffers that are to hold how many steps a member has done."""
+    return [f"{name}.step".lstrip(".") for name, each in module.named_modules() if isinstance(each, RateDropout)]
 
 
 class SelectOne(nn.Module):
@@ -63,19 +125,24 @@ class Gated(nn.Sequential):
         return x
 
 
-CONTROLS = {RateDropout: "rate", SelectOne: "chosen", Gated: "used"}
+CONTROLS: Mapping[type, tuple[str, ...]] = {
+    RateDropout: ("rate", "key", "step"),
+    SelectOne: ("chosen",),
+    Gated: ("used",),
+}
 """The buffers that the common structure adds to a network: no part of its own state."""
 
 
 def is_control(module: nn.Module, name: str) -> bool:
     path, _, last = name.rpartition(".")
-    return CONTROLS.get(type(module.get_submodule(path))) == last
+    return last in CONTROLS.get(type(module.get_submodule(path)), ())
 
 
 def tensor_dropout(module: nn.Module) -> nn.Module:
     """Return `module` with each nn.Dropout in it replaced by a RateDropout; the module given is changed."""
+    found = itertools.count()
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Dropout:
-                setattr(parent, name, RateDropout(child.p))
+                setattr(parent, name, RateDropout(child.p, next(found)))
     return RateDropout(module.p) if type(module) is nn.Dropout else module

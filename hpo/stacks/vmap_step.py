@@ -29,7 +29,7 @@ from hpo.stacks.recording import (
     recorded_epoch,
 )
 from hpo.stacks.state import StackState, Trained
-from hpo.stacks.tensor_modules import RateDropout
+from hpo.stacks.tensor_modules import masks_of_a_step, step_buffers
 from hpo.study.objective import Params
 from hpo.training import schedules, stacked_optim
 from hpo.training.batches import Batches
@@ -69,7 +69,7 @@ class VmapStep:
 
     def __init__(self, task: Task, template: nn.Module, params: Params) -> None:
         self.params = params
-        self._task, self._template = task, template
+        self._task, self._template, self._counts = task, template, step_buffers(template)
         self._optimizer = str(params["optimizer"]).lower()
         self._prepared: dict[tuple[int, int, Execution], _Prepared] = {}
         self._epochs: dict[tuple[int, int, Execution], EpochReplay | None] = {}
@@ -235,13 +235,14 @@ class VmapStep:
             targets: Tensor,
         ) -> tuple[Tensor, dict[str, Tensor]]:
             buffers = {name: b.clone() for name, b in buffers.items()}  # BatchNorm changes its own in place
-            with self._task.autocast():
+            with self._task.autocast(), masks_of_a_step():
                 outputs = functional_call(self._template, {**weights, **buffers}, tuple(inputs))
             params = shared_params(self.params, loss_hyper)
             return self._task.objective.loss(in_full(outputs), targets, params), buffers
 
         batched = vmap(grad_and_value(loss_of, has_aux=True), in_dims=(0, 0, 0, None, None), randomness="different")
-        gradients, (losses, buffers) = batched(state.weights, state.buffers, state.loss_hyper, list(inputs), targets)
+        before = state.buffers | dict.fromkeys(self._counts, state.t.long())
+        gradients, (losses, buffers) = batched(state.weights, before, state.loss_hyper, list(inputs), targets)
         gradients |= {name: gradients[name] * mask for name, mask in state.masks.items()}
         if MAX_GRAD_NORM in self.params:
             gradients = stacked_optim.clipped(gradients, state.hyper[MAX_GRAD_NORM])
@@ -266,16 +267,11 @@ class VmapStep:
             step, n_steps = CompiledStep(graph, state, inputs, targets), 2
         with torch.no_grad():
             step(*tree_map(torch.clone, (state, list(inputs), targets)))
-        if not self._is_random:  # the compiler draws other masks
-            why = difference(graph, step, state, inputs, targets, self._tolerance(1e-3), n_steps)
-            if why is not None:
-                raise ValueError(f"compiled it differs in {why}")
+        why = difference(graph, step, state, inputs, targets, self._tolerance(1e-3), n_steps)
+        if why is not None:
+            raise ValueError(f"compiled it differs in {why}")
         self._compiled[graph] = step
         return step
-
-    @property
-    def _is_random(self) -> bool:
-        return any(isinstance(module, RateDropout) for module in self._template.modules())
 
     def _tolerance(self, single: float) -> float:
         """Return how much two forms of a step may differ, from what it is in single precision."""
