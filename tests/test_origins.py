@@ -181,6 +181,7 @@ def test_a_trial_of_another_lineage_takes_nothing_over():
         {"best": (1.0, 9, {})},
         {"best": "best"},
         {"joined": None},
+        {"rounds": ["1"]},
         {"training": {}},
         {"training": {"model": {}, "optimizer": {}, "steps": 0}},
         {"training": None},

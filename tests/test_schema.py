@@ -44,6 +44,7 @@ STORED = {
     "METRICS": "metrics",
     "N_PARAMETERS": "n_parameters",
     "JOINED": "joined",
+    "ROUNDS": "rounds",
     "PAUSED_AT": "paused_at",
     "TRAINED": "trained",
     "RESTARTED": "restarted",

@@ -154,7 +154,8 @@ def replay(path: Path, overrides: Mapping[str, str], number: int, epochs: int | 
         _print_replay(plan, done, out)
         if not done.agrees:
             why = "; ".join(done.changed) or (
-                "nothing that is stored has changed; a stack draws the masks of dropout from a stream of its own"
+                "nothing that is stored has changed; what a network draws at random in a stack, but for nn.Dropout's "
+                "masks, it does not draw alone"
             )
             raise HpoError(f"trial {number} is another one from epoch {done.first_other} on: {why}")
         return {

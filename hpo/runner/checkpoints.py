@@ -11,7 +11,7 @@ else lies there is refused, with the reason: to train from scratch costs time, t
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from hpo.search.claim import Claim
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
 from hpo.study.loading import source_fingerprint
+from hpo.training.stack import Member
 
 BEST = "best.pt"
 OWN = "own"
@@ -69,6 +70,8 @@ class Checkpoint:
     improved: int
     training: Mapping[str, Any]
     """`hpo.training.stack.Stack.checkpoint`; of an objective's own `train` what it has reported, under OWN."""
+    rounds: list[int] = field(default_factory=list)
+    """`hpo.training.stack.Member.rounds`; empty: not known, as of an earlier version."""
 
 
 def folder_of(plan: Plan) -> Path:
@@ -107,6 +110,17 @@ def load(plan: Plan, origin: Origin, claim: Claim) -> Checkpoint | None:
     return checkpoint
 
 
+def orders_of(plan: Plan, claim: Claim, member: Member) -> dict[str, Any]:
+    """Return what is stored of the orders in which a trial has seen the rows, for `hpo replay`.
+
+    Of one that was resumed something else may be stored, from before its pause.
+    """
+    follow = [(member.joined + epoch) % plan.spec.epochs for epoch in range(len(member.rounds))]
+    rounds = list(member.rounds) if len(member.rounds) == member.epoch and member.rounds != follow else []
+    known = {schema.JOINED: member.joined, schema.ROUNDS: rounds}
+    return known if claim.is_resumed else {key: value for key, value in known.items() if value}
+
+
 def drop(plan: Plan, claim: Claim) -> None:
     """Remove the checkpoint of a trial that has ended."""
     with suppress(OSError):
@@ -134,6 +148,8 @@ def _require_sound(plan: Plan, checkpoint: Checkpoint) -> None:
             raise ValueError(f"{plan.metric_key} is {metrics[plan.metric_key]}")
     if type(checkpoint.joined) is not int or type(checkpoint.improved) is not int:
         raise ValueError("a count is no whole number")
+    if not (isinstance(checkpoint.rounds, list) and all(type(each) is int for each in checkpoint.rounds)):
+        raise ValueError("its rounds are no whole numbers")
     if checkpoint.best is not None:
         value, at, metrics = checkpoint.best
         if not (math.isfinite(value) and 0 <= at < epoch and isinstance(metrics, Mapping)):

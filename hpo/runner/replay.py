@@ -3,19 +3,25 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
 
 from hpo.errors import InputError
 from hpo.export.environment import git_commit, user, versions
 from hpo.log import log
 from hpo.runner.custom import train_outside
 from hpo.runner.prepare import Plan
+from hpo.runner.worker import EXAMPLE_ROWS
 from hpo.search import schema
 from hpo.search.budget import utc
 from hpo.search.curves import Curves, curves_of
 from hpo.search.search import Search
 from hpo.search.view import StudyView
+from hpo.stacks.candidate import NotStackable
+from hpo.stacks.vmap_stack import VmapStack
 from hpo.stopping import StopToken, signals
 from hpo.study.data import Data
 from hpo.study.loading import source_fingerprint
@@ -112,16 +118,35 @@ def replay(plan: Plan, search: Search, seen: StudyView, number: int, epochs: int
     data = plan.load_data()
     assert data is not None
     log.info("training trial %d once more, alone", number)
+    changed = _changed(plan, search, seen, data, number)
+
+    def played_back(in_a_stack: bool = False) -> Replay:
+        trained = _trained(plan, sealed(data), _member(seen, number), epochs or n_recorded, stopping, in_a_stack)
+        names = [name for name in recorded if name in trained]
+        n = min(len(trained[name]) for name in names) if names else 0
+        return Replay(
+            number=number,
+            recorded={name: list(recorded[name])[:n] for name in names},
+            replayed={name: list(trained[name])[:n] for name in names},
+            changed=changed,
+        )
+
     with signals() as stopping, sealing(plan.given):
-        trained = _trained(plan, sealed(data), _member(seen, number), epochs or n_recorded, stopping)
-    names = [name for name in recorded if name in trained]
-    n = min(len(trained[name]) for name in names) if names else 0
-    return Replay(
-        number=number,
-        recorded={name: list(recorded[name])[:n] for name in names},
-        replayed={name: list(trained[name])[:n] for name in names},
-        changed=_changed(plan, search, seen, data, number),
-    )
+        found = played_back()
+        if not found.agrees and _has_dropout(plan, data, _member(seen, number)):
+            log.info("it is another one alone; in a stack dropout has other masks, so once more in a stack of one")
+            with suppress(NotStackable):
+                in_a_stack = played_back(in_a_stack=True)
+                found = in_a_stack if in_a_stack.agrees else found
+    return found
+
+
+def _has_dropout(plan: Plan, data: Data, member: Member) -> bool:
+    """Whether a stack gives this member's network masks that it has not alone (`hpo.stacks.tensor_modules`)."""
+    if plan.trains_itself:
+        return False
+    network = plan.task(data.info, len(data.train)).build(member)
+    return any(type(module) is nn.Dropout for module in network.modules())
 
 
 def _recorded(plan: Plan, seen: StudyView, number: int) -> Curves:
@@ -140,12 +165,17 @@ def _recorded(plan: Plan, seen: StudyView, number: int) -> Curves:
 
 def _member(seen: StudyView, number: int) -> Member:
     trial = next(each for each in seen.everything if each.number == number)
-    joined = trial.user_attrs.get(schema.JOINED, 0)
-    return Member(number=number, seed=seen.seed_of(number), params=seen.params_of(number), joined=joined)
+    rounds = trial.user_attrs.get(schema.ROUNDS, [])
+    joined = 0 if rounds else trial.user_attrs.get(schema.JOINED, 0)
+    seed, params = seen.seed_of(number), seen.params_of(number)
+    return Member(number=number, seed=seed, params=params, joined=joined, rounds=list(rounds))
 
 
-def _trained(plan: Plan, data: Data, member: Member, epochs: int, stopping: StopToken) -> Curves:
-    """Return the curves of a member that is trained alone, as the search trains it."""
+def _trained(plan: Plan, data: Data, member: Member, epochs: int, stopping: StopToken, in_a_stack: bool) -> Curves:
+    """Return the curves of a member that is trained as the search trains it: alone, or alone `in_a_stack`.
+
+    Raises NotStackable where it cannot be stacked.
+    """
     preprocess = plan.objective.preprocess(data.train)
     if plan.objective.train is not None:
         _, reports = train_outside(
@@ -160,6 +190,9 @@ def _trained(plan: Plan, data: Data, member: Member, epochs: int, stopping: Stop
         )
         return curves_of(reports)
     batches = [make_batches(x, preprocess, plan.device, plan.spec.loading) for x in (data.train, data.valid)]
+    task = plan.task(data.info, len(data.train))
+    stack: Stack = VmapStack(task, 1, batches[0].head(EXAMPLE_ROWS), "graph") if in_a_stack else LoopStack(task)
+    orders, member.rounds = member.rounds[:epochs], []
     queue = [member]
     told: list[Mapping[str, float]] = []
 
@@ -168,7 +201,7 @@ def _trained(plan: Plan, data: Data, member: Member, epochs: int, stopping: Stop
         return [member] if len(told) < epochs and member.fault is None else []
 
     train(
-        SingleStack(LoopStack(plan.task(data.info, len(data.train)))),
+        SingleStack(stack),
         batches[0],
         batches[1],
         epochs=plan.spec.epochs,
@@ -176,6 +209,7 @@ def _trained(plan: Plan, data: Data, member: Member, epochs: int, stopping: Stop
         ask=lambda n: [queue.pop()] if queue and n else [],
         report=report,
         stopping=stopping.requested,
+        orders=orders or None,
     )
     return curves_of(told)
 

@@ -116,7 +116,7 @@ class TrialRun:
     def _take_up(self, kept: Checkpoint) -> None:
         member = self.member
         member.resume, member.epoch, member.joined = kept.training, kept.epoch, kept.joined
-        member.history[:] = kept.history
+        member.history[:], member.rounds[:] = kept.history, kept.rounds
         self._logged[:] = kept.history
         self._curve[:] = [metrics[self._plan.metric_key] for metrics in kept.history]
         weights = kept.kept
@@ -139,6 +139,7 @@ class TrialRun:
             peak=self._peak,
             improved=self._improved,
             training=training,
+            rounds=list(member.rounds),
         )
         try:
             checkpoints.save(self._plan, self._origin, self._claim, content)
@@ -295,8 +296,7 @@ class TrialRun:
         if self._best is not None and state in ("COMPLETE", "PRUNED", "PAUSED"):
             _, epoch, metrics = self._best
             search.annotate(number, {schema.BEST_EPOCH: epoch, schema.METRICS: metrics})
-            if self.member.joined:  # the round whose data order its first epoch had
-                search.annotate(number, {schema.JOINED: self.member.joined})
+            search.annotate(number, checkpoints.orders_of(self._plan, self._claim, self.member))
         if self.member.n_parameters is not None:
             search.annotate(number, {schema.N_PARAMETERS: self.member.n_parameters})
         search.annotate(number, self._limits.attrs(self.values))

@@ -266,6 +266,9 @@ def wrong_row(trial: FrozenTrial) -> str | None:
     for key in _NUMBERS:
         if key in attrs and not (type(attrs[key]) is int and 0 <= attrs[key] < 1 << 64):
             return f"its {key} is {attrs[key]!r:.100}, not a whole number of at least 0"
+    rounds = attrs.get(schema.ROUNDS, [])
+    if not (isinstance(rounds, list) and all(type(each) is int and each >= 0 for each in rounds)):
+        return f"its {schema.ROUNDS} are {rounds!r:.100}"
     trained = attrs.get(schema.TRAINED, [])
     if not (isinstance(trained, list) and all(map(_is_span, trained))):
         return f"its {schema.TRAINED} is {trained!r:.100}"

@@ -14,8 +14,8 @@ class RateDropout(nn.Module):
     """nn.Dropout with its rate in a buffer, whose masks are a member's own.
 
     Within `masks_of_a_step` a mask follows from `key` (the member's seed and which dropout of its network it is), from
-    `step`, how many steps it has done, and from each element's place: whatever is trained beside the member, and however
-    far it is padded. Elsewhere it is drawn from torch's stream, as nn.Dropout's.
+    `step`, how many steps it has done, and from each element's place: whatever is trained beside the member, and
+    however far it is padded. Elsewhere it is drawn from torch's stream, as nn.Dropout's.
     """
 
     rate: Tensor

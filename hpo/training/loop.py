@@ -30,13 +30,15 @@ def train(
     ask: Ask,
     report: OnEpoch,
     stopping: Callable[[], bool] = lambda: False,
+    orders: Sequence[int] | None = None,
 ) -> None:
     """Train whatever `ask` returns, `epochs` epochs each, until it returns nothing and the stacks are empty.
 
     After each epoch of a stack `report` is called once, with the metrics of each of its members: `train_loss` (the mean
     over the epoch's batches), and over the whole validation split `valid_loss` and `valid_<metric>`. A member that it
     does not return, that has a fault, or that has trained for `epochs` epochs leaves its stack. Raises Interrupted,
-    between two batches, as soon as `stopping` says so.
+    between two batches, as soon as `stopping` says so. `orders` are the rounds whose orders of rows a stack's rounds
+    have; by default their own.
     """
     rounds: dict[Stack, int] = {}
     known: set[Member] = set()
@@ -50,10 +52,12 @@ def train(
             rounds[stack] = _round(new) if len(new) == len(stack.members) else rounds[stack] + 1
             for member in new:
                 member.joined = (rounds[stack] - member.epoch) % epochs if member.epoch else rounds[stack]
-            rows = order(len(train_batches), seed, rounds[stack] % epochs)
+            of_round = rounds[stack] % epochs if orders is None else orders[rounds[stack]]
+            rows = order(len(train_batches), seed, of_round)
             results = _epoch(stack, train_batches, valid_batches, rows, stopping)
             for member, metrics in results.items():
                 member.history.append(metrics)
+                member.rounds.append(of_round)
                 member.epoch += 1
             kept = set(report(stack, results))
             for member in results:

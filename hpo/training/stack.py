@@ -102,6 +102,8 @@ class Member:
     params: Mapping[str, Any]
     epoch: int = 0
     joined: int = 0
+    rounds: list[int] = field(default_factory=list)
+    """The round whose order of rows each of its epochs had (`hpo.training.loop.order`)."""
     fault: str | None = None
     pause: int | None = None
     """After how many epochs it is paused next, if that is known; it may be resumed, or not."""
