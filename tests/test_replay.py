@@ -9,6 +9,7 @@ import pytest
 from hpo.runner.replay import FIRST, LATER, Replay
 from tests.cli import invoke, refused, summary
 from tests.conftest import run_hpo
+from tests.test_checkpoints import OBJECTIVE
 
 SPACE = "params:\n  learning_rate: {type: float, low: 0.01, high: 0.2, log: true}\n  batch_size: 16\n"
 
@@ -57,6 +58,26 @@ def test_every_trial_of_a_study_is_played_back(study: Callable[..., Path], stack
         assert done["changed"] == []
         assert done["max_difference"] <= (0 if stack == 1 else LATER)
         assert "identical, to the last bit" in out or stack > 1
+
+
+NOISY = """stack: 4
+pruner: {name: halving, first: 2, finish: 1}
+params:
+  n_hidden: {type: int, low: 4, high: 12}
+  dropout: {type: categorical, choices: [0.0, 0.3]}
+  learning_rate: 0.01
+"""
+
+
+def test_trials_with_dropout_that_were_paused_in_stacks_are_played_back(study: Callable[..., Path]) -> None:
+    Path("noisy.py").write_text(OBJECTIVE.replace("DROPOUT", "0.3"))
+    path = study(f"objective: noisy.py\ntrials: 6\nepochs: 6\n{NOISY}")
+    invoke("run", path)
+    resumed = summary(invoke("status", path, "--json"))["epochs"]["resumed"]
+    assert resumed > 0
+    for number in range(6):
+        done = summary(invoke("replay", path, "--trial", number, "--json"))
+        assert done["max_difference"] <= LATER
 
 
 def test_other_code_is_named_and_the_trial_is_another_one(study: Callable[..., Path]) -> None:

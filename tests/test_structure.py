@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hpo.stacks.candidate import NotStackable
 from hpo.stacks.structure import common_structure
-from hpo.stacks.tensor_modules import Gated, RateDropout, SelectOne
+from hpo.stacks.tensor_modules import Gated, RateDropout, SelectOne, masks_of_a_step, with_masks_of
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.stacks.vmap_step import Execution
 from hpo.study.blocks import MLP
@@ -302,3 +302,40 @@ def test_a_rate_of_dropout_is_a_tensor(rate: float) -> None:
     out.sum().backward()
     assert torch.isfinite(x.grad).all()
     assert out.sum().item() == pytest.approx(0 if rate == 1 else 100_000, rel=0.01)
+
+
+def _drawn(
+    seed: int, step: int, shape: tuple[int, ...], rate: float = 0.5, index: int = 0, calls: int = 1
+) -> torch.Tensor:
+    dropout = with_masks_of(RateDropout(rate, index), seed)
+    dropout.get_buffer("step").fill_(step)
+    with masks_of_a_step():
+        out = [dropout(torch.ones(shape)) for _ in range(calls)]
+    return out[-1] > 0
+
+
+def test_the_masks_of_dropout_are_a_members_own() -> None:
+    mask = _drawn(3, 5, (64, 32))
+    assert torch.equal(mask, _drawn(3, 5, (64, 32)))
+    assert torch.equal(mask, _drawn(3, 5, (80, 40))[:64, :32])  # padded further, and in a larger batch
+    others = [_drawn(4, 5, (64, 32)), _drawn(3, 6, (64, 32)), _drawn(3, 5, (64, 32), index=1)]
+    others += [_drawn(3, 5, (64, 32), calls=2)]  # one module that is used twice
+    for other in others:
+        assert 0.4 < (mask == other).double().mean() < 0.6
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_the_masks_of_dropout_are_as_if_drawn(rate: float) -> None:
+    """Means, and products of neighbours, over rows, columns, steps, members and corners of rectangles are what
+    independent draws have, within 5 standard deviations."""
+    kept = torch.stack([_drawn(seed, step, (48, 40), rate) for seed in range(6) for step in range(12)]).double()
+    keep, spread = 1 - rate, rate * (1 - rate)
+    if spread == 0:
+        assert kept.eq(keep).all()
+        return
+    off = (kept - keep) / spread**0.5
+    pairs = [off[:, 1:] * off[:, :-1], off[:, :, 1:] * off[:, :, :-1], off[1:] * off[:-1], off[12:] * off[:-12]]
+    corners = [off[:, 1:, 1:] * off[:, 1:, :-1] * off[:, :-1, 1:] * off[:, :-1, :-1]]
+    corners += [off[:, :24, :20] * off[:, :24, 20:] * off[:, 24:, :20] * off[:, 24:, 20:]]
+    for each in (off, *pairs, *corners):
+        assert abs(each.mean().item()) * each.numel() ** 0.5 < 5 * each.std().item()

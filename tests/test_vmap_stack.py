@@ -504,3 +504,25 @@ def test_a_step_is_compiled_for_its_tensors_and_again_for_others(writes: bool, m
     for one, other in zip(tree_leaves(step(state, [x], y)), tree_leaves(expected), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     assert step._n_forms == 3
+
+
+@pytest.mark.parametrize("execution", ["eager", "graph"])
+def test_a_member_with_dropout_is_the_same_whatever_is_trained_beside_it(execution: Execution) -> None:
+    """Alone in a stack of one, and in a larger one, after another member has left it and one has joined."""
+    rows = list(zip(torch.randn(6, 8, 8, dtype=torch.float64), torch.randn(6, 8, 1, dtype=torch.float64), strict=True))
+
+    def after_steps(numbers: Sequence[int], capacity: int) -> dict[str, Tensor]:
+        made = stack("dropout", capacity, execution)
+        of = {n: Member(number=n, seed=n, params=members("dropout", 1)[0].params | {"rate": 0.3}) for n in numbers}
+        for n in numbers[:-1]:
+            made.join(of[n])
+        made.join(of[numbers[-1]])
+        for step, (x, y) in enumerate(rows):
+            if step == 3 and len(numbers) > 1:
+                made.leave(of[numbers[0]])
+            made.step([x], y)
+        return made.state(of[7])
+
+    alone, beside = after_steps([7], 1), after_steps([4, 7, 9], 3)
+    for name, tensor in alone.items():
+        torch.testing.assert_close(beside[name], tensor)

@@ -33,32 +33,35 @@ class RateDropout(nn.Module):
         if not self.training:
             return x
         keep = 1 - self.rate
-        kept = torch.rand_like(x) < keep if _CALLS is None else self._uniform(x, _CALLS) < keep
+        kept = torch.rand_like(x) < keep if _CALLS is None else self._drawn(x, _CALLS) < (keep.double() * 2**32).long()
         # rate 1 keeps nothing, and nothing over nothing is no number
         return torch.where(kept, x / keep.clamp(min=1e-7), torch.zeros_like(x))
 
-    def _uniform(self, x: Tensor, calls: dict[int, int]) -> Tensor:
-        """Return numbers in [0, 1), one for each element of `x`; others where it is called again in the same step."""
+    def _drawn(self, x: Tensor, calls: dict[int, int]) -> Tensor:
+        """Return 32 bits for each element of `x`; others where it is called again in the same step."""
         calls[id(self)] = call = calls.get(id(self), -1) + 1
-        number = _mixed(_mixed(self.key + self.step * _PRIMES[-1]) + call * _PRIMES[-2])
+        number = _mixed(_mixed(self.key + self.step * _PRIMES[0]) + call * _PRIMES[1])
         for dim, size in enumerate(x.shape):
-            places = torch.arange(size, device=x.device) * _PRIMES[dim % len(_PRIMES[:-2])]
-            number = number + places.view(-1, *[1] * (x.ndim - dim - 1))
-        return (_mixed(number) >> 8) * 2.0**-24
+            places = torch.arange(size, device=x.device) * _PRIMES[2 + dim % 3]
+            number = number.unsqueeze(-1) + places
+            number = _mixed(number) if dim < x.ndim - 1 else number
+        return _round(_round(number & _LOW))
 
 
 _CALLS: dict[int, int] | None = None
 """How often each dropout was called in this step; None: there is no step."""
-_PRIMES = (1640531527, 1097514319, 668265263, 374761393, 1540483477, 461845907, 987654323)
+_PRIMES = (1640531527, 1097514319, 668265263, 374761393, 1540483477)
 _LOW = (1 << 32) - 1
 
 
 def _mixed(number: Tensor) -> Tensor:
     """Return 32 bits that follow from the low 32 bits of a number as if at random (Mueller's integer hash)."""
-    number = number & _LOW
-    for _ in range(2):
-        number = (((number >> 16) ^ number) * 73244475) & _LOW  # no product is above 63 bits
+    number = _round(_round(number & _LOW))
     return (number >> 16) ^ number
+
+
+def _round(number: Tensor) -> Tensor:
+    return (((number >> 16) ^ number) * 73244475) & _LOW  # no product is above 63 bits
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """VmapStack: K networks of one structure trained as one, `torch.func.vmap` over stacked weights.
 
 What may differ between members lives in (K,) tensors (`hpo.stacks.state`): weights, buffers, the optimizer's state, its
-hyperparameters, the schedule's, the numbers that the loss reads. Dropout draws its masks from the stack's own stream:
-equal to training alone in distribution, not bit for bit.
+hyperparameters, the schedule's, the numbers that the loss reads. Dropout's masks are a member's own
+(`hpo.stacks.tensor_modules.RateDropout`): equal to training alone in distribution, not bit for bit.
 
 Shapes: K slots, B rows of a batch; a weight (K, ...), a loss (K,).
 """
