@@ -14,13 +14,15 @@ import os
 import platform
 import re
 import socket
+import sqlite3
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import date
+from contextlib import closing
+from datetime import date, datetime
 from pathlib import Path
 
 from tests.servers import MlflowServer
@@ -70,6 +72,8 @@ def main() -> None:
                         name=f"s{number}", tracking=address, trials=options.trials, stack=options.stack
                     )
                     seconds = run(where, study)
+                    said = ", ".join(f"{one:.1f}" for one in seconds)
+                    print(f"round {number}, {each}: {said}", file=sys.stderr, flush=True)
                     if number > 0:  # the first round warms up
                         taken[each].append(seconds)
         finally:
@@ -112,11 +116,10 @@ def run(folder: Path, study: str) -> tuple[float, ...]:
     if done.returncode != 0:
         raise SystemExit(done.stdout + done.stderr)
     cpu = [float(seconds) for seconds in re.findall(r"^CPU (.*)$", done.stdout, re.MULTILINE)]
-    command = (sys.executable, "-m", "hpo", "status", "study.yaml")
-    status = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    used = re.search(r"time used ([\d.]+) (s|min)", status.stdout)
-    assert used is not None, status.stdout
-    return float(used[1]) * (60 if used[2] == "min" else 1), whole, *cpu
+    with closing(sqlite3.connect(folder / "mlruns" / "optuna.db")) as database:
+        spans = database.execute("select min(datetime_start), max(datetime_complete) from trials").fetchone()
+    first, last = map(datetime.fromisoformat, spans)
+    return (last - first).total_seconds(), whole, *cpu
 
 
 def spread(values: Sequence[float], digits: int) -> str:
