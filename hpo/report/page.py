@@ -102,9 +102,8 @@ def _data(facts: Facts, drawings: Mapping[str, Drawing]) -> dict[str, Any]:
 
 
 def _heading(column: str) -> str:
-    if column.startswith((PARAM, CONSTRAINED, OTHER)):
-        return column.removeprefix(PARAM).removeprefix(CONSTRAINED).removeprefix(OTHER)
-    return column.replace("_", " ")
+    begin = next((begin for begin in (PARAM, CONSTRAINED, OTHER) if column.startswith(begin)), None)
+    return column.replace("_", " ") if begin is None else column.removeprefix(begin)
 
 
 def _sentences(facts: Facts, judged: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,10 +48,11 @@ class TrialReporter:
             raise InputError(
                 f"{where} reported {', '.join(metrics) or 'nothing'}, but the study's metric is {self._plan.metric}"
             )
-        reported = [name for name in (*self._plan.spec.constraints, *self._plan.others) if name not in OF_ANY_TRIAL]
+        needed = dict.fromkeys((*self._plan.spec.constraints, *self._plan.others))
+        reported = [name for name in needed if name not in OF_ANY_TRIAL]
         if lacking := [name for name in reported if f"valid_{name}" not in named]:
             raise InputError(
-                f"{where} reported {', '.join(metrics)}, but the study has a constraint on {', '.join(lacking)}"
+                f"{where} reported {', '.join(metrics)}, but the study needs {', '.join(lacking)} of each trial, too"
             )
         if state is not None and not isinstance(state, Mapping):
             raise InputError(f"{where} must report its state as a mapping, but reported {state!r:.100}")
