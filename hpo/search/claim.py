@@ -111,7 +111,7 @@ class ClaimedTrial(Trial):
 
 
 def _numbers(value: Any, names: Sequence[str]) -> dict[str, float]:
-    """Return what a function has returned as a number for each of `names`. Raises TypeError, ValueError, OverflowError."""
+    """Return what a function has returned, a number for each of `names`. Raises TypeError and the like: it has not."""
     if len(names) > 1 and isinstance(value, str | bytes | Set | Mapping):  # which number is which is not clear
         raise TypeError
     values = [value] if len(names) == 1 else list(value)
