@@ -177,7 +177,9 @@ def test_the_front_is_the_same_wherever_it_is_shown(ran):
         f"{len(expected)} of 10 complete trials: no other is better in r2 (more is better)" in Path("r.md").read_text()
     )
     invoke("report", ran, "--out", "r.html")
-    assert 'id="front-table"' in Path("r.html").read_text()
+    page = Path("r.html").read_text()
+    assert 'id="front-table"' in page
+    assert '<a href="#front">Pareto front</a>' in page
     about = json.loads((study.bundle / "bundle.json").read_text())
     assert about["other_metrics"] == dict(study.best.others)
 

@@ -25,6 +25,7 @@ from hpo.search.clock import duration
 
 _SECTIONS = (
     ("best", "Best"),
+    ("front", "Pareto front"),
     ("search", "Search"),
     ("params", "Params"),
     ("time", "Time"),
@@ -50,7 +51,7 @@ def page(facts: Facts, judged: Mapping[str, Any] | None = None) -> str:
         judged=judged,
         drawings=drawings,
         groups=keys,
-        sections=_SECTIONS,
+        sections=[section for section in _SECTIONS if facts.front or section[0] != "front"],
         curve_keys=list(zip(keys["curves"], metrics, strict=True)),
         policy=_policy(plotly, script),
         css=Markup(_resource("page.css")),
