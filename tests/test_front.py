@@ -6,6 +6,7 @@ import json
 import math
 import random
 import sqlite3
+import time
 from pathlib import Path
 
 import optuna
@@ -138,6 +139,14 @@ def test_the_front_is_optunas(maximize):
     directions = [optuna.study.StudyDirection.MAXIMIZE if m else optuna.study.StudyDirection.MINIMIZE for m in maximize]
     expected = _get_pareto_front_trials_by_trials(trials, directions)
     assert {t.number for t in front_of(trials, maximize)} == {t.number for t in expected} == set(on)
+
+
+def test_a_front_of_thousands_of_trials_takes_no_minutes():
+    started = time.monotonic()
+    assert front([(float(i), -float(i)) for i in range(4000)], (True, True)) == list(range(4000))
+    assert front([(-0.0, 0.0), (0.0, -0.0), (math.inf, 1.0)], (True, False)) == [0, 1, 2]
+    assert front([], (True, True)) == []
+    assert time.monotonic() - started < 10  # compared one by one it took more than a minute
 
 
 def test_a_single_metric_has_no_front():
