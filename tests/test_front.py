@@ -16,7 +16,7 @@ from optuna.trial import TrialState, create_trial
 
 import hpo
 from hpo.errors import StorageError
-from hpo.report.page import _heading
+from hpo.report.texts import heading
 from hpo.runner.prepare import prepare
 from hpo.search.front import WorstIfPruned, alone, front_of, leading
 from hpo.search.pareto import front_lines
@@ -26,7 +26,7 @@ from hpo.study.goals import front
 from hpo.study.space import build
 from hpo.study.spec import Plugin, StudySpec
 from tests.cli import invoke, refused, summary
-from tests.databases import OPTUNA
+from tests.databases import MLFLOW, OPTUNA, rows
 from tests.searches import Opener
 from tests.test_constraints import PARAMETERS, sized  # noqa: F401 (a fixture)
 from tests.test_own import OWN
@@ -185,6 +185,8 @@ def test_the_front_is_the_same_wherever_it_is_shown(ran):
     assert (
         f"{len(expected)} of 10 complete trials: no other is better in r2 (more is better)" in Path("r.md").read_text()
     )
+    assert r": maximize r2, minimize n\_parameters. 10 of 10" in Path("r.md").read_text()
+    assert r"| trial | r2 | n\_parameters | n\_hidden |" in Path("r.md").read_text().partition("## Best ")[2]
     invoke("report", ran, "--out", "r.html")
     page = Path("r.html").read_text()
     assert 'id="front-table"' in page
@@ -344,6 +346,15 @@ def test_a_function_returns_a_number_for_each(study):
     )
 
 
+def test_mlflow_has_what_a_function_returns(study):
+    Path("f.py").write_text("def f(trial):\n    x = trial.suggest_float('x', 0, 1)\n    return x, 1 - x\n")
+    invoke("run", path := study(f"objective: f.py:f\nmetric: [a, b]\ntrials: 3\ntracking: sqlite:///{MLFLOW}\n"))
+    table = hpo.open_study(path).trials
+    for name, column in (("a", "value"), ("b", "values_b")):
+        logged = rows("SELECT value FROM metrics WHERE key = ?", name, file=MLFLOW)
+        assert sorted(value for (value,) in logged) == sorted(table[column])
+
+
 def test_an_own_training_must_give_what_is_measured(study):
     Path("own.py").write_text(OWN)
     invoke("run", path := study("objective: own.py\nmetric: [accuracy, n_parameters]\ntrials: 4\n"))
@@ -415,7 +426,7 @@ def test_an_own_training_must_report_the_other_metrics(study):
 
 
 def test_headings_of_columns_that_are_named_as_others():
-    assert [_heading(name) for name in ("params_values_x", "values_params_x", "constrained_x", "best_epoch")] == [
+    assert [heading(name) for name in ("params_values_x", "values_params_x", "constrained_x", "best_epoch")] == [
         "values_x",
         "params_x",
         "x",

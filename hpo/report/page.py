@@ -20,7 +20,6 @@ from hpo.export.files import finite
 from hpo.report import figures, front_figure, judged_figures, space_figures, texts, time_figures
 from hpo.report.facts import Facts
 from hpo.report.figures import Drawing
-from hpo.report.rows import CONSTRAINED, OTHER, PARAM
 from hpo.search.clock import duration
 
 _SECTIONS = (
@@ -96,15 +95,10 @@ def _data(facts: Facts, drawings: Mapping[str, Drawing]) -> dict[str, Any]:
         "figures": {key: drawing.figure for key, drawing in drawings.items()},
         "notes": {key: drawing.note for key, drawing in drawings.items()},
         "table": {
-            "columns": [_heading(column) for column in columns],
+            "columns": [texts.heading(column) for column in columns],
             "rows": [[row.get(column) for column in columns] for row in facts.rows],
         },
     }
-
-
-def _heading(column: str) -> str:
-    begin = next((begin for begin in (PARAM, CONSTRAINED, OTHER) if column.startswith(begin)), None)
-    return column.replace("_", " ") if begin is None else column.removeprefix(begin)
 
 
 def _sentences(facts: Facts, judged: Mapping[str, Any]) -> dict[str, Any]:

@@ -174,7 +174,10 @@ class CustomTraining:
     def _call(self, function: Function, trial: TrialRun) -> None:
         plan, number = self._plan, trial.member.number
 
+        reported: set[str] = set()
+
         def told(step: int, value: float) -> None:
+            reported.add(plan.metric)
             trial.log(step, {plan.metric: value})
             self._stop()
 
@@ -187,7 +190,7 @@ class CustomTraining:
             elif not_finite := [f"{name} became {value}" for name, value in values.items() if not math.isfinite(value)]:
                 trial.end("FAIL", fault=", ".join(not_finite))
             else:
-                trial.values = dict(values)
+                trial.values = {name: value for name, value in values.items() if name not in reported}
                 trial.end("COMPLETE", values[plan.metric])
 
 
