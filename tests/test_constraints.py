@@ -169,7 +169,7 @@ def test_an_objective_that_trains_itself_is_held_to_the_network_that_it_returns(
 
 def test_a_metric_that_an_objectives_own_train_does_not_report_stops_the_study(study):
     Path("own.py").write_text(OWN.replace('micro")}', 'micro"), "f1": MulticlassAccuracy(2)}'))
-    with pytest.raises(HpoError, match=r"reported accuracy, train_rows, but the study has a constraint on f1"):
+    with pytest.raises(HpoError, match=r"reported accuracy, train_rows, but the study needs f1 of each trial, too"):
         invoke("run", study('objective: own.py\nconstraints: {f1: ">= 0.1"}\n'))
 
 

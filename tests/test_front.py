@@ -1,8 +1,12 @@
 """Studies of several metrics: what is refused, the Pareto front wherever it is shown, pruning on one of them."""
 
+import contextlib
 import itertools
 import json
+import math
 import random
+import sqlite3
+import time
 from pathlib import Path
 
 import optuna
@@ -11,14 +15,18 @@ from optuna.study._multi_objective import _get_pareto_front_trials_by_trials
 from optuna.trial import TrialState, create_trial
 
 import hpo
+from hpo.errors import StorageError
+from hpo.report.texts import heading
 from hpo.runner.prepare import prepare
 from hpo.search.front import WorstIfPruned, alone, front_of, leading
+from hpo.search.pareto import front_lines
 from hpo.search.samplers import make_sampler
 from hpo.search.stop import StopRules
 from hpo.study.goals import front
 from hpo.study.space import build
 from hpo.study.spec import Plugin, StudySpec
 from tests.cli import invoke, refused, summary
+from tests.databases import MLFLOW, OPTUNA, rows
 from tests.searches import Opener
 from tests.test_constraints import PARAMETERS, sized  # noqa: F401 (a fixture)
 from tests.test_own import OWN
@@ -133,6 +141,14 @@ def test_the_front_is_optunas(maximize):
     assert {t.number for t in front_of(trials, maximize)} == {t.number for t in expected} == set(on)
 
 
+def test_a_front_of_thousands_of_trials_takes_no_minutes():
+    started = time.monotonic()
+    assert front([(float(i), -float(i)) for i in range(4000)], (True, True)) == list(range(4000))
+    assert front([(-0.0, 0.0), (0.0, -0.0), (math.inf, 1.0)], (True, False)) == [0, 1, 2]
+    assert front([], (True, True)) == []
+    assert time.monotonic() - started < 10  # compared one by one it took more than a minute
+
+
 def test_a_single_metric_has_no_front():
     assert front_of([create_trial(value=1.0)], [True]) == []
     assert leading(create_trial(value=1.0)) == 1.0
@@ -169,8 +185,12 @@ def test_the_front_is_the_same_wherever_it_is_shown(ran):
     assert (
         f"{len(expected)} of 10 complete trials: no other is better in r2 (more is better)" in Path("r.md").read_text()
     )
+    assert r": maximize r2, minimize n\_parameters. 10 of 10" in Path("r.md").read_text()
+    assert r"| trial | r2 | n\_parameters | n\_hidden |" in Path("r.md").read_text().partition("## Best ")[2]
     invoke("report", ran, "--out", "r.html")
-    assert 'id="front-table"' in Path("r.html").read_text()
+    page = Path("r.html").read_text()
+    assert 'id="front-table"' in page
+    assert '<a href="#front">Pareto front</a>' in page
     about = json.loads((study.bundle / "bundle.json").read_text())
     assert about["other_metrics"] == dict(study.best.others)
 
@@ -326,6 +346,15 @@ def test_a_function_returns_a_number_for_each(study):
     )
 
 
+def test_mlflow_has_what_a_function_returns(study):
+    Path("f.py").write_text("def f(trial):\n    x = trial.suggest_float('x', 0, 1)\n    return x, 1 - x\n")
+    invoke("run", path := study(f"objective: f.py:f\nmetric: [a, b]\ntrials: 3\ntracking: sqlite:///{MLFLOW}\n"))
+    table = hpo.open_study(path).trials
+    for name, column in (("a", "value"), ("b", "values_b")):
+        logged = rows("SELECT value FROM metrics WHERE key = ?", name, file=MLFLOW)
+        assert sorted(value for (value,) in logged) == sorted(table[column])
+
+
 def test_an_own_training_must_give_what_is_measured(study):
     Path("own.py").write_text(OWN)
     invoke("run", path := study("objective: own.py\nmetric: [accuracy, n_parameters]\ntrials: 4\n"))
@@ -348,3 +377,58 @@ def test_it_adopts_no_trials(ran):
     old.add_trial(create_trial(value=1.0))
     said = refused("adopt", ran, "--from", "sqlite:///old.db", "--study", "old")
     assert "has 2 metrics: it cannot adopt trials" in said
+
+
+# What others have written, and odd numbers.
+
+
+@pytest.mark.parametrize(
+    ("statement", "values"),
+    [
+        ("DELETE FROM trial_values WHERE objective = 1", "the values [1.0]"),
+        ("DELETE FROM trial_values", "the values []"),
+        ("UPDATE trial_values SET value = 'much' WHERE objective = 1", "the values [1.0, 'much']"),
+        ("INSERT INTO trial_values (trial_id, objective, value, value_type) VALUES (1, 2, 7, 'FINITE')", "7.0]"),
+    ],
+)
+def test_values_that_hpo_did_not_write_are_said(study, statement, values):
+    Path("f.py").write_text("def f(trial):\n    return 1, trial.suggest_float('x', 0, 1)\n")
+    invoke("run", path := study("objective: f.py:f\nmetric: [a, b]\ntrials: 1\n"))
+    with contextlib.closing(sqlite3.connect(OPTUNA)) as database, database:
+        database.execute(statement)
+    for command in ("status", "report", "run"):
+        said = refused(command, path)
+        assert values in said
+        assert "and the study has 2 metrics; hpo did not write that: repair or delete the trial" in said
+    with pytest.raises(StorageError, match="and the study has 2 metrics"):
+        _ = hpo.open_study(path).front
+
+
+def test_an_infinite_value_of_others_is_shown(opened):
+    search = opened(others={"n_parameters": False})
+    for value in (0.5, -math.inf):
+        claim = search.ask()
+        search.complete(claim.number, 0.5, {"n_parameters": value})
+    assert front_lines(search.view())[1:] == ["  trial 1: accuracy 0.5, n_parameters -inf"]
+
+
+@pytest.mark.parametrize("returned", ["'12'", "{1.0, 2.0}", "{1: 1, 2: 2}", "(1, 10**400)", "(1, 'x')", "None"])
+def test_what_is_no_number_for_each_is_refused(study, returned):
+    Path("f.py").write_text(f"def f(trial):\n    return {returned}\n")
+    said = refused("run", study("objective: f.py:f\nmetric: [a, b]\ntrials: 1\n"))
+    assert "must return 2 numbers, a, b, but returned" in said
+
+
+def test_an_own_training_must_report_the_other_metrics(study):
+    Path("own.py").write_text(OWN)
+    said = refused("run", study("objective: own.py\nmetric: [accuracy, loss]\ntrials: 1\n"))
+    assert "but the study needs loss of each trial, too" in said
+
+
+def test_headings_of_columns_that_are_named_as_others():
+    assert [heading(name) for name in ("params_values_x", "values_params_x", "constrained_x", "best_epoch")] == [
+        "values_x",
+        "params_x",
+        "x",
+        "best epoch",
+    ]

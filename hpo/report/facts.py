@@ -173,8 +173,7 @@ def read(
     maximize, counted = maximizes(study), holders(trials)
     rows = [plain(row_of(trial, others)) for trial in counted]
     best = _best(counted, fixed_in(identity), others, maximize=maximize)
-    result = plain(_mapping(attrs.get(schema.RESULT)))
-    stopped = stopped_in(attrs.get(schema.STOPPED))
+    result, stopped = plain(_mapping(attrs.get(schema.RESULT))), stopped_in(attrs.get(schema.STOPPED))
     return Facts(
         name=masked(study.study_name),
         objective=masked(str(identity.get("objective", ""))),

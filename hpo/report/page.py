@@ -20,11 +20,11 @@ from hpo.export.files import finite
 from hpo.report import figures, front_figure, judged_figures, space_figures, texts, time_figures
 from hpo.report.facts import Facts
 from hpo.report.figures import Drawing
-from hpo.report.rows import CONSTRAINED, OTHER, PARAM
 from hpo.search.clock import duration
 
 _SECTIONS = (
     ("best", "Best"),
+    ("front", "Pareto front"),
     ("search", "Search"),
     ("params", "Params"),
     ("time", "Time"),
@@ -50,7 +50,7 @@ def page(facts: Facts, judged: Mapping[str, Any] | None = None) -> str:
         judged=judged,
         drawings=drawings,
         groups=keys,
-        sections=_SECTIONS,
+        sections=[section for section in _SECTIONS if facts.front or section[0] != "front"],
         curve_keys=list(zip(keys["curves"], metrics, strict=True)),
         policy=_policy(plotly, script),
         css=Markup(_resource("page.css")),
@@ -95,16 +95,10 @@ def _data(facts: Facts, drawings: Mapping[str, Drawing]) -> dict[str, Any]:
         "figures": {key: drawing.figure for key, drawing in drawings.items()},
         "notes": {key: drawing.note for key, drawing in drawings.items()},
         "table": {
-            "columns": [_heading(column) for column in columns],
+            "columns": [texts.heading(column) for column in columns],
             "rows": [[row.get(column) for column in columns] for row in facts.rows],
         },
     }
-
-
-def _heading(column: str) -> str:
-    if column.startswith((PARAM, CONSTRAINED, OTHER)):
-        return column.removeprefix(PARAM).removeprefix(CONSTRAINED).removeprefix(OTHER)
-    return column.replace("_", " ")
 
 
 def _sentences(facts: Facts, judged: Mapping[str, Any]) -> dict[str, Any]:

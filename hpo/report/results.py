@@ -19,7 +19,7 @@ from hpo.report.rows import as_best, best_of, columns_of, fixed_in, row_of
 from hpo.search import schema
 from hpo.search.address import exists
 from hpo.search.beside import Beside, beside_in
-from hpo.search.budget import Counts, count, holders, wrong_row
+from hpo.search.budget import Counts, count, holders, wrong_row, wrong_values
 from hpo.search.confirmed import confirmed_in
 from hpo.search.curves import curves_in
 from hpo.search.front import front_of, maximizes, others_in
@@ -212,16 +212,19 @@ class Study:
 
     def _facts(self) -> Facts:
         with self._opened() as study:
-            trials = own(study.get_trials(deepcopy=False))
-            for trial in trials:
-                if (wrong := wrong_row(trial)) is not None:
-                    raise StorageError(f"trial {trial.number} of study {self.name!r}: {wrong}; hpo did not write that")
             storage = study._storage
-            return read(study, trials, leases_of(storage, self.name), budget=_budget(study))
+            return read(study, self._sound(study), leases_of(storage, self.name), budget=_budget(study))
 
     def _trials(self) -> list[FrozenTrial]:
         with self._opened() as study:
-            return holders(own(study.get_trials(deepcopy=False)))
+            return holders(self._sound(study))
+
+    def _sound(self, study: optuna.Study) -> list[FrozenTrial]:
+        trials = own(study.get_trials(deepcopy=False))
+        for trial in trials:
+            if (wrong := wrong_row(trial) or wrong_values(trial, len(study.directions))) is not None:
+                raise StorageError(f"trial {trial.number} of study {self.name!r}: {wrong}; hpo did not write that")
+        return trials
 
     def _result(self) -> Mapping[str, Any]:
         with self._opened() as study:

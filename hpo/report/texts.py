@@ -140,9 +140,16 @@ def as_csv(facts: Facts) -> str:
     return out.getvalue()
 
 
+def heading(column: str) -> str:
+    """Return what stands above a column of the table of trials."""
+    begin = next((begin for begin in (PARAM, CONSTRAINED, OTHER) if column.startswith(begin)), None)
+    return column.replace("_", " ") if begin is None else column.removeprefix(begin)
+
+
 def as_markdown(facts: Facts) -> str:
     """Return a short report: the best, counts, the top trials, importances."""
-    lines = [f"# {_cell(facts.name)}", "", f"{_cell(facts.objective)}: {facts.direction} {_cell(facts.metric)}. "]
+    goals = ", ".join(f"{goal} {name}" for name, goal in {facts.metric: facts.direction, **facts.others}.items())
+    lines = [f"# {_cell(facts.name)}", "", f"{_cell(facts.objective)}: {_cell(goals)}. "]
     lines[-1] += f"{counts_text(facts)}."
     if facts.work.effort_text:
         lines[-1] += f" {facts.work.effort_text}."
@@ -170,8 +177,8 @@ def as_markdown(facts: Facts) -> str:
         lines += ["", "## Pareto front", "", front_text(facts), "", *_table(*front_table(facts))]
     ranked = facts.ranked()[:TOP]
     if ranked:
-        params = [name for name in facts.columns if name.startswith((CONSTRAINED, PARAM))]
-        shown = [name.removeprefix(PARAM).removeprefix(CONSTRAINED) for name in params]
+        params = [name for name in facts.columns if name.startswith((OTHER, CONSTRAINED, PARAM))]
+        shown = [heading(name) for name in params]
         names = ["trial", facts.metric, *shown, "epochs", "seconds"]
         keys = ["number", "value", *params, "epochs", "seconds"]
         rows = [[number(row.get(key)) for key in keys] for row in ranked]

@@ -32,6 +32,8 @@ class Limits:
         self._names = tuple(dict.fromkeys((*self._constraints, *plan.others)))
         """What is measured."""
         self._task, self._device = task, plan.device
+        self._of_function = plan.function is not None
+        """Whether a trial's values are what a plain function has returned: they are logged nowhere else."""
         self.wants_network = task is None and any(name in OF_ANY_TRIAL for name in self._names)
         """Whether a trial that trains itself is judged only once it has given its network (`values_of_network`)."""
         self.rows: Callable[[int], Split] | None = None
@@ -91,6 +93,8 @@ class Limits:
 
     def logged(self, values: Mapping[str, float]) -> dict[str, float]:
         """Return what is logged of a trial with these values beside its metrics."""
+        if self._of_function:
+            return dict(values)
         times = {f"{name}_ms": value for name, value in values.items() if name in LATENCY}
         return times | ({"feasible": float(self.broken(values) is None)} if self._constraints else {})
 

@@ -48,10 +48,11 @@ class TrialReporter:
             raise InputError(
                 f"{where} reported {', '.join(metrics) or 'nothing'}, but the study's metric is {self._plan.metric}"
             )
-        reported = [name for name in (*self._plan.spec.constraints, *self._plan.others) if name not in OF_ANY_TRIAL]
+        needed = dict.fromkeys((*self._plan.spec.constraints, *self._plan.others))
+        reported = [name for name in needed if name not in OF_ANY_TRIAL]
         if lacking := [name for name in reported if f"valid_{name}" not in named]:
             raise InputError(
-                f"{where} reported {', '.join(metrics)}, but the study has a constraint on {', '.join(lacking)}"
+                f"{where} reported {', '.join(metrics)}, but the study needs {', '.join(lacking)} of each trial, too"
             )
         if state is not None and not isinstance(state, Mapping):
             raise InputError(f"{where} must report its state as a mapping, but reported {state!r:.100}")
@@ -173,7 +174,10 @@ class CustomTraining:
     def _call(self, function: Function, trial: TrialRun) -> None:
         plan, number = self._plan, trial.member.number
 
+        reported: set[str] = set()
+
         def told(step: int, value: float) -> None:
+            reported.add(plan.metric)
             trial.log(step, {plan.metric: value})
             self._stop()
 
@@ -186,7 +190,7 @@ class CustomTraining:
             elif not_finite := [f"{name} became {value}" for name, value in values.items() if not math.isfinite(value)]:
                 trial.end("FAIL", fault=", ".join(not_finite))
             else:
-                trial.values = dict(values)
+                trial.values = {name: value for name, value in values.items() if name not in reported}
                 trial.end("COMPLETE", values[plan.metric])
 
 

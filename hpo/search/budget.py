@@ -10,7 +10,7 @@ from typing import Any, cast
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.search import schema
-from hpo.search.constraints import wrong_constraints
+from hpo.search.constraints import is_real, wrong_constraints
 from hpo.search.front import leading
 
 _NUMBERS = (
@@ -277,6 +277,15 @@ def wrong_row(trial: FrozenTrial) -> str | None:
             return f"its {key} are {stored[key]!r:.100}"
     sound = isinstance(lease, Mapping) and all(isinstance(lease[k], t) for k, t in _LEASE_TYPES.items() if k in lease)
     return wrong_constraints(trial) if sound else f"its lease is {lease!r:.100}"
+
+
+def wrong_values(trial: FrozenTrial, n: int) -> str | None:
+    """Return what is wrong with the values of a trial of a study of `n` metrics; None: nothing."""
+    values = trial.values or []
+    if trial.state != TrialState.COMPLETE or (len(values) == n and all(map(is_real, values))):
+        return None
+    metrics = "one metric" if n == 1 else f"{n} metrics"
+    return f"it is complete with the values {values!r:.100}, and the study has {metrics}"
 
 
 def _is_span(span: Any) -> bool:

@@ -1,6 +1,6 @@
 """A claimed trial: what its worker is told of it, and Optuna's object of it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -102,13 +102,20 @@ class ClaimedTrial(Trial):
                 raise TakenOver from error
             raise
         try:
-            values = [value] if len(names) == 1 else list(value)
-            return self.params, {name: float(each) for name, each in zip(names, values, strict=True)}
-        except (TypeError, ValueError):
+            return self.params, _numbers(value, names)
+        except (TypeError, ValueError, OverflowError):
             what = "one number, a trial's value" if len(names) == 1 else f"{len(names)} numbers, {', '.join(names)}"
             if len(names) == 1 and isinstance(value, list | tuple) and len(value) > 1:
                 what += " (of several metrics: name them in the study file, `metric: [a, b]`)"
             raise InputError(f"objective {objective}: must return {what}, but returned {value!r:.100}") from None
+
+
+def _numbers(value: Any, names: Sequence[str]) -> dict[str, float]:
+    """Return what a function has returned, a number for each of `names`. Raises TypeError and the like: it has not."""
+    if len(names) > 1 and isinstance(value, str | bytes | Set | Mapping):  # which number is which is not clear
+        raise TypeError
+    values = [value] if len(names) == 1 else list(value)
+    return {name: float(each) for name, each in zip(names, values, strict=True)}
 
 
 def _says_finished(error: BaseException | None) -> bool:

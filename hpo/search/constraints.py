@@ -93,12 +93,13 @@ def feasible_text(trials: Sequence[FrozenTrial], constraints: Mapping[str, Const
 def wrong_constraints(trial: FrozenTrial) -> str | None:
     """Return what is wrong with what a storage holds of a trial's constraints; None: nothing."""
     for key, value in trial.system_attrs.items():
-        if key.startswith(schema.CONSTRAINT) and not _is_real(value):
+        if key.startswith(schema.CONSTRAINT) and not is_real(value):
             return f"its {key} is {value!r:.100}, not a number"
     values = trial.user_attrs.get(schema.CONSTRAINED, {})
-    sound = isinstance(values, Mapping) and all(map(_is_real, values.values()))
+    sound = isinstance(values, Mapping) and all(map(is_real, values.values()))
     return None if sound else f"its {schema.CONSTRAINED} is {values!r:.100}"
 
 
-def _is_real(value: Any) -> bool:
+def is_real(value: Any) -> bool:
+    """Whether what a storage holds is a number, finite or not."""
     return type(value) in (int, float) and value == value

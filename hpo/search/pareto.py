@@ -34,5 +34,5 @@ def front_data(seen: StudyView) -> dict[str, Any]:
 
 
 def _value_text(name: str, value: float) -> str:
-    whole = value == int(value) and 1 < abs(value) < 1e15
+    whole = 1 < abs(value) < 1e15 and value == int(value)
     return f"{name} " + (f"{value:,.0f}" if whole else f"{value:.4g}") + (" ms" if name in LATENCY else "")

@@ -20,6 +20,7 @@ from hpo.search.budget import (
     utc,
     worker_of,
     wrong_row,
+    wrong_values,
 )
 from hpo.search.constraints import feasible_text, holds, said_of, values_of
 from hpo.search.curves import curves_in, reported
@@ -67,6 +68,7 @@ class TrialReader:
     def __init__(self, storage: RetryingStorage, study_id: int, spec: StudySpec) -> None:
         self._storage, self._study_id, self._spec = storage, study_id, spec
         self._sound: set[int] = set()
+        self._n_metrics: int | None = None
 
     def read(self) -> list[FrozenTrial]:
         """Return all trials of the study, but for adopted ones, which only its sampler sees.
@@ -74,10 +76,12 @@ class TrialReader:
         Raises StorageError for one that hpo cannot have written, StorageAway.
         """
         trials = own(self._storage.get_all_trials(self._study_id, deepcopy=False))
+        if self._n_metrics is None:
+            self._n_metrics = len(self._storage.get_study_directions(self._study_id))
         for trial in trials:
             if trial.number in self._sound:
                 continue
-            if (wrong := wrong_row(trial)) is not None:
+            if (wrong := wrong_row(trial) or wrong_values(trial, self._n_metrics)) is not None:
                 raise foreign(trial.number, self._spec, wrong)
             if trial.state.is_finished():
                 self._sound.add(trial.number)

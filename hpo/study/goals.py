@@ -38,10 +38,13 @@ def front(values: Sequence[Sequence[float]], maximize: Sequence[bool]) -> list[i
     more of it is better. A point is better than another one where it is as good in each metric and better in one; of
     equal points all are on the front.
     """
+    import numpy as np  # not for a command that needs no front
+
     signed = [tuple(-x if more else x for x, more in zip(point, maximize, strict=True)) for point in values]
-    found: list[tuple[float, ...]] = []
+    on: set[tuple[float, ...]] = set()
+    found = np.empty((len(set(signed)), len(maximize)))  # these as rows: most of many thousand trials may be on it
     for point in sorted(set(signed)):  # whatever is better than a point comes before it
-        if not any(all(a <= b for a, b in zip(other, point, strict=True)) for other in found):
-            found.append(point)
-    on = set(found)
+        if not (found[: len(on)] <= point).all(axis=1).any():
+            found[len(on)] = point
+            on.add(point)
     return [i for i, point in enumerate(signed) if point in on]
