@@ -297,7 +297,6 @@ def _commands() -> ModuleType:
         return import_module("hpo.cli.commands")
     finally:
         if collects:
-            gc.freeze()  # none of them will be
             gc.enable()
 
 

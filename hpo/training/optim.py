@@ -76,7 +76,7 @@ def make(params: Mapping[str, Any], weights: Iterable[nn.Parameter]) -> torch.op
 
 
 def step(optimizer: torch.optim.Optimizer) -> None:
-    """Do an optimizer's step, without what torch puts around it: an import of its compiler, and hooks, of which none is.
+    """Do an optimizer's step without what torch puts around it: an import of its compiler, and hooks that nobody set.
 
     That import takes one to two seconds; the hooks, the profiler's among them, a quarter of a small network's step.
     """
