@@ -86,7 +86,8 @@ def step(optimizer: torch.optim.Optimizer) -> None:
 
 @cache
 def _bare_step(cls: type[torch.optim.Optimizer]) -> Callable[[torch.optim.Optimizer], Any]:
-    return inspect.unwrap(cls.step)
+    bare: Callable[[torch.optim.Optimizer], Any] = inspect.unwrap(cls.step)
+    return bare
 
 
 def _has_fused(name: str, weight: Tensor) -> bool:
