@@ -85,7 +85,7 @@ def step(optimizer: torch.optim.Optimizer) -> None:
 
 
 @cache
-def _bare_step(cls: type[torch.optim.Optimizer]) -> Callable[[torch.optim.Optimizer], Any]:
+def _bare_step(cls: Any) -> Callable[[torch.optim.Optimizer], Any]:
     bare: Callable[[torch.optim.Optimizer], Any] = inspect.unwrap(cls.step)
     return bare
 
