@@ -80,8 +80,9 @@ def step(optimizer: torch.optim.Optimizer) -> None:
 
     That import takes one to two seconds; the hooks, the profiler's among them, a quarter of a small network's step.
     """
+    cls: Any = type(optimizer)  # which mypy takes for no key of a cache
     with torch.no_grad():
-        _bare_step(type(optimizer))(optimizer)
+        _bare_step(cls)(optimizer)
 
 
 @cache
