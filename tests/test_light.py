@@ -1,9 +1,11 @@
-"""TorchMetrics is imported without torchvision and SciPy's signal processing, and all of it works nevertheless."""
+"""Libraries are imported without what they hardly use, and all of them work nevertheless."""
 
 import subprocess
 import sys
 
 import pytest
+
+from tests.conftest import ROOT
 
 USES = """
 import sys
@@ -35,7 +37,7 @@ import torch
 source = open(SPEC.origin).read().replace("\\n_import()\\n", "\\n")
 light = types.ModuleType("light")
 exec(compile(source.partition("\\nfrom torchmetrics import")[0], "light", "exec"), light.__dict__)
-with light._stand_ins():
+with light.lightly("torchmetrics"):
     import torchvision
     assert "_StandIn" in type(torchvision).__name__
     assert callable(torchvision.ops.box_iou) and "_Later" not in type(torchvision.ops.box_iou).__name__
@@ -44,12 +46,63 @@ with light._stand_ins():
 """
 
 
-@pytest.mark.parametrize("code", [USES, FIRST, WHILE], ids=["uses", "first", "while"])
+SKLEARN = """
+from hpo.light import lightly
+with lightly("sklearn"):
+    import numpy as np
+    import sklearn.datasets, sklearn.metrics, sklearn.isotonic
+    import scipy.stats.qmc
+    from scipy.stats import norm
+    import numpy.f2py
+assert norm.cdf(0) == 0.5 and numpy.f2py.get_include()
+assert sklearn.metrics.label_ranking_average_precision_score([[0, 1]], [[0.2, 0.9]]) == 1.0
+assert type(sys.modules["scipy.stats"]).__name__ == type(sys.modules["numpy.f2py"]).__name__ == "module"
+"""
+PLOT = """
+import hpo.light, torch, torchmetrics
+from torchmetrics.classification import BinaryROC
+assert "matplotlib" not in sys.modules
+metric = BinaryROC()
+metric.update(torch.tensor([0.1, 0.8]), torch.tensor([0, 1]))
+metric.plot()
+assert "matplotlib" in sys.modules
+assert torchmetrics.utilities.plot.plot_curve.__module__ == "torchmetrics.utilities.plot"
+"""
+CHECK = """
+import hpo
+hpo.check(STUDY)
+lazy = {"torch._dynamo", "scipy.stats", "numpy.f2py", "matplotlib", "networkx"}
+assert not lazy & set(sys.modules), lazy & set(sys.modules)
+"""
+COMPILER = """
+from hpo.training import optim
+import torch
+weight = torch.nn.Parameter(torch.ones(2))
+optimizer = optim.make({"optimizer": "adam", "learning_rate": 0.1}, [weight])
+function = torch.optim.Optimizer.zero_grad.__wrapped__
+weight.grad = torch.ones(2)
+optim.step(optimizer)
+assert abs(weight[0].item() - 0.9) < 1e-6
+optimizer.zero_grad()
+assert weight.grad is None and "torch._dynamo" not in sys.modules
+import torch._dynamo
+weight.grad = torch.ones(2)
+optimizer.zero_grad()
+assert weight.grad is None and type(vars(function)["__dynamo_disable"]).__name__ == "function"
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [USES, FIRST, WHILE, SKLEARN, PLOT, CHECK, COMPILER],
+    ids=["uses", "first", "while", "sklearn", "plot", "check", "compiler"],
+)
 def test_what_is_not_used_is_not_imported_and_what_is_used_is_real(code):
     start = (
         "import sys\n"
         "from importlib.util import find_spec\n"
         "SPEC = find_spec('hpo.light')\n"
+        f"STUDY = {str(ROOT / 'studies/breast_cancer.yaml')!r}\n"
         "def loaded(): return {name for name in ('torchvision', 'scipy.signal') if name in sys.modules}\n"
     )
     done = subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hpo.errors import ExportError, InputError, did_you_mean
 from hpo.export.model import Model, Named
+from hpo.light import lightly
 from hpo.study.data import Split
 
 _jit: Any = torch.jit  # whose functions have no types
@@ -96,13 +97,14 @@ def _write_state(model: Model, eager: nn.Module, path: Path) -> Written:
     return Written(how={}, call=restored)
 
 
-def _shapes(example: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    """Return what torch.export is to take as free: the first dimension of every input."""
-    return tuple({0: torch.export.Dim.AUTO} for _ in example)
+def _exported(eager: nn.Module, example: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    """Return what torch.export makes of `eager`, for any size of the first dimension of every input."""
+    with lightly("torch"):
+        return torch.export.export(eager, example, dynamic_shapes=tuple({0: torch.export.Dim.AUTO} for _ in example))
 
 
 def _write_pt2(eager: nn.Module, example: tuple[Tensor, ...], path: Path) -> Written:
-    program = torch.export.export(eager, example, dynamic_shapes=_shapes(example))
+    program = _exported(eager, example)
     torch.export.save(program, path)
     return Written(how={"inputs": list(program.graph_signature.user_inputs)}, call=torch.export.load(path).module())
 
@@ -112,7 +114,7 @@ def _write_onnx(eager: nn.Module, example: tuple[Tensor, ...], names: list[str],
 
     from hpo.export.onnx_file import write_onnx
 
-    program = torch.export.export(eager, example, dynamic_shapes=_shapes(example))
+    program = _exported(eager, example)
     write_onnx(program, example, names, path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 

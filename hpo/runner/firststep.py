@@ -18,6 +18,7 @@ from hpo.errors import InputError
 from hpo.runner.prepare import Plan, guarded
 from hpo.study.data import Data, Split, prediction
 from hpo.study.objective import Params
+from hpo.training import optim
 
 _OF_DTYPES = ("dtype", "scalar type", "Double", "Long", "same type", "be cast")
 """Words of torch's messages about dtypes."""
@@ -65,7 +66,7 @@ def try_step(plan: Plan, module: nn.Module, optimizer: Any, batch: Split, params
             f"but got {came(loss)}; take its mean"
         )
     _called(plan, "loss.backward", loss.backward, given)
-    guarded(plan, f"a step of optimizer {params['optimizer']}", optimizer.step)
+    guarded(plan, f"a step of optimizer {params['optimizer']}", lambda: optim.step(optimizer))
     return outputs
 
 

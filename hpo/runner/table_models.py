@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hpo.light import lightly
 from hpo.study.data import Split
 
 _MOST_CATEGORIES = 254
@@ -67,11 +68,12 @@ Fit = Callable[[np.ndarray, np.ndarray], tuple[Any, str]]
 
 def linear(table: Table, seed: int, *, of_classes: bool) -> tuple[str, Fit]:
     """Return a linear model of standardised numbers, the missing ones at their median, and of categories."""
-    from sklearn.compose import make_column_transformer
-    from sklearn.impute import SimpleImputer
-    from sklearn.linear_model import LinearRegression, LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import OneHotEncoder, StandardScaler
+    with lightly("sklearn"):
+        from sklearn.compose import make_column_transformer
+        from sklearn.impute import SimpleImputer
+        from sklearn.linear_model import LinearRegression, LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
     filled = make_pipeline(SimpleImputer(strategy="median", keep_empty_features=True), StandardScaler())
     indicators = OneHotEncoder(
@@ -103,7 +105,8 @@ def linear(table: Table, seed: int, *, of_classes: bool) -> tuple[str, Fit]:
 
 def boosted(table: Table, seed: int, *, of_classes: bool) -> tuple[str, Fit]:
     """Return gradient boosting by scikit-learn's own settings, but for the trees that would take more than seconds."""
-    from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+    with lightly("sklearn"):
+        from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
     kind = HistGradientBoostingClassifier if of_classes else HistGradientBoostingRegressor
     category = table.is_category

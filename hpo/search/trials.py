@@ -9,7 +9,7 @@ import json
 import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any
 
@@ -17,12 +17,15 @@ from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Connection, Row, Table, select
+from sqlalchemy import Column, ColumnElement, Connection, Enum, Row, String, Table, select, type_coerce
 
 from hpo.search.batch import parts
 
+_from_json = json.JSONDecoder().decode
 _TRIALS: Table = models.TrialModel.__table__
 _STUDIES: Table = models.StudyModel.__table__
+_FINITE = models.TrialIntermediateValueModel.TrialIntermediateValueType.FINITE.name
+_AT_ONCE = 10_000
 _ALL_FROM = 2000
 """From how many trials on the tables are read whole, not by ids."""
 
@@ -165,36 +168,46 @@ def _read_where(connection: Connection, study_id: int | None, ids: Sequence[int]
 
     def rows(model: Any, *columns: str) -> Iterator[Any]:
         table: Table = model.__table__
-        wanted = select(*(table.c[name] for name in ("trial_id", *columns))) if columns else select(table)
-        found = connection.execute(wanted.where(table.c.trial_id.in_(where)).order_by(*table.primary_key.columns))
-        return (row for row in found if model is models.TrialModel or row[0] in trials)
+        names = ("trial_id", *columns) if columns else table.c.keys()
+        wanted = select(*(_plain(table.c[name]) for name in names)).where(table.c.trial_id.in_(where))
+        found = connection.execute(wanted.order_by(*table.primary_key.columns))
+        return (row for some in found.partitions(_AT_ONCE) for row in some)  # one by one takes twice as long
 
-    trials: dict[int, FrozenTrial] = {}
-    trials |= {row.trial_id: _empty(row) for row in rows(models.TrialModel)}
+    trials = {row.trial_id: _empty(row) for row in rows(models.TrialModel)}
     for trial_id, name, stored, text in rows(models.TrialParamModel, "param_name", "param_value", "distribution_json"):
-        distribution = _distribution(text)
-        trials[trial_id].params[name] = distribution.to_external_repr(stored)
-        trials[trial_id].distributions[name] = distribution
+        if (trial := trials.get(trial_id)) is not None:  # else it was added between the two reads
+            distribution = _distribution(text)
+            trial.params[name] = distribution.to_external_repr(stored)
+            trial.distributions[name] = distribution
     reported = models.TrialIntermediateValueModel.stored_repr_to_intermediate_value
+    kinds = models.TrialIntermediateValueModel.TrialIntermediateValueType
     columns = "step", "intermediate_value", "intermediate_value_type"
-    for trial_id, step, *stored in rows(models.TrialIntermediateValueModel, *columns):
-        trials[trial_id].intermediate_values[step] = reported(*stored)
-    for trial_id, key, text in rows(models.TrialUserAttributeModel, "key", "value_json"):
-        trials[trial_id].user_attrs[key] = json.loads(text)
-    for trial_id, key, text in rows(models.TrialSystemAttributeModel, "key", "value_json"):
-        trials[trial_id].system_attrs[key] = json.loads(text)
+    for trial_id, step, value, kind in rows(models.TrialIntermediateValueModel, *columns):
+        if (trial := trials.get(trial_id)) is not None:
+            trial.intermediate_values[step] = value if kind == _FINITE else reported(value, kinds[kind])
+    for model, of in (models.TrialUserAttributeModel, "user_attrs"), (models.TrialSystemAttributeModel, "system_attrs"):
+        for trial_id, key, text in rows(model, "key", "value_json"):
+            if (trial := trials.get(trial_id)) is not None:
+                getattr(trial, of)[key] = _from_json(text)
     values: dict[int, dict[int, float]] = {}
-    for trial_id, at, *stored in rows(models.TrialValueModel, "objective", "value", "value_type"):
-        values.setdefault(trial_id, {})[at] = models.TrialValueModel.stored_repr_to_value(*stored)
+    of_values = models.TrialValueModel
+    for trial_id, at, value, kind in rows(of_values, "objective", "value", "value_type"):
+        if trial_id in trials:
+            values.setdefault(trial_id, {})[at] = of_values.stored_repr_to_value(value, of_values.TrialValueType[kind])
     for trial_id, of_trial in values.items():
         trials[trial_id].values = [of_trial[i] for i in sorted(of_trial)]
     return list(trials.values())
 
 
+def _plain(column: Column[Any]) -> ColumnElement[Any]:
+    """Return a column that is read as it is stored: an Enum takes SQLAlchemy longer than all else of a row."""
+    return type_coerce(column, String()) if isinstance(column.type, Enum) else column
+
+
 def _empty(row: Row[Any]) -> FrozenTrial:
     return FrozenTrial(
         number=row.number,
-        state=row.state,
+        state=TrialState[row.state],
         value=None,
         values=None,
         datetime_start=_local(row.datetime_start),
@@ -210,7 +223,15 @@ def _empty(row: Row[Any]) -> FrozenTrial:
 
 def _local(time: datetime | None) -> datetime | None:
     """Return a time as Optuna gives it, local and without saying so, from what its tables have (UTC)."""
-    return None if time is None else time.replace(tzinfo=UTC).astimezone().replace(tzinfo=None)
+    if time is None:
+        return None
+    return time + _offset(time.replace(minute=time.minute // 15 * 15, second=0, microsecond=0))
+
+
+@lru_cache(maxsize=1000)
+def _offset(time: datetime) -> timedelta:
+    """Return by how much the local time is ahead of UTC, from a quarter of an hour on: no clock changes within one."""
+    return time.replace(tzinfo=UTC).astimezone().replace(tzinfo=None) - time
 
 
 @lru_cache(maxsize=1000)

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, cast
 
 from hpo.errors import Fault, Faulty, collecting, did_you_mean, said
+from hpo.light import lightly
 from hpo.study import catalog, losses
 from hpo.study.checking import validate
 from hpo.study.objective import Function, Objective
@@ -199,7 +200,8 @@ def _is_path(value: Any) -> bool:
 def _module(target: str, folder: Path, at: tuple[str, ...]) -> ModuleType:
     """Import a file or a module. Raises Faulty."""
     try:
-        return _import(target, folder)
+        with lightly("sklearn"):
+            return _import(target, folder)
     except _NotFound as error:
         raise Faulty(at, str(error)) from error
     except (Exception, SystemExit) as error:  # the user's own code: whatever it raises is theirs to see

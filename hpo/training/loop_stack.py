@@ -179,7 +179,7 @@ class _Slot:
             for group in self._optimizer.param_groups:
                 group["lr"] = self._params["learning_rate"] * self._factors[min(self._t, len(self._factors) - 1)]
         self._t += 1
-        self._optimizer.step()
+        optim.step(self._optimizer)
 
 
 def _kept(value: Any) -> Any:

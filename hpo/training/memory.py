@@ -112,6 +112,11 @@ class Within(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does 
         self._most, self._made = most, 0
         self._reserve: float | None = None
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Say that torch need not import its compiler, for a second or two, to keep it from this class."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:

@@ -1,7 +1,7 @@
 """The engine's own hyperparameters, and torch.optim's optimizers made of them."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hpo.errors import Fault, broken_rules, did_you_mean, is_number
+from hpo.light import without_compiler
 from hpo.training import schedules
 from hpo.training.memory import is_out_of_memory
 
@@ -33,6 +34,8 @@ MAX_GRAD_NORM = "max_grad_norm"
 """The largest norm of all gradients together (torch.nn.utils.clip_grad_norm_); 0, or not named: no clipping."""
 ACCUMULATION = "accumulation_steps"
 """How many batches make one optimizer step: their gradients are those of all their rows at once."""
+without_compiler(torch.optim.Optimizer, "add_param_group", "zero_grad", "state_dict", "load_state_dict")
+
 NAMES = (*dict.fromkeys([*DEFAULTS, *ARGUMENTS, *schedules.DEFAULTS, MAX_GRAD_NORM, ACCUMULATION]),)
 
 
@@ -72,6 +75,22 @@ def make(params: Mapping[str, Any], weights: Iterable[nn.Parameter]) -> torch.op
     return cls(weights, **arguments)
 
 
+def step(optimizer: torch.optim.Optimizer) -> None:
+    """Do an optimizer's step without what torch puts around it: an import of its compiler, and hooks that nobody set.
+
+    That import takes one to two seconds; the hooks, the profiler's among them, a quarter of a small network's step.
+    """
+    cls: Any = type(optimizer)  # which mypy takes for no key of a cache
+    with torch.no_grad():
+        _bare_step(cls)(optimizer)
+
+
+@cache
+def _bare_step(cls: Any) -> Callable[[torch.optim.Optimizer], Any]:
+    bare: Callable[[torch.optim.Optimizer], Any] = inspect.unwrap(cls.step)
+    return bare
+
+
 def _has_fused(name: str, weight: Tensor) -> bool:
     return weight.is_floating_point() and _works_fused(name, weight.device, weight.dtype)
 
@@ -86,7 +105,7 @@ def _works_fused(name: str, device: torch.device, dtype: torch.dtype) -> bool:
     weight.grad = torch.zeros_like(weight)
     arguments: dict[str, Any] = {"fused": True}
     try:
-        _classes()[name]([weight], **arguments).step()
+        step(_classes()[name]([weight], **arguments))
     except (RuntimeError, NotImplementedError) as error:
         if is_out_of_memory(error):
             raise
