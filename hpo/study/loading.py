@@ -200,8 +200,7 @@ def _is_path(value: Any) -> bool:
 def _module(target: str, folder: Path, at: tuple[str, ...]) -> ModuleType:
     """Import a file or a module. Raises Faulty."""
     try:
-        with lightly("sklearn"):
-            return _import(target, folder)
+        return _import(target, folder)
     except _NotFound as error:
         raise Faulty(at, str(error)) from error
     except (Exception, SystemExit) as error:  # the user's own code: whatever it raises is theirs to see
@@ -214,7 +213,8 @@ class _NotFound(Exception):
 
 def _import(target: str, folder: Path) -> ModuleType:
     if target in catalog.names():
-        return importlib.import_module(f"hpo.objectives.{target}")
+        with lightly("sklearn"):  # never around a user's own code, which may look at what it imports
+            return importlib.import_module(f"hpo.objectives.{target}")
     if target == "__main__":
         raise _NotFound("it was defined in a notebook, which no other process can import; save it in a file")
     _find_beside(folder)
