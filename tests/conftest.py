@@ -16,6 +16,7 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 import pytest
 import torch
 
+from tests import warm
 from tests.logged import recorded
 from tests.mlflows import empty_database, mlflow, no_warning, tracking_server  # noqa: F401 (fixtures)
 
@@ -110,7 +111,9 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
 
 
 def start_hpo(*arguments: object, **environ: str) -> "subprocess.Popen[str]":
-    """Start `python -m hpo ...` in the current folder as a process of its own."""
+    """Start `hpo ...` in the current folder as a process of its own, as `python -m hpo` where imports are looked at."""
+    if "PYTHONPATH" not in environ:
+        return warm.Popen(*arguments, environ=environ)
     return subprocess.Popen(
         [sys.executable, "-m", "hpo", *map(str, arguments)],
         env=os.environ | environ,
