@@ -18,6 +18,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -195,6 +196,10 @@ def _become(wanted: dict[str, Any], files: list[int]) -> None:
         main()
     else:
         exec(compile(wanted["code"], "<string>", "exec"), {"__name__": "__main__"})
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(0)  # to take all of PyTorch's modules down takes a second; what hpo itself leaves is taken down
 
 
 if __name__ == "__main__":
