@@ -23,6 +23,8 @@ from tests.mlflows import empty_database, mlflow, no_warning, tracking_server  #
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
+FRESH = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+"""For `start_hpo` and `run_hpo`: Python itself is started, where it matters that nothing is imported yet."""
 
 LINEAR = '''
 """A line through 300 points: the smallest whole objective."""
