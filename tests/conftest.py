@@ -16,12 +16,15 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 import pytest
 import torch
 
+from tests import warm
 from tests.logged import recorded
 from tests.mlflows import empty_database, mlflow, no_warning, tracking_server  # noqa: F401 (fixtures)
 
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
+FRESH = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+"""For `start_hpo` and `run_hpo`: Python itself is started, where it matters that nothing is imported yet."""
 
 LINEAR = '''
 """A line through 300 points: the smallest whole objective."""
@@ -110,7 +113,9 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
 
 
 def start_hpo(*arguments: object, **environ: str) -> "subprocess.Popen[str]":
-    """Start `python -m hpo ...` in the current folder as a process of its own."""
+    """Start `hpo ...` in the current folder as a process of its own, as `python -m hpo` where imports are looked at."""
+    if "PYTHONPATH" not in environ:
+        return warm.Popen(*arguments, environ=environ)
     return subprocess.Popen(
         [sys.executable, "-m", "hpo", *map(str, arguments)],
         env=os.environ | environ,

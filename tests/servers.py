@@ -2,7 +2,6 @@
 
 import os
 import socket
-import subprocess
 import sys
 import time
 import uuid
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import psutil
 import psycopg
+
+from tests import warm
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -142,7 +143,7 @@ def grpc_server(database: str) -> Iterator[str]:
     """Serve a database by Optuna's proxy, as `hpo serve` does; give its grpc:// address."""
     port = free_port()
     code = f"from hpo.search.storage import serve_storage; serve_storage({database!r}, '127.0.0.1', {port})"
-    with subprocess.Popen([sys.executable, "-c", code]) as process:
+    with warm.Popen(code=code) as process:
         try:
             wait_for_port(port)
             yield f"grpc://127.0.0.1:{port}"

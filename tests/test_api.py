@@ -17,6 +17,7 @@ import torchmetrics
 
 import hpo
 from hpo.errors import InputError, SpecError
+from tests import warm
 from tests.conftest import LINEAR, ROOT
 
 PUBLIC = [
@@ -248,7 +249,7 @@ def test_progress_is_logged_and_printed_only_where_nothing_else_shows_it(linear:
         "import hpo, json; hpo.run({'objective': 'linear.py'}, trials=1, epochs=1, tracking='off', name='n'); "
         "print('end')"
     )
-    done = run_python(code)
+    done = warm.run(code)
     assert "trial 0 complete" in done.stdout, done.stderr
     assert json.dumps("end")[1:-1] in done.stdout
 

@@ -15,7 +15,7 @@ import torch
 from hpo.errors import HpoError
 from hpo.study import catalog
 from tests.cli import invoke, refused, summary
-from tests.conftest import run_hpo, start_hpo
+from tests.conftest import FRESH, run_hpo, start_hpo
 from tests.databases import MLFLOW, rows
 
 Write = Callable[..., Path]
@@ -371,7 +371,7 @@ def test_an_objective_that_breaks_the_contract_is_told_so_before_anything_runs(
 
 def test_a_pipe_that_closes_early_gives_no_traceback(study: Write) -> None:
     """The reader takes the first line and goes; what the study says afterwards has nobody to read it."""
-    with start_hpo("run", study("trials: 5")) as process:
+    with start_hpo("run", study("trials: 5"), **FRESH) as process:  # it says that it imports PyTorch
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline().endswith("5 trials; importing PyTorch\n")

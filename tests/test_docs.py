@@ -10,7 +10,6 @@ Code blocks are marked by the words after the language:
 """
 
 import ast
-import os
 import re
 import shlex
 import subprocess
@@ -27,6 +26,7 @@ import hpo
 from hpo.cli.app import app
 from hpo.study import spec
 from hpo.study.draft import read
+from tests import warm
 from tests.cli import invoke
 from tests.conftest import ROOT, run_hpo
 
@@ -187,15 +187,7 @@ def runnable(page: Path) -> list[Block]:
 def test_the_pages_python_runs(page: Path, tmp_path: Path) -> None:
     write_files(page, tmp_path)
     for block in runnable(page):
-        command = [sys.executable, "-c", block.text]
-        done = subprocess.run(
-            command,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
+        done = warm.run(block.text, folder=tmp_path)
         assert done.returncode == 0, f"{block}:\n{done.stderr}"
 
 
@@ -220,7 +212,7 @@ def test_study_files_are_checked(block: Block, tmp_path: Path, monkeypatch: pyte
 def test_readmes_objective_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_files(ROOT / "README.md", tmp_path)
-    done = run_hpo("run", "wine.yaml", "--trials", "2", "--set", "epochs=2", "--tracking", "off", PYTHONPATH=str(ROOT))
+    done = run_hpo("run", "wine.yaml", "--trials", "2", "--set", "epochs=2", "--tracking", "off")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "mlruns" / "bundles" / "wine" / "bundle.json").is_file()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli import invoke, refused
-from tests.conftest import run_hpo
+from tests.conftest import FRESH, run_hpo
 
 GOOD = '''
 """Three classes of points."""
@@ -340,7 +340,7 @@ def test_from_outside_it_is_one_line_and_status_2(study, name):
     changes, *said = WRONG[name]
     Path("odd.py").write_text(written(changes))
     path = study("objective: odd.py")
-    done = run_hpo("run", path)
+    done = run_hpo("run", path, **FRESH)
     assert done.returncode == 2
     assert name in ("numpy", "all pairs") or done.stdout == f"study: {path}, 3 trials; importing PyTorch\n"
     assert len(done.stderr.splitlines()) == 1

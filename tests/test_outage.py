@@ -4,7 +4,6 @@ import os
 import signal
 import sqlite3
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -21,6 +20,7 @@ from hpo.log import log
 from hpo.search.away import StoppedWhileAway, StorageAway, StudyGone, open_patiently
 from hpo.search.retrying import RetryingStorage
 from hpo.search.storage import StorageBusy, exclusive, open_storage
+from tests import warm
 from tests.cli import invoke, summary
 from tests.conftest import LINEAR, start_hpo
 from tests.searches import Opener
@@ -282,13 +282,7 @@ class Hpo:
 
     def __init__(self, *arguments, **environ):
         self.lines = []
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", BRIEF, *map(str, arguments)],
-            env=os.environ | environ,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        self.process = warm.Popen(*arguments, code=BRIEF, environ=environ, stderr=subprocess.STDOUT)
         self._thread = threading.Thread(target=self._listen)
         self._thread.start()
 

@@ -25,6 +25,7 @@ from hpo.export.model import Model
 from hpo.study.blocks import Standardize
 from hpo.study.data import DataInfo, Split
 from tests.cli import invoke, refused
+from tests.conftest import run_hpo
 
 ABOUT = {"study": "s", "objective": "o", "trial": 3, "metrics": {}, "data_fingerprint": "0123"}
 COLUMNS = [
@@ -131,8 +132,8 @@ def test_columns_are_taken_by_name_and_an_id_is_copied_as_it_is_written(bundles,
 
 def test_extra_columns_are_said_on_stderr_alone(bundles, here):
     Path("new.csv").write_text("b,extra,a\n2,1,1\n")
-    command = [sys.executable, "-m", "hpo", "predict", str(bundles / "binary"), "new.csv"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = run_hpo("predict", bundles / "binary", "new.csv")
+    assert done.returncode == 0
     assert done.stdout == "class,probability\nyes,0.7310586\n"
     assert done.stderr == "hpo: columns that the model does not take were ignored: 'extra'\n"
 
@@ -184,8 +185,8 @@ def test_a_raw_table_goes_in_as_it_came(bundles, here):
 
 def test_unknown_categories_are_said(bundles, here):
     Path("flats.csv").write_text(FLATS)
-    command = [sys.executable, "-m", "hpo", "predict", str(bundles / "flats"), "flats.csv", "--out", "/dev/null"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = run_hpo("predict", bundles / "flats", "flats.csv", "--out", "/dev/null")
+    assert done.returncode == 0
     said = "column 'city': 1 value was not seen in training, and taken as unknown (the first: 'Zug' in row 2)"
     assert done.stderr == f"hpo: {said}\n"
 

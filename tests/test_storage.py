@@ -2,7 +2,6 @@
 
 import sqlite3
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ from hpo.errors import StorageError
 from hpo.search import storage as storages
 from hpo.search.address import exists
 from hpo.search.storage import exclusive, open_storage
+from tests import warm
 
 N_PROCESSES, N_QUEUED = 8, 60
 
@@ -53,16 +53,7 @@ print(*claimed, flush=True)
 def peers(tmp_path_factory):
     """Let processes open one fresh database at the same moment, then claim its queue; return what each said."""
     url = f"sqlite:///{tmp_path_factory.mktemp('peers')}/optuna.db"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PEER, url],
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for _ in range(N_PROCESSES)
-    ]
+    processes = [warm.Popen(url, code=PEER, stdin=subprocess.PIPE) for _ in range(N_PROCESSES)]
     started = [process.stdout.readline() for process in processes]
     for process in processes:
         process.stdin.write("go\n")

@@ -1,7 +1,6 @@
 """One contract for all four kinds of storage, against real servers: the budget is exact, whatever the workers do."""
 
 import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -16,6 +15,7 @@ from hpo.search import schema
 from hpo.search.away import StorageAway, StudyGone
 from hpo.search.storage import close_storage, open_storage
 from hpo.study.spec import Plugin
+from tests import warm
 from tests.searches import PARAMS, HandClock, Opener, claims, stored
 from tests.servers import grpc_server
 
@@ -195,10 +195,7 @@ def test_a_connection_that_was_cut_while_idle_costs_nothing(server, tmp_path, sa
 
 
 def test_workers_that_start_together_on_nothing_all_run_and_no_two_draw_the_same(url):
-    peers = [
-        subprocess.Popen([sys.executable, "-c", PEER, url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(8)
-    ]
+    peers = [warm.Popen(url, code=PEER, stdin=subprocess.PIPE) for _ in range(8)]
     for peer in peers:
         assert peer.stdout.readline() == "ready\n"
     for peer in peers:

@@ -1,12 +1,11 @@
 """`hpo run` killed with -9 at each moment of a study's end: the next `run`, or `repair`, tells MLflow all of it."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.cli import invoke, summary
 from tests.conftest import run_hpo
 from tests.mlflows import Mlflow, in_store
@@ -92,8 +91,7 @@ SHORT = "trials: 2\nepochs: 1\nstack: 1\npruner: none\n"
 
 
 def kill_at(moment: str, *arguments: object) -> None:
-    command = [sys.executable, "-c", KILLED, moment, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = warm.run(KILLED, moment, *arguments)
     assert done.returncode == -9, done.stdout + done.stderr
 
 
@@ -177,11 +175,11 @@ def test_a_finished_study_whose_end_has_arrived_does_not_ask_mlflow(tracked, kil
     path, mlflow = tracked("sqlite")
     if killed:
         kill_at("result stored", path)
-        refused = subprocess.run([sys.executable, "-c", NO_MLFLOW, path], capture_output=True, text=True)
+        refused = warm.run(NO_MLFLOW, path)
         assert refused.returncode == 2
         assert "MLflow is not installed" in refused.stderr
     invoke("run", path)
-    again = subprocess.run([sys.executable, "-c", NO_MLFLOW, path], capture_output=True, text=True)
+    again = warm.run(NO_MLFLOW, path)
     assert again.returncode == 0, again.stderr
     assert f"{mlflow.study}: all 2 trials are done" in again.stdout
 
@@ -189,7 +187,7 @@ def test_a_finished_study_whose_end_has_arrived_does_not_ask_mlflow(tracked, kil
 def test_a_study_that_is_not_tracked_asks_no_mlflow(study: Callable[..., Path]) -> None:
     path = study(SHORT)
     for _ in range(2):
-        done = subprocess.run([sys.executable, "-c", NO_MLFLOW, path], capture_output=True, text=True)
+        done = warm.run(NO_MLFLOW, path)
         assert done.returncode == 0, done.stderr
     assert not Path("mlruns/unsent").exists()
 

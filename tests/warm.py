@@ -1,0 +1,206 @@
+"""Processes of their own without the ten seconds of CPU time in which each would import PyTorch.
+
+One process imports what a run needs and then only forks itself. Each fork is a process as `python -m hpo` is: with its
+own pipes, environment, folder, signals and exit status; `Popen` here is subprocess's, whose child was forked there.
+It is not for tests of what is imported, or of what the environment does to that (PYTHONPATH): those start Python.
+"""
+
+import array
+import atexit
+import ctypes
+import functools
+import gc
+import importlib
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+IMPORTED = (
+    "alembic",
+    "hpo.cli.commands",
+    "hpo.runner.study",
+    "sklearn.ensemble",
+    "sklearn.impute",
+    "sqlalchemy.dialects.postgresql",
+    "sqlalchemy.dialects.sqlite",
+    "torch._functorch.aot_autograd",
+    "torch._inductor.codecache",
+    "torch.export._trace",
+)
+"""What a run would import, some of it inside of functions."""
+SUBREAPER = 36  # prctl's PR_SET_CHILD_SUBREAPER
+
+
+class Popen(subprocess.Popen):  # type: ignore[type-arg]
+    """A fork of the warm process that runs `hpo ARGUMENTS`, or `code` with them, as a child of this process."""
+
+    def __init__(
+        self,
+        *arguments: object,
+        code: str | None = None,
+        environ: Mapping[str, str] = {},
+        folder: Path | None = None,
+        stdin: int = subprocess.DEVNULL,
+        stderr: int = subprocess.PIPE,
+    ) -> None:
+        self._wanted = {
+            "arguments": [str(each) for each in arguments],
+            "code": code,
+            "environ": os.environ | environ,
+            "folder": str(folder or Path.cwd()),
+        }
+        command = ["hpo", *self._wanted["arguments"]]
+        super().__init__(command, text=True, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr)
+
+    def _execute_child(self, *arguments: Any) -> None:
+        """Fork there instead of here. subprocess's own arguments: ten of the command, then its files, ours and its."""
+        files = [arguments[i] for i in (10, 13, 15)]
+        try:
+            self.pid = _warm(os.getpid()).fork(self._wanted, files)
+            self._child_created = True
+        finally:
+            self._closed_child_pipe_fds = True
+            for file in set(files):  # stderr may be stdout
+                os.close(file)
+
+
+def run(code: str, *arguments: object, folder: Path | None = None) -> "subprocess.CompletedProcess[str]":
+    """Run a program to its end, as `python -c CODE ARGUMENTS` in the current folder, or in `folder`."""
+    process = Popen(*arguments, code=code, folder=folder)
+    out, err = process.communicate(timeout=200)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+class _Warm:
+    """The process that forks, and our end of the socket to it."""
+
+    def __init__(self) -> None:
+        self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        command = [sys.executable, "-m", "tests.warm", str(other.fileno())]
+        root = str(Path(__file__).parent.parent)
+        self._process = subprocess.Popen(command, cwd=root, pass_fds=[other.fileno()], stdin=subprocess.DEVNULL)
+        other.close()
+        atexit.register(self._end)
+
+    def fork(self, wanted: dict[str, Any], files: list[int]) -> int:
+        """Return the id of a new process, which is this one's child."""
+        content = json.dumps(wanted).encode()
+        # it is a grandchild of the warm process whose parent ends at once: the system gives it to the nearest process
+        # that asks for such, which is this one, but only now, lest it be given others' orphans too
+        _prctl(1)
+        try:
+            socket.send_fds(self._socket, [struct.pack("=I", len(content))], files)
+            self._socket.sendall(content)
+            (pid,) = struct.unpack("=i", _received(self._socket, 4))
+        finally:
+            _prctl(0)
+        return int(pid)
+
+    def _end(self) -> None:
+        self._socket.close()
+        self._process.wait(30)
+
+
+@functools.cache
+def _warm(_pid: int) -> _Warm:
+    """Return the warm process of this one, started when it is first asked for."""
+    return _Warm()
+
+
+def _prctl(value: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, value, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
+def _received(connection: socket.socket, n: int) -> bytes:
+    content = b""
+    while len(content) < n:
+        part = connection.recv(n - len(content))
+        if not part:
+            raise EOFError("the warm process has ended; see its error above")
+        content += part
+    return content
+
+
+def _serve(connection: socket.socket) -> None:
+    """Fork for each request; return in the fork, with what is wanted of it in place."""
+    for name in IMPORTED:
+        importlib.import_module(name)
+    gc.freeze()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for those who were forked
+    while True:
+        try:
+            head, files = _head(connection)
+        except EOFError:
+            os._exit(0)
+        wanted = json.loads(_received(connection, struct.unpack("=I", head)[0]))
+        reading, writing = os.pipe()
+        between = _fork()
+        if between == 0:
+            pid = _fork()
+            if pid == 0:
+                os.close(reading)
+                os.close(writing)
+                connection.close()
+                return _become(wanted, files)
+            os.write(writing, struct.pack("=i", pid))
+            os._exit(0)
+        os.waitpid(between, 0)
+        connection.sendall(os.read(reading, 4))
+        for file in (reading, writing, *files):
+            os.close(file)
+
+
+def _fork() -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of threads, which the imported have at most for waiting
+        return os.fork()
+
+
+def _head(connection: socket.socket) -> tuple[bytes, list[int]]:
+    files = array.array("i")
+    content, more, _, _ = connection.recvmsg(4, socket.CMSG_LEN(3 * files.itemsize))
+    if not content:
+        raise EOFError
+    for _, _, data in more:
+        files.frombytes(data[: len(data) - len(data) % files.itemsize])
+    return content, list(files)
+
+
+def _become(wanted: dict[str, Any], files: list[int]) -> None:
+    """Make this fork what `python -m hpo` would be, or `python -c CODE`."""
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(wanted["environ"])
+    os.chdir(wanted["folder"])
+    sys.path[0] = "" if wanted["code"] is not None else wanted["folder"]
+    sys.argv = ["hpo" if wanted["code"] is None else "-c", *wanted["arguments"]]
+    import numpy
+
+    numpy.random.seed()  # as it would be; a fork has its parent's
+    if wanted["code"] is None:
+        from hpo.cli.app import main
+
+        main()
+    else:
+        exec(compile(wanted["code"], "<string>", "exec"), {"__name__": "__main__"})
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(0)  # to take all of PyTorch's modules down takes a second; what hpo itself leaves is taken down
+
+
+if __name__ == "__main__":
+    _serve(socket.socket(fileno=int(sys.argv[1])))
