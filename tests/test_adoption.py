@@ -111,5 +111,5 @@ def test_what_does_not_compare_is_refused() -> None:
     with pytest.raises(InputError, match="source: must be an optuna"):
         hpo.adopt(bowl, 5, **QUICK)
     several = optuna.create_study(directions=["minimize", "minimize"])
-    with pytest.raises(InputError, match="has 2 objectives"):
+    with pytest.raises(InputError, match="has 2 metrics"):
         hpo.adopt(bowl, several, **QUICK)

@@ -37,6 +37,8 @@ IMPORTED = (
     "torch.export._trace",
 )
 """What a run would import, some of it inside of functions."""
+WORKS = sys.platform == "linux"
+"""Whether processes can be forked so, and given to this one; elsewhere Python is started."""
 SUBREAPER = 36  # prctl's PR_SET_CHILD_SUBREAPER
 
 
@@ -58,11 +60,15 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
             "environ": os.environ | environ,
             "folder": str(folder or Path.cwd()),
         }
-        command = ["hpo", *self._wanted["arguments"]]
-        super().__init__(command, text=True, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr)
+        command = [sys.executable, *(["-m", "hpo"] if code is None else ["-c", code]), *self._wanted["arguments"]]
+        where = {"cwd": self._wanted["folder"], "env": self._wanted["environ"]}
+        super().__init__(command, text=True, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, **where)
 
     def _execute_child(self, *arguments: Any) -> None:
         """Fork there instead of here. subprocess's own arguments: ten of the command, then its files, ours and its."""
+        if not WORKS:
+            super()._execute_child(*arguments)  # type: ignore[misc]
+            return
         files = [arguments[i] for i in (10, 13, 15)]
         try:
             self.pid = _warm(os.getpid()).fork(self._wanted, files)

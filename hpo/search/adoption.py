@@ -44,7 +44,8 @@ def trials_of(url: str, name: str, *, maximize: bool) -> list[FrozenTrial]:
 def require_alike(study: optuna.Study, *, maximize: bool) -> None:
     """Raise InputError where the values of `study` do not compare with those of the one that adopts its trials."""
     if len(study.directions) > 1:
-        raise InputError(f"study {study.study_name!r} has {len(study.directions)} metrics; one with one can be adopted")
+        n = len(study.directions)
+        raise InputError(f"study {study.study_name!r} has {n} metrics: only one with one can be adopted")
     if (study.direction == optuna.study.StudyDirection.MAXIMIZE) != maximize:
         here = "maximize" if maximize else "minimize"
         raise InputError(f"study {study.study_name!r} goes to {study.direction.name.lower()}, this one to {here}")
