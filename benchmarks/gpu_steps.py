@@ -228,8 +228,7 @@ def dropout(card: Card, execution: Execution) -> Seen:
     def shares(seed: int) -> Tensor:
         stack = stack_of(case, task, execution)
         for member, rate in zip(members_of(case), RATES, strict=True):
-            stack.join(Member(number=member.number, seed=0, params={**member.params, "dropout": rate}))
-        torch.manual_seed(seed)
+            stack.join(Member(number=member.number, seed=seed, params={**member.params, "dropout": rate}))
         kept = torch.stack([stack.step(inputs, targets) for _ in range(8)]).double().cpu()
         require(stack.path == wanted_path(execution, card.device), f"it runs {stack.path}")
         return kept
@@ -237,8 +236,8 @@ def dropout(card: Card, execution: Execution) -> Seen:
     first, again, other = shares(3), shares(3), shares(4)
     for rate, kept in zip(RATES, first.T, strict=True):
         require(len(kept.unique()) > 4, f"rate {rate}: replays draw the same masks, their shares are {kept.tolist()}")
-    require(torch.equal(first, again), "the same seed gives other masks")
-    require(not torch.equal(first, other), "another seed gives the same masks")
+    require(torch.equal(first, again), "members of the same seed have other masks")
+    require(not torch.equal(first, other), "members of another seed have the same masks")
     expected = 1 - torch.tensor(RATES, dtype=torch.float64)
     deviation = (expected * (1 - expected) / (len(first) * N_KEPT * case.batch_size)).sqrt()
     off = ((first.mean(0) - expected) / deviation).abs().max().item()

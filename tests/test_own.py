@@ -218,7 +218,7 @@ class TestFunction:
     @pytest.mark.parametrize(
         ("text", "said"),
         [
-            ("objective: f.py:pair", "must return one number, a trial's value, but returned (1, 2)"),
+            ("objective: f.py:pair", "must return one number, a trial's value (of several metrics: name them"),
             ("objective: f.py:ff", "f.py has no objective and no function 'ff'; did you mean \"f\"?"),
             ("objective: f.py", "or write f.py:function for a plain Optuna objective"),
             ("objective: f.py:f\nparams: {x: 1}", "params.x: a function suggests its own params; remove this"),

@@ -71,11 +71,11 @@ params:
 
 def test_trials_with_dropout_that_were_paused_in_stacks_are_played_back(study: Callable[..., Path]) -> None:
     Path("noisy.py").write_text(OBJECTIVE.replace("DROPOUT", "0.3"))
-    path = study(f"objective: noisy.py\ntrials: 6\nepochs: 6\n{NOISY}")
+    path = study(f"objective: noisy.py\ntrials: 10\nepochs: 8\n{NOISY}")
     invoke("run", path)
     resumed = summary(invoke("status", path, "--json"))["epochs"]["resumed"]
     assert resumed > 0
-    for number in range(6):
+    for number in range(10):
         done = summary(invoke("replay", path, "--trial", number, "--json"))
         assert done["max_difference"] <= LATER
 

@@ -155,7 +155,7 @@ def replay(path: Path, overrides: Mapping[str, str], number: int, epochs: int | 
         if not done.agrees:
             why = "; ".join(done.changed) or (
                 "nothing that is stored has changed; what a network draws at random in a stack, but for nn.Dropout's "
-                "masks, it does not draw alone"
+                "masks, it does not draw alone, nor these where it was trained partly in a stack and partly alone"
             )
             raise HpoError(f"trial {number} is another one from epoch {done.first_other} on: {why}")
         return {
