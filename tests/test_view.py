@@ -58,8 +58,8 @@ def test_the_end_of_a_run_reads_all_trials_once_and_again_before_a_refit(study, 
     at_the_end = []
     complete, work = Search.complete, studies.work
 
-    def told(self, number, value):
-        ours = complete(self, number, value)
+    def told(self, number, value, others):
+        ours = complete(self, number, value, others)
         reads.clear()
         return ours
 
