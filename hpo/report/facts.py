@@ -25,7 +25,7 @@ from hpo.search.confirmed import confirmed_in, sentences
 from hpo.search.constraints import constraints_of, feasible_text, is_feasible
 from hpo.search.curves import curves_in, reported, where
 from hpo.search.effort import effort
-from hpo.search.front import directions_of, front_of, leading, maximizes, others_in
+from hpo.search.front import directions_by_name, front_of, leading, maximizes, others_in
 from hpo.search.stop import budget as budget_of
 from hpo.search.stop import stopped_in
 from hpo.search.view import Best
@@ -179,7 +179,7 @@ def read(
         objective=masked(str(identity.get("objective", ""))),
         metric=masked(metric),
         maximize=maximize,
-        others=directions_of(others),
+        others=directions_by_name(others),
         front=[trial.number for trial in front_of(counted, [maximize, *others.values()])],
         made=datetime.now(UTC).isoformat(timespec="seconds"),
         counts=count(counted, budget_of(budget, counted, stopped)),

@@ -10,6 +10,7 @@ from hpo.export.files import finite
 from hpo.report.facts import Facts
 from hpo.report.rows import CONSTRAINED, OTHER, PARAM
 from hpo.search.beside import beside_in
+from hpo.search.pareto import goals_text
 
 TOP = 10
 MOST_ON_FRONT = 100
@@ -78,9 +79,7 @@ def confirmed_table(facts: Facts) -> tuple[list[str], list[list[str]]]:
 def front_text(facts: Facts) -> str:
     """Return what the Pareto front is of."""
     goals = {facts.metric: facts.direction, **facts.others}
-    names = " and ".join(
-        f"{name} ({'more' if goal == 'maximize' else 'less'} is better)" for name, goal in goals.items()
-    )
+    names = goals_text({name: goal == "maximize" for name, goal in goals.items()})
     return f"{len(facts.front):,} of {facts.counts.complete:,} complete trials: no other is better in {names}."
 
 

@@ -29,7 +29,7 @@ class Limits:
     def __init__(self, plan: Plan, task: Task | None = None) -> None:
         """`task` is what the engine's loop trains; None: trials are trained in another way."""
         self._constraints = constraints_in(plan.spec.constraints)
-        self._names = tuple(dict.fromkeys((*self._constraints, *plan.others)))
+        self._names = plan.measured
         """What is measured."""
         self._task, self._device = task, plan.device
         self._of_function = plan.function is not None

@@ -48,8 +48,7 @@ class TrialReporter:
             raise InputError(
                 f"{where} reported {', '.join(metrics) or 'nothing'}, but the study's metric is {self._plan.metric}"
             )
-        needed = dict.fromkeys((*self._plan.spec.constraints, *self._plan.others))
-        reported = [name for name in needed if name not in OF_ANY_TRIAL]
+        reported = [name for name in self._plan.measured if name not in OF_ANY_TRIAL]
         if lacking := [name for name in reported if f"valid_{name}" not in named]:
             raise InputError(
                 f"{where} reported {', '.join(metrics)}, but the study needs {', '.join(lacking)} of each trial, too"
@@ -159,7 +158,7 @@ class CustomTraining:
         network = train_custom(plan, member.params, report, member.resume and member.resume.get(OWN))
         if self._trials.limits.wants_network and trial.ending is None:
             if network is None:
-                names = ", ".join(n for n in dict.fromkeys((*plan.spec.constraints, *plan.others)) if n in OF_ANY_TRIAL)
+                names = ", ".join(name for name in plan.measured if name in OF_ANY_TRIAL)
                 where = f"objective {plan.spec.objective}: train"
                 raise InputError(f"{where} must return its network, since the study measures {names} of it")
             with self._trials.together():

@@ -74,6 +74,11 @@ class Plan:
         """The metric's name among those that are reported of an epoch."""
         return self.metric if self.function is not None else f"valid_{self.metric}"
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """What each trial must come to with a value beside the metric that leads: constraints and other metrics."""
+        return tuple(dict.fromkeys((*self.spec.constraints, *self.others)))
+
     def fault_in(self, metrics: Mapping[str, float], epoch: int) -> str | None:
         """Return why an `epoch` (counted from 1) ends a training: a metric is no finite number; None: it does not.
 

@@ -37,7 +37,7 @@ def others_in(identity: Any) -> dict[str, bool]:
     return {str(name): each == "maximize" for name, each in stored.items() if each in DIRECTIONS}
 
 
-def directions_of(metrics: Mapping[str, bool]) -> dict[str, str]:
+def directions_by_name(metrics: Mapping[str, bool]) -> dict[str, str]:
     """Return Optuna's word for the direction of each metric."""
     return {name: direction_of(more) for name, more in metrics.items()}
 
