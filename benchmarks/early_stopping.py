@@ -30,7 +30,7 @@ from hpo.runner.prepare import prepare
 from hpo.runner.progress import NoProgress
 from hpo.runner.worker import work
 from hpo.search.opening import open_search
-from hpo.tracking.mlflow import open_tracker
+from hpo.tracking.opening import open_tracker
 
 RATES = {"type": "float", "low": 1e-4, "high": 1e-1, "log": True}
 PRUNERS = ("none", "median", "halving")

@@ -191,6 +191,7 @@ def compared(name: str, options: argparse.Namespace) -> dict[str, tuple[float, f
         for method in ("hpo", *options.rivals):
             start = time.perf_counter()
             value = methods[method]()
+            print(f"{name}, seed {seed}, {method}: {value:.5g}", file=sys.stderr, flush=True)
             found.setdefault(method, []).append((value, time.perf_counter() - start))
     sizes = [len(x) for x in arrays.inputs]
     task = {"regression": "RMSE", "binary": "AUROC", "multiclass": "accuracy"}[arrays.task]

@@ -56,7 +56,7 @@ from hpo.stacks.pool import Pool
 from hpo.stacks.vmap_stack import TIMED_STEPS
 from hpo.stacks.vmap_step import VmapStep
 from hpo.study.objective import Params
-from hpo.tracking.mlflow import open_tracker
+from hpo.tracking.opening import open_tracker
 from hpo.training import loop as training
 from hpo.training import optim
 from hpo.training.batches import Batches

@@ -19,7 +19,8 @@ from hpo.errors import InputError
 from hpo.processes import this_process
 from hpo.tracking import process
 from hpo.tracking.base import check_address
-from hpo.tracking.mlflow import MlflowTracker, open_tracker
+from hpo.tracking.mlflow import MlflowTracker
+from hpo.tracking.opening import open_tracker
 from tests.databases import MLFLOW, rows
 from tests.mlflows import RunsHere, TrackerHere, tell, until
 
@@ -329,7 +330,7 @@ def test_a_sender_that_cannot_even_start_says_why(
 
 def test_training_imports_no_mlflow(here: None) -> None:
     code = (
-        "import sys; from pathlib import Path; from hpo.tracking.mlflow import open_tracker\n"
+        "import sys; from pathlib import Path; from hpo.tracking.opening import open_tracker\n"
         "tracker = open_tracker('sqlite:///mlruns/mlflow.db', 's', Path('unsent')); tracker.start_study({}, {})\n"
         "assert tracker.end_study('COMPLETE'); print('mlflow' in sys.modules, 'sqlalchemy' in sys.modules)"
     )

@@ -73,7 +73,7 @@ def _keep_with_the_run(spec: StudySpec, folder: Path, making: str, *, adopts: bo
     if spec.tracking == "off":
         raise InputError("--log: the study is not tracked (tracking: off)")
     from hpo.runner.keeping import unsent_of
-    from hpo.tracking.mlflow import open_tracker
+    from hpo.tracking.opening import open_tracker
 
     tracker = open_tracker(spec.tracking, spec.name, unsent_of(spec), making=making, adopts=adopts)
     tracker.log_folder(folder, "report")

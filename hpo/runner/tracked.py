@@ -25,7 +25,7 @@ from hpo.study.data import Data
 from hpo.study.goals import direction_of
 from hpo.tracking.base import NullTracker, Row, Tracker
 from hpo.tracking.leftovers import left_behind
-from hpo.tracking.mlflow import open_tracker
+from hpo.tracking.opening import open_tracker
 from hpo.tracking.values import NOTE, linked
 
 

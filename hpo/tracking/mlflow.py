@@ -9,13 +9,11 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from hpo.errors import InputError
 from hpo.log import log
-from hpo.tracking.base import PAUSED, STATUS, NullTracker, Row, Tracker, check_address
+from hpo.tracking.base import PAUSED, STATUS, Row, Tracker
 from hpo.tracking.items import FILES, MOST_ROWS, Item, halves, is_new
 from hpo.tracking.outbox import Batch, Outbox
 from hpo.tracking.process import RunsProcess
@@ -31,6 +29,10 @@ class MlflowTracker(Tracker):
 
     FLUSH_SECONDS = 10.0
     """How long metrics may wait for others to be sent with."""
+    REST = 9.0
+    """How many times as long as sending took is waited before more is sent: it takes cores from training."""
+    REST_SECONDS = 60.0
+    """The longest such rest."""
     RETRY_SECONDS = 30.0
     CLOSE_SECONDS = 15.0
     """How long the study's end waits for an answer where MLflow does not work."""
@@ -49,7 +51,7 @@ class MlflowTracker(Tracker):
         adopts: bool = True,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """`making`, `adopts` and `tags`: see `open_tracker`."""
+        """`making`, `adopts` and `tags`: see `hpo.tracking.opening.open_tracker`."""
         self._uri = uri
         self._runs = self._open_runs(uri, study, making=making, adopts=adopts, tags=tags or {})
         self._run_ids: dict[int | None, str] = {}
@@ -63,6 +65,7 @@ class MlflowTracker(Tracker):
         self._asked_at = 0.0
         """When the item was handed over that is being sent."""
         self._send_at = math.inf
+        self._rests_until = 0.0
         self._retry_at = 0.0
         self._files_at = 0.0
         """When files may be sent again; 0: their store works."""
@@ -234,7 +237,8 @@ class MlflowTracker(Tracker):
                 self._send_at = math.inf if is_due else self._send_at
             if closing or is_due:
                 try:
-                    self._send_all(closing)
+                    with self._resting():
+                        self._send_all(closing)
                 except Exception as error:  # the process, or what MLflow says there: it must not stop training
                     self._note_failure(str(error))
         self._runs.close()
@@ -243,7 +247,16 @@ class MlflowTracker(Tracker):
 
     def _seconds_left(self) -> float:
         """Return the seconds until something is to be sent."""
-        return max(self._send_at, self._retry_at) - time.monotonic()
+        return max(self._send_at, self._retry_at, self._rests_until) - time.monotonic()
+
+    @contextmanager
+    def _resting(self) -> Iterator[None]:
+        """Rest after what is sent within this; not after the first time, in which MLflow is imported."""
+        start, is_first = time.monotonic(), self._state == "new"
+        yield
+        now = time.monotonic()
+        if not is_first:
+            self._rests_until = now + min(self.REST * (now - start), self.REST_SECONDS)
 
     def _send_all(self, closing: bool) -> None:
         waiting = FILES if not closing and time.monotonic() < self._files_at else ()
@@ -321,25 +334,3 @@ class MlflowTracker(Tracker):
                 f"tracking: {self._uri} does not work ({why}); training continues, and what could not be sent "
                 f"is kept in {where} and sent later"
             )
-
-
-def open_tracker(
-    uri: str,
-    study: str,
-    outbox: Path,
-    *,
-    making: str = "",
-    adopts: bool = True,
-    tags: Mapping[str, str] | None = None,
-) -> Tracker:
-    """Return the tracker that `tracking:` names. Raises InputError for an address that can never work.
-
-    `making` tells the study from others of its name (`Search.making`); where it `adopts`, runs that are of no making,
-    as older versions made them, are taken for its own. Each run that this process makes gets `tags`.
-    """
-    check_address(uri)
-    if uri == "off":
-        return NullTracker()
-    if find_spec("mlflow") is None:
-        raise InputError(f"tracking {uri}: MLflow is not installed; pip install mlflow, or set tracking: off")
-    return MlflowTracker(uri, study, outbox, making=making, adopts=adopts, tags=tags)

@@ -54,7 +54,7 @@ class Runs:
     def __init__(
         self, uri: str, study: str, *, making: str = "", adopts: bool = True, tags: Mapping[str, str] | None = None
     ) -> None:
-        """`making`, `adopts` and `tags`: see `hpo.tracking.mlflow.open_tracker`."""
+        """`making`, `adopts` and `tags`: see `hpo.tracking.opening.open_tracker`."""
         self._uri, self._study = uri, study
         self._making, self._adopts, self._tags = making, adopts, dict(tags or {})
         self._client: Any = None
