@@ -19,6 +19,7 @@ from hpo.errors import InputError
 from hpo.processes import this_process
 from hpo.tracking import process
 from hpo.tracking.base import check_address
+from hpo.tracking.items import Answer, Item
 from hpo.tracking.mlflow import MlflowTracker
 from hpo.tracking.opening import open_tracker
 from tests.databases import MLFLOW, rows
@@ -151,6 +152,32 @@ def test_a_tracker_that_fails_does_not_hold_up_training(tmp_path: Path, said: li
     assert time.monotonic() - start < 2.0
     tracker.close()
     assert len(said) == 1
+
+
+def test_sending_takes_at_most_a_tenth_of_the_time_while_trials_train(tmp_path: Path) -> None:
+    sent: list[Item] = []
+
+    class Slow(RunsHere):
+        def attempt(self, item: Item) -> Answer:
+            sent.append(item)
+            time.sleep(0.05)
+            return Answer()
+
+    class Tracked(TrackerHere):
+        FLUSH_SECONDS = 0.01
+
+        def _open_runs(self, uri: str, study: str, **about: Any) -> RunsHere:
+            return Slow(uri, study, **about)
+
+    tracker = Tracked("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent")
+    start, step = time.monotonic(), 0
+    while time.monotonic() < start + 2.0:
+        tracker.log_metrics(0, step, {"m": 1.0})
+        step += 1
+        time.sleep(0.005)
+    assert 2 <= len(sent) <= 6, "0.05 s of every half second"
+    tracker.close()
+    assert sum(len(item["rows"]) for item in sent) == step, "at the end all is sent at once"
 
 
 def test_a_tracker_that_comes_back_midway_says_so(here: None, tmp_path: Path, said: list[str]) -> None:

@@ -259,8 +259,11 @@ class MlflowTracker(Tracker):
             self._rests_until = now + min(self.REST * (now - start), self.REST_SECONDS)
 
     def _send_all(self, closing: bool) -> None:
+        """Send all that is there now; what comes meanwhile is sent later, but for the end, when all is."""
         waiting = FILES if not closing and time.monotonic() < self._files_at else ()
-        while (batch := self._next(waiting)) is not None:
+        with self._changed:
+            until = math.inf if closing else self._outbox.last()
+        while (batch := self._next(waiting, until)) is not None:
             self._asked_at = time.monotonic()
             tried, self._tried = self._tried, max(self._tried, *batch.ids)
             answer = self._runs.attempt(batch.item | {"is_new": is_new(batch.item) and batch.ids[0] > tried})
@@ -284,9 +287,9 @@ class MlflowTracker(Tracker):
         if was == "failing":
             log.warning(f"tracking: {self._uri} is back; everything that was kept has been sent")
 
-    def _next(self, waiting: tuple[str, ...]) -> Batch | None:
+    def _next(self, waiting: tuple[str, ...], until: float) -> Batch | None:
         with self._changed:
-            return self._outbox.first(waiting)
+            return self._outbox.first(waiting, until)
 
     def _instead_of(self, item: Item, why: str) -> list[Item]:
         """Return what is to be sent in place of an item that was refused; set it aside where that is for good.

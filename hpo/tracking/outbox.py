@@ -6,6 +6,7 @@ sent goes to `refused.jsonl` beside it, with the reason. Where files lie: `hpo.t
 """
 
 import json
+import math
 import os
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -51,17 +52,26 @@ class Outbox:
     def __len__(self) -> int:
         if self._database is None and not self.file.exists():
             return 0
-        return int(self._do(lambda db: db.execute("select count(*) from items").fetchone()[0]))
+        return self._number("count(*)")
 
     def append(self, *items: Item) -> None:
         """Add `items` at the end, all of them or none."""
         self._do(lambda db: _add(db, items, None))
 
-    def first(self, without: Collection[str] = ()) -> Batch | None:
-        """Return what is to be sent next, but for kinds that are to wait; None where there is nothing."""
+    def first(self, without: Collection[str] = (), until: float = math.inf) -> Batch | None:
+        """Return what is to be sent next, but for kinds that are to wait; None where there is nothing.
+
+        `until`: the `last` place of the order that is to be sent by now; more may be sent with what goes to its run.
+        """
         if self._database is None and not self.file.exists():
             return None
-        return self._do(lambda db: _first(db, tuple(without)))
+        return self._do(lambda db: _first(db, tuple(without), until))
+
+    def last(self) -> int:
+        """Return the last place in the order that something has."""
+        if self._database is None and not self.file.exists():
+            return 0
+        return self._number("coalesce(max(place), 0)")
 
     def replace(self, batch: Batch, items: Sequence[Item] = ()) -> None:
         """Put `items` where `batch` was; without them: it was sent."""
@@ -126,6 +136,9 @@ class Outbox:
             with suppress(OSError):
                 leftovers.remove(file)
         return len(bad)
+
+    def _number(self, what: str) -> int:
+        return int(self._do(lambda db: db.execute(f"select {what} from items").fetchone()[0]))
 
     # The file, and memory in its place.
 
@@ -210,10 +223,10 @@ def _add(db: sqlite3.Connection, items: Iterable[Item], place: int | None) -> No
         db.execute(f"insert into items (place, kind, trial, item) values ({at}, ?, ?, ?)", row)
 
 
-def _first(db: sqlite3.Connection, without: Sequence[str]) -> Batch | None:
+def _first(db: sqlite3.Connection, without: Sequence[str], until: float) -> Batch | None:
     marks = ", ".join("?" * len(without))
-    query = f"select id, place, item from items where kind not in ({marks}) order by place, id limit 1"
-    row = db.execute(query, without).fetchone()
+    query = f"select id, place, item from items where kind not in ({marks}) and place <= ? order by place, id limit 1"
+    row = db.execute(query, (*without, until)).fetchone()
     if row is None:
         return None
     id_, place, item = row[0], row[1], json.loads(row[2])
