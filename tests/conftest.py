@@ -16,11 +16,14 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 import pytest
 import torch
 
+from hpo.tracking import process
 from tests import warm
 from tests.logged import recorded
 from tests.mlflows import empty_database, mlflow, no_warning, tracking_server  # noqa: F401 (fixtures)
 
 torch.set_num_threads(1)
+
+process.subprocess = warm.FORKING
 
 ROOT = Path(__file__).parent.parent
 FRESH = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}

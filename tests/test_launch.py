@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import sqlite3
-import subprocess
 import time
 from pathlib import Path
 
@@ -14,15 +13,10 @@ import torch
 from hpo.errors import HpoError
 from hpo.runner import launch
 from hpo.runner.prepare import prepare
+from tests import warm
 from tests.cli import invoke, refused, summary
 from tests.conftest import run_hpo, start_hpo
 from tests.databases import MLFLOW, rows
-
-
-def children(process: "subprocess.Popen[str]") -> list[int]:
-    """Return the ids of the workers that a `hpo run` has started."""
-    tasks = Path(f"/proc/{process.pid}/task")
-    return [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
 
 
 def wait_for(statement: str, n: int, seconds: float = 90) -> None:
@@ -49,8 +43,7 @@ def test_two_workers_share_a_study_and_one_that_is_killed_is_replaced(study):
     path = study("trials: 4\nepochs: 30\nstack: 1\ntracking: sqlite:///mlruns/mlflow.db\ncheckpoint_every: 0.5s")
     process = start_hpo("run", path, "--workers", "2", "--json", LINEAR_SECONDS="0.02")
     wait_for(RUNNING, 2)
-    killed = children(process)[0]
-    subprocess.run(["kill", "-9", str(killed)], check=True)
+    warm.workers(process.pid)[0].kill()
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert "was killed (signal 9); it is started again in 0.5 s" in out
@@ -66,14 +59,14 @@ def test_a_signal_stops_all_workers_and_a_second_run_goes_on_from_their_checkpoi
     path = study("trials: 3\nepochs: 60\nstack: 1")
     process = start_hpo("run", path, "--workers", "2", LINEAR_SECONDS="0.02")
     wait_for(RUNNING, 2)
-    workers = children(process)
+    workers = warm.workers(process.pid)
     begun = time.monotonic()
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert time.monotonic() - begun < 30
     assert "run the same command again to resume" in err
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert not any(worker.is_running() for worker in workers)
     assert len(list(Path("mlruns/checkpoints/study").glob("place-*.pt"))) == 2
 
     done = run_hpo("run", path, "--json")

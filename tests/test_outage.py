@@ -384,7 +384,7 @@ def test_a_stop_is_obeyed_while_a_trials_end_is_to_be_told_and_by_every_worker(s
     path, url = stepping("stack: 1\ntrials: 9\nepochs: 20\ngrace: 2s\nseed: 1\n"), server.database()
     with closing(Hpo("run", path, "--storage", url, "--workers", "2", LINEAR_SECONDS="0.01")) as hpo:
         wait_for(trains)
-        workers = psutil.Process(hpo.process.pid).children()
+        workers = warm.workers(hpo.process.pid)
         with stopped(*processes_of(server)):
             wait_for(lambda: hpo.has_said("the storage does not answer (", 2))
             before = -1

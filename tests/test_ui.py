@@ -17,7 +17,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from hpo.cli import pages
 from hpo.cli.pages import Page, port_of
 from hpo.errors import HpoError, InputError
-from tests import browser
+from tests import browser, warm
 from tests.cli import invoke, refused
 from tests.conftest import start_hpo
 
@@ -47,7 +47,7 @@ def test_both_pages_land_on_the_study_and_end_with_it(study: Write) -> None:
     invoke("run", study("tracking: sqlite:///mlruns/mlflow.db"))
     process = start_hpo("ui", "study")
     mlflow, dashboard, ends = _lines(process, 3)
-    children = psutil.Process(process.pid).children(recursive=True)
+    children = warm.children(process.pid)
     try:
         assert mlflow.startswith("MLflow: http://127.0.0.1:")
         assert mlflow.endswith("/#/experiments/1/runs?workflowType=machine_learning")
@@ -74,7 +74,7 @@ def test_sigterm_ends_it_too(study: Write) -> None:
     invoke("run", study())
     process = start_hpo("ui", "study", "--no-mlflow")
     assert _lines(process, 2)[1] == "Ctrl-C ends it"
-    (child,) = psutil.Process(process.pid).children(recursive=True)
+    (child,) = warm.children(process.pid)
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=30) == ("", "")
     assert process.returncode == 0
@@ -87,7 +87,7 @@ def test_the_dashboard_shows_no_address_in_ps_and_ends_where_hpo_is_killed(study
     said = _lines(process, 2)
     assert said[0] == "MLflow: left out, the study is not tracked (tracking: off)"
     assert said[1].startswith("Optuna's dashboard: http://127.0.0.1:")
-    (child,) = psutil.Process(process.pid).children(recursive=True)
+    (child,) = warm.children(process.pid)
     assert "optuna.db" not in " ".join(child.cmdline())
     process.kill()
     process.communicate()
