@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -243,18 +244,20 @@ class Sizing:
         return self.task.epochs * self.task.steps_per_epoch(params)
 
     def _seconds_per_step(self, stack: Stack) -> float:
+        """Return the median of some steps: beside other programs a few take many times as long."""
         inputs, targets = self._batch(stack.members[0].params["batch_size"])
         for _ in range(_WARM_UP):
             stack.step(inputs, targets)
         _synchronize(self.task.device)
-        start, n = time.perf_counter(), 0
-        while n < _STEPS and (n == 0 or time.perf_counter() - start < _ENOUGH_SECONDS):
+        taken: list[float] = []
+        while len(taken) < _STEPS and sum(taken) < _ENOUGH_SECONDS:
             if self.stopping():
                 raise Interrupted("interrupted")
+            start = time.perf_counter()
             stack.step(inputs, targets)
-            n += 1
-        _synchronize(self.task.device)
-        return (time.perf_counter() - start) / n
+            _synchronize(self.task.device)
+            taken.append(time.perf_counter() - start)
+        return median(taken)
 
     def _batch(self, batch_size: int) -> Batch:
         return next(self.batches.epoch(batch_size, torch.arange(min(batch_size, len(self.batches)))))
