@@ -1,12 +1,14 @@
-"""A model's outputs as a table: class names and probabilities, scores, or numbers."""
+"""A model's outputs as a table: class names and probabilities, scores, or numbers. pandas is imported for a table."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
 
 from hpo.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Values = Literal["probabilities", "logits", "scores", "numbers"]
 """What a model's outputs are. Logits are of a loss that is known; of scores the largest says the class, no more."""
@@ -34,13 +36,15 @@ def require_top_k(about: Mapping[str, Any], top_k: int | None) -> None:
         raise InputError(f"--top-k {top_k}: must be from 1 to the number of classes, {n}")
 
 
-def answers(about: Mapping[str, Any], outputs: np.ndarray, top_k: int | None = None) -> pd.DataFrame:
+def answers(about: Mapping[str, Any], outputs: np.ndarray, top_k: int | None = None) -> "pd.DataFrame":
     """Return outputs (N, ...) as a table of N rows.
 
     Of classes: `class`, and `probability_<class>` of each; of two classes `class` and its `probability`; with `top_k`
     class_1, probability_1, class_2, ... from the likeliest on. Where they are no probabilities, `score` stands in
     place of `probability`. Of numbers: `prediction`, or prediction_1, prediction_2, ...
     """
+    import pandas as pd
+
     names = about["class_names"]
     values: Values = about["output"].get("values") or values_of(outputs, len(names))
     flat = outputs.reshape(len(outputs), -1)

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from hpo.export.answers import Values, values_of
-from hpo.export.columns import columns_of
 from hpo.export.environment import git_commit, versions
 from hpo.export.files import FORMAT
 from hpo.export.model import Model
 from hpo.study.data import Split
-from hpo.study.table_dates import written
 
 PROTOCOL = {
     "of_the_trial": "the validation rows, in the search; the best of many trials, so rather too good",
@@ -56,6 +54,8 @@ def describe(model: Model, eager: nn.Module, held_out: Split) -> dict[str, Any]:
         "protocol": PROTOCOL,
         "latency_ms": latency(eager, held_out),
     }
+    from hpo.export.columns import columns_of  # pandas, before it is needed: half a second of every start
+
     columns = columns_of(about)
     return about | {"columns": columns, "example": example(held_out, columns)}
 
@@ -83,6 +83,8 @@ def example(held_out: Split, columns: Sequence[Mapping[str, Any]] | None) -> dic
     row: dict[str, Any] = {}
     for column in columns:
         if column["kind"] == "date":
+            from hpo.study.table_dates import written
+
             row[column["name"]] = written([left[column["input"]].pop(0) for _ in column["parts"]], column)
             continue
         value = left[column["input"]].pop(0)

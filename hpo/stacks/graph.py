@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from hpo.stacks.recording import Run
@@ -133,10 +132,13 @@ class _Sizes:
     """
 
     def __init__(self, leaves: Sequence[Tensor], n_state: int) -> None:
+        # this imports SymPy: half a second, and only where a stack's step is recorded
+        from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
         self._env = ShapeEnv()
         mode = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
 
-        def example(x: Tensor, first: DimDynamic) -> Any:
+        def example(x: Tensor, first: Any) -> Any:
             sizes = [first, *[DimDynamic.STATIC] * (x.ndim - 1)]
             return mode.from_tensor(x.detach().clone(), symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
 
