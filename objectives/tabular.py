@@ -32,6 +32,8 @@ from hpo.study.objective import Objective
 LOSS = {"regression": "mse", "binary": "bce", "multiclass": "cross_entropy"}
 ROWS_OF_A_TRIAL = 400_000
 """So many rows a default trial sees, over all its epochs: 10 to 20 seconds on a core, measured."""
+ROWS_OF_ONE = 5000
+"""From so many rows on the model is one network: training five takes long, and they differ less."""
 ROWS_OF_A_BIN, FEW_ROWS = 20, 960
 MEAN = {"regression": mean_of_numbers, "binary": mean_of_odds, "multiclass": mean_of_classes}
 
@@ -90,13 +92,14 @@ class Tabular(Objective):
 
     @property
     def pace(self):
-        """Seconds a trial on a core or two: as many epochs as make ROWS_OF_A_TRIAL rows.
+        """Seconds a trial on a core or two: as many epochs as make ROWS_OF_A_TRIAL rows. Of few rows, several networks.
 
         The patience is long, so that most trials see the schedule's low learning rates: the refit stops at the best
         epoch, and at a high rate that is a lucky one of few validation rows.
         """
-        epochs = min(max(round(ROWS_OF_A_TRIAL / len(self.table.data.train)), 6), 60)
-        return {"epochs": epochs, "patience": max(4, epochs // 2)}
+        n_rows = len(self.table.data.train)
+        epochs = min(max(round(ROWS_OF_A_TRIAL / n_rows), 6), 60)
+        return {"epochs": epochs, "patience": max(4, epochs // 2), "ensemble": 5 if n_rows < ROWS_OF_ONE else 1}
 
     def data(self):
         return self.table.data

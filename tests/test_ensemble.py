@@ -15,7 +15,9 @@ from hpo.runner.opening import open_existing
 from hpo.runner.prepare import prepare
 from hpo.runner.several import over_seeds, seeds_of
 from hpo.seeds import derive
+from hpo.stacks.sizing import Sizing, StackSize
 from tests.cli import invoke, refused, summary
+from tests.conftest import LINEAR
 from tests.test_own import OWN
 
 TEXT = "epochs: 3\npruner: none\nstack: 1\n"
@@ -158,6 +160,31 @@ def test_each_network_has_a_seed_of_its_own_and_the_first_that_of_the_trial(stud
         seed = 5
 
     assert seeds_of(plan, Trial()) == [5, *(derive(42, "refit", i) for i in (1, 2, 3))]
+
+
+def test_how_many_to_train_at_once_is_not_measured_at_the_end_of_a_studys_time(study, monkeypatch):
+    """Each size is compiled for that, which took minutes where the study had seconds left."""
+    asked = []
+    monkeypatch.setattr(Sizing, "choose", lambda self: asked.append(self) or StackSize(why="not measured"))
+    invoke("run", study("ensemble: 3\npruner: none\ntime: 60s\ntrials: 2\nepochs: 3\n"))
+    assert [sizing.n_trials for sizing in asked] == [3, 1], "the ensemble, and the default configuration"
+    assert all(sizing.seconds < 60 for sizing in asked)
+    assert all(1 <= sizing.task.epochs <= 3 for sizing in asked), "those of the refit"
+
+
+def test_an_objectives_pace_may_name_an_ensemble_where_the_time_is_long_enough(study, tmp_path):
+    (tmp_path / "linear.py").write_text(LINEAR + '    pace = {"epochs": 7, "ensemble": 5}\n')
+
+    def paced(text):
+        spec = prepare(study(text)).spec
+        return spec.epochs, spec.ensemble
+
+    assert paced("time: 3m\n") == (2, 5), "the study file names its epochs"
+    assert paced("time: 2m\n")[1] == 5
+    assert paced("time: 90s\n")[1] == 1
+    assert paced("time: 3m\nensemble: 2\n")[1] == 2
+    assert paced("time: 3m\nrefit_seeds: 2\n")[1] == 1
+    assert paced("timeout: 3m\n")[1] == 1
 
 
 def test_over_seeds_gives_mean_and_standard_deviation():

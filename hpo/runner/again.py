@@ -46,7 +46,7 @@ def train_members(
     trained from scratch, in stacks half as large. `seed` is that of the order of rows. Raises Interrupted.
     """
     padding_of: PaddingOf = partial(PaddingPlan, plan.space, task.network)
-    size = _size(plan, search, task, batches[0], left(), padding_of, stopping)
+    size = _size(plan, search, replace(task, epochs=epochs), batches[0], left(), padding_of, stopping)
     once = Once()
     while True:
         queue = left()
@@ -98,7 +98,10 @@ def _size(
     padding_of: PaddingOf,
     stopping: Callable[[], bool],
 ) -> StackSize:
-    """Return the size of the stacks: what the search had on this machine, else what suits these members."""
+    """Return the size of the stacks: what the search had on this machine, else what suits these members.
+
+    At the end of a study's `time` nothing is measured: to compile may take longer than what it is for.
+    """
     if not members:
         return StackSize(why="there is nothing to train")
     if (before := chosen_before(plan, search)) is not None:
@@ -112,7 +115,7 @@ def _size(
         draws=[member.params for member in members],
         n_trials=n,
         most=n,
-        seconds=math.inf,
+        seconds=math.inf if plan.spec.time is None else search.seconds_left(plan.spec.time),
         stopping=stopping,
     )
     return sizing.given(plan.spec.stack) if plan.spec.stack != "auto" else sizing.choose()

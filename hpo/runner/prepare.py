@@ -33,6 +33,8 @@ from hpo.training.stack import Task
 
 Given = Objective | type[Objective] | Callable[[Any], Any]
 """An objective that a study written in Python brings: an instance, its class, or a plain Optuna function."""
+ENSEMBLE_SECONDS = 120.0
+"""A shorter `time` is spent on trials, not on an ensemble that the study file does not ask for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,9 +224,12 @@ def _paced(spec: StudySpec, objective: Objective | Function, faults: list[Fault]
     """Return the spec with the objective's own `pace`, where the study has a `time` and its file names no epochs."""
     if spec.time is None or isinstance(objective, Function):
         return spec
+    keys = {"epochs", "patience"}
+    if spec.time >= ENSEMBLE_SECONDS and "refit_seeds" not in spec.model_fields_set:
+        keys.add("ensemble")
     with collecting(faults):
         try:
-            pace = {key: int(n) for key, n in objective.pace.items() if key in ("epochs", "patience")}
+            pace = {key: int(n) for key, n in objective.pace.items() if key in keys}
         except HpoError:
             return spec  # the data's own fault is said where it is read
         except Exception as error:  # the user's own code

@@ -105,7 +105,8 @@ class Objective(ABC):
     """Whether the first trial has the `defaults` of all that is searched, as if they were the study's `start_with`:
     where they were tuned. A study that names a `start_with` has that instead."""
     pace: Mapping[str, int] = {}
-    """`epochs` and `patience` of a study that has a `time`, where its file names none: how long a trial is to be."""
+    """`epochs` and `patience` of a study that has a `time`, where its file names none: how long a trial is to be. And
+    `ensemble`, of how many networks the model is to be, where the time is two minutes or more."""
     info: DataInfo = DataInfo(inputs={}, input_dtypes={})
     """What the data is; set as soon as the engine has loaded it."""
     own_losses: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {}

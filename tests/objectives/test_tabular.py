@@ -373,7 +373,7 @@ def test_few_rows_have_fewer_bins_a_narrower_embedding_and_a_long_patience(make,
     objective = make(pd.DataFrame({"age": ages, "price": ages * 2}))
     defaults = objective.defaults
     assert (defaults["n_bins"], defaults["d_embedding"], defaults["batch_size"]) == (n_bins, d_embedding, 32)
-    assert objective.pace == {"epochs": 60, "patience": 30}
+    assert objective.pace == {"epochs": 60, "patience": 30, "ensemble": 5}
 
 
 @pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
