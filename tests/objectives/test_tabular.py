@@ -127,6 +127,14 @@ def test_what_is_wrong_with_one_of_many_columns_is_said(make):
         assert why in refused(make, frame, task="regression")
 
 
+def test_a_column_that_float32_rounds_is_said(make):
+    frame = rows(far=1e9 + np.linspace(0, 9, N), whole=2.0**23 + np.arange(N)[::-1], id=1e12 + 1e9 * np.arange(N))
+    notices = make(frame, keep=["id"]).data().notices
+    assert len(notices) == 1
+    assert notices[0].startswith("column 'far' lies between 1000000000 and 1000000009, where")
+    assert "steps of 64: smaller differences are lost; subtract 1000000000 from it" in notices[0]
+
+
 @pytest.mark.parametrize(
     ("written", "separator", "number"),
     [
@@ -205,6 +213,14 @@ REFUSED = {
     ),
     "infinite": (rows(age=[np.inf, *range(N - 1)]), r"'age' holds infinity, .* in 1 of 60 rows \(the first: row 1\)"),
     "infinite target": (rows(price=[np.inf, *np.linspace(0, 1, N - 1)]), "'price' holds infinity"),
+    "a target too large": (
+        rows(price=rows().price * 1e300),
+        "'price' holds infinity, or more than 3e38; .* a larger unit",
+    ),
+    "a target that float32 rounds": (
+        rows(price=rows().price + 1e10),
+        r"'price' varies by 22 around 1e\+10, but predictions are float32, .* steps of 1e\+03; subtract 1e\+10 from it",
+    ),
     "nothing else": (rows()[["price"]], "no column to predict 'price' from; it is the only one"),
     "nothing but constants": (rows(a=1)[["a", "price"]], "from; left out: 'a': it has one value only$"),
 }
