@@ -192,6 +192,20 @@ def listed(texts: Iterable[str], longest: int = 50) -> str:
     return ", ".join(every[:10]) + more
 
 
+def without_arrow(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a table whose columns are NumPy's or pandas' own: Arrow's have not all of their operations."""
+    arrow = [place for place, kind in enumerate(frame.dtypes) if isinstance(kind, pd.ArrowDtype)]
+    if not arrow:
+        return frame
+    import pyarrow
+
+    columns = [frame.iloc[:, place] for place in range(frame.shape[1])]
+    for place in arrow:
+        plain = pyarrow.array(columns[place]).to_pandas()
+        columns[place] = plain.set_axis(frame.index).rename(columns[place].name)
+    return pd.concat(columns, axis=1)
+
+
 def as_text(values: pd.Series) -> pd.Series:
     """Return values as text without blanks around it, whole numbers without a point; missing ones stay missing."""
     if types.is_float_dtype(values) and (values.dropna() % 1 == 0).all():

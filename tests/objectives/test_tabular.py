@@ -135,6 +135,17 @@ def test_a_column_that_float32_rounds_is_said(make):
     assert "steps of 64: smaller differences are lost; subtract 1000000000 from it" in notices[0]
 
 
+def test_a_parquet_file_of_arrows_columns_is_read_as_any_other(tmp_path):
+    pytest.importorskip("pyarrow")
+    frame = rows(day=pd.date_range("2020-01-01", periods=N)).convert_dtypes(dtype_backend="pyarrow")
+    frame.loc[3, "age"] = pd.NA
+    frame.to_parquet(tmp_path / "table.parquet")
+    got = read_table(tmp_path / "table.parquet")
+    assert not [kind for kind in got.dtypes if isinstance(kind, pd.ArrowDtype)]
+    assert got["day"].iloc[0] == pd.Timestamp("2020-01-01")
+    assert np.isnan(got["age"].iloc[3])
+
+
 @pytest.mark.parametrize(
     ("written", "separator", "number"),
     [
