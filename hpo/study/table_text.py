@@ -100,6 +100,8 @@ def _n_lines(text: bytes) -> int:
 
 def _dialect(where: object, head: bytes, cut: bool, encoding: str, errors: str) -> Dialect:
     text = head.decode(encoding, "ignore" if cut else errors)
+    if mark := re.match(r"\s*(sep=.)\s*[\r\n]", text, re.IGNORECASE):
+        raise DataError(f"{where}: its first line is Excel's {mark[1]!r}, no names; remove that line")
     columns = {mark: _n_columns(text, mark, cut) for mark in ",;\t|"}
     if max(columns.values()) == 1:  # rows that have more fields than the header: that is to be said, not "one column"
         first = text.lstrip().partition("\n")[0]

@@ -178,6 +178,7 @@ REFUSED = {
     "binary": (b"\x89PNG\r\n\x1a\n\x00\x00", r"is no text \(byte 6 is 26\); give a .csv or a .parquet file"),
     "twice": ("age,age,price\n1,2,3\n", "its header names 'age' more than once"),
     "no names": ("1,2\n3,4\n", "its first line holds numbers, no names"),
+    "Excel's mark": ("sep=;\r\n" + csv(sep=";"), "its first line is Excel's 'sep=;', no names; remove that line"),
     "ragged": (csv() + "1,2,Bern,4,5\n", "a row has 5 fields, but its header has 4 .*'1,2,Bern,4,5'"),
     "a separator at each end but the header's": (
         "age,price\n" + "1,2,\n" * 30,
