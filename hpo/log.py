@@ -43,6 +43,20 @@ def shown_by(handler: logging.Handler, unless_handled: bool = False) -> Iterator
         log.propagate = propagates
 
 
+@contextmanager
+def silenced(*names: str, level: int = logging.CRITICAL) -> Iterator[None]:
+    """Leave out what the loggers of other packages say below `level`: what fails is said in one line of ours."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(level)
+    try:
+        yield
+    finally:
+        for logger, before in zip(loggers, levels, strict=True):
+            logger.setLevel(before)
+
+
 class Once:
     """Logs `what: why`, unless the same `why` was logged by it before, of another trial, say."""
 

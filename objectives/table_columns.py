@@ -23,7 +23,9 @@ FEW = 20
 """So many different texts are categories, however few rows there are; so many whole numbers may be classes, or not."""
 _MOST_BROKEN = 0.1
 """So large a share of a column of dates may be none; they count as missing."""
-_FLOAT32 = float(np.finfo(np.float32).max)
+FLOAT32 = float(np.finfo(np.float32).max)
+_FEWEST_STEPS = 100
+"""Numbers that lie within so many steps of float32 are rounded so much that it is said."""
 _KEEPABLE = re.compile("identifier|counts the rows|free text")
 _IDENTIFIER = re.compile(r"(?:^|[\s_.-])(?:id|idx|index|uuid|guid|row|rownames?)$", re.IGNORECASE)
 _CAMEL_IDENTIFIER = re.compile(r"[a-z]I[dD]$")
@@ -59,7 +61,9 @@ def columns_of(frame: pd.DataFrame, keep: Sequence[str], categorical: Sequence[s
     found = Found()
     numbers = set(plain_numbers(frame)) - set(categorical)
     found.dropped |= _useless_numbers(frame[[n for n in frame.columns if n in numbers]], set(keep))
-    found.faults |= _infinite(frame[[n for n in frame.columns if n in numbers and n not in found.dropped]])
+    plain = frame[[n for n in frame.columns if n in numbers and n not in found.dropped]]
+    found.faults |= _infinite(plain)
+    found.notices += _rounded(plain)
     for name in frame.columns:
         if name in found.dropped or name in found.faults:
             continue
@@ -119,13 +123,35 @@ def _infinite(plain: pd.DataFrame) -> dict[str, str]:
     """Return which columns of numbers hold what float32 cannot."""
     faults = {}
     least, most = plain.min().to_numpy(dtype=np.float64), plain.max().to_numpy(dtype=np.float64)
-    for place in np.flatnonzero((most > _FLOAT32) | (least < -_FLOAT32)):
-        wrong = (plain.iloc[:, place].abs() > _FLOAT32).to_numpy()
+    for place in np.flatnonzero((most > FLOAT32) | (least < -FLOAT32)):
+        wrong = (plain.iloc[:, place].abs() > FLOAT32).to_numpy()
         faults[plain.columns[place]] = (
             f"holds infinity, or more than 3e38, in {wrong.sum()} of {len(wrong)} rows (the first: row "
             f"{plain.index[wrong.argmax()] + 1}); remove these rows"
         )
     return faults
+
+
+def step_of_float32(numbers: Any) -> Any:
+    """Return how far apart the numbers of float32 are there."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.spacing(np.asarray(numbers, dtype=np.float32)).astype(np.float64)
+
+
+def _rounded(plain: pd.DataFrame) -> list[str]:
+    """Return, a line for each, which columns of numbers lose most of what varies in them in float32."""
+    notices = []
+    least, most = plain.min().to_numpy(dtype=np.float64), plain.max().to_numpy(dtype=np.float64)
+    steps = step_of_float32(np.maximum(np.abs(least), np.abs(most)))
+    for place in np.flatnonzero(most - least < _FEWEST_STEPS * steps):
+        values = plain.iloc[:, place].dropna()
+        if values.astype(np.float32).nunique() < values.nunique():
+            notices.append(
+                f"column {plain.columns[place]!r} lies between {least[place]:.10g} and {most[place]:.10g}, where the "
+                f"network's numbers (float32) have steps of {steps[place]:.2g}: smaller differences are lost; subtract "
+                f"{least[place]:.10g} from it in the table"
+            )
+    return notices
 
 
 def _look(found: Found, name: str, values: "pd.Series[Any]", rows: np.ndarray, *, kept: bool) -> None:

@@ -9,7 +9,7 @@ from pandas.api.types import is_scalar
 from pandas.errors import ParserWarning
 
 from hpo.errors import DataError
-from hpo.study.table_text import OPEN, Dialect, beginning, dialect_of, listed, windows
+from hpo.study.table_text import OPEN, Dialect, beginning, dialect_of, listed, windows, without_arrow
 from hpo.training.memory import free_bytes
 
 _MEMORY = {"text": 4, "packed": 20}
@@ -26,7 +26,7 @@ def read_table(file: Path) -> pd.DataFrame:
         raise DataError(f"{file}: {'is a folder; name a file in it' if file.exists() else 'there is no such file'}")
     _require_memory(file)
     try:
-        frame = pd.read_parquet(file) if file.suffix == ".parquet" else _read_text(file)
+        frame = without_arrow(pd.read_parquet(file)) if file.suffix == ".parquet" else _read_text(file)
     except DataError:
         raise
     except Exception as error:  # pandas, pyarrow, csv, zlib, lzma: each fails in a way of its own

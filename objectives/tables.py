@@ -15,7 +15,16 @@ import numpy as np
 import pandas as pd
 import torch
 from hpo.objectives.datasets import rows_of_splits
-from hpo.objectives.table_columns import FEW, Column, Found, columns_of, plain_numbers, without
+from hpo.objectives.table_columns import (
+    FEW,
+    FLOAT32,
+    Column,
+    Found,
+    columns_of,
+    plain_numbers,
+    step_of_float32,
+    without,
+)
 from hpo.objectives.table_files import read_table
 from pandas.api import types
 from torch import Tensor
@@ -30,6 +39,8 @@ from hpo.study.table_text import as_text, listed
 Task = Literal["regression", "binary", "multiclass"]
 
 FEWEST_ROWS, FEWEST_OF_A_CLASS = 20, 3
+_MOST_ROUNDED = 0.1
+"""Numbers of float32 may lie so much of a target's standard deviation apart: rounding to them costs 0.001 of R2."""
 
 
 @dataclass(frozen=True)
@@ -215,8 +226,7 @@ def _task(where: str, values: pd.Series, task: str) -> Task:
     if task == "regression":
         if not number:
             raise DataError(f"{where} must be numbers for task: regression, but it holds {some}")
-        if not np.isfinite(values.astype("float64")).all():
-            raise DataError(f"{where} holds infinity; remove these rows")
+        _require_fits_float32(where, values.astype("float64").to_numpy())
         return "regression"
     if task == "binary" and len(found) != 2:
         raise DataError(f"{where} must have two values for task: binary, but it has {len(found)}: {some}")
@@ -233,6 +243,18 @@ def _task(where: str, values: pd.Series, task: str) -> Task:
             "or task: regression if they are amounts"
         )
     return _task(where, values, "regression")
+
+
+def _require_fits_float32(where: str, numbers: np.ndarray) -> None:
+    """Raise DataError for amounts that a model's predictions, float32 in the target's own unit, cannot tell apart."""
+    if not (np.abs(numbers) <= FLOAT32).all():
+        raise DataError(f"{where} holds infinity, or more than 3e38; remove these rows, or give it in a larger unit")
+    step, std = step_of_float32(np.abs(numbers).max()), numbers.std()
+    if step > _MOST_ROUNDED * std:
+        raise DataError(
+            f"{where} varies by {std:.2g} around {numbers.mean():.6g}, but predictions are float32, which there has "
+            f"steps of {step:.2g}; subtract {numbers.mean():.6g} from it, or give it in another unit"
+        )
 
 
 def _classes(where: str, values: pd.Series) -> tuple[tuple[str, ...], np.ndarray]:

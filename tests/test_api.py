@@ -145,15 +145,19 @@ class TestWaysToNameAStudy:
         assert more.counts.complete == 4
 
 
-def test_a_class_of_a_script_is_trained_by_two_workers(folder: Path) -> None:
-    (folder / "script.py").write_text(
-        LINEAR
+@pytest.mark.parametrize("imported", [False, True], ids=["its own", "imported from beside it"])
+def test_a_class_of_a_script_is_trained_by_two_workers(folder: Path, imported: bool) -> None:
+    script = folder / "scripts" / "script.py"
+    script.parent.mkdir()
+    (script.parent / "beside.py").write_text(LINEAR)
+    script.write_text(
+        ("from beside import Linear" if imported else LINEAR)
         + '\nif __name__ == "__main__":\n    import hpo\n'
         + '    study = hpo.run(Linear, workers=2, trials=4, epochs=2, tracking="off")\n'
         + "    print(study, study.trials.worker.nunique())\n"
     )
     done = subprocess.run(
-        [sys.executable, "script.py"],
+        [sys.executable, script],
         capture_output=True,
         text=True,
         check=False,

@@ -504,12 +504,13 @@ def test_what_a_format_cannot_hold_is_said_and_nothing_changes(folder, existing)
     assert [path.name for path in folder.parent.iterdir()] == ["s"]
 
 
-def test_what_nobody_asked_for_is_left_out_where_it_cannot_be(folder, said):
+def test_what_nobody_asked_for_is_left_out_where_it_cannot_be(folder, said, capfd):
     rows = held_out((4,))
     about = export(model(Branchy(), rows), rows, folder, formats_of(None))
     assert set(about["files"]) == {"model.pt", "model.torchscript.pt", "MODEL.md"}
     assert about["pt2"]["not_exported"]
     assert "the model cannot be exported as pt2: " in said[-1]
+    assert "forward(" not in capfd.readouterr().err  # torch's own graph
     assert set(export(tabular(rows), rows, folder, formats_of(None))["files"]) > {"model.pt2"}
 
 

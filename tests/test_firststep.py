@@ -309,6 +309,15 @@ WRONG = {
         {"    def metrics": "    def preprocess(self, train):\n        pass\n\n    def metrics"},
         "preprocess must return a torch.nn.Module, but returned None",
     ),
+    "preprocessing with weights": (
+        {"    def metrics": "    def preprocess(self, train):\n        return nn.Linear(4, 4)\n\n    def metrics"},
+        "preprocess must return a module that needs no training, but got the parameters weight, bias; have build",
+    ),
+    "a head with weights": (
+        {"    def metrics": "    def head(self):\n        return nn.Linear(3, 3)\n\n    def metrics"},
+        "head must return a module that needs no training, but got the parameters weight, bias; have build",
+    ),
+    "no defaults": ({DEFAULTS: "defaults = None"}, "its defaults must be a mapping of names, but is a NoneType"),
     "no head": (
         {"    def metrics": "    def head(self):\n        pass\n\n    def metrics"},
         "head must return a torch.nn.Module, but returned None",

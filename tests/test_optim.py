@@ -58,6 +58,11 @@ def test_a_fused_step_is_used_where_torch_has_one_and_no_other_is_tried(monkeypa
         optim._works_fused.cache_clear()
 
 
+def test_an_optimizer_whose_step_needs_a_closure_is_refused():
+    why = "LBFGS computes the loss several times in a step, which hpo does not do; choose another one"
+    assert messages(optimizer=["adam", "LBFGS"]) == [(("params", "optimizer"), why)]
+
+
 @pytest.mark.parametrize("name", ["optimizer", "adm", "lr_scheduler", "", 3, None])
 def test_what_is_no_optimizer_is_not_found(name):
     assert optim.optimizer_class(name) is None

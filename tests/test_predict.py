@@ -21,6 +21,7 @@ import hpo
 from hpo.cli.app import app
 from hpo.errors import HpoError, InputError
 from hpo.export.bundle import export
+from hpo.export.columns import Columns, Notes
 from hpo.export.model import Model
 from hpo.study.blocks import Standardize
 from hpo.study.data import DataInfo, Split
@@ -189,6 +190,29 @@ def test_unknown_categories_are_said(bundles, here):
     assert done.returncode == 0
     said = "column 'city': 1 value was not seen in training, and taken as unknown (the first: 'Zug' in row 2)"
     assert done.stderr == f"hpo: {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("texts", "marks"),
+    [([0.5, 2.0], (".", "")), ([2.0], (".", "")), (["0.50", "2"], (".", "")), (["0,5", "2,0"], (",", "."))],
+)
+def test_numbers_that_are_categories_are_known_however_they_are_written(texts, marks):
+    about = {"inputs": [{"name": "x", "dtype": "int64", "shape": [None, 1]}], "missing": True}
+    half = {"name": "half", "kind": "category", "input": "x", "categories": ["0.5", "1.5", "2.0"]}
+    notes = Notes()
+    got = Columns(about, [half]).arrays(pd.DataFrame({"half": texts}), "here", 1, notes, marks)
+    assert got["x"][:, 0].tolist() == [1, 3][-len(texts) :]
+    assert not notes.texts()
+
+
+@pytest.mark.parametrize("file", [False, True])
+def test_columns_that_are_arrows_are_taken_as_others(bundles, here, file):
+    arrow = pytest.importorskip("pyarrow") and "pyarrow"
+    plain = pd.read_csv(io.StringIO(FLATS), sep=";", decimal=",", thousands=".")
+    frame, model = plain.convert_dtypes(dtype_backend=arrow), hpo.load_bundle(bundles / "flats")
+    frame.to_parquet("flats.parquet")
+    got = predicted(bundles / "flats", "flats.parquet").astype(float) if file else model.predict(frame)
+    assert np.allclose(got, model.predict(plain), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["csv.gz", "tsv", "parquet", "npz", "npy", "pt", "stdin"])

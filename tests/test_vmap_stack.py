@@ -1,5 +1,6 @@
 """VmapStack against LoopStack, the reference, over the architectures that must stack: float64, equal to 1e-9."""
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -325,6 +326,19 @@ def test_what_cannot_be_stacked_says_why(architecture: str, reason: str) -> None
     with pytest.raises(NotStackable, match=reason):
         made.join(members(architecture)[0])
     assert made.members == []
+
+
+def test_what_torch_cannot_trace_it_does_not_print(caplog: pytest.LogCaptureFixture) -> None:
+    made = stack("mlp")
+    made.join(members("mlp")[0])
+
+    def run(state: Any, inputs: Any, targets: Any) -> Any:
+        return torch.bmm(inputs[0].expand(2, -1, 3), torch.ones(2, 4, 3))  # 3 and 4: a padded LSTM has such
+
+    caplog.set_level(logging.WARNING)
+    with pytest.raises(RuntimeError, match="batch2"):
+        Graph(run, made._slots.state, [torch.ones(1, 6, 1)], torch.ones(1), any_size=True)
+    assert "Traceback" not in caplog.text
 
 
 def test_an_optimizer_without_a_stacked_form_says_so() -> None:

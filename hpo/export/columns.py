@@ -16,7 +16,9 @@ from pandas.api import types
 from hpo.errors import InputError, did_you_mean
 from hpo.study.table_amounts import amounts
 from hpo.study.table_dates import moments, numbers_of
-from hpo.study.table_text import as_text, listed
+from hpo.study.table_text import as_text, listed, number_pattern
+
+Marks = tuple[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +135,12 @@ class Columns:
         notes.ignored = [repr(name) for name in header if name not in known]
         return self.names
 
-    def arrays(self, frame: pd.DataFrame, where: str, first: int, notes: Notes) -> dict[str, np.ndarray]:
+    def arrays(
+        self, frame: pd.DataFrame, where: str, first: int, notes: Notes, marks: Marks = (".", "")
+    ) -> dict[str, np.ndarray]:
         """Return a table's rows, the first of which is row `first`, as arrays (N, columns) by input.
 
+        `marks` of decimals and thousands are those with which numbers are written that are categories.
         `frame` has the columns that are `required`. Raises InputError with row, column and value.
         """
         made, place = {}, 0
@@ -145,7 +150,7 @@ class Columns:
             names = list(frame.columns[place : place + len(columns)]) if self._by_place else [c.name for c in columns]
             place += len(columns)
             if columns and columns[0].categories is not None:
-                made[name] = np.stack([self._codes(frame[c.name], c, where, first, notes) for c in columns], 1)
+                made[name] = np.stack([self._codes(frame[c.name], c, where, first, notes, marks) for c in columns], 1)
             else:
                 plain = [n for n, column in zip(names, columns, strict=True) if column.date is None]
                 numbers = self._numbers(frame, plain, self._dtypes[name], where, first)
@@ -193,7 +198,9 @@ class Columns:
             notes.undated[column.name] = n + int(wrong.sum()), example
         return numbers_of(dates, column.date)
 
-    def _codes(self, values: "pd.Series[Any]", column: Column, where: str, first: int, notes: Notes) -> np.ndarray:
+    def _codes(
+        self, values: "pd.Series[Any]", column: Column, where: str, first: int, notes: Notes, marks: Marks
+    ) -> np.ndarray:
         """Return a column's categories as codes (N,)."""
         assert column.categories is not None
         text = as_text(values)
@@ -204,7 +211,8 @@ class Columns:
             at = f"{where}: row {first + int(gone.argmax())}, column {column.name!r}"
             raise InputError(f"{at}: the value is missing, and the model takes none that are; fill it in")
         if (other := (codes == 0) & ~gone).any():  # 1.0 and 01 are the category 1, as pandas read the training table
-            codes[other] = index.get_indexer(pd.Index([_plain(t) for t in text[other]], dtype="string")) + 1
+            plain = {_plain(c): place for place, c in reversed(list(enumerate(column.categories, 1)))}
+            codes[other] = [plain.get(_plain(t, marks), 0) for t in text[other]]
         if (unknown := (codes == 0) & ~gone).any():
             row = int(unknown.argmax())
             n, example = notes.unknown.get(column.name, (0, f"{_shown(text.iloc[row])} in row {first + row}"))
@@ -219,8 +227,10 @@ def _as_numbers(values: "pd.Series[Any]") -> np.ndarray:
     return values.astype("Float64").to_numpy(dtype=np.float64, na_value=np.nan)
 
 
-def _plain(text: str) -> str:
-    """Return a number or a truth value as pandas writes what it has read as one."""
+def _plain(text: str, marks: Marks = (".", "")) -> str:
+    """Return a number or a truth value as pandas writes what it has read as one; whole numbers without a point."""
+    if number_pattern(*marks).fullmatch(text):
+        text = text.replace(marks[1], "").replace(marks[0], ".") if marks[1] else text.replace(marks[0], ".")
     if text.lower() in ("true", "false"):
         return text.capitalize()
     try:

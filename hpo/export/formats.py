@@ -3,9 +3,10 @@
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from hpo.errors import ExportError, InputError, did_you_mean
 from hpo.export.model import Model, Named
 from hpo.light import lightly
+from hpo.log import silenced
 from hpo.study.data import Split
 
 _jit: Any = torch.jit  # whose functions have no types
@@ -99,7 +101,8 @@ def _write_state(model: Model, eager: nn.Module, path: Path) -> Written:
 
 def _exported(eager: nn.Module, example: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
     """Return what torch.export makes of `eager`, for any size of the first dimension of every input."""
-    with lightly("torch"):
+    # of a network that branches on its numbers torch prints the graph so far; we say it in one line
+    with lightly("torch"), silenced("torch.fx.experimental.symbolic_shapes"), redirect_stderr(StringIO()):
         return torch.export.export(eager, example, dynamic_shapes=tuple({0: torch.export.Dim.AUTO} for _ in example))
 
 

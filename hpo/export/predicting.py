@@ -16,6 +16,7 @@ from hpo.export.answers import answers, require_top_k
 from hpo.export.columns import Columns, Notes, columns_of
 from hpo.export.reading import as_arrays, chunks
 from hpo.log import log
+from hpo.study.table_text import without_arrow
 
 _BATCH = 8192
 """So many rows go through the model at a time."""
@@ -31,7 +32,7 @@ def predict(model: nn.Module, about: Mapping[str, Any], data: Any, top_k: int | 
         if data.empty:
             raise InputError("the table: has no rows")
         taken = columns.required("the table", data.columns, None, notes)
-        arrays = columns.arrays(data[taken], "the table", 1, notes)
+        arrays = columns.arrays(without_arrow(data[taken]), "the table", 1, notes)
     else:
         arrays = as_arrays(data, about, columns, "the data")
     made = answers(about, outputs_of(model, arrays), top_k)

@@ -136,7 +136,8 @@ def _text(
                     kept = {} if keep is None else {keep: frame[keep].tolist()}
                     if copied is not None:
                         kept = {copied: [text.removeprefix(_MARK) for text in kept[copied]]}
-                    arrays = columns.arrays(frame[taken], where, first, notes)
+                    marks = dialect.decimal, dialect.thousands
+                    arrays = columns.arrays(frame[taken], where, first, notes, marks)
                     yield Chunk(arrays=arrays, kept=kept, share=share())
                 first += len(frame)
     except InputError:
@@ -164,7 +165,7 @@ def _parquet(path: Path, columns: Columns, keep: str | None, notes: Notes) -> It
             names = [file.schema_arrow.names[header.index(name)] for name in wanted]
             total = file.metadata.num_rows
             for batch in file.iter_batches(batch_size=ROWS, columns=names):
-                frame = batch.to_pandas()[names]
+                frame = batch.to_pandas(ignore_metadata=True)[names]  # it may ask for columns that are Arrow's
                 frame.columns = pd.Index(wanted)
                 if len(frame):
                     kept = {} if keep is None else {keep: frame[keep].tolist()}

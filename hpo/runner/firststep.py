@@ -35,6 +35,21 @@ def module_from(plan: Plan, what: str, call: Callable[[], Any]) -> nn.Module:
     )
 
 
+def fixed_from(plan: Plan, what: str, call: Callable[[], Any]) -> nn.Module:
+    """Return the module of `call`, which is never trained, so that it must have nothing that could be.
+
+    Random weights would be others in each process: the exported ones not those of the trials. Raises InputError.
+    """
+    made = module_from(plan, what, call)
+    if names := [name for name, weight in made.named_parameters() if weight.requires_grad]:
+        raise InputError(
+            f"objective {plan.spec.objective}: {what} must return a module that needs no training, but got the "
+            f"parameters {', '.join(names[:5])}; have build return what is trained, keep fixed numbers in buffers "
+            "(register_buffer), and freeze weights that are loaded (module.requires_grad_(False))"
+        )
+    return made
+
+
 def came(value: Any) -> str:
     """Return what a value is, in a few words."""
     if isinstance(value, Tensor):
@@ -92,7 +107,7 @@ def try_measuring(plan: Plan, data: Data, outputs: Any, batch: Split, losses: Se
         for name, metric in plan.objective.metrics().items():
             call = lambda metric=metric, targets=targets: metric(predicted, targets)  # noqa: E731
             _require_number(plan, name, _called(plan, f"metric {name}", call, given))
-    head = module_from(plan, "head", plan.objective.head)
+    head = fixed_from(plan, "head", plan.objective.head)
     _called(plan, "head", lambda: head(predicted), {"outputs": predicted})
 
 

@@ -62,7 +62,8 @@ class Workers:
             self._start(place)
 
     def _start(self, place: int) -> None:
-        environ = {LAUNCHED: str(self._n), LAUNCHER: str(os.getpid())}
+        path = os.pathsep.join(filter(None, sys.path))  # a script's own folder: modules that it imports lie there
+        environ = {LAUNCHED: str(self._n), LAUNCHER: str(os.getpid()), "PYTHONPATH": path}
         if self._gpus:
             environ["CUDA_VISIBLE_DEVICES"] = _visible(place % self._gpus)
         self._running[place] = _Process(self._command, environ, f"worker {place}")

@@ -114,6 +114,8 @@ def _name_losses(objective: Objective, params: Mapping[str, Any], folder: Path) 
     """Give the objective the losses that its params name by import path; return what is wrong with the losses' own."""
     faults: list[Fault] = []
     own: dict[str, Any] = {}
+    if not isinstance(objective.defaults, Mapping):
+        return faults  # which is said already
     for name in _span(params["loss"]) if "loss" in objective.defaults else []:
         at = ("params", "loss")
         if ":" in str(name):

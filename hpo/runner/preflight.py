@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from hpo.errors import InputError
 from hpo.export.ensemble import link_of
 from hpo.runner.advice import advice
-from hpo.runner.firststep import missing_param, module_from, settings_stay, try_measuring, try_step
+from hpo.runner.firststep import fixed_from, missing_param, module_from, settings_stay, try_measuring, try_step
 from hpo.runner.prepare import Plan, guarded
 from hpo.runner.preview import Preview
 from hpo.study.data import Data, Split
@@ -46,7 +46,7 @@ def _tried(plan: Plan, data: Data, whole: Data) -> tuple[nn.Module | None, list[
         require_rows(data, plan.spec.confirm.folds)
     if objective.train is not None and type(objective).preview is Objective.preview:
         return None, []
-    preprocess = module_from(plan, "preprocess", lambda: objective.preprocess(data.train))
+    preprocess = fixed_from(plan, "preprocess", lambda: objective.preprocess(data.train))
     head = Split(inputs={n: x[:8] for n, x in data.train.inputs.items()}, targets=data.train.targets[:8])
     batch = guarded(plan, "preprocess", lambda: head.through(preprocess))
     if objective.train is not None:

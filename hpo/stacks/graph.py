@@ -21,9 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from hpo.log import silenced
 from hpo.stacks.recording import Run
 from hpo.stacks.state import StackState, Trained
 
+_TRACES = "torch._subclasses.fake_tensor"
+"""The logger that prints a traceback of each operation for which there is no rule for symbols."""
 _MOST_FORMS = 4
 """For how many kinds of sizes and strides a step is compiled; for others it is run as it is."""
 
@@ -50,7 +53,7 @@ class Graph:
         self._fits: dict[tuple[int, int], bool] = {}
         with torch.no_grad():
             if any_size:
-                with suppress(Exception):  # of many kinds, where an operation has no rule for symbols
+                with suppress(Exception), silenced(_TRACES):  # of many kinds: an operation without a rule for symbols
                     sizes = _Sizes(leaves, len(tree_leaves(state)))
                     self.module = make_fx(flat, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*sizes.examples)
                     self._sizes = sizes

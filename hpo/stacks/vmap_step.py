@@ -7,6 +7,7 @@ Shapes: K slots, B rows of a batch; a weight (K, ...), a loss (K,).
 """
 
 import shutil
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -42,6 +43,9 @@ from hpo.training.stack import Task
 Execution = Literal["eager", "graph", "compiled"]
 _STEPS_AT_ONCE, _FEWEST_AT_ONCE = 16, 4
 """How many steps are one CUDA graph: so many that launching them takes no time, and a stop is heard soon enough."""
+
+warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
+"""Of LSTMs and other layers, many times; how fast a stack of them is, is measured."""
 
 
 def has_compiler(device: torch.device) -> bool:

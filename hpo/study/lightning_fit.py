@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hpo import seeds
 from hpo.errors import InputError
+from hpo.log import silenced
 from hpo.study.data import Split, batch_sizes
 from hpo.study.objective import Reporter
 
@@ -182,14 +183,6 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Leave out what Lightning itself says (which GPUs there are, how many workers a loader has), not the module."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"(pytorch_)?lightning")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with silenced(*_LOGGERS, level=logging.ERROR), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(pytorch_)?lightning")
+        yield

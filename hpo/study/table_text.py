@@ -100,6 +100,8 @@ def _n_lines(text: bytes) -> int:
 
 def _dialect(where: object, head: bytes, cut: bool, encoding: str, errors: str) -> Dialect:
     text = head.decode(encoding, "ignore" if cut else errors)
+    if mark := re.match(r"\s*(sep=.)\s*[\r\n]", text, re.IGNORECASE):
+        raise DataError(f"{where}: its first line is Excel's {mark[1]!r}, no names; remove that line")
     columns = {mark: _n_columns(text, mark, cut) for mark in ",;\t|"}
     if max(columns.values()) == 1:  # rows that have more fields than the header: that is to be said, not "one column"
         first = text.lstrip().partition("\n")[0]
@@ -190,6 +192,20 @@ def listed(texts: Iterable[str], longest: int = 50) -> str:
     every = [text if len(text) <= longest else f"{text[: longest - 3]}..." for text in texts]
     more = f" and {len(every) - 10} more" if len(every) > 10 else ""
     return ", ".join(every[:10]) + more
+
+
+def without_arrow(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a table whose columns are NumPy's or pandas' own: Arrow's have not all of their operations."""
+    arrow = [place for place, kind in enumerate(frame.dtypes) if isinstance(kind, pd.ArrowDtype)]
+    if not arrow:
+        return frame
+    import pyarrow
+
+    columns = [frame.iloc[:, place] for place in range(frame.shape[1])]
+    for place in arrow:
+        plain = pyarrow.array(columns[place]).to_pandas()
+        columns[place] = plain.set_axis(frame.index).rename(columns[place].name)
+    return pd.concat(columns, axis=1)
 
 
 def as_text(values: pd.Series) -> pd.Series:

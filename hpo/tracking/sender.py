@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any, TextIO
 
-from hpo.log import shown_by
+from hpo.log import shown_by, silenced
 from hpo.tracking.runs import Runs
 
 PARENT_SECONDS = 1.0
@@ -70,14 +70,6 @@ def _write(file: TextIO, message: dict[str, Any]) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep MLflow's and alembic's own lines (tables made, runs viewed, deprecations in their code) off the terminal."""
-    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic", "mlflow.store.db.utils")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)  # what fails is said in one line of ours
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with silenced("mlflow", "alembic", "mlflow.store.db.utils"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -122,6 +122,9 @@ def faults(values: Mapping[str, list[Any]]) -> list[Fault]:
         if name.lower() not in known:
             message = f"there is no torch.optim class {name!r}{did_you_mean(name.lower(), known)}"
             found.append(Fault(path=("params", "optimizer"), message=message))
+        elif issubclass(known[name.lower()], torch.optim.LBFGS):
+            message = f"{name} computes the loss several times in a step, which hpo does not do; choose another one"
+            found.append(Fault(path=("params", "optimizer"), message=message))
     accepted = {
         a for name in optimizers if name.lower() in known for a in inspect.signature(known[name.lower()]).parameters
     }

@@ -127,6 +127,25 @@ def test_what_is_wrong_with_one_of_many_columns_is_said(make):
         assert why in refused(make, frame, task="regression")
 
 
+def test_a_column_that_float32_rounds_is_said(make):
+    frame = rows(far=1e9 + np.linspace(0, 9, N), whole=2.0**23 + np.arange(N)[::-1], id=1e12 + 1e9 * np.arange(N))
+    notices = make(frame, keep=["id"]).data().notices
+    assert len(notices) == 1
+    assert notices[0].startswith("column 'far' lies between 1000000000 and 1000000009, where")
+    assert "steps of 64: smaller differences are lost; subtract 1000000000 from it" in notices[0]
+
+
+def test_a_parquet_file_of_arrows_columns_is_read_as_any_other(tmp_path):
+    pytest.importorskip("pyarrow")
+    frame = rows(day=pd.date_range("2020-01-01", periods=N)).convert_dtypes(dtype_backend="pyarrow")
+    frame.loc[3, "age"] = pd.NA
+    frame.to_parquet(tmp_path / "table.parquet")
+    got = read_table(tmp_path / "table.parquet")
+    assert not [kind for kind in got.dtypes if isinstance(kind, pd.ArrowDtype)]
+    assert got["day"].iloc[0] == pd.Timestamp("2020-01-01")
+    assert np.isnan(got["age"].iloc[3])
+
+
 @pytest.mark.parametrize(
     ("written", "separator", "number"),
     [
@@ -159,6 +178,7 @@ REFUSED = {
     "binary": (b"\x89PNG\r\n\x1a\n\x00\x00", r"is no text \(byte 6 is 26\); give a .csv or a .parquet file"),
     "twice": ("age,age,price\n1,2,3\n", "its header names 'age' more than once"),
     "no names": ("1,2\n3,4\n", "its first line holds numbers, no names"),
+    "Excel's mark": ("sep=;\r\n" + csv(sep=";"), "its first line is Excel's 'sep=;', no names; remove that line"),
     "ragged": (csv() + "1,2,Bern,4,5\n", "a row has 5 fields, but its header has 4 .*'1,2,Bern,4,5'"),
     "a separator at each end but the header's": (
         "age,price\n" + "1,2,\n" * 30,
@@ -205,6 +225,14 @@ REFUSED = {
     ),
     "infinite": (rows(age=[np.inf, *range(N - 1)]), r"'age' holds infinity, .* in 1 of 60 rows \(the first: row 1\)"),
     "infinite target": (rows(price=[np.inf, *np.linspace(0, 1, N - 1)]), "'price' holds infinity"),
+    "a target too large": (
+        rows(price=rows().price * 1e300),
+        "'price' holds infinity, or more than 3e38; .* a larger unit",
+    ),
+    "a target that float32 rounds": (
+        rows(price=rows().price + 1e10),
+        r"'price' varies by 22 around 1e\+10, but predictions are float32, .* steps of 1e\+03; subtract 1e\+10 from it",
+    ),
     "nothing else": (rows()[["price"]], "no column to predict 'price' from; it is the only one"),
     "nothing but constants": (rows(a=1)[["a", "price"]], "from; left out: 'a': it has one value only$"),
 }
