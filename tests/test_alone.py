@@ -179,8 +179,18 @@ def has(kept: Any) -> Callable[[nn.Module], None]:
     return lambda module: setattr(module, "kept", kept)
 
 
+def without_mean(module: nn.Module) -> None:
+    module.register_buffer("mean", None)
+
+
 def hooked(module: nn.Module) -> None:
     module.second.weight.register_hook(lambda gradient: 0 * gradient)
+
+
+def beginning(module: nn.Module, x: Tensor) -> Tensor:
+    if module.training:
+        module.mean = x.mean(0).detach()
+    return plain(module, x)
 
 
 ATTRIBUTES = "its forward changes the module's own attributes"
@@ -192,6 +202,7 @@ REFUSED: dict[str, tuple[Build, str]] = {
     "a tensor that it keeps": (lambda p: Network(keeping), ATTRIBUTES),
     "numbers of a batch": (lambda p: Network(listing), "Python's numbers of a batch"),
     "a hook of a weight": (lambda p: Network(plain, hooked), "a hook changes the gradients"),
+    "a buffer that is not there yet": (lambda p: Network(beginning, without_mean), "which buffers there are"),
     "complex weights": (lambda p: Network(plain, has(nn.Parameter(torch.ones(1, dtype=torch.complex64)))), "complex"),
     "no numbers": (lambda p: Network(lambda m, x: (x - 9).sqrt()), "its outputs are no numbers"),
 }

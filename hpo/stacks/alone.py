@@ -78,9 +78,9 @@ def step_alone(task: Task, module: nn.Module, params: Params, example: Split) ->
     is_random = any(not torch.equal(state, drawn[name]) for name, state in random_states(task.device).items())
     if _outside(task, module) != outside:
         raise NotStackable(OUTSIDE)
+    if _layout(tensors(module)) != _layout(before):
+        raise NotStackable("its forward changes the shape of a buffer, or which buffers there are")
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
-    if any(b.shape != before[name].shape or b.dtype != before[name].dtype for name, b in buffers.items()):
-        raise NotStackable("its forward changes the shape of a buffer")
     _restore(module, before)
     return Alone(
         gradients={name: g for name, g in zip(weights, found, strict=True) if g is not None},
@@ -114,6 +114,10 @@ def _outside(task: Task, module: nn.Module) -> Hashable:
     numpys = np.random.get_state(legacy=False)["state"]
     counted = tuple((key, repr(each)) for key, each in vars(task.objective).items() if isinstance(each, PLAIN))
     return own_state(module), random.getstate(), numpys["key"].tobytes(), numpys["pos"], counted
+
+
+def _layout(several: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in several.items()}
 
 
 @torch.no_grad()
