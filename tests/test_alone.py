@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -179,6 +180,12 @@ def has(kept: Any) -> Callable[[nn.Module], None]:
     return lambda module: setattr(module, "kept", kept)
 
 
+def scripted(params: Any) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return nn.Sequential(torch.jit.script(nn.Linear(6, 6)), nn.Linear(6, 1))
+
+
 def without_mean(module: nn.Module) -> None:
     module.register_buffer("mean", None)
 
@@ -203,6 +210,7 @@ REFUSED: dict[str, tuple[Build, str]] = {
     "numbers of a batch": (lambda p: Network(listing), "Python's numbers of a batch"),
     "a hook of a weight": (lambda p: Network(plain, hooked), "a hook changes the gradients"),
     "a buffer that is not there yet": (lambda p: Network(beginning, without_mean), "which buffers there are"),
+    "a scripted layer": (scripted, "what torch.jit has made"),
     "complex weights": (lambda p: Network(plain, has(nn.Parameter(torch.ones(1, dtype=torch.complex64)))), "complex"),
     "no numbers": (lambda p: Network(lambda m, x: (x - 9).sqrt()), "its outputs are no numbers"),
 }

@@ -107,6 +107,8 @@ def candidate(task: Task, member: Member, padder: Padder, example: Split) -> Can
     """
     _require_stacked_form(member.params)
     probe = tensor_dropout(task.build(member)).to(task.device).eval()
+    if any(isinstance(each, torch.jit.ScriptModule) for each in probe.modules()):
+        raise NotStackable("torch.func cannot batch what torch.jit has made")
     reads = RecordingParams(member.params)
     before = own_state(probe)
     with torch.no_grad(), task.autocast(), _counting(probe) as given:
