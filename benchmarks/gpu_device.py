@@ -31,7 +31,7 @@ from torch import Tensor
 
 import hpo
 from hpo.runner.prepare import prepare
-from hpo.stacks.candidate import NotStackable
+from hpo.stacks.alone import NotStackable
 from hpo.study.data import Split
 from hpo.study.spec import Loading
 from hpo.training.batches import Batches, make_batches

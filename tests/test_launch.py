@@ -135,6 +135,14 @@ def test_repair_frees_places_and_ends_the_runs_that_were_left_open(study):
     assert "is ended" not in again
 
 
+def test_repair_names_no_runs_where_nothing_is_tracked(study):
+    path = study("trials: 1\ntracking: off")
+    invoke("run", path)
+    out = invoke("repair", path)
+    assert "1 of 1 trials done, 0 running, 0 waiting" in out
+    assert "the runs in" not in out
+
+
 def test_serve_says_that_there_is_no_login_and_workers_join_through_it(study):
     path = study("trials: 3")
     invoke("run", path, "--trials", 1)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from hpo.errors import Interrupted
 from hpo.stacks import recording, vmap_step
-from hpo.stacks.candidate import NotStackable
+from hpo.stacks.alone import NotStackable
 from hpo.stacks.graph import CompiledStep
 from hpo.stacks.graph import Graph as StepGraph
 from hpo.stacks.recording import CudaReplay, EpochReplay, Run

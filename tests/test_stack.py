@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics.regression import MeanSquaredError
 
-from hpo.stacks.candidate import NotStackable
+from hpo.stacks.alone import NotStackable
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.stacks.vmap_step import VmapStep
 from hpo.study.data import DataInfo, Split

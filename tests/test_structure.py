@@ -10,7 +10,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hpo.stacks.candidate import NotStackable
+from hpo.stacks.alone import NotStackable
 from hpo.stacks.structure import common_structure
 from hpo.stacks.tensor_modules import Gated, RateDropout, SelectOne, masks_of_a_step, with_masks_of
 from hpo.stacks.vmap_stack import VmapStack

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 from torchmetrics.regression import MeanSquaredError
 
-from hpo.stacks.candidate import NotStackable
+from hpo.stacks.alone import NotStackable
 from hpo.stacks.graph import CompiledStep, Graph
 from hpo.stacks.padding import Padder, unpadded
 from hpo.stacks.recording import in_place

@@ -99,9 +99,10 @@ def repair(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
         stack.callback(search.close)
         seen = studies.repair(plan, search)
         counts = seen.counts
+        runs = "" if plan.spec.tracking == "off" else f"; the runs in {masked(plan.spec.tracking)} say the same"
         out.print(
             f"{plan.spec.name}: {counts.finished} of {plan.spec.budget_text} done, {counts.running} running, "
-            f"{counts.waiting} waiting; the runs in {masked(plan.spec.tracking)} say the same"
+            f"{counts.waiting} waiting{runs}"
         )
         return summary(plan.spec, seen, seen.best(), None)
 

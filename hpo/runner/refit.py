@@ -31,7 +31,7 @@ from hpo.search.beside import Beside
 from hpo.search.confirmed import chosen, confirmation, sentences
 from hpo.search.search import Search
 from hpo.search.view import NO_TRIAL, Best, StudyView
-from hpo.stacks.candidate import NotStackable
+from hpo.stacks.alone import NotStackable
 from hpo.stacks.cost import records
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.data import Data

@@ -20,7 +20,7 @@ from hpo.search.budget import utc
 from hpo.search.curves import Curves, curves_of
 from hpo.search.search import Search
 from hpo.search.view import StudyView
-from hpo.stacks.candidate import NotStackable
+from hpo.stacks.alone import NotStackable
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.stopping import StopToken, signals
 from hpo.study.data import Data

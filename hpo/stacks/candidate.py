@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from hpo.stacks.alone import OUTSIDE, Alone, NotStackable, step_alone
 from hpo.stacks.cost import records
 from hpo.stacks.padding import Padder, PaddingPlan
 from hpo.stacks.structure import PaddedModule, own_state
-from hpo.stacks.tensor_modules import with_masks_of
+from hpo.stacks.tensor_modules import tensor_dropout, with_masks_of
 from hpo.study.data import Split
 from hpo.study.objective import Params
 from hpo.training import stacked_optim
@@ -25,10 +26,6 @@ from hpo.training.stack import Member, Task
 
 _TO_RECORD = 4
 """How many copies of a stack's state there are besides while its step is recorded and compared."""
-
-
-class NotStackable(Exception):
-    """A member cannot be trained in a stack, and why; it trains in a LoopStack instead."""
 
 
 class RecordingParams(Mapping[str, Any]):
@@ -62,7 +59,7 @@ class Candidate:
     """A member with its network padded, before it joins a stack.
 
     `padded` is on the CPU, whence many are copied at once. `probe`, on the device, is the same network with other
-    weights, padded too, and `outputs` what it gave alone on the stack's example:
+    weights, padded too; `outputs` is what it gave alone on the stack's example, `alone` its first step there:
     an initialisation may hide what padding does to a network (a last layer of zeros hides all that is before it).
     `reads` are the params that the loss reads there, `activations` the bytes that all layers give for one row.
     """
@@ -71,6 +68,7 @@ class Candidate:
     padded: PaddedModule
     probe: PaddedModule
     outputs: Any
+    alone: Alone
     reads: Sequence[str]
     activations: int
     padder: Padder
@@ -92,7 +90,13 @@ class Candidate:
         """What members of one stack have in common."""
         params = self.member.params
         engine = tuple(name in params for name in ("schedule", MAX_GRAD_NORM, "momentum"))
-        return str(params["optimizer"]).lower(), params["batch_size"], engine, self.padded.signature
+        untrained = tuple(sorted(self.untrained))
+        return str(params["optimizer"]).lower(), params["batch_size"], engine, self.padded.signature, untrained
+
+    @property
+    def untrained(self) -> frozenset[str]:
+        """The weights on which the loss does not depend, by the structure's names."""
+        return frozenset(self.padded.names[name] for name in self.alone.untrained)
 
 
 def candidate(task: Task, member: Member, padder: Padder, example: Split) -> Candidate:
@@ -102,7 +106,9 @@ def candidate(task: Task, member: Member, padder: Padder, example: Split) -> Can
     TrialError where the objective's code says that the configuration is at fault.
     """
     _require_stacked_form(member.params)
-    probe = task.build(member).eval()
+    probe = tensor_dropout(task.build(member)).to(task.device).eval()
+    if any(isinstance(each, torch.jit.ScriptModule) for each in probe.modules()):
+        raise NotStackable("torch.func cannot batch what torch.jit has made")
     reads = RecordingParams(member.params)
     before = own_state(probe)
     with torch.no_grad(), task.autocast(), _counting(probe) as given:
@@ -112,7 +118,8 @@ def candidate(task: Task, member: Member, padder: Padder, example: Split) -> Can
             outputs = in_full(probe(*example.inputs.values()))
             task.objective.loss(outputs, example.targets, reads)
     if own_state(probe) != before:
-        raise NotStackable("its forward changes the module's own attributes")
+        raise NotStackable(OUTSIDE)
+    alone = step_alone(task, probe, reads, example)
     padded = padder(task.drawn(member).train(), member.params)
     with_masks_of(padded.module, member.seed)
     return Candidate(
@@ -120,6 +127,7 @@ def candidate(task: Task, member: Member, padder: Padder, example: Split) -> Can
         padded=padded,
         probe=padder(probe.train(), member.params),
         outputs=outputs,
+        alone=alone,
         reads=sorted(reads.names),
         activations=sum(given) // len(example),
         padder=padder,

@@ -59,6 +59,8 @@ class Graph:
                     self._sizes = sizes
             if self._sizes is None:
                 self.module = make_fx(flat)(*tree_map(torch.clone, leaves))  # on copies: tracing runs it once
+        self.depends_on_data = any(map(_depends_on_data, self.module.graph.nodes))
+        """Whether how large a result is depends on the data: the graph, its gradients above all, is for one batch."""
         self.is_general = self.fits(len(state.t) + 1, len(targets) + 1)
         """Whether it is for other numbers of slots and rows too."""
 
@@ -122,6 +124,16 @@ class CompiledStep:
     def _compile(self, graph: Graph, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> None:
         self._graph, self._call = graph, graph.compiled(state, inputs, targets)
         self._n_forms += 1
+
+
+def _depends_on_data(node: torch.fx.Node) -> bool:
+    """Whether a node's size follows from numbers in its arguments: what a mask picks, for example."""
+    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+        return False
+    if node.target is not torch.ops.aten.index.Tensor:
+        return True
+    indices = [each for each in cast(Sequence[Any], node.args[1]) if each is not None]
+    return any(each.meta["tensor_meta"].dtype in (torch.bool, torch.uint8) for each in indices)
 
 
 def _sizes_of(state: StackState, targets: Tensor) -> tuple[int, int]:

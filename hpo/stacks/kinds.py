@@ -8,6 +8,8 @@ looked into by identity, so that what is not known to be the same is not taken f
 
 import dis
 import functools
+import itertools
+import random
 import sys
 import types
 import weakref
@@ -19,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(Ellipsis))
+PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(Ellipsis))
+"""What is the same if it reads the same."""
 NOT_READ = frozenset({"__init__", "__dict__", "__weakref__", "__doc__", "__firstlineno__", "__static_attributes__"}) | {
     *("__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__"),
     *("__dataclass_fields__", "__dataclass_params__"),
@@ -60,7 +63,7 @@ class Kinds:
 
     def of(self, value: Any) -> Hashable:
         """Return what `value` is."""
-        if isinstance(value, _PLAIN):
+        if isinstance(value, PLAIN):
             return type(value).__name__, repr(value)
         if id(value) not in self._known:
             self._kept.append(value)
@@ -103,7 +106,20 @@ class Kinds:
             return "namespace", self.of(vars(value))
         if is_dataclass(value):
             return self.of(type(value)), tuple(self.of(getattr(value, each.name)) for each in fields(value))
-        return _Same(value)
+        return self._counting(value)
+
+    def _counting(self, value: Any) -> Hashable:
+        """Return the kind of what may count or draw: where it stands is a part of it."""
+        if isinstance(value, itertools.count):
+            return "count", repr(value)
+        if isinstance(value, random.Random):
+            return "random", self.of(value.getstate())
+        if isinstance(value, np.random.Generator):
+            return "generator", self.of(value.bit_generator.state)
+        if isinstance(value, np.random.RandomState):
+            return "generator", self.of(value.get_state(legacy=False))
+        own = getattr(value, "__dict__", {})
+        return _Same(value), tuple((key, repr(each)) for key, each in own.items() if isinstance(each, PLAIN))
 
     def _class(self, cls: type) -> Hashable:
         """Return what a class is: by what is written in it and above it, up to torch's own."""
@@ -174,6 +190,8 @@ def _numbers(value: Tensor | np.ndarray) -> Hashable:
     """Return small constants by value; what is trained, large or elsewhere is itself only."""
     if isinstance(value, Tensor):
         if type(value) is not Tensor or value.requires_grad or value.device.type != "cpu" or value.numel() > _SMALL:
+            return _Same(value)
+        if torch._C._functorch.is_functorch_wrapped_tensor(value):  # one that a forward has kept: it has no numbers
             return _Same(value)
         return "tensor", tuple(value.shape), value.dtype, repr(value.tolist())
     if value.size > _SMALL or value.dtype == object:

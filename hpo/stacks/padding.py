@@ -74,7 +74,14 @@ class PaddingPlan:
         highs, *others = {repr(sorted(each.items())): each for each in several}.values()
         widths, depths = self._sizes(highs)
         everything = [highs, *others]
-        layers = common_structure([self._network(params) for params in everything])
+        try:
+            layers = common_structure([self._network(params) for params in everything])
+        except TrialError:
+            raise
+        except Exception as error:  # user's code: a layer that cannot be copied cannot be left out of a network
+            if is_out_of_memory(error):
+                raise
+            layers = CommonStructure()
         sizes = common_structure([self._network(params) for params in everything], sizes_only=True)
         return [
             self._padder(layers, highs, widths, to_highest=depths),

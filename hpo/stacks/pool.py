@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 
 from hpo.log import Once
-from hpo.stacks.candidate import Candidate, NotStackable, candidates
+from hpo.stacks.alone import NotStackable
+from hpo.stacks.candidate import Candidate, candidates
 from hpo.stacks.cost import compile_pays, slots_for
 from hpo.stacks.padding import Padder, PaddingPlan
 from hpo.stacks.vmap_stack import VmapStack

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from hpo.errors import Interrupted
-from hpo.stacks.candidate import Candidate, NotStackable, candidate
+from hpo.stacks.alone import NotStackable
+from hpo.stacks.candidate import Candidate, candidate
 from hpo.stacks.cost import SIZES, compile_pays, slots_for
 from hpo.stacks.padding import Padder, Padding, PaddingPlan
 from hpo.stacks.vmap_stack import TIMED_STEPS, VmapStack

@@ -71,7 +71,7 @@ class Slots:
 
         def kept() -> dict[str, Tensor]:
             self.settle()
-            return self._rows(member, self._kept)
+            return self.own(member, self._kept)
 
         return kept
 
@@ -109,7 +109,7 @@ class Slots:
         Of each tensor all members' rows are put together where the networks are, and copied at once.
         """
         state = self.state
-        own = [padded.own_tensors() for _, padded in networks.values()]
+        own = [padded.own for _, padded in networks.values()]
         for (member, padded), tensors in zip(networks.values(), own, strict=True):
             regions = {name: tuple(slice(0, size) for size in tensor.shape) for name, tensor in tensors.items()}
             self._regions[member] = {key: (name, regions[name]) for key, name in padded.names.items()}
@@ -132,11 +132,12 @@ class Slots:
 
     def tensors(self, member: Member) -> dict[str, Tensor]:
         """Return copies of a member's weights and buffers, by its network's own names."""
-        return self._rows(member, {**self.state.weights, **self.state.buffers})
+        return self.own(member, {**self.state.weights, **self.state.buffers})
 
-    def _rows(self, member: Member, stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        slot = self._taken.index(member)
-        return {own: stacked[name][slot][region].clone() for own, (name, region) in self._regions[member].items()}
+    def own(self, member: Member, stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return copies of a member's part of stacked tensors, by its network's own names."""
+        slot, regions = self._taken.index(member), self._regions[member]
+        return {own: stacked[n][slot][region].clone() for own, (n, region) in regions.items() if n in stacked}
 
     def checkpoint(self, member: Member) -> dict[str, Any]:
         """Return what `restore` takes: see `hpo.training.stack.Stack.checkpoint`."""

@@ -20,7 +20,7 @@ class Trained(NamedTuple):
 
     weights: dict[str, Tensor]
     buffers: dict[str, Tensor]
-    """Weights that are not trained among them."""
+    """Weights that are not trained, or that the loss does not depend on, among them."""
     optimizer: dict[str, stacked_optim.State]
     t: Tensor
     """How many steps each member has done."""
@@ -62,8 +62,9 @@ class StackState(NamedTuple):
         def rows(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {n: torch.zeros((capacity, *shapes[n]), dtype=x.dtype, device=device) for n, x in named.items()}
 
-        weights = {name: w for name, w in module.named_parameters() if w.requires_grad}
-        frozen = {name: w for name, w in module.named_parameters() if not w.requires_grad}
+        every = dict(module.named_parameters())
+        weights = {name: w for name, w in every.items() if w.requires_grad and name not in first.untrained}
+        frozen = {name: w for name, w in every.items() if name not in weights}
         dtype = next((w.dtype for w in weights.values()), torch.float32)
 
         def column() -> Tensor:

@@ -24,21 +24,26 @@ _SIZES = ("in_features", "out_features", "num_features", "in_channels", "out_cha
 class PaddedModule:
     """A network in the common structure. `names` are the structure's names by the network's own, for its state_dict.
 
-    `shapes` are those of its tensors in the stack, by the structure's names; `varied` the tensors whose sizes differ
-    among the networks of the study, `left_out` those of layers that this network lacks.
+    `shapes` are those of its tensors in the stack, by the structure's names; `varied` the tensors of which not all
+    networks of the study have all.
     """
 
     module: nn.Module
     names: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
     varied: frozenset[str]
-    left_out: frozenset[str]
+    own: Mapping[str, Tensor]
+    """This network's own tensors by the structure's names, in their own shapes; all others are padding. Kept here since
+    `torch.func` leaves others in a module that stands at two places of the network."""
     signature: Hashable
     """Equal for networks that only the numbers in their tensors tell apart."""
 
-    def own_tensors(self) -> dict[str, Tensor]:
-        """Return this network's own tensors by the structure's names, in their own shapes; all others are padding."""
-        return {name: tensor for name, tensor in tensors(self.module).items() if name not in self.left_out}
+    @property
+    def form(self) -> Hashable:
+        """What networks of one signature may differ in beside numbers: their own sizes, and the layers they use."""
+        used = [int(each.used) for each in self.module.modules() if isinstance(each, Gated)]
+        chosen = [int(each.chosen) for each in self.module.modules() if isinstance(each, SelectOne)]
+        return tuple((name, tuple(each.shape)) for name, each in self.own.items()), tuple(used), tuple(chosen)
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class CommonStructure:
     optional: Mapping[str, _Optional] = field(default_factory=dict)
     choices: Mapping[str, tuple[nn.Module, ...]] = field(default_factory=dict)
     varied: frozenset[str] = frozenset()
-    """The tensors whose sizes are not the same in all networks of the study."""
+    """The tensors whose sizes are not the same in all networks of the study, and those of layers that some lack."""
 
     def pad(self, module: nn.Module, shapes: Mapping[str, tuple[int, ...]] | None = None) -> PaddedModule:
         """Return `module`, which is changed, in this structure, to be stacked with those `shapes` or else its own.
@@ -83,7 +88,7 @@ class CommonStructure:
             names=names,
             shapes=shapes,
             varied=self.varied,
-            left_out=left_out,
+            own={name: tensor for name, tensor in every.items() if name not in left_out},
             signature=(layout, frozen, parts),
         )
 
@@ -130,7 +135,7 @@ def common_structure(modules: Sequence[nn.Module], sizes_only: bool = False) -> 
     return CommonStructure(
         optional=optional,
         choices={path: tuple(each.values()) for path, each in choices.items() if len(each) > 1},
-        varied=_varied(gated),
+        varied=_varied(gated) | _may_lack(gated[0], optional),
     )
 
 
@@ -260,6 +265,13 @@ def _varied(modules: Sequence[nn.Module]) -> frozenset[str]:
         for name, tensor in tensors(module).items():
             shapes.setdefault(name, set()).add(tensor.shape)
     return frozenset(name for name, each in shapes.items() if len(each) > 1)
+
+
+def _may_lack(module: nn.Module, optional: Mapping[str, _Optional]) -> frozenset[str]:
+    """Return the names of the tensors of layers that some networks lack."""
+    lacking = {path: each.modules[each.first : each.last] for path, each in optional.items()}
+    begin = tuple(f"{path}.{name}.".lstrip(".") for path, some in lacking.items() for name, _ in some)
+    return frozenset(name for name in tensors(module) if name.startswith(begin))
 
 
 def _runs_torchs_code(cls: type) -> bool:

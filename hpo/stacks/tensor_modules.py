@@ -99,10 +99,16 @@ class SelectOne(nn.Module):
         self.register_buffer("chosen", torch.tensor(chosen))
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.options[0](x)
+        out: Tensor = self.options[0](_if(self.chosen == 0, x))
         for index, option in enumerate(self.options[1:], start=1):
-            out = torch.where(self.chosen == index, option(x), out)
+            chosen = self.chosen == index
+            out = torch.where(chosen, option(_if(chosen, x)), out)
         return out
+
+
+def _if(used: Tensor, x: Tensor) -> Tensor:
+    """Return `x`, whose gradient is 0 where what is computed of it is not used: that of a root at 0 is no number."""
+    return torch.where(used, x, x.detach())
 
 
 class Gated(nn.Sequential):
@@ -119,12 +125,14 @@ class Gated(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         for index, module in enumerate(self):
-            y = module(x)
-            if self.first <= index < self.last:
-                if y.shape != x.shape:
-                    raise ValueError(f"a layer that may be left out changes the shape {tuple(x.shape)}")
-                y = torch.where(self.used > index - self.first, y, x)
-            x = y
+            if not self.first <= index < self.last:
+                x = module(x)
+                continue
+            used = self.used > index - self.first
+            y = module(_if(used, x))
+            if y.shape != x.shape:
+                raise ValueError(f"a layer that may be left out changes the shape {tuple(x.shape)}")
+            x = torch.where(used, y, x)
         return x
 
 

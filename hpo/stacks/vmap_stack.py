@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from hpo.errors import Interrupted
-from hpo.stacks.candidate import Candidate, NotStackable, candidate
+from hpo.stacks.alone import OUTSIDE, NotStackable, unlike
+from hpo.stacks.candidate import Candidate, candidate
 from hpo.stacks.cost import compile_pays, records
 from hpo.stacks.padding import Padder, unpadded
 from hpo.stacks.recording import line
@@ -31,17 +32,15 @@ from hpo.training.evaluation import EVALUATION_ROWS, joined
 from hpo.training.faults import TrialError
 from hpo.training.memory import is_out_of_memory
 from hpo.training.metrics import Measuring
-from hpo.training.stack import Kept, Member, Precision, Stack, Task
+from hpo.training.stack import Kept, Member, Stack, Task
 
 _ABSENT = "absent"
 _OTHER_STRUCTURE = "its structure is not that of the stack"
-_TOLERANCES: Mapping[Precision, float] = {"float32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}
-"""How much outputs in a stack may differ from those alone: other kernels round otherwise, at the most by so much."""
 _ROWS_AT_ONCE: Mapping[str, int] = {"cuda": 1 << 20}
 """How many rows of all members together are evaluated at once; on a CPU so few that they stay in its cache."""
 TIMED_STEPS = 5
 """How many steps are timed before it is decided whether to compile them."""
-_OTHER_OUTPUTS = "its outputs in a stack are not those alone: its module has state outside of tensors"
+_OTHER_STEP = "its gradients in a stack are not those alone"
 
 
 class VmapStack(Stack):
@@ -68,6 +67,7 @@ class VmapStack(Stack):
         self._step: VmapStep | None = None
         self._signature: Hashable = None
         self._without_network: set[Member] = set()
+        self._stepped: set[Hashable] = set()
         self._measuring = Measuring(task.objective, task.device)
 
     @property
@@ -138,10 +138,10 @@ class VmapStack(Stack):
     def open(self, first: Candidate) -> str | None:
         """Make this the stack of `first`'s signature, without taking it in; return why it cannot be stacked, if so."""
         self._slots.state = StackState.empty(first, self.capacity, self._task.device)
-        self._step = VmapStep(self._task, first.padded.module.to(self._task.device), first.member.params)
+        self._step = VmapStep(self._task, first.probe.module, first.member.params)
         self._signature = self._signature_of(first)
         try:
-            reason = self._try_out(first, first.padded.module)
+            reason = self._try_out(first, first.probe.module)
         except BaseException:
             self._step = None
             raise
@@ -167,7 +167,7 @@ class VmapStack(Stack):
             self._signature = self._signature_of(first)
             return self._try_out(first, template)
         if own_state(template) != before:
-            return "its forward changes the module's own attributes"
+            return OUTSIDE
         return None
 
     def take(self, candidates: Sequence[Candidate]) -> dict[Member, str]:
@@ -180,6 +180,7 @@ class VmapStack(Stack):
             if slots:
                 self._slots.fill({slot: (each.member, each.probe) for each, slot in slots.items()})
             wrong = self._wrong({slot: each.outputs for each, slot in slots.items()})
+            wrong |= self._wrong_step({slot: each for each, slot in slots.items() if slot not in wrong})
             if slots:
                 self._slots.fill({slot: (each.member, each.padded) for each, slot in slots.items()})
             for each, slot in slots.items():
@@ -205,14 +206,29 @@ class VmapStack(Stack):
             if is_out_of_memory(error):
                 raise
             return dict.fromkeys(alone, _reason(error))
-        wrong = {}
-        tolerance = _TOLERANCES[self._task.precision]
-        for slot, outputs in alone.items():
-            for got, expected in zip(tree_leaves(stacked), tree_leaves(outputs), strict=True):
-                scale = expected.abs().max().clamp(min=1.0) * tolerance
-                same = got[slot].shape == expected.shape and bool((got[slot] - expected).abs().max() <= scale)
-                if torch.isfinite(expected).all() and not same:
-                    wrong[slot] = _OTHER_OUTPUTS
+        precision = self._task.precision
+        of = {slot: tree_map(lambda x, slot=slot: x[slot], stacked) for slot in alone}
+        found = {slot: unlike(of[slot], outputs, precision) for slot, outputs in alone.items()}
+        return {slot: reason for slot, reason in found.items() if reason is not None}
+
+    def _wrong_step(self, several: Mapping[int, Candidate]) -> dict[int, str]:
+        """Return by slot why its first step in the stack is not its network's own; of each form one is looked at."""
+        new = {each.padded.form: slot for slot, each in several.items() if not each.alone.is_random}
+        new = {form: slot for form, slot in new.items() if form not in self._stepped}
+        if not new:
+            return {}
+        state = self._slots.state
+        inputs, targets = list(self._example.inputs.values()), self._example.targets
+        state = state._replace(weights=tree_map(torch.clone, state.weights))  # a forward may write into them
+        with torch.no_grad():
+            gradients, buffers, _ = self._opened.gradients(state, inputs, targets)
+        wrong: dict[int, str] = {}
+        for form, first in new.items():
+            member, alone = several[first].member, several[first].alone
+            if alone.is_like(self._slots.own(member, {**gradients, **buffers}), self._task.precision):
+                self._stepped.add(form)
+            else:
+                wrong |= {slot: _OTHER_STEP for slot, each in several.items() if each.padded.form == form}
         return wrong
 
     def resize(self, capacity: int) -> None:

@@ -180,11 +180,15 @@ class VmapStep:
             return _Prepared(self.eager, "eager")
         batch = (state, inputs, targets)
         compiles = execution == "compiled"
-        if not records(self._task.device):
-            return self._fastest(self._graph(*batch), compiles, *batch)
+        recorded_here = records(self._task.device)
+        graph = Graph(in_place(self.eager), *batch) if recorded_here else self._graph(*batch)
+        if graph.depends_on_data:
+            return _Prepared(self.eager, "eager", ("not captured: its sizes depend on the data",))
+        if not recorded_here:
+            return self._fastest(graph, compiles, *batch)
         key = (len(state.t), len(targets), execution)
         if key not in self._forms:
-            self._forms[key] = self._fastest(Graph(in_place(self.eager), *batch), compiles, *batch)
+            self._forms[key] = self._fastest(graph, compiles, *batch)
         form = self._forms[key]
         try:
             return form._replace(run=recorded(form.run, *batch, self._tolerance(1e-4)))
@@ -228,8 +232,10 @@ class VmapStep:
                 step = self._compiled[graph] = line(error)
         return _Prepared(graph, "captured", (f"not compiled: {step}",))
 
-    def eager(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> tuple[Trained, Tensor]:
-        """The step as it is. Nothing is changed in place."""
+    def gradients(
+        self, state: StackState, inputs: Sequence[Tensor], targets: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """Return the gradients of all members, their buffers after a step, and their losses."""
 
         def loss_of(
             weights: dict[str, Tensor],
@@ -238,16 +244,23 @@ class VmapStep:
             inputs: Sequence[Tensor],
             targets: Tensor,
         ) -> tuple[Tensor, dict[str, Tensor]]:
-            buffers = {name: b.clone() for name, b in buffers.items()}  # BatchNorm changes its own in place
+            # BatchNorm changes its own in place; of one that is assigned, torch writes into `named` what it is then
+            named = {**weights, **{name: b.clone() for name, b in buffers.items()}}
             with self._task.autocast(), masks_of_a_step():
-                outputs = functional_call(self._template, {**weights, **buffers}, tuple(inputs))
+                outputs = functional_call(self._template, named, tuple(inputs))
             params = shared_params(self.params, loss_hyper)
-            return self._task.objective.loss(in_full(outputs), targets, params), buffers
+            return self._task.objective.loss(in_full(outputs), targets, params), {n: named[n] for n in buffers}
 
         batched = vmap(grad_and_value(loss_of, has_aux=True), in_dims=(0, 0, 0, None, None), randomness="different")
         before = state.buffers | dict.fromkeys(self._counts, state.t.long())
         gradients, (losses, buffers) = batched(state.weights, before, state.loss_hyper, list(inputs), targets)
-        gradients |= {name: gradients[name] * mask for name, mask in state.masks.items()}
+        # not a product: the gradient of what is padded may be no number
+        gradients |= {name: torch.where(mask != 0, gradients[name], 0.0) for name, mask in state.masks.items()}
+        return gradients, buffers, losses
+
+    def eager(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> tuple[Trained, Tensor]:
+        """The step as it is. Nothing is changed in place."""
+        gradients, buffers, losses = self.gradients(state, inputs, targets)
         if MAX_GRAD_NORM in self.params:
             gradients = stacked_optim.clipped(gradients, state.hyper[MAX_GRAD_NORM])
         hyper = self._scheduled(state)

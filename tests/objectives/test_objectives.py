@@ -20,7 +20,7 @@ from hpo.export.bundle import export
 from hpo.export.formats import ALWAYS, FILE_OF
 from hpo.export.model import Model
 from hpo.export.parity import TOLERANCE
-from hpo.stacks.candidate import NotStackable
+from hpo.stacks.alone import NotStackable
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.study import catalog
 from hpo.study.data import Split, data_home, prediction

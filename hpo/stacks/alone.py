@@ -1,0 +1,153 @@
+"""A step of a network alone, which its step in a stack must equal; and what rules out that it can.
+
+In training a network may do what it does not when it is evaluated: draw masks, count, add an output for the loss.
+"""
+
+import random
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from hpo.stacks.kinds import PLAIN
+from hpo.stacks.structure import own_state, tensors
+from hpo.stacks.tensor_modules import masks_of_a_step
+from hpo.study.data import Split
+from hpo.study.objective import Params
+from hpo.training.evaluation import in_full
+from hpo.training.stack import Precision, Task
+from hpo.training.torch_settings import random_states
+
+
+class NotStackable(Exception):
+    """A member cannot be trained in a stack, and why; it trains in a LoopStack instead."""
+
+
+_TOLERANCES: Mapping[Precision, float] = {"float32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}
+"""How much outputs in a stack may differ from those alone: other kernels round otherwise, at the most by so much."""
+_STEP_TOLERANCES: Mapping[Precision, float] = {"float32": 3e-4, "tf32": 5e-2, "bf16": 0.5}
+"""How much the gradients of a step may differ, as a share of the largest."""
+OUTSIDE = "its forward changes the module's own attributes"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Alone:
+    """What a network's first step gives, by its own names."""
+
+    gradients: Mapping[str, Tensor]
+    untrained: frozenset[str]
+    """The weights on which the loss does not depend: torch.optim leaves them as they are, without weight decay too."""
+    buffers: Mapping[str, Tensor]
+    is_random: bool
+    """Whether it draws from torch's generators, so that another time it gives something else."""
+
+    def is_like(self, got: Mapping[str, Tensor], precision: Precision) -> bool:
+        """Whether `got`, gradients and buffers in a stack, are these."""
+        most = _STEP_TOLERANCES[precision]
+        pairs = [(got[name], g, most * _largest(self.gradients)) for name, g in self.gradients.items()]
+        most *= max(1.0, _largest(self.buffers))
+        pairs += [(got[name], buffer, most) for name, buffer in self.buffers.items() if name in got]
+        return all(_close(*pair) for pair in pairs)
+
+
+def step_alone(task: Task, module: nn.Module, params: Params, example: Split) -> Alone:
+    """Return what `module` gives in training on `example`, and leave it as it is.
+
+    Raises NotStackable for what a stack would not do as the network does it, TrialError as `Task.guarding` does.
+    """
+    weights = {name: w for name, w in module.named_parameters() if w.requires_grad}
+    types = {str(w.dtype).removeprefix("torch.") for w in weights.values()}
+    if types not in ({"float32"}, {"float64"}):
+        raise NotStackable(f"its weights are {' and '.join(sorted(types))}, not all float32 or all float64")
+    if any(w._backward_hooks or w._post_accumulate_grad_hooks for w in weights.values()):
+        raise NotStackable("a hook changes the gradients of its weights")
+    before = {name: tensor.detach().clone() for name, tensor in tensors(module).items()}
+    outside, drawn = _outside(task, module), random_states(task.device)
+    with task.guarding(), _Reading() as reading:
+        with task.autocast(), masks_of_a_step():
+            outputs = module.train()(*example.inputs.values())
+        loss = task.objective.loss(in_full(outputs), example.targets, params)
+    if reading.lists:
+        raise NotStackable("it makes Python's numbers of a batch, which would be the first batch's in each step")
+    found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    is_random = any(not torch.equal(state, drawn[name]) for name, state in random_states(task.device).items())
+    if _outside(task, module) != outside:
+        raise NotStackable(OUTSIDE)
+    if _layout(tensors(module)) != _layout(before):
+        raise NotStackable("its forward changes the shape of a buffer, or which buffers there are")
+    buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+    _restore(module, before)
+    return Alone(
+        gradients={name: g for name, g in zip(weights, found, strict=True) if g is not None},
+        untrained=frozenset(name for name, g in zip(weights, found, strict=True) if g is None),
+        buffers=buffers,
+        is_random=is_random,
+    )
+
+
+class _Reading(TorchFunctionMode):
+    """Notes what makes numbers of a tensor's without torch's knowing: a graph would keep those of one batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lists = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.lists |= func in _READING
+        return func(*args, **(kwargs or {}))
+
+
+_READING = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
+
+
+def _outside(task: Task, module: nn.Module) -> Hashable:
+    """Return what a step must leave as it is, since in a stack it is done once for all members, or never again.
+
+    That is what the network holds outside of tensors, Python's and NumPy's random numbers, and what the objective
+    itself counts.
+    """
+    numpys = np.random.get_state(legacy=False)["state"]
+    counted = tuple((key, repr(each)) for key, each in vars(task.objective).items() if isinstance(each, PLAIN))
+    return own_state(module), random.getstate(), numpys["key"].tobytes(), numpys["pos"], counted
+
+
+def _layout(several: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in several.items()}
+
+
+@torch.no_grad()
+def _restore(module: nn.Module, before: Mapping[str, Tensor]) -> None:
+    for name, weight in module.named_parameters():
+        weight.copy_(before[name])
+    for name, _ in list(module.named_buffers()):
+        path, _, last = name.rpartition(".")
+        setattr(module.get_submodule(path), last, before[name])
+
+
+def unlike(got: Any, alone: Any, precision: Precision) -> str | None:
+    """Return why outputs in a stack are not those that the network gives alone; None: they are."""
+    for one, expected in zip(tree_leaves(got), tree_leaves(alone), strict=True):
+        if expected.numel() and not torch.isfinite(expected).any():
+            return "its outputs are no numbers where it is tried"
+        if not _close(one, expected, _TOLERANCES[precision] * max(1.0, _largest({"outputs": expected}))):
+            return "its outputs in a stack are not those alone: its module has state outside of tensors"
+    return None
+
+
+def _close(got: Tensor, expected: Tensor, most: float) -> bool:
+    """Whether two tensors differ by at most so much, wherever what is expected is a number."""
+    if got.shape != expected.shape:
+        return False
+    numbers = torch.isfinite(expected)
+    return bool(((got - expected)[numbers].abs() <= most).all())
+
+
+def _largest(several: Mapping[str, Tensor]) -> float:
+    """Return the largest number in some tensors."""
+    numbers = [each[torch.isfinite(each)] for each in several.values()]
+    return max((some.abs().max().item() for some in numbers if some.numel()), default=0.0)

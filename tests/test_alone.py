@@ -1,0 +1,284 @@
+"""What networks do in training only: a stack does the same, or leaves them alone and says why."""
+
+import itertools
+import math
+import random
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hpo.stacks.alone import NotStackable
+from hpo.stacks.padding import Padder, PaddingPlan, unpadded
+from hpo.stacks.structure import common_structure
+from hpo.stacks.vmap_stack import VmapStack
+from hpo.stacks.vmap_step import Execution
+from hpo.study.space import build
+from hpo.study.spec import parse_param
+from hpo.training.loop_stack import LoopStack
+from hpo.training.stack import Member, Task
+from tests.stacking import CPU, INFO, Built, assert_same_curves, assert_same_weights, sines, trained
+
+ENGINE = {"optimizer": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1, "batch_size": 6, "max_grad_norm": 1.0}
+Build = Callable[[Any], nn.Module]
+Middle = Callable[[nn.Module, Tensor], Tensor]
+
+
+class Network(nn.Module):
+    """Three layers, with something of the test's own in the middle."""
+
+    def __init__(self, middle: Middle, prepare: Callable[[nn.Module], object] = lambda module: None, width: int = 6):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, width), nn.Linear(width, width), nn.Linear(width, 1)
+        self.middle, self.kept = middle, 0
+        prepare(self)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.middle(self, torch.tanh(self.first(x)))
+        return (self.last(y[0]), y[1]) if isinstance(y, tuple) else self.last(y)
+
+
+def plain(module: nn.Module, x: Tensor) -> Tensor:
+    return torch.relu(module.second(x))
+
+
+class Toy(Built):
+    def loss(self, outputs, targets, params):
+        if isinstance(outputs, tuple):
+            return F.mse_loss(outputs[0], targets) + outputs[1]
+        return F.mse_loss(outputs, targets)
+
+
+def task(objective: Any) -> Task:
+    return Task(objective=objective, info=INFO, device=CPU, n_rows=12, epochs=2)
+
+
+def members(several: list[dict[str, Any]]) -> list[Member]:
+    return [Member(number=n, seed=n, params=ENGINE | params) for n, params in enumerate(several)]
+
+
+def check(
+    objective: Any, several: list[dict[str, Any]], padder: Padder = unpadded, execution: Execution = "eager"
+) -> None:
+    """Raises NotStackable."""
+    stack, rows = VmapStack(task(objective), len(several), sines(8), execution, padder), sines(12, seed=3)
+    got, expected, alone = members(several), members(several), {}
+    weights = trained(stack, got, rows, sines(10, seed=1), epochs=2)
+    for member in expected:
+        alone |= trained(LoopStack(task(objective)), [member], rows, sines(10, seed=1), epochs=2)
+    assert_same_curves(got, expected)
+    assert_same_weights(weights, alone, range(len(several)))
+
+
+def average(module: nn.Module, x: Tensor) -> Tensor:
+    if module.training:
+        module.mean = 0.9 * module.mean + 0.1 * x.mean(0).detach()
+    return torch.relu(module.second(x - module.mean))
+
+
+def shut(module: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.relu(module.second(x))
+
+
+def evaluated(module: nn.Module, x: Tensor) -> Tensor:
+    return x if module.training else module.second(x)
+
+
+def twice(params: Any) -> nn.Module:
+    hidden = nn.Linear(6, 6)
+    return nn.Sequential(hidden, nn.Tanh(), hidden, nn.Linear(6, 1))
+
+
+SAME: dict[str, Build] = {
+    "a buffer that is assigned": lambda p: Network(average, lambda m: m.register_buffer("mean", torch.zeros(6))),
+    "layers without gradients": lambda p: Network(shut),
+    "a layer that is used in evaluation only": lambda p: Network(evaluated),
+    "a layer at two places": twice,
+}
+
+
+@pytest.mark.parametrize("build", SAME.values(), ids=SAME)
+def test_what_a_network_does_in_training_it_does_in_a_stack(build: Build) -> None:
+    check(Toy(build), [{}, {"learning_rate": 3e-2}])
+
+
+class Root(nn.Module):
+    """Of which the gradient at 0 is no number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sign(x) * x.abs().sqrt()
+
+
+def roots(params: Any) -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 6), nn.ReLU(), Root() if params["root"] else nn.Tanh(), nn.Linear(6, 1))
+
+
+class Normed(nn.Linear):
+    """Weights of length 1: of zeros that is no number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight / self.weight.norm(), self.bias)
+
+
+def normed(params: Any) -> nn.Module:
+    layers = [Normed(6, 6) for _ in range(params["depth"])]
+    return nn.Sequential(nn.Linear(6, 6), *layers, nn.Linear(6, 1))
+
+
+@pytest.mark.parametrize(
+    ("build", "several"),
+    [(roots, [{"root": False}, {"root": True}]), (normed, [{"depth": 3}, {"depth": 1}])],
+    ids=["an activation of another member", "layers of another member"],
+)
+def test_what_only_others_use_gives_no_gradient_that_is_no_number(build: Build, several: list[dict[str, Any]]) -> None:
+    structure = common_structure([build(params).double() for params in several])
+    stack = VmapStack(task(Toy(build)), 2, sines(8), "eager", lambda module, params: structure.pad(module))
+    got = members(several)
+    trained(stack, got, sines(12, seed=3), epochs=2)
+    expected = members(several)
+    trained(LoopStack(task(Toy(build)), 2), expected, sines(12, seed=3), epochs=2)
+    for one, other in zip(got, expected, strict=True):
+        for epoch, reference in zip(one.history, other.history, strict=True):
+            assert epoch == pytest.approx(reference, abs=1e-9, nan_ok=True)
+        assert one.number or not math.isnan(one.history[-1]["train_loss"])
+
+
+def skipping(module: nn.Module, x: Tensor) -> Tensor:
+    return x if module.training and random.random() < 0.5 else plain(module, x)
+
+
+def scaling(module: nn.Module, x: Tensor) -> Tensor:
+    return plain(module, x) * (np.random.rand() if module.training else 1.0)
+
+
+def drawing(module: nn.Module, x: Tensor) -> Tensor:
+    return plain(module, x) * (module.kept.random() if module.training else 1.0)
+
+
+def counting(module: nn.Module, x: Tensor) -> Tensor:
+    return plain(module, x) * (1 + next(module.kept) if module.training else 1)
+
+
+def keeping(module: nn.Module, x: Tensor) -> Tensor:
+    if module.training:
+        module.kept = x.mean(0).detach()
+    return plain(module, x)
+
+
+def listing(module: nn.Module, x: Tensor) -> Tensor:
+    return plain(module, x) * float(np.mean(x.detach().numpy()))
+
+
+def has(kept: Any) -> Callable[[nn.Module], None]:
+    return lambda module: setattr(module, "kept", kept)
+
+
+def scripted(params: Any) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return nn.Sequential(torch.jit.script(nn.Linear(6, 6)), nn.Linear(6, 1))
+
+
+def without_mean(module: nn.Module) -> None:
+    module.register_buffer("mean", None)
+
+
+def hooked(module: nn.Module) -> None:
+    module.second.weight.register_hook(lambda gradient: 0 * gradient)
+
+
+def beginning(module: nn.Module, x: Tensor) -> Tensor:
+    if module.training:
+        module.mean = x.mean(0).detach()
+    return plain(module, x)
+
+
+ATTRIBUTES = "its forward changes the module's own attributes"
+REFUSED: dict[str, tuple[Build, str]] = {
+    "Python's random numbers": (lambda p: Network(skipping), ATTRIBUTES),
+    "NumPy's random numbers": (lambda p: Network(scaling), ATTRIBUTES),
+    "a generator of its own": (lambda p: Network(drawing, has(np.random.default_rng(0))), ATTRIBUTES),
+    "a counter": (lambda p: Network(counting, has(itertools.count())), ATTRIBUTES),
+    "a tensor that it keeps": (lambda p: Network(keeping), ATTRIBUTES),
+    "numbers of a batch": (lambda p: Network(listing), "Python's numbers of a batch"),
+    "a hook of a weight": (lambda p: Network(plain, hooked), "a hook changes the gradients"),
+    "a buffer that is not there yet": (lambda p: Network(beginning, without_mean), "which buffers there are"),
+    "a scripted layer": (scripted, "what torch.jit has made"),
+    "complex weights": (lambda p: Network(plain, has(nn.Parameter(torch.ones(1, dtype=torch.complex64)))), "complex"),
+    "no numbers": (lambda p: Network(lambda m, x: (x - 9).sqrt()), "its outputs are no numbers"),
+}
+
+
+@pytest.mark.parametrize(("build", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_a_stack_would_do_otherwise_is_trained_alone(build: Build, reason: str) -> None:
+    objective = Toy(build)
+    objective.build = lambda params, info: build(params)  # type: ignore[method-assign]  # `double` would undo types
+    rows = sines(8)
+    rows = type(rows)(inputs={"x": rows.inputs["x"].float()}, targets=rows.targets.float())
+    with pytest.raises(NotStackable, match=reason):
+        VmapStack(task(objective), 1, rows).join(members([{}])[0])
+
+
+def penalized(module: nn.Module, x: Tensor) -> Any:
+    return (plain(module, x), x.square().mean()) if module.training else plain(module, x)
+
+
+def test_padding_that_changes_the_loss_in_training_only_is_refused() -> None:
+    def build(params: Any) -> nn.Module:
+        return Network(penalized, width=params["width"])
+
+    structure = common_structure([build({"width": width}).double() for width in (8, 3)])
+    shapes = structure.shapes_of(build({"width": 8}).double())
+    stack = VmapStack(task(Toy(build)), 2, sines(8), "eager", lambda module, params: structure.pad(module, shapes))
+    large, small = members([{"width": 8}, {"width": 3}])
+    stack.join(large)
+    with pytest.raises(NotStackable, match="its gradients in a stack are not those alone"):
+        stack.join(small)
+
+
+class Counting(Toy):
+    n_calls = 0
+
+    def loss(self, outputs, targets, params):
+        self.n_calls += 1
+        return super().loss(outputs, targets, params) * (1 + self.n_calls / 10)
+
+
+def test_an_objective_that_counts_is_trained_alone() -> None:
+    with pytest.raises(NotStackable, match=ATTRIBUTES):
+        VmapStack(task(Counting(twice)), 1, sines(8)).join(members([{}])[0])
+
+
+class Masked(Toy):
+    """Of which only some targets count, and a param that the loss reads while it trains."""
+
+    def loss(self, outputs, targets, params):
+        there = targets > 0.3
+        loss = F.mse_loss(outputs[there], targets[there])
+        return loss * params["scale"] if torch.is_grad_enabled() else loss
+
+
+def test_a_loss_that_picks_rows_picks_them_of_each_batch() -> None:
+    check(Masked(twice), [{"scale": 1.0}, {"scale": 3.0}], execution="graph")
+
+
+class Locked(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(6, 6)
+        self.lock = threading.Lock()
+
+
+def test_a_layer_that_cannot_be_copied_is_no_optional_one() -> None:
+    def build_(params: Any) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 6), *(Locked() for _ in range(params["depth"])), nn.Linear(6, 1))
+
+    space, _ = build({**ENGINE, "depth": parse_param({"type": "int", "low": 0, "high": 2})}, ())
+    params = ENGINE | {"depth": 1}
+    assert len([padder(build_(params), params) for padder in PaddingPlan(space, build_)]) == 3
