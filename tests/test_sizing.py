@@ -17,6 +17,7 @@ from hpo.runner.worker import work
 from hpo.search.opening import open_search
 from hpo.search.schema import STACK
 from hpo.stacks import sizing
+from hpo.stacks.cost import compile_pays
 from hpo.stacks.padding import Padder, PaddingPlan
 from hpo.stacks.sizing import Sizing, StackSize
 from hpo.stacks.vmap_stack import VmapStack
@@ -306,3 +307,9 @@ def test_a_sampler_that_learns_has_some_rounds(study, monkeypatch, sampler: str,
     with pytest.raises(Interrupted):
         run(study, text, stop=StopWhen(lambda: bool(seen)))
     assert [(each.most, each.n_trials, len(each.draws)) for each in seen] == [(most, 40, 40)]
+
+
+def test_a_step_of_many_operations_takes_the_longer_to_compile():
+    assert compile_pays(10_000, CPU, 1.5e-3, n_operations=276)
+    assert not compile_pays(10_000, CPU, 1.5e-3, n_operations=959)
+    assert compile_pays(100_000, CPU, 1.5e-3, n_operations=959)

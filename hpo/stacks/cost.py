@@ -7,8 +7,12 @@ import torch
 COMPILE_SECONDS = {"cpu": 5.0, "cuda": 25.0}
 """What compiling a step costs, by the type of the device; elsewhere it is not worth a try.
 
-On a CPU 1 to 7 s (torch 2.14, one core, 2026-11-28). On CUDA an estimate, which benchmarks/gpu.py is to replace.
+On a CPU 1 to 7 s (torch 2.14, one core, 2026-11-28), of a step of up to `_USUAL` operations. On CUDA an estimate, which
+benchmarks/gpu.py is to replace.
 """
+_USUAL = 300
+"""The time grows as the square of the operations: 11 and 113 s of CPU for 276 (an MLP) and 959 (TabM with embeddings),
+on one and the same busy core (2026-11-29)."""
 _SAVED_SHARE = 0.5
 """How much of a step compiling saves on a CPU: measured 0.55 to 0.76 for perceptrons, 0.3 for a convolution."""
 _SAVED_SECONDS = 0.25e-3
@@ -19,13 +23,17 @@ SIZES = {"cpu": (1, 4, 16, 64, 256), "mps": (1, 4, 16, 64, 256), "cuda": (1, 4, 
 """How many trials at once `stack: auto` tries, by the type of the device."""
 
 
-def compile_pays(n_steps: float, device: torch.device, step_seconds: float = _TYPICAL_STEP) -> bool:
+def compile_pays(
+    n_steps: float, device: torch.device, step_seconds: float = _TYPICAL_STEP, n_operations: int = 0
+) -> bool:
     """Whether a stack that has so many steps to do is faster if it is compiled, the time to compile it counted.
 
-    `step_seconds`: how long a step takes that is not compiled; on CUDA it does not matter.
+    `step_seconds`: how long a step takes that is not compiled; on CUDA it does not matter. `n_operations`: of a step's
+    graph, where it is known.
     """
     saved = _SAVED_SECONDS if device.type == "cuda" else _SAVED_SHARE * step_seconds
-    return n_steps * saved >= COMPILE_SECONDS.get(device.type, math.inf)
+    cost = COMPILE_SECONDS.get(device.type, math.inf) * max(1.0, n_operations / _USUAL) ** 2
+    return n_steps * saved >= cost
 
 
 def power_of_two(n: int) -> int:

@@ -299,7 +299,7 @@ class VmapStack(Stack):
         self._timed.append(seconds)
         self._expected -= 1
         if len(self._timed) == TIMED_STEPS:
-            if compile_pays(self._expected, self._task.device, min(self._timed)):
+            if compile_pays(self._expected, self._task.device, min(self._timed), self._opened.n_operations):
                 self.execution = "compiled"
             self._expected = 0
 

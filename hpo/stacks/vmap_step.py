@@ -197,6 +197,11 @@ class VmapStep:
             form = self._fastest(self._graph(*batch), compiles, *batch)
             return form._replace(why=(*form.why, f"not replayed from a CUDA graph: {error}"))
 
+    @property
+    def n_operations(self) -> int:
+        """How many operations a step has, as it was captured last; 0: none was."""
+        return len(self._graphs[-1].module.graph.nodes) if self._graphs else 0
+
     def _graph(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> Graph:
         """Return the step as a graph of plain operations, for batches of this size: one traced before, if it fits."""
         for graph in self._graphs:
