@@ -123,7 +123,8 @@ class Tabular(Objective):
         if self.table.task == "regression":
             return {"r2": R2Score(), "rmse": RMSE(self.table.std)}
         if self.table.task == "binary":
-            return {"accuracy": LogitAccuracy(), "auroc": BinaryAUROC()}
+            # the first chooses: of few validation rows accuracy is the same for many trials, and best for a lucky one
+            return {"auroc": BinaryAUROC(), "accuracy": LogitAccuracy()}
         n_classes = len(self.table.data.class_names)
         return {
             "accuracy": MulticlassAccuracy(n_classes, average="micro"),
