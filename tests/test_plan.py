@@ -283,7 +283,7 @@ class TestTryOut:
 
     def test_a_preprocessing_that_fails_is_refused(self, planned):
         plan = planned()
-        plan.objective.preprocess = lambda train: torch.nn.Linear(7, 7)
+        plan.objective.preprocess = lambda train: torch.nn.Linear(7, 7).requires_grad_(False)
         with pytest.raises(InputError, match=r"^objective choosy.py: preprocess failed: RuntimeError: "):
             preflight(plan, plan.load_data())
 

@@ -243,6 +243,8 @@ def broken(how: str) -> Callable[..., Any]:
 class Untraced(StepGraph):
     """A step's graph that is the step itself."""
 
+    depends_on_data = False
+
     def __init__(self, run: Run, *batch: Any, any_size: bool = False) -> None:
         self.run = run
 

@@ -180,16 +180,14 @@ class VmapStep:
             return _Prepared(self.eager, "eager")
         batch = (state, inputs, targets)
         compiles = execution == "compiled"
-        recorded_here = records(self._task.device)
-        graph = Graph(in_place(self.eager), *batch) if recorded_here else self._graph(*batch)
-        if graph.depends_on_data:
-            return _Prepared(self.eager, "eager", ("not captured: its sizes depend on the data",))
-        if not recorded_here:
-            return self._fastest(graph, compiles, *batch)
+        if not records(self._task.device):
+            return self._fastest(self._graph(*batch), compiles, *batch)
         key = (len(state.t), len(targets), execution)
         if key not in self._forms:
-            self._forms[key] = self._fastest(graph, compiles, *batch)
+            self._forms[key] = self._fastest(Graph(in_place(self.eager), *batch), compiles, *batch)
         form = self._forms[key]
+        if form.form == "eager":
+            return form
         try:
             return form._replace(run=recorded(form.run, *batch, self._tolerance(1e-4)))
         except NotRecorded as error:
@@ -222,8 +220,11 @@ class VmapStep:
     ) -> _Prepared:
         """Return `graph` compiled, if it `compiles` and that gives the same; else as it is, and why.
 
-        For an epoch's last, smaller batch it is not compiled, but what is compiled may fit that too.
+        One whose sizes depend on the data is for one batch only: then it is the step as it is. For an epoch's last,
+        smaller batch it is not compiled, but what is compiled may fit that too.
         """
+        if graph.depends_on_data:
+            return _Prepared(self.eager, "eager", ("not captured: its sizes depend on the data",))
         step = self._compiled.get(graph)
         fits = isinstance(step, CompiledStep) and step.fits(len(state.t), len(targets))
         if not compiles or (len(targets) != self._n_rows and not fits):
