@@ -176,8 +176,12 @@ def test_sending_takes_at_most_a_tenth_of_the_time_while_trials_train(tmp_path: 
         step += 1
         time.sleep(0.005)
     assert 2 <= len(sent) <= 6, "0.05 s of every half second"
+    tracker.reconcile({})
+    ended = time.monotonic()
+    until(lambda: sent[-1]["do"] == "reconcile")
+    assert time.monotonic() - ended < 0.4, "nor is rested when the trials are over"
     tracker.close()
-    assert sum(len(item["rows"]) for item in sent) == step, "at the end all is sent at once"
+    assert sum(len(item.get("rows", ())) for item in sent) == step, "at the end all is sent at once"
 
 
 def test_a_tracker_that_comes_back_midway_says_so(here: None, tmp_path: Path, said: list[str]) -> None:

@@ -65,7 +65,7 @@ class MlflowTracker(Tracker):
         self._asked_at = 0.0
         """When the item was handed over that is being sent."""
         self._send_at = math.inf
-        self._rests_until = 0.0
+        self._rests, self._rests_until = True, 0.0
         self._retry_at = 0.0
         self._files_at = 0.0
         """When files may be sent again; 0: their store works."""
@@ -157,6 +157,9 @@ class MlflowTracker(Tracker):
     def reconcile(self, ends: Mapping[int, tuple[str, str | None]]) -> None:
         self._adopt()
         self._put("reconcile", None, ends={str(trial): end for trial, end in ends.items()})
+        with self._changed:
+            self._rests, self._rests_until = False, 0.0  # trials are over: the rest is sent beside refit and export
+            self._changed.notify_all()
 
     def end_study(self, state: str) -> bool:
         self._put("end", None, status=STATUS[state], tags={"hpo.state": state})
@@ -255,7 +258,7 @@ class MlflowTracker(Tracker):
         start, is_first = time.monotonic(), self._state == "new"
         yield
         now = time.monotonic()
-        if not is_first:
+        if self._rests and not is_first:
             self._rests_until = now + min(self.REST * (now - start), self.REST_SECONDS)
 
     def _send_all(self, closing: bool) -> None:
