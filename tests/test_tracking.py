@@ -22,6 +22,7 @@ from hpo.tracking.base import check_address
 from hpo.tracking.items import Answer, Item
 from hpo.tracking.mlflow import MlflowTracker
 from hpo.tracking.opening import open_tracker
+from tests import warm
 from tests.databases import MLFLOW, rows
 from tests.mlflows import RunsHere, TrackerHere, tell, until
 
@@ -152,6 +153,21 @@ def test_a_tracker_that_fails_does_not_hold_up_training(tmp_path: Path, said: li
     assert time.monotonic() - start < 2.0
     tracker.close()
     assert len(said) == 1
+
+
+def test_a_database_whose_making_is_killed_midway_is_made_by_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    """It has some of MLflow's tables then, of which MLflow never makes more."""
+    monkeypatch.chdir(tmp_path)
+    code = (
+        "import os; from mlflow.store.db import utils; utils._upgrade_db = lambda engine: os._exit(9)\n"
+        "from hpo.tracking.runs import Runs; Runs('sqlite:///mlruns/mlflow.db', 's').connect()"
+    )
+    assert warm.run(code).returncode == 9
+    tell(TrackerHere("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent"))
+    assert said == []
+    assert query("select count(*) from metrics") == [(24,)]
 
 
 def test_sending_takes_at_most_a_tenth_of_the_time_while_trials_train(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from hpo.log import log
 from hpo.tracking.base import STATUS, unlogged
+from hpo.tracking.database import make_database
 from hpo.tracking.items import FILES, MERGED, Answer, Item
 from hpo.tracking.models import log_model
 from hpo.tracking.parent import Known, MetricRow, installed, log_data, log_folder, mark_best, system_monitor
@@ -83,6 +84,8 @@ class Runs:
             path.parent.mkdir(parents=True, exist_ok=True)
         # MLflow makes its schema when first asked; processes that do so together crash all but one.
         with FileLock(f"{path}.lock", timeout=120) if path is not None else nullcontext():
+            if path is not None and not path.exists():
+                make_database(path)
             # absolute: MLflow keeps one store per address, also when the process changes its folder
             self._address = self._uri if path is None else f"sqlite:///{path.resolve()}"
             client = MlflowClient(self._address)
