@@ -30,7 +30,7 @@ FACES = {"__init__", "__main__", "api", "data", "objective"}
 ROOT_MODULES = FACES | {"errors", "light", "log", "seeds", "processes", "stopping"}
 HOMES = {
     "optuna": {"search", "study.space", "study.dimension", "report"},
-    "mlflow": {"tracking.models", "tracking.parent", "tracking.runs"},
+    "mlflow": {"tracking.database", "tracking.models", "tracking.parent", "tracking.runs"},
     "yaml": {"study.yaml_values"},
     "pydantic": {"study.spec", "study.spec_parts", "study.plugins", "study.ranges", "study.checking", "study.draft"},
     "sqlalchemy": {"search"},
