@@ -4,7 +4,7 @@ In training a network may do what it does not when it is evaluated: draw masks, 
 """
 
 import random
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +49,8 @@ class Alone:
     def is_like(self, got: Mapping[str, Tensor], precision: Precision) -> bool:
         """Whether `got`, gradients and buffers in a stack, are these."""
         most = _STEP_TOLERANCES[precision]
-        pairs = [(got[name], g, most * _largest(self.gradients)) for name, g in self.gradients.items()]
-        most *= max(1.0, _largest(self.buffers))
+        pairs = [(got[name], g, most * _largest(self.gradients.values())) for name, g in self.gradients.items()]
+        most *= max(1.0, _largest(self.buffers.values()))
         pairs += [(got[name], buffer, most) for name, buffer in self.buffers.items() if name in got]
         return all(_close(*pair) for pair in pairs)
 
@@ -134,7 +134,7 @@ def unlike(got: Any, alone: Any, precision: Precision) -> str | None:
     for one, expected in zip(tree_leaves(got), tree_leaves(alone), strict=True):
         if expected.numel() and not torch.isfinite(expected).any():
             return "its outputs are no numbers where it is tried"
-        if not _close(one, expected, _TOLERANCES[precision] * max(1.0, _largest({"outputs": expected}))):
+        if not _close(one, expected, _TOLERANCES[precision] * max(1.0, _largest([expected]))):
             return "its outputs in a stack are not those alone: its module has state outside of tensors"
     return None
 
@@ -147,7 +147,7 @@ def _close(got: Tensor, expected: Tensor, most: float) -> bool:
     return bool(((got - expected)[numbers].abs() <= most).all())
 
 
-def _largest(several: Mapping[str, Tensor]) -> float:
+def _largest(several: Iterable[Tensor]) -> float:
     """Return the largest number in some tensors."""
-    numbers = [each[torch.isfinite(each)] for each in several.values()]
+    numbers = [each[torch.isfinite(each)] for each in several]
     return max((some.abs().max().item() for some in numbers if some.numel()), default=0.0)
