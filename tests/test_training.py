@@ -187,6 +187,57 @@ def test_it_stops_between_two_batches():
     assert epochs_of(queue, 1) == [1]
 
 
+class Subnormals(Notebook):
+    """Writes down whether numbers too small for full precision are 0 in its steps and evaluations."""
+
+    def __init__(self):
+        super().__init__()
+        self.are_zero = []
+
+    def _look(self):
+        self.are_zero.append(bool(torch.tensor([1e-30]) * torch.tensor([1e-10]) == 0))
+
+    def step(self, inputs, targets):
+        self._look()
+        return super().step(inputs, targets)
+
+    def evaluate(self, batches):
+        self._look()
+        return super().evaluate(batches)
+
+
+@pytest.mark.parametrize("was", [False, True])
+def test_subnormal_numbers_are_zero_while_it_trains_and_as_they_were_otherwise(was):
+    if not torch.set_flush_denormal(was):
+        pytest.skip("this CPU always computes with subnormal numbers")
+    stack, outside = Subnormals(), []
+
+    def report(stack, results):
+        outside.append(bool(torch.tensor([1e-30]) * torch.tensor([1e-10]) == 0))
+        return results
+
+    try:
+        queue = Queue(members(1))
+        train(SingleStack(stack), rows(), rows(4), epochs=2, seed=7, ask=queue.ask, report=report)
+        with pytest.raises(Interrupted):
+            queue = Queue(members(2))
+            train(
+                SingleStack(stack),
+                rows(),
+                None,
+                epochs=1,
+                seed=7,
+                ask=queue.ask,
+                report=report,
+                stopping=lambda: len(stack.are_zero) > 8,
+            )
+        outside.append(bool(torch.tensor([1e-30]) * torch.tensor([1e-10]) == 0))
+    finally:
+        torch.set_flush_denormal(False)
+    assert len(stack.are_zero) == 9 and all(stack.are_zero)
+    assert outside == [was] * 3
+
+
 def test_rounds_repeat_after_a_trials_length_and_members_note_in_which_they_joined():
     """Who takes the place of one that ran to its end sees the batches that it would see alone; no other does."""
     stack, waiting = Notebook(capacity=2), members(1, 2, 3, 4, 5)

@@ -4,7 +4,9 @@ It asks for members and reports on them through two callables, both for many at 
 members, `report(stack, results)` which members of a stack to keep after an epoch. As Vizier's suggest and update.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -54,7 +56,8 @@ def train(
                 member.joined = (rounds[stack] - member.epoch) % epochs if member.epoch else rounds[stack]
             of_round = rounds[stack] % epochs if orders is None else orders[rounds[stack]]
             rows = order(len(train_batches), seed, of_round)
-            results = _epoch(stack, train_batches, valid_batches, rows, stopping)
+            with _no_subnormals():
+                results = _epoch(stack, train_batches, valid_batches, rows, stopping)
             for member, metrics in results.items():
                 member.history.append(metrics)
                 member.rounds.append(of_round)
@@ -64,6 +67,21 @@ def train(
                 if member not in kept or member.epoch >= epochs or member.fault is not None:
                     stack.leave(member)
                     known.discard(member)
+
+
+@contextmanager
+def _no_subnormals() -> Iterator[None]:
+    """Have this thread's CPU take numbers below 1e-38 (in double precision: 2e-308) for 0 within this.
+
+    A CPU computes with them many times slower, and training is full of them: what an optimizer remembers of a unit that
+    has died shrinks step by step. Of a stack of perceptrons they cost a sixth of the time. TensorFlow and XLA do so too.
+    """
+    was = sys.float_info.min / 2 == 0.0
+    torch.set_flush_denormal(True)  # False where a CPU cannot: then they are slow
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(was)
 
 
 def _round(members: Sequence[Member]) -> int:
