@@ -216,25 +216,18 @@ def test_subnormal_numbers_are_zero_while_it_trains_and_as_they_were_otherwise(w
         outside.append(bool(torch.tensor([1e-30]) * torch.tensor([1e-10]) == 0))
         return results
 
+    def trained(number, **more):
+        ask = Queue(members(number)).ask
+        train(SingleStack(stack), rows(), rows(4), epochs=2, seed=7, ask=ask, report=report, **more)
+
     try:
-        queue = Queue(members(1))
-        train(SingleStack(stack), rows(), rows(4), epochs=2, seed=7, ask=queue.ask, report=report)
+        trained(1)
         with pytest.raises(Interrupted):
-            queue = Queue(members(2))
-            train(
-                SingleStack(stack),
-                rows(),
-                None,
-                epochs=1,
-                seed=7,
-                ask=queue.ask,
-                report=report,
-                stopping=lambda: len(stack.are_zero) > 8,
-            )
+            trained(2, stopping=lambda: len(stack.are_zero) > 8)
         outside.append(bool(torch.tensor([1e-30]) * torch.tensor([1e-10]) == 0))
     finally:
         torch.set_flush_denormal(False)
-    assert len(stack.are_zero) == 9 and all(stack.are_zero)
+    assert stack.are_zero == [True] * 9
     assert outside == [was] * 3
 
 
