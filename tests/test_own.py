@@ -182,6 +182,34 @@ class Own("""
         (tmp_path / "own.py").write_text(OWN.replace("def train(", "def fit("))
         assert "own.py:Own does not define build (or train)" in study(self.TEXT, call=refused)
 
+    @pytest.mark.parametrize(
+        ("was", "defined", "said"),
+        [
+            (
+                "def train(self, params, report)",
+                "def train(self, params)",
+                "Own.train must take params, report, but takes",
+            ),
+            (
+                "def train(self, params, report)",
+                "def train(self, params, report, x)",
+                "missing a required argument: 'x'",
+            ),
+            ("def train(self, params, report)", "def train(self, params, report, *, x)", "missing a required"),
+            ("def metrics(self)", "def metrics(self, info)", "Own.metrics must take nothing, but takes (info)"),
+            ("def data(self)", "def data()", "Own.data must take nothing besides self, but does not take self"),
+        ],
+    )
+    def test_what_cannot_be_called_as_the_engine_does_is_refused(self, study, tmp_path, was, defined, said):
+        (tmp_path / "own.py").write_text(OWN.replace(was, defined))
+        assert said in study(self.TEXT, call=refused)
+
+    @pytest.mark.parametrize("takes", ["*what", "params, report, x=1", "params, /, report, **more"])
+    def test_what_can_be_called_is_not(self, study, tmp_path, takes):
+        first = "\n        params, report = what" if takes == "*what" else ""
+        (tmp_path / "own.py").write_text(OWN.replace("(self, params, report):", f"(self, {takes}):{first}"))
+        assert sum(summary(study(self.TEXT))["trials"].values()) == 6
+
 
 class TestFunction:
     TEXT = "objective: f.py:f\ntrials: 12\npruner: {name: median, n_startup_trials: 3, n_warmup_steps: 0}\n"

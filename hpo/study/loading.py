@@ -8,11 +8,11 @@ import inspect
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any, cast
 
 from hpo.errors import Fault, Faulty, collecting, did_you_mean, said
@@ -22,6 +22,18 @@ from hpo.study.checking import validate
 from hpo.study.objective import Function, Objective
 
 _AT = ("objective",)
+_CALLED_WITH: Mapping[str, Sequence[str]] = {
+    "data": (),
+    "build": ("params", "info"),
+    "loss": ("outputs", "targets", "params"),
+    "metrics": (),
+    "train": ("params", "report"),
+    "preview": ("params", "report"),
+    "preprocess": ("train",),
+    "about": (),
+    "head": (),
+}
+"""What the engine gives each method of an objective, in that order; `train` may take `resume` besides."""
 
 
 def load(where: str, options: Mapping[str, Any], folder: Path) -> tuple[Objective | Function | None, list[Fault]]:
@@ -37,9 +49,8 @@ def load(where: str, options: Mapping[str, Any], folder: Path) -> tuple[Objectiv
         module = _module(target, folder, _AT)
         found = getattr(module, name, None) if name else None
         if callable(found) and not isinstance(found, type):
-            return Function(found), [
-                Fault(path=("options", key), message="a function has no options") for key in options
-            ]
+            unknown = [Fault(path=("options", key), message="a function has no options") for key in options]
+            return function(found, where), unknown
         cls = _class(module, target, name)
         return make(cls, f"{target}:{cls.__name__}", options, folder)
     return None, faults
@@ -65,6 +76,33 @@ def require_trainable(objective: Objective, called: str) -> None:
     cls = type(objective)
     if cls.loss is Objective.loss and "loss" not in objective.defaults and cls.train is None:
         raise Faulty(_AT, f"{called} does not define loss; or let its defaults name one: " + ", ".join(losses.BY_NAME))
+    for name, arguments in _CALLED_WITH.items():
+        if (method := getattr(objective, name)) is not None:
+            _require_takes(method, arguments, f"{called}.{name}", "resume" if name == "train" else None)
+
+
+def function(found: Callable[[Any], Any], called: str) -> Function:
+    """Return a plain Optuna objective. Raises Faulty where it cannot be called with a trial."""
+    _require_takes(found, ["trial"], called)
+    return Function(found)
+
+
+def _require_takes(call: Callable[..., Any], arguments: Sequence[str], called: str, by_name: str | None = None) -> None:
+    """Raise Faulty where something cannot be called as the engine calls it: with what is given `by_name`, if it has it.
+
+    What a class defines has its `self` besides.
+    """
+    wanted = ", ".join(arguments) or "nothing"
+    try:
+        takes = inspect.signature(call)
+    except (TypeError, ValueError) as error:
+        if not isinstance(call, MethodType):  # of a built-in nothing is known
+            return
+        raise Faulty(_AT, f"{called} must take {wanted} besides self, but does not take self") from error
+    try:
+        takes.bind(*arguments, **({by_name: None} if by_name in takes.parameters else {}))
+    except TypeError as error:
+        raise Faulty(_AT, f"{called} must take {wanted}, but takes {takes}: {error}") from error
 
 
 def _class(module: ModuleType, target: str, name: str) -> type[Objective]:
