@@ -29,7 +29,7 @@ class MlflowTracker(Tracker):
 
     FLUSH_SECONDS = 10.0
     """How long metrics may wait for others to be sent with."""
-    REST = 2.0
+    REST = 4.0
     """How many times as long as sending took is waited before more is sent: it takes cores from training."""
     REST_SECONDS = 60.0
     """The longest such rest."""
