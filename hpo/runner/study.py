@@ -302,5 +302,5 @@ def _none_feasible(seen: StudyView, plan: Plan) -> str:
     return (
         f"study {plan.spec.name!r} has no feasible trial, so there is nothing to export: "
         f"{seen.feasible_text}; raise `trials`, or loosen the constraint or search other params in a new study "
-        "(hpo run FILE --fresh)"
+        "(hpo run FILE --fresh, or hpo.run(…, fresh=True))"
     )

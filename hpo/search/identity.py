@@ -92,7 +92,7 @@ def another_study(spec: StudySpec, differences: list[str]) -> InputError:
     lines = "".join(f"\n  {difference}" for difference in differences)
     return InputError(
         f"the storage {spec.storage} has another study named {spec.name!r}:{lines}\n"
-        "start a new one, and keep that one under another name: hpo run FILE --fresh\n"
+        "start a new one, and keep that one under another name: hpo run FILE --fresh, or hpo.run(…, fresh=True)\n"
         f"or delete that one: hpo delete {quote(spec.name)} --storage {quote(spec.storage)}\n"
         "or give this one another `name`, or another `storage`"
     )
