@@ -212,7 +212,8 @@ def test_fresh_keeps_the_old_study_and_starts_a_new_one(study: Write) -> None:
     assert "is kept as" not in invoke("run", path, "--fresh"), "there is none yet"
     message = refused("run", study("epochs: 1"))
     assert "has another study named 'study':\n  epochs is 1 here, 2 there\n" in message
-    assert "hpo run FILE --fresh, or hpo.run(…, fresh=True)\nor delete that one: hpo delete study --storage sqlite:///mlruns/optuna.db" in message
+    assert "hpo run FILE --fresh, or hpo.run(…, fresh=True)\n" in message
+    assert "\nor delete that one: hpo delete study --storage sqlite:///mlruns/optuna.db" in message
     printed = invoke("run", study("epochs: 1"), "--fresh")
     assert "study study is kept as study-1; a new one starts" in printed
     assert "study study is kept as study-2" in invoke("run", path, "--fresh", "--workers", "2")
