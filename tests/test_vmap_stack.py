@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 from torchmetrics.regression import MeanSquaredError
 
+from hpo.stacks import vmap_step
 from hpo.stacks.alone import NotStackable
 from hpo.stacks.graph import CompiledStep, Graph
 from hpo.stacks.padding import Padder, unpadded
@@ -326,6 +327,12 @@ def test_what_cannot_be_stacked_says_why(architecture: str, reason: str) -> None
     with pytest.raises(NotStackable, match=reason):
         made.join(members(architecture)[0])
     assert made.members == []
+
+
+def test_what_cannot_be_evaluated_in_a_stack_is_not_traced_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vmap_step, "Graph", lambda *what, **more: pytest.fail("it was traced"))  # which takes seconds
+    with pytest.raises(NotStackable, match="torch.func cannot batch it"):
+        stack("lstm", execution="graph").join(members("lstm")[0])
 
 
 def test_what_torch_cannot_trace_it_does_not_print(caplog: pytest.LogCaptureFixture) -> None:

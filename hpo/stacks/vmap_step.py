@@ -150,12 +150,12 @@ class VmapStep:
     def try_out(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor, execution: Execution) -> None:
         """Raise what torch.func raises where it has no rule for the network or the loss."""
         self._graphs.clear()  # of a state that was tried before, with other numbers for the loss
+        self.forward(state, inputs)  # first: tracing a step takes seconds, and an LSTM's can be, but not this
         if execution == "eager":
             with torch.no_grad():
                 self.eager(*tree_map(torch.clone, (state, inputs, targets)))
         else:
             self._graph(state, inputs, targets)
-        self.forward(state, inputs)
 
     def forward(self, state: StackState, inputs: Sequence[Tensor]) -> Any:
         """Return the outputs of all slots, (K, B, ...), in evaluation mode."""
