@@ -58,6 +58,21 @@ def test_a_fused_step_is_used_where_torch_has_one_and_no_other_is_tried(monkeypa
         optim._works_fused.cache_clear()
 
 
+@pytest.mark.parametrize("layer", [nn.Embedding(9, 2, sparse=True), nn.EmbeddingBag(9, 2, sparse=True, mode="sum")])
+def test_sparse_gradients_are_taken_by_an_optimizer_that_can(layer):
+    network = nn.Sequential(layer)
+    assert optim.gives_sparse(network)
+    assert not optim.gives_sparse(nn.Sequential(nn.Embedding(9, 2), nn.Linear(2, 1)))
+    before = layer.weight.detach().clone()
+    optimizer = optim.make({"optimizer": "sgd", "learning_rate": 0.5}, network.parameters(), sparse=True)
+    network(torch.tensor([[1, 3]])).sum().backward()
+    assert layer.weight.grad.is_sparse
+    optim.step(optimizer)
+    expected = before.clone()
+    expected[[1, 3]] -= 0.5
+    assert torch.equal(layer.weight, expected)
+
+
 def test_an_optimizer_whose_step_needs_a_closure_is_refused():
     why = "LBFGS computes the loss several times in a step, which hpo does not do; choose another one"
     assert messages(optimizer=["adam", "LBFGS"]) == [(("params", "optimizer"), why)]

@@ -43,7 +43,7 @@ class PausedTrials:
 
 def _n_bytes(value: Any) -> int:
     if isinstance(value, Tensor):
-        return value.nbytes
+        return value.numel() * value.element_size()  # of a sparse one, an optimizer's state: at most
     if isinstance(value, Mapping):
         return sum(map(_n_bytes, value.values()))
     return sum(map(_n_bytes, value)) if isinstance(value, Sequence) and not isinstance(value, str) else 0

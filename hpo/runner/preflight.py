@@ -107,7 +107,8 @@ def _try_corner(plan: Plan, data: Data, params: Params, batch: Split | None) -> 
     except InputError as error:
         raise InputError(f"{error}{missing_param(error, params)}") from error.__cause__
     made = f"optimizer {params['optimizer']} with {shown}"
-    optimizer = guarded(plan, made, lambda: optim.make(params, module.parameters()))
+    sparse = optim.gives_sparse(module)
+    optimizer = guarded(plan, made, lambda: optim.make(params, module.parameters(), sparse=sparse))
     if batch is None:
         return module, None
     with settings_stay(plan, "a training step"):

@@ -21,7 +21,7 @@ from hpo.study.objective import Params
 from hpo.training import stacked_optim
 from hpo.training.evaluation import in_full
 from hpo.training.memory import is_out_of_memory
-from hpo.training.optim import ACCUMULATION, ARGUMENTS, MAX_GRAD_NORM, optimizer_class
+from hpo.training.optim import ACCUMULATION, ARGUMENTS, MAX_GRAD_NORM, gives_sparse, optimizer_class
 from hpo.training.stack import Member, Task
 
 _TO_RECORD = 4
@@ -109,6 +109,8 @@ def candidate(task: Task, member: Member, padder: Padder, example: Split) -> Can
     probe = tensor_dropout(task.build(member)).to(task.device).eval()
     if any(isinstance(each, torch.jit.ScriptModule) for each in probe.modules()):
         raise NotStackable("torch.func cannot batch what torch.jit has made")
+    if gives_sparse(probe):
+        raise NotStackable("torch.func cannot batch the sparse gradients of its embeddings")
     reads = RecordingParams(member.params)
     before = own_state(probe)
     with torch.no_grad(), task.autocast(), _counting(probe) as given:

@@ -106,7 +106,10 @@ class Sizing:
         n_steps = self.n_trials * self._n_steps(self.draws[0])
         if capacity == 1 and (not compile_pays(n_steps, self.task.device) or self._has_large_steps()):
             return StackSize(why=AS_GIVEN)
-        shared = self._shared(self._groups("fine")[0])
+        groups, reasons = self._groups("fine")
+        if not groups:
+            return StackSize(why=f"one trial at a time: {reasons[0]}")
+        shared = self._shared(groups)
         if capacity == 1:
             return StackSize(stacked=compile_pays(n_steps * shared, self.task.device), shared=shared, why=AS_GIVEN)
         room = self.room()

@@ -111,7 +111,7 @@ class _Slot:
         """Take in a module that is on its device already: the optimizer is made after that."""
         self.module, self._params = module.train(), params
         self._weights = [w for w in module.parameters() if w.requires_grad]
-        self._optimizer = optim.make(params, self._weights)
+        self._optimizer = optim.make(params, self._weights, sparse=optim.gives_sparse(module))
         self._max_norm = params.get(optim.MAX_GRAD_NORM, 0)
         self._factors: list[float] = []
         if params.get("schedule", "constant") != "constant":

@@ -53,11 +53,17 @@ def _classes() -> dict[str, type[torch.optim.Optimizer]]:
     }
 
 
-def make(params: Mapping[str, Any], weights: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def gives_sparse(network: nn.Module) -> bool:
+    """Whether some of a network's gradients are sparse: those of its embeddings, if they are to be."""
+    return any(isinstance(each, nn.Embedding | nn.EmbeddingBag) and each.sparse for each in network.modules())
+
+
+def make(params: Mapping[str, Any], weights: Iterable[nn.Parameter], *, sparse: bool = False) -> torch.optim.Optimizer:
     """Return the optimizer that `params` name, with those of its hyperparameters that they hold.
 
     A parameter that this optimizer does not take (`momentum` with adam) is left out: in a space that searches over
-    optimizers it belongs to another one. `fused` is on wherever torch has it: it is the faster code for the same step.
+    optimizers it belongs to another one. `fused` is on wherever torch has it: it is the faster code for the same step,
+    but takes no `sparse` gradients.
     """
     cls = optimizer_class(params["optimizer"])
     assert cls is not None, "hpo.runner.prepare refuses unknown optimizers"
@@ -70,7 +76,7 @@ def make(params: Mapping[str, Any], weights: Iterable[nn.Parameter]) -> torch.op
         default = accepted["betas"].default
         arguments["betas"] = (params.get("beta1", default[0]), params.get("beta2", default[1]))
     weights = list(weights)
-    if "fused" in accepted and all(_has_fused(str(params["optimizer"]).lower(), w) for w in weights):
+    if "fused" in accepted and not sparse and all(_has_fused(str(params["optimizer"]).lower(), w) for w in weights):
         arguments["fused"] = True
     return cls(weights, **arguments)
 
