@@ -355,6 +355,9 @@ def test_an_optimizer_without_a_stacked_form_says_so() -> None:
         stack("mlp").join(members("mlp", optimizer="adadelta")[0])
     with pytest.raises(NotStackable, match="adam with amsgrad has no stacked form"):
         stack("mlp").join(members("mlp", amsgrad=True)[0])
+    made = stack("mlp")
+    made.join(members("mlp", amsgrad=False)[0])
+    assert len(made.members) == 1
 
 
 @pytest.mark.parametrize(

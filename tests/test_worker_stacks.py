@@ -109,7 +109,7 @@ params:
     stacked = values(study, "stacked", HONEST + space + "stack: 4\n")
     assert {n: t[:2] for n, t in alone.items()} == {n: t[:2] for n, t in stacked.items()}
     (text,) = [text for text in said if "one at a time" in text]
-    assert "one trial at a time: optimizer adadelta has no stacked form" in text
+    assert "are trained one at a time: optimizer adadelta has no stacked form" in text
 
 
 def test_members_that_are_pruned_leave_and_others_take_their_place(study) -> None:

@@ -180,6 +180,8 @@ def _require_stacked_form(params: Params) -> None:
     cls = optimizer_class(name)
     assert cls is not None
     takes = inspect.signature(cls).parameters
-    for key in params:
+    for key, value in params.items():
+        if value is False:  # as without it: what is stacked is torch's default
+            continue
         if key in ARGUMENTS and key not in stacked_optim.HYPERPARAMETERS[name] and ARGUMENTS[key] in takes:
             raise NotStackable(f"{name} with {key} has no stacked form")
