@@ -230,7 +230,7 @@ WRONG = {
     ),
     "build takes no info": (
         {"build(self, params, info)": "build(self, params)"},
-        "failed: TypeError: Points.build() takes 2",
+        "Points.build must take params, info, but takes (params): too many positional arguments",
     ),
     "nothing to train": ({BUILD: "return nn.Flatten()"}, "failed: ValueError: optimizer got an empty parameter list"),
     "a wrong input width": (
