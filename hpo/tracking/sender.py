@@ -23,10 +23,6 @@ PARENT_SECONDS = 1.0
 """How often it looks for its parent, whose end of the pipe a child of that one's may hold open."""
 
 
-NICENESS = 15
-"""How far its priority is below the trainer's: it is to have the cores that training leaves idle."""
-
-
 class _ToParent(logging.Handler):
     """Hands what is logged to the parent."""
 
@@ -40,8 +36,6 @@ class _ToParent(logging.Handler):
 
 def serve(config: dict[str, Any]) -> None:
     """Send whatever item comes in, until the parent closes stdin, or is gone."""
-    if hasattr(os, "nice"):
-        os.nice(NICENESS)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # MLflow prints there
     lines: SimpleQueue[str] = SimpleQueue()
