@@ -2,6 +2,7 @@
 
 import signal
 import sqlite3
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,15 @@ def test_a_second_run_resumes_from_its_checkpoints(study: Write, workers: int) -
     assert "resumes after epoch" in again.stdout
     assert files("checkpoints/study/*") == ["elsewhere/checkpoints/study/best.pt"]
     assert not Path("mlruns").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc takes no folders")
+@pytest.mark.parametrize("output", ["linear.py/deep", "/proc/none"])
+def test_what_cannot_be_written_is_said_before_the_first_trial(study: Write, output: str) -> None:
+    message = refused("run", study(f"output: {output}\nstorage: sqlite:///kept.db\n"))
+    assert message.startswith(f"output: {output}/bundles cannot be written (")
+    assert rows("select count(*) from trials", file="kept.db") == [(0,)]
+    assert summary(invoke("run", study("storage: sqlite:///kept.db\n"), "--json"))["trials"]["complete"] == 3
 
 
 @pytest.mark.parametrize(

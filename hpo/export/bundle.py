@@ -111,6 +111,19 @@ def require_place(folder: Path) -> None:
         raise InputError(f"--out {folder}: cannot be written ({_why(error)}); give another folder") from error
 
 
+def require_writable(folder: Path) -> None:
+    """Raise InputError where no bundle could be put into a study's own `folder`: before it trains, not after that.
+
+    A disk that is full now may have room by then.
+    """
+    try:
+        _try_to_write(folder)
+    except OSError as error:
+        if error.errno not in _FULL:
+            why = f"output: {folder} cannot be written ({_why(error)}), where the best model is to be exported"
+            raise InputError(f"{why}; give another `output`, no trial is lost") from error
+
+
 def _try_to_write(parent: Path) -> None:
     """Make a file in `parent`, and the folders that lead there, and remove them again."""
     missing = [each for each in (parent, *parent.parents) if not each.exists()]

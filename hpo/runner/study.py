@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from hpo.errors import HpoError, InputError, Interrupted
-from hpo.export.bundle import require_place
+from hpo.export.bundle import require_place, require_writable
 from hpo.export.formats import Formats
 from hpo.log import log
 from hpo.runner import checkpoints
@@ -120,6 +120,8 @@ def _run(
     before: StudyView,
 ) -> tuple[Outcome | None, StudyView]:
     set_end(plan, search)
+    if plan.function is None:
+        require_writable(bundle_folder(plan).parent)
     data = load_data(plan, search)
     for line in stop_advice(plan):
         log.warning(line)
