@@ -170,7 +170,7 @@ def test_a_database_whose_making_is_killed_midway_is_made_by_the_next_run(
     assert query("select count(*) from metrics") == [(24,)]
 
 
-def test_sending_takes_at_most_a_tenth_of_the_time_while_trials_train(tmp_path: Path) -> None:
+def test_sending_takes_at_most_a_fifth_of_the_time_while_trials_train(tmp_path: Path) -> None:
     sent: list[Item] = []
 
     class Slow(RunsHere):
@@ -191,7 +191,7 @@ def test_sending_takes_at_most_a_tenth_of_the_time_while_trials_train(tmp_path: 
         tracker.log_metrics(0, step, {"m": 1.0})
         step += 1
         time.sleep(0.005)
-    assert 2 <= len(sent) <= 6, "0.05 s of every half second"
+    assert 2 <= len(sent) <= 9, "0.05 s of every quarter of a second"
     tracker.reconcile({})
     ended = time.monotonic()
     until(lambda: sent[-1]["do"] == "reconcile")

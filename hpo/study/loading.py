@@ -99,8 +99,9 @@ def _require_takes(call: Callable[..., Any], arguments: Sequence[str], called: s
         if not isinstance(call, MethodType):  # of a built-in nothing is known
             return
         raise Faulty(_AT, f"{called} must take {wanted} besides self, but does not take self") from error
+    more = {by_name: None} if by_name is not None and by_name in takes.parameters else {}
     try:
-        takes.bind(*arguments, **({by_name: None} if by_name in takes.parameters else {}))
+        takes.bind(*arguments, **more)
     except TypeError as error:
         raise Faulty(_AT, f"{called} must take {wanted}, but takes {takes}: {error}") from error
 
