@@ -176,7 +176,7 @@ def test_sending_takes_at_most_a_fifth_of_the_time_while_trials_train(tmp_path: 
     class Slow(RunsHere):
         def attempt(self, item: Item) -> Answer:
             sent.append(item)
-            time.sleep(0.05)
+            time.sleep(0.1)
             return Answer()
 
     class Tracked(TrackerHere):
@@ -191,7 +191,7 @@ def test_sending_takes_at_most_a_fifth_of_the_time_while_trials_train(tmp_path: 
         tracker.log_metrics(0, step, {"m": 1.0})
         step += 1
         time.sleep(0.005)
-    assert 2 <= len(sent) <= 9, "0.05 s of every quarter of a second"
+    assert 2 <= len(sent) <= 6, "0.1 s of every half second"
     tracker.reconcile({})
     ended = time.monotonic()
     until(lambda: sent[-1]["do"] == "reconcile")
