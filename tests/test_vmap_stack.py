@@ -335,6 +335,17 @@ def test_what_cannot_be_evaluated_in_a_stack_is_not_traced_first(monkeypatch: py
         stack("lstm", execution="graph").join(members("lstm")[0])
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_states_tensors_are_in_the_order_in_which_they_were_traced(optimizer: str) -> None:
+    made = stack("conv_batchnorm")
+    made.join(members("conv_batchnorm", optimizer=optimizer, max_grad_norm=1.0)[0])
+    state = made._slots.state
+    leaves, trained = state.leaves(), tree_leaves(state.trained)
+    assert all(own is of_torch for own, of_torch in zip(leaves, tree_leaves(state), strict=True))
+    again = state.trained.filled(iter([x + 1 for x in trained]))
+    assert all(torch.equal(new, x + 1) for new, x in zip(tree_leaves(again), trained, strict=True))
+
+
 def test_what_torch_cannot_trace_it_does_not_print(caplog: pytest.LogCaptureFixture) -> None:
     made = stack("mlp")
     made.join(members("mlp")[0])

@@ -11,7 +11,7 @@ others.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, cast
 
@@ -45,8 +45,9 @@ class Graph:
 
         def flat(*tensors: Tensor) -> list[Any]:
             # a plain function, since make_fx counts a method's self as a tensor
-            results, self._out = tree_flatten(run(*tree_unflatten(list(tensors), structure)))
-            return results
+            trained, losses = run(*tree_unflatten(list(tensors), structure))
+            self._names = tree_map(lambda x: None, trained)
+            return [*tree_leaves(trained), losses]
 
         self._traced_for = _sizes_of(state, targets)
         self._sizes: _Sizes | None = None
@@ -74,11 +75,12 @@ class Graph:
         return self._fits[key]
 
     def __call__(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> tuple[Trained, Tensor]:
-        return self.results(self.module(*tree_leaves((state, list(inputs), targets))))
+        return self.results(self.module(*state.leaves(), *inputs, targets))
 
-    def results(self, flat: Sequence[Any]) -> tuple[Trained, Tensor]:
+    def results(self, flat: Iterable[Tensor]) -> tuple[Trained, Tensor]:
         """Return what the step returns, from its tensors in their order."""
-        return cast(tuple[Trained, Tensor], tree_unflatten(list(flat), self._out))
+        leaves = iter(flat)
+        return self._names.filled(leaves), next(leaves)
 
     def compiled(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> Any:
         """Return it compiled, as a function of its tensors in their order. Raises what the compiler raises."""
@@ -112,13 +114,13 @@ class CompiledStep:
         try:
             if not self._graph.fits(*_sizes_of(state, targets)):
                 raise AssertionError("other sizes")
-            results = self._call(*tree_leaves(arguments))
+            results = self._call(*state.leaves(), *inputs, targets)
         except AssertionError:  # before anything is computed: a tensor has another size or other strides
             graph = self._graph
             if self._n_forms == _MOST_FORMS:
                 return graph.run(*arguments)
             self._compile(Graph(graph.run, *arguments, any_size=graph.any_size), *arguments)
-            results = self._call(*tree_leaves(arguments))
+            results = self._call(*state.leaves(), *inputs, targets)
         return self._graph.results(results)
 
     def _compile(self, graph: Graph, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> None:

@@ -3,7 +3,7 @@
 Shapes: K slots; a weight, a buffer or an optimizer's state (K, ...), everything else (K,).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,15 @@ class Trained(NamedTuple):
     t: Tensor
     """How many steps each member has done."""
 
+    def filled(self, leaves: Iterator[Tensor]) -> "Trained":
+        """Return the same with other tensors, the next of `leaves`: in the order of torch's `tree_leaves`."""
+        return Trained(
+            {name: next(leaves) for name in self.weights},
+            {name: next(leaves) for name in self.buffers},
+            {name: {key: next(leaves) for key in state} for name, state in self.optimizer.items()},
+            next(leaves),
+        )
+
 
 class StackState(NamedTuple):
     """What a step is given: `Trained`, and what stays as it is from a member's first step to its last."""
@@ -39,6 +48,12 @@ class StackState(NamedTuple):
     """The params that the loss reads as tensors."""
     masks: dict[str, Tensor]
     """1 where a weight is a member's own, 0 where it is padding; only of weights whose sizes differ in the study."""
+
+    def leaves(self) -> list[Tensor]:
+        """Return its tensors in the order of torch's `tree_leaves`, which takes a tenth of a small stack's step."""
+        optimizer = [x for state in self.optimizer.values() for x in state.values()]
+        changed = [*self.weights.values(), *self.buffers.values(), *optimizer, self.t]
+        return [*changed, *self.hyper.values(), *self.loss_hyper.values(), *self.masks.values()]
 
     @property
     def trained(self) -> Trained:
