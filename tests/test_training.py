@@ -187,6 +187,10 @@ def test_it_stops_between_two_batches():
     assert epochs_of(queue, 1) == [1]
 
 
+def subnormals_are_zero():
+    return bool(torch.tensor([1e-30]) * torch.tensor([1e-10]) == 0)
+
+
 class Subnormals(Notebook):
     """Writes down whether numbers too small for full precision are 0 in its steps and evaluations."""
 
@@ -195,7 +199,7 @@ class Subnormals(Notebook):
         self.are_zero = []
 
     def _look(self):
-        self.are_zero.append(bool(torch.tensor([1e-30]) * torch.tensor([1e-10]) == 0))
+        self.are_zero.append(subnormals_are_zero())
 
     def step(self, inputs, targets):
         self._look()
@@ -213,7 +217,7 @@ def test_subnormal_numbers_are_zero_while_it_trains_and_as_they_were_otherwise(w
     stack, outside = Subnormals(), []
 
     def report(stack, results):
-        outside.append(bool(torch.tensor([1e-30]) * torch.tensor([1e-10]) == 0))
+        outside.append(subnormals_are_zero())
         return results
 
     def trained(number, **more):
@@ -224,7 +228,7 @@ def test_subnormal_numbers_are_zero_while_it_trains_and_as_they_were_otherwise(w
         trained(1)
         with pytest.raises(Interrupted):
             trained(2, stopping=lambda: len(stack.are_zero) > 8)
-        outside.append(bool(torch.tensor([1e-30]) * torch.tensor([1e-10]) == 0))
+        outside.append(subnormals_are_zero())
     finally:
         torch.set_flush_denormal(False)
     assert stack.are_zero == [True] * 9

@@ -259,10 +259,7 @@ def _objective(spec: StudySpec, folder: Path, given: Given | None) -> tuple[Obje
         return None if faults else given, faults
     if isinstance(given, type):
         return objectives.make(given, given.__name__, spec.options, folder)
-    faults = [Fault(path=("options", key), message="a function has no options") for key in spec.options]
-    with collecting(faults):
-        return objectives.function(given, getattr(given, "__name__", "the objective")), faults
-    return None, faults
+    return objectives.function(given, getattr(given, "__name__", "the objective"), spec.options)
 
 
 def find_device(name: str) -> torch.device:

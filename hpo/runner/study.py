@@ -46,6 +46,7 @@ from hpo.runner.worker import INTERRUPTED, work
 from hpo.search import adoption, schema
 from hpo.search.away import StorageAway
 from hpo.search.confirmed import chosen
+from hpo.search.identity import FRESH
 from hpo.search.search import Search
 from hpo.search.storage import close_storage, open_storage
 from hpo.search.view import StudyView
@@ -304,5 +305,5 @@ def _none_feasible(seen: StudyView, plan: Plan) -> str:
     return (
         f"study {plan.spec.name!r} has no feasible trial, so there is nothing to export: "
         f"{seen.feasible_text}; raise `trials`, or loosen the constraint or search other params in a new study "
-        "(hpo run FILE --fresh, or hpo.run(…, fresh=True))"
+        f"({FRESH})"
     )

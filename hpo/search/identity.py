@@ -12,6 +12,8 @@ from hpo.study.goals import direction_of
 from hpo.study.space import Space
 from hpo.study.spec import StudySpec
 
+FRESH = "hpo run FILE --fresh, or hpo.run(…, fresh=True)"
+"""What starts a study of the same name from nothing, in a message."""
 _ABSENT = "absent"
 _KEYS = ("objective", "metric", "value", "epochs", "patience", "precision", "deterministic", "seed")
 _LATER_KEYS: Mapping[str, Any] = {"precision": "float32", "deterministic": False}
@@ -92,7 +94,7 @@ def another_study(spec: StudySpec, differences: list[str]) -> InputError:
     lines = "".join(f"\n  {difference}" for difference in differences)
     return InputError(
         f"the storage {spec.storage} has another study named {spec.name!r}:{lines}\n"
-        "start a new one, and keep that one under another name: hpo run FILE --fresh, or hpo.run(…, fresh=True)\n"
+        f"start a new one, and keep that one under another name: {FRESH}\n"
         f"or delete that one: hpo delete {quote(spec.name)} --storage {quote(spec.storage)}\n"
         "or give this one another `name`, or another `storage`"
     )

@@ -47,7 +47,7 @@ class Graph:
             # a plain function, since make_fx counts a method's self as a tensor
             trained, losses = run(*tree_unflatten(list(tensors), structure))
             self._names = tree_map(lambda x: None, trained)
-            return [*tree_leaves(trained), losses]
+            return [*trained.leaves(), losses]
 
         self._traced_for = _sizes_of(state, targets)
         self._sizes: _Sizes | None = None
@@ -110,17 +110,17 @@ class CompiledStep:
         return self._graph.fits(n_slots, n_rows)
 
     def __call__(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> tuple[Trained, Tensor]:
-        arguments = (state, list(inputs), targets)
+        leaves = (*state.leaves(), *inputs, targets)
         try:
             if not self._graph.fits(*_sizes_of(state, targets)):
                 raise AssertionError("other sizes")
-            results = self._call(*state.leaves(), *inputs, targets)
+            results = self._call(*leaves)
         except AssertionError:  # before anything is computed: a tensor has another size or other strides
-            graph = self._graph
+            graph, arguments = self._graph, (state, list(inputs), targets)
             if self._n_forms == _MOST_FORMS:
                 return graph.run(*arguments)
             self._compile(Graph(graph.run, *arguments, any_size=graph.any_size), *arguments)
-            results = self._call(*state.leaves(), *inputs, targets)
+            results = self._call(*leaves)
         return self._graph.results(results)
 
     def _compile(self, graph: Graph, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> None:

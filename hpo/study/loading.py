@@ -49,8 +49,7 @@ def load(where: str, options: Mapping[str, Any], folder: Path) -> tuple[Objectiv
         module = _module(target, folder, _AT)
         found = getattr(module, name, None) if name else None
         if callable(found) and not isinstance(found, type):
-            unknown = [Fault(path=("options", key), message="a function has no options") for key in options]
-            return function(found, where), unknown
+            return function(found, where, options)
         cls = _class(module, target, name)
         return make(cls, f"{target}:{cls.__name__}", options, folder)
     return None, faults
@@ -81,10 +80,15 @@ def require_trainable(objective: Objective, called: str) -> None:
             _require_takes(method, arguments, f"{called}.{name}", "resume" if name == "train" else None)
 
 
-def function(found: Callable[[Any], Any], called: str) -> Function:
-    """Return a plain Optuna objective. Raises Faulty where it cannot be called with a trial."""
-    _require_takes(found, ["trial"], called)
-    return Function(found)
+def function(
+    found: Callable[[Any], Any], called: str, options: Mapping[str, Any]
+) -> tuple[Function | None, list[Fault]]:
+    """Return a plain Optuna objective, or the faults that keep it from that; it takes a trial, and no options."""
+    faults = [Fault(path=("options", key), message="a function has no options") for key in options]
+    with collecting(faults):
+        _require_takes(found, ["trial"], called)
+        return Function(found), faults
+    return None, faults
 
 
 def _require_takes(call: Callable[..., Any], arguments: Sequence[str], called: str, by_name: str | None = None) -> None:

@@ -74,7 +74,7 @@ def _no_subnormals() -> Iterator[None]:
     """Have this thread's CPU take numbers below 1e-38 (in double precision: 2e-308) for 0 within this.
 
     A CPU computes with them many times slower, and training is full of them: what an optimizer remembers of a unit that
-    has died shrinks step by step. They cost a stack of perceptrons a sixth of its time. TensorFlow and XLA do so too.
+    has died shrinks step by step. TensorFlow and XLA do so too.
     """
     was = sys.float_info.min / 2 == 0.0
     torch.set_flush_denormal(True)  # False where a CPU cannot: then they are slow
