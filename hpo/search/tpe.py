@@ -43,7 +43,9 @@ class _Fit:
     def add(self, trial: FrozenTrial, params: dict[str, float]) -> None:
         at = int(np.searchsorted(self.numbers, trial.number))
         self.numbers.insert(at, trial.number)
-        self.values = {name: np.insert(values, at, params[name]) for name, values in self.values.items()}
+        self.values = {  # np.insert takes ten times as long
+            name: np.concatenate((values[:at], (params[name],), values[at:])) for name, values in self.values.items()
+        }
 
 
 @dataclass

@@ -92,7 +92,9 @@ class Sizing:
 
     def room(self) -> int:
         """Return how many of the largest trials fit into the device's memory at once, and at least 1."""
-        groups, _ = self._groups("coarse")
+        return self._room_for(self._groups("coarse")[0])
+
+    def _room_for(self, groups: Mapping[Hashable, Sequence[Candidate]]) -> int:
         largest = max((each.bytes_in_a_stack() for group in groups.values() for each in group), default=0)
         return max(1, int(_ROOM * free_bytes(self.task.device) / largest)) if largest else 1
 
@@ -112,7 +114,7 @@ class Sizing:
         shared = self._shared(groups)
         if capacity == 1:
             return StackSize(stacked=compile_pays(n_steps * shared, self.task.device), shared=shared, why=AS_GIVEN)
-        room = self.room()
+        room = self._room_for(groups)
         why = AS_GIVEN
         if room < min(capacity, self.n_trials):
             why = f"{room} trials at once, not {capacity}: memory is free for no more"

@@ -50,7 +50,7 @@ class Task:
 
     def drawn(self, member: "Member") -> nn.Module:
         """Return `member`'s network on the CPU, its weights drawn from its seed. Raises TrialError."""
-        torch.manual_seed(member.seed)
+        _set_seed(member.seed)
         with Within():
             network = self.network(member.params)
         member.n_parameters = sum(weight.numel() for weight in network.parameters() if not is_lazy(weight))
@@ -88,6 +88,15 @@ class Task:
         sizes, n = batch_sizes(self.n_rows, params["batch_size"]), params.get(optim.ACCUMULATION, 1)
         groups = [sizes[start : start + n] for start in range(0, len(sizes), n)]
         return [size / sum(group) for group in groups for size in group]
+
+
+def _set_seed(seed: int) -> None:
+    """Do what `torch.manual_seed` does. Without an accelerator that notes a traceback for each kind of one, in a list
+    that only grows, which takes longer than drawing a small network's weights."""
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
 
 
 @dataclass(eq=False, kw_only=True)
