@@ -24,9 +24,8 @@ def ends(sampler: str, trials: int, epochs: int, stack: int) -> list[tuple[float
     """Return of each trial's end, in their order, the CPU time of this process and the time."""
     import torch
 
-    from hpo.search.search import Search
-
     import hpo
+    from hpo.search.search import Search
 
     found: list[tuple[float, float]] = []
     real = Search._finish

@@ -260,4 +260,5 @@ def _take_dates(found: Found, name: str, values: "pd.Series[Any]", form: str, ro
         found.dropped[name] = "it has one date only"
         return
     found.columns.append({"name": name, "kind": "date", **about})
-    found.notices.append(f"column {name!r} holds dates ({how}), taken as {listed(about['parts'])}")
+    zone = ", in UTC" if isinstance(values.dtype, pd.DatetimeTZDtype) else ""
+    found.notices.append(f"column {name!r} holds dates ({how}{zone}), taken as {listed(about['parts'])}")

@@ -1,17 +1,30 @@
 """A table from a file, read as it is meant; or refused in one line that says what is wrong, where, and what to do."""
 
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pandas as pd
 import torch
-from pandas.api.types import is_scalar
+from pandas.api.types import is_numeric_dtype, is_scalar
 from pandas.errors import ParserWarning
 
 from hpo.errors import DataError
-from hpo.study.table_text import OPEN, Dialect, beginning, dialect_of, listed, windows, without_arrow
+from hpo.study.table_text import (
+    MISSING,
+    OPEN,
+    PLAIN,
+    Dialect,
+    beginning,
+    dialect_of,
+    listed,
+    windows,
+    without_arrow,
+)
 from hpo.training.memory import free_bytes
 
+MARKS = "marks"
+"""In a table's `attrs`: the marks of decimals and thousands of columns whose numbers have not just a point."""
 _MEMORY = {"text": 4, "packed": 20}
 """Bytes of memory that a byte of a file takes to be trained on (3 were measured); packed is .parquet, or compressed."""
 
@@ -26,7 +39,7 @@ def read_table(file: Path) -> pd.DataFrame:
         raise DataError(f"{file}: {'is a folder; name a file in it' if file.exists() else 'there is no such file'}")
     _require_memory(file)
     try:
-        frame = without_arrow(pd.read_parquet(file)) if file.suffix == ".parquet" else _read_text(file)
+        frame = _read_parquet(file) if _is_parquet(file) else _read_text(file)
     except DataError:
         raise
     except Exception as error:  # pandas, pyarrow, csv, zlib, lzma: each fails in a way of its own
@@ -40,14 +53,15 @@ def read_table(file: Path) -> pd.DataFrame:
     for name in frame.columns[(frame.dtypes == "object").to_numpy()]:
         if not all(map(is_scalar, frame[name].dropna().iloc[:1])):
             raise DataError(f"{file}: column {name!r} holds lists or structures; give plain values")
-    return frame.reset_index(drop=True).copy()  # in one piece: a hundred thousand of them take minutes to look at
+    frame = frame.reset_index(drop=True)
+    return frame.copy()  # in one piece: a hundred thousand of them take minutes to look at
 
 
 def _require_memory(file: Path) -> None:
     size = file.stat().st_size
     if size == 0:
         raise DataError(f"{file}: is empty")
-    packed = file.suffix == ".parquet" or file.suffix in OPEN
+    packed = _is_parquet(file) or file.suffix.lower() in OPEN
     needed, free = size * _MEMORY["packed" if packed else "text"], free_bytes(torch.device("cpu"))
     if needed > free:
         raise DataError(
@@ -56,20 +70,50 @@ def _require_memory(file: Path) -> None:
         )
 
 
-def _read_text(file: Path) -> pd.DataFrame:
-    with OPEN.get(file.suffix, open)(file, "rb") as stream:
+def _is_parquet(file: Path) -> bool:
+    return file.suffix.lower() == ".parquet"
+
+
+def _read_parquet(file: Path) -> pd.DataFrame:
+    """Return a table with what pandas had stored as the names of its rows, which are columns like others."""
+    frame = without_arrow(pd.read_parquet(file))
+    named = [name for name in frame.index.names if name is not None]
+    return frame.reset_index(level=named) if named else frame
+
+
+def _read_text(file: Path, parse: Callable[[Path, Dialect], pd.DataFrame] | None = None) -> pd.DataFrame:
+    parse = parse or _parse
+    with OPEN.get(file.suffix.lower(), open)(file, "rb") as stream:
         head, cut = beginning(stream)
     dialect = dialect_of(file, head, cut)
     try:
-        return _parse(file, dialect)
+        return parse(file, dialect)
     except UnicodeDecodeError:
         if dialect.encoding != "utf-8-sig":
             raise
-        return _parse(file, windows(file, head, cut))
+        return parse(file, windows(file, head, cut))
 
 
 def _parse(file: Path, dialect: Dialect) -> pd.DataFrame:
     with warnings.catch_warnings():
         warnings.simplefilter("error", ParserWarning)  # where pandas would cut rows that are too long
-        dtypes = {name: str for name in dialect.dates}
-        return pd.read_csv(file, low_memory=False, dtype=dtypes, **dialect.for_pandas())
+        dtypes = {name: str for name in dialect.own}
+        how = dialect.for_pandas()
+        frame = pd.read_csv(file, low_memory=False, dtype=dtypes, **how)
+        frame = dialect.numbers(frame)
+    numbers = frame.columns[[is_numeric_dtype(kind) for kind in frame.dtypes]]
+    frame.attrs[MARKS] = {name: marks for name in numbers if (marks := dialect.marks_of(name)) != PLAIN}
+    return frame
+
+
+def words_for_missing(file: Path, name: str) -> Mapping[str, int]:
+    """Return which words stand where a column's values are read as missing, and how often; none: in Parquet."""
+    if _is_parquet(file):
+        return {}
+
+    def as_written(file: Path, dialect: Dialect) -> pd.DataFrame:
+        how = dialect.for_pandas() | {"na_values": None, "keep_default_na": False, "usecols": [name], "dtype": str}
+        return pd.read_csv(file, low_memory=False, **how)
+
+    words = _read_text(file, as_written)[name].str.strip().value_counts()
+    return {str(word): int(n) for word, n in words.items() if word in MISSING and word}

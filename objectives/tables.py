@@ -25,7 +25,7 @@ from hpo.objectives.table_columns import (
     step_of_float32,
     without,
 )
-from hpo.objectives.table_files import read_table
+from hpo.objectives.table_files import MARKS, read_table, words_for_missing
 from pandas.api import types
 from torch import Tensor
 
@@ -34,10 +34,11 @@ from hpo.study.blocks import split_by_rows
 from hpo.study.data import Data
 from hpo.study.table_amounts import amounts
 from hpo.study.table_dates import format_of, is_stored_as_date, moments, numbers_of
-from hpo.study.table_text import as_text, listed
+from hpo.study.table_text import Marks, as_text, listed
 
 Task = Literal["regression", "binary", "multiclass"]
 
+_PARTS = ("valid", "test")
 FEWEST_ROWS, FEWEST_OF_A_CLASS = 20, 3
 _MOST_ROUNDED = 0.1
 """Numbers of float32 may lie so much of a target's standard deviation apart: rounding to them costs 0.001 of R2."""
@@ -68,6 +69,8 @@ class TableOptions:
     def __post_init__(self):
         if not (self.valid > 0 and self.test > 0 and self.valid + self.test < 0.9):
             raise ValueError("valid and test must be shares above 0 that leave a tenth of the rows to train on")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to {2**32 - 1}, but is {self.seed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +98,12 @@ def table_of(options: TableOptions) -> Table:
     _require_named(file, frame, options)
     whole, faults = frame, []
     frame, n_without_target = _with_target(file, frame, target, impute)
-    values, where = frame[target], f"{file}: the target {target!r}"
+    values, where = _stripped(frame[target]), f"{file}: the target {target!r}"
     task, names, codes = _understood(where, values, options.task, faults)
     rows = rows_of_splits(codes, test=options.test, valid=options.valid, seed=options.seed)
+    if task == "regression" and (few := [n for n, part in zip(_PARTS, rows[1:], strict=True) if len(part) < 2]):
+        shares = " and ".join(f"{name}: {getattr(options, name)}" for name in few)
+        faults.append(f"{file}: {shares} of {len(frame)} rows is one row, and R2 needs two; give larger shares")
     frame = without(frame, {target, *options.drop})
     found = columns_of(frame, options.keep, options.categorical, rows[0])
     taken = [column["name"] for column in found.columns]
@@ -122,15 +128,26 @@ def table_of(options: TableOptions) -> Table:
         feature_names=_feature_names(found.columns),
         class_names=names,
     )
+    marks = {name: each for name, each in whole.attrs.get(MARKS, {}).items() if name in taken or name == target}
+    words = words_for_missing(file, target) if n_without_target else {}
     return Table(
-        data=replace(data, missing=impute, notices=_notices(found, gaps, len(whole), n_without_target)),
+        data=replace(data, missing=impute, notices=_notices(found, gaps, len(whole), n_without_target, words, marks)),
         task=task,
-        columns=found.columns,
+        columns=[c | {"marks": list(marks[c["name"]])} if _has_marks(c, marks) else c for c in found.columns],
         dropped=found.dropped,
         n_without_target=n_without_target,
         mean=mean,
         std=std,
     )
+
+
+def _stripped(values: pd.Series) -> pd.Series:
+    """Return a target whose texts have no blanks around them: `yes` and `yes ` are one class."""
+    return values if types.is_numeric_dtype(values) or is_stored_as_date(values) else as_text(values)
+
+
+def _has_marks(column: Column, marks: Mapping[str, Marks]) -> bool:
+    return column["kind"] == "number" and "decimal" not in column and column["name"] in marks
 
 
 def _require_named(file: Path, frame: pd.DataFrame, options: TableOptions) -> None:
@@ -173,13 +190,25 @@ def _column_faults(file: Path, found: Found, drop: Sequence[str]) -> list[str]:
     return [f"{file}: {each}; or leave {'it' if len(found.faults) == 1 else 'them'} out, drop: [{quoted}]"]
 
 
-def _notices(found: Found, gaps: str, n_rows: int, n_without_target: int) -> tuple[str, ...]:
+def _notices(
+    found: Found, gaps: str, n_rows: int, n_without_target: int, words: Mapping[str, int], marks: Mapping[str, Marks]
+) -> tuple[str, ...]:
     """Return what a user should know of how a table is taken, a line for each."""
     lines = [*found.notices]
     if found.dropped:
         lines.insert(0, f"left out: {found.reasons()}")
     if n_without_target:
-        lines.insert(0, f"{n_without_target} of {n_rows} rows have no target and are left out")
+        said = (
+            f": {listed(f'{n} say {word!r}' for word, n in words.items())}, which is read as missing" if words else ""
+        )
+        rename = "; if that is a class, give it another name in the table" if words else ""
+        lines.insert(0, f"{n_without_target} of {n_rows} rows have no target and are left out{said}{rename}")
+    for decimal, thousands in sorted(set(marks.values())):
+        names = listed(repr(name) for name, each in marks.items() if each == (decimal, thousands))
+        lines.append(
+            f"numbers in {names} are read with {decimal!r} for decimals"
+            + (f" and {thousands!r} for thousands" if thousands else "")
+        )
     if gaps:
         lines.append(
             f"values are missing: {gaps}; numbers and parts of dates become the median of the training rows, "

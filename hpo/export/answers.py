@@ -30,6 +30,8 @@ def require_top_k(about: Mapping[str, Any], top_k: int | None) -> None:
     n = len(about["class_names"])
     if top_k is None:
         return
+    if not isinstance(top_k, int) or isinstance(top_k, bool):
+        raise InputError(f"--top-k {top_k!r}: must be a whole number")
     if about["output"].get("values") == "numbers" or n < 2:
         raise InputError(f"--top-k {top_k}: the model has no classes, it predicts numbers; leave --top-k away")
     if not 1 <= top_k <= n:

@@ -5,6 +5,7 @@ A column is {"name": "age", "kind": "number", "input": "numeric"}, or {"name": "
 parts stand behind the numbers of its input. Category i has the code i + 1; what is missing or unknown has 0.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +17,7 @@ from pandas.api import types
 from hpo.errors import InputError, did_you_mean
 from hpo.study.table_amounts import amounts
 from hpo.study.table_dates import moments, numbers_of
-from hpo.study.table_text import as_text, listed, number_pattern
-
-Marks = tuple[str, str]
+from hpo.study.table_text import MISSING, PLAIN, Marks, as_text, listed, number_pattern
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +30,13 @@ class Column:
     """How its dates are written, and which of their parts are numbers; see `hpo.study.table_dates`."""
     decimal: str | None = None
     """The mark of decimals, where its numbers may have a unit; see `hpo.study.table_amounts`."""
+    marks: Marks = PLAIN
+    """How its numbers were written where it was trained."""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it holds categories, dates, or numbers with a unit."""
+        return any(x is not None for x in (self.categories, self.date, self.decimal))
 
 
 @dataclass
@@ -51,6 +57,11 @@ class Notes:
         lines = [f"columns that the model does not take were ignored: {listed(self.ignored)}"] if self.ignored else []
         if self.by_place:
             lines.append(f"the bundle names no columns: the table's {self.by_place} were taken in their order")
+        return lines + self.doubts()
+
+    def doubts(self) -> list[str]:
+        """Return one line for each of what may make answers worse."""
+        lines = []
         for name, (n, first) in self.unknown.items():
             rows = "1 value was" if n == 1 else f"{n} values were"
             lines.append(f"column {name!r}: {rows} not seen in training, and taken as unknown (the first: {first})")
@@ -98,7 +109,14 @@ class Columns:
         for column in columns:
             categories = tuple(column["categories"]) if column["kind"] == "category" else None
             date = column if column["kind"] == "date" else None
-            made = Column(name=column["name"], categories=categories, date=date, decimal=column.get("decimal"))
+            decimal, thousands = column.get("marks", PLAIN)
+            made = Column(
+                name=column["name"],
+                categories=categories,
+                date=date,
+                decimal=column.get("decimal"),
+                marks=(decimal, thousands),
+            )
             self._inputs[column["input"]].append(made)
         self._every = [column for each in self._inputs.values() for column in each]
         self._by_place = self.names == [""]
@@ -106,7 +124,25 @@ class Columns:
     @property
     def texts(self) -> list[str]:
         """The names of the columns that hold categories, dates, or numbers with a unit."""
-        return [c.name for c in self._every if any(x is not None for x in (c.categories, c.date, c.decimal))]
+        return [column.name for column in self._every if column.is_text]
+
+    @property
+    def marks(self) -> dict[str, Marks]:
+        """How the numbers of the other columns were written where they were trained."""
+        return {column.name: column.marks for column in self._every if not column.is_text}
+
+    def without_words(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Return a table of text without the words that say that a value is missing, but for those that are categories.
+
+        Where a model was trained on a table that does not say it by words, `NA` may be a category.
+        """
+        made = {}
+        for column in self._every:
+            if column.is_text and column.name in frame:
+                words = set(MISSING) - set(column.categories or ())
+                text = frame[column.name]
+                made[column.name] = text.mask(text.str.strip().isin(words))
+        return frame.assign(**made)
 
     @property
     def names(self) -> list[str]:
@@ -131,6 +167,8 @@ class Columns:
             near = did_you_mean(missing[0], header)[:300] if len(missing) == 1 else f"; it has {listed(header)}"
             what = "a column is" if len(missing) == 1 else f"{len(missing)} columns are"
             raise InputError(f"{where}: {what} missing that the model takes: {', '.join(map(repr, missing))}{near}")
+        if twice := [name for name in self.names if header.count(name) > 1]:
+            raise InputError(f"{where}: has several columns named {listed(map(repr, twice))}; give each its own name")
         known = {*self.names, keep}
         notes.ignored = [repr(name) for name in header if name not in known]
         return self.names
@@ -163,6 +201,9 @@ class Columns:
     ) -> np.ndarray:
         """Return these columns as numbers (N, columns)."""
         part = frame[list(names)]
+        for name, kind in part.dtypes.items():
+            if not (types.is_numeric_dtype(kind) or _may_be_text(kind)) or types.is_complex_dtype(kind):
+                raise InputError(f"{where}: column {str(name)!r} must be numbers, but is {kind}")
         plain = all(isinstance(kind, np.dtype) and kind.kind in "iufb" for kind in part.dtypes)
         columns = part if plain else pd.DataFrame({i: _as_numbers(part.iloc[:, i]) for i in range(len(names))})
         numbers = columns.to_numpy(dtype=np.float64)
@@ -223,8 +264,21 @@ class Columns:
 def _as_numbers(values: "pd.Series[Any]") -> np.ndarray:
     """Return values as numbers; NaN for those that are none."""
     if not types.is_numeric_dtype(values):
+        values = values.map(_in_range) if values.dtype == object else values
         values = pd.to_numeric(values, errors="coerce")
     return values.astype("Float64").to_numpy(dtype=np.float64, na_value=np.nan)
+
+
+def _may_be_text(kind: Any) -> bool:
+    return types.is_object_dtype(kind) or types.is_string_dtype(kind) or isinstance(kind, pd.CategoricalDtype)
+
+
+def _in_range(value: Any) -> Any:
+    """Return a value; text for a whole number that is larger than NumPy's floats can be."""
+    try:
+        return str(value) if isinstance(value, int) and math.isinf(float(value)) else value
+    except OverflowError:
+        return str(value)
 
 
 def _plain(text: str, marks: Marks = (".", "")) -> str:
@@ -234,6 +288,8 @@ def _plain(text: str, marks: Marks = (".", "")) -> str:
     if text.lower() in ("true", "false"):
         return text.capitalize()
     try:
+        if text.removeprefix("-").isdecimal():  # of large ones a float would be that of others too
+            return str(int(text))
         number = float(text)
         return str(int(number)) if number.is_integer() else str(number)
     except (ValueError, OverflowError):

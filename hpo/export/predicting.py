@@ -3,6 +3,7 @@
 Nothing of the objective is imported: what a table's columns are, and what the outputs mean, is in bundle.json.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -31,13 +32,15 @@ def predict(model: nn.Module, about: Mapping[str, Any], data: Any, top_k: int | 
             raise InputError("the table: the model takes no columns; give arrays")
         if data.empty:
             raise InputError("the table: has no rows")
-        taken = columns.required("the table", data.columns, None, notes)
-        arrays = columns.arrays(without_arrow(data[taken]), "the table", 1, notes)
+        named = data.set_axis([str(name).strip() for name in data.columns], axis=1)  # as a file's header is read
+        taken = columns.required("the table", named.columns, None, notes)
+        arrays = columns.arrays(without_arrow(named[taken]), "the table", 1, notes)
     else:
         arrays = as_arrays(data, about, columns, "the data")
     made = answers(about, outputs_of(model, arrays), top_k)
+    doubts = notes.doubts()
     for text in notes.texts():
-        log.info(text)
+        log.log(logging.WARNING if text in doubts else logging.INFO, text)
     return made.set_index(data.index) if isinstance(data, pd.DataFrame) else made
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 from hpo.errors import InputError
 from hpo.export.columns import Columns, Notes
 from hpo.export.images import SUFFIXES, image_chunks
-from hpo.study.table_text import OPEN, beginning, dialect_of, listed
+from hpo.study.table_text import MISSING, OPEN, as_read, beginning, dialect_of, listed
 
 ROWS = 1 << 16
 """So many rows of a table are read at a time."""
@@ -115,27 +115,29 @@ def _text(
         head, cut = beginning(stream)
         if not head.strip():
             raise InputError(f"{where}: is empty")
-        dialect = dialect_of(where, head, cut)
-        header = [name or f"Unnamed: {i}" for i, name in enumerate(dialect.header)]  # as pandas calls them
+        dialect = dialect_of(where, head, cut, columns.marks)
+        header = dialect.names()
         taken = columns.required(where, header, keep, notes)
-        copied = keep if keep not in taken else None
+        texts = {*columns.texts, *dialect.own} - {keep}
+        words = {name: list(MISSING) for name in header if name not in columns.texts}
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # where pandas would cut rows that are too long
             reader = pd.read_csv(
                 io.BufferedReader(_Rejoined(head, stream), 1 << 20),
                 chunksize=ROWS,
                 low_memory=False,
-                header=0,
-                names=header,
-                dtype={name: str for name in columns.texts},
-                converters=None if copied is None else {copied: _MARK.__add__},
-                **dialect.for_pandas(),
+                dtype={name: str for name in texts},
+                converters=None if keep is None else {keep: _MARK.__add__},
+                **dialect.for_pandas() | {"keep_default_na": False, "na_values": words},
             )
             for frame in reader:
                 if len(frame):
-                    kept = {} if keep is None else {keep: frame[keep].tolist()}
-                    if copied is not None:
-                        kept = {copied: [text.removeprefix(_MARK) for text in kept[copied]]}
+                    kept = {}
+                    if keep is not None:
+                        kept[keep] = [text.removeprefix(_MARK) for text in frame[keep]]
+                        numeric = keep not in columns.texts
+                        frame[keep] = as_read(kept[keep], dialect.marks_of(keep)) if numeric else kept[keep]
+                    frame = columns.without_words(dialect.numbers(frame))
                     marks = dialect.decimal, dialect.thousands
                     arrays = columns.arrays(frame[taken], where, first, notes, marks)
                     yield Chunk(arrays=arrays, kept=kept, share=share())
@@ -144,8 +146,9 @@ def _text(
         raise
     except Exception as error:  # pandas, csv, zlib, lzma: each fails in a way of its own
         reason = (str(error).splitlines() or [""])[0][:200]
+        what = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
         raise InputError(
-            f"{where}: cannot be read behind row {first - 1} ({type(error).__name__}: {reason})"
+            f"{where}: cannot be read behind row {first - 1} ({type(error).__name__}: {reason}){what}"
         ) from error
     if first == 1:
         raise InputError(f"{where}: has a header, but no rows")

@@ -64,6 +64,8 @@ def moments(values: "pd.Series[Any]", form: str) -> "pd.Series[Any]":
     """Return a column's dates without a time zone (in UTC where they have one); NaT for what is none in that format."""
     if isinstance(values.dtype, pd.PeriodDtype):
         values = values.dt.to_timestamp()
+    if values.dtype == object and pd.api.types.infer_dtype(values, skipna=True) in ("date", "datetime"):
+        values = pd.to_datetime(values, errors="coerce", utc=True)  # Python's own, however dates are written
     if not types.is_datetime64_any_dtype(values):
         values = pd.to_datetime(as_text(values).astype(object), format=form, errors="coerce", utc=True)
     return values.dt.tz_convert(None) if values.dt.tz is not None else values

@@ -1,0 +1,167 @@
+"""How numbers, missing values and names stand in a raw table that is learned from, or predicted."""
+
+import datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hpo.objectives.table_files import read_table
+from hpo.objectives.tables import Table, TableOptions, encode, table_of
+
+from hpo.errors import DataError, InputError
+from hpo.export.columns import Columns, Notes
+from hpo.export.reading import chunks
+
+N = 60
+RANDOM = np.random.default_rng(0)
+
+
+def german(x: float, digits: int = 2) -> str:
+    return f"{x:,.{digits}f}".translate(str.maketrans(",.", ".,"))
+
+
+def written(path: Path, columns: dict[str, list[str]], separator: str = ";") -> Path:
+    rows = [separator.join(row) for row in zip(*columns.values(), strict=True)]
+    path.write_text("\n".join([separator.join(columns), *rows]) + "\n")
+    return path
+
+
+def about(table: Table) -> tuple[dict, list[dict]]:
+    """Return what bundle.json says of a table's inputs, as far as rows are read by it."""
+    inputs = [
+        {"name": n, "shape": [1, x.shape[1]], "dtype": str(x.dtype)[6:]} for n, x in table.data.train.inputs.items()
+    ]
+    places = {"category": "categorical"}
+    columns = [dict(c) | {"input": places.get(c["kind"], "numeric")} for c in table.columns]
+    return {"inputs": inputs, "missing": True, "class_names": []}, columns
+
+
+def read(table: Table, file: Path, notes: Notes | None = None, keep: str | None = None) -> dict[str, np.ndarray]:
+    facts, columns = about(table)
+    (chunk,) = chunks(str(file), facts, Columns(facts, columns), keep, notes or Notes())
+    return dict(chunk.arrays) | dict(chunk.kept)
+
+
+@pytest.fixture
+def amounts() -> np.ndarray:
+    return RANDOM.uniform(100, 20000, N).round(2)
+
+
+def test_another_files_numbers_are_those_of_training_however_few_marks_they_have(
+    tmp_path: Path, amounts: np.ndarray
+) -> None:
+    columns = {
+        "n": [f"{i % 7}" for i in range(N)],
+        "z": [german(x) for x in amounts],
+        "y": [german(x / 7) for x in amounts],
+    }
+    table = table_of(TableOptions(file=written(tmp_path / "de.csv", columns), target="y"))
+    assert [column.get("marks") for column in table.columns] == [[",", "."]] * 2
+    assert any("'z'" in line and "',' for decimals and '.' for thousands" in line for line in table.data.notices)
+    forms = (("1.234", "9.000"), ("1.234,00", "9.000,00"), ("1234", "9000"), ("1234.0", "9000.00"))
+    for form in forms:
+        file = written(tmp_path / "new.csv", {"n": ["1", "2"], "z": list(form)})
+        np.testing.assert_array_equal(read(table, file)["numeric"], [[1, 1234], [2, 9000]])
+        assert read(table, file, keep="z")["z"] == list(form)
+
+
+def test_numbers_of_which_the_large_ones_have_a_mark_are_thousands(tmp_path: Path) -> None:
+    values = [99, 845, 1234, 12345, 7, 23456] * 10
+    for separator, mark in ((";", "."), (";", ","), ("\t", ","), ("|", "."), (",", ",")):
+        texts = [f"{x:,}".replace(",", mark) for x in values]
+        texts = [f'"{text}"' for text in texts] if separator == "," else texts
+        frame = read_table(written(tmp_path / "t.csv", {"x": texts, "y": ["1"] * len(values)}, separator))
+        assert frame["x"].tolist() == values
+
+
+def test_numbers_with_three_decimals_stay_what_they_are(tmp_path: Path) -> None:
+    for texts in (["1.125", "2.375", "3", "5"], ["1.234", "12.5", "845", "912"], ["1.234", "5.678", "9.123", "2.345"]):
+        frame = read_table(written(tmp_path / "t.csv", {"x": texts * 5, "y": ["1"] * 20}, ","))
+        assert frame["x"].tolist() == [float(text) for text in texts] * 5
+
+
+def test_each_column_has_its_own_marks_and_what_is_no_number_stays_text(tmp_path: Path, amounts: np.ndarray) -> None:
+    columns = {
+        "a": [german(x) for x in amounts],
+        "b": [german(x * 3) for x in amounts],
+        "latitude": [f"{40 + i / 7:.4f}" for i in range(N)],
+        "ip": ["192.168.0.1", "10.0.0.7"] * (N // 2),
+        "day": [f"{1 + i % 28:02}.12.2020" for i in range(N)],
+    }
+    frame = read_table(written(tmp_path / "t.csv", columns))
+    np.testing.assert_allclose(frame["a"], amounts)
+    np.testing.assert_allclose(frame["latitude"], [float(x) for x in columns["latitude"]])
+    assert frame["ip"].tolist() == columns["ip"]
+    assert frame["day"].tolist() == columns["day"]
+
+
+def test_words_for_missing_values_that_are_categories_of_the_model_stay_those(tmp_path: Path) -> None:
+    groups = ["NA", "None", "?", "v", "w"] * (N // 5)
+    frame = pd.DataFrame({"g": groups, "x": np.arange(N) % 11 * 1.5, "y": np.arange(N) * 0.5})
+    frame.to_parquet(tmp_path / "t.parquet")
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    table = table_of(TableOptions(file=tmp_path / "t.parquet", target="y"))
+    notes = Notes()
+    arrays = read(table, tmp_path / "t.csv", notes)
+    np.testing.assert_array_equal(arrays["categorical"], encode(frame, table.columns)["categorical"].numpy())
+    (tmp_path / "u.csv").write_text("g,x\nNULL,1.5\nv,NA\n")
+    arrays = read(table, tmp_path / "u.csv", notes)
+    assert arrays["categorical"][0] == 0
+    assert np.isnan(arrays["numeric"]).tolist() == [[False], [True]]
+    assert not notes.unknown
+
+
+def test_words_that_take_a_target_away_are_said(tmp_path: Path) -> None:
+    texts = ["None", "Mild", "Severe"] * (N // 3)
+    table = table_of(
+        TableOptions(file=written(tmp_path / "t.csv", {"x": [f"{i * i}" for i in range(N)], "y": texts}), target="y")
+    )
+    assert any(f"{N // 3} say 'None', which is read as missing" in line for line in table.data.notices)
+
+
+def test_classes_that_differ_by_blanks_are_one(tmp_path: Path) -> None:
+    x = [f"{i * i}" for i in range(N)]
+    one = written(tmp_path / "one.csv", {"x": x, "y": ["yes", "yes "] * (N // 2)})
+    with pytest.raises(DataError, match="'yes' in every row"):
+        table_of(TableOptions(file=one, target="y"))
+    two = written(tmp_path / "two.csv", {"x": x, "y": ["yes", "yes ", "no"] * (N // 3)})
+    assert table_of(TableOptions(file=two, target="y")).task == "binary"
+
+
+def test_a_column_twice_dates_and_complex_numbers_are_refused(tmp_path: Path) -> None:
+    file = written(tmp_path / "t.csv", {"x": [f"{i * i}" for i in range(N)], "y": [f"{i / 3}" for i in range(N)]})
+    facts, columns = about(table_of(TableOptions(file=file, target="y")))
+    several = Columns(facts, columns)
+    with pytest.raises(InputError, match="several columns named 'x'"):
+        several.required("the table", ["x", "z", "x"], None, Notes())
+    for values in (pd.to_datetime(["2020-01-01"]), pd.to_timedelta(["1h"]), np.array([1j])):
+        with pytest.raises(InputError, match="column 'x' must be numbers, but is"):
+            several.arrays(pd.DataFrame({"x": values}), "the table", 1, Notes())
+    with pytest.raises(InputError, match="must be a finite number"):
+        several.arrays(pd.DataFrame({"x": [10**400]}, dtype=object), "the table", 1, Notes())
+
+
+def test_dates_are_what_they_are_however_the_column_was_written(tmp_path: Path) -> None:
+    days = pd.date_range("2020-01-01", periods=N)
+    file = written(tmp_path / "t.csv", {"d": [f"{d:%d.%m.%Y}" for d in days], "y": [f"{i / 3}" for i in range(N)]})
+    table = table_of(TableOptions(file=file, target="y"))
+    facts, columns = about(table)
+    texts = pd.DataFrame({"d": [f"{d:%d.%m.%Y}" for d in days[:3]]})
+    objects = pd.DataFrame({"d": [datetime.date(2020, 1, i) for i in (1, 2, 3)]})
+    one, two = (Columns(facts, columns).arrays(f, "the table", 1, Notes())["numeric"] for f in (texts, objects))
+    np.testing.assert_array_equal(one, two)
+
+
+def test_named_rows_of_a_parquet_file_are_a_column(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"city": ["Bern", "Basel"] * 20, "x": range(40), "y": np.arange(40) / 3})
+    frame.set_index("city").to_parquet(tmp_path / "T.PARQUET")
+    assert sorted(read_table(tmp_path / "T.PARQUET")) == ["city", "x", "y"]
+
+
+def test_a_split_of_one_row_and_a_seed_that_numpy_does_not_take_are_refused(tmp_path: Path) -> None:
+    file = written(tmp_path / "t.csv", {"x": [f"{i * i}" for i in range(N)], "y": [f"{i / 3}" for i in range(N)]})
+    with pytest.raises(DataError, match="of 60 rows is one row"):
+        table_of(TableOptions(file=file, target="y", valid=0.001))
+    with pytest.raises(ValueError, match="seed must be from 0"):
+        TableOptions(file=file, target="y", seed=-1)
