@@ -92,7 +92,7 @@ TASKS = {
             "learning_rate": LEARNING_RATE,
             "weight_decay": {"type": "float", "low": 1e-4, "high": 1.0, "log": True},
             "n_hidden1": {"type": "int", "low": 8, "high": 128, "log": True},
-            "n_hidden2": {"type": "int", "low": 8, "high": 64, "log": True},
+            "n_hidden2": 32,
             "dropout": {"type": "float", "low": 0.0, "high": 0.6},
         },
     },

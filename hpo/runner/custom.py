@@ -3,10 +3,11 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hpo.errors import InputError, Interrupted
 from hpo.runner.checkpoints import OWN
@@ -19,7 +20,7 @@ from hpo.search.pruning import settle_pruner
 from hpo.search.search import Search
 from hpo.stopping import StopToken
 from hpo.study.constraints import OF_ANY_TRIAL
-from hpo.study.data import Data, Split
+from hpo.study.data import Data, Split, require_unchanged, versions
 from hpo.study.loading import origin
 from hpo.study.objective import Function, Params, resumes
 from hpo.tracking.base import Tracker
@@ -35,8 +36,18 @@ class TrialReporter:
     def __init__(self, plan: Plan, train: Split, valid: Split, epochs: int, seed: int, told: Told) -> None:
         self.train, self.valid, self.epochs, self.seed = train, valid, epochs, seed
         self._plan, self._told, self._over = plan, told, False
+        self._looked_at_state = False
+        self.raised: Exception | None = None
+        """What it has raised, which `train` may have caught: a stop, or bad input, is none of its own errors."""
 
     def __call__(self, metrics: Mapping[str, float], state: Mapping[str, Any] | None = None) -> bool:
+        try:
+            return self._report(metrics, state)
+        except Exception as error:
+            self.raised = self.raised or error
+            raise
+
+    def _report(self, metrics: Mapping[str, float], state: Mapping[str, Any] | None) -> bool:
         where = f"objective {self._plan.spec.objective}: train"
         if self._over:
             raise InputError(f"{where} continued after report returned False; return when it gives False")
@@ -55,8 +66,26 @@ class TrialReporter:
             )
         if state is not None and not isinstance(state, Mapping):
             raise InputError(f"{where} must report its state as a mapping, but reported {state!r:.100}")
+        if state is not None and not self._looked_at_state:
+            _require_storable(where, state)
+            self._looked_at_state = True
         self._over = not self._told(named, state)
         return not self._over
+
+
+def _require_storable(where: str, state: Mapping[str, Any]) -> None:
+    """Raise InputError with what of a state could not be read back from a checkpoint, where nothing is unpickled."""
+    for name, value in state.items():
+        file = BytesIO()
+        try:
+            torch.save({name: value}, file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+        except Exception as error:  # pickle, torch, or an object's own code
+            raise InputError(
+                f"{where} must report its state in tensors, numbers and texts, in mappings and lists, but {name!r} is "
+                f"or holds something else ({type(value).__name__}); of networks and optimizers report state_dict()"
+            ) from error
 
 
 def train_outside(
@@ -144,15 +173,19 @@ class CustomTraining:
         plan, member = self._plan, trial.member
 
         def told(metrics: dict[str, float], state: Mapping[str, Any] | None) -> bool:
-            self._stop()
             member.epoch += 1
             member.history.append(metrics)  # what a checkpoint has of the epochs before it
             training = None if state is None else {OWN: dict(state)}
             with self._trials.together():
                 trial.report(metrics, None, training)
-            if trial.ending is None and training is not None and trial.checkpoint_is_due:
+            if trial.is_over:
+                return False
+            stops = self._token.requested()
+            if training is not None and (stops or trial.checkpoint_is_due):
                 trial.checkpoint(training)
-            return not trial.is_over
+            if stops:
+                raise Interrupted("interrupted")
+            return True
 
         report = TrialReporter(plan, self._train, self._valid, plan.spec.epochs, member.seed, told)
         network = train_custom(plan, member.params, report, member.resume and member.resume.get(OWN))
@@ -174,14 +207,21 @@ class CustomTraining:
         plan, number = self._plan, trial.member.number
 
         reported: set[str] = set()
+        stopped: list[Interrupted] = []
 
         def told(step: int, value: float) -> None:
             reported.add(plan.metric)
             trial.log(step, {plan.metric: value})
-            self._stop()
+            try:
+                self._stop()
+            except Interrupted as error:
+                stopped.append(error)
+                raise
 
         names = plan.spec.metric if isinstance(plan.spec.metric, tuple) else (plan.metric,)
         params, values = self._search.call(number, function.call, names, told)
+        if stopped:  # the function has caught it
+            raise stopped[0]
         self._tracker.log_params(number, params)
         with self._trials.together():
             if values is None:
@@ -200,8 +240,19 @@ def train_custom(
     assert plan.objective.train is not None
     torch.manual_seed(report.seed)
     more = {"resume": resume} if resumes(plan.objective.train) else {}
+    before = versions(_columns(report))
     network = plan.objective.train(params, report, **more)
+    if report.raised is not None:
+        raise report.raised
+    require_unchanged(_columns(report), before, f"objective {plan.spec.objective}: train")
     if network is not None and not isinstance(network, nn.Module):
         where = f"objective {plan.spec.objective}"
         raise InputError(f"{where}: train must return a network (nn.Module) or None, but got {network!r:.100}")
     return network
+
+
+def _columns(report: TrialReporter) -> dict[str, Tensor]:
+    """Return the tensors of the data, by how `train` calls them."""
+    parts = {"train": report.train, "valid": report.valid}
+    targets = {f"report.{part}.targets": split.targets for part, split in parts.items()}
+    return targets | {f"report.{p}.inputs[{n!r}]": x for p, split in parts.items() for n, x in split.inputs.items()}

@@ -25,6 +25,7 @@ from hpo.search import schema
 from hpo.search.away import StorageAway
 from hpo.search.pruning import settle_pruner
 from hpo.search.search import Search
+from hpo.stacks.kept import kept_in_objective
 from hpo.stacks.padding import Padding, PaddingPlan
 from hpo.stacks.pool import Pool
 from hpo.stacks.sizing import AS_GIVEN, Sizing, StackSize, looked_at
@@ -260,6 +261,8 @@ class _Worker:
     def choose(self) -> None:
         """Choose the size of the stacks, measured where the study says `auto`. Raises Interrupted."""
         self._choice = self._chosen_size()
+        if self._choice.stacked and (kept := self._kept()):
+            self._choice = StackSize(why=f"one trial at a time: {kept}")
         capacity = self._choice.capacity if self._choice.stacked else 1
         if settle_pruner(self._search, capacity * int(os.environ.get(LAUNCHED, 1)), stacked=capacity > 1):
             log.info(
@@ -272,6 +275,12 @@ class _Worker:
         if self._choice.why != AS_GIVEN:
             log.info(f"stack: {self._choice.why}")
             self._tracker.tag_study({"hpo.stack": self._choice.why})
+
+    def _kept(self) -> str:
+        """Return why trials cannot train at once without reading each other's numbers; nothing: they can."""
+        one, other = self._plan.space.draw(2, self._plan.spec.seed)
+        names = ", ".join(f"self.{name}" for name in kept_in_objective(self._task, one, other, self._example))
+        return f"the objective's build or loss keeps {names}, which would be another trial's" if names else ""
 
     def _chosen_size(self) -> StackSize:
         spec = self._plan.spec

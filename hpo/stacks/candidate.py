@@ -94,6 +94,12 @@ class Candidate:
         return str(params["optimizer"]).lower(), params["batch_size"], engine, self.padded.signature, untrained
 
     @property
+    def is_padded(self) -> bool:
+        """Whether some of its tensors are smaller than those of the stack, or there are none of them."""
+        own = {name: tuple(tensor.shape) for name, tensor in self.padded.own.items()}
+        return own != dict(self.padded.shapes)
+
+    @property
     def untrained(self) -> frozenset[str]:
         """The weights on which the loss does not depend, by the structure's names."""
         return frozenset(self.padded.names[name] for name in self.alone.untrained)

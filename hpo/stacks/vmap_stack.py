@@ -20,6 +20,7 @@ from hpo.errors import Interrupted
 from hpo.stacks.alone import OUTSIDE, NotStackable, unlike
 from hpo.stacks.candidate import Candidate, candidate
 from hpo.stacks.cost import compile_pays, records
+from hpo.stacks.moved import outputs_when_moved
 from hpo.stacks.padding import Padder, unpadded
 from hpo.stacks.recording import line
 from hpo.stacks.slots import Slots
@@ -34,10 +35,8 @@ from hpo.training.memory import is_out_of_memory
 from hpo.training.metrics import Measuring
 from hpo.training.stack import Kept, Member, Stack, Task
 
-_ABSENT = "absent"
-_OTHER_STRUCTURE = "its structure is not that of the stack"
-_ROWS_AT_ONCE: Mapping[str, int] = {"cuda": 1 << 20}
-"""How many rows of all members together are evaluated at once; on a CPU so few that they stay in its cache."""
+_ABSENT, _OTHER_STRUCTURE = "absent", "its structure is not that of the stack"
+_ROWS_AT_ONCE: Mapping[str, int] = {"cuda": 1 << 20}  # of all members together; on a CPU they stay in its cache
 TIMED_STEPS = 5
 """How many steps are timed before it is decided whether to compile them."""
 _OTHER_STEP = "its gradients in a stack are not those alone"
@@ -67,7 +66,7 @@ class VmapStack(Stack):
         self._step: VmapStep | None = None
         self._signature: Hashable = None
         self._without_network: set[Member] = set()
-        self._stepped: set[Hashable] = set()
+        self._compared: set[Hashable] = set()
         self._measuring = Measuring(task.objective, task.device)
 
     @property
@@ -180,7 +179,11 @@ class VmapStack(Stack):
             if slots:
                 self._slots.fill({slot: (each.member, each.probe) for each, slot in slots.items()})
             wrong = self._wrong({slot: each.outputs for each, slot in slots.items()})
-            wrong |= self._wrong_step({slot: each for each, slot in slots.items() if slot not in wrong})
+            several = {slot: each for each, slot in slots.items() if slot not in wrong}
+            new = {each.padded.form: slot for slot, each in several.items()}
+            new = {form: slot for form, slot in new.items() if form not in self._compared}
+            wrong |= self._wrong_step(several, new) | self._wrong_when_moved(several, new)
+            self._compared |= {form for form, slot in new.items() if slot not in wrong}
             if slots:
                 self._slots.fill({slot: (each.member, each.padded) for each, slot in slots.items()})
             for each, slot in slots.items():
@@ -211,10 +214,9 @@ class VmapStack(Stack):
         found = {slot: unlike(of[slot], outputs, precision) for slot, outputs in alone.items()}
         return {slot: reason for slot, reason in found.items() if reason is not None}
 
-    def _wrong_step(self, several: Mapping[int, Candidate]) -> dict[int, str]:
-        """Return by slot why its first step in the stack is not its network's own; of each form one is looked at."""
-        new = {each.padded.form: slot for slot, each in several.items() if not each.alone.is_random}
-        new = {form: slot for form, slot in new.items() if form not in self._stepped}
+    def _wrong_step(self, several: Mapping[int, Candidate], new: Mapping[Hashable, int]) -> dict[int, str]:
+        """Return by slot why its first step in a stack is not its own; of each `new` form one is looked at."""
+        new = {form: slot for form, slot in new.items() if not several[slot].alone.is_random}
         if not new:
             return {}
         state = self._slots.state
@@ -225,11 +227,18 @@ class VmapStack(Stack):
         wrong: dict[int, str] = {}
         for form, first in new.items():
             member, alone = several[first].member, several[first].alone
-            if alone.is_like(self._slots.own(member, {**gradients, **buffers}), self._task.precision):
-                self._stepped.add(form)
-            else:
+            if not alone.is_like(self._slots.own(member, {**gradients, **buffers}), self._task.precision):
                 wrong |= {slot: _OTHER_STEP for slot, each in several.items() if each.padded.form == form}
         return wrong
+
+    def _wrong_when_moved(self, several: Mapping[int, Candidate], new: Mapping[Hashable, int]) -> dict[int, str]:
+        """Return by slot why its outputs are not its own with other weights; of each `new` form one is looked at."""
+        some = {slot: several[slot] for slot in new.values() if several[slot].is_padded}
+        found: dict[Hashable, str] = {}
+        for alone in outputs_when_moved(self._task, some, self._example) if some else ():
+            self._slots.fill({slot: (several[slot].member, several[slot].probe) for slot in some})
+            found |= {several[slot].padded.form: why for slot, why in self._wrong(alone).items()}
+        return {slot: found[each.padded.form] for slot, each in several.items() if each.padded.form in found}
 
     def resize(self, capacity: int) -> None:
         """Change the number of slots to `capacity`, at least as many as there are members, who move together."""

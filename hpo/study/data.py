@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from hpo.errors import DataError
+from hpo.errors import DataError, InputError
 
 
 def data_home() -> Path:
@@ -77,13 +77,32 @@ class Split:
         """Return this split with its inputs passed once through `module`, `rows` at a time."""
         if isinstance(module, nn.Identity):
             return self
-        names, parts = list(self.inputs), []
+        names, parts, before = list(self.inputs), [], versions(self.inputs)
         with torch.no_grad():
             for start in range(0, len(self), rows):
                 out = module(*(x[start : start + rows] for x in self.inputs.values()))
                 parts.append((out,) if isinstance(out, Tensor) else tuple(out))
+        require_unchanged(self.inputs, before, "preprocess")
         columns = (torch.cat(column) for column in zip(*parts, strict=True))
         return replace(self, inputs=dict(zip(names, columns, strict=True)))
+
+
+LOSS_OR_METRIC = "the loss or a metric"
+
+
+def versions(columns: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return how often each of some tensors has been changed in place, as far as torch counts it."""
+    return {name: 0 if x.is_inference() else x._version for name, x in columns.items()}
+
+
+def require_unchanged(columns: Mapping[str, Tensor], before: Mapping[str, int], who: str) -> None:
+    """Raise InputError where some of these tensors have been changed in place since their `versions` were `before`."""
+    if changed := [name for name, version in versions(columns).items() if version != before[name]]:
+        names = ", ".join(map(repr, changed))
+        raise InputError(
+            f"{who} changes {names} in place, which every later epoch and trial is given too; "
+            "write x = x / 255, not x /= 255, or change a copy, x.clone()"
+        )
 
 
 def batch_sizes(n_rows: int, batch_size: int) -> list[int]:

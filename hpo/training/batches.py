@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from hpo.study.data import Split, batch_sizes
+from hpo.study.data import Split, batch_sizes, require_unchanged, versions
 from hpo.study.spec import Loading
 from hpo.training.memory import free_bytes
 
@@ -69,10 +69,13 @@ class Batches:
         return self._prepared(inputs), self.targets.index_select(0, rows)
 
     def chunks(self, size: int) -> Iterator[Batch]:
-        """Yield all rows in their own order, `size` at a time."""
+        """Yield all rows in their own order, `size` at a time. They must not be changed: that is raised, InputError."""
+        columns = {**self._split.inputs, "targets": self.targets}
+        before = versions(columns)
         for start in range(0, len(self), size):
             rows = slice(start, start + size)
             yield self._prepared([x[rows] for x in self._split.inputs.values()]), self.targets[rows]
+            require_unchanged(columns, before, "the network's forward")
 
     def epoch(self, batch_size: int, rows: Tensor) -> Iterator[Batch]:
         """Yield an epoch's batches of `batch_size` rows (see `hpo.study.data.batch_sizes`), in `rows`' order (N,)."""

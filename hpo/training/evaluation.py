@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from hpo.study.data import prediction
+from hpo.study.data import LOSS_OR_METRIC, prediction, require_unchanged, versions
 from hpo.study.objective import Objective, Params
 from hpo.training.batches import Batches
 from hpo.training.stack import Task
@@ -51,9 +51,11 @@ def measure(
     objective: Objective, outputs: Any, targets: Tensor, params: Params, metrics: Mapping[str, Any]
 ) -> dict[str, float]:
     """Return the `loss` and the metrics of `outputs` (N, ...) against `targets`."""
+    before = versions({"targets": targets})
     result = {} if objective.train is not None else {"loss": float(objective.loss(outputs, targets, params))}
     for name, metric in metrics.items():
         metric.reset()
         metric.update(prediction(outputs), targets)
         result[name] = float(metric.compute())
+    require_unchanged({"targets": targets}, before, LOSS_OR_METRIC)
     return result

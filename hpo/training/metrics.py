@@ -15,7 +15,7 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from hpo.light import Metric
-from hpo.study.data import prediction
+from hpo.study.data import LOSS_OR_METRIC, prediction, require_unchanged, versions
 from hpo.study.objective import Objective, Params
 
 MetricFunction = Callable[[Metric, Tensor, Tensor], Tensor]
@@ -44,7 +44,7 @@ class Measuring:
     def __call__(
         self, outputs: Any, targets: Tensor, params: Sequence[Params], numbers: Mapping[str, Tensor]
     ) -> list[dict[str, float]]:
-        """Return each member's `loss` and metrics.
+        """Return each member's `loss` and metrics. Raises InputError where they change the targets.
 
         `outputs` are (K, N, ...), `targets` (N, ...), `params` one per member; `numbers` are those of the params that
         the loss takes as tensors, each (K,): in the others it reads, all members are the same.
@@ -53,10 +53,12 @@ class Measuring:
         def loss_of(outputs: Any, numbers: Mapping[str, Tensor]) -> Tensor:
             return self._objective.loss(outputs, targets, shared_params(params[0], numbers))
 
+        before = versions({"targets": targets})
         columns = {"loss": vmap(loss_of, randomness="different")(outputs, dict(numbers))}
         predictions = prediction(outputs)
         for name, metric in self._metrics.items():
             columns[name] = self._measured(name, metric, predictions, targets)
+        require_unchanged({"targets": targets}, before, LOSS_OR_METRIC)
         values = {name: column.tolist() for name, column in columns.items()}
         return [{name: value[k] for name, value in values.items()} for k in range(len(params))]
 
