@@ -1,4 +1,4 @@
-"""Learning curves for `benchmarks/pruning.py`: random configurations of four tasks, each trained to its end.
+"""Learning curves for `benchmarks/pruning.py`: random configurations of three tasks, each trained to its end.
 
     python benchmarks/curves.py [--only TASK ...] [--configurations 128]
 
@@ -17,7 +17,6 @@ from pathlib import Path
 from hpo.objectives.california_housing import CaliforniaHousing
 from hpo.objectives.covertype import Covertype
 from hpo.objectives.fashion_mnist import FashionMNIST
-from hpo.objectives.mnist import MNIST
 
 import hpo
 
@@ -41,11 +40,6 @@ def _fewer(data: hpo.Data, n_train: int, n_valid: int) -> hpo.Data:
 class SomeFashion(FashionMNIST):
     def data(self) -> hpo.Data:
         return _fewer(super().data(), 6000, 2000)
-
-
-class SomeMNIST(MNIST):
-    def data(self) -> hpo.Data:
-        return _fewer(super().data(), 4000, 2000)
 
 
 class SomeCovertype(Covertype):
@@ -80,20 +74,6 @@ TASKS = {
             "n_hidden1": {"type": "int", "low": 16, "high": 128, "step": 16},
             "n_hidden2": {"type": "int", "low": 16, "high": 64, "step": 16},
             "label_smoothing": {"type": "float", "low": 0.0, "high": 0.2},
-        },
-    },
-    "mnist": {
-        "objective": SomeMNIST,
-        "metric": "accuracy",
-        "epochs": 40,
-        "params": {
-            "optimizer": "adamw",
-            "batch_size": 64,
-            "learning_rate": LEARNING_RATE,
-            "weight_decay": {"type": "float", "low": 1e-4, "high": 1.0, "log": True},
-            "n_hidden1": {"type": "int", "low": 8, "high": 128, "log": True},
-            "n_hidden2": 32,
-            "dropout": {"type": "float", "low": 0.0, "high": 0.6},
         },
     },
     "covertype": {

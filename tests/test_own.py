@@ -121,6 +121,52 @@ class TestOwnTraining:
         (tmp_path / "own.py").write_text(OWN.replace(old, new))
         assert said in study(self.TEXT, call=refused)
 
+    def test_a_stop_that_it_catches_ends_no_trial_and_what_it_has_trained_is_kept(self, study, tmp_path):
+        catching = """
+import os, signal
+from pathlib import Path
+import own
+
+class Catching(own.Own):
+    def train(self, params, report, resume=None):
+        begun = 0 if resume is None else int(resume["epoch"])
+        try:
+            for epoch in range(begun, report.epochs):
+                with Path("epochs").open("a") as file:
+                    file.write(f"{epoch} ")
+                if epoch == 2 and not Path("stopped").exists():
+                    Path("stopped").touch()
+                    os.kill(os.getpid(), signal.SIGTERM)
+                if not report({"accuracy": 0.5}, {"epoch": epoch + 1}):
+                    break
+        except Exception:
+            pass
+        return torch.nn.Linear(4, 2)
+"""
+        (tmp_path / "catching.py").write_text("import torch" + catching)
+        text = "objective: catching.py\nepochs: 5\ntrials: 1\nbaseline: false\n"
+        with pytest.raises(HpoError, match="interrupted") as stopped:
+            study(text)
+        assert stopped.value.exit_status == 130
+        assert summary(study(text))["trials"]["complete"] == 1
+        assert (tmp_path / "epochs").read_text().split()[:5] == ["0", "1", "2", "3", "4"]
+
+    def test_a_state_that_could_not_be_read_back_is_refused_at_once(self, study, tmp_path):
+        reports = 'report({"accuracy": accuracy, "train_rows": len(y)}'
+        assert reports in OWN
+        own = OWN.replace(reports, reports + ', {"model": nn.Linear(1, 1)}')
+        (tmp_path / "own.py").write_text(
+            own.replace("train(self, params, report)", "train(self, params, report, resume=None)")
+        )
+        said = "must report its state in tensors, numbers and texts, in mappings and lists, but 'model' is or holds"
+        assert said in study(self.TEXT, call=refused)
+
+    def test_data_that_it_changes_in_place_is_said(self, study, tmp_path):
+        (tmp_path / "own.py").write_text(
+            OWN.replace("x, y = report", "report.train.inputs['x'] /= 2\n        x, y = report")
+        )
+        assert 'train changes "report.train.inputs[' in study(self.TEXT, call=refused)
+
     def test_one_that_returns_early_is_complete(self, study, tmp_path):
         (tmp_path / "own.py").write_text(OWN.replace("range(report.epochs)", "range(2)"))
         result = summary(study(self.TEXT + "start_with: [{alpha: 0.001}]\n"))
