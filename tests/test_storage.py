@@ -13,7 +13,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 from sqlalchemy import text
 
-from hpo.errors import StorageError
+from hpo.errors import HpoError, StorageError
 from hpo.search import storage as storages
 from hpo.search.address import exists
 from hpo.search.storage import exclusive, open_storage
@@ -232,3 +232,20 @@ def test_sqlite_on_a_network_file_system_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
     with pytest.raises(StorageError, match=r"lies on a network file system \(nfs4\), where SQLite loses data"):
         open_storage(f"sqlite:///{tmp_path}/optuna.db")
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_is_deleted_or_replaced_while_it_is_in_use_is_said(tmp_path, replaced):
+    file = tmp_path / "o.db"
+    storage = open_storage(f"sqlite:///{file}")
+    try:
+        storage.get_all_studies()
+        file.unlink()
+        if replaced:
+            sqlite3.connect(file).close()
+            file.touch()
+        with pytest.raises(HpoError, match=r"o.db was deleted or replaced while it was in use") as said:
+            storage.get_all_studies()
+        assert said.value.exit_status == 1
+    finally:
+        storages.close_storage(storage)

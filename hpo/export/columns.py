@@ -142,7 +142,7 @@ class Columns:
                 words = set(MISSING) - set(column.categories or ())
                 text = frame[column.name]
                 made[column.name] = text.mask(text.str.strip().isin(words))
-        return frame.assign(**made)
+        return frame.assign(**made) if made else frame
 
     @property
     def names(self) -> list[str]:

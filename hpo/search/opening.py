@@ -1,5 +1,6 @@
 """Opening a study in its storage: made if it is not there, refused if it is another one."""
 
+import shlex
 import time
 import uuid
 import warnings
@@ -74,7 +75,8 @@ def open_search(
 def no_study(spec: StudySpec, path: Path | str) -> InputError:
     """Return the error for a study that its storage does not have; `path` is its file."""
     return InputError(
-        f"the storage {masked(spec.storage)} has no study named {spec.name!r}; run it first: hpo run {path}"
+        f"the storage {masked(spec.storage)} has no study named {spec.name!r}; run it first: hpo run "
+        f"{shlex.quote(str(path))}"
     )
 
 

@@ -11,6 +11,8 @@ from optuna.storages._rdb import models
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
+from hpo.errors import HpoError
+
 _NETWORK = ("nfs", "cifs", "smb", "afs", "lustre", "gpfs", "beegfs", "ceph", "fuse.glusterfs", "fuse.sshfs")
 _here = threading.local()
 
@@ -32,6 +34,15 @@ def give_no_id_twice() -> None:
         model.__table__.dialect_options["sqlite"]["autoincrement"] = True
 
 
+def _which(path: Path | None) -> tuple[int, int] | None:
+    """Return what tells a file from another one of its name; None: there is none."""
+    try:
+        found = None if path is None else path.stat()
+    except OSError:
+        return None
+    return None if found is None else (found.st_dev, found.st_ino)
+
+
 @contextmanager
 def reading() -> Iterator[None]:
     """Within this, the thread only reads: it waits for no writer, and lets none wait."""
@@ -44,7 +55,12 @@ def reading() -> Iterator[None]:
 
 
 def serialise_writers(engine: Engine) -> None:
-    """Have SQLite take its write lock when a transaction begins, not midway, where two readers could both win it."""
+    """Have SQLite take its write lock when a transaction begins, not midway, where two readers could both win it.
+
+    What is written into a file that was deleted or replaced would be lost with the process: HpoError is raised.
+    """
+    path = Path(str(engine.url.database)) if engine.url.database else None
+    opened = _which(path)
 
     @event.listens_for(engine, "connect")
     def _connect(connection: sqlite3.Connection, _record: object) -> None:
@@ -54,6 +70,11 @@ def serialise_writers(engine: Engine) -> None:
 
     @event.listens_for(engine, "begin")
     def _begin(connection: object) -> None:
+        if opened is not None and _which(path) != opened:
+            raise HpoError(
+                f"{path} was deleted or replaced while it was in use, its trials with it; put it back, or run the same "
+                "command again to start from scratch"
+            )
         how = "DEFERRED" if getattr(_here, "reads", False) else "IMMEDIATE"
         connection.exec_driver_sql(f"BEGIN {how}")  # type: ignore[attr-defined]
 
