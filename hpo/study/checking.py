@@ -68,6 +68,10 @@ def _message(item: ErrorDetails, here: Any, whole: bool, known: Sequence[str]) -
     if kind == "value_error":
         text = str(context["error"])
         return text if "got" in text or whole else f"{text}, but got {here!r}"
+    if kind in ("tuple_type", "list_type") and isinstance(here, str | int | float):
+        return f"must be a list, but got {here!r}; write [{here}]"
+    if kind == "string_type" and isinstance(here, int | float) and not isinstance(here, bool):
+        return f'must be a text, but got the number {here!r}; write "{here}", with the quotes'
     rule = (
         item["msg"].replace("Input should be", "must be").replace("a valid ", "a ").replace("a integer", "an integer")
     )

@@ -12,6 +12,7 @@ from hpo.objectives.tables import Table, TableOptions, encode, table_of
 from hpo.errors import DataError, InputError
 from hpo.export.columns import Columns, Notes
 from hpo.export.reading import chunks
+from tests.cli import refused
 
 N = 60
 RANDOM = np.random.default_rng(0)
@@ -157,6 +158,16 @@ def test_named_rows_of_a_parquet_file_are_a_column(tmp_path: Path) -> None:
     frame = pd.DataFrame({"city": ["Bern", "Basel"] * 20, "x": range(40), "y": np.arange(40) / 3})
     frame.set_index("city").to_parquet(tmp_path / "T.PARQUET")
     assert sorted(read_table(tmp_path / "T.PARQUET")) == ["city", "x", "y"]
+
+
+def test_what_yaml_reads_otherwise_is_said_with_what_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "t.csv", {"x": ["1"], "y": ["2"]})
+    (tmp_path / "s.yaml").write_text("objective: tabular\noptions: {file: t.csv, target: 2020, drop: x, keep: [7]}\n")
+    said = refused("check", "s.yaml")
+    assert 'options.target: must be a text, but got the number 2020; write "2020", with the quotes' in said
+    assert "options.drop: must be a list, but got 'x'; write [x]" in said
+    assert "options.keep[0]: must be a text, but got the number 7" in said
 
 
 def test_a_split_of_one_row_and_a_seed_that_numpy_does_not_take_are_refused(tmp_path: Path) -> None:
