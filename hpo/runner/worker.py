@@ -47,6 +47,8 @@ ROUNDS = 4
 """Into how many rounds `stack: auto` divides a study at the least whose sampler learns from the trials before."""
 EXAMPLE_ROWS = 8
 """How many rows networks are tried on before they join a stack."""
+_KEPT_DRAWS = 4
+"""So many configurations are drawn, of which two are built to see what the objective keeps of each."""
 _DRAWS = 64
 INTERRUPTED = "interrupted; the running trials were given back, run the same command again to resume"
 
@@ -278,7 +280,11 @@ class _Worker:
 
     def _kept(self) -> str:
         """Return why trials cannot train at once without reading each other's numbers; nothing: they can."""
-        one, other = self._plan.space.draw(2, self._plan.spec.seed)
+        drawn = self._plan.space.draw(_KEPT_DRAWS, self._plan.spec.seed)
+        some, _ = looked_at(drawn, self._trials.limits.network)
+        if not some:
+            return ""
+        one, other = some[0], some[-1]
         names = ", ".join(f"self.{name}" for name in kept_in_objective(self._task, one, other, self._example))
         return f"the objective's build or loss keeps {names}, which would be another trial's" if names else ""
 

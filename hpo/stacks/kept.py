@@ -11,7 +11,6 @@ from hpo.study.data import Split
 from hpo.study.objective import Objective, Params
 from hpo.training.evaluation import in_full
 from hpo.training.faults import TrialError
-from hpo.training.memory import is_out_of_memory
 from hpo.training.stack import Member, Task
 
 
@@ -24,9 +23,7 @@ def kept_in_objective(task: Task, one: Params, other: Params, example: Split) ->
     before = dict(vars(task.objective))
     try:
         return sorted(_kept(task, one, other, example))
-    except (TrialError, RuntimeError, MemoryError) as error:  # said where the network is trained
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
-            raise
+    except (TrialError, RuntimeError, MemoryError):  # said where the network is trained, and ends that trial alone
         return []
     finally:
         vars(task.objective).clear()
