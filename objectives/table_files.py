@@ -39,7 +39,7 @@ def read_table(file: Path) -> pd.DataFrame:
         raise DataError(f"{file}: {'is a folder; name a file in it' if file.exists() else 'there is no such file'}")
     _require_memory(file)
     try:
-        frame = _read_parquet(file) if _is_parquet(file) else _read_text(file)
+        frame = _read_parquet(file) if _is_parquet(file) else _read_text(file, _parse)
     except DataError:
         raise
     except Exception as error:  # pandas, pyarrow, csv, zlib, lzma: each fails in a way of its own
@@ -53,8 +53,7 @@ def read_table(file: Path) -> pd.DataFrame:
     for name in frame.columns[(frame.dtypes == "object").to_numpy()]:
         if not all(map(is_scalar, frame[name].dropna().iloc[:1])):
             raise DataError(f"{file}: column {name!r} holds lists or structures; give plain values")
-    frame = frame.reset_index(drop=True)
-    return frame.copy()  # in one piece: a hundred thousand of them take minutes to look at
+    return frame.reset_index(drop=True).copy()  # in one piece: a hundred thousand of them take minutes to look at
 
 
 def _require_memory(file: Path) -> None:
@@ -81,8 +80,7 @@ def _read_parquet(file: Path) -> pd.DataFrame:
     return frame.reset_index(level=named) if named else frame
 
 
-def _read_text(file: Path, parse: Callable[[Path, Dialect], pd.DataFrame] | None = None) -> pd.DataFrame:
-    parse = parse or _parse
+def _read_text(file: Path, parse: Callable[[Path, Dialect], pd.DataFrame]) -> pd.DataFrame:
     with OPEN.get(file.suffix.lower(), open)(file, "rb") as stream:
         head, cut = beginning(stream)
     dialect = dialect_of(file, head, cut)
@@ -98,9 +96,7 @@ def _parse(file: Path, dialect: Dialect) -> pd.DataFrame:
     with warnings.catch_warnings():
         warnings.simplefilter("error", ParserWarning)  # where pandas would cut rows that are too long
         dtypes = {name: str for name in dialect.own}
-        how = dialect.for_pandas()
-        frame = pd.read_csv(file, low_memory=False, dtype=dtypes, **how)
-        frame = dialect.numbers(frame)
+        frame = dialect.numbers(pd.read_csv(file, low_memory=False, dtype=dtypes, **dialect.for_pandas()))
     numbers = frame.columns[[is_numeric_dtype(kind) for kind in frame.dtypes]]
     frame.attrs[MARKS] = {name: marks for name in numbers if (marks := dialect.marks_of(name)) != PLAIN}
     return frame

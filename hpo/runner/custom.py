@@ -207,21 +207,19 @@ class CustomTraining:
         plan, number = self._plan, trial.member.number
 
         reported: set[str] = set()
-        stopped: list[Interrupted] = []
+        stopped = False
 
         def told(step: int, value: float) -> None:
+            nonlocal stopped
             reported.add(plan.metric)
             trial.log(step, {plan.metric: value})
-            try:
-                self._stop()
-            except Interrupted as error:
-                stopped.append(error)
-                raise
+            stopped = self._token.requested()
+            self._stop()
 
         names = plan.spec.metric if isinstance(plan.spec.metric, tuple) else (plan.metric,)
         params, values = self._search.call(number, function.call, names, told)
         if stopped:  # the function has caught it
-            raise stopped[0]
+            self._stop()
         self._tracker.log_params(number, params)
         with self._trials.together():
             if values is None:
