@@ -56,6 +56,7 @@ def ends(sampler: str, trials: int, epochs: int, stack: int) -> list[tuple[float
             tracking=f"sqlite:///{folder}/mlflow.db",
             output=folder,
             device="cpu",
+            quiet=True,
         )
     return found
 

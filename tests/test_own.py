@@ -58,6 +58,10 @@ def f(trial):
             raise optuna.TrialPruned()
     return abs(x - 2)
 
+def stopping(trial):
+    trial.study.stop()
+    return 1.0
+
 def pair(trial):
     return 1, 2
 
@@ -114,6 +118,8 @@ class TestOwnTraining:
             ("for _ in", "return None\n        for _ in", "train returned without having called report"),
             ("return network", "return 3", "train must return a network (nn.Module) or None, but got 3"),
             ('"accuracy": accuracy', '"accuracy": "high"', "must report numbers by name"),
+            ("return network", "return nn.Linear(5, 2)", "given x (8, 4) float32"),
+            ("return network", "return nn.Linear(4, 3)", "metric accuracy"),
         ],
     )  # fmt: skip
     def test_what_it_does_wrong_is_said(self, study, tmp_path, old, new, said):
@@ -292,6 +298,7 @@ class TestFunction:
     @pytest.mark.parametrize(
         ("text", "said"),
         [
+            ("objective: f.py:stopping", "f.py:stopping: calls study.stop(), which is Optuna's for its own loop"),
             ("objective: f.py:pair", "must return one number, a trial's value (of several metrics: name them"),
             ("objective: f.py:ff", "f.py has no objective and no function 'ff'; did you mean \"f\"?"),
             ("objective: f.py", "or write f.py:function for a plain Optuna objective"),

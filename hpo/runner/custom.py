@@ -1,5 +1,6 @@
 """Trials that are not trained by the engine's loop: an objective's own `train`, and a plain Optuna objective."""
 
+import copy
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from hpo.errors import InputError, Interrupted
 from hpo.runner.checkpoints import OWN
 from hpo.runner.launch import LAUNCHED
 from hpo.runner.prepare import Plan
+from hpo.runner.returned import FewRows, few_rows, try_export, try_network
 from hpo.runner.trial import TrialRun
 from hpo.runner.trials import Trials
 from hpo.search.claim import TakenOver
@@ -22,7 +24,7 @@ from hpo.stopping import StopToken
 from hpo.study.constraints import OF_ANY_TRIAL
 from hpo.study.data import Data, Split, require_unchanged, versions
 from hpo.study.loading import origin
-from hpo.study.objective import Function, Params, resumes
+from hpo.study.objective import Function, Objective, Params, resumes
 from hpo.tracking.base import Tracker
 from hpo.training.faults import ended_the_process, fault_of
 
@@ -130,8 +132,13 @@ class CustomTraining:
     ) -> None:
         self._plan, self._search, self._tracker, self._trials = plan, search, tracker, trials
         self._token = stop
+        self._data = data
+        self._untried: FewRows | None = None
+        """On what the first network that `train` returns is tried."""
         if data is not None:
             preprocess = plan.objective.preprocess(data.train)
+            if type(plan.objective).preview is Objective.preview:  # else it was tried before anything ran
+                self._untried = few_rows(plan, data, preprocess)
             self._train, self._valid = (x.through(preprocess).to(plan.device) for x in (data.train, data.valid))
             trials.limits.rows = lambda n: self._train  # `latency` takes as many as it needs
 
@@ -189,6 +196,9 @@ class CustomTraining:
 
         report = TrialReporter(plan, self._train, self._valid, plan.spec.epochs, member.seed, told)
         network = train_custom(plan, member.params, report, member.resume and member.resume.get(OWN))
+        if network is not None and self._untried is not None:
+            self._try(network, self._untried, member.params)
+            self._untried = None
         if self._trials.limits.wants_network and trial.ending is None:
             if network is None:
                 names = ", ".join(name for name in plan.measured if name in OF_ANY_TRIAL)
@@ -202,6 +212,13 @@ class CustomTraining:
             raise InputError(f"objective {plan.spec.objective}: train returned without having called report")
         with self._trials.together():
             trial.conclude()  # it had enough before its epochs were over
+
+    def _try(self, network: nn.Module, rows: FewRows, params: Params) -> None:
+        """Raise InputError for a network that could be neither tested nor exported after the last trial."""
+        assert self._data is not None
+        ours = copy.deepcopy(network).cpu().eval()
+        try_network(self._plan, self._data, rows, ours, measures=True)
+        try_export(self._plan, self._data, rows, ours, params)
 
     def _call(self, function: Function, trial: TrialRun) -> None:
         plan, number = self._plan, trial.member.number

@@ -17,6 +17,7 @@ from hpo.runner.advice import advice
 from hpo.runner.firststep import fixed_from, missing_param, module_from, settings_stay, try_measuring, try_step
 from hpo.runner.prepare import Plan, guarded
 from hpo.runner.preview import Preview
+from hpo.runner.returned import few_rows
 from hpo.study.data import Data, Split
 from hpo.study.objective import Objective, Params
 from hpo.study.sealed import sealed, sealing
@@ -47,10 +48,10 @@ def _tried(plan: Plan, data: Data, whole: Data) -> tuple[nn.Module | None, list[
     if objective.train is not None and type(objective).preview is Objective.preview:
         return None, []
     preprocess = fixed_from(plan, "preprocess", lambda: objective.preprocess(data.train))
-    head = Split(inputs={n: x[:8] for n, x in data.train.inputs.items()}, targets=data.train.targets[:8])
-    batch = guarded(plan, "preprocess", lambda: head.through(preprocess))
+    rows = few_rows(plan, data, preprocess)
+    batch = rows.batch
     if objective.train is not None:
-        (first, _), infeasible = _each_corner(plan, Preview(plan, data, preprocess, head, batch))
+        (first, _), infeasible = _each_corner(plan, Preview(plan, data, rows))
         return first, infeasible
     (first, outputs), infeasible = _each_corner(
         plan, lambda params, is_first: _try_corner(plan, data, params, batch if is_first else None)

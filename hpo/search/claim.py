@@ -89,8 +89,8 @@ class ClaimedTrial(Trial):
         """Return the params that `function`, a plain Optuna objective, asked for, and its values; None: it pruned.
 
         `names` are those of its values; `on_report` is called with each step and value that it reports; `objective` is
-        the function's name. Raises InputError where it returns no number for each, TakenOver where a peer has ended the
-        trial meanwhile.
+        the function's name. Raises InputError where it returns no number for each or ends the study, TakenOver where a
+        peer has ended the trial meanwhile.
         """
         self.on_report = on_report
         try:
@@ -100,6 +100,11 @@ class ClaimedTrial(Trial):
         except Exception as error:
             if _says_finished(error):
                 raise TakenOver from error
+            if isinstance(error, RuntimeError) and "`Study.stop`" in str(error):
+                raise InputError(
+                    f"objective {objective}: calls study.stop(), which is Optuna's for its own loop; write in the "
+                    "study file when the search is to end: `stop: {no_gain: 20}`, `timeout` or `trials`"
+                ) from error
             raise
         try:
             return self.params, _numbers(value, names)

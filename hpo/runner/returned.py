@@ -1,0 +1,71 @@
+"""A network that an objective's own training has returned, tried: its forward, metrics and head, and its export.
+
+The engine trains nothing of such a study itself, so without this a network that cannot be tested or exported would be
+known only after the last trial.
+"""
+
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpo.errors import HpoError, InputError
+from hpo.export.bundle import export
+from hpo.export.model import Model
+from hpo.runner.firststep import module_from, try_forward, try_measuring
+from hpo.runner.prepare import Plan, guarded
+from hpo.study.data import Data, Split
+from hpo.study.loading import origin
+from hpo.study.objective import Objective, Params
+
+_FEW = 8
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FewRows:
+    """A few rows of the data as they are, `raw`, and as `preprocess` makes them, `batch`; all on the CPU."""
+
+    raw: Split
+    batch: Split
+    preprocess: nn.Module
+
+
+def try_network(plan: Plan, data: Data, rows: FewRows, network: nn.Module, *, measures: bool) -> Any:
+    """Return the outputs of `network`, which is on the CPU in evaluation mode; with `measures` try metrics and head.
+
+    Raises InputError.
+    """
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of so few rows metrics say much; the trials themselves will say it
+        outputs = try_forward(plan, network, rows.batch)
+        if measures:
+            try_measuring(plan, data, outputs, rows.batch, [])
+    return outputs
+
+
+def try_export(plan: Plan, data: Data, rows: FewRows, network: nn.Module, params: Params) -> None:
+    """Export `network` into a temporary folder, as it will be at the study's end. Raises InputError."""
+    assert isinstance(plan.objective, Objective)
+    head = module_from(plan, "head", plan.objective.head)
+    model = Model(preprocess=rows.preprocess, network=network, head=head, params=params, info=data.info, about={})
+    try:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            export(model, rows.raw, Path(folder) / "bundle")
+    except Exception as error:  # whatever TorchScript, the user's forward or the comparison raise
+        why = str(error) if isinstance(error, HpoError) else origin(error)
+        raise InputError(
+            f"objective {plan.spec.objective}: {plan.objective.returns} ({type(network).__name__}) cannot be "
+            f"exported: {why}; its forward must take tensors and give a tensor by torch's own functions, the same "
+            "for the same rows, so that torch.jit can script or trace it"
+        ) from error
+
+
+def few_rows(plan: Plan, data: Data, preprocess: nn.Module) -> FewRows:
+    """Return the first rows of the training data. Raises InputError."""
+    raw = Split(inputs={n: x[:_FEW] for n, x in data.train.inputs.items()}, targets=data.train.targets[:_FEW])
+    return FewRows(raw=raw, batch=guarded(plan, "preprocess", lambda: raw.through(preprocess)), preprocess=preprocess)
