@@ -6,7 +6,6 @@ of its names, `numpy.f2py` among them. Here they are stand-ins while one of thes
 of one imports the real module. Whoever else asks for one meanwhile, in another thread, gets the real one.
 """
 
-import gc
 import importlib
 import sys
 import threading
@@ -16,6 +15,8 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
+
+from hpo.garbage import uncollected
 
 _PLOT = "torchmetrics.utilities.plot"
 """What imports Matplotlib."""
@@ -131,10 +132,7 @@ def _take_away() -> None:
 
 @contextmanager
 def lightly(library: str) -> Iterator[None]:
-    """Import within this: what that library hardly uses has a stand-in, if it is installed and not imported yet.
-
-    Nor is garbage looked for, again and again, among the many objects that are made to stay.
-    """
+    """Import within this: what that library hardly uses has a stand-in, if it is installed and not imported yet."""
     names = [name for name in _LATER[library] if name not in sys.modules and _is_installed(name.partition(".")[0])]
     if find_spec(_PATCHES_SIGNALS) is not None:
         names = [name for name in names if name != "scipy.signal"]
@@ -144,13 +142,10 @@ def lightly(library: str) -> Iterator[None]:
         package, _, part = module.__name__.rpartition(".")
         if package in sys.modules:  # as an import does: NumPy's own `f2py` imports it until it is there
             setattr(sys.modules[package], part, module)
-    collects = gc.isenabled()
-    gc.disable()
     try:
-        yield
+        with uncollected():
+            yield
     finally:
-        if collects:
-            gc.enable()
         with _lock:
             _take_away()
         for module in made:

@@ -2,6 +2,7 @@
 
 import sqlite3
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +11,13 @@ import optuna
 import psutil
 import pytest
 from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages._rdb import storage as rdb
 from optuna.trial import TrialState
 from sqlalchemy import text
 
 from hpo.errors import HpoError, StorageError
 from hpo.search import storage as storages
+from hpo.search import versions
 from hpo.search.address import exists
 from hpo.search.storage import exclusive, open_storage
 from tests import warm
@@ -249,3 +252,26 @@ def test_a_file_that_is_deleted_or_replaced_while_it_is_in_use_is_said(tmp_path,
         assert said.value.exit_status == 1
     finally:
         storages.close_storage(storage)
+
+
+IMPORTS_ALEMBIC = """
+import sys
+from hpo.search.storage import open_storage
+open_storage(sys.argv[1])
+print("alembic.migration" in sys.modules)
+"""
+
+
+def test_the_newest_version_of_the_tables_is_the_one_that_alembic_finds():
+    storage = rdb.RDBStorage("sqlite://", skip_compatibility_check=True)
+    script = storage._version_manager._create_alembic_script()
+    assert versions.newest() == script.get_current_head() is not None
+
+
+def test_alembic_makes_the_tables_of_a_new_database_and_is_not_imported_for_one_that_has_them(tmp_path):
+    url = f"sqlite:///{tmp_path}/new.db"
+    for expected in (True, False):
+        done = subprocess.run([sys.executable, "-c", IMPORTS_ALEMBIC, url], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == str(expected)
+    version = sqlite3.connect(tmp_path / "new.db").execute("SELECT version_num FROM alembic_version").fetchall()
+    assert version == [(versions.newest(),)]

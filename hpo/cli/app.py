@@ -21,6 +21,7 @@ from hpo.cli.options import count as _count
 from hpo.cli.options import finish as _finish
 from hpo.cli.options import overrides as _overrides
 from hpo.errors import HpoError, SpecError, masked
+from hpo.garbage import uncollected
 
 app = typer.Typer(
     name="hpo",
@@ -184,7 +185,8 @@ def status(
         raise typer.BadParameter(f"{seconds:g}: seconds are for --watch", param_hint="SECONDS")
     if watch and json_:
         raise typer.BadParameter("prints one state; leave out --watch", param_hint="--json")
-    from hpo.cli import status as command
+    with uncollected():
+        from hpo.cli import status as command
 
     every = (2.0 if seconds is None else seconds) if watch else None
     _finish(command.status(study, _overrides(set_, trials=trials, storage=storage), every), json_)
@@ -290,14 +292,9 @@ managing.add_to(app)
 
 
 def _commands() -> ModuleType:
-    """Import what the commands need, without looking for garbage among all the objects of torch again and again."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
+    """Import what the commands need."""
+    with uncollected():
         return import_module("hpo.cli.commands")
-    finally:
-        if collects:
-            gc.enable()
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from rich.text import Text
 from hpo.cli.screen import screen
 from hpo.errors import SpecError, masked
 from hpo.export.files import finite
+from hpo.garbage import uncollected
 from hpo.runner.outcome import Outcome, outcome, stack_paths
 from hpo.runner.progress import ProgressState, count_text, shown
 from hpo.search.clock import duration
@@ -29,15 +30,16 @@ _TIME = "time used "
 
 def status(path: Path, overrides: Mapping[str, str], watch: float | None = None) -> dict[str, Any]:
     """`hpo status`; with `watch` it is shown again every so many seconds, until the study is done."""
-    draft = read(path, overrides)
-    if draft.faults or draft.spec is None:
-        raise SpecError(draft.document.render(draft.faults))
     with screen() as out, ExitStack() as stack:
-        search = open_stored(draft.spec)
-        if search is None:
-            raise no_study(draft.spec, path)
-        stack.callback(search.close)
-        lines, whole, over = _look(search)
+        with uncollected():
+            draft = read(path, overrides)
+            if draft.faults or draft.spec is None:
+                raise SpecError(draft.document.render(draft.faults))
+            search = open_stored(draft.spec)
+            if search is None:
+                raise no_study(draft.spec, path)
+            stack.callback(search.close)
+            lines, whole, over = _look(search)
         if watch is None:
             out.print("\n".join(lines))
             return whole

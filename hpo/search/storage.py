@@ -47,6 +47,7 @@ from hpo.search.remote import (
     engine_arguments,
 )
 from hpo.search.sqlite import give_no_id_twice, network, serialise_writers
+from hpo.search.versions import without_alembic
 from hpo.stopping import ANSWER_SECONDS
 
 BUSY_SECONDS = 60
@@ -218,6 +219,7 @@ def _open_database(url: str) -> BaseStorage:
     with exclusive(url, seconds=ANSWER_SECONDS):
         _refuse_other_programs(parsed, url)
         give_no_id_twice()
+        without_alembic()
         storage = _Database(as_text(parsed), engine_kwargs=_engine_arguments(parsed))
     if parsed.get_backend_name() == "sqlite":
         serialise_writers(storage.engine)

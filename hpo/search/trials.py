@@ -19,6 +19,7 @@ from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Column, ColumnElement, Connection, Enum, Row, String, Table, select, type_coerce
 
+from hpo.garbage import uncollected
 from hpo.search.batch import parts
 
 _from_json = json.JSONDecoder().decode
@@ -122,7 +123,8 @@ class TrialCache:
                 if not state.is_finished()
             }
             wanted = [i for i in states if unfinished.get(i) is None and not (only_finished and i in unfinished)]
-            read = _read(connection, wanted, study_id)
+            with uncollected():
+                read = _read(connection, wanted, study_id)
         study.unfinished = unfinished | {trial._trial_id: trial for trial in read if not trial.state.is_finished()}
         for trial in read:
             if trial.state.is_finished():
