@@ -1,6 +1,6 @@
-"""Learning curves for `benchmarks/pruning.py`: random configurations of three tasks, each trained to its end.
+"""Learning curves for `benchmarks/pruning.py`: random configurations of four tasks, each trained to its end.
 
-    python benchmarks/curves.py [--only TASK ...] [--configurations 128]
+    python benchmarks/curves.py [--only TASK ...]
 
 Writes `benchmarks/curves/TASK.json`: `space` (the study file's params), `configurations` (params by name), `curves`
 (the metric on validation after each epoch), `maximize`. A task is a study as it is committed, with wider ranges and,
@@ -89,12 +89,28 @@ TASKS = {
             "n_layers": {"type": "int", "low": 1, "high": 3},
         },
     },
+    "wide": {
+        "objective": CaliforniaHousing,
+        "options": {"model": "wide_and_deep"},
+        "configurations": 384,
+        "metric": "rmse",
+        "epochs": 40,
+        "params": {
+            "optimizer": "sgd",
+            "batch_size": 128,
+            "learning_rate": {"type": "float", "low": 1e-5, "high": 0.1, "log": True},
+            "momentum": {"type": "float", "low": 0.0, "high": 0.95},
+            "weight_decay": {"type": "float", "low": 1e-6, "high": 1e-1, "log": True},
+            "n_hidden1": {"type": "int", "low": 4, "high": 64, "log": True},
+        },
+    },
 }
 
 
-def make(task: str, n: int) -> None:
+def make(task: str) -> None:
     """Train a task's configurations and write their curves."""
     given = dict(TASKS[task])
+    n = given.pop("configurations", 128)
     objective, started = given.pop("objective"), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         study = hpo.run(
@@ -129,10 +145,9 @@ def make(task: str, n: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--configurations", type=int, default=128)
     options = parser.parse_args()
     for task in options.only:
-        make(task, options.configurations)
+        make(task)
 
 
 if __name__ == "__main__":
