@@ -200,6 +200,10 @@ def beginning(module: nn.Module, x: Tensor) -> Tensor:
     return plain(module, x)
 
 
+def of_many_rows(module: nn.Module, x: Tensor) -> Tensor:
+    return plain(module, x) if len(x) > 6 else x
+
+
 ATTRIBUTES = "its forward changes the module's own attributes"
 REFUSED: dict[str, tuple[Build, str]] = {
     "Python's random numbers": (lambda p: Network(skipping), ATTRIBUTES),
@@ -212,6 +216,7 @@ REFUSED: dict[str, tuple[Build, str]] = {
     "a buffer that is not there yet": (lambda p: Network(beginning, without_mean), "which buffers there are"),
     "a scripted layer": (scripted, "what torch.jit has made"),
     "complex weights": (lambda p: Network(plain, has(nn.Parameter(torch.ones(1, dtype=torch.complex64)))), "complex"),
+    "a layer for many rows": (lambda p: Network(of_many_rows), "the number of rows decides .* second.bias, second.wei"),
     "no numbers": (lambda p: Network(lambda m, x: (x - 9).sqrt()), "its outputs are no numbers"),
 }
 

@@ -16,12 +16,13 @@ from torch.utils._pytree import tree_leaves
 
 from hpo.stacks.kinds import PLAIN
 from hpo.stacks.structure import own_state, tensors
-from hpo.stacks.tensor_modules import masks_of_a_step
-from hpo.study.data import Split
+from hpo.stacks.tensor_modules import masks_of_a_step, tensor_dropout
+from hpo.study.data import Split, batch_sizes
 from hpo.study.objective import Params
 from hpo.training.evaluation import in_full
-from hpo.training.stack import Precision, Task
-from hpo.training.torch_settings import random_states
+from hpo.training.faults import TrialError
+from hpo.training.stack import Member, Precision, Task
+from hpo.training.torch_settings import random_states, set_random_states
 
 
 class NotStackable(Exception):
@@ -88,6 +89,30 @@ def step_alone(task: Task, module: nn.Module, params: Params, example: Split) ->
         buffers=buffers,
         is_random=is_random,
     )
+
+
+def why_rows_matter(task: Task, member: Member, example: Split) -> str | None:
+    """Return why a stack cannot take `member`, if the number of rows decides on which weights its loss depends.
+
+    It is tried with as many as the epoch's batches have: the `example` again and again. Raises as `step_alone`, but for
+    what is the network's own fault, which is said where it is trained.
+    """
+    sizes = {len(example), *batch_sizes(task.n_rows, int(member.params["batch_size"]))}
+    generators = random_states(task.device)
+    try:
+        module = tensor_dropout(task.drawn(member)).to(task.device)
+        several = [step_alone(task, module, member.params, _rows(example, n)).untrained for n in sorted(sizes)]
+    except TrialError:
+        return None
+    finally:
+        set_random_states(generators, task.device)
+    some = sorted(frozenset.union(*several) - frozenset.intersection(*several))
+    return f"the number of rows decides whether the loss depends on {', '.join(some[:3])}" if some else None
+
+
+def _rows(example: Split, n: int) -> Split:
+    numbers = torch.arange(n, device=example.targets.device) % len(example)
+    return Split(inputs={name: x[numbers] for name, x in example.inputs.items()}, targets=example.targets[numbers])
 
 
 class _Reading(TorchFunctionMode):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from hpo.errors import Interrupted
-from hpo.stacks.alone import OUTSIDE, NotStackable, unlike
+from hpo.stacks.alone import OUTSIDE, NotStackable, unlike, why_rows_matter
 from hpo.stacks.candidate import Candidate, candidate
 from hpo.stacks.cost import compile_pays, records
 from hpo.stacks.moved import outputs_when_moved
@@ -167,7 +167,7 @@ class VmapStack(Stack):
             return self._try_out(first, template)
         if own_state(template) != before:
             return OUTSIDE
-        return None
+        return why_rows_matter(self._task, first.member, self._example)
 
     def take(self, candidates: Sequence[Candidate]) -> dict[Member, str]:
         """Take in `candidates`, at most as many as there are free slots; return those that cannot join, and why."""
