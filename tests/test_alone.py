@@ -6,6 +6,7 @@ import random
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -246,6 +247,41 @@ def test_padding_that_changes_the_loss_in_training_only_is_refused() -> None:
     stack.join(large)
     with pytest.raises(NotStackable, match="its gradients in a stack are not those alone"):
         stack.join(small)
+
+
+def noisy(module: nn.Module, x: Tensor) -> Tensor:
+    return x + 3 * x.std(1, keepdim=True) * torch.randn_like(x) if module.training else x
+
+
+def dropping(module: nn.Module, x: Tensor) -> Tensor:
+    return F.dropout(plain(module, x), 0.5, module.training)
+
+
+@pytest.mark.parametrize(("middle", "is_refused"), [(noisy, True), (dropping, False)])
+def test_what_draws_random_numbers_is_padded_only_if_that_is_dropout(middle: Middle, is_refused: bool) -> None:
+    def build(params: Any) -> nn.Module:
+        return Network(middle, width=params["width"])
+
+    structure = common_structure([build({"width": width}).double() for width in (8, 3)])
+    shapes = structure.shapes_of(build({"width": 8}).double())
+    stack = VmapStack(task(Toy(build)), 2, sines(8), "eager", lambda module, params: structure.pad(module, shapes))
+    large, small = members([{"width": 8}, {"width": 3}])
+    stack.join(large)
+    with pytest.raises(NotStackable, match="it draws random numbers in training") if is_refused else nullcontext():
+        stack.join(small)
+
+
+class WhenThere(Toy):
+    def loss(self, outputs, targets, params):
+        return super().loss(outputs, targets, params) * params.get("scale", 1.0)
+
+
+def test_members_with_and_without_a_param_of_the_loss_are_in_separate_stacks() -> None:
+    stack = VmapStack(task(WhenThere(twice)), 2, sines(8))
+    with_it, without = members([{"scale": 2.0}, {}])
+    stack.join(with_it)
+    with pytest.raises(NotStackable):
+        stack.join(without)
 
 
 class Counting(Toy):

@@ -379,6 +379,17 @@ TAMPERED = {
     "no json": ("bundle.json", lambda b: b[:-10], "bundle.json: cannot be read ("),
     "binary": ("bundle.json", lambda b: b"\xff\x00", "bundle.json: cannot be read ("),
     "a list": ("bundle.json", lambda b: b"[]", "is no description of an hpo bundle"),
+    "a number": (
+        "bundle.json",
+        lambda b: b.replace(b'"class_names": [', b'"class_names": 7, "x": ['),
+        "is damaged, class",
+    ),
+    "no inputs": (
+        "bundle.json",
+        lambda b: b.replace(b'"inputs": [', b'"inputs": [], "x": ['),
+        "does not describe the inp",
+    ),
+    "no digest": ("bundle.json", lambda b: b.replace(b'"files": {', b'"files": {"model.onnx": {}, '), "no checksum of"),
     "foreign": ("bundle.json", lambda b: b'{"format": "pt"}', "is no description of an hpo bundle"),
 }
 

@@ -265,7 +265,7 @@ def test_a_study_of_that_name_that_is_another_says_what_differs(study: Write) ->
     assert "has another study named 'study':" in message
     assert "  epochs is 3 here, 2 there" in message
     assert "  params.learning_rate is 0.1 here, {'type': 'float'" in message
-    assert "give this one another `name`, or another `storage`" in message
+    assert "or give this one another `name`" in message
     assert "metric is 'loss' here, 'r2' there" in refused("check", study("metric: loss"))
 
 

@@ -5,7 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 import hpo
 from hpo.errors import DataError
@@ -141,3 +150,30 @@ def test_a_study_of_loaders_is_run_and_resumed_streamed_from_disk(tmp_path: Path
     study = hpo.open_study("s.yaml")
     assert study.counts.complete == 3
     assert study.best.value > 0.9
+
+
+def test_a_loader_that_draws_some_rows_gives_these() -> None:
+    rows = TensorDataset(X, Y)
+    for loader in (
+        DataLoader(rows, 2, sampler=SubsetRandomSampler([7, 3, 300])),
+        DataLoader(rows, batch_sampler=BatchSampler(SubsetRandomSampler([7, 3, 300]), 2, drop_last=True)),
+    ):
+        split = Split.from_dataset(loader)
+        assert torch.equal(split.inputs["features"], X[[7, 3, 300]])
+        assert torch.equal(split.targets, Y[[7, 3, 300]])
+
+
+class InPairs(BatchSampler):
+    pass
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        DataLoader(TensorDataset(X, Y), 2, sampler=WeightedRandomSampler([1.0] * 350, 50)),
+        DataLoader(TensorDataset(X, Y), batch_sampler=InPairs(SequentialSampler(X), 2, drop_last=False)),
+    ],
+)
+def test_a_loader_that_draws_rows_in_a_way_of_its_own_is_refused(loader: DataLoader) -> None:
+    with pytest.raises(DataError, match=r"draws its rows by a (Weighted|InPairs).* give the dataset itself"):
+        Split.from_dataset(loader)

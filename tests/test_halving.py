@@ -122,6 +122,13 @@ def test_when_nothing_else_is_left_the_best_few_are_finished_and_then_it_is_over
     assert chosen(halving(finish=9), ended) == ([3], False)
 
 
+def test_without_a_complete_trial_the_best_one_is_finished_whatever_finish_says():
+    assert chosen(halving(finish=0, reach=0), [trial(0, "W", [1, 1], trained=[[0.0, 1.0]], paused_at=2)]) == (
+        [0],
+        False,
+    )
+
+
 class TestCohorts:
     def test_the_next_is_opened_once_nothing_is_left_of_the_one_before(self):
         new = [trial(n, "W") for n in range(9)]

@@ -365,6 +365,81 @@ def test_a_datamodule_that_cannot_be_read_is_refused(change: tuple[str, str], te
     assert re.search(text, refused("check", write(*OF_DATAMODULE, change)))
 
 
+def test_a_datamodules_loader_chooses_and_collates_its_rows() -> None:
+    sampled = (
+        "shuffle=True, drop_last=True",
+        "sampler=torch.utils.data.SubsetRandomSampler([5, 3, 9]), collate_fn=times",
+    )
+    times = (
+        "\nclass WineData",
+        "\ndef times(rows):\n    x, y = torch.utils.data.default_collate(rows)\n"
+        "    return 100 * x, y\n\n\nclass WineData",
+    )
+    whole = wine(*OF_DATAMODULE).Wine().data().train
+    data = wine(*OF_DATAMODULE, times, sampled).Wine().data()
+    rows = torch.tensor([5, 3, 9])
+    assert torch.allclose(data.train.inputs["features"], 100 * whole.inputs["features"][rows])
+    assert torch.equal(data.train.targets, whole.targets[rows])
+
+
+@pytest.mark.parametrize("cls", ["class WineData(L.LightningDataModule):", "class LitWine(L.LightningModule):"])
+def test_batches_that_are_changed_on_their_way_are_refused(cls: str) -> None:
+    hook = "\n    def on_after_batch_transfer(self, batch, index):\n        return batch\n"
+    said = refused("check", write(*OF_DATAMODULE, (cls, cls + hook)))
+    assert "on_after_batch_transfer changes the batches" in said
+
+
+def test_the_loss_of_gathered_gradients_is_that_of_the_batches() -> None:
+    found = []
+    for n in (1, 2):
+        gathers = f"\n    def trainer(self, params):\n        return {{'accumulate_grad_batches': {n}}}\n"
+        made = wine(
+            ("    def metrics", f"{gathers}\n    def metrics"),
+            ('self.log("train_loss", loss', 'self.log("other", loss'),
+        )
+        report = Report(made.Wine().data(), epochs=1)
+        trained(made, report, lr=1e-12)
+        found.append(report.told[0]["train_loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_an_epoch_is_measured_after_the_modules_own_end_of_it() -> None:
+    ends = """    def on_train_epoch_end(self):
+        self.log("train_loss", float(self.current_epoch))
+        with torch.no_grad():
+            for weight in self.net.parameters():
+                weight.zero_()
+
+    def configure"""
+    made = wine(('self.log("train_loss", loss', 'self.log("other", loss'), ("    def configure", ends))
+    report = Report(made.Wine().data())
+    trained(made, report)
+    assert [each["train_loss"] for each in report.told] == [0.0, 1.0]
+    share = (report.valid.targets == 0).float().mean().item()  # the class of which outputs of 0 are
+    assert report.told[-1]["accuracy"] == pytest.approx(share, abs=1e-6)
+
+
+def test_weights_that_change_after_the_last_epoch_are_refused() -> None:
+    ends = """    def on_train_end(self):
+        with torch.no_grad():
+            for weight in self.net.parameters():
+                weight.zero_()
+
+    def configure"""
+    said = refused("run", write(("    def configure", ends)))
+    assert "once the Trainer has ended" in said
+
+
+@pytest.mark.parametrize("argument", ["check_val_every_n_epoch", "limit_val_batches"])
+def test_what_decides_when_lightning_validates_is_the_studys(argument: str) -> None:
+    gives = f"    def trainer(self, params):\n        return {{'{argument}': 2}}\n\n    def metrics"
+    assert f"trainer must not give {argument}" in refused("check", write(("    def metrics", gives)))
+
+
+def test_a_precision_that_would_be_ignored_is_refused() -> None:
+    assert "precision: is of hpo's own loop" in refused("check", write(study=QUICK + "precision: bf16\n"))
+
+
 def signalling(number: str) -> tuple[str, str]:
     first = "        x, y = batch\n"
     sends = f"            import os, signal\n            os.kill(os.getpid(), signal.{number})\n"

@@ -51,6 +51,38 @@ def test_the_api_takes_it_too(study: Write) -> None:
 
 
 @pytest.mark.slow
+def test_a_study_of_the_same_name_in_another_storage_takes_nothing_of_this_one(study: Write) -> None:
+    path = study("storage: sqlite:///one.db")
+    done = summary(invoke("run", path, "--json"))
+    said = refused("run", study("storage: sqlite:///two.db\nseed: 5\n"))
+    assert "has the checkpoints and the bundle of another study named 'study', in sqlite:////" in said
+    assert "give this one another `name`, or another `output`" in said
+    assert summary(invoke("run", study("storage: sqlite:///one.db"), "--json"))["test"] == done["test"]
+    Path("one.db").unlink()
+    invoke("run", study("storage: sqlite:///two.db\nseed: 5\n"))  # that study is no more
+    invoke("delete", "study", "--storage", "sqlite:///two.db")
+    assert not list(Path("mlruns/checkpoints").glob(".*.json"))
+
+
+def test_a_bundle_that_is_no_more_the_studys_is_exported_again(study: Write) -> None:
+    path = study()
+    done = summary(invoke("run", path, "--json"))
+    model, about = (Path(done["bundle"]) / name for name in ("model.torchscript.pt", "bundle.json"))
+    whole = about.read_text()
+    model.write_bytes(model.read_bytes()[:1000])
+    assert summary(invoke("status", path, "--json"))["bundle"] is None
+    said = invoke("run", path)
+    assert f"{done['bundle']} is no more what this study has exported" in said
+    assert hpo.load_bundle(done["bundle"])
+    for old, new in ((f'"trial": {done["best"]["number"]}', '"trial": 99'), ('"test": {', '"test": {"more": 1.0, ')):
+        text = about.read_text()
+        assert old in text
+        about.write_text(text.replace(old, new))
+        assert "is no more what this study has exported" in invoke("run", path)
+    assert len(about.read_text().splitlines()) == len(whole.splitlines())
+    assert "is no more" not in invoke("run", path)
+
+
 def test_what_could_not_be_sent_is_kept_there_and_sent_from_there(study: Write) -> None:
     path = study(f"{ELSEWHERE}trials: 1\ntracking: sqlite:///elsewhere/mlflow.db\n")
     done = run_hpo("run", path, "--tracking", "http://127.0.0.1:9/")

@@ -102,6 +102,11 @@ class TestOwnTraining:
         logged = "select count(distinct step), max(value) from metrics where key = 'train_rows'"
         assert rows(logged, file=tmp_path / MLFLOW) == [(5, 200)]
 
+    def test_of_a_function_it_is_not_known_what_pruning_has_saved(self, study):
+        study("objective: f.py:f\nmetric: distance\ntrials: 3\nepochs: 50\npruner: none\n")
+        effort = summary(study("objective: f.py:f\nmetric: distance\ntrials: 3\nepochs: 50\npruner: none\n"))["epochs"]
+        assert (effort["epochs"], effort["without"]) == (12, 12)
+
     def test_a_second_run_costs_nothing(self, study):
         study(self.TEXT)
         assert "all 6 trials are done" in study(self.TEXT)

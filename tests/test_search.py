@@ -21,6 +21,16 @@ def opened(tmp_path):
     opener.close()
 
 
+class TestOrder:
+    def test_what_was_interrupted_is_trained_before_what_waits(self, opened):
+        search = opened(trials=3)
+        first = search.ask()
+        search.give_back(first.number, "interrupted")
+        resumed, *others = claims(opened(trials=3))
+        assert (resumed.retry_of, resumed.params, resumed.seed) == (first.number, first.params, first.seed)
+        assert len(others) == 2
+
+
 class TestBudget:
     def test_exactly_so_many_trials_and_then_none(self, opened):
         search = opened(trials=5)
@@ -249,7 +259,7 @@ class TestWhatIsKnown:
         with pytest.raises(InputError) as caught:
             opened(**change)
         assert "has another study named 's':\n  " + text in str(caught.value)
-        assert str(caught.value).endswith("give this one another `name`, or another `storage`")
+        assert str(caught.value).endswith("give this one another `name`")
 
 
 def test_ctrl_c_then_fewer_trials_then_more_ends_with_exactly_so_many(opened):

@@ -2,6 +2,8 @@
 
 import io
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ from rich.console import Console
 
 import hpo
 from hpo.cli import status as command
-from tests.cli import app, invoke, refused
+from tests.cli import app, invoke, refused, summary
 from tests.conftest import run_hpo, start_hpo
 
 Write = Callable[..., Path]
@@ -54,6 +56,25 @@ def test_a_log_file_that_cannot_be_written_is_refused_before_anything_runs(study
     message = refused("run", study(), "--log-file", "gone/log.txt")
     assert message == "--log-file gone/log.txt: cannot be written (No such file or directory); give another file"
     assert not Path("mlruns").exists()
+
+
+def test_the_status_is_of_what_the_study_was_run_with(study: Write) -> None:
+    path = study()
+    invoke("run", path, "--trials", 3, "--set", "epochs=3")
+    assert "3 of 3 trials done" in invoke("status", path, "--watch")
+    whole = summary(invoke("status", path, "--json"))
+    assert (whole["trials"]["waiting"], whole["epochs"]["without"]) == (0, 9)
+    assert "3 of 4 trials done" in invoke("status", path, "--trials", 4)
+
+
+@pytest.mark.parametrize("command", ["status", "objectives", "run"])
+def test_a_closed_stdout_is_no_error(study: Write, command: str) -> None:
+    path = study()
+    invoke("run", path)
+    of_study = [] if command == "objectives" else [str(path)]
+    code = "import sys; sys.stdout = None; sys.argv = ['hpo', *sys.argv[1:]]; from hpo.cli.app import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, command, *of_study], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_watching_ends_with_the_study_and_prints_what_changed(study: Write) -> None:

@@ -5,6 +5,7 @@ Exit status: 0 done, 1 failed, 2 bad input, 130 interrupted. Nothing heavy is im
 """
 
 import gc
+import os
 import sys
 import time
 import traceback
@@ -303,6 +304,9 @@ def _commands() -> ModuleType:
 
 def main() -> None:
     """Run the command line, and exit with its status."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever has started this: what is printed goes nowhere
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # until the process ends
     try:
         try:
             app()

@@ -156,7 +156,9 @@ def replay(path: Path, overrides: Mapping[str, str], number: int, epochs: int | 
         if not done.agrees:
             why = "; ".join(done.changed) or (
                 "nothing that is stored has changed; what a network draws at random in a stack, but for nn.Dropout's "
-                "masks, it does not draw alone, nor these where it was trained partly in a stack and partly alone"
+                "masks, it does not draw alone, nor these where it was trained partly in a stack and partly alone; of "
+                "Python's and NumPy's random numbers nothing is stored; and where a gradient is nothing but rounding, "
+                "as that of a bias before BatchNorm, Adam makes whole steps of it"
             )
             raise HpoError(f"trial {number} is another one from epoch {done.first_other} on: {why}")
         return {

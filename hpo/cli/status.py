@@ -35,7 +35,7 @@ def status(path: Path, overrides: Mapping[str, str], watch: float | None = None)
             draft = read(path, overrides)
             if draft.faults or draft.spec is None:
                 raise SpecError(draft.document.render(draft.faults))
-            search = open_stored(draft.spec)
+            search = open_stored(draft.spec, overrides)
             if search is None:
                 raise no_study(draft.spec, path)
             stack.callback(search.close)

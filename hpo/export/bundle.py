@@ -28,6 +28,7 @@ from hpo.export.formats import ALWAYS, FILE_OF, Formats, Written, write
 from hpo.export.model import Model
 from hpo.export.parity import TOLERANCE, fresh_parity, parity_of, require_parity
 from hpo.log import log
+from hpo.processes import is_gone, this_process
 from hpo.study.data import Split
 
 
@@ -43,7 +44,8 @@ def export(
     with _written(folder):
         place = folder.resolve()  # where a link leads
         place.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=place.parent))
+        _remove_left(place.parent)
+        work = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{this_process()}~", dir=place.parent))
     try:
         os.chmod(work, 0o755)  # mkdtemp makes it for its owner only
         eager = model.predictor()
@@ -65,6 +67,13 @@ def export(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return about
+
+
+def _remove_left(parent: Path) -> None:
+    """Remove what exports have left that were killed on this machine."""
+    for left in parent.glob(f"{_UNFINISHED}*~*"):
+        if is_gone(left.name.removeprefix(_UNFINISHED).rpartition("~")[0]):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _write_all(

@@ -21,7 +21,7 @@ def encoded(text: str) -> bytes:
 
 def write(path: Path, text: str) -> None:
     """Write a report. Raises InputError where that cannot be."""
-    unfinished = path.with_name(f".{path.name}.{this_process()}.part")
+    unfinished = path.parent / f".{path.name}.{this_process()}.part"
     try:
         if path.is_dir():
             raise IsADirectoryError(21, "it is a folder")

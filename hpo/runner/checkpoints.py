@@ -8,6 +8,7 @@ A checkpoint is of one study (as it was made, not its name alone), one lineage o
 else lies there is refused, with the reason: to train from scratch costs time, to resume from it costs the truth.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
@@ -19,12 +20,13 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from hpo.errors import HpoError
+from hpo.errors import HpoError, InputError
 from hpo.log import log
 from hpo.processes import this_process
-from hpo.runner.keeping import checkpoints_of
+from hpo.runner.keeping import checkpoints_of, claim_of
 from hpo.runner.prepare import Plan
 from hpo.search import schema
+from hpo.search.address import exists, whole_address
 from hpo.search.claim import Claim
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
@@ -259,6 +261,33 @@ def _trial_in(file: Path, making: str) -> int | None:
         return number if type(number) is int and content.get("study", making) == making else None
     except Exception:  # torch.load raises a dozen kinds for a file that is damaged
         return None
+
+
+def claim_folder(plan: Plan, search: Search) -> None:
+    """Note that the study's folders of `output` are this study's.
+
+    Raises InputError where they are those of a study of its name in another storage, whose checkpoints and bundle would
+    be overwritten; HpoError where that cannot be written.
+    """
+    file = claim_of(plan.spec)
+    ours = {"making": search.making, "storage": whole_address(plan.spec.storage)}
+    held: Any = None
+    with suppress(OSError, ValueError):
+        held = json.loads(file.read_text())
+    if held == ours:
+        return
+    other = held.get("storage") if isinstance(held, dict) and held.get("making") != ours["making"] else None
+    if isinstance(other, str) and other != ours["storage"] and exists(other):
+        raise InputError(
+            f"{plan.spec.output} has the checkpoints and the bundle of another study named {plan.spec.name!r}, in "
+            f"{other}, and this one's would take their place; give this one another `name`, or another `output` (if "
+            f"that study is no more: rm {file})"
+        )
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(ours))
+    except OSError as error:
+        raise HpoError(f"{file} cannot be written ({error.strerror}); no trial is lost") from error
 
 
 def write(file: Path, content: Mapping[str, Any]) -> None:

@@ -35,6 +35,12 @@ def checkpoints_of(spec: StudySpec, name: str | None = None) -> Path:
     return Path(spec.output) / "checkpoints" / (spec.name if name is None else name)
 
 
+def claim_of(spec: StudySpec) -> Path:
+    """Return the file that says which study, of all of that name, those folders are of."""
+    folder = checkpoints_of(spec)
+    return folder.with_name(f".{folder.name}.study.json")
+
+
 def bundle_of(spec: StudySpec, name: str | None = None) -> Path:
     """Return the folder of a study's bundle, or of that of one of that `name` beside it."""
     return Path(spec.output) / "bundles" / (spec.name if name is None else name)
@@ -166,6 +172,8 @@ def delete(study: Named, *, bundle: bool = False, force: bool = False) -> list[s
         if not force:
             require_idle(storage, there, study.storage)
         storage.patiently(lambda: delete_study(storage.inner, there._study_id))
+    with suppress(OSError):
+        claim_of(spec).unlink(missing_ok=True)
     return [
         f"deleted: study {spec.name} in {masked(study.storage)}",
         _remove(checkpoints_of(spec), ["place-*", "best*.pt", "best*.part"], "checkpoints"),

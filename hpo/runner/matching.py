@@ -19,6 +19,9 @@ _TWICE = "the objective has a metric of that name, so it is not clear which is m
 def faults_with(spec: StudySpec, objective: Objective | Function) -> list[Fault]:
     """Return what the study file asks for, and its objective cannot give, whatever is searched."""
     faults = [*_halving_faults(spec, objective), *_end_faults(spec, objective), *_constraint_faults(spec, objective)]
+    if spec.precision == "bf16" and (isinstance(objective, Function) or objective.train is not None):
+        why = "is of hpo's own loop, and this objective trains by itself: have it choose (Lightning: `trainer`)"
+        faults.append(Fault(path=("precision",), message=why))
     return [*faults, *_several_faults(spec)]
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpo.export.files import FILES
+from hpo.errors import InputError
+from hpo.export.files import FILES, finite, read_about, verify
 from hpo.search import schema
 from hpo.search.beside import Beside, beside_in
 from hpo.search.search import Search
@@ -60,14 +61,14 @@ def tests_of(search: Search) -> list[Any]:
 
 
 def outcome(search: Search, best: Best | None) -> Outcome | None:
-    """Return the stored outcome if it is that of `best` and its bundle is still there."""
+    """Return the stored outcome if it is that of `best` and its bundle is still there, and still that one."""
     stored = search.attrs.get(schema.RESULT)
     if not isinstance(stored, Mapping) or best is None or stored.get("number") != best.number:
         return None
     if stored.get("networks", [1, 1]) != networks_of(search.spec):
         return None
     folder = stored["bundle"] and Path(stored["bundle"])
-    if folder is not None and not all((folder / file).is_file() for file in FILES):
+    if folder is not None and not _is_of(folder, best.number, stored["test"]):
         return None
     return Outcome(
         number=best.number,
@@ -78,6 +79,21 @@ def outcome(search: Search, best: Best | None) -> Outcome | None:
         n_tests=len(tests_of(search)),
         beside=beside_in(stored.get("baselines")),
     )
+
+
+def _is_of(folder: Path, number: int, test: Any) -> bool:
+    """Whether a bundle is the one that was exported of trial `number`: whole, and tested to the same.
+
+    Another study of that name may have written there, or something may have cut a file off.
+    """
+    try:
+        about = read_about(folder)
+        verify(folder, about, FILES[0], by_size=True)
+    except InputError:
+        return False
+    tested = about.get("metrics")
+    same = not isinstance(tested, Mapping) or tested.get("test", finite(test)) == finite(test)
+    return same and about.get("trial", number) == number and all((folder / file).is_file() for file in FILES)
 
 
 def _seeds(stored: Any) -> Mapping[str, Any]:

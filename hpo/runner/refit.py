@@ -84,6 +84,7 @@ def conclude(
         if now.best() is None:
             return None
         if done is None or best is None:
+            _say_what_is_lost(search, best, folder)
             size = chosen_before(plan, search)
             with torch_settings(plan.device, threads=size.threads if size else None):
                 best = best or confirm(plan, data, search, now, stopping)
@@ -95,6 +96,14 @@ def conclude(
             search.remember(schema.RESULT, stored)
     tell_result(plan, search, tracker, now, best, done)
     return done
+
+
+def _say_what_is_lost(search: Search, best: Best | None, folder: Path) -> None:
+    stored = search.attrs.get(schema.RESULT)
+    if best is None or not isinstance(stored, Mapping) or stored.get("number") != best.number or not folder.is_dir():
+        return
+    if stored.get("bundle") == str(folder):
+        log.warning(f"{folder} is no more what this study has exported: damaged, or another's; it is made again")
 
 
 def finish(

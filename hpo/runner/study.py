@@ -123,6 +123,7 @@ def _run(
     set_end(plan, search)
     if plan.function is None:
         require_writable(bundle_folder(plan).parent)
+        checkpoints.claim_folder(plan, search)
     data = load_data(plan, search)
     for line in stop_advice(plan):
         log.warning(line)

@@ -6,7 +6,7 @@ from sqlalchemy import make_url
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
-from hpo.errors import StorageError
+from hpo.errors import StorageError, masked
 
 
 def kind_of(url: str) -> str:
@@ -43,6 +43,19 @@ def parsed_url(url: str) -> URL:
 def as_text(parsed: URL) -> str:
     """Return an address with its password, to connect with."""
     return parsed.render_as_string(hide_password=False)
+
+
+def whole_address(url: str) -> str:
+    """Return an address as it is from everywhere on this machine, without a password."""
+    kind = kind_of(url)
+    if kind == "journal":
+        return f"journal:///{journal_path(url).absolute()}"
+    if kind == "grpc":
+        return masked(url)
+    parsed = parsed_url(url)
+    if parsed.get_backend_name() != "sqlite" or parsed.database is None:
+        return masked(url)
+    return f"sqlite:///{Path(parsed.database).absolute()}"
 
 
 def exists(url: str) -> bool:

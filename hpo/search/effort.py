@@ -62,7 +62,7 @@ def effort(trials: Sequence[FrozenTrial], epochs: int) -> Effort:
     n_resumed = {trial.number: n_paused[trial.number] - _is_still(trial) for trial in started if n_paused[trial.number]}
     return Effort(
         epochs=sum(trained.values()),
-        without=sum(trained[t.number] if t.state in _WHOLE else epochs for t in started),
+        without=sum(trained[t.number] if t.state in _WHOLE else max(epochs, trained[t.number]) for t in started),
         paused=sum(n_paused.values()),
         resumed=sum(n_resumed.values()),
         promoted=sum(n > 0 for n in n_resumed.values()),

@@ -164,9 +164,15 @@ class Halving:
         return [trial for rung in reversed(self.rungs) for trial in self._paused_among(self._best(holders, rung), rung)]
 
     def _to_finish(self, holders: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-        """Return the paused ones of the best few of the highest rung that has any, when nothing else is to be done."""
+        """Return the paused ones of the best few of the highest rung that has any, when nothing else is to be done.
+
+        With `finish: 0` that is the best one as long as no trial is complete: a study has a result.
+        """
+        n = self._pruner.finish
+        if not any(trial.state == TrialState.COMPLETE for trial in holders):
+            n = max(n, 1)
         for rung in reversed(self.rungs):
-            if found := self._paused_among(self.at(holders, rung)[: self._pruner.finish], rung):
+            if found := self._paused_among(self.at(holders, rung)[:n], rung):
                 return found
         return []
 

@@ -96,7 +96,7 @@ def another_study(spec: StudySpec, differences: list[str]) -> InputError:
         f"the storage {spec.storage} has another study named {spec.name!r}:{lines}\n"
         f"start a new one, and keep that one under another name: {FRESH}\n"
         f"or delete that one: hpo delete {quote(spec.name)} --storage {quote(spec.storage)}\n"
-        "or give this one another `name`, or another `storage`"
+        "or give this one another `name`"
     )
 
 

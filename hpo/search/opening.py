@@ -1,10 +1,11 @@
 """Opening a study in its storage: made if it is not there, refused if it is another one."""
 
+import json
 import shlex
 import time
 import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -80,10 +81,12 @@ def no_study(spec: StudySpec, path: Path | str) -> InputError:
     )
 
 
-def open_stored(spec: StudySpec) -> Search | None:
+def open_stored(spec: StudySpec, given: Collection[str] = ()) -> Search | None:
     """Return the study of that name as its storage knows it, to be looked at; None: there is none.
 
-    No objective is needed for that: metric, direction and space are the stored ones. Close it at the end.
+    No objective is needed for that: metric, direction and space are the stored ones. Unless they are among the settings
+    that are `given` now, epochs are those that it was run with last, and trials as many, if the file has fewer. Close
+    it at the end.
     Raises StorageError where the storage cannot be opened, InputError where hpo has not made the study.
     """
     if not exists(spec.storage):
@@ -93,12 +96,12 @@ def open_stored(spec: StudySpec) -> Search | None:
         unless_opened.callback(storage.close)
         if spec.name not in [study.study_name for study in storage.get_all_studies()]:
             return None
-        search = as_stored(spec, storage)
+        search = as_stored(spec, storage, given)
         unless_opened.pop_all()
     return search
 
 
-def as_stored(spec: StudySpec, storage: RetryingStorage) -> Search:
+def as_stored(spec: StudySpec, storage: RetryingStorage, given: Collection[str] = ("trials", "epochs")) -> Search:
     """Return the study named so as its opened storage knows it, to be looked at; the storage is the search's then.
 
     Raises InputError where hpo has not made the study.
@@ -113,8 +116,20 @@ def as_stored(spec: StudySpec, storage: RetryingStorage) -> Search:
     if not params or unread or more:  # a function's; or a later version's
         space = FreeSpace(fixed={}, dimensions=())
     constraints = {name: each.text for name, each in constraints_of(study.user_attrs).items()}
+    spec = spec.model_copy(update=_run_with(study, spec, given))
     spec = spec.model_copy(update={"trials": trials_of(spec, space), "constraints": constraints})
     return Search(study, storage, spec, space, str(stored.get("metric", "value")))
+
+
+def _run_with(study: optuna.Study, spec: StudySpec, given: Collection[str]) -> dict[str, int]:
+    """Return trials and epochs of a study that may be running with others than its file has, if its storage says so."""
+    try:
+        kept = dict(json.loads(study.user_attrs[schema.STUDY_FILE]))
+    except (KeyError, TypeError, ValueError, RecursionError):  # whoever can write the storage writes anything
+        return {}
+    least = {"trials": spec.trials, "epochs": 1}
+    found = {key: kept.get(key) for key in least if key not in given}
+    return {key: n for key, n in found.items() if type(n) is int and n >= least[key]}
 
 
 def workers_of(search: Search, seen: StudyView) -> dict[str, float]:

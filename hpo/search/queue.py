@@ -104,8 +104,8 @@ class Queue:
         if len(taken) > self._spec.trials or all(trial.state != TrialState.WAITING for trial in taken):
             taken = holders(self.fill(n))
         waiting = [trial for trial in taken if trial.state == TrialState.WAITING]
-        if self._spec.time is not None:  # of more trials than will fit, what was trained already must not come last
-            waiting.sort(key=lambda trial: not _is_retry(trial))
+        # what was interrupted comes first, as it would have come: samplers learn of it before they draw more
+        waiting.sort(key=lambda trial: not _is_retry(trial))
         self._waiting = deque(_share(waiting, _n_peers(taken)))
 
     def _chosen(self, halving: Halving, n: int) -> Sequence[FrozenTrial]:

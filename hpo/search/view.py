@@ -195,8 +195,11 @@ class StudyView:
 
     @cached_property
     def effort(self) -> Effort:
-        """How many epochs were trained, and how many would have been without pruning."""
-        return effort(self.trials, self._spec.epochs)
+        """How many epochs were trained, and how many would have been without pruning.
+
+        A plain function has no epochs of the study's: of how many steps pruning has saved it is not known.
+        """
+        return effort(self.trials, 0 if isinstance(self._space, FreeSpace) else self._spec.epochs)
 
     @cached_property
     def complete(self) -> Sequence[FrozenTrial]:

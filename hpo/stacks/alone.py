@@ -3,6 +3,7 @@
 In training a network may do what it does not when it is evaluated: draw masks, count, add an output for the loss.
 """
 
+import inspect
 import random
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -45,7 +47,7 @@ class Alone:
     """The weights on which the loss does not depend: torch.optim leaves them as they are, without weight decay too."""
     buffers: Mapping[str, Tensor]
     is_random: bool
-    """Whether it draws from torch's generators, so that another time it gives something else."""
+    """Whether it draws from torch's generators but for dropout, so that another time it gives something else."""
 
     def is_like(self, got: Mapping[str, Tensor], precision: Precision) -> bool:
         """Whether `got`, gradients and buffers in a stack, are these."""
@@ -69,11 +71,11 @@ def step_alone(task: Task, module: nn.Module, params: Params, example: Split) ->
         raise NotStackable("a hook changes the gradients of its weights")
     before = {name: tensor.detach().clone() for name, tensor in tensors(module).items()}
     outside, drawn = _outside(task, module), random_states(task.device)
-    with task.guarding(), _Reading() as reading:
+    with task.guarding(), Trying() as trying:
         with task.autocast(), masks_of_a_step():
             outputs = module.train()(*example.inputs.values())
         loss = task.objective.loss(in_full(outputs), example.targets, params)
-    if reading.lists:
+    if trying.lists:
         raise NotStackable("it makes Python's numbers of a batch, which would be the first batch's in each step")
     found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
     is_random = any(not torch.equal(state, drawn[name]) for name, state in random_states(task.device).items())
@@ -115,8 +117,12 @@ def _rows(example: Split, n: int) -> Split:
     return Split(inputs={name: x[numbers] for name, x in example.inputs.items()}, targets=example.targets[numbers])
 
 
-class _Reading(TorchFunctionMode):
-    """Notes what makes numbers of a tensor's without torch's knowing: a graph would keep those of one batch."""
+class Trying(TorchFunctionMode):
+    """Notes what makes numbers of a tensor's without torch's knowing: a graph would keep those of one batch.
+
+    And has functional dropout keep a half of every number, in place of every number or none, so that what is tried in
+    two ways can be compared.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,9 +130,14 @@ class _Reading(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.lists |= func in _READING
+        if func in _DROPOUT:
+            given = inspect.signature(F.dropout).bind(*args, **(kwargs or {})).arguments
+            return 0.5 * given["input"] if given.get("training", True) else given["input"]
         return func(*args, **(kwargs or {}))
 
 
+_DROPOUT = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
+"""They have the same arguments."""
 _READING = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 
 

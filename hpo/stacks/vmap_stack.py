@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from hpo.errors import Interrupted
-from hpo.stacks.alone import OUTSIDE, NotStackable, unlike, why_rows_matter
+from hpo.stacks.alone import OUTSIDE, NotStackable, Trying, unlike, why_rows_matter
 from hpo.stacks.candidate import Candidate, candidate
 from hpo.stacks.cost import compile_pays, records
 from hpo.stacks.moved import outputs_when_moved
@@ -39,6 +39,7 @@ _ABSENT, _OTHER_STRUCTURE = "absent", "its structure is not that of the stack"
 _ROWS_AT_ONCE: Mapping[str, int] = {"cuda": 1 << 20}  # of all members together; on a CPU they stay in its cache
 TIMED_STEPS = 5
 """How many steps are timed before it is decided whether to compile them."""
+_DRAWS = "it draws random numbers in training, of which padding may make something else"
 _OTHER_STEP = "its gradients in a stack are not those alone"
 
 
@@ -116,8 +117,9 @@ class VmapStack(Stack):
         return self._step is not None and self._signature_of(candidate) == self._signature
 
     def _signature_of(self, candidate: Candidate) -> Hashable:
-        structural = [name for name in candidate.reads if name not in self._slots.state.loss_hyper]
-        return candidate.signature, tuple((name, candidate.member.params.get(name, _ABSENT)) for name in structural)
+        params, numbers = candidate.member.params, self._slots.state.loss_hyper  # which must be there, too
+        read = [(name, params.get(name, _ABSENT)) for name in candidate.reads if name not in numbers]
+        return candidate.signature, (*read, *(name in params for name in numbers))
 
     def join(self, member: Member) -> None:
         """Raises NotStackable where `member` cannot join."""
@@ -209,22 +211,20 @@ class VmapStack(Stack):
             if is_out_of_memory(error):
                 raise
             return dict.fromkeys(alone, _reason(error))
-        precision = self._task.precision
         of = {slot: tree_map(lambda x, slot=slot: x[slot], stacked) for slot in alone}
-        found = {slot: unlike(of[slot], outputs, precision) for slot, outputs in alone.items()}
+        found = {slot: unlike(of[slot], outputs, self._task.precision) for slot, outputs in alone.items()}
         return {slot: reason for slot, reason in found.items() if reason is not None}
 
     def _wrong_step(self, several: Mapping[int, Candidate], new: Mapping[Hashable, int]) -> dict[int, str]:
         """Return by slot why its first step in a stack is not its own; of each `new` form one is looked at."""
+        wrong = {slot: _DRAWS for slot, each in several.items() if each.alone.is_random and each.is_padded}
         new = {form: slot for form, slot in new.items() if not several[slot].alone.is_random}
         if not new:
-            return {}
-        state = self._slots.state
-        inputs, targets = list(self._example.inputs.values()), self._example.targets
+            return wrong
+        inputs, targets, state = list(self._example.inputs.values()), self._example.targets, self._slots.state
         state = state._replace(weights=tree_map(torch.clone, state.weights))  # a forward may write into them
-        with torch.no_grad():
+        with torch.no_grad(), Trying():
             gradients, buffers, _ = self._opened.gradients(state, inputs, targets)
-        wrong: dict[int, str] = {}
         for form, first in new.items():
             member, alone = several[first].member, several[first].alone
             if not alone.is_like(self._slots.own(member, {**gradients, **buffers}), self._task.precision):

@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    default_collate,
+)
 
 from hpo.errors import DataError
 
@@ -40,21 +50,39 @@ def read(
 def _batches(source: Any, num_workers: int) -> Iterator[Any]:
     """Yield all rows of `source` in their own order, whatever order it would draw them in, none left out."""
     if isinstance(source, DataLoader):
-        same_order = isinstance(source.dataset, IterableDataset) or (
-            isinstance(source.sampler, SequentialSampler) and source.batch_size is not None and not source.drop_last
-        )
-        if same_order:
+        if isinstance(source.dataset, IterableDataset):
             yield from source
             return
-        collate = source.collate_fn if source.batch_size is not None else _collated
-        rows = source.batch_size or _ROWS
-        yield from DataLoader(source.dataset, rows, collate_fn=collate, num_workers=source.num_workers)
+        batches = source.batch_sampler
+        collate = source.collate_fn if batches is not None else _collated
+        rows = getattr(batches, "batch_size", None) or _ROWS
+        chosen = _chosen(source)
+        dataset = source.dataset if chosen is None else Subset(source.dataset, chosen)
+        yield from DataLoader(dataset, rows, collate_fn=collate, num_workers=source.num_workers)
     elif isinstance(source, IterableDataset):
         yield from DataLoader(source, _ROWS, collate_fn=_collated)
     elif isinstance(source, Dataset) or (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
         yield from DataLoader(source, _ROWS, collate_fn=_collated, num_workers=num_workers)
     else:
         raise DataError(f"must be a torch.utils.data.Dataset or DataLoader, but is a {type(source).__name__}")
+
+
+def _chosen(loader: "DataLoader[Any]") -> list[int] | None:
+    """Return which rows of its dataset a loader draws; None: all. Raises DataError where it draws some more often."""
+    batches, sampler = loader.batch_sampler, loader.sampler
+    if batches is not None and type(batches) is not BatchSampler:
+        sampler = batches
+    elif batches is not None:
+        sampler = batches.sampler
+    if type(sampler) in (SequentialSampler, RandomSampler):
+        return None
+    if type(sampler) is SubsetRandomSampler:
+        return [int(index) for index in sampler.indices]
+    raise DataError(
+        f"the DataLoader of {_kind(loader)} draws its rows by a {type(sampler).__name__}, but here each is read once: "
+        "give the dataset itself, or torch.utils.data.Subset(dataset, indices) of those that are meant (classes that "
+        "are rare: weigh them in the loss)"
+    )
 
 
 def _collated(rows: list[Any]) -> Any:

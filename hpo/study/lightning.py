@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from hpo.errors import DataError, InputError, did_you_mean
 from hpo.study import lightning_fit as fitting
 from hpo.study.data import Data, prediction
-from hpo.study.lightning_parts import base_of, plain, split_of
+from hpo.study.lightning_parts import base_of, plain, require_no_transfer_hooks, split_of
 from hpo.study.objective import Objective, Params, Reporter
 
 
@@ -66,6 +66,7 @@ class LightningObjective(Objective):
 
     def read(self, datamodule: Any) -> Data:
         """Return the rows of a LightningDataModule's train, val and test dataloaders, read once. Raises DataError."""
+        require_no_transfer_hooks(type(datamodule), self._name)
         with fitting.quiet():
             datamodule.prepare_data()
             datamodule.setup("fit")
@@ -108,10 +109,12 @@ class LightningObjective(Objective):
         given = self._arguments(params)
         if rehearsal:
             self._require_used(params, {*seen.read, *given, "batch_size"})
+        require_no_transfer_hooks(self.module, self._name)
         torch.manual_seed(report.seed)
         module = self.module(**given)
         hooks = fitting.Hooks(self._measuring(module, base, report), report, rehearsal)
         fitting.fit(base, module, hooks, report, fitting.Rows(self.batch, int(params["batch_size"])), more)
+        hooks.require_as_reported(self._name)
         return self._network(module, base)
 
     @property

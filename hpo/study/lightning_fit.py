@@ -1,6 +1,7 @@
 """One trial in Lightning's Trainer: on rows of a Reporter, stopped by it, quiet, and leaving the process as it was."""
 
 import logging
+import math
 import signal
 import threading
 import warnings
@@ -24,8 +25,10 @@ SET_BY_HPO = {
     *("accelerator", "devices", "num_nodes", "strategy", "plugins"),
     *("max_epochs", "min_epochs", "min_steps", "num_sanity_val_steps"),
     *("logger", "enable_checkpointing"),
+    *("check_val_every_n_epoch", "val_check_interval", "limit_val_batches", "overfit_batches", "fast_dev_run"),
 }
-"""Arguments of Trainer that are the study's: with others it would train elsewhere, or past the study's stop."""
+"""Arguments of Trainer that are the study's: with others it would train elsewhere, or past the study's stop, or what
+is logged as an epoch's `val_loss` would be of other weights or rows."""
 EVALUATION_ROWS = 1024
 _LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
 
@@ -44,10 +47,10 @@ def fit(
     environments, callbacks = (import_module(f"{package}.{name}") for name in ("plugins.environments", "callbacks"))
     device = report.train.targets.device
     arguments = {"enable_progress_bar": False, "enable_model_summary": False} | more
-    arguments["callbacks"] = [
-        *more.get("callbacks", []),
-        callbacks.LambdaCallback(**{name: getattr(hooks, name) for name in Hooks.NAMES}),
-    ]
+    # of the kind that Lightning calls after the module's own hook, which may log, or change weights
+    of_hooks = type(
+        "Reporting", (callbacks.Checkpoint,), {name: staticmethod(getattr(hooks, name)) for name in Hooks.NAMES}
+    )
     with quiet():
         trainer = lightning.Trainer(
             accelerator="gpu" if device.type == "cuda" else device.type,
@@ -59,6 +62,7 @@ def fit(
             plugins=[environments.LightningEnvironment()],  # else it takes a worker's share of Slurm's tasks as its own
             **arguments,
         )
+        trainer.callbacks.append(of_hooks())
         validates = type(module).validation_step is not base.validation_step
         loaders = [rows.shuffled(report.train, report.seed), rows.in_order(report.valid) if validates else None]
         try:
@@ -84,6 +88,8 @@ class Hooks:
         self._loss: Tensor | float = 0.0
         self._n_rows = 0
         self._on_sigterm = signal.getsignal(signal.SIGTERM)
+        self._last: dict[str, float] = {}
+        """What was measured last, and reported."""
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """Take SIGTERM back, which Lightning would make an exit of; refuse a module without an optimizer."""
@@ -103,6 +109,8 @@ class Hooks:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):
             n_rows = len(tree_leaves(batch)[0])
+            if module.automatic_optimization:  # Lightning has divided it
+                loss = loss * trainer.accumulate_grad_batches
             self._loss, self._n_rows = self._loss + loss.detach() * n_rows, self._n_rows + n_rows
         elif self._rehearsal and module.automatic_optimization:
             raise InputError(
@@ -113,7 +121,8 @@ class Hooks:
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         """Measure and report the epoch that has ended."""
         logged = trainer.callback_metrics
-        metrics = self._measured()
+        self._last = self._measured()
+        metrics = dict(self._last)
         if "val_loss" in logged:
             metrics["loss"] = float(logged["val_loss"])
         if "train_loss" in logged:
@@ -123,6 +132,18 @@ class Hooks:
         self._loss, self._n_rows = 0.0, 0
         if not self._report(metrics):
             trainer.should_stop = True
+
+    def require_as_reported(self, name: str) -> None:
+        """Raise InputError if the network, once the Trainer has ended, is not what was reported of its last epoch."""
+        now = self._measured()
+        off = [n for n, x in self._last.items() if not math.isclose(x, now[n], rel_tol=1e-3, abs_tol=1e-6)]
+        if off and all(math.isfinite(each[off[0]]) for each in (now, self._last)):
+            raise InputError(
+                f"{name}: {off[0]} was {self._last[off[0]]:.6g} after the last epoch, but is {now[off[0]]:.6g} once "
+                "the Trainer has ended: a callback (StochasticWeightAveraging, WeightAveraging) or on_train_end "
+                "changes the weights then, so that the network exported would not be the one measured; remove it, or "
+                "average in on_train_epoch_end"
+            )
 
 
 class Rows:

@@ -25,6 +25,21 @@ def base_of(cls: Any, where: str) -> type[nn.Module]:
     raise InputError(f"{where}: module must be the class of a LightningModule, but is {came}")
 
 
+def require_no_transfer_hooks(cls: type, where: str) -> None:
+    """Raise InputError where a module or datamodule changes batches on their way to `training_step`.
+
+    What is measured and exported takes the rows as they are.
+    """
+    own = [each for each in cls.__mro__ if not each.__module__.startswith(_PACKAGES)]
+    for name in ("on_before_batch_transfer", "on_after_batch_transfer"):
+        if any(name in vars(each) for each in own):
+            raise InputError(
+                f"{where}: {cls.__name__}.{name} changes the batches, but the network is measured and exported on rows "
+                "as the data has them; put that into the dataset, into the objective's `preprocess`, or (augmentation) "
+                "into training_step"
+            )
+
+
 def plain(module: nn.Module, base: type[nn.Module]) -> nn.Module:
     """Return `module` itself, or, if it is a LightningModule (`base`), a network with its forward and its weights.
 
@@ -76,4 +91,4 @@ def split_of(datamodule: Any, kind: str) -> Split:
             f"{name}.{kind}_dataloader must return one DataLoader, but there is {came}; a study trains on train, "
             "chooses on val and tests once on test"
         )
-    return Split.from_dataset(dataset)
+    return Split.from_dataset(loader)

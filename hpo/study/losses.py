@@ -58,6 +58,8 @@ def class_weights(value: Any, counts: Sequence[int], like: Tensor) -> Tensor | N
     """
     if value == "none":
         return None
+    if not counts:
+        raise ValueError("class_weights counts the rows of each class, but the data names none; give Data class_names")
     power = 1.0 if value == "balanced" else value
     rows = torch.tensor(counts, dtype=like.dtype, device=like.device)
     weights = rows.clamp(min=1) ** -power

@@ -46,8 +46,12 @@ def initial_state(names: Sequence[str], weights: Mapping[str, Tensor]) -> dict[s
 
 
 def hyperparameters(optimizer: str, params: Mapping[str, Any]) -> dict[str, float]:
-    """Return one member's hyperparameters, torch.optim's defaults for those that `params` do not hold."""
-    return {name: float(params.get(name, default)) for name, default in HYPERPARAMETERS[optimizer].items()}
+    """Return one member's hyperparameters, torch.optim's defaults for those that `params` do not hold.
+
+    And 1 - alpha, of which nothing much would be left in single precision, if alpha is near 1.
+    """
+    values = {name: float(params.get(name, default)) for name, default in HYPERPARAMETERS[optimizer].items()}
+    return values | ({"of_new": 1 - values["alpha"]} if "alpha" in values else {})
 
 
 def step(
@@ -97,7 +101,7 @@ def _adam_update(w: Tensor, g: Tensor, s: State, h: Mapping[str, Tensor]) -> tup
 
 def _rmsprop(w: Tensor, g: Tensor, s: State, h: Mapping[str, Tensor]) -> tuple[Tensor, State]:
     g = g + h["weight_decay"] * w
-    square = h["alpha"] * s["square_avg"] + (1 - h["alpha"]) * g * g
+    square = h["alpha"] * s["square_avg"] + h["of_new"] * g * g
     buffer = h["momentum"] * s["momentum_buffer"] + g / (square.sqrt() + h["eps"])
     return w - h["learning_rate"] * buffer, {"square_avg": square, "momentum_buffer": buffer}
 
