@@ -2,10 +2,10 @@
 
     python benchmarks/curves.py [--only TASK ...]
 
-Writes `benchmarks/curves/TASK.json` (`hard/TASK.json` of one on which halving fails): `space` (the study file's params), `configurations` (params by name), `curves`
-(the metric on validation after each epoch), `maximize`. A task is a study as it is committed, with wider ranges and,
-where that takes long, a part of its training rows. All of it takes half an hour on one CPU core. Data comes from
-HPO_DATA_HOME.
+Writes `benchmarks/curves/TASK.json` (`hard/TASK.json` of one on which halving fails): `space` (the study file's
+params), `configurations` (params by name), `curves` (the metric on validation after each epoch), `maximize`. A task is
+a study as it is committed, with wider ranges and, where that takes long, a part of its training rows. All of it takes
+half an hour on one CPU core. Data comes from HPO_DATA_HOME.
 """
 
 import argparse

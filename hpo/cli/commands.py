@@ -25,7 +25,7 @@ from hpo.runner.joining import is_launched, joined, no_progress, stored_study
 from hpo.runner.opening import open_existing, open_or_make, torch_set
 from hpo.runner.outcome import Outcome
 from hpo.runner.prepare import Plan, prepare
-from hpo.runner.progress import PlainProgress, Progress, Refresh, count_text, shown, state_of
+from hpo.runner.progress import PlainProgress, Progress, Refresh, count_text, number_text, shown, state_of
 from hpo.runner.study import StudyFile, WorkerOptions
 from hpo.search import adoption
 from hpo.search.beside import Beside
@@ -271,7 +271,7 @@ def _print_result(
     rows = [
         ["trials", count_text(counts)],
         *([] if seen.stopped is None else [["stopped", seen.stopped.text().removeprefix("stopped ")]]),
-        ["best", f"{plan.metric} {best.value:.4f} on validation (trial {best.number}, {when})"]
+        ["best", f"{plan.metric} {number_text(best.value)} on validation (trial {best.number}, {when})"]
         if plan.function is None
         else ["best", f"{plan.metric} {best.value:.6g} (trial {best.number})"],
         *([["epochs", text]] if (text := seen.effort.text()) else []),
@@ -281,7 +281,7 @@ def _print_result(
         ["params", shown(plan.space.searched(winner.params)) or "all fixed"],
     ]
     if done is not None:
-        test = ", ".join(f"{name} {value:.4f}" for name, value in done.test.items())
+        test = ", ".join(f"{name} {number_text(value)}" for name, value in done.test.items())
         rows += [["test", "; ".join(filter(None, [test, done.seeds_text, done.readings]))]] if done.test else []
         rows += [] if done.beside is None else _beside_rows(done.beside)
         if done.bundle is not None:

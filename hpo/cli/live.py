@@ -12,7 +12,16 @@ from rich.text import Text
 
 from hpo.errors import masked
 from hpo.log import SHOWN
-from hpo.runner.progress import STATES, PlainProgress, ProgressState, Refreshes, count_text, metrics_shown, shown
+from hpo.runner.progress import (
+    STATES,
+    PlainProgress,
+    ProgressState,
+    Refreshes,
+    count_text,
+    metrics_shown,
+    number_text,
+    shown,
+)
 from hpo.search.clock import duration
 from hpo.search.view import StudyView
 
@@ -123,7 +132,7 @@ class LiveProgress(PlainProgress):
         header = ["trial", "epoch", *names, *(["params"] if width >= _WIDE else [])]
         made.add_row(*(Text(name, style="dim") for name in header))
         for number, row in rows:
-            values = [f"{row.metrics[name]:.4f}" if name in row.metrics else "" for name in names]
+            values = [number_text(row.metrics[name]) if name in row.metrics else "" for name in names]
             epoch = f"{row.epoch}/{row.epochs}" if row.epochs else "-"
             cells = [str(number), epoch, *values, *([masked(row.params)] if width >= _WIDE else [])]
             made.add_row(*(Text(cell) for cell in cells))

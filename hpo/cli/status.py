@@ -14,7 +14,7 @@ from hpo.errors import SpecError, masked
 from hpo.export.files import finite
 from hpo.garbage import uncollected
 from hpo.runner.outcome import Outcome, outcome, stack_paths
-from hpo.runner.progress import ProgressState, count_text, shown
+from hpo.runner.progress import ProgressState, count_text, number_text, shown
 from hpo.search.clock import duration
 from hpo.search.confirmed import chosen, confirmation, progress_text, sentences
 from hpo.search.opening import is_over, no_study, open_stored, workers_of
@@ -95,7 +95,7 @@ def _look(search: Search) -> tuple[list[str], dict[str, Any], bool]:
         *front_lines(seen),
     ]
     for trial in seen.running:
-        value = "" if trial.value is None else f", {search.metric} {trial.value:.4f}"
+        value = "" if trial.value is None else f", {search.metric} {number_text(trial.value)}"
         lines.append(f"  trial {trial.number}: epoch {trial.epoch}/{spec.epochs}{value}")
     left = used / counts.finished * counts.unfinished if counts.finished and counts.unfinished else None
     if spec.limit is not None and counts.unfinished:

@@ -9,6 +9,7 @@ from hpo.export.files import finite
 from hpo.report.listing import Listed, listing, studies_in
 from hpo.runner import keeping
 from hpo.search.named import DEFAULT_STORAGE, Named, found, named, opened
+from hpo.study.spec import UNBOUNDED
 
 
 def studies(storage: str | None) -> dict[str, Any]:
@@ -27,7 +28,9 @@ def studies(storage: str | None) -> dict[str, Any]:
 
 
 def _row(study: Listed) -> list[str]:
-    trials = str(study.trials) if study.counts is None else f"{study.counts.finished} of {study.trials}"
+    trials = str(study.trials) if study.counts is None else str(study.counts.finished)
+    if study.counts is not None and study.trials != UNBOUNDED:
+        trials += f" of {study.trials}"
     active = "never" if study.active is None else f"{study.active.astimezone():%Y-%m-%d %H:%M}"
     return [study.name, study.state, trials, study.why or _best(study), study.objective or "", active]
 

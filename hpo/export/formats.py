@@ -72,6 +72,7 @@ def write(kind: str, model: Model, eager: nn.Module, held_out: Split, folder: Pa
         from safetensors.torch import save_file
 
         save_file({name: tensor.clone().contiguous() for name, tensor in eager.state_dict().items()}, path)
+        path.chmod(0o644)  # else it is its owner's only
         return Written(how={})
     example = tuple(x[:3].cpu() for x in held_out.inputs.values())
     if len(example[0]) < 2:  # a batch of one would be taken for a fixed size

@@ -7,6 +7,7 @@ from typing import Any
 
 from hpo.errors import InputError
 from hpo.export.files import FILES, finite, read_about, verify
+from hpo.runner.progress import number_text
 from hpo.search import schema
 from hpo.search.beside import Beside, beside_in
 from hpo.search.search import Search
@@ -38,7 +39,7 @@ class Outcome:
         if not self.seeds:
             return ""
         mean, std = self.seeds["mean"], self.seeds["std"]
-        each = ", ".join(f"{name} {mean[name]:.4f} (standard deviation {std[name]:.2g})" for name in mean)
+        each = ", ".join(f"{name} {number_text(mean[name])} (standard deviation {std[name]:.2g})" for name in mean)
         return f"mean of {self.seeds['n']} seeds: {each}"
 
     @property

@@ -111,7 +111,7 @@ class ProgressState:
         return (
             ("no feasible trial yet" if self.counts.complete else "no trial yet")
             if self.best is None
-            else f"best {self.metric} {self.best.value:.4f} (trial {self.best.number})"
+            else f"best {self.metric} {number_text(self.best.value)} (trial {self.best.number})"
         )
 
     def left_text(self) -> str:
@@ -179,7 +179,7 @@ class PlainProgress(Progress):
     def trial_ended(self, number: int, state: str, value: float | None, reason: str | None) -> None:
         self._refresh(state, value)
         board = self._board
-        said = [f"{board.metric} {value:.4f}" if value is not None else "", reason or ""]
+        said = [f"{board.metric} {number_text(value)}" if value is not None else "", reason or ""]
         what = "".join(f"{before} {each}" for before, each in zip(":,", filter(None, said), strict=False))
         known = self._running if number in self._running else self._paused
         started, params = known.pop(number, (time.monotonic(), ""))
@@ -216,13 +216,18 @@ def count_text(counts: Counts) -> str:
 
 def metric_text(board: ProgressState, metrics: Mapping[str, float]) -> str:
     """Return what is shown of an epoch's metrics: not every trial has all of them."""
-    return ", ".join(f"{name} {value:.4f}" for name, value in metrics_shown(board.metric, metrics).items())
+    return ", ".join(f"{name} {number_text(value)}" for name, value in metrics_shown(board.metric, metrics).items())
 
 
 def metrics_shown(metric: str, metrics: Mapping[str, float]) -> dict[str, float]:
     """Return those of an epoch's metrics that are shown, as they are called there: the study's, and the loss."""
     known = {metric: metrics.get(f"valid_{metric}", metrics.get(metric)), "train loss": metrics.get("train_loss")}
     return {name: value for name, value in known.items() if value is not None}
+
+
+def number_text(value: float) -> str:
+    """Return a metric with four decimals, or with four digits where decimals would hide it."""
+    return f"{value:.4f}" if value == 0 or not abs(value) < 0.001 else f"{value:.4g}"
 
 
 def shown(params: Mapping[str, Any]) -> str:

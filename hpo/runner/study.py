@@ -122,8 +122,7 @@ def _run(
 ) -> tuple[Outcome | None, StudyView]:
     set_end(plan, search)
     if plan.function is None:
-        require_writable(bundle_folder(plan).parent)
-        checkpoints.claim_folder(plan, search)
+        _take_output(plan, search)
     data = load_data(plan, search)
     for line in stop_advice(plan):
         log.warning(line)
@@ -162,6 +161,12 @@ def _run(
         raise
     finally:
         end_study(plan, search, tracker, state, seen)
+
+
+def _take_output(plan: Plan, search: Search) -> None:
+    """Raise an error where bundle and checkpoints cannot be written, or are another study's."""
+    require_writable(bundle_folder(plan).parent)
+    checkpoints.claim_folder(plan, search)
 
 
 def _remember(plan: Plan, search: Search) -> None:
