@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hpo.errors import InputError
-from hpo.export.files import FILES, finite, read_about, verify
+from hpo.export.files import FILES, read_about, verify
 from hpo.runner.progress import number_text
 from hpo.search import schema
 from hpo.search.beside import Beside, beside_in
@@ -69,7 +69,7 @@ def outcome(search: Search, best: Best | None) -> Outcome | None:
     if stored.get("networks", [1, 1]) != networks_of(search.spec):
         return None
     folder = stored["bundle"] and Path(stored["bundle"])
-    if folder is not None and not _is_of(folder, best.number, stored["test"]):
+    if folder is not None and not _is_of(folder, best):
         return None
     return Outcome(
         number=best.number,
@@ -82,19 +82,16 @@ def outcome(search: Search, best: Best | None) -> Outcome | None:
     )
 
 
-def _is_of(folder: Path, number: int, test: Any) -> bool:
-    """Whether a bundle is the one that was exported of trial `number`: whole, and tested to the same.
-
-    Another study of that name may have written there, or something may have cut a file off.
-    """
+def _is_of(folder: Path, best: Best) -> bool:
+    """Whether a bundle is whole and of that trial: another study of that name may have written there, too."""
     try:
         about = read_about(folder)
         verify(folder, about, FILES[0], by_size=True)
     except InputError:
         return False
-    tested = about.get("metrics")
-    same = not isinstance(tested, Mapping) or tested.get("test", finite(test)) == finite(test)
-    return same and about.get("trial", number) == number and all((folder / file).is_file() for file in FILES)
+    is_its_own = {"trial": best.number, "seed": best.seed, "value": best.value}
+    same = all(about.get(key, value) == value for key, value in is_its_own.items())
+    return same and all((folder / file).is_file() for file in FILES)
 
 
 def _seeds(stored: Any) -> Mapping[str, Any]:
