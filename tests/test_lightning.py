@@ -365,6 +365,11 @@ def test_a_datamodule_that_cannot_be_read_is_refused(change: tuple[str, str], te
     assert re.search(text, refused("check", write(*OF_DATAMODULE, change)))
 
 
+def test_a_forward_that_asks_super_is_refused_before_the_first_trial() -> None:
+    asks = ("return self.net(self.scaled(x))", "return self.net(x) if x.ndim else super().forward(x)")
+    assert "forward of LitWine uses super()" in refused("check", write(*OWN_FORWARD, asks))
+
+
 def test_a_datamodules_loader_chooses_and_collates_its_rows() -> None:
     sampled = (
         "shuffle=True, drop_last=True",

@@ -261,7 +261,7 @@ def test_weights_that_are_not_the_best_trials_are_removed_and_said(said):
     torch.save(torch.load(BEST, weights_only=True) | {"trial": 5}, BEST)
     settle_weights(plan, search)
     assert said[-1:] == [
-        f"{BEST} held trial 5's weights, but the best is trial 0, trained elsewhere: it was removed; `hpo export` "
+        f"{BEST} held trial 5's weights, but the best is trial 0, whose are not here: it was removed; `hpo export` "
         "trains the best trial again"
     ]
     assert not BEST.exists()

@@ -248,7 +248,7 @@ def _settle(folder: Path, making: str, candidates: Mapping[Path, int | None], be
             return
     if file.exists() and (best is None or held != best.number):
         what = "another study's" if held is None else f"trial {held}'s"
-        now = "there is no complete trial" if best is None else f"the best is trial {best.number}, trained elsewhere"
+        now = "there is no complete trial" if best is None else f"the best is trial {best.number}, whose are not here"
         log.warning(f"{file} held {what} weights, but {now}: it was removed; `hpo export` trains the best trial again")
         file.unlink()
 

@@ -14,7 +14,7 @@ from hpo.search.opening import no_study, open_search
 from hpo.search.search import Search
 from hpo.study.data import Data
 from hpo.study.loading import file_fingerprint, source_fingerprint
-from hpo.study.sealed import repeated_in_test
+from hpo.study.sealed import repeated
 from hpo.training.torch_settings import torch_settings
 
 
@@ -88,13 +88,19 @@ def load_data(plan: Plan, search: Search) -> Data | None:
 
 
 def tell_of_data(data: Data) -> None:
-    """Log the data's own notices, and how many test rows a network has seen before, if any: they flatter it."""
+    """Log the data's own notices, and how many test and validation rows it has twice, if any: they flatter."""
     for notice in data.notices:
         log.info(f"data: {notice}")
-    if n := repeated_in_test(data):
+    in_test, in_valid = repeated(data)
+    if in_test:
         log.warning(
-            f"{n} of {len(data.test)} test rows equal a row of train or validation, inputs and target: the test "
+            f"{in_test} of {len(data.test)} test rows equal a row of train or validation, inputs and target: the test "
             "metrics flatter; a row must be in one split only, unless the data itself has it several times"
+        )
+    if in_valid > len(data.valid) / 10:  # fewer are the data's own, as the flower that iris has twice
+        log.warning(
+            f"{in_valid} of {len(data.valid)} validation rows equal a row of train, inputs and target: the study "
+            "prefers what learns rows by heart"
         )
 
 

@@ -49,6 +49,12 @@ def plain(module: nn.Module, base: type[nn.Module]) -> nn.Module:
     if not isinstance(module, base):
         return module
     cls = type(module)
+    forward = getattr(cls.forward, "__code__", None)
+    if forward is not None and "__class__" in forward.co_freevars:  # which super() reads
+        raise InputError(
+            f"forward of {cls.__name__} uses super(), which is not in an exported network; put the network into an "
+            'attribute of its own, and name that (network = "net")'
+        )
     own = [each for each in reversed(cls.__mro__) if each not in base.__mro__]
     members = {name: value for each in own for name, value in vars(each).items() if not name.startswith("__")}
 

@@ -64,13 +64,14 @@ def sealing(objective: object) -> Iterator[None]:
             objective.data = before  # type: ignore[method-assign]
 
 
-def repeated_in_test(data: Data) -> int:
-    """Return how many rows of the test split equal one of train or validation, inputs and targets, to the last bit.
+def repeated(data: Data) -> tuple[int, int]:
+    """Return how many rows are in more than one split, inputs and targets equal to the last bit.
 
-    Rows are compared by 64 bits of a random sum, so that one in 10^10 may be counted that only looks the same.
+    Those of test that equal one of train or validation, and those of validation that equal one of train. Rows are
+    compared by 64 bits of a random sum, so that one in 10^10 may be counted that only looks the same.
     """
-    seen = np.concatenate([_sums(data.train), _sums(data.valid)])
-    return int(np.isin(_sums(data.test), seen).sum())
+    train, valid, test = (_sums(split) for split in (data.train, data.valid, data.test))
+    return int(np.isin(test, np.concatenate([train, valid])).sum()), int(np.isin(valid, train).sum())
 
 
 def _sums(split: Split) -> Any:
