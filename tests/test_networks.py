@@ -20,7 +20,7 @@ from tests.servers import MlflowServer, postgres
 
 NET = "192.0.2"  # an address range for documentation: nobody is there
 SERVERS = f"{NET}.1"
-TRIALS = 14
+TRIALS = 20  # more than one host trains while the other is cut off
 CUT_SECONDS = CUT_OFF_SECONDS + 6  # so long that the connections that were open are given up
 
 

@@ -55,11 +55,19 @@ def test_the_api_takes_it_too(study: Write) -> None:
 def test_a_study_of_the_same_name_in_another_storage_takes_nothing_of_this_one(study: Write) -> None:
     path = study("storage: sqlite:///one.db")
     done = summary(invoke("run", path, "--json"))
+    left = Path("mlruns/checkpoints/study/place-1.pt")
+    left.touch()
     said = refused("run", study("storage: sqlite:///two.db\nseed: 5\n"))
-    assert "has the checkpoints and the bundle of another study named 'study', in sqlite:////" in said
+    assert "mlruns has the checkpoints of another study named 'study', in sqlite:////" in said
     assert "give this one another `name`, or another `output`" in said
-    assert summary(invoke("run", study("storage: sqlite:///one.db"), "--json"))["test"] == done["test"]
+    left.unlink()
+    said = invoke("run", study("storage: sqlite:///two.db\nseed: 5\n"))
+    assert "mlruns has the bundle of another study named 'study'" in said
+    again = invoke("run", study("storage: sqlite:///one.db"), "--json")
+    assert "is no more what this study has exported" in again
+    assert summary(again)["test"] == done["test"]
     Path("one.db").unlink()
+    left.touch()
     invoke("run", study("storage: sqlite:///two.db\nseed: 5\n"))  # that study is no more
     invoke("delete", "study", "--storage", "sqlite:///two.db")
     assert not list(Path("mlruns/checkpoints").glob(".*.json"))

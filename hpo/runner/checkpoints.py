@@ -264,10 +264,10 @@ def _trial_in(file: Path, making: str) -> int | None:
 
 
 def claim_folder(plan: Plan, search: Search) -> None:
-    """Note that the study's folders of `output` are this study's.
+    """Note that the study's folders of `output` are this study's, and say so where they were another's of its name.
 
-    Raises InputError where they are those of a study of its name in another storage, whose checkpoints and bundle would
-    be overwritten; HpoError where that cannot be written.
+    Raises InputError where there are checkpoints that a study in another storage is to be resumed from; HpoError where
+    the note cannot be written.
     """
     file = claim_of(plan.spec)
     ours = {"making": search.making, "storage": whole_address(plan.spec.storage)}
@@ -278,10 +278,14 @@ def claim_folder(plan: Plan, search: Search) -> None:
         return
     other = held.get("storage") if isinstance(held, dict) and held.get("making") != ours["making"] else None
     if isinstance(other, str) and other != ours["storage"] and exists(other):
-        raise InputError(
-            f"{plan.spec.output} has the checkpoints and the bundle of another study named {plan.spec.name!r}, in "
-            f"{other}, and this one's would take their place; give this one another `name`, or another `output` (if "
-            f"that study is no more: rm {file})"
+        theirs = f"{plan.spec.output} has the {{}} of another study named {plan.spec.name!r}, in {other}"
+        if any(folder_of(plan).glob("place-*")):
+            raise InputError(
+                f"{theirs.format('checkpoints')}, which is to be resumed from them, and this one's would take their "
+                f"place; give this one another `name`, or another `output` (if that study is no more: rm {file})"
+            )
+        log.warning(
+            f"{theirs.format('bundle')}: this one's takes its place; another `name`, or another `output`, keeps both"
         )
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
