@@ -284,6 +284,18 @@ def test_members_with_and_without_a_param_of_the_loss_are_in_separate_stacks() -
         stack.join(without)
 
 
+class OfDistinctRows(Toy):
+    def loss(self, outputs, targets, params):
+        rows = torch.cat([targets, targets.flip(0)], 1)
+        if len(rows.unique(dim=0)) < len(rows):
+            raise RuntimeError("a row is there twice")
+        return super().loss(outputs, targets, params)
+
+
+def test_that_the_rows_it_is_tried_with_are_there_twice_is_no_fault_of_the_loss() -> None:
+    check(OfDistinctRows(twice), [{}, {"learning_rate": 3e-2}])
+
+
 class Counting(Toy):
     n_calls = 0
 

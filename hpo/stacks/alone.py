@@ -22,7 +22,7 @@ from hpo.stacks.tensor_modules import masks_of_a_step, tensor_dropout
 from hpo.study.data import Split, batch_sizes
 from hpo.study.objective import Params
 from hpo.training.evaluation import in_full
-from hpo.training.faults import TrialError
+from hpo.training.memory import is_out_of_memory
 from hpo.training.stack import Member, Precision, Task
 from hpo.training.torch_settings import random_states, set_random_states
 
@@ -96,15 +96,19 @@ def step_alone(task: Task, module: nn.Module, params: Params, example: Split) ->
 def why_rows_matter(task: Task, member: Member, example: Split) -> str | None:
     """Return why a stack cannot take `member`, if the number of rows decides on which weights its loss depends.
 
-    It is tried with as many as the epoch's batches have: the `example` again and again. Raises as `step_alone`, but for
-    what is the network's own fault, which is said where it is trained.
+    It is tried with as many as the epoch's batches have: the `example` again and again. What fails on such rows may not
+    on others, so that nothing is known then. Raises NotStackable, and where memory runs out.
     """
     sizes = {len(example), *batch_sizes(task.n_rows, int(member.params["batch_size"]))}
     generators = random_states(task.device)
     try:
         module = tensor_dropout(task.drawn(member)).to(task.device)
         several = [step_alone(task, module, member.params, _rows(example, n)).untrained for n in sorted(sizes)]
-    except TrialError:
+    except NotStackable:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return None
     finally:
         set_random_states(generators, task.device)
