@@ -1,10 +1,13 @@
 """A trial that was interrupted goes on from its checkpoint as if nothing had happened."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from hpo.errors import Interrupted
+from hpo.errors import HpoError, Interrupted
 from hpo.runner.checkpoints import folder_of as checkpoints
+from hpo.runner.checkpoints import write
 from hpo.runner.prepare import prepare
 from hpo.runner.worker import work
 from hpo.search.opening import open_search
@@ -168,3 +171,17 @@ def test_they_are_made_no_oftener_than_asked_for(folder, monkeypatch):
         work(plan, plan.load_data(), search, MemoryTracker(), Quiet())
         search.close()
         assert len([name for name in written if name.startswith("place-")]) == expected
+
+
+def test_a_full_disk_is_called_so(tmp_path, monkeypatch):
+    def fails(content, file):
+        file.write_bytes(b"a part")
+        raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos")
+
+    monkeypatch.setattr(torch, "save", fails)
+    monkeypatch.setattr(
+        "shutil.disk_usage", lambda folder: SimpleNamespace(free=0 if list(tmp_path.iterdir()) else 10**9)
+    )
+    with pytest.raises(HpoError, match=r"place-0.pt cannot be written \(no space is left on the device\)"):
+        write(tmp_path / "place-0.pt", {})
+    assert not list(tmp_path.iterdir())

@@ -10,6 +10,7 @@ else lies there is refused, with the reason: to train from scratch costs time, t
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -34,6 +35,7 @@ from hpo.study.loading import source_fingerprint
 from hpo.training.stack import Member
 
 BEST = "best.pt"
+_FULL_BYTES = 1 << 20
 OWN = "own"
 """In a checkpoint's `training`: the state that an objective's own `train` has reported."""
 
@@ -302,6 +304,15 @@ def write(file: Path, content: Mapping[str, Any]) -> None:
         torch.save(dict(content), unfinished)
         unfinished.replace(file)
     except (OSError, RuntimeError) as error:  # torch.save: a full disk is a RuntimeError
+        why = _why(error, file.parent)  # before what was written is removed
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
-        raise HpoError(f"{file} cannot be written ({str(error).splitlines()[0]}); no trial is lost") from error
+        raise HpoError(f"{file} cannot be written ({why}); no trial is lost") from error
+
+
+def _why(error: Exception, folder: Path) -> str:
+    """Return why nothing can be written there: of a full disk torch says something else."""
+    with suppress(OSError):
+        if shutil.disk_usage(folder).free < _FULL_BYTES:
+            return "no space is left on the device"
+    return str(error).splitlines()[0]
