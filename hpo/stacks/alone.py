@@ -8,6 +8,7 @@ import random
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from hpo.stacks.kinds import PLAIN
 from hpo.stacks.structure import own_state, tensors
 from hpo.stacks.tensor_modules import masks_of_a_step, tensor_dropout
 from hpo.study.data import Split, batch_sizes
-from hpo.study.objective import Params
+from hpo.study.objective import Objective, Params
 from hpo.training.evaluation import in_full
 from hpo.training.memory import is_out_of_memory
 from hpo.training.stack import Member, Precision, Task
@@ -93,12 +94,28 @@ def step_alone(task: Task, module: nn.Module, params: Params, example: Split) ->
     )
 
 
-def why_rows_matter(task: Task, member: Member, example: Split) -> str | None:
+_of_rows: WeakKeyDictionary[Objective, dict[Hashable, str | None]] = WeakKeyDictionary()
+"""What `why_rows_matter` has found, by an objective, a structure and a batch size: steps of large networks are slow."""
+
+
+def why_rows_matter(task: Task, member: Member, structure: Hashable, example: Split) -> str | None:
     """Return why a stack cannot take `member`, if the number of rows decides on which weights its loss depends.
 
     It is tried with as many as the epoch's batches have: the `example` again and again. What fails on such rows may not
-    on others, so that nothing is known then. Raises NotStackable, and where memory runs out.
+    on others, so that nothing is known then. Of one `structure` it is tried once. Raises NotStackable, and where memory
+    runs out.
     """
+    try:
+        known = _of_rows.setdefault(task.objective, {})
+    except TypeError:  # an objective that is a dataclass, say, has no hash
+        known = {}
+    key = structure, member.params["batch_size"], task.n_rows, task.device
+    if key not in known:
+        known[key] = _why_rows_matter(task, member, example)
+    return known[key]
+
+
+def _why_rows_matter(task: Task, member: Member, example: Split) -> str | None:
     sizes = {len(example), *batch_sizes(task.n_rows, int(member.params["batch_size"]))}
     generators = random_states(task.device)
     try:

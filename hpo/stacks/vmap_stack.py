@@ -169,7 +169,7 @@ class VmapStack(Stack):
             return self._try_out(first, template)
         if own_state(template) != before:
             return OUTSIDE
-        return why_rows_matter(self._task, first.member, self._example)
+        return why_rows_matter(self._task, first.member, first.padded.signature, self._example)
 
     def take(self, candidates: Sequence[Candidate]) -> dict[Member, str]:
         """Take in `candidates`, at most as many as there are free slots; return those that cannot join, and why."""
