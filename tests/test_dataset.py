@@ -177,3 +177,16 @@ class InPairs(BatchSampler):
 def test_a_loader_that_draws_rows_in_a_way_of_its_own_is_refused(loader: DataLoader) -> None:
     with pytest.raises(DataError, match=r"draws its rows by a (Weighted|InPairs).* give the dataset itself"):
         Split.from_dataset(loader)
+
+
+def test_splits_that_are_kept_in_one_folder_stay_apart(tmp_path: Path) -> None:
+    one = Split.from_dataset(TensorDataset(X, Y), keep_in=tmp_path)
+    other = Split.from_dataset(TensorDataset(-X, Y), keep_in=tmp_path)
+    again = Split.from_dataset(TensorDataset(X, Y), keep_in=tmp_path)  # as another process reads it
+    assert torch.equal(one.inputs["features"], X)
+    assert torch.equal(other.inputs["features"], -X)
+    assert torch.equal(again.inputs["features"], X)
+    assert len(list(tmp_path.iterdir())) == 3, "what is equal is there once"
+    with pytest.raises(DataError):
+        Split.from_dataset(Rows(lambda i: (X[i, : 1 + i // 256], 1)), keep_in=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3, "nothing is left of what failed"

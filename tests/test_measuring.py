@@ -189,3 +189,24 @@ def test_members_with_label_smoothings_of_their_own_have_losses_of_their_own() -
     torchs = [F.cross_entropy(same[0], targets("micro"), label_smoothing=0.1 * n).item() for n in range(3)]
     assert [each["loss"] for each in got] == pytest.approx(torchs, rel=1e-5)
     assert len({each["micro"] for each in got}) == 1
+
+
+@pytest.mark.parametrize("params", [{"loss": "bce"}, {}], ids=["by the loss", "by the head"])
+def test_logits_are_no_probabilities_where_all_of_them_lie_between_0_and_1(params: dict[str, Any]) -> None:
+    objective = Measured("binary f1")
+    if not params:
+        objective.head = torch.nn.Sigmoid  # type: ignore[method-assign, assignment]
+    outputs = torch.linspace(0.1, 0.4, N).unsqueeze(1)  # each is the second class
+    targets = torch.ones(N, 1, dtype=torch.long)
+    found = measure(objective, outputs, targets, params, objective.metrics())
+    assert found["binary f1"] == 1.0
+    stacked = torch.stack([outputs, -outputs])
+    assert [each["binary f1"] for each in Measuring(objective, CPU)(stacked, targets, [params] * 2, {})] == [1.0, 0.0]
+
+
+def test_one_that_is_left_of_several_is_measured_as_one() -> None:
+    objective = Measured("pearson")
+    outputs, targets = torch.randn(3, N, 1), torch.randn(N, 1)
+    measuring_all = Measuring(objective, CPU)
+    several = measuring_all(outputs, targets, [{}] * 3, {})
+    assert measuring_all(outputs[:1], targets, [{}], {})[0]["pearson"] == pytest.approx(several[0]["pearson"], abs=1e-6)

@@ -210,6 +210,7 @@ def _extremes(data: Data) -> Tensor:
     rows = []
     for split in data.splits.values():
         flat = split.targets.reshape(len(split), -1)
+        flat = flat.to(torch.uint8) if flat.dtype == torch.bool else flat  # of which torch takes no minimum
         rows += [split.targets[flat.min(1).values.argmin()], split.targets[flat.max(1).values.argmax()]]
     return torch.stack(rows)
 

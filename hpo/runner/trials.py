@@ -71,7 +71,8 @@ class Trials:
         for number in elsewhere & self._active.keys():
             self._active[number].let_go()
         caught = [trial.caught for trial in ended if trial.caught is not None]
-        if caught and all_alike(self._search.view().failures):
+        going_well = any(trial.has_reported for trial in self._active.values() if trial.ending is None)
+        if caught and not going_well and all_alike(self._search.view().failures):
             raise caught[0]
         if failed is not None:
             raise failed

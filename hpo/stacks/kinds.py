@@ -166,6 +166,8 @@ class Kinds:
 
     def _module(self, module: nn.Module) -> Hashable:
         """Return what a module is that is no part of a network's own: with weights it is itself only."""
+        if isinstance(module, torch.jit.ScriptModule):  # which has not all attributes of a module
+            return _Same(module)
         if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
             return _Same(module)
         children = tuple((name, self.of(child)) for name, child in module.named_children())

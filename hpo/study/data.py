@@ -238,7 +238,8 @@ class Data:
         for name, split in self.splits.items():
             for column, tensor in {**split.inputs, "targets": split.targets}.items():
                 digest.update(f"{name}/{column}/{tuple(tensor.shape)}/{tensor.dtype}".encode())
-                digest.update(tensor.contiguous().cpu().numpy().data)
+                plain = tensor.contiguous().cpu()
+                digest.update((plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy().data)
         return digest.hexdigest()[:16]
 
 

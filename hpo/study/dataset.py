@@ -1,6 +1,9 @@
 """A split read out of a `torch.utils.data.Dataset` or `DataLoader`: once, in order, into memory or onto the disk."""
 
+import hashlib
 import itertools
+import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,22 @@ def read(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return the inputs by name, each (N, ...), and the targets; see `Split.from_dataset`."""
     columns: dict[str, _Column] = {}
+    try:
+        return _read(source, inputs, targets, keep_in, num_workers, columns)
+    finally:
+        for column in columns.values():
+            column.discard()
+
+
+def _read(
+    source: Any,
+    inputs: Sequence[str] | None,
+    targets: str | None,
+    keep_in: Path | None,
+    num_workers: int,
+    columns: dict[str, "_Column"],
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Do what `read` does, with the columns so far in `columns`."""
     target = ""
     for number, batch in enumerate(_batches(source, num_workers)):
         named, target = _named(batch, inputs, targets, number)
@@ -142,16 +161,22 @@ def _kind(source: Any) -> str:
 
 
 class _Column:
-    """The rows of one tensor: in memory, or appended to a file that becomes a memory map."""
+    """The rows of one tensor: in memory, or appended to a file that becomes a memory map.
+
+    The file is named by what is in it and moved into its place: other splits, and other processes that read the same
+    data, may be in that folder, with maps of theirs.
+    """
 
     def __init__(self, name: str, keep_in: Path | None) -> None:
         self._name, self._parts, self._n = name, list[Tensor](), 0
         self._kind: tuple[Any, ...] = ()
+        self._folder, self._digest = keep_in, hashlib.sha256()
         self._file: Path | None = None
         if keep_in is not None:
             keep_in.mkdir(parents=True, exist_ok=True)
-            self._file = keep_in / f"{name}.bin"
-            self._file.write_bytes(b"")
+            handle, path = tempfile.mkstemp(".part", f".{name}-", keep_in)
+            os.close(handle)
+            self._file = Path(path)
 
     def add(self, rows: Tensor, number: int) -> None:
         rows = rows.detach().cpu()
@@ -164,16 +189,26 @@ class _Column:
         if self._file is None:
             self._parts.append(rows.clone())  # a loader's worker may hold what it gave in shared memory
             return
+        written = rows.contiguous().numpy().tobytes()
+        self._digest.update(written)
         with self._file.open("ab") as file:
-            file.write(rows.contiguous().numpy().tobytes())
+            file.write(written)
 
     def joined(self) -> Tensor:
         """Return all rows, (N, ...)."""
         if self._file is None:
             return torch.cat(self._parts)
         shape, dtype = self._kind
-        array = np.memmap(self._file, torch.empty(0, dtype=dtype).numpy().dtype, "r+", shape=(self._n, *shape))
+        assert self._folder is not None
+        place = self._folder / f"{self._name}-{self._digest.hexdigest()[:16]}.bin"
+        self._file.replace(place)
+        array = np.memmap(place, torch.empty(0, dtype=dtype).numpy().dtype, "r+", shape=(self._n, *shape))
         return torch.from_numpy(array)
+
+    def discard(self) -> None:
+        """Remove the file, if it was not joined."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
 
 
 def _shown(kind: tuple[Any, ...]) -> str:

@@ -48,6 +48,6 @@ def amounts(values: "pd.Series[Any]", decimal: str) -> "pd.Series[Any]":
     text, thousands = as_text(values).astype(object), "," if decimal == "." else "."
     parts = _parts(text)
     digits = parts[3].str.replace(_BLANKS, "", regex=True)
-    good = digits.str.fullmatch(number_pattern(decimal, thousands)).fillna(False).astype(bool)
+    good = digits.str.fullmatch(number_pattern(decimal, thousands), na=False).astype(bool)
     plain = digits.str.replace(thousands, "", regex=False).str.replace(decimal, ".", regex=False)
     return text.where(~good, parts[0] + parts[2] + plain)

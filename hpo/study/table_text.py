@@ -258,7 +258,7 @@ def with_point(values: "pd.Series[Any]", marks: Marks) -> "pd.Series[Any]":
     Where that makes numbers of all of them, the column is one of numbers.
     """
     text = values.astype("string").str.strip()
-    number = text.str.fullmatch(number_pattern(*marks).pattern).fillna(False).astype(bool)
+    number = text.str.fullmatch(number_pattern(*marks).pattern, na=False).astype(bool)
     decimal, thousands = marks
     plain = text.str.replace(thousands, "", regex=False) if thousands else text
     made = text.mask(number, plain.str.replace(decimal, ".", regex=False)).astype(object)

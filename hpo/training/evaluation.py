@@ -47,6 +47,18 @@ def outputs_of(task: Task, module: nn.Module, batches: Batches) -> Any:
     return in_full(joined(parts))
 
 
+def as_taken(predictions: Tensor, metric: Any, objective: Objective, params: Params) -> Tensor:
+    """Return predictions as `metric` takes them: probabilities, where they are logits of two classes or of labels.
+
+    TorchMetrics takes logits for probabilities if all of them happen to lie between 0 and 1; else it does this, too.
+    """
+    cls = type(metric)
+    takes_both = cls.__module__.startswith("torchmetrics.") and cls.__name__.startswith(("Binary", "Multilabel"))
+    if takes_both and (params.get("loss") == "bce" or isinstance(objective.head(), nn.Sigmoid)):
+        return predictions.sigmoid()
+    return predictions
+
+
 def measure(
     objective: Objective, outputs: Any, targets: Tensor, params: Params, metrics: Mapping[str, Any]
 ) -> dict[str, float]:
@@ -55,7 +67,7 @@ def measure(
     result = {} if objective.train is not None else {"loss": float(objective.loss(outputs, targets, params))}
     for name, metric in metrics.items():
         metric.reset()
-        metric.update(prediction(outputs), targets)
+        metric.update(as_taken(prediction(outputs), metric, objective, params), targets)
         result[name] = float(metric.compute())
     require_unchanged({"targets": targets}, before, LOSS_OR_METRIC)
     return result

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from hpo.light import Metric
 from hpo.study.data import LOSS_OR_METRIC, prediction, require_unchanged, versions
 from hpo.study.objective import Objective, Params
+from hpo.training.evaluation import as_taken
 
 MetricFunction = Callable[[Metric, Tensor, Tensor], Tensor]
 """Takes a metric, the members' predictions (K, N, ...) and the targets (N, ...); returns K values."""
@@ -57,17 +58,18 @@ class Measuring:
         columns = {"loss": vmap(loss_of, randomness="different")(outputs, dict(numbers))}
         predictions = prediction(outputs)
         for name, metric in self._metrics.items():
-            columns[name] = self._measured(name, metric, predictions, targets)
+            taken = as_taken(predictions, metric, self._objective, params[0])
+            columns[name] = self._measured(name, metric, taken, targets)
         require_unchanged({"targets": targets}, before, LOSS_OR_METRIC)
         values = {name: column.tolist() for name, column in columns.items()}
         return [{name: value[k] for name, value in values.items()} for k in range(len(params))]
 
     def _measured(self, name: str, metric: Metric, predictions: Tensor, targets: Tensor) -> Tensor:
+        if len(predictions) == 1:  # that would tell nothing about several, nor do those forms hold for one
+            return _one_by_one(metric, predictions, targets)
         function = self._functions.get(name)
         if function is not None:
             return function(metric, predictions, targets)
-        if len(predictions) == 1:  # that would tell nothing about several
-            return _one_by_one(metric, predictions, targets)
         expected = _one_by_one(metric, predictions, targets)
         self._functions[name] = _one_by_one
         for function in (_as_columns, _batched):
