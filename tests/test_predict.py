@@ -379,3 +379,26 @@ def test_a_full_disk_is_said(bundles, here):
     Path("new.csv").write_text("a,b\n1,2\n")
     with pytest.raises(HpoError, match=r"^--out /dev/full: cannot be written \(No space left on device\); make room"):
         predicted(bundles / "binary", "new.csv", "--out", "/dev/full")
+
+
+@pytest.mark.parametrize("one_each", [False, True])
+def test_labels_of_which_a_row_may_have_several_have_each_a_probability(tmp_path, one_each):
+    names = ("cat", "dog", "eel")
+    targets = torch.eye(3)[torch.arange(30) % 3]
+    if not one_each:
+        targets[::2, 0] = 1.0
+    rows = Split(inputs={"x": torch.randn(30, 2)}, targets=targets)
+    info = DataInfo(inputs={"x": (2,)}, input_dtypes={"x": "float32"}, class_names=names)
+    model = Model(
+        preprocess=nn.Identity(),
+        network=linear([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]),
+        head=nn.Sigmoid(),
+        params={"loss": "bce"},
+        info=info,
+        about=ABOUT,
+    )
+    export(model, rows, tmp_path / "b")
+    found = hpo.load_bundle(tmp_path / "b").predict(np.array([[3.0, 2.0]], dtype=np.float32))
+    labels = [f"probability_{name}" for name in names]
+    assert list(found.columns) == (["class", *labels] if one_each else labels)
+    assert found[labels].to_numpy()[0] == pytest.approx(torch.tensor([3.0, 2.0, 5.0]).sigmoid().numpy(), abs=1e-6)

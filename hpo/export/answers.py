@@ -10,8 +10,9 @@ from hpo.errors import InputError
 if TYPE_CHECKING:
     import pandas as pd
 
-Values = Literal["probabilities", "logits", "scores", "numbers"]
-"""What a model's outputs are. Logits are of a loss that is known; of scores the largest says the class, no more."""
+Values = Literal["probabilities", "logits", "scores", "labels", "numbers"]
+"""What a model's outputs are. Logits are of a loss that is known; of scores the largest says the class, no more; labels
+have each a probability of its own."""
 
 
 def values_of(outputs: np.ndarray, n_classes: int) -> Values:
@@ -34,6 +35,8 @@ def require_top_k(about: Mapping[str, Any], top_k: int | None) -> None:
         raise InputError(f"--top-k {top_k!r}: must be a whole number")
     if about["output"].get("values") == "numbers" or n < 2:
         raise InputError(f"--top-k {top_k}: the model has no classes, it predicts numbers; leave --top-k away")
+    if about["output"].get("values") == "labels":
+        raise InputError(f"--top-k {top_k}: each label has a probability of its own; leave --top-k away")
     if not 1 <= top_k <= n:
         raise InputError(f"--top-k {top_k}: must be from 1 to the number of classes, {n}")
 
@@ -43,7 +46,8 @@ def answers(about: Mapping[str, Any], outputs: np.ndarray, top_k: int | None = N
 
     Of classes: `class`, and `probability_<class>` of each; of two classes `class` and its `probability`; with `top_k`
     class_1, probability_1, class_2, ... from the likeliest on. Where they are no probabilities, `score` stands in
-    place of `probability`. Of numbers: `prediction`, or prediction_1, prediction_2, ...
+    place of `probability`. Of labels: `probability_<label>` of each. Of numbers: `prediction`, or prediction_1,
+    prediction_2, ...
     """
     import pandas as pd
 
@@ -53,6 +57,8 @@ def answers(about: Mapping[str, Any], outputs: np.ndarray, top_k: int | None = N
     if values == "numbers":
         width = flat.shape[1]
         return pd.DataFrame({"prediction" if width == 1 else f"prediction_{i + 1}": flat[:, i] for i in range(width)})
+    if values == "labels":
+        return pd.DataFrame({f"probability_{name}": flat[:, i] for i, name in enumerate(names)})
     word = "score" if values == "scores" else "probability"
     each = _of_each(flat, values)
     classes = np.array(names, dtype=object)

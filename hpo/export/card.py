@@ -7,6 +7,7 @@ _OUTPUTS = {
     "probabilities": "a probability for each class",
     "logits": "logits; `hpo predict` turns them into probabilities",
     "scores": "a score for each class, the largest of which is the answer; no probabilities",
+    "labels": "for each class the probability that the row has it, beside others or none",
     "numbers": "numbers",
 }
 

@@ -42,7 +42,7 @@ def describe(model: Model, eager: nn.Module, held_out: Split) -> dict[str, Any]:
             "name": "prediction",
             "shape": [None, *output.shape[1:]],
             "dtype": str(output.dtype).removeprefix("torch."),
-            "values": _values(model, output),
+            "values": _values(model, output, held_out.targets),
         },
         "feature_names": info["feature_names"],
         "class_names": info["class_names"],
@@ -60,16 +60,27 @@ def describe(model: Model, eager: nn.Module, held_out: Split) -> dict[str, Any]:
     return about | {"columns": columns, "example": example(held_out, columns)}
 
 
-def _values(model: Model, output: Tensor) -> Values:
+def _values(model: Model, output: Tensor, targets: Tensor) -> Values:
     """Return what the outputs are: what head and loss say counts for more than what a few rows look like."""
     seen = values_of(output.float().numpy(), model.info.n_classes)
     if seen == "numbers":
         return seen
+    if _are_labels(targets, output) and not isinstance(model.head, nn.Softmax):
+        of_each = isinstance(model.head, nn.Sigmoid) or bool(((output >= 0) & (output <= 1)).all())
+        return "labels" if of_each else "numbers"
     if isinstance(model.head, nn.Sigmoid | nn.Softmax):
         return "probabilities"
     if isinstance(model.head, nn.Identity) and model.params.get("loss") in ("bce", "cross_entropy", "nll"):
         return "logits"
     return seen
+
+
+def _are_labels(targets: Tensor, output: Tensor) -> bool:
+    """Whether a row may have several of the classes, or none: not only one each, as one-hot targets have."""
+    if targets.ndim < 2 or not targets[0].numel() == output[0].numel() > 1:
+        return False
+    each = targets.reshape(len(targets), -1).float().sum(1)
+    return not torch.allclose(each, torch.ones_like(each), atol=1e-3)
 
 
 def example(held_out: Split, columns: Sequence[Mapping[str, Any]] | None) -> dict[str, Any] | None:

@@ -13,6 +13,8 @@ from hpo.errors import InputError
 from hpo.study.data import prediction
 
 _LEAST = 1e-12
+_BY_LOSS = {"cross_entropy": "softmax", "nll": "softmax", "bce": "sigmoid"}
+"""What takes the outputs to probabilities that the losses by name take."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,7 @@ def link_of(head: nn.Module, n_classes: int, params: Mapping[str, Any]) -> Link:
             f"ensemble: no outputs are known that a {type(head).__name__} takes to a mean of probabilities; let the "
             "objective's head be Softmax or Sigmoid, or leave `ensemble` out"
         )
-    by_loss = {"cross_entropy": "softmax", "nll": "softmax", "bce": "sigmoid"}
-    return Link(by_loss.get(params.get("loss", ""), "none") if n_classes > 1 else "none")
+    return Link(_BY_LOSS.get(params.get("loss", ""), "none"))
 
 
 class Ensemble(nn.Module):
