@@ -236,15 +236,22 @@ def penalized(module: nn.Module, x: Tensor) -> Any:
     return (plain(module, x), x.square().mean()) if module.training else plain(module, x)
 
 
-def test_padding_that_changes_the_loss_in_training_only_is_refused() -> None:
+def with_room_to_pad(middle: Middle) -> tuple[VmapStack, Member]:
+    """Return a stack that has a wide network with that `middle`, and a member whose narrow one would be padded."""
+
     def build(params: Any) -> nn.Module:
-        return Network(penalized, width=params["width"])
+        return Network(middle, width=params["width"])
 
     structure = common_structure([build({"width": width}).double() for width in (8, 3)])
     shapes = structure.shapes_of(build({"width": 8}).double())
     stack = VmapStack(task(Toy(build)), 2, sines(8), "eager", lambda module, params: structure.pad(module, shapes))
     large, small = members([{"width": 8}, {"width": 3}])
     stack.join(large)
+    return stack, small
+
+
+def test_padding_that_changes_the_loss_in_training_only_is_refused() -> None:
+    stack, small = with_room_to_pad(penalized)
     with pytest.raises(NotStackable, match="its gradients in a stack are not those alone"):
         stack.join(small)
 
@@ -259,14 +266,7 @@ def dropping(module: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("middle", "is_refused"), [(noisy, True), (dropping, False)])
 def test_what_draws_random_numbers_is_padded_only_if_that_is_dropout(middle: Middle, is_refused: bool) -> None:
-    def build(params: Any) -> nn.Module:
-        return Network(middle, width=params["width"])
-
-    structure = common_structure([build({"width": width}).double() for width in (8, 3)])
-    shapes = structure.shapes_of(build({"width": 8}).double())
-    stack = VmapStack(task(Toy(build)), 2, sines(8), "eager", lambda module, params: structure.pad(module, shapes))
-    large, small = members([{"width": 8}, {"width": 3}])
-    stack.join(large)
+    stack, small = with_room_to_pad(middle)
     with pytest.raises(NotStackable, match="it draws random numbers in training") if is_refused else nullcontext():
         stack.join(small)
 

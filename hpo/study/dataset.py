@@ -5,6 +5,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,34 +35,22 @@ def read(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return the inputs by name, each (N, ...), and the targets; see `Split.from_dataset`."""
     columns: dict[str, _Column] = {}
-    try:
-        return _read(source, inputs, targets, keep_in, num_workers, columns)
-    finally:
-        for column in columns.values():
-            column.discard()
-
-
-def _read(
-    source: Any,
-    inputs: Sequence[str] | None,
-    targets: str | None,
-    keep_in: Path | None,
-    num_workers: int,
-    columns: dict[str, "_Column"],
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Do what `read` does, with the columns so far in `columns`."""
     target = ""
-    for number, batch in enumerate(_batches(source, num_workers)):
-        named, target = _named(batch, inputs, targets, number)
-        if columns and list(named) != list(columns):
-            raise DataError(f"batch {number} of {_kind(source)} gives {list(named)}, but those before {list(columns)}")
-        for name, tensor in named.items():
-            if name not in columns:
-                columns[name] = _Column(name, keep_in)
-            columns[name].add(tensor, number)
-    if not columns:
-        raise DataError(f"{_kind(source)} gives no rows")
-    read = {name: column.joined() for name, column in columns.items()}
+    with ExitStack() as end:
+        for number, batch in enumerate(_batches(source, num_workers)):
+            named, target = _named(batch, inputs, targets, number)
+            if columns and list(named) != list(columns):
+                raise DataError(
+                    f"batch {number} of {_kind(source)} gives {list(named)}, but those before {list(columns)}"
+                )
+            for name, tensor in named.items():
+                if name not in columns:
+                    columns[name] = _Column(name, keep_in)
+                    end.callback(columns[name].discard)
+                columns[name].add(tensor, number)
+        if not columns:
+            raise DataError(f"{_kind(source)} gives no rows")
+        read = {name: column.joined() for name, column in columns.items()}
     values = read.pop(target)
     return read, values.unsqueeze(1) if values.is_floating_point() and values.ndim == 1 else values
 
