@@ -14,6 +14,7 @@ from hpo.export.environment import git_commit, versions
 from hpo.export.files import FORMAT
 from hpo.export.model import Model
 from hpo.study.data import Split
+from hpo.study.losses import LINKS
 
 PROTOCOL = {
     "of_the_trial": "the validation rows, in the search; the best of many trials, so rather too good",
@@ -70,7 +71,7 @@ def _values(model: Model, output: Tensor, targets: Tensor) -> Values:
         return "labels" if of_each else "numbers"
     if isinstance(model.head, nn.Sigmoid | nn.Softmax):
         return "probabilities"
-    if isinstance(model.head, nn.Identity) and model.params.get("loss") in ("bce", "cross_entropy", "nll"):
+    if isinstance(model.head, nn.Identity) and model.params.get("loss") in LINKS:
         return "logits"
     return seen
 

@@ -11,10 +11,9 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from hpo.errors import InputError
 from hpo.study.data import prediction
+from hpo.study.losses import LINKS
 
 _LEAST = 1e-12
-_BY_LOSS = {"cross_entropy": "softmax", "nll": "softmax", "bce": "sigmoid"}
-"""What takes the outputs to probabilities that the losses by name take."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def link_of(head: nn.Module, n_classes: int, params: Mapping[str, Any]) -> Link:
             f"ensemble: no outputs are known that a {type(head).__name__} takes to a mean of probabilities; let the "
             "objective's head be Softmax or Sigmoid, or leave `ensemble` out"
         )
-    return Link(_BY_LOSS.get(params.get("loss", ""), "none"))
+    return Link(LINKS.get(params.get("loss", ""), "none"))
 
 
 class Ensemble(nn.Module):

@@ -20,6 +20,7 @@ from hpo.light import Metric
 from hpo.runner.table_models import MOST_INDICATORS, Absent, Table, boosted, linear, quiet
 from hpo.seeds import derive
 from hpo.study.data import DataInfo, Split, prediction
+from hpo.study.losses import LINKS
 from hpo.study.objective import Objective
 from hpo.training.batches import Batches
 from hpo.training.evaluation import as_taken, outputs_of
@@ -37,8 +38,6 @@ _MOST_NUMBERS = 10_000_000
 """Rows times columns that are fitted to; and twice as many by the number of classes."""
 _LEAST_CHANCE = 1e-12
 """A chance of nothing has no logarithm."""
-LOGITS = ("bce", "cross_entropy", "nll")
-"""The losses by name that take logits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +70,7 @@ def form_of(objective: Objective, info: DataInfo, params: Mapping[str, Any], out
     """
     shape = tuple(outputs.shape[1:])
     width, one_each = int(torch.Size(shape).numel()), targets.numel() == len(targets)
-    of_classes = isinstance(objective.head(), nn.Sigmoid | nn.Softmax) or params.get("loss") in LOGITS
+    of_classes = isinstance(objective.head(), nn.Sigmoid | nn.Softmax) or params.get("loss") in LINKS
     n = info.n_classes if info.n_classes > 1 else 0
     if not n and one_each and width > 1 and not targets.is_floating_point():
         n = width

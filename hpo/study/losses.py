@@ -98,6 +98,10 @@ BY_NAME: Mapping[str, Loss] = {
 """nll is F.nll_loss after a log_softmax, so that networks give logits here too: it equals cross_entropy."""
 
 
+LINKS: Mapping[str, str] = {"bce": "sigmoid", "cross_entropy": "softmax", "nll": "softmax"}
+"""The losses by name that take logits, each with what makes probabilities of them."""
+
+
 def faults(values: Mapping[str, Sequence[Any]]) -> list[Fault]:
     """Return what is wrong with the losses' params, given every value (or both ends) that each can have."""
     rules = {
