@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -539,6 +540,27 @@ def test_a_step_is_compiled_for_its_tensors_and_again_for_others(writes: bool, m
     for one, other in zip(tree_leaves(step(state, [x], y)), tree_leaves(expected), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     assert step._n_forms == 3
+
+
+@needs_compiler
+def test_a_compiled_step_is_found_in_inductors_cache_with_what_it_assumes_of_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is traced for it again. Inductor keeps what it assumes of the numbers that a graph is given, and of none
+    that is only the size of a tensor: the numbers of slots and rows are arguments."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    made = stack("two_layers", 4)
+    for member in members("two_layers", 4, optimizer="adam"):
+        made.join(member)
+    batch = (made._slots.state, [torch.randn(16, 8).double()], torch.randn(16, 1).double())
+    hits = []
+    for _ in range(2):
+        graph = Graph(made._opened.eager, *batch, any_size=True)
+        given = [node.meta["val"] for node in graph.module.graph.find_nodes(op="placeholder")]
+        assert [int(each) for each in given if isinstance(each, torch.SymInt)] == [4, 16]
+        CompiledStep(graph, *batch)
+        hits.append(torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"])
+    assert hits[1] == hits[0] + 1
 
 
 @pytest.mark.parametrize("execution", ["eager", "graph"])

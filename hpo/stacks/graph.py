@@ -43,9 +43,9 @@ class Graph:
         self.run, self.any_size = run, any_size
         leaves, structure = tree_flatten((state, list(inputs), targets))
 
-        def flat(*tensors: Tensor) -> list[Any]:
+        def flat(*arguments: Any) -> list[Any]:
             # a plain function, since make_fx counts a method's self as a tensor
-            trained, losses = run(*tree_unflatten(list(tensors), structure))
+            trained, losses = run(*tree_unflatten(list(arguments[-len(leaves) :]), structure))
             self._names = tree_map(lambda x: None, trained)
             return [*trained.leaves(), losses]
 
@@ -57,6 +57,7 @@ class Graph:
                 with suppress(Exception), silenced(_TRACES):  # of many kinds: an operation without a rule for symbols
                     sizes = _Sizes(leaves, len(tree_leaves(state)))
                     self.module = make_fx(flat, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*sizes.examples)
+                    del self.module.shape_env  # what cannot be pickled has no place in Inductor's cache
                     self._sizes = sizes
             if self._sizes is None:
                 self.module = make_fx(flat)(*tree_map(torch.clone, leaves))  # on copies: tracing runs it once
@@ -75,7 +76,12 @@ class Graph:
         return self._fits[key]
 
     def __call__(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> tuple[Trained, Tensor]:
-        return self.results(self.module(*state.leaves(), *inputs, targets))
+        return self.results(self.module(*self.arguments(state, inputs, targets)))
+
+    def arguments(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> tuple[Any, ...]:
+        """Return what the graph takes: the sizes that are symbols in it, and the tensors in their order."""
+        sizes = () if self._sizes is None else self._sizes.symbols_of(*_sizes_of(state, targets))
+        return (*sizes, *state.leaves(), *inputs, targets)
 
     def results(self, flat: Iterable[Tensor]) -> tuple[Trained, Tensor]:
         """Return what the step returns, from its tensors in their order."""
@@ -83,7 +89,7 @@ class Graph:
         return self._names.filled(leaves), next(leaves)
 
     def compiled(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> Any:
-        """Return it compiled, as a function of its tensors in their order. Raises what the compiler raises."""
+        """Return it compiled, as a function of its `arguments`. Raises what the compiler raises."""
         import torch._inductor  # a second, and only where something is compiled
 
         examples: list[Any]
@@ -110,17 +116,16 @@ class CompiledStep:
         return self._graph.fits(n_slots, n_rows)
 
     def __call__(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> tuple[Trained, Tensor]:
-        leaves = (*state.leaves(), *inputs, targets)
         try:
             if not self._graph.fits(*_sizes_of(state, targets)):
                 raise AssertionError("other sizes")
-            results = self._call(*leaves)
+            results = self._call(*self._graph.arguments(state, inputs, targets))
         except AssertionError:  # before anything is computed: a tensor has another size or other strides
-            graph, arguments = self._graph, (state, list(inputs), targets)
+            graph, batch = self._graph, (state, list(inputs), targets)
             if self._n_forms == _MOST_FORMS:
-                return graph.run(*arguments)
-            self._compile(Graph(graph.run, *arguments, any_size=graph.any_size), *arguments)
-            results = self._call(*leaves)
+                return graph.run(*batch)
+            self._compile(Graph(graph.run, *batch, any_size=graph.any_size), *batch)
+            results = self._call(*self._graph.arguments(*batch))
         return self._graph.results(results)
 
     def _compile(self, graph: Graph, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> None:
@@ -145,7 +150,8 @@ def _sizes_of(state: StackState, targets: Tensor) -> tuple[int, int]:
 class _Sizes:
     """Stand-ins for tensors, `examples`, whose numbers of slots and of rows are symbols; and what was assumed of these.
 
-    The first `n_state` tensors have a row a slot, the others one a row of a batch.
+    The first `n_state` tensors have a row a slot, the others one a row of a batch. The symbols come first, as
+    arguments of their own: Inductor's cache keeps what it assumed of a size only for a graph that is given that size.
     """
 
     def __init__(self, leaves: Sequence[Tensor], n_state: int) -> None:
@@ -159,11 +165,16 @@ class _Sizes:
             sizes = [first, *[DimDynamic.STATIC] * (x.ndim - 1)]
             return mode.from_tensor(x.detach().clone(), symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
 
-        self.examples = [example(x, DimDynamic.DUCK) for x in leaves[:n_state]]  # equal ones are one symbol
-        self.examples += [example(x, DimDynamic.DYNAMIC) for x in leaves[n_state:]]
-        self._slots, self._rows = self.examples[0].shape[0], [x.shape[0] for x in self.examples[n_state:]]
+        tensors = [example(x, DimDynamic.DUCK) for x in leaves[:n_state]]  # equal ones are one symbol
+        tensors += [example(x, DimDynamic.DYNAMIC) for x in leaves[n_state:]]
+        self._slots, self._rows = tensors[0].shape[0], [x.shape[0] for x in tensors[n_state:]]
         for n in self._rows[1:]:
             torch._check(n == self._rows[0])
+        self.examples = [*self.symbols_of(self._slots, self._rows[0]), *tensors]
+
+    def symbols_of(self, slots: Any, rows: Any) -> tuple[Any, ...]:
+        """Return of the two numbers those that are symbols."""
+        return tuple(n for size, n in ((self._slots, slots), (self._rows[0], rows)) if not isinstance(size, int))
 
     def hold(self, n_slots: int, n_rows: int) -> bool:
         """Whether what was assumed holds for so many slots and rows."""
