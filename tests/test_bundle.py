@@ -12,6 +12,7 @@ import pytest
 import torch
 from hpo.objectives.models import QuantileNormal, ScalePixels
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import hpo
 from hpo.errors import ExportError, InputError
@@ -217,6 +218,17 @@ def test_several_named_inputs(folder, preprocess):
         expected = (made.network.linear(prepared[0]) + prepared[1]).sigmoid()
     torch.testing.assert_close(predictions(loaded, rows), expected, atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(loaded(other=right, features=left), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_what_is_scripted_but_cannot_be_run_is_traced(folder):
+    """A parametrized weight is compiled to nothing but an error."""
+    rows = held_out((4,))
+    made = model(nn.Sequential(weight_norm(nn.Linear(4, 3)), nn.ReLU(), nn.Linear(3, 2)), rows)
+    about = export(made, rows, folder)["torchscript"]
+    assert about["compiled"] == "trace"
+    assert "Parametrization" in about["not_scripted"]
+    loaded = torch.jit.load(folder / "model.torchscript.pt")
+    torch.testing.assert_close(predictions(loaded, rows), predictions(made.predictor(), rows), atol=TOLERANCE, rtol=0)
 
 
 def test_both_ways_of_a_branch_are_exported(folder):

@@ -236,7 +236,7 @@ def test_samplers_and_stacks(sized, sampler, stack):  # noqa: F811
 # Pruning.
 
 
-@pytest.mark.parametrize("pruner", ["{name: median, n_startup_trials: 3, n_warmup_steps: 1}", "halving"])
+@pytest.mark.parametrize("pruner", ["{name: median, n_startup_trials: 3, n_warmup_steps: 1}", "halving", "hyperband"])
 def test_trials_are_pruned_on_the_metric_that_is_named(sized, pruner):  # noqa: F811
     path = sized(f"{SEVERAL}prune_on: r2\npruner: {pruner}\nepochs: 6\ntrials: 16\nstack: 1\n")
     invoke("run", path)

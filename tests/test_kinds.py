@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from hpo.stacks.kinds import Kinds
 from hpo.stacks.padding import PaddingPlan
@@ -176,6 +177,17 @@ BASE = {"width": 8, "factor": 1.0}
 
 def test_a_class_inside_of_build_is_stacked() -> None:
     assert trained(lambda params: net_class(params)(), [BASE] * 4) == ({VmapStack}, [])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("how", [parametrizations.weight_norm, parametrizations.orthogonal])
+def test_a_parametrized_weight_is_stacked(how: Callable[[nn.Module], nn.Module]) -> None:
+    """torch makes a class for each module whose weight is parametrized, and has it close over the module."""
+
+    def build(params: Any) -> nn.Module:
+        return nn.Sequential(how(nn.Linear(6, 8)), nn.Tanh(), nn.Linear(8, 1)).double()
+
+    assert trained(build, [BASE] * 4) == ({VmapStack}, [])
 
 
 def test_of_any_width_and_depth() -> None:

@@ -1,6 +1,8 @@
 """The pruner that a stack's members share decides as Optuna's does, asked one by one."""
 
 import math
+import random
+from pathlib import Path
 
 import optuna
 import pytest
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState, create_trial
 
 from hpo.search.pruners import SharedMedianPruner, SharedPercentilePruner
+from hpo.study.spec import Plugin
+from tests.searches import Opener
 
 VALUES = st.lists(st.one_of(st.floats(-2, 2), st.sampled_from([0.0, math.nan, math.inf])), min_size=0, max_size=6)
 KEYS = st.fixed_dictionaries(
@@ -71,3 +75,38 @@ def test_of_a_stack_the_percentile_is_computed_once_a_step(monkeypatch: pytest.M
     told(study, [0.3, 0.2], TrialState.COMPLETE)
     pruner.prune(study, create_trial(state=TrialState.RUNNING, intermediate_values={0: 0.1}))
     assert computed == [0, 1, 0]
+
+
+PRUNERS = {
+    "successive_halving": optuna.pruners.SuccessiveHalvingPruner,
+    "hyperband": lambda: optuna.pruners.HyperbandPruner(max_resource=20),
+    "wilcoxon": optuna.pruners.WilcoxonPruner,
+    "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=10, n_warmup_steps=1),
+}
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize("others", [None, {"size": False}], ids=["one metric", "two"])
+@pytest.mark.parametrize("name", PRUNERS)
+def test_a_search_prunes_as_optuna_does(tmp_path: Path, name: str, others: dict[str, bool] | None) -> None:
+    """Whatever a pruner keeps with the trials, and of several metrics on the one that leads."""
+    opener = Opener(tmp_path)
+    search = opener(pruner=Plugin(name=name), trials=40, epochs=20, others=others)
+    plain = optuna.create_study(direction="maximize", pruner=PRUNERS[name](), study_name="s")
+    draw, n_pruned = random.Random(2), 0
+    while claims := search.ask_up_to(3):
+        running = {claim.number: (plain.ask(), draw.random()) for claim in claims}
+        for epoch in range(20):
+            for number, (trial, level) in list(running.items()):
+                value = level + draw.gauss(0, 0.2) + 0.05 * epoch
+                trial.report(value, epoch)
+                pruned = trial.should_prune()
+                assert search.report(number, epoch, value) is not pruned
+                if not pruned and epoch < 19:
+                    continue
+                del running[number]
+                n_pruned += pruned
+                plain.tell(trial, None if pruned else value, state=TrialState.PRUNED if pruned else TrialState.COMPLETE)
+                search.prune(number) if pruned else search.complete(number, value, others and {"size": draw.random()})
+    assert 0 < n_pruned < 40
+    opener.close()

@@ -137,15 +137,17 @@ def _write_torchscript(eager: nn.Module, held_out: Split, path: Path) -> dict[st
         if isinstance(eager, Named):
             raise RuntimeError("several inputs")
         script = torch.jit.script(eager)
+        script(*example)  # of what is compiled some only raises: a parametrized weight does
     except Exception as error:  # the compiler raises a dozen kinds of error for Python it does not take
-        how = {"compiled": "trace", "not_scripted": str(error).strip().splitlines()[0][:200]}
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        how = {"compiled": "trace", "not_scripted": said[-isinstance(error, torch.jit.Error)][:200]}
         script = _jit.trace(eager, example)
     frozen = torch.jit.freeze(script)
     try:
         torch.jit.optimize_for_inference(frozen).save(str(path))
         _jit.load(path)(*example)
         how["optimized_for_inference"] = True
-    except RuntimeError as error:
+    except (RuntimeError, torch.jit.Error) as error:
         # With convolutions it makes a file that torch.jit.load refuses ("attribute 'value' is undefined")
         torch.jit.freeze(script).save(str(path))
         how |= {"optimized_for_inference": False, "not_optimized": str(error).strip().splitlines()[-1][:200]}

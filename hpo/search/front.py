@@ -6,9 +6,10 @@ Optuna has a trial's values in a list; the first is the one of the metric that l
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import optuna
+from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
@@ -66,7 +67,29 @@ def alone(study: optuna.Study) -> optuna.Study:
         return study
     of_first = copy.copy(study)
     of_first._directions = study.directions[:1]
+    of_first._storage = cast(BaseStorage, _OfLeading(study._storage))  # of which Hyperband makes a study of its own
     return of_first
+
+
+class _OfLeading:
+    """A storage whose studies have the directions and the best trial of their leading metric."""
+
+    def __init__(self, storage: BaseStorage) -> None:
+        self._storage = storage
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+    def get_study_directions(self, study_id: int) -> list[StudyDirection]:
+        return self._storage.get_study_directions(study_id)[:1]
+
+    def get_best_trial(self, study_id: int) -> FrozenTrial:
+        """Return the best trial of those that break no constraint. Raises ValueError: there is none."""
+        complete = self._storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,))
+        more = self.get_study_directions(study_id)[0] == StudyDirection.MAXIMIZE
+        best = copy.copy((max if more else min)(filter(holds, complete), key=lambda trial: trial.values[0]))
+        best.values = best.values[:1]
+        return best
 
 
 class WorstIfPruned:

@@ -76,7 +76,7 @@ class SeenStudy(optuna.Study):
     """A study of which a sampler sees only some trials, as that of Optuna's `HyperbandPruner`."""
 
     def __init__(self, study: optuna.Study, see: Callable[[Sequence[FrozenTrial]], list[FrozenTrial]]) -> None:
-        self.__dict__ |= study.__dict__
+        self.__dict__ |= object.__getattribute__(study, "__dict__")  # Hyperband's own study hides it
         self._see = see
 
     def _get_trials(

@@ -161,7 +161,8 @@ def exclusive(
             raise StorageError(f"storage {url} cannot be opened: {_first_line(error)}") from error
         except OSError as error:
             message = f"storage {url} cannot be opened: {what} cannot be made ({error.strerror})"
-            raise StorageError(message) from error
+            copied = "; a study is only looked at where its folder can be written to: copy it" * (kind == "sqlite")
+            raise StorageError(message + copied) from error
         yield
 
 

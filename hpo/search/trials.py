@@ -5,6 +5,7 @@ read once, a waiting one when it is claimed or paused, one that this process tra
 known. `tests/test_trials.py` compares what is read with Optuna's own reader.
 """
 
+import copy
 import json
 import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -105,9 +106,13 @@ class TrialCache:
             self._ours.pop(trial_id, None)
 
     def note(self, trial_id: int, key: str, value: Any) -> None:
-        """Note one of the `system_attrs` of a trial of ours, which Optuna's own object does not."""
+        """Note one of the `system_attrs` of a trial of ours, which Optuna's own object does not.
+
+        In a copy: a pruner of rungs compares the trial with a list that it has taken before.
+        """
         if trial_id in self._ours:
-            self._ours[trial_id].system_attrs[key] = value
+            trial = self._ours[trial_id] = copy.copy(self._ours[trial_id])
+            trial.system_attrs = {**trial.system_attrs, key: value}
 
     def _refresh(self, study_id: int, only_finished: bool) -> _Study:
         """Read what may have changed; with `only_finished`, of no trial that is unfinished."""

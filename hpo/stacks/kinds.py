@@ -184,8 +184,18 @@ class Kinds:
 
 
 def _is_library(value: Any) -> bool:
-    """Whether a class or function is torch's or Python's own: such are there once, and stay as they are."""
-    return "<locals>" not in value.__qualname__ and str(value.__module__).partition(".")[0] in _LIBRARIES
+    """Whether a class or function is torch's or Python's own: such are there once, and stay as they are.
+
+    A class that a library makes as it goes, for each module whose weight is parametrized, is not found under its name.
+    """
+    if "<locals>" in value.__qualname__ or str(value.__module__).partition(".")[0] not in _LIBRARIES:
+        return False
+    if not isinstance(value, type):
+        return True
+    of_that_name: Any = sys.modules.get(value.__module__)
+    for name in value.__qualname__.split("."):
+        of_that_name = getattr(of_that_name, name, None)
+    return of_that_name is value
 
 
 def _numbers(value: Tensor | np.ndarray) -> Hashable:

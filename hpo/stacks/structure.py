@@ -81,7 +81,7 @@ class CommonStructure:
         shapes = {name: (shapes or {}).get(name, tuple(tensor.shape)) for name, tensor in every.items()}
         frozen = tuple(n for n, w in module.named_parameters() if not w.requires_grad)
         kinds = Kinds()
-        parts = tuple((n, kinds.of(type(m)), _attributes(m, kinds)) for n, m in module.named_modules())
+        parts = tuple((n, *_kind(m, kinds)) for n, m in module.named_modules())
         layout = tuple((n, shapes[n], t.dtype) for n, t in every.items())
         return PaddedModule(
             module=module,
@@ -148,7 +148,7 @@ def own_state(module: nn.Module) -> Hashable:
     """Return what a network holds outside of tensors, torch's own modules aside: running it must not change that."""
     kinds = Kinds()
     return tuple(
-        (name, kinds.of(type(each)), _attributes(each, kinds))
+        (name, *_kind(each, kinds))
         for name, each in module.named_modules()
         if not type(each).__module__.startswith("torch.")
     )
@@ -190,12 +190,17 @@ def _alike(a: nn.Module, b: nn.Module) -> bool:
 
 def _layer_type(module: nn.Module) -> Hashable:
     """Return a layer's type, whatever its sizes; None for all that have no weights (see `SelectOne`)."""
-    return Kinds().of(type(module)) if tensors(module) else None
+    return _kind(module, Kinds())[0] if tensors(module) else None
 
 
 def _layer_and_settings(module: nn.Module) -> Hashable:
-    kinds = Kinds()
-    return kinds.of(type(module)), _attributes(module, kinds)
+    return _kind(module, Kinds())
+
+
+def _kind(module: nn.Module, kinds: Kinds) -> tuple[Hashable, Hashable]:
+    """Return what a module's class is and its `_attributes`. These first: a class made for it may close over it."""
+    attributes = _attributes(module, kinds)
+    return kinds.of(type(module)), attributes
 
 
 def _gate(module: nn.Module, path: str, optional: _Optional) -> tuple[nn.Module, list[tuple[str, str]]]:
