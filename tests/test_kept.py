@@ -1,6 +1,7 @@
 """What an objective's code keeps, or changes, beyond its own trial: said, or trained one at a time."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,12 +47,18 @@ class Penalty(hpo.Objective):
 """
 
 
+WEIGHTS = {"penalty": 0.0}
+
+
 class Keeping(Toy):
     """A regression that keeps something as `how` says."""
+
+    factor = 1.0
 
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how, self.seen, self.calls = how, torch.zeros(1), 0
+        self.held, self.options, self.space_ = nn.HuberLoss(), {"delta": [1.0]}, SimpleNamespace(delta=1.0)
 
     def build(self, params: Any, info: Any) -> nn.Module:
         if self.how == "number":
@@ -60,10 +67,20 @@ class Keeping(Toy):
             self.criterion = nn.HuberLoss(delta=params["learning_rate"])
         if self.how == "constant":
             self.constant = 3.0
+        if self.how == "in a module":
+            self.held.delta = params["learning_rate"]
+        if self.how == "in a dict":
+            self.options["delta"][0] = params["learning_rate"]
+        if self.how == "in an object":
+            self.space_.delta = params["learning_rate"]
+        if self.how == "in the class":
+            type(self).factor = params["learning_rate"]
+        if self.how == "in a global":
+            WEIGHTS["penalty"] = params["learning_rate"]
         return nn.Linear(6, 1).double()
 
     def loss(self, outputs: Any, targets: Any, params: Any) -> Any:
-        loss = F.mse_loss(outputs, targets)
+        loss = F.mse_loss(outputs, targets) + WEIGHTS["penalty"]
         if self.how == "tensor":
             self.average = loss.detach()
         if self.how == "tensor in place":
@@ -76,11 +93,16 @@ class Keeping(Toy):
 @pytest.mark.parametrize(
     ("how", "kept"),
     [
-        ("number", ["weight"]),
-        ("module", ["criterion"]),
-        ("tensor", ["average"]),
-        ("tensor in place", ["seen"]),
-        ("count", ["calls"]),
+        ("number", ["self.weight"]),
+        ("module", ["self.criterion"]),
+        ("tensor", ["self.average"]),
+        ("tensor in place", ["self.seen"]),
+        ("count", ["self.calls"]),
+        ("in a module", ["self.held"]),
+        ("in a dict", ["self.options"]),
+        ("in an object", ["self.space_"]),
+        ("in the class", ["Keeping.factor"]),
+        ("in a global", ["Keeping.build", "Keeping.loss"]),
         ("constant", []),
         ("nothing", []),
     ],
@@ -90,6 +112,7 @@ def test_what_trials_would_share_is_found_and_the_objective_is_as_before(how: st
     before = set(vars(task.objective))
     assert kept_in_objective(task, {"learning_rate": 0.1}, {"learning_rate": 0.2}, sines(8)) == kept
     assert set(vars(task.objective)) == before
+    assert Keeping.factor == 1.0
 
 
 def test_trials_of_an_objective_that_keeps_its_params_train_one_at_a_time(

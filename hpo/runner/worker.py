@@ -285,7 +285,7 @@ class _Worker:
         if not some:
             return ""
         one, other = some[0], some[-1]
-        names = ", ".join(f"self.{name}" for name in kept_in_objective(self._task, one, other, self._example))
+        names = ", ".join(kept_in_objective(self._task, one, other, self._example))
         return f"the objective's build or loss keeps {names}, which would be another trial's" if names else ""
 
     def _chosen_size(self) -> StackSize:

@@ -1,12 +1,16 @@
-"""What an objective's own code keeps in the objective while a trial trains: trials at once would share it."""
+"""What an objective's own code keeps while a trial trains, outside of its network: trials at once would share it.
+
+That is in the objective, in what it holds, in its class, or in globals that its methods name.
+"""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hpo.stacks.kinds import PLAIN
+from hpo.stacks.kinds import NOT_READ, PLAIN, Kinds
 from hpo.study.data import Split
 from hpo.study.objective import Objective, Params
 from hpo.training.evaluation import in_full
@@ -15,19 +19,36 @@ from hpo.training.stack import Member, Task
 
 
 def kept_in_objective(task: Task, one: Params, other: Params, example: Split) -> list[str]:
-    """Return which attributes of the objective two trials leave there as something else, by `build` or by `loss`.
+    """Return what two trials leave as something else, by `build` or by `loss`: `self.NAME`, `CLASS.NAME`.
 
-    The loss of a trial that trains beside others would read those of the trial that was built last. The objective is
-    left as it was.
+    The loss of a trial that trains beside others would read that of the trial that was built last. A method is named
+    for a global that it reads. The objective and its classes have their attributes of before at the end.
     """
-    before = dict(vars(task.objective))
+    own = vars(task.objective)
+    before, of_classes = dict(own), [(cls, dict(vars(cls))) for cls in _classes(task.objective)]
     try:
         return sorted(_kept(task, one, other, example))
     except (TrialError, RuntimeError, MemoryError):  # said where the network is trained, and ends that trial alone
         return []
     finally:
-        vars(task.objective).clear()
-        vars(task.objective).update(before)
+        own.clear()
+        own.update(before)
+        for cls, attributes in of_classes:
+            _restore(cls, attributes)
+
+
+def _classes(objective: Objective) -> list[type]:
+    """Return the objective's class and those above it, below hpo's own."""
+    return [cls for cls in type(objective).__mro__ if issubclass(cls, Objective) and cls is not Objective]
+
+
+def _restore(cls: type, attributes: Mapping[str, Any]) -> None:
+    with suppress(AttributeError, TypeError):  # what cannot be set was not set by the trial either
+        for name in vars(cls).keys() - attributes.keys():
+            delattr(cls, name)
+        for name, value in attributes.items():
+            if vars(cls)[name] is not value:
+                setattr(cls, name, value)
 
 
 def _kept(task: Task, one: Params, other: Params, example: Split) -> set[str]:
@@ -43,13 +64,24 @@ def _kept(task: Task, one: Params, other: Params, example: Split) -> set[str]:
 
 def _seen(objective: Objective) -> dict[str, tuple[Any, Any]]:
     """Return the attributes, held so that none of them gives its place in memory to another, and how they are now."""
-    return {name: (value, _state(value)) for name, value in vars(objective).items()}
+    several = {f"self.{name}": value for name, value in vars(objective).items()}
+    for cls in _classes(objective):
+        several |= {f"{cls.__name__}.{name}": value for name, value in vars(cls).items() if name not in NOT_READ}
+    return {name: (value, _state(value)) for name, value in several.items()}
 
 
 def _state(value: Any) -> Any:
     if isinstance(value, PLAIN):
         return repr(value)
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
+    if isinstance(value, Tensor):
+        return None if value.is_inference() else value._version
+    if isinstance(value, list | tuple | set | dict) and len(value) > _MANY:
+        return len(value)  # paths of images, say
+    return Kinds().of(value)
+
+
+_MANY = 10_000
+"""Of so many elements none is looked at."""
 
 
 def _differing(before: Mapping[str, tuple[Any, Any]], after: Mapping[str, tuple[Any, Any]]) -> set[str]:
