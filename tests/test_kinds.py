@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from hpo.stacks.kinds import Kinds
 from hpo.stacks.padding import PaddingPlan
 from hpo.stacks.pool import Pool
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.space import build as build_space
 from hpo.study.spec import parse_param
+from hpo.training.kinds import Kinds
 from hpo.training.loop_stack import LoopStack
 from hpo.training.stack import Member, Stack, Stacks, Task
 from tests.logged import recorded

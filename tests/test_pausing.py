@@ -143,6 +143,54 @@ def test_one_whose_checkpoint_is_gone_is_trained_from_scratch_and_that_is_said_a
         assert sorted(set(steps)) == list(range(len(trial.intermediate_values)))
 
 
+KEEPING = OBJECTIVE.replace("DROPOUT", "0.0").replace(
+    "class Noisy(Objective):",
+    """
+from collections import deque
+
+class Warming(nn.Sequential):
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.steps, self.seen, self.last = 0, [], deque(maxlen=20)
+        self.register_buffer("n", torch.zeros(()), persistent=False)
+
+    def forward(self, x):
+        if self.training and "HOW" == "a buffer":
+            self.n += 1
+        if self.training and "HOW" == "a count":
+            self.steps += 1
+        if self.training and "HOW" == "a list":
+            self.seen.append({"n": x.mean().detach()})
+        if self.training and "HOW" == "a deque":
+            self.last.append(0)
+        n = self.n + self.steps + len(self.seen) + len(self.last)
+        return super().forward(x) * (1 if "HOW" == "the objective" else min(1.0, n / 20))
+
+
+class Noisy(Objective):
+    def loss(self, outputs, targets, params):
+        self.n = getattr(self, "n", 0) + torch.is_grad_enabled() * ("HOW" == "the objective")
+        return F.mse_loss(outputs, targets) + min(1.0, self.n / 20) * outputs.square().mean()
+""",
+)
+KEEPING = KEEPING.replace("        return nn.Sequential(", "        self.n = 0\n        return Warming(")
+
+
+@pytest.mark.parametrize("how", ["a buffer", "a count", "a list", "a deque", "the objective"])
+def test_what_training_changes_outside_of_weights_is_there_when_it_is_resumed(how):
+    """Else it is trained from scratch, which is said: its curve is that without a pause either way."""
+    objective = KEEPING.replace("HOW", how)
+    whole = Study("whole", "pruner: none\nstack: 1\n", objective).run().curves()
+    study, started = Study("halving", f"{HALVING}stack: 1\n", objective), []
+    study.run(lambda number, epoch: started.append(number), StopWhen(lambda: len(set(started)) > 6, in_time=True))
+    done = study.run()  # from the disk; those of its own pauses from memory
+    curves = done.curves()
+    assert {len(curve) for curve in curves.values()} >= {2, 8}
+    assert {slot: whole[slot][: len(curve)] for slot, curve in curves.items()} == curves
+    said = [line for line in done.said if "had changed in training, and is nothing that a checkpoint can hold" in line]
+    assert (done.view.effort.restarted > 0) == bool(said) == (how == "a deque")
+
+
 def test_one_that_is_damaged_is_refused_with_the_reason():
     study, started = Study("two", f"{HALVING}stack: 1\n"), []
     study.run(lambda number, epoch: started.append(number), StopWhen(lambda: len(set(started)) > 6, in_time=True))

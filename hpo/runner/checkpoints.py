@@ -170,7 +170,8 @@ def _require_fitting(plan: Plan, claim: Claim, training: Mapping[str, Any]) -> N
         except Exception:  # the same is raised, and said, where the trial is trained
             raise Refused("its network cannot be built") from None
     kept = {name: (tuple(x.shape), x.dtype) for name, x in training["model"].items()}
-    built = {name: (tuple(x.shape), x.dtype) for name, x in network.state_dict().items()}
+    tensors = {**dict(network.named_buffers()), **network.state_dict()}
+    built = {name: (tuple(x.shape), x.dtype) for name, x in tensors.items()}
     if kept != built:
         name = next(n for n in (*kept, *built) if kept.get(n) != built.get(n))
         raise Refused(f"its {name} is {_shown(kept.get(name))}, that of the network now is {_shown(built.get(name))}")
@@ -181,6 +182,8 @@ def _require_fitting(plan: Plan, claim: Claim, training: Mapping[str, Any]) -> N
                 raise Refused(f"the optimizer's {key} of {name} has the shape {tuple(value.shape)}")
     if type(training["steps"]) is not int:
         raise Refused("its number of steps is no whole number")
+    if lost := training.get("lost"):
+        raise Refused(f"{lost[0]} had changed in training, and is nothing that a checkpoint can hold")
 
 
 def _shown(kind: tuple[tuple[int, ...], torch.dtype] | None) -> str:

@@ -23,7 +23,7 @@ class PausedTrials:
         """Keep what a trial resumes from, which nobody must change."""
         self._let_go(number)
         size = _n_bytes([checkpoint.kept, checkpoint.training])
-        if size > self._most:
+        if size > self._most or checkpoint.training.get("lost"):  # which is refused when it is read
             return
         self._kept[number] = checkpoint, size
         self._size += size

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from hpo.stacks.kinds import PLAIN
 from hpo.stacks.structure import own_state, tensors
 from hpo.stacks.tensor_modules import masks_of_a_step, tensor_dropout
 from hpo.study.data import Split, batch_sizes
 from hpo.study.objective import Objective, Params
 from hpo.training.evaluation import in_full
+from hpo.training.kinds import PLAIN
 from hpo.training.memory import is_out_of_memory
 from hpo.training.stack import Member, Precision, Task
 from hpo.training.torch_settings import random_states, set_random_states

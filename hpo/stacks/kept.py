@@ -8,13 +8,12 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from hpo.stacks.kinds import NOT_READ, PLAIN, Kinds
 from hpo.study.data import Split
 from hpo.study.objective import Objective, Params
 from hpo.training.evaluation import in_full
 from hpo.training.faults import TrialError
+from hpo.training.kinds import NOT_READ, PLAIN, state_of
 from hpo.training.stack import Member, Task
 
 
@@ -67,21 +66,7 @@ def _seen(objective: Objective) -> dict[str, tuple[Any, Any]]:
     several = {f"self.{name}": value for name, value in vars(objective).items()}
     for cls in _classes(objective):
         several |= {f"{cls.__name__}.{name}": value for name, value in vars(cls).items() if name not in NOT_READ}
-    return {name: (value, _state(value)) for name, value in several.items()}
-
-
-def _state(value: Any) -> Any:
-    if isinstance(value, PLAIN):
-        return repr(value)
-    if isinstance(value, Tensor):
-        return None if value.is_inference() else value._version
-    if isinstance(value, list | tuple | set | dict) and len(value) > _MANY:
-        return len(value)  # paths of images, say
-    return Kinds().of(value)
-
-
-_MANY = 10_000
-"""Of so many elements none is looked at."""
+    return {name: (value, state_of(value)) for name, value in several.items()}
 
 
 def _differing(before: Mapping[str, tuple[Any, Any]], after: Mapping[str, tuple[Any, Any]]) -> set[str]:

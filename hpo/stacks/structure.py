@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from hpo.stacks.kinds import HOOKS, NOT_READ, Kinds
 from hpo.stacks.tensor_modules import Gated, SelectOne, is_control, tensor_dropout
+from hpo.training.kinds import HOOKS, NOT_READ, Kinds
 
 _SIZES = ("in_features", "out_features", "num_features", "in_channels", "out_channels")
 """Attributes of torch.nn's own modules that say what the shapes say, and that their forward does not use."""

@@ -15,6 +15,7 @@ from hpo.training.batches import Batches
 from hpo.training.evaluation import evaluate, in_full
 from hpo.training.faults import TrialError
 from hpo.training.memory import free_bytes, n_bytes, shown
+from hpo.training.outside import Outside
 from hpo.training.stack import Member, Stack, Task
 from hpo.training.torch_settings import random_states, set_random_states
 
@@ -110,6 +111,7 @@ class _Slot:
     def fill(self, module: nn.Module, params: Params) -> None:
         """Take in a module that is on its device already: the optimizer is made after that."""
         self.module, self._params = module.train(), params
+        self._outside = Outside(module, self._task.objective)
         self._weights = [w for w in module.parameters() if w.requires_grad]
         self._optimizer = optim.make(params, self._weights, sparse=optim.gives_sparse(module))
         self._max_norm = params.get(optim.MAX_GRAD_NORM, 0)
@@ -135,18 +137,25 @@ class _Slot:
         return loss.detach()
 
     def checkpoint(self) -> dict[str, Any]:
-        """Return what `restore` takes."""
+        """Return what `restore` takes; under `lost` what changes in training and cannot be kept."""
         state = {
             name: {key: _kept(value) for key, value in self._optimizer.state.get(weight, {}).items()}
             for name, weight in self.module.named_parameters()
         }
-        model = {name: _kept(tensor) for name, tensor in self.module.state_dict().items()}
-        return {"model": model, "optimizer": state, "steps": self._t}
+        whole = {**dict(self.module.named_buffers()), **self.module.state_dict()}  # those too that are not persistent
+        kept, lost = self._outside.changed()
+        model = {name: _kept(tensor) for name, tensor in whole.items()}
+        return {"model": model, "optimizer": state, "steps": self._t, "outside": kept, "lost": lost}
 
     def restore(self, resume: Mapping[str, Any]) -> None:
         """Resume from a checkpoint, which is made right after an epoch's end."""
-        self.module.load_state_dict(resume["model"])
-        device = self._task.device
+        persistent, device = self.module.state_dict().keys(), self._task.device
+        self.module.load_state_dict({name: x for name, x in resume["model"].items() if name in persistent})
+        with torch.no_grad():
+            for name, buffer in self.module.named_buffers():
+                if name not in persistent:
+                    buffer.copy_(resume["model"][name])
+        self._outside.restore(resume.get("outside", {}), device)
         for name, weight in self.module.named_parameters():
             state = {key: _moved(value, device) for key, value in resume["optimizer"].get(name, {}).items()}
             if "step" in state and not self._counts_on_device():

@@ -13,6 +13,7 @@ import random
 import sys
 import types
 import weakref
+from collections import deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -29,11 +30,13 @@ NOT_READ = frozenset({"__init__", "__dict__", "__weakref__", "__doc__", "__first
 }
 """Of a class: what its instances have behind them, or never read."""
 HOOKS = frozenset({"_forward_hooks", "_forward_pre_hooks"})
-_NOT_STATE = frozenset(vars(nn.Module())) - HOOKS
+NOT_STATE = frozenset(vars(nn.Module())) - HOOKS
 """Of a module: what its names, its tensors and whether it trains say already."""
+_READ = (list, tuple, dict, set, deque, Tensor, np.ndarray)
+"""Of an object that is itself only: what it may count or collect in."""
 _LIBRARIES = frozenset({"torch", "numpy", *sys.stdlib_module_names}) - {"__main__"}
 _SMALL = 10_000
-"""So many numbers are compared one by one."""
+"""So many numbers, or elements of a list, are compared one by one."""
 
 
 class _Same:
@@ -85,10 +88,12 @@ class Kinds:
         return self._held(value)
 
     def _held(self, value: Any) -> Hashable:
-        """Return the kind of what holds others."""
+        """Return the kind of what holds others; of many, as the paths of images are, it is itself only."""
+        if isinstance(value, list | tuple | dict | set | deque) and len(value) > _SMALL:
+            return _Same(value), len(value)
         if isinstance(value, Mapping):
             return type(value).__name__, tuple((self.of(key), self.of(item)) for key, item in value.items())
-        if isinstance(value, list | tuple):
+        if isinstance(value, list | tuple | deque):
             return type(value).__name__, tuple(map(self.of, value))
         if isinstance(value, set | frozenset):
             return type(value).__name__, frozenset(map(self.of, value))
@@ -118,8 +123,9 @@ class Kinds:
             return "generator", self.of(value.bit_generator.state)
         if isinstance(value, np.random.RandomState):
             return "generator", self.of(value.get_state(legacy=False))
+        read = PLAIN if isinstance(value, types.ModuleType) else (*PLAIN, *_READ)
         own = getattr(value, "__dict__", {})
-        return _Same(value), tuple((key, repr(each)) for key, each in own.items() if isinstance(each, PLAIN))
+        return _Same(value), tuple((key, self.of(each)) for key, each in own.items() if isinstance(each, read))
 
     def _class(self, cls: type) -> Hashable:
         """Return what a class is: by what is written in it and above it, up to torch's own."""
@@ -177,10 +183,19 @@ class Kinds:
         """Return a module's own attributes that are no tensors: what its forward may branch on or compute with."""
         self._known[id(module)] = "the module itself"  # of its own methods that it keeps
         self._kept.append(module)
-        own = {key: value for key, value in vars(module).items() if key not in _NOT_STATE and key not in left_out}
+        own = {key: value for key, value in vars(module).items() if key not in NOT_STATE and key not in left_out}
         hooks = {key: list(own.pop(key).values()) for key in HOOKS if key in own}
         own |= {key: value for key, value in hooks.items() if value}
         return tuple((key, self.of(own[key])) for key in sorted(own))
+
+
+def state_of(value: Any) -> Hashable:
+    """Return what an attribute holds now: what is changed in place is something else then."""
+    if isinstance(value, PLAIN):
+        return repr(value)
+    if isinstance(value, Tensor):
+        return None if value.is_inference() else value._version
+    return Kinds().of(value)
 
 
 def _is_library(value: Any) -> bool:
