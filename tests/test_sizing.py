@@ -38,7 +38,15 @@ class Line(Toy):
     """A hidden layer, if any, and a line."""
 
     def build(self, params, info):
-        return nn.Sequential(nn.Linear(4, params["width"]), nn.Tanh(), nn.Linear(params["width"], 1))
+        masks = {"none": nn.Identity, "layer": lambda: nn.Dropout(0.0), "function": Masked}[
+            params.get("dropout", "none")
+        ]()
+        return nn.Sequential(nn.Linear(4, params["width"]), nn.Tanh(), masks, nn.Linear(params["width"], 1))
+
+
+class Masked(nn.Module):
+    def forward(self, x):
+        return nn.functional.dropout(x, 0.2, self.training)
 
 
 def sized(n_trials: int = 1000, most: int = 1000, **params: Any) -> Sizing:
@@ -171,6 +179,15 @@ def test_no_stack_is_larger_than_the_memory_allows(clock, monkeypatch: pytest.Mo
     monkeypatch.setattr(sizing, "free_bytes", lambda device: 1)
     assert given.room() == 1
     assert sized(optimizer="adadelta").room() == 1
+
+
+@pytest.mark.parametrize(("dropout", "stacked"), [("none", True), ("layer", False), ("function", False)])
+def test_one_at_a_time_is_compiled_only_where_that_draws_no_other_masks(dropout: str, stacked: bool) -> None:
+    """A trial's curve must not follow from how many trials there are."""
+    given = sized(n_trials=10_000, dropout={"type": "categorical", "choices": [dropout]})
+    assert given.given(1).stacked == stacked
+    assert not sized(n_trials=2).given(1).stacked
+    assert given.given(4).stacked
 
 
 def test_measuring_takes_no_more_than_its_share_of_the_study(clock, monkeypatch: pytest.MonkeyPatch) -> None:

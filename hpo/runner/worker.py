@@ -299,6 +299,8 @@ class _Worker:
             return before
         if spec.stack == "auto" and spec.time is not None and spec.time < SHORT_SECONDS:
             return StackSize(why=f"one trial at a time: in {spec.time:g} s to measure would not pay")
+        if spec.stack == 1 and spec.limit is not None and spec.limit < SHORT_SECONDS:  # nor to compile
+            return StackSize(why=AS_GIVEN)
         learns = spec.sampler.name not in ("random", "grid", "qmc", "brute_force")
         several = self._plan.space.draw(min(_DRAWS, n_trials), spec.seed)
         draws, n_too_large = looked_at(several, self._trials.limits.network)

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from hpo.stacks.structure import own_state, tensors
-from hpo.stacks.tensor_modules import masks_of_a_step, tensor_dropout
+from hpo.stacks.tensor_modules import has_dropout, masks_of_a_step, tensor_dropout
 from hpo.study.data import Split, batch_sizes
 from hpo.study.objective import Objective, Params
 from hpo.training.evaluation import in_full
@@ -49,6 +49,8 @@ class Alone:
     buffers: Mapping[str, Tensor]
     is_random: bool
     """Whether it draws from torch's generators but for dropout, so that another time it gives something else."""
+    has_dropout: bool
+    """Whether it has dropout, as layers or as functions."""
 
     def is_like(self, got: Mapping[str, Tensor], precision: Precision) -> bool:
         """Whether `got`, gradients and buffers in a stack, are these."""
@@ -91,6 +93,7 @@ def step_alone(task: Task, module: nn.Module, params: Params, example: Split) ->
         untrained=frozenset(name for name, g in zip(weights, found, strict=True) if g is None),
         buffers=buffers,
         is_random=is_random,
+        has_dropout=trying.drops or has_dropout(module),
     )
 
 
@@ -147,10 +150,11 @@ class Trying(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.lists = False
+        self.lists = self.drops = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.lists |= func in _READING
+        self.drops |= func in _DROPOUT
         if func in _DROPOUT:
             given = inspect.signature(F.dropout).bind(*args, **(kwargs or {})).arguments
             return 0.5 * given["input"] if given.get("training", True) else given["input"]

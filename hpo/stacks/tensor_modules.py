@@ -88,6 +88,11 @@ def step_buffers(module: nn.Module) -> list[str]:
     return [f"{name}.step".lstrip(".") for name, each in module.named_modules() if isinstance(each, RateDropout)]
 
 
+def has_dropout(module: nn.Module) -> bool:
+    """Whether a network whose dropout is in tensors has any."""
+    return any(isinstance(each, RateDropout) for each in module.modules())
+
+
 class SelectOne(nn.Module):
     """One of several modules that have no weights (activations, say); which one is in a buffer."""
 

@@ -103,14 +103,14 @@ class VmapStack(Stack):
         return self._opened.is_general
 
     def expect(self, n_steps: float) -> None:
-        """Say how many steps there may be still to do: they are compiled as soon as that is seen to pay.
+        """Say how many steps there may be still to do: they are compiled as soon as the first ones show that it pays.
 
-        How long one takes is seen on the first ones; where steps are recorded, only their number counts.
+        Where steps are recorded, and for a single member, whose result must not follow from the clock, that is counted.
         """
-        recorded = records(self._task.device)
-        pays_anyway = recorded and compile_pays(n_steps, self._task.device)
-        self.execution = "compiled" if pays_anyway or self.is_compiled(self.capacity) else "graph"
-        self._expected, self._timed = 0.0 if recorded else n_steps, []
+        counted = records(self._task.device) or self.capacity == 1
+        pays = counted and compile_pays(n_steps, self._task.device)
+        self.execution = "compiled" if pays or self.is_compiled(self.capacity) else "graph"
+        self._expected, self._timed = 0.0 if counted else n_steps, []
 
     def suits(self, candidate: Candidate) -> bool:
         """Whether `candidate` has this stack's signature."""
