@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from sklearn.model_selection import train_test_split
 
 from hpo.errors import DataError, did_you_mean
 from hpo.study.blocks import split_by_rows, tabular_splits  # noqa: F401 (version 0.1 had the second here)
 from hpo.study.data import Data, Split, data_home
+from hpo.study.pictures import upright
 
 
 def rows_of_splits(
@@ -150,8 +151,7 @@ def _image(path: Path, size: int, where: str) -> torch.Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, on metadata
             with Image.open(path) as image:
-                upright = ImageOps.exif_transpose(image).convert("RGB")
-            small = upright.resize((size, size), Image.Resampling.BILINEAR)
+                small = upright(image, "RGB").resize((size, size), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(small)).permute(2, 0, 1)
     except Exception as error:  # Pillow's decoders: each fails in a way of its own
         cause = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -88,6 +88,13 @@ def test_a_head_of_another_kind_is_refused_for_classes():
         link_of(nn.Tanh(), 2, {})
 
 
+def test_what_is_held_to_of_one_network_is_not_broken_by_several(study):
+    limits = 'constraints: {n_parameters: "<= 1000000"}\n'
+    with pytest.raises(InputError, match="ensemble: n_parameters is held to of a trial's one network, and 3 are exported"):
+        prepare(study(f"{limits}ensemble: 3\n"))
+    assert prepare(study(limits)).spec.ensemble == 1
+
+
 @pytest.mark.parametrize("stack", [1, 4])
 def test_an_ensemble_is_exported_as_one_model_and_tested_as_one(study, stack):
     path = study(TEXT.replace("stack: 1", f"stack: {stack}") + "ensemble: 3\n")
@@ -182,6 +189,7 @@ def test_an_objectives_pace_may_name_an_ensemble_where_the_time_is_long_enough(s
     assert paced("time: 3m\n") == (2, 5), "the study file names its epochs"
     assert paced("time: 2m\n")[1] == 5
     assert paced("time: 90s\n")[1] == 1
+    assert paced('time: 3m\nconstraints: {latency: "<= 1s"}\n')[1] == 1, "an ensemble takes five times as long"
     assert paced("time: 3m\nensemble: 2\n")[1] == 2
     assert paced("time: 3m\nrefit_seeds: 2\n")[1] == 1
     assert paced("timeout: 3m\n")[1] == 1

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hpo.objectives.datasets import _image
 from hpo.objectives.models import ScalePixels
 from hpo.objectives.tabular import FillMissing, KnownCodes
 from PIL import Image
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 
 import hpo
 from hpo.cli.app import app
-from hpo.errors import HpoError, InputError
+from hpo.errors import DataError, HpoError, InputError
 from hpo.export.bundle import export
 from hpo.export.columns import Columns, Notes
 from hpo.export.model import Model
@@ -274,6 +275,20 @@ def test_images_are_resized_and_named(bundles, here):
     assert predicted(bundles / "pixels", "folder/b.png")["file"].tolist() == ["b.png"]
     Path("folder/c.png").write_text("no image")
     assert "c.png: is no image that can be read" in refused("predict", bundles / "pixels", "folder")
+
+
+def test_an_image_of_16_bits_is_the_same_and_one_of_numbers_is_refused(bundles, here):
+    shades = np.full((6, 4), 51, np.uint8)
+    Image.fromarray(shades).save("eight.png")
+    Image.fromarray(shades.astype(np.uint16) * 257).save("sixteen.png")
+    eight, sixteen = (predicted(bundles / "pixels", f"{name}.png")["prediction"].item() for name in ("eight", "sixteen"))
+    assert eight == sixteen == "0.2"
+    assert torch.equal(_image(Path("eight.png"), 5, "x"), _image(Path("sixteen.png"), 5, "x"))
+    Image.fromarray(shades.astype(np.float32) / 255).save("numbers.tif")
+    what = "its pixels are numbers of 32 bits (F); save it with 8 or 16 bits a channel"
+    assert what in refused("predict", bundles / "pixels", "numbers.tif")
+    with pytest.raises(DataError, match="numbers of 32 bits"):
+        _image(Path("numbers.tif"), 5, "x")
 
 
 BAD = {

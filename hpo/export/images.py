@@ -9,6 +9,7 @@ import numpy as np
 
 from hpo.errors import InputError
 from hpo.export.columns import Notes
+from hpo.study.pictures import upright
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
@@ -54,7 +55,7 @@ def _files(path: Path) -> list[Path]:
 
 def _image(file: Path, shape: tuple[int, ...], notes: Notes) -> np.ndarray:
     """Return an image as it is meant to be looked at, of that shape in uint8. Raises InputError."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     height, width = shape[-2:]
     colours = len(shape) == 3 and shape[0] == 3
@@ -62,13 +63,13 @@ def _image(file: Path, shape: tuple[int, ...], notes: Notes) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, on metadata
             with Image.open(file) as image:
-                upright = ImageOps.exif_transpose(image).convert("RGB" if colours else "L")
-        if upright.size != (width, height):
+                shown = upright(image, "RGB" if colours else "L")
+        if shown.size != (width, height):
             n, first = notes.resized
-            size = f"{file.name} from {upright.width} x {upright.height} to {width} x {height}"
+            size = f"{file.name} from {shown.width} x {shown.height} to {width} x {height}"
             notes.resized = n + 1, first or size
-            upright = upright.resize((width, height), Image.Resampling.BILINEAR)
-        pixels = np.array(upright)
+            shown = shown.resize((width, height), Image.Resampling.BILINEAR)
+        pixels = np.array(shown)
     except Exception as error:  # Pillow's decoders: each fails in a way of its own
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise InputError(f"{file}: is no image that can be read ({reason})") from error

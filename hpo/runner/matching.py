@@ -1,6 +1,6 @@
 """Whether what a study file asks for can be had of its objective: halving, constraints, a metric, how it ends."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
 from hpo.errors import Fault, Faulty, did_you_mean
@@ -64,6 +64,9 @@ def _end_faults(spec: StudySpec, objective: Objective | Function) -> list[Fault]
     if spec.refit_seeds > 1 and spec.ensemble > 1:
         why = f"the test metrics of an ensemble's {spec.ensemble} networks are given as those of refit_seeds; drop one"
         return [Fault(path=("refit_seeds",), message=why)]
+    if spec.ensemble > 1 and (limited := of_one_network(spec.constraints)):
+        why = f"{limited[0]} is held to of a trial's one network, and {spec.ensemble} are exported as one; drop one"
+        return [Fault(path=("ensemble",), message=why)]
     if spec.confirm is None:
         return []
     if isinstance(objective, Function):
@@ -73,6 +76,11 @@ def _end_faults(spec: StudySpec, objective: Objective | Function) -> list[Fault]
         why = f"must be at most {spec.trials}, the number of trials, but got {spec.confirm.top}"
         return [Fault(path=("confirm", "top"), message=why)]
     return []
+
+
+def of_one_network(names: Iterable[str]) -> list[str]:
+    """Return which of a study's constraints or metrics are a size or a time that an ensemble has several times."""
+    return [name for name in names if name in OF_ANY_TRIAL]
 
 
 def stop_faults(spec: StudySpec, space: Space, objective: Objective | Function) -> list[Fault]:

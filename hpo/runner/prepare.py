@@ -17,7 +17,7 @@ import torch
 
 from hpo.errors import Fault, Faulty, HpoError, InputError, SpecError, collecting
 from hpo.log import log
-from hpo.runner.matching import faults_with, goals_of, stop_faults
+from hpo.runner.matching import faults_with, goals_of, of_one_network, stop_faults
 from hpo.runner.params import space_of
 from hpo.search.samplers import make_pruner, make_sampler, trials_of
 from hpo.study import loading as objectives
@@ -225,7 +225,9 @@ def _paced(spec: StudySpec, objective: Objective | Function, faults: list[Fault]
     if spec.time is None or isinstance(objective, Function):
         return spec
     keys = {"epochs", "patience"}
-    if spec.time >= ENSEMBLE_SECONDS and "refit_seeds" not in spec.model_fields_set:
+    metrics = spec.metric if isinstance(spec.metric, tuple) else ()
+    limited = of_one_network([*spec.constraints, *metrics])
+    if spec.time >= ENSEMBLE_SECONDS and "refit_seeds" not in spec.model_fields_set and not limited:
         keys.add("ensemble")
     with collecting(faults):
         try:
