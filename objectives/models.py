@@ -177,7 +177,8 @@ def transforms_by_name(
             raise ValueError(f"transforms: must be of torchvision.transforms.v2, but got {name!r}{hint}")
         try:
             made.append(known[name](**arguments))
-            shape = made[-1](torch.zeros(3, size, size)).shape
+            with torch.random.fork_rng(devices=[]):  # they are made with a trial's network, whose numbers are its own
+                shape = made[-1](torch.zeros(3, size, size)).shape
         except Exception as error:  # torchvision's transforms: each refuses in a way of its own
             raise ValueError(f"transforms: must take an image, but got {entry}: {error}") from error
         if shape != (3, size, size):

@@ -220,6 +220,35 @@ def test_several_named_inputs(folder, preprocess):
     torch.testing.assert_close(loaded(other=right, features=left), expected, atol=TOLERANCE, rtol=0)
 
 
+def test_what_torchscript_cannot_hold_is_said_as_that_and_so_is_a_batch_that_is_refused(folder):
+    rows = held_out((4,))
+    with pytest.raises(ExportError, match="the model cannot be exported .Could not export Python function call 'Sign'"):
+        export(model(Binary(), rows), rows, folder)
+    alone = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False), nn.Linear(3, 2))
+    with pytest.raises(ExportError, match="gives no predictions for a batch of 1 .Expected more than 1 value"):
+        export(model(alone, rows), rows, folder)
+    assert not folder.exists()
+
+
+class Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class Binary(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return Sign.apply(self.linear(x))
+
+
 def test_what_is_scripted_but_cannot_be_run_is_traced(folder):
     """A parametrized weight is compiled to nothing but an error."""
     rows = held_out((4,))

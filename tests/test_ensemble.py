@@ -90,7 +90,9 @@ def test_a_head_of_another_kind_is_refused_for_classes():
 
 def test_what_is_held_to_of_one_network_is_not_broken_by_several(study):
     limits = 'constraints: {n_parameters: "<= 1000000"}\n'
-    with pytest.raises(InputError, match="ensemble: n_parameters is held to of a trial's one network, and 3 are exported"):
+    with pytest.raises(
+        InputError, match="ensemble: n_parameters is held to of a trial's one network, and 3 are exported"
+    ):
         prepare(study(f"{limits}ensemble: 3\n"))
     assert prepare(study(limits)).spec.ensemble == 1
 

@@ -281,7 +281,9 @@ def test_an_image_of_16_bits_is_the_same_and_one_of_numbers_is_refused(bundles, 
     shades = np.full((6, 4), 51, np.uint8)
     Image.fromarray(shades).save("eight.png")
     Image.fromarray(shades.astype(np.uint16) * 257).save("sixteen.png")
-    eight, sixteen = (predicted(bundles / "pixels", f"{name}.png")["prediction"].item() for name in ("eight", "sixteen"))
+    eight, sixteen = (
+        predicted(bundles / "pixels", f"{name}.png")["prediction"].item() for name in ("eight", "sixteen")
+    )
     assert eight == sixteen == "0.2"
     assert torch.equal(_image(Path("eight.png"), 5, "x"), _image(Path("sixteen.png"), 5, "x"))
     Image.fromarray(shades.astype(np.float32) / 255).save("numbers.tif")

@@ -74,7 +74,10 @@ def test_a_trial_that_is_exported_by_itself_is_tracked_too(tracked: tuple[Path, 
     path, mlflow = tracked
     best = summary(invoke("run", path, "--json"))["best"]["number"]
     other = next(n for n in range(3) if n != best)
-    exported = summary(invoke("export", path, "--trial", other, "--json"))
+    said = invoke("export", path, "--trial", other, "--json")
+    exported = summary(said)
+    assert (exported["best"]["number"], exported["exported"]["number"]) == (best, other)
+    assert f"(trial {other}, " in next(line for line in said.splitlines() if line.startswith("exported "))
     assert mlflow.runs()[str(other)].data.metrics["test_r2"] == pytest.approx(exported["test"]["r2"])
     assert f"bundle-trial-{other}/bundle.json" in mlflow.files("study", f"bundle-trial-{other}")
     assert mlflow.statuses()["study"] == "FINISHED"

@@ -14,7 +14,7 @@ from hpo.cli import console as view
 from hpo.cli.after import next_steps
 from hpo.cli.live import LiveProgress
 from hpo.cli.screen import Shown, console, screen
-from hpo.cli.status import summary
+from hpo.cli.status import as_dict, summary
 from hpo.errors import HpoError, masked
 from hpo.export.formats import formats_of
 from hpo.runner import keeping
@@ -140,9 +140,9 @@ def export(
         stack.callback(search.close)
         seen = search.view()
         done = studies.export(plan, search, seen, number, folder, chosen)
-        best = seen.best(number)
-        _print_result(plan, seen, best, done, out)
-        return summary(plan.spec, seen, best, done)
+        exported = seen.best(number)
+        _print_result(plan, seen, exported, done, out)
+        return summary(plan.spec, seen, seen.best(), done) | {"exported": as_dict(exported)}
 
 
 def replay(path: Path, overrides: Mapping[str, str], number: int, epochs: int | None) -> dict[str, Any]:
@@ -268,12 +268,13 @@ def _print_result(
     counts = seen.counts
     when = where(plan.spec.value, best.epoch)
     winner = best if confirmed is None else seen.best(confirmed.winner.number) or best
+    named = "best" if (leading := seen.best()) is not None and leading.number == best.number else "exported"
     rows = [
         ["trials", count_text(counts)],
         *([] if seen.stopped is None else [["stopped", seen.stopped.text().removeprefix("stopped ")]]),
-        ["best", f"{plan.metric} {number_text(best.value)} on validation (trial {best.number}, {when})"]
+        [named, f"{plan.metric} {number_text(best.value)} on validation (trial {best.number}, {when})"]
         if plan.function is None
-        else ["best", f"{plan.metric} {best.value:.6g} (trial {best.number})"],
+        else [named, f"{plan.metric} {best.value:.6g} (trial {best.number})"],
         *([["epochs", text]] if (text := seen.effort.text()) else []),
         *_confirmed_rows(plan, confirmed),
         *([["constraints", seen.feasible_text]] if seen.feasible_text else []),

@@ -124,7 +124,7 @@ def summary(
         "trials": counts.by_state(),
         "stopped": None if seen.stopped is None else seen.stopped.as_dict(),
         "epochs": seen.effort.as_dict(),
-        "best": None if best is None else {"number": best.number, "value": best.value, "params": dict(best.params)},
+        "best": as_dict(best),
         **({"constraints": seen.constrained} if seen.feasible_text else {}),
         **({"metrics": front_data(seen)} if seen.others else {}),
         "confirmed": None if confirmed is None else confirmed.as_dict() | {"params": _params(seen, confirmed)},
@@ -136,6 +136,11 @@ def summary(
     }
     whole: dict[str, Any] = finite(summary)
     return whole
+
+
+def as_dict(best: Best | None) -> dict[str, Any] | None:
+    """Return a trial as `--json` has it."""
+    return None if best is None else {"number": best.number, "value": best.value, "params": dict(best.params)}
 
 
 def _params(seen: StudyView, confirmed: Confirmed) -> dict[str, Any]:

@@ -151,16 +151,22 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _why(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error)).splitlines()[0][:200]
+    lines = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
+    return (lines or [type(error).__name__])[0][:200]
 
 
 @contextmanager
 def _written(folder: Path) -> Iterator[None]:
-    """Within this, what cannot be written is an ExportError."""
+    """Within this, what cannot be written is an ExportError, and so is what TorchScript cannot hold."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch: a full disk is a RuntimeError
-        raise ExportError(f"{folder} cannot be written ({_why(error)}); nothing was exported") from error
+        if isinstance(error, OSError) or any(word in str(error) for word in _TORCH_CANNOT_WRITE):
+            raise ExportError(f"{folder} cannot be written ({_why(error)}); nothing was exported") from error
+        raise ExportError(f"the model cannot be exported ({_why(error)}); nothing was exported") from error
+
+
+_TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "unexpected pos", "iostream")
 
 
 def _replace(work: Path, folder: Path) -> None:

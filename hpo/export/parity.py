@@ -21,13 +21,20 @@ BATCH_SIZES = (1, 2, 7, 64, 257, 1000)
 
 
 def parity_of(eager: Callable[..., Tensor], other: Callable[..., Tensor], held_out: Split) -> dict[str, Any]:
-    """Return the largest difference between the two modules' predictions on `held_out`, for several batch sizes."""
+    """Return the largest difference between the two modules' predictions on `held_out`, for several batch sizes.
+
+    Raises ExportError for a network that takes no batch of some size: BatchNorm without running statistics no row alone.
+    """
     largest, scale, rows = 0.0, 1.0, min(len(held_out), 2 * max(BATCH_SIZES))
     for batch_size in BATCH_SIZES:
         for start in range(0, min(rows, 4 * batch_size), batch_size):
             inputs = [x[start : start + batch_size].cpu() for x in held_out.inputs.values()]
-            with torch.no_grad():
-                one, two = eager(*inputs), other(*inputs)
+            try:
+                with torch.no_grad():
+                    one, two = eager(*inputs), other(*inputs)
+            except ValueError as error:
+                n, why = len(inputs[0]), str(error).splitlines()[0]
+                raise ExportError(f"the model gives no predictions for a batch of {n} ({why})") from error
             difference = torch.where(one == two, 0.0, (one - two).abs()).max()  # -inf equals -inf
             scale = max(scale, float(one.nan_to_num(posinf=0.0, neginf=0.0).abs().max()))
             # max() of Python would drop a NaN, and a NaN is no parity

@@ -17,7 +17,7 @@ from hpo.runner.advice import advice
 from hpo.runner.firststep import fixed_from, missing_param, module_from, settings_stay, try_measuring, try_step
 from hpo.runner.prepare import Plan, guarded
 from hpo.runner.preview import Preview
-from hpo.runner.returned import few_rows
+from hpo.runner.returned import few_rows, try_export
 from hpo.study.data import Data, Split
 from hpo.study.objective import Objective, Params
 from hpo.study.sealed import sealed, sealing
@@ -53,15 +53,29 @@ def _tried(plan: Plan, data: Data, whole: Data) -> tuple[nn.Module | None, list[
     if objective.train is not None:
         (first, _), infeasible = _each_corner(plan, Preview(plan, data, rows))
         return first, infeasible
-    (first, outputs), infeasible = _each_corner(
-        plan, lambda params, is_first: _try_corner(plan, data, params, batch if is_first else None)
-    )
+    unexported: list[str] = []
+
+    def attempt(params: Params, is_first: bool) -> tuple[nn.Module, Any]:
+        module, outputs = _try_corner(plan, data, params, batch if is_first else None)
+        if is_first and any(_is_own(each) for part in (module, preprocess) for each in part.modules()):
+            try:
+                try_export(plan, data, rows, module, params)
+            except InputError as error:  # it can be searched nevertheless, and its weights are in best.pt
+                unexported.append(str(error))
+        return module, outputs
+
+    (first, outputs), infeasible = _each_corner(plan, attempt)
     losses: dict[Any, Params] = {}
     for params in plan.space.corners():
         losses.setdefault(params.get("loss"), params)
     try_measuring(plan, whole, outputs, batch, [*losses.values()])
     warnings = [line for params in losses.values() for line in advice(plan, outputs, batch, params)]
-    return first, [*infeasible, *dict.fromkeys(warnings)]
+    return first, [*infeasible, *unexported, *dict.fromkeys(warnings)]
+
+
+def _is_own(module: nn.Module) -> bool:
+    """Whether a module's code is the user's: what comes with torch and hpo is known to be exported."""
+    return type(module).__module__.partition(".")[0] not in ("torch", "torchvision", "hpo")
 
 
 def _each_corner(

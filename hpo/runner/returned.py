@@ -50,6 +50,7 @@ def try_network(plan: Plan, data: Data, rows: FewRows, network: nn.Module, *, me
 def try_export(plan: Plan, data: Data, rows: FewRows, network: nn.Module, params: Params) -> None:
     """Export `network` into a temporary folder, as it will be at the study's end. Raises InputError."""
     assert isinstance(plan.objective, Objective)
+    what = "its network" if plan.objective.train is None else plan.objective.returns
     head = module_from(plan, "head", plan.objective.head)
     model = Model(preprocess=rows.preprocess, network=network, head=head, params=params, info=data.info, about={})
     try:
@@ -59,7 +60,7 @@ def try_export(plan: Plan, data: Data, rows: FewRows, network: nn.Module, params
     except Exception as error:  # whatever TorchScript, the user's forward or the comparison raise
         why = str(error) if isinstance(error, HpoError) else origin(error)
         raise InputError(
-            f"objective {plan.spec.objective}: {plan.objective.returns} ({type(network).__name__}) cannot be "
+            f"objective {plan.spec.objective}: {what} ({type(network).__name__}) cannot be "
             f"exported: {why}; its forward must take tensors and give a tensor by torch's own functions, the same "
             "for the same rows, so that torch.jit can script or trace it"
         ) from error
