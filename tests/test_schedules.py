@@ -123,6 +123,17 @@ def taken(stack, members: list[Member], n_steps: int) -> list[list[float]]:
     return [list(column) for column in zip(*seen, strict=True)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("steps", [1, 7, 8, 63])
+def test_a_part_of_an_epoch_ends_at_the_same_step_in_single_precision(dtype: torch.dtype, steps: int) -> None:
+    i = torch.arange(8 * steps, dtype=dtype)
+    for tenths in range(1, 21):
+        params = {"schedule": "step", "schedule_step_size": tenths / 10, "schedule_gamma": 0.5}
+        hyper = {name: torch.tensor(x, dtype=dtype) for name, x in schedules.hyperparameters(params).items()}
+        ended = [10 * n // (tenths * steps) for n in range(8 * steps)]
+        assert schedules.factor(hyper, i, steps, 8).tolist() == [0.5**n for n in ended]
+
+
 @pytest.mark.parametrize("stack", ["loop", "eager", "graph"])
 def test_a_members_learning_rate_follows_its_schedule(stack: str) -> None:
     filled, members = made(stack, len(CASES)), [member(n, case) for n, case in enumerate(CASES)]

@@ -114,3 +114,24 @@ def test_defaults_are_torch_optims() -> None:
         for name, value in defaults.items():
             real = group["betas"][int(name[-1]) - 1] if name.startswith("beta") else group[names.get(name, name)]
             assert float(real) == value, (optimizer, name)
+
+
+NEAR_ONE = {"adam": {"beta1": 0.9999, "beta2": 0.99999}, "adamw": {"beta2": 0.999999}, "rmsprop": {"alpha": 0.99999}}
+
+
+@pytest.mark.parametrize("optimizer", NEAR_ONE)
+def test_decays_near_one_keep_their_digits_in_single_precision(optimizer: str) -> None:
+    torch.manual_seed(0)
+    params = {"optimizer": optimizer, "learning_rate": 0.01, **NEAR_ONE[optimizer]}
+    weight = torch.nn.Parameter(torch.randn(50))
+    stacked, reference = {"w": weight.detach().clone()[None]}, make(params, [weight])
+    first = weight.detach().clone()
+    hyper = {key: torch.tensor([h]) for key, h in stacked_optim.hyperparameters(optimizer, params).items()}
+    state = stacked_optim.initial_state(stacked_optim.STATE[optimizer], stacked)
+    for t in range(1, 31):
+        gradients = {"w": torch.randn(1, 50)}
+        stacked, state = stacked_optim.step(optimizer, stacked, gradients, state, hyper, torch.full((1,), float(t)))
+        weight.grad = gradients["w"][0].clone()
+        reference.step()
+    moved, by_torch = stacked["w"][0] - first, weight.detach() - first
+    torch.testing.assert_close(moved, by_torch, rtol=2e-5, atol=2e-6 * float(by_torch.abs().max()))

@@ -23,7 +23,7 @@ BATCH_SIZES = (1, 2, 7, 64, 257, 1000)
 def parity_of(eager: Callable[..., Tensor], other: Callable[..., Tensor], held_out: Split) -> dict[str, Any]:
     """Return the largest difference between the two modules' predictions on `held_out`, for several batch sizes.
 
-    Raises ExportError for a network that takes no batch of some size: BatchNorm without running statistics no row alone.
+    Raises ExportError for a network that takes no batch of some size: BatchNorm without statistics no row alone.
     """
     largest, scale, rows = 0.0, 1.0, min(len(held_out), 2 * max(BATCH_SIZES))
     for batch_size in BATCH_SIZES:

@@ -7,6 +7,7 @@ them a member has is structural. Idea: HFTA (Wang et al., MLSys 2021).
 Shapes: K members; a weight `w` is (K, ...), a hyperparameter (K,), the step count `t` (K,).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -48,10 +49,16 @@ def initial_state(names: Sequence[str], weights: Mapping[str, Tensor]) -> dict[s
 def hyperparameters(optimizer: str, params: Mapping[str, Any]) -> dict[str, float]:
     """Return one member's hyperparameters, torch.optim's defaults for those that `params` do not hold.
 
-    And 1 - alpha, of which nothing much would be left in single precision, if alpha is near 1.
+    And 1 - alpha, 1 - beta, log(beta), of which little would be left in single precision where these are near 1.
     """
     values = {name: float(params.get(name, default)) for name, default in HYPERPARAMETERS[optimizer].items()}
-    return values | ({"of_new": 1 - values["alpha"]} if "alpha" in values else {})
+    decays = {name: values[name] for name in ("alpha", "beta1", "beta2") if name in values}
+    of_new = {f"new_{name}": 1 - decay for name, decay in decays.items()}
+    return values | of_new | {f"log_{name}": _log(decay) for name, decay in decays.items() if name != "alpha"}
+
+
+def _log(x: float) -> float:
+    return math.log(x) if x > 0 else -math.inf
 
 
 def step(
@@ -93,15 +100,15 @@ def _adamw(w: Tensor, g: Tensor, s: State, h: Mapping[str, Tensor]) -> tuple[Ten
 
 
 def _adam_update(w: Tensor, g: Tensor, s: State, h: Mapping[str, Tensor]) -> tuple[Tensor, State]:
-    average = torch.lerp(s["exp_avg"], g, 1 - h["beta1"])
-    square = h["beta2"] * s["exp_avg_sq"] + (1 - h["beta2"]) * g * g
+    average = torch.lerp(s["exp_avg"], g, h["new_beta1"])
+    square = h["beta2"] * s["exp_avg_sq"] + h["new_beta2"] * g * g
     root = square.sqrt() / h["correction"] + h["eps"]
     return w - h["step_size"] * average / root, {"exp_avg": average, "exp_avg_sq": square}
 
 
 def _rmsprop(w: Tensor, g: Tensor, s: State, h: Mapping[str, Tensor]) -> tuple[Tensor, State]:
     g = g + h["weight_decay"] * w
-    square = h["alpha"] * s["square_avg"] + h["of_new"] * g * g
+    square = h["alpha"] * s["square_avg"] + h["new_alpha"] * g * g
     buffer = h["momentum"] * s["momentum_buffer"] + g / (square.sqrt() + h["eps"])
     return w - h["learning_rate"] * buffer, {"square_avg": square, "momentum_buffer": buffer}
 
@@ -116,8 +123,9 @@ _RULES: Mapping[str, Rule] = {"sgd": _sgd, "adam": _adam, "adamw": _adamw, "rmsp
 
 
 def _corrections(hyper: Mapping[str, Tensor], t: Tensor) -> dict[str, Tensor]:
-    step_size = hyper["learning_rate"] / (1 - hyper["beta1"] ** t)
-    return {"step_size": step_size, "correction": (1 - hyper["beta2"] ** t).sqrt()}
+    # 1 - beta ** t
+    corrections = [-torch.expm1(hyper[name] * t) for name in ("log_beta1", "log_beta2")]
+    return {"step_size": hyper["learning_rate"] / corrections[0], "correction": corrections[1].sqrt()}
 
 
 _OF_A_STEP: Mapping[str, Callable[[Mapping[str, Tensor], Tensor], dict[str, Tensor]]] = {
