@@ -241,6 +241,15 @@ def test_every_kind_of_file_gives_the_same(bundles, here, kind):
     assert np.allclose(made.iloc[:, 1:].astype(float), array.iloc[:, 1:], atol=1e-6)
 
 
+def test_a_counted_index_of_parquet_is_a_column_as_in_training(bundles, here, monkeypatch):
+    """pandas writes only how it counts."""
+    pytest.importorskip("pyarrow")
+    monkeypatch.setattr("hpo.export.reading.ROWS", 3)
+    pd.DataFrame({"b": [0.0] * 7}, index=pd.RangeIndex(5, 19, 2, name="a")).to_parquet("new.parquet")
+    made = predicted(bundles / "plain", "new.parquet")["prediction"].astype(float)
+    assert made.tolist() == list(range(5, 19, 2))
+
+
 def test_a_table_is_read_in_chunks_and_rows_are_counted_over_them(bundles, here, monkeypatch):
     monkeypatch.setattr("hpo.export.reading.ROWS", 2)
     Path("new.csv").write_text("a,b\n" + "".join(f"{i},0\n" for i in range(7)))

@@ -162,13 +162,18 @@ def _parquet(path: Path, columns: Columns, keep: str | None, notes: Notes) -> It
     first = 1
     try:
         with parquet.ParquetFile(path) as file:
-            header = [name.strip() for name in file.schema_arrow.names]
+            counted, stored = _counted_index(file.schema_arrow), file.schema_arrow.names
+            header = [name.strip() for name in (*counted, *stored)]
             taken = columns.required(str(path), header, keep, notes)
             wanted = list(dict.fromkeys([*taken, *([] if keep is None else [keep])]))
-            names = [file.schema_arrow.names[header.index(name)] for name in wanted]
+            names = [(*counted, *stored)[header.index(name)] for name in wanted]
             total = file.metadata.num_rows
-            for batch in file.iter_batches(batch_size=ROWS, columns=names):
-                frame = batch.to_pandas(ignore_metadata=True)[names]  # it may ask for columns that are Arrow's
+            for batch in file.iter_batches(batch_size=ROWS, columns=[name for name in names if name not in counted]):
+                frame = batch.to_pandas(ignore_metadata=True)  # it may ask for columns that are Arrow's
+                frame.index = pd.RangeIndex(first - 1, first - 1 + batch.num_rows)
+                for name, (start, step) in counted.items():
+                    frame[name] = start + step * frame.index
+                frame = frame[names]
                 frame.columns = pd.Index(wanted)
                 if len(frame):
                     kept = {} if keep is None else {keep: frame[keep].tolist()}
@@ -181,6 +186,13 @@ def _parquet(path: Path, columns: Columns, keep: str | None, notes: Notes) -> It
         raise InputError(f"{path}: cannot be read behind row {first - 1} ({_why(error)})") from error
     if first == 1:
         raise InputError(f"{path}: has no rows")
+
+
+def _counted_index(schema: Any) -> dict[str, tuple[int, int]]:
+    """Return the start and step of an index that pandas has only described, by name: training has it as a column."""
+    described = (schema.pandas_metadata or {}).get("index_columns", [])
+    ranges = [each for each in described if isinstance(each, dict) and each.get("kind") == "range" and each.get("name")]
+    return {str(each["name"]): (int(each["start"]), int(each["step"])) for each in ranges}
 
 
 def _arrays(path: Path, about: Mapping[str, Any], columns: Columns | None) -> Iterator[Chunk]:

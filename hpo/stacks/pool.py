@@ -113,7 +113,8 @@ class Pool(Stacks):
             self._queue.append(member)
             return None
         if each is None:
-            self._once.info(f"trials like trial {member.number} are trained one at a time", reason)
+            like = f"trials like trial {member.number}" if member.number >= 0 else "networks like the default one"
+            self._once.info(f"{like} are trained one at a time", reason)
             self._queue.append(member)
         return each
 
