@@ -38,10 +38,14 @@ class Line(Toy):
     """A hidden layer, if any, and a line."""
 
     def build(self, params, info):
-        masks = {"none": nn.Identity, "layer": lambda: nn.Dropout(0.0), "function": Masked}[
-            params.get("dropout", "none")
-        ]()
-        return nn.Sequential(nn.Linear(4, params["width"]), nn.Tanh(), masks, nn.Linear(params["width"], 1))
+        kinds = {"none": nn.Identity(), "layer": nn.Dropout(0.0), "function": Masked(), "noise": Noisy()}
+        after = kinds[params.get("dropout", "none")]
+        return nn.Sequential(nn.Linear(4, params["width"]), nn.Tanh(), after, nn.Linear(params["width"], 1))
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x) if self.training else x
 
 
 class Masked(nn.Module):
@@ -181,7 +185,9 @@ def test_no_stack_is_larger_than_the_memory_allows(clock, monkeypatch: pytest.Mo
     assert sized(optimizer="adadelta").room() == 1
 
 
-@pytest.mark.parametrize(("dropout", "stacked"), [("none", True), ("layer", False), ("function", False)])
+@pytest.mark.parametrize(
+    ("dropout", "stacked"), [("none", True), ("layer", False), ("function", False), ("noise", False)]
+)
 def test_one_at_a_time_is_compiled_only_where_that_draws_no_other_masks(dropout: str, stacked: bool) -> None:
     """A trial's curve must not follow from how many trials there are."""
     given = sized(n_trials=10_000, dropout={"type": "categorical", "choices": [dropout]})

@@ -223,6 +223,9 @@ def _changed(plan: Plan, search: Search, seen: StudyView, data: Data, number: in
     ):
         if (there := search.attrs.get(key)) not in (None, here):
             changes.append(f"{what}: fingerprint {here} here, {there} then")
+    trial = next(each for each in seen.everything if each.number == number)
+    if schema.CURVES not in trial.user_attrs and plan.spec.stack != 1 and not plan.trains_itself:
+        changes.append("in which order it saw the rows is not stored: it was cut short, or has not ended yet")
     then, now = _environment_of(search, seen, number), made_with(plan)
     for name, version in now["versions"].items():
         if (before := then.get("versions", {}).get(name, version)) != version:

@@ -161,8 +161,9 @@ def exclusive(
             raise StorageError(f"storage {url} cannot be opened: {_first_line(error)}") from error
         except OSError as error:
             message = f"storage {url} cannot be opened: {what} cannot be made ({error.strerror})"
-            copied = "; a study is only looked at where its folder can be written to: copy it" * (kind == "sqlite")
-            raise StorageError(message + copied) from error
+            raise StorageError(
+                f"{message}; a lock is needed to read a study too: copy it to where one can be"
+            ) from error
         yield
 
 

@@ -49,8 +49,8 @@ class Alone:
     buffers: Mapping[str, Tensor]
     is_random: bool
     """Whether it draws from torch's generators but for dropout, so that another time it gives something else."""
-    has_dropout: bool
-    """Whether it has dropout, as layers or as functions."""
+    draws: bool
+    """Whether it draws random numbers at all: those, or dropout's, of layers or of functions."""
 
     def is_like(self, got: Mapping[str, Tensor], precision: Precision) -> bool:
         """Whether `got`, gradients and buffers in a stack, are these."""
@@ -93,7 +93,7 @@ def step_alone(task: Task, module: nn.Module, params: Params, example: Split) ->
         untrained=frozenset(name for name, g in zip(weights, found, strict=True) if g is None),
         buffers=buffers,
         is_random=is_random,
-        has_dropout=trying.drops or has_dropout(module),
+        draws=is_random or trying.drops or has_dropout(module),
     )
 
 

@@ -101,8 +101,8 @@ class Sizing:
     def given(self, capacity: int) -> StackSize:
         """Return what the study asks for: so many trials at once, or as many as memory has room for.
 
-        One at a time is a stack of one where the study's steps pay for compiling it, since that is faster. With dropout
-        it never is: its masks are others in a stack, and what a trial comes to must not follow from how many there are.
+        One at a time is a stack of one where the study's steps pay for compiling it, since that is faster. A network that
+        draws random numbers never is: in a stack they are others, and a trial must not follow from how many there are.
         """
         if not self.draws:
             return StackSize(why=_TOO_LARGE)
@@ -113,7 +113,7 @@ class Sizing:
         if not groups:
             return StackSize(why=f"one trial at a time: {reasons[0]}")
         shared = self._shared(groups)
-        if capacity == 1 and any(each.alone.has_dropout for group in groups.values() for each in group):
+        if capacity == 1 and any(each.alone.draws for group in groups.values() for each in group):
             return StackSize(why=AS_GIVEN)
         if capacity == 1:
             return StackSize(stacked=compile_pays(n_steps * shared, self.task.device), shared=shared, why=AS_GIVEN)
