@@ -378,6 +378,28 @@ RIGHT = {
 }
 
 
+def test_a_network_that_torchscript_cannot_hold_is_said_before_the_first_trial(study):
+    network = """
+        class Sign(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x.sign()
+
+            @staticmethod
+            def backward(ctx, gradient):
+                return gradient
+
+        class Net(nn.Linear):
+            def forward(self, x):
+                return Sign.apply(super().forward(x))
+
+        return Net(4, 3)
+    """
+    Path("odd.py").write_text(written({BUILD: network.strip()}))
+    why = "its network (Net) cannot be exported: the model cannot be exported (Could not export Python function call"
+    assert why in " ".join(invoke("check", study("objective: odd.py\nmetric: loss")).split())
+
+
 @pytest.mark.parametrize("changes", RIGHT.values(), ids=RIGHT)
 def test_what_is_right_is_let_through(study, changes):
     metric = {METRICS: 'return {"any": Anything()}'}

@@ -101,8 +101,8 @@ class Sizing:
     def given(self, capacity: int) -> StackSize:
         """Return what the study asks for: so many trials at once, or as many as memory has room for.
 
-        One at a time is a stack of one where the study's steps pay for compiling it, since that is faster. A network that
-        draws random numbers never is: in a stack they are others, and a trial must not follow from how many there are.
+        One at a time is a stack of one where the study's steps pay for compiling it, since that is faster. A network
+        that draws random numbers never is: they are others in a stack, and how many trials there are must not matter.
         """
         if not self.draws:
             return StackSize(why=_TOO_LARGE)
