@@ -51,9 +51,9 @@ from hpo.log import shown_by
 from hpo.runner.prepare import Plan, prepare
 from hpo.runner.worker import work
 from hpo.search.opening import open_search
+from hpo.stacks.compiling import TIMED_STEPS
 from hpo.stacks.padding import PaddingPlan
 from hpo.stacks.pool import Pool
-from hpo.stacks.vmap_stack import TIMED_STEPS
 from hpo.stacks.vmap_step import VmapStep
 from hpo.study.objective import Params
 from hpo.tracking.opening import open_tracker

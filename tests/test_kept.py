@@ -87,6 +87,8 @@ class Keeping(Toy):
             self.seen += 1
         if self.how == "count":
             self.calls += 1
+        if self.how == "count in training" and outputs.requires_grad:
+            self.options["delta"][0] += 1
         return loss
 
 
@@ -98,6 +100,7 @@ class Keeping(Toy):
         ("tensor", ["self.average"]),
         ("tensor in place", ["self.seen"]),
         ("count", ["self.calls"]),
+        ("count in training", ["self.options"]),
         ("in a module", ["self.held"]),
         ("in a dict", ["self.options"]),
         ("in an object", ["self.space_"]),

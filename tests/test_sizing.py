@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from hpo.runner.worker import work
 from hpo.search.opening import open_search
 from hpo.search.schema import STACK
 from hpo.stacks import sizing
+from hpo.stacks.compiling import TIMED_STEPS, Decision
 from hpo.stacks.cost import compile_pays
 from hpo.stacks.padding import Padder, PaddingPlan
 from hpo.stacks.sizing import Sizing, StackSize
@@ -334,3 +336,24 @@ def test_a_step_of_many_operations_takes_the_longer_to_compile():
     assert compile_pays(10_000, CPU, 1.5e-3, n_operations=276)
     assert not compile_pays(10_000, CPU, 1.5e-3, n_operations=959)
     assert compile_pays(100_000, CPU, 1.5e-3, n_operations=959)
+
+
+def test_one_process_compiles_a_step_and_the_others_train_on_meanwhile(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    one, other, third = (Decision(CPU) for _ in range(3))
+    for each in (one, other, third):
+        assert not each.expect(1e6, capacity=4)
+    assert [one.after(0.01, lambda: ("code", 1)) for _ in range(TIMED_STEPS)] == [False] * (TIMED_STEPS - 1) + [True]
+    assert not any(other.after(0.01, lambda: ("code", 1)) for _ in range(3 * TIMED_STEPS))
+    assert any(third.after(0.01, lambda: ("other code", 1)) for _ in range(TIMED_STEPS))
+    one.done()
+    assert [other.after(0.01, lambda: ("code", 1)) for _ in range(TIMED_STEPS)][-1]
+    assert not any(other.after(0.01, lambda: ("code", 1)) for _ in range(3 * TIMED_STEPS)), "it was decided"
+
+
+def test_where_no_lock_can_be_made_each_process_compiles(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))
+    one = Decision(CPU)
+    one.expect(1e6, capacity=4)
+    assert [one.after(0.01, lambda: ("code", 1)) for _ in range(TIMED_STEPS)][-1]

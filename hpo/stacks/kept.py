@@ -55,7 +55,7 @@ def _kept(task: Task, one: Params, other: Params, example: Split) -> set[str]:
     first = _seen(task.objective)
     network = task.drawn(Member(number=-1, seed=1, params=dict(other))).to(task.device).eval()
     second = _seen(task.objective)
-    with torch.no_grad(), task.guarding(), task.autocast():
+    with torch.enable_grad(), task.guarding(), task.autocast():  # as in training: what is counted may be so there only
         outputs = in_full(network(*example.inputs.values()))
         task.objective.loss(outputs, example.targets, dict(other))
     return _differing(first, second) | _differing(second, _seen(task.objective))

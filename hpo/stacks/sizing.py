@@ -20,9 +20,10 @@ from torch import nn
 from hpo.errors import Interrupted
 from hpo.stacks.alone import NotStackable
 from hpo.stacks.candidate import Candidate, candidate
+from hpo.stacks.compiling import TIMED_STEPS
 from hpo.stacks.cost import SIZES, compile_pays, slots_for
 from hpo.stacks.padding import Padder, Padding, PaddingPlan
-from hpo.stacks.vmap_stack import TIMED_STEPS, VmapStack
+from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.data import Split
 from hpo.training.batches import Batch, Batches
 from hpo.training.faults import TrialError
@@ -239,6 +240,7 @@ class Sizing:
             reason = reason or next(iter(stack.take(copies).values()), None)
             if reason is not None:
                 raise NotStackable(reason)
+            stack.compiling.waits = True
             stack.expect(rounds * shared * self._n_steps(params))
             for _ in range(TIMED_STEPS + 1):  # it is compiled in the last of these, if that pays
                 stack.step(*self._batch(params["batch_size"]))

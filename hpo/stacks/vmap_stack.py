@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_map
 from hpo.errors import Interrupted
 from hpo.stacks.alone import OUTSIDE, NotStackable, Trying, unlike, why_rows_matter
 from hpo.stacks.candidate import Candidate, candidate
-from hpo.stacks.cost import compile_pays, records
+from hpo.stacks.compiling import Decision
+from hpo.stacks.cost import records
 from hpo.stacks.moved import outputs_when_moved
 from hpo.stacks.padding import Padder, unpadded
 from hpo.stacks.recording import line
@@ -37,8 +38,6 @@ from hpo.training.stack import Kept, Member, Stack, Task
 
 _ABSENT, _OTHER_STRUCTURE = "absent", "its structure is not that of the stack"
 _ROWS_AT_ONCE: Mapping[str, int] = {"cuda": 1 << 20}  # of all members together; on a CPU they stay in its cache
-TIMED_STEPS = 5
-"""How many steps are timed before it is decided whether to compile them."""
 _DRAWS = "it draws random numbers in training, of which padding may make something else"
 _OTHER_STEP = "its gradients in a stack are not those alone"
 
@@ -61,7 +60,7 @@ class VmapStack(Stack):
         """
         self.capacity = capacity
         self.execution: Execution = execution
-        self._expected, self._timed = 0.0, list[float]()
+        self.compiling = Decision(task.device)
         self._task, self._example, self._padder = task, example, padder
         self._slots = Slots(capacity, task.device)
         self._step: VmapStep | None = None
@@ -103,14 +102,9 @@ class VmapStack(Stack):
         return self._opened.is_general
 
     def expect(self, n_steps: float) -> None:
-        """Say how many steps there may be still to do: they are compiled as soon as the first ones show that it pays.
-
-        Where steps are recorded, and for a single member, whose result must not follow from the clock, that is counted.
-        """
-        counted = records(self._task.device) or self.capacity == 1
-        pays = counted and compile_pays(n_steps, self._task.device)
-        self.execution = "compiled" if pays or self.is_compiled(self.capacity) else "graph"
-        self._expected, self._timed = 0.0 if counted else n_steps, []
+        """Say how many steps there may be still to do: they are compiled as soon as that pays (`Decision`)."""
+        at_once = self.compiling.expect(n_steps, self.capacity)
+        self.execution = "compiled" if at_once or self.is_compiled(self.capacity) else "graph"
 
     def suits(self, candidate: Candidate) -> bool:
         """Whether `candidate` has this stack's signature."""
@@ -298,19 +292,15 @@ class VmapStack(Stack):
         """Do one step; return the losses of all slots, (K,), the empty ones too."""
         self._slots.settle()
         start = time.perf_counter()
-        self._slots.state, losses = self._opened(self._slots.state, inputs, targets, self.execution)
-        if self.execution == "graph" and self._expected:
-            self._decide(time.perf_counter() - start)
-        return losses
-
-    def _decide(self, seconds: float) -> None:
-        """Have the steps compiled from now on, if the last ones, which took so long, show that it pays."""
-        self._timed.append(seconds)
-        self._expected -= 1
-        if len(self._timed) == TIMED_STEPS:
-            if compile_pays(self._expected, self._task.device, min(self._timed), self._opened.n_operations):
+        try:
+            self._slots.state, losses = self._opened(self._slots.state, inputs, targets, self.execution)
+        finally:
+            self.compiling.done()
+        if self.execution == "graph":
+            seconds, step = time.perf_counter() - start, self._opened
+            if self.compiling.after(seconds, lambda: (step.code, step.n_operations)):
                 self.execution = "compiled"
-            self._expected = 0
+        return losses
 
     def _missing(self) -> Tensor:
         """Return which members have no network, (n,)."""

@@ -200,6 +200,11 @@ class VmapStep:
         """How many operations a step has, as it was captured last; 0: none was."""
         return len(self._graphs[-1].module.graph.nodes) if self._graphs else 0
 
+    @property
+    def code(self) -> str:
+        """What a step computes, as it was captured last; empty: it was not."""
+        return str(self._graphs[-1].module.code) if self._graphs else ""
+
     def _graph(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor) -> Graph:
         """Return the step as a graph of plain operations, for batches of this size: one traced before, if it fits."""
         for graph in self._graphs:
