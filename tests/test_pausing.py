@@ -153,6 +153,8 @@ class Warming(nn.Sequential):
         super().__init__(*layers)
         self.steps, self.seen, self.last = 0, [], deque(maxlen=20)
         self.register_buffer("n", torch.zeros(()), persistent=False)
+        self.held, self.drawing = [nn.BatchNorm1d(4, affine=False)], torch.Generator().manual_seed(1)
+        self.mean = torch.zeros(1)
 
     def forward(self, x):
         if self.training and "HOW" == "a buffer":
@@ -163,7 +165,13 @@ class Warming(nn.Sequential):
             self.seen.append({"n": x.mean().detach()})
         if self.training and "HOW" == "a deque":
             self.last.append(0)
-        n = self.n + self.steps + len(self.seen) + len(self.last)
+        if self.training and "HOW" == "a module in a list":
+            self.held[0](x)
+        if self.training and "HOW" == "a generator":
+            x = x + 0.01 * torch.rand(1, generator=self.drawing)
+        if self.training and "HOW" == "numbers behind torch's back":
+            self.mean.data += 1
+        n = self.n + self.steps + len(self.seen) + len(self.last) + self.held[0].num_batches_tracked + self.mean
         return super().forward(x) * (1 if "HOW" == "the objective" else min(1.0, n / 20))
 
 
@@ -176,7 +184,10 @@ class Noisy(Objective):
 KEEPING = KEEPING.replace("        return nn.Sequential(", "        self.n = 0\n        return Warming(")
 
 
-@pytest.mark.parametrize("how", ["a buffer", "a count", "a list", "a deque", "the objective"])
+KEPT = ("a buffer", "a count", "a list", "the objective", "numbers behind torch's back")
+
+
+@pytest.mark.parametrize("how", [*KEPT, "a deque", "a module in a list", "a generator"])
 def test_what_training_changes_outside_of_weights_is_there_when_it_is_resumed(how):
     """Else it is trained from scratch, which is said: its curve is that without a pause either way."""
     objective = KEEPING.replace("HOW", how)
@@ -188,7 +199,7 @@ def test_what_training_changes_outside_of_weights_is_there_when_it_is_resumed(ho
     assert {len(curve) for curve in curves.values()} >= {2, 8}
     assert {slot: whole[slot][: len(curve)] for slot, curve in curves.items()} == curves
     said = [line for line in done.said if "had changed in training, and is nothing that a checkpoint can hold" in line]
-    assert (done.view.effort.restarted > 0) == bool(said) == (how == "a deque")
+    assert (done.view.effort.restarted > 0) == bool(said) == (how not in KEPT)
 
 
 def test_one_that_is_damaged_is_refused_with_the_reason():

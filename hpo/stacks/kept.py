@@ -14,6 +14,7 @@ from hpo.study.objective import Objective, Params
 from hpo.training.evaluation import in_full
 from hpo.training.faults import TrialError
 from hpo.training.kinds import NOT_READ, PLAIN, state_of
+from hpo.training.outside import own_classes
 from hpo.training.stack import Member, Task
 
 
@@ -24,7 +25,7 @@ def kept_in_objective(task: Task, one: Params, other: Params, example: Split) ->
     for a global that it reads. The objective and its classes have their attributes of before at the end.
     """
     own = vars(task.objective)
-    before, of_classes = dict(own), [(cls, dict(vars(cls))) for cls in _classes(task.objective)]
+    before, of_classes = dict(own), [(cls, dict(vars(cls))) for cls in own_classes(task.objective)]
     try:
         return sorted(_kept(task, one, other, example))
     except (TrialError, RuntimeError, MemoryError):  # said where the network is trained, and ends that trial alone
@@ -34,11 +35,6 @@ def kept_in_objective(task: Task, one: Params, other: Params, example: Split) ->
         own.update(before)
         for cls, attributes in of_classes:
             _restore(cls, attributes)
-
-
-def _classes(objective: Objective) -> list[type]:
-    """Return the objective's class and those above it, below hpo's own."""
-    return [cls for cls in type(objective).__mro__ if issubclass(cls, Objective) and cls is not Objective]
 
 
 def _restore(cls: type, attributes: Mapping[str, Any]) -> None:
@@ -64,7 +60,7 @@ def _kept(task: Task, one: Params, other: Params, example: Split) -> set[str]:
 def _seen(objective: Objective) -> dict[str, tuple[Any, Any]]:
     """Return the attributes, held so that none of them gives its place in memory to another, and how they are now."""
     several = {f"self.{name}": value for name, value in vars(objective).items()}
-    for cls in _classes(objective):
+    for cls in own_classes(objective):
         several |= {f"{cls.__name__}.{name}": value for name, value in vars(cls).items() if name not in NOT_READ}
     return {name: (value, state_of(value)) for name, value in several.items()}
 
