@@ -196,7 +196,7 @@ def test_what_training_changes_outside_of_weights_is_there_when_it_is_resumed(ho
     study.run(lambda number, epoch: started.append(number), StopWhen(lambda: len(set(started)) > 6, in_time=True))
     done = study.run()  # from the disk; those of its own pauses from memory
     curves = done.curves()
-    assert {len(curve) for curve in curves.values()} >= {2, 8}
+    assert 8 in {len(curve) for curve in curves.values()}
     assert {slot: whole[slot][: len(curve)] for slot, curve in curves.items()} == curves
     said = [line for line in done.said if "had changed in training, and is nothing that a checkpoint can hold" in line]
     assert (done.view.effort.restarted > 0) == bool(said) == (how not in KEPT)
