@@ -1,9 +1,10 @@
 """Classes written inside of a function: the same where nothing that their code may read differs, else never."""
 
 import functools
+import random
 import types
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from hpo.study.space import build as build_space
 from hpo.study.spec import parse_param
 from hpo.training.kinds import Kinds
 from hpo.training.loop_stack import LoopStack
+from hpo.training.outside import Outside
 from hpo.training.stack import Member, Stack, Stacks, Task
 from tests.logged import recorded
 from tests.stacking import CPU, INFO, Built, assert_same_curves, sines
@@ -328,6 +330,40 @@ def test_what_cannot_be_looked_into_is_only_itself() -> None:
         assert Kinds().of(one) != Kinds().of(other)
     assert Kinds().of(1) != Kinds().of(True)
     assert Kinds().of(1) != Kinds().of(1.0)
+
+
+class Broken(Mapping[str, int]):
+    def __getitem__(self, key: str) -> int:
+        raise OSError(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("a",))
+
+    def __len__(self) -> int:
+        return 1
+
+
+@dataclass
+class Unset:
+    value: int = field(init=False)
+
+
+@pytest.mark.parametrize("make", [random.SystemRandom, Broken, Unset])
+def test_what_raises_when_it_is_looked_into_is_only_itself(make: Callable[[], Any]) -> None:
+    one, other = make(), make()
+    assert Kinds().of(one) == Kinds().of(one)
+    assert Kinds().of({"a": one}) == Kinds().of({"a": one})
+    assert Kinds().of(one) != Kinds().of(other)
+    module = nn.Linear(2, 2)
+    module.holds = one  # type: ignore[assignment]
+    assert Outside(module, Built([])).changed() == ({}, [])
+
+
+def test_what_is_deeper_than_pythons_stack_is_looked_into_as_far_as_that_goes() -> None:
+    outer: list[Any] = []
+    for _ in range(5_000):
+        outer = [outer]
+    assert Kinds().of(outer) == Kinds().of(outer)
 
 
 def test_what_is_gone_is_equal_to_nothing_that_takes_its_place() -> None:

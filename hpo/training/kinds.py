@@ -71,7 +71,10 @@ class Kinds:
         if id(value) not in self._known:
             self._kept.append(value)
             self._known[id(value)] = "seen", len(self._known)  # where it holds itself
-            self._known[id(value)] = self._look(value)
+            try:
+                self._known[id(value)] = self._look(value)
+            except Exception:  # of the objective's own making, or of a library's: a look stops no trial
+                self._known[id(value)] = _Same(value)
         return self._known[id(value)]
 
     def _look(self, value: Any) -> Hashable:
@@ -117,7 +120,7 @@ class Kinds:
         """Return the kind of what may count or draw: where it stands is a part of it."""
         if isinstance(value, itertools.count):
             return "count", repr(value)
-        if isinstance(value, random.Random):
+        if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):  # which has no state
             return "random", self.of(value.getstate())
         if isinstance(value, np.random.Generator):
             return "generator", self.of(value.bit_generator.state)

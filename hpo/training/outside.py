@@ -92,7 +92,10 @@ class _Contents:
         if id(value) not in self._known:
             self._kept.append(value)
             self._known[id(value)] = "seen"  # where it holds itself
-            self._known[id(value)] = self._look(value) if len(self._known) < _MANY else self._kinds.of(value)
+            try:
+                self._known[id(value)] = self._look(value) if len(self._known) < _MANY else self._kinds.of(value)
+            except Exception:  # what its author or a library wrote: a look stops no trial
+                self._known[id(value)] = self._kinds.of(value)
         return self._known[id(value)]
 
     def _look(self, value: Any) -> Hashable:
