@@ -134,3 +134,59 @@ def test_check_and_the_first_run_say_it_once(planned, said):
     for command, times in ((["check"], 1), (["run"], 2), (["run", "--trials", "2"], 2)):
         invoke(*command, "study.yaml")
         assert " ".join(said).count(SOFTMAX) == times
+
+
+KEEPING = (
+    OBJECTIVE
+    + """
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        outputs = self.layer(x)
+        self.kept = outputs.square().mean()
+        return outputs
+
+
+class Keeping(WithHead):
+    counts = []
+    at_build, at_loss = staticmethod(lambda self: None), staticmethod(lambda self: None)
+
+    def build(self, params, info):
+        self.net = Net()
+        self.at_build(self)
+        return self.net
+
+    def loss(self, outputs, targets, params):
+        self.at_loss(self)
+        return super().loss(outputs, targets, params) + 0.01 * self.net.kept
+
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("at_build", "at_loss", "changes"),
+    [
+        ("None", "None", None),
+        ("vars(self).update(n=0)", "vars(self).update(n=self.n + 1)", None),
+        ("None", "vars(self).setdefault('weights', torch.ones(3))", None),
+        ("vars(self).update(n=vars(self).get('n', 0) + 1)", "None", "self.n"),
+        ("None", "vars(self).update(n=vars(self).get('n', 0) + 1)", "self.n"),
+        ("None", "vars(self).setdefault('seen', []).append(0)", "self.seen"),
+        ("None", "vars(self).setdefault('dice', torch.Generator().manual_seed(1)).seed()", "self.dice"),
+        ("None", "self.counts.append(0)", "Keeping.counts"),
+    ],
+)
+def test_what_a_trial_leaves_in_the_objective_for_the_next_is_said(tmp_path, planned, at_build, at_loss, changes):
+    """And a loss may read what the forward of the network built last has kept."""
+    methods = {"at_build": at_build, "at_loss": at_loss}.items()
+    lines = [f"    {name} = staticmethod(lambda self: {what})\n" for name, what in methods]
+    (tmp_path / "odd.py").write_text(KEEPING + "".join(lines))
+    plan = planned("Keeping")
+    _, warnings = preflight(plan, plan.load_data())
+    said = f"objective odd.py:Keeping: its build or loss changes {changes}, which the next trial finds as the last one "
+    assert [line[: len(said)] for line in warnings] == ([said] if changes else [])

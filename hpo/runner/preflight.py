@@ -17,7 +17,7 @@ from hpo.runner.advice import advice
 from hpo.runner.firststep import fixed_from, missing_param, module_from, settings_stay, try_measuring, try_step
 from hpo.runner.prepare import Plan, guarded
 from hpo.runner.preview import Preview
-from hpo.runner.returned import few_rows, try_export
+from hpo.runner.returned import few_rows, try_export, try_network
 from hpo.study.data import Data, Split
 from hpo.study.objective import Objective, Params
 from hpo.study.sealed import sealed, sealing
@@ -25,6 +25,7 @@ from hpo.study.splits import require_rows
 from hpo.training import optim
 from hpo.training.faults import fault_of
 from hpo.training.memory import Within
+from hpo.training.outside import Outside
 
 
 def preflight(plan: Plan, data: Data) -> tuple[nn.Module | None, list[str]]:
@@ -51,26 +52,32 @@ def _tried(plan: Plan, data: Data, whole: Data) -> tuple[nn.Module | None, list[
     rows = few_rows(plan, data, preprocess)
     batch = rows.batch
     if objective.train is not None:
-        (first, _), infeasible = _each_corner(plan, Preview(plan, data, rows))
-        return first, infeasible
-    unexported: list[str] = []
-
-    def attempt(params: Params, is_first: bool) -> tuple[nn.Module, Any]:
-        module, outputs = _try_corner(plan, data, params, batch if is_first else None)
-        if is_first and any(_is_own(each) for part in (module, preprocess) for each in part.modules()):
-            try:
-                try_export(plan, data, rows, module, params)
-            except InputError as error:  # it can be searched nevertheless, and its weights are in best.pt
-                unexported.append(str(error))
-        return module, outputs
-
-    (first, outputs), infeasible = _each_corner(plan, attempt)
+        return _each_corner(plan, Preview(plan, data, rows))
     losses: dict[Any, Params] = {}
     for params in plan.space.corners():
         losses.setdefault(params.get("loss"), params)
-    try_measuring(plan, whole, outputs, batch, [*losses.values()])
-    warnings = [line for params in losses.values() for line in advice(plan, outputs, batch, params)]
-    return first, [*infeasible, *unexported, *dict.fromkeys(warnings)]
+    warnings: list[str] = []
+
+    def attempt(params: Params, is_first: bool) -> nn.Module:
+        if not is_first:
+            return _built(plan, data, params)[0]
+        module, optimizer = _built(plan, data, params, is_first=True)
+        with settings_stay(plan, "a training step"):
+            outputs = try_step(plan, module, optimizer, batch, params)
+        # while it is the network built last: a loss may read what its forward has left in it
+        try_measuring(plan, whole, outputs, batch, [*losses.values()])
+        warnings.extend(line for each in losses.values() for line in advice(plan, outputs, batch, each))
+        if any(_is_own(each) for part in (module, preprocess) for each in part.modules()):
+            try_network(plan, data, rows, module.eval(), measures=False)  # as measured: what it keeps has no graph then
+            try:
+                try_export(plan, data, rows, module, params)
+            except InputError as error:  # it can be searched nevertheless, and its weights are in best.pt
+                warnings.append(str(error))
+        warnings.extend(_left_behind(plan, data, params, batch))
+        return module
+
+    first, infeasible = _each_corner(plan, attempt)
+    return first, [*infeasible, *dict.fromkeys(warnings)]
 
 
 def _is_own(module: nn.Module) -> bool:
@@ -78,35 +85,33 @@ def _is_own(module: nn.Module) -> bool:
     return type(module).__module__.partition(".")[0] not in ("torch", "torchvision", "hpo")
 
 
-def _each_corner(
-    plan: Plan, attempt: Callable[[Params, bool], tuple[nn.Module | None, Any]]
-) -> tuple[tuple[nn.Module | None, Any], list[str]]:
+def _each_corner(plan: Plan, attempt: Callable[[Params, bool], nn.Module | None]) -> tuple[nn.Module | None, list[str]]:
     """Return what `attempt` makes of the first corner of the space (told so), once it has made something of each.
 
     And what to say of corners that would end their own trial only. Raises InputError.
     """
-    first: tuple[nn.Module | None, Any] | None = None
+    made: list[nn.Module | None] = []
     infeasible: list[InputError] = []
     for params in plan.space.corners():
         try:
-            made = attempt(params, first is None)
+            each = attempt(params, not made)
         except InputError as error:
             if error.__cause__ is None or fault_of(error.__cause__, plan.spec.catch, "") is None:
                 raise
             infeasible.append(error)
         else:
-            first = first or made
-            del made  # a network may be large: one is kept
-    if first is None:
+            made = made or [each]  # a network may be large: one is kept
+            del each
+    if not made:
         raise InputError(f"no extreme configuration of the space can be trained; {infeasible[0]}") from infeasible[0]
     if not infeasible:
-        return first, []
+        return made[0], []
     more = f" (and so for {len(infeasible) - 1} more corners of the space)" if len(infeasible) > 1 else ""
-    return first, [f"{infeasible[0]}{more}: such trials will be ended, the others will be trained"]
+    return made[0], [f"{infeasible[0]}{more}: such trials will be ended, the others will be trained"]
 
 
-def _try_corner(plan: Plan, data: Data, params: Params, batch: Split | None) -> tuple[nn.Module, Any]:
-    """Build a network of `params`, train it on `batch`, if there is one; return it and its outputs."""
+def _built(plan: Plan, data: Data, params: Params, is_first: bool = False) -> tuple[nn.Module, Any]:
+    """Build a network of `params` and its optimizer; the first is built several times, and must be the same."""
     searched = plan.space.searched(params).items()
     shown = ", ".join(f"{name}={value}" for name, value in searched) or "its fixed params"
 
@@ -117,17 +122,35 @@ def _try_corner(plan: Plan, data: Data, params: Params, batch: Split | None) -> 
     try:
         module = build()
         _refuse_lazy(plan, module)
-        if batch is not None:
-            _require_same_network(plan, build)
+        if is_first:
+            module = _require_same_network(plan, build)
     except InputError as error:
         raise InputError(f"{error}{missing_param(error, params)}") from error.__cause__
     made = f"optimizer {params['optimizer']} with {shown}"
     sparse = optim.gives_sparse(module)
-    optimizer = guarded(plan, made, lambda: optim.make(params, module.parameters(), sparse=sparse))
-    if batch is None:
-        return module, None
-    with settings_stay(plan, "a training step"):
-        return module, try_step(plan, module, optimizer, batch, params)
+    return module, guarded(plan, made, lambda: optim.make(params, module.parameters(), sparse=sparse))
+
+
+def _left_behind(plan: Plan, data: Data, params: Params, batch: Split) -> list[str]:
+    """Return what to say of what the objective holds after a trial that was not there after one just like it."""
+
+    def trial() -> None:
+        torch.manual_seed(1)
+        try_step(plan, *_built(plan, data, params), batch, params)
+
+    with torch.random.fork_rng(devices=()):
+        trial()
+        before = Outside(nn.Identity(), plan.objective)
+        trial()
+    kept, lost = before.changed()
+    changed = [*lost, *(f"{holder}.{name}" for holder, held in kept.items() for name in held)]
+    if not changed:
+        return []
+    names = ", ".join(each.replace("objective.", "self.", 1).removeprefix("class ") for each in changed)
+    return [
+        f"objective {plan.spec.objective}: its build or loss changes {names}, which the next trial finds as the last "
+        "one left it: what a trial gives may depend on those before it; set it in `build`, before the network is made"
+    ]
 
 
 def _refuse_lazy(plan: Plan, module: nn.Module) -> None:
@@ -149,12 +172,13 @@ def _is_lazy(module: nn.Module) -> bool:
     return any(is_lazy(tensor) for tensor in own)
 
 
-def _require_same_network(plan: Plan, build: Callable[[], nn.Module]) -> None:
-    """Raise InputError unless equal params and seeds give equal networks, and other seeds other weights."""
+def _require_same_network(plan: Plan, build: Callable[[], nn.Module]) -> nn.Module:
+    """Return the last network built. Raises InputError unless equal params and seeds give equal ones, others others."""
     layers, states = [], []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        layers.append([(n, _name(m), [*map(_shape, m.parameters())]) for n, m in build().named_modules()])
+        module = build()
+        layers.append([(n, _name(m), [*map(_shape, m.parameters())]) for n, m in module.named_modules()])
         states.append(torch.get_rng_state())
     one, two, _ = layers
     if one != two:
@@ -169,6 +193,7 @@ def _require_same_network(plan: Plan, build: Callable[[], nn.Module]) -> None:
             f"objective {plan.spec.objective}: build sets torch's seed itself, so all trials would begin with the same "
             "weights and their own seeds mean nothing; remove its torch.manual_seed"
         )
+    return module
 
 
 def _name(module: nn.Module) -> str:

@@ -28,18 +28,18 @@ class Preview:
         self._plan, self._data, self._rows = plan, data, rows
         self._exported: set[tuple[str, ...]] = set()
 
-    def __call__(self, params: Params, is_first: bool) -> tuple[nn.Module | None, Any]:
-        """Return the network of `params` and its outputs; None where the objective gives none. Raises InputError."""
+    def __call__(self, params: Params, is_first: bool) -> nn.Module | None:
+        """Return the network of `params`; None where the objective gives none. Raises InputError."""
         network = self._trained(params)
         if network is None:
-            return None, None
+            return None
         network = network.cpu().eval()
-        outputs = try_network(self._plan, self._data, self._rows, network, measures=is_first)
+        try_network(self._plan, self._data, self._rows, network, measures=is_first)
         kinds = tuple(type(part).__qualname__ for part in network.modules())
         if kinds not in self._exported:  # the same layers of another width are exported alike
             try_export(self._plan, self._data, self._rows, network, params)
             self._exported.add(kinds)
-        return network, outputs
+        return network
 
     def _trained(self, params: Params) -> nn.Module | None:
         plan, batch = self._plan, self._rows.batch

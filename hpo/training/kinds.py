@@ -14,7 +14,7 @@ import sys
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -58,10 +58,10 @@ class _Same:
 
 
 class Kinds:
-    """Gives the kinds of one network's parts, each looked at once."""
+    """Gives the kinds of one network's parts, each looked at once; those of the ids `elsewhere` are looked at there."""
 
-    def __init__(self) -> None:
-        self._known: dict[int, Hashable] = {}
+    def __init__(self, elsewhere: Iterable[int] = ()) -> None:
+        self._known: dict[int, Hashable] = dict.fromkeys(elsewhere, "looked at elsewhere")
         self._kept: list[Any] = []  # so that no id is given twice
 
     def of(self, value: Any) -> Hashable:

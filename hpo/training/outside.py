@@ -48,7 +48,7 @@ class Outside:
         """Give each attribute: who holds it, its name, itself, and what it holds."""
         own = {id(each) for each in self._module.modules()}  # what a checkpoint has anyway
         own |= {id(each) for each in (*self._module.parameters(), *self._module.buffers())}
-        contents = _Contents(own)
+        contents = _Contents(own.union(map(id, own_classes(self._objective))))
         for path, attributes in self._holders().items():
             left_out = NOT_READ if path.startswith(_CLASS) else frozenset() if path == _OBJECTIVE else NOT_STATE
             for name, value in attributes.items():
@@ -79,11 +79,11 @@ class Outside:
 
 
 class _Contents:
-    """Gives what values hold, as far as they can be looked into; of the network's own parts, by their ids, nothing."""
+    """Gives what values hold, as far as they can be looked into; of those of the ids `elsewhere` nothing."""
 
-    def __init__(self, own: set[int]) -> None:
-        self._known: dict[int, Hashable] = dict.fromkeys(own, "the network's")
-        self._kinds = Kinds()
+    def __init__(self, elsewhere: set[int]) -> None:
+        self._known: dict[int, Hashable] = dict.fromkeys(elsewhere, "looked at elsewhere")
+        self._kinds = Kinds(elsewhere)
         self._kept: list[Any] = []  # so that no id is given twice
 
     def of(self, value: Any) -> Hashable:
