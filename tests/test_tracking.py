@@ -14,11 +14,13 @@ from typing import Any
 
 import psutil
 import pytest
+from mlflow import MlflowClient
 
 from hpo.errors import InputError
 from hpo.processes import this_process
 from hpo.tracking import process
 from hpo.tracking.base import check_address
+from hpo.tracking.database import make_database
 from hpo.tracking.items import Answer, Item
 from hpo.tracking.mlflow import MlflowTracker
 from hpo.tracking.opening import open_tracker
@@ -160,6 +162,7 @@ def test_a_database_whose_making_is_killed_midway_is_made_by_the_next_run(
 ) -> None:
     """It has some of MLflow's tables then, of which MLflow never makes more."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     code = (
         "import os; from mlflow.store.db import utils; utils._upgrade_db = lambda engine: os._exit(9)\n"
         "from hpo.tracking.runs import Runs; Runs('sqlite:///mlruns/mlflow.db', 's').connect()"
@@ -168,6 +171,43 @@ def test_a_database_whose_making_is_killed_midway_is_made_by_the_next_run(
     tell(TrackerHere("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent"))
     assert said == []
     assert query("select count(*) from metrics") == [(24,)]
+
+
+def test_an_empty_database_is_kept_to_be_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes MLflow seconds to make; no copy has the experiment whose artifacts lie where the first was made."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        make_database(tmp_path / name / "mlflow.db")
+    (kept,) = (tmp_path / "cache/hpo").iterdir()
+    assert kept.read_bytes() == (tmp_path / "two/mlflow.db").read_bytes()
+    with monkeypatch.context() as here:
+        here.chdir(tmp_path / "two")
+        (default,) = MlflowClient("sqlite:///mlflow.db").search_experiments()
+        assert default.artifact_location.startswith(str(tmp_path / "two"))
+
+
+@pytest.mark.parametrize("damage", ["cut off", "no database", "a folder", "with a study", "a cache that is a file"])
+def test_what_is_no_empty_database_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    make_database(tmp_path / "first.db")
+    (kept,) = (tmp_path / "cache/hpo").iterdir()
+    if damage == "cut off":
+        kept.write_bytes(kept.read_bytes()[:100_000])
+    elif damage == "no database":
+        kept.write_text("no database")
+    elif damage == "a folder":
+        kept.unlink()
+        kept.mkdir()
+    elif damage == "with a study":
+        MlflowClient(f"sqlite:///{kept}").create_experiment("another's")
+    else:
+        kept.unlink()
+        kept.parent.rmdir()
+        kept.parent.write_text("")
+    make_database(tmp_path / "second.db")
+    names = [each.name for each in MlflowClient(f"sqlite:///{tmp_path}/second.db").search_experiments()]
+    assert names == ["Default"]
 
 
 def test_sending_takes_at_most_a_fifth_of_the_time_while_trials_train(tmp_path: Path) -> None:

@@ -1,14 +1,63 @@
-"""A new SQLite database of MLflow's, made whole or not at all: one that was killed midway stays without its tables."""
+"""A new SQLite database of MLflow's, made whole or not at all: one that was killed midway stays without its tables.
 
+MLflow makes its tables by all the migrations that it has ever had: one to two CPU seconds, and a hundred waits for the
+disk. So an empty database of each version of MLflow is kept in the user's cache, and copied.
+"""
+
+import os
+import shutil
+import sqlite3
+from contextlib import closing, suppress
 from pathlib import Path
 
 
 def make_database(path: Path) -> None:
-    """Have MLflow make its tables beside `path`, and put them there. Raises what MLflow and the file system raise."""
-    from mlflow import MlflowClient
-
+    """Make a database with MLflow's tables beside `path`, and put it there. Raises what MLflow and the disk raise."""
     new = path.with_name(f".{path.name}.new").resolve()
     for left in (new, new.with_name(f"{new.name}-journal")):
         left.unlink(missing_ok=True)
-    MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
+    empty = _cached()
+    if _is_empty(empty):
+        shutil.copyfile(empty, new)
+    else:
+        from mlflow import MlflowClient
+
+        MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
+        with suppress(OSError, sqlite3.Error):  # the next study does without it, too
+            _keep(new, empty)
     new.replace(path)
+
+
+def _cached() -> Path:
+    """Return where an empty database of this version of MLflow is kept, if it is."""
+    from mlflow.version import VERSION
+
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.path.expanduser(home), "hpo", f"mlflow-{VERSION}.db").absolute()
+
+
+def _is_empty(database: Path) -> bool:
+    """Whether a database is there, sound and without any experiment."""
+    try:
+        with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as connection:
+            sound = connection.execute("PRAGMA quick_check").fetchone()
+            version = connection.execute("SELECT version_num FROM alembic_version").fetchall()
+            return sound == ("ok",) and len(version) == 1 and not connection.execute(_EXPERIMENTS).fetchall()
+    except sqlite3.Error:
+        return False
+
+
+def _keep(database: Path, empty: Path) -> None:
+    """Put a copy of `database` at `empty`, without the experiment that MLflow makes: it names this study's folder."""
+    empty.parent.mkdir(parents=True, exist_ok=True)
+    new = empty.with_name(f".{empty.name}.{os.getpid()}")
+    try:
+        shutil.copyfile(database, new)
+        with closing(sqlite3.connect(new)) as connection, connection:
+            connection.execute("DELETE FROM experiments")
+        new.replace(empty)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+_EXPERIMENTS = "SELECT 1 FROM experiments LIMIT 1"
