@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from pandas.api.types import is_numeric_dtype, is_scalar
+from pandas.api.types import is_integer_dtype, is_numeric_dtype, is_scalar
 from pandas.errors import ParserWarning
 
 from hpo.errors import DataError
@@ -98,7 +98,9 @@ def _parse(file: Path, dialect: Dialect) -> pd.DataFrame:
         dtypes = {name: str for name in dialect.own}
         frame = dialect.numbers(pd.read_csv(file, low_memory=False, dtype=dtypes, **dialect.for_pandas()))
     numbers = frame.columns[[is_numeric_dtype(kind) for kind in frame.dtypes]]
-    frame.attrs[MARKS] = {name: marks for name in numbers if (marks := dialect.marks_of(name)) != PLAIN}
+    marks = {name: dialect.marks_of(name) for name in numbers}
+    whole = {name for name in numbers if is_integer_dtype(frame[name]) and not marks[name][1]}  # no mark is in them
+    frame.attrs[MARKS] = {name: each for name, each in marks.items() if each != PLAIN and name not in whole}
     return frame
 
 

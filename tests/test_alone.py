@@ -205,7 +205,7 @@ def of_many_rows(module: nn.Module, x: Tensor) -> Tensor:
     return plain(module, x) if len(x) > 6 else x
 
 
-ATTRIBUTES = "its forward changes the module's own attributes"
+ATTRIBUTES = "its forward or loss changes attributes that are no tensors"
 REFUSED: dict[str, tuple[Build, str]] = {
     "Python's random numbers": (lambda p: Network(skipping), ATTRIBUTES),
     "NumPy's random numbers": (lambda p: Network(scaling), ATTRIBUTES),

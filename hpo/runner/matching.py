@@ -34,7 +34,12 @@ def _halving_faults(spec: StudySpec, objective: Objective | Function) -> list[Fa
     if isinstance(objective, Function):
         why = f"a function's trials cannot be paused: {instead}, which it asks itself by trial.should_prune()"
     elif objective.train is not None and not resumes(objective.train):
-        why = f"the objective's own train cannot resume a paused trial: give it a parameter `resume`, or {instead}"
+        from hpo.study.lightning import LightningObjective
+
+        if isinstance(objective, LightningObjective):
+            why = f"Lightning's Trainer, which trains this one, does not resume them: {instead}"
+        else:
+            why = f"the objective's own train cannot resume a paused trial: give it a parameter `resume`, or {instead}"
     elif spec.sampler.name in CANNOT_HALVE:
         why = f"{spec.sampler.name} learns from trials in the order in which they end: choose another sampler, as tpe"
     return [] if why is None else [Fault(path=("pruner",), message=f"halving pauses trials, and {why}")]

@@ -36,7 +36,7 @@ _TOLERANCES: Mapping[Precision, float] = {"float32": 1e-4, "tf32": 1e-2, "bf16":
 """How much outputs in a stack may differ from those alone: other kernels round otherwise, at the most by so much."""
 _STEP_TOLERANCES: Mapping[Precision, float] = {"float32": 3e-4, "tf32": 5e-2, "bf16": 0.5}
 """How much the gradients of a step may differ, as a share of the largest."""
-OUTSIDE = "its forward changes the module's own attributes"
+OUTSIDE = "its forward or loss changes attributes that are no tensors"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
