@@ -1,22 +1,16 @@
 """What can be run, but hardly as it was meant: a loss of logits given probabilities, a rule that never holds."""
 
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from hpo.runner.prepare import Plan
 from hpo.study.data import Split, prediction
-from hpo.study.objective import Params
+from hpo.study.objective import Function, Params
+from hpo.study.probabilities import LogitsSeen, takes_probabilities
 from hpo.study.spec_parts import TERMINATORS
 
-_TAKES_LOGITS: Mapping[Any, str] = {
-    F.cross_entropy: "cross_entropy",
-    F.binary_cross_entropy_with_logits: "binary_cross_entropy_with_logits",
-}
 _OF_PARAM = {"cross_entropy": "cross_entropy", "bce": "binary_cross_entropy_with_logits"}
 _HEAD = {"cross_entropy": "nn.Softmax(dim=-1)", "binary_cross_entropy_with_logits": "nn.Sigmoid()"}
 _LAST = {"SoftmaxBackward0": "a softmax", "SigmoidBackward0": "a sigmoid"}
@@ -54,6 +48,22 @@ def advice(plan: Plan, outputs: Any, batch: Split, params: Params) -> list[str]:
     return []
 
 
+def head_advice(plan: Plan, outputs: Any) -> list[str]:
+    """Return what to say of a network's `outputs` where no loss of hpo's shows whether they are logits."""
+    assert not isinstance(plan.objective, Function)
+    if not isinstance(plan.objective.head(), nn.Identity):
+        return []
+    names = [name for name, metric in plan.objective.metrics().items() if takes_probabilities(metric)]
+    predictions = prediction(outputs)
+    if not names or ((predictions >= 0) & (predictions <= 1)).all():
+        return []
+    return [
+        f"objective {plan.spec.objective}: its network gives numbers beyond 0 and 1, and it has no `head`; "
+        f"TorchMetrics ({', '.join(names)}) takes them for logits, but for probabilities wherever all happen to "
+        "lie between 0 and 1; have `head` return nn.Sigmoid() (two classes, labels) or nn.Softmax(dim=1)"
+    ]
+
+
 def stop_advice(plan: Plan) -> list[str]:
     """Return what to say of rules of `stop` that can never hold in this study."""
     stop, trials = plan.spec.stop, plan.spec.trials
@@ -81,26 +91,10 @@ def _bound(plan: Plan) -> float | None:
 
 def _logits_loss(plan: Plan, outputs: Any, batch: Split, params: Params) -> str | None:
     """Return the name of torch's function that the loss gives logits to, if it does."""
-    seen = _Seen()
-    with torch.no_grad(), seen:
+    with torch.no_grad(), LogitsSeen() as seen:
         plan.objective.loss(outputs, batch.targets, params)
     is_named = type(plan.objective).loss.__module__ == "hpo.study.objective"
-    return next(iter(seen.names), _OF_PARAM.get(params.get("loss", "")) if is_named else None)
-
-
-class _Seen(TorchFunctionMode):
-    """Notes which functions that take logits are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if name := _TAKES_LOGITS.get(func):
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
+    return next((name for name, _ in seen.calls), _OF_PARAM.get(params.get("loss", "")) if is_named else None)
 
 
 def _last(outputs: Tensor) -> str | None:

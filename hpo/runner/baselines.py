@@ -22,8 +22,9 @@ from hpo.seeds import derive
 from hpo.study.data import DataInfo, Split, prediction
 from hpo.study.losses import LINKS
 from hpo.study.objective import Objective
+from hpo.study.probabilities import Taken
 from hpo.training.batches import Batches
-from hpo.training.evaluation import as_taken, outputs_of
+from hpo.training.evaluation import outputs_of
 from hpo.training.stack import Task
 
 MOST_ROWS = 50_000
@@ -243,5 +244,5 @@ def value_of(
     if metric is None:
         return float(objective.loss(outputs, targets, params))
     metric.reset()
-    metric.update(as_taken(prediction(outputs), metric, objective, params), targets)
+    metric.update(Taken(objective, outputs, targets, params).by(metric), targets)
     return float(metric.compute())

@@ -52,7 +52,9 @@ def _tried(plan: Plan, data: Data, whole: Data) -> tuple[nn.Module | None, list[
     rows = few_rows(plan, data, preprocess)
     batch = rows.batch
     if objective.train is not None:
-        return _each_corner(plan, Preview(plan, data, rows))
+        preview = Preview(plan, data, rows)
+        first, infeasible = _each_corner(plan, preview)
+        return first, [*infeasible, *preview.warnings]
     losses: dict[Any, Params] = {}
     for params in plan.space.corners():
         losses.setdefault(params.get("loss"), params)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hpo.errors import InputError
+from hpo.runner.advice import head_advice
 from hpo.runner.custom import TrialReporter
 from hpo.runner.firststep import missing_param, module_from, settings_stay
 from hpo.runner.prepare import Plan, guarded
@@ -26,6 +27,7 @@ class Preview:
         assert isinstance(plan.objective, Objective)
         self._objective: Objective = plan.objective
         self._plan, self._data, self._rows = plan, data, rows
+        self.warnings: list[str] = []
         self._exported: set[tuple[str, ...]] = set()
 
     def __call__(self, params: Params, is_first: bool) -> nn.Module | None:
@@ -34,7 +36,9 @@ class Preview:
         if network is None:
             return None
         network = network.cpu().eval()
-        try_network(self._plan, self._data, self._rows, network, measures=is_first)
+        outputs = try_network(self._plan, self._data, self._rows, network, measures=is_first)
+        if is_first:
+            self.warnings += head_advice(self._plan, outputs)
         kinds = tuple(type(part).__qualname__ for part in network.modules())
         if kinds not in self._exported:  # the same layers of another width are exported alike
             try_export(self._plan, self._data, self._rows, network, params)

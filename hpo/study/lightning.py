@@ -28,6 +28,7 @@ from hpo.study import lightning_fit as fitting
 from hpo.study.data import Data, prediction
 from hpo.study.lightning_parts import base_of, plain, require_no_transfer_hooks, split_of
 from hpo.study.objective import Objective, Params, Reporter
+from hpo.study.probabilities import Taken
 
 
 class LightningObjective(Objective):
@@ -191,7 +192,7 @@ class LightningObjective(Objective):
             values = {}
             for name, metric in metrics.items():
                 metric.reset()
-                metric.update(outputs, rows.targets)
+                metric.update(Taken(self, outputs, rows.targets, {}).by(metric), rows.targets)
                 values[name] = float(metric.compute())
             return values
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from hpo.study.data import LOSS_OR_METRIC, prediction, require_unchanged, versions
+from hpo.study.data import LOSS_OR_METRIC, require_unchanged, versions
 from hpo.study.objective import Objective, Params
+from hpo.study.probabilities import Taken
 from hpo.training.batches import Batches
 from hpo.training.stack import Task
 
@@ -47,27 +48,16 @@ def outputs_of(task: Task, module: nn.Module, batches: Batches) -> Any:
     return in_full(joined(parts))
 
 
-def as_taken(predictions: Tensor, metric: Any, objective: Objective, params: Params) -> Tensor:
-    """Return predictions as `metric` takes them: probabilities, where they are logits of two classes or of labels.
-
-    TorchMetrics takes logits for probabilities if all of them happen to lie between 0 and 1; else it does this, too.
-    """
-    cls = type(metric)
-    takes_both = cls.__module__.startswith("torchmetrics.") and cls.__name__.startswith(("Binary", "Multilabel"))
-    if takes_both and (params.get("loss") == "bce" or isinstance(objective.head(), nn.Sigmoid)):
-        return predictions.sigmoid()
-    return predictions
-
-
 def measure(
     objective: Objective, outputs: Any, targets: Tensor, params: Params, metrics: Mapping[str, Any]
 ) -> dict[str, float]:
     """Return the `loss` and the metrics of `outputs` (N, ...) against `targets`."""
     before = versions({"targets": targets})
     result = {} if objective.train is not None else {"loss": float(objective.loss(outputs, targets, params))}
+    taken = Taken(objective, outputs, targets, params)
     for name, metric in metrics.items():
         metric.reset()
-        metric.update(as_taken(prediction(outputs), metric, objective, params), targets)
+        metric.update(taken.by(metric), targets)
         result[name] = float(metric.compute())
     require_unchanged({"targets": targets}, before, LOSS_OR_METRIC)
     return result

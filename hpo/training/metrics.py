@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from hpo.light import Metric
 from hpo.study.data import LOSS_OR_METRIC, prediction, require_unchanged, versions
 from hpo.study.objective import Objective, Params
-from hpo.training.evaluation import as_taken
+from hpo.study.probabilities import Making, Taken
 
 MetricFunction = Callable[[Metric, Tensor, Tensor], Tensor]
 """Takes a metric, the members' predictions (K, N, ...) and the targets (N, ...); returns K values."""
@@ -57,9 +57,10 @@ class Measuring:
         before = versions({"targets": targets})
         columns = {"loss": vmap(loss_of, randomness="different")(outputs, dict(numbers))}
         predictions = prediction(outputs)
+        taken = Taken(self._objective, tree_map(lambda x: x[0], outputs), targets, params[0])
         for name, metric in self._metrics.items():
-            taken = as_taken(predictions, metric, self._objective, params[0])
-            columns[name] = self._measured(name, metric, taken, targets)
+            making = taken.making(metric)
+            columns[name] = self._measured(name, metric, _made(making, predictions), targets)
         require_unchanged({"targets": targets}, before, LOSS_OR_METRIC)
         values = {name: column.tolist() for name, column in columns.items()}
         return [{name: value[k] for name, value in values.items()} for k in range(len(params))]
@@ -83,6 +84,13 @@ class Measuring:
                 self._functions[name] = function
                 break
         return expected
+
+
+def _made(making: Making | None, predictions: Tensor) -> Tensor:
+    """Return the members' predictions (K, N, ...) as a metric takes them; a head may go by their dimensions."""
+    if making is None or making is torch.sigmoid:
+        return predictions if making is None else making(predictions)
+    return torch.stack([making(each) for each in predictions])
 
 
 def _one_by_one(metric: Metric, predictions: Tensor, targets: Tensor) -> Tensor:
