@@ -433,7 +433,7 @@ def test_the_interval_of_an_accuracy_is_about_that_of_its_rows(told):
     ours, theirs = (((torch.rand(2000, generator=g) < p).long() == 1) for p in (0.9, 0.85))
     outputs = [torch.where(right, targets, 1 - targets).float() for right in (ours, theirs)]
     batches = type("Rows", (), {"targets": targets})
-    found = _Measuring(plan, {}, Split(inputs={"x": targets}, targets=targets), batches, nn.Identity())
+    found = _Measuring(plan, {"loss": "mse"}, Split(inputs={"x": targets}, targets=targets), batches, nn.Identity())
     found._slow = False
     difference = found._difference(*outputs)
     row = ours.float() - theirs.float()

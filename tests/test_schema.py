@@ -17,6 +17,7 @@ STORED = {
     "MAKING": "hpo:making",
     "DATA": "hpo:data",
     "CODE": "hpo:code",
+    "HELD": "hpo:held",
     "STUDY_FILE": "hpo:study_file",
     "TIMED_OUT": "hpo:timed_out",
     "ENDS": "hpo:ends",

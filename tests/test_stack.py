@@ -442,3 +442,17 @@ def test_gathering_members_are_not_stacked():
     stack = VmapStack(task(), 2, single(8))
     with pytest.raises(NotStackable, match="gathered over several batches"):
         stack.join(member(0, accumulation_steps=2))
+
+
+class Normed(Plain):
+    def build(self, params, info):
+        return nn.Sequential(nn.Linear(3, 8), params["norm"](8), nn.ReLU(), nn.Linear(8, 1))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.LayerNorm])
+def test_a_layer_that_fails_in_the_gradient_of_a_stack_trains_alone(norm):
+    """Autocast leaves its inputs in two types, for which the gradient of several has no kernel."""
+    stack = VmapStack(replace(task(precision="bf16"), objective=Normed()), 2, single(8))
+    with pytest.raises(NotStackable, match="torch.func cannot batch it"):
+        stack.join(replace(member(0), params=member(0).params | {"norm": norm}))
+    assert not stack.members

@@ -10,8 +10,9 @@ from hpo.errors import Interrupted
 from hpo.study.data import Split
 from hpo.training.batches import Batches
 from hpo.training.loop import order, train
-from hpo.training.stack import Member, SingleStack, Stack, Stacks
-from tests.stacking import CPU, asking, keep_all
+from hpo.training.loop_stack import LoopStack
+from hpo.training.stack import Member, SingleStack, Stack, Stacks, Task
+from tests.stacking import CPU, INFO, Built, asking, keep_all, sines, trained
 
 N_ROWS, BATCH_SIZE = 10, 4
 
@@ -325,3 +326,44 @@ def test_members_that_go_on_see_the_rounds_that_they_would_have_seen():
     late = member(2, epoch=3, joined=0)  # its stack begins with round 0, since they do not agree
     assert rounds([member(1), late]) == whole
     assert late.joined == 1
+
+
+class Thawing(nn.Module):
+    """A backbone that is trained from step 5 on: by requires_grad, or else by what forward lets through."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.steps = how, 0
+        self.backbone, self.last = nn.Linear(6, 4), nn.Linear(4, 1)
+        self.backbone.requires_grad_(how == "detach")
+
+    def train(self, mode: bool = True) -> "Thawing":
+        if self.how == "train" and mode:
+            self.backbone.requires_grad_(self.steps >= 5)
+        return super().train(mode)
+
+    def forward(self, x):
+        if self.how == "forward" and self.training:
+            self.backbone.requires_grad_(self.steps >= 5)
+        h = self.backbone(x).tanh()
+        h = h.detach() if self.how == "detach" and self.steps < 5 else h
+        self.steps += self.training
+        return self.last(h)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "adadelta"])
+@pytest.mark.parametrize("capacity", [1, 4])
+@pytest.mark.parametrize("how", ["train", "forward"])
+def test_a_frozen_layer_is_trained_once_it_is_no_more_frozen(how, capacity, optimizer):
+    def weights(how):
+        objective = Built(lambda params: Thawing(how))
+        task = Task(objective=objective, info=INFO, device=CPU, n_rows=20, epochs=4)
+        params = {"optimizer": optimizer, "learning_rate": 0.01, "batch_size": 4, "max_grad_norm": 0.1}
+        several = [Member(number=n, seed=n, params=params) for n in range(capacity)]
+        return trained(LoopStack(task, capacity), several, sines(20), sines(5, seed=1), epochs=4)
+
+    got, expected = weights(how), weights("detach")
+    for number, state in expected.items():
+        assert got[number].keys() == state.keys()
+        for name, weight in state.items():
+            torch.testing.assert_close(got[number][name], weight, rtol=0, atol=1e-12)

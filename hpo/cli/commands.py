@@ -140,9 +140,10 @@ def export(
         stack.callback(search.close)
         seen = search.view()
         done = studies.export(plan, search, seen, number, folder, chosen)
-        exported = seen.best(number)
-        _print_result(plan, seen, exported, done, out)
-        return summary(plan.spec, seen, seen.best(), done) | {"exported": as_dict(exported)}
+        confirmed = None if number is not None else confirmation(search, seen)
+        _print_result(plan, seen, seen.best(number), done, out, confirmed)
+        exported = as_dict(seen.best(done.number))  # of a confirmed study not the best of the search
+        return summary(plan.spec, seen, seen.best(), done, confirmed) | {"exported": exported}
 
 
 def replay(path: Path, overrides: Mapping[str, str], number: int, epochs: int | None) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from hpo.search.address import exists, whole_address
 from hpo.search.claim import Claim
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
-from hpo.study.loading import source_fingerprint
+from hpo.study.sources import source_fingerprint
 from hpo.training.stack import Member
 
 BEST = "best.pt"

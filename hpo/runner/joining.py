@@ -10,7 +10,7 @@ from typing import Any
 
 from hpo.errors import InputError
 from hpo.runner.launch import LAUNCHED, LAUNCHER
-from hpo.runner.opening import load_data, open_or_make, source_differs, torch_set
+from hpo.runner.opening import how_source_differs, load_data, open_or_make, torch_set
 from hpo.runner.prepare import Plan, prepare
 from hpo.runner.progress import NoProgress, Progress
 from hpo.runner.tracked import tracker_of
@@ -53,10 +53,10 @@ def joined(
         stack.enter_context(torch_set(plan))
         search = open_or_make(plan, wait=is_launched())  # a launched worker's study is known to be there
         stack.callback(search.close)
-        if source_differs(plan, search):
+        if what := how_source_differs(plan, search):
             raise InputError(
-                f"the code of objective {plan.spec.objective} is not what study {plan.spec.name!r} began with: its "
-                "trials would not compare; bring that code here, or give another `name`"
+                f"the {what} of objective {plan.spec.objective} is not what study {plan.spec.name!r} began with: its "
+                f"trials would not compare; {_CODE if what == 'code' else _VALUE}, or give another `name`"
             )
         launcher = os.environ.get(LAUNCHER)
         stopping = stack.enter_context(signals(int(launcher) if launcher else None)) if stop is None else stop
@@ -67,6 +67,10 @@ def joined(
         with show(plan, search) as progress:
             work(plan, data, search, tracker, progress, stopping)
         yield plan, search
+
+
+_CODE = "bring that code here"
+_VALUE = "workers make it by its class and options: have its Options hold the value, or train with workers=1"
 
 
 def join_stored(name: str, overrides: Mapping[str, str], named: Collection[str] | None, stop: StopToken) -> None:

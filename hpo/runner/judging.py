@@ -21,8 +21,9 @@ from hpo.search import schema
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
 from hpo.study.data import Data, prediction
-from hpo.study.loading import origin, source_fingerprint
+from hpo.study.loading import origin
 from hpo.study.sealed import sealed, sealing
+from hpo.study.sources import source_fingerprint
 from hpo.training.batches import make_batches
 from hpo.training.evaluation import measure, outputs_of
 

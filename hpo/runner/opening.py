@@ -13,8 +13,8 @@ from hpo.search import schema
 from hpo.search.opening import no_study, open_search
 from hpo.search.search import Search
 from hpo.study.data import Data
-from hpo.study.loading import file_fingerprint, source_fingerprint
 from hpo.study.sealed import repeated
+from hpo.study.sources import file_fingerprint, other_values, source_fingerprint
 from hpo.training.torch_settings import torch_settings
 
 
@@ -104,11 +104,26 @@ def tell_of_data(data: Data) -> None:
         )
 
 
-def source_differs(plan: Plan, search: Search) -> bool:
-    """Whether the objective's source is not that of the study, which is that of the first who asks."""
+def how_source_differs(plan: Plan, search: Search) -> str:
+    """Return what of the objective is not that of the study, which is that of the first who asks; nothing: all is."""
     code, before = source_fingerprint(plan.given), search.attrs.get(schema.CODE)
-    older = file_fingerprint(plan.given)  # as an older version stored it
-    unchanged = before in (None, code, older)
-    if unchanged and before != code:
-        search.remember(schema.CODE, code)
-    return not unchanged
+    if before not in (None, code, file_fingerprint(plan.given)):  # the last is what an older version stored
+        return "code"
+    if names := other_values(plan.held, search.attrs.get(schema.HELD) or {}):
+        return f"value of {', '.join(names)}"
+    if before != code or search.attrs.get(schema.HELD) is None:
+        remember_source(plan, search)
+    return ""
+
+
+def warn_of_source(plan: Plan, search: Search) -> bool:
+    """Say so where the objective is not what the study began with; return whether that is so."""
+    if what := how_source_differs(plan, search):
+        log.warning(f"the objective's {what} has changed since the study began: its trials may not be comparable")
+    return bool(what)
+
+
+def remember_source(plan: Plan, search: Search) -> None:
+    """Store what the objective's source is, for those who ask later."""
+    search.remember(schema.CODE, source_fingerprint(plan.given))
+    search.remember(schema.HELD, dict(plan.held))

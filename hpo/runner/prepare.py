@@ -21,6 +21,7 @@ from hpo.runner.matching import faults_with, goals_of, of_one_network, stop_faul
 from hpo.runner.params import space_of
 from hpo.search.samplers import make_pruner, make_sampler, trials_of
 from hpo.study import loading as objectives
+from hpo.study import sources
 from hpo.study.data import Data, DataInfo
 from hpo.study.document import Document, of_values
 from hpo.study.draft import Draft, draft_of, read
@@ -52,6 +53,8 @@ class Plan:
     others: Mapping[str, bool]
     """The other metrics, each with whether more of it is better."""
     device: torch.device
+    held: Mapping[str, str]
+    """The plain values that the objective holds when the study starts; see `hpo.study.sources.held`."""
     made: float = field(default_factory=time.monotonic)
     """When the plan was made, by time.monotonic(): a study's `time` counts from there."""
 
@@ -105,7 +108,7 @@ class Plan:
     @property
     def source_file(self) -> Path | None:
         """The file that the objective is written in; None: a notebook's cell, or a callable object."""
-        return objectives.source_file(self.given)
+        return sources.source_file(self.given)
 
     def task(self, info: DataInfo, n_rows: int) -> Task:
         """Return what the members of this study share, when they are trained on so many rows."""
@@ -209,6 +212,7 @@ def _check(draft: Draft, spec: StudySpec, folder: Path, given: Given | None) -> 
         maximize=maximize,
         others=dict(others),
         device=device,
+        held=sources.held(objective),
     ), faults
 
 

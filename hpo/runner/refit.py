@@ -35,8 +35,8 @@ from hpo.stacks.alone import NotStackable
 from hpo.stacks.cost import records
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.data import Data
-from hpo.study.loading import source_fingerprint
 from hpo.study.sealed import sealed, sealing
+from hpo.study.sources import source_fingerprint
 from hpo.tracking.base import Tracker
 from hpo.training.batches import Batches, make_batches
 from hpo.training.evaluation import evaluate, measure, outputs_of

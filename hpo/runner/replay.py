@@ -24,8 +24,8 @@ from hpo.stacks.alone import NotStackable
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.stopping import StopToken, signals
 from hpo.study.data import Data
-from hpo.study.loading import source_fingerprint
 from hpo.study.sealed import sealed, sealing
+from hpo.study.sources import source_fingerprint
 from hpo.training.batches import make_batches
 from hpo.training.loop import Results, train
 from hpo.training.loop_stack import LoopStack

@@ -25,7 +25,7 @@ from hpo.runner.deadline import set_end
 from hpo.runner.describing import announcement
 from hpo.runner.joining import join_stored
 from hpo.runner.launch import StudyMonitor, Workers, gpus, how_many
-from hpo.runner.opening import load_data, open_study, source_differs, tell_of_data
+from hpo.runner.opening import load_data, open_study, remember_source, tell_of_data, warn_of_source
 from hpo.runner.outcome import Outcome, outcome
 from hpo.runner.preflight import preflight
 from hpo.runner.prepare import Plan
@@ -52,7 +52,6 @@ from hpo.search.storage import close_storage, open_storage
 from hpo.search.view import StudyView
 from hpo.stopping import StopToken, signals
 from hpo.study.data import Data
-from hpo.study.loading import source_fingerprint
 from hpo.study.trust import code_references
 
 _LOOK_SECONDS = 1.0
@@ -105,6 +104,7 @@ def run(
         if seen.stopped is None:
             log.info("%s: all %d trials are done", plan.spec.name, plan.spec.trials)
     if done is not None or (over and best is not None and plan.function is not None):
+        warn_of_source(plan, search)
         return done, seen
     with signals() as stopping:
         search.storage.interrupt = stopping.requested
@@ -174,9 +174,11 @@ def _remember(plan: Plan, search: Search) -> None:
 
     Say so where the objective's code is another one by now.
     """
-    if source_differs(plan, search):
-        log.warning("the objective's code has changed since the study began: its earlier trials may not be comparable")
-        search.remember(schema.CODE, source_fingerprint(plan.given))
+    if warn_of_source(plan, search):
+        remember_source(plan, search)
+        if search.attrs.get(schema.CONFIRMED):
+            search.remember(schema.CONFIRMED, {})
+            log.warning("what was confirmed before is confirmed again: its seeds were trained by the former code")
     search.remember(schema.STUDY_FILE, plan.document.as_json(without=("storage",)))
     note_environment(plan, search)
 
@@ -274,6 +276,7 @@ def export(
         log.warning("trial %d is exported though it breaks a constraint: %s", best.number, broken)
     if folder is not None:
         require_place(folder)
+    warn_of_source(plan, search)
     data = load_data(plan, search)
     if data is None:
         raise InputError(f"objective {plan.spec.objective} is a function: it has no model to export")

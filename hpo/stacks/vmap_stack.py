@@ -217,8 +217,13 @@ class VmapStack(Stack):
             return wrong
         inputs, targets, state = list(self._example.inputs.values()), self._example.targets, self._slots.state
         state = state._replace(weights=tree_map(torch.clone, state.weights))  # a forward may write into them
-        with torch.no_grad(), Trying():
-            gradients, buffers, _ = self._opened.gradients(state, inputs, targets)
+        try:
+            with torch.no_grad(), Trying():
+                gradients, buffers, _ = self._opened.gradients(state, inputs, targets)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return dict.fromkeys(several, _reason(error))
         for form, first in new.items():
             member, alone = several[first].member, several[first].alone
             if not alone.is_like(self._slots.own(member, {**gradients, **buffers}), self._task.precision):

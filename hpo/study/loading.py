@@ -1,7 +1,5 @@
-"""An objective found by name, import path or file, and made with its options; what its sources are."""
+"""An objective found by name, import path or file, and made with its options."""
 
-import ast
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -9,7 +7,6 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import MethodType, ModuleType
@@ -148,60 +145,6 @@ def _made(cls: type[Objective], called: str, options: Any) -> Objective:
     except Exception as error:
         raise Faulty(_AT, f"{called} cannot be made: {origin(error)}") from error
     return objective
-
-
-def source_fingerprint(objective: Objective | Function) -> str:
-    """Return the first 16 hex digits of a SHA-256 over the sources that the objective is written in.
-
-    These are its file, those of the losses that the study names by path, and whatever they import from beside them.
-    """
-    own: list[Any] = [type(objective), *objective.own_losses.values()] if isinstance(objective, Objective) else []
-    own += [objective.call] if isinstance(objective, Function) else []
-    files: set[Path] = set()
-    content = b""
-    for each in own:
-        with suppress(TypeError, OSError):  # a callable object has no source of its own
-            file = Path(inspect.getsourcefile(each) or "")
-            if file.is_file():
-                _gather(file, files)
-            else:  # a notebook's cell
-                content += inspect.getsource(each).encode()
-    content += b"".join(file.read_bytes() for file in sorted(files))
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def file_fingerprint(objective: Objective | Function) -> str:
-    """Return what an older version stored as `source_fingerprint`: of the objective's own file alone."""
-    file = source_file(objective)
-    return hashlib.sha256(file.read_bytes() if file else b"").hexdigest()[:16]
-
-
-def source_file(objective: Objective | Function) -> Path | None:
-    """Return the file that the objective is written in; None: a notebook's cell, or a callable object."""
-    with suppress(TypeError, OSError):
-        file = inspect.getsourcefile(objective.call if isinstance(objective, Function) else type(objective))
-        return Path(file) if file and Path(file).is_file() else None
-    return None
-
-
-def _gather(file: Path, files: set[Path]) -> None:
-    """Add a source file to `files`, and those that it imports from its own folder, or from its own package."""
-    if file in files or not file.is_file():
-        return
-    files.add(file)
-    try:
-        tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError):
-        return
-    for node in ast.walk(tree):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
-        if isinstance(node, ast.ImportFrom):
-            names = [node.module or "", *(f"{node.module}.{name}" if node.module else name for name in names)]
-        for name in names:
-            parts = name.rpartition(f"{file.parent.name}.")[2].split(".")  # hpo.objectives.models: models
-            beside = file.parent.joinpath(*parts)
-            for candidate in (beside.with_suffix(".py"), beside / "__init__.py"):
-                _gather(candidate, files)
 
 
 def load_function(where: str, folder: Path, at: tuple[str, ...]) -> Callable[..., Any]:

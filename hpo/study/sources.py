@@ -1,0 +1,160 @@
+"""What an objective is written in: its files, or a notebook's cells, as a fingerprint; and what it holds."""
+
+import ast
+import hashlib
+import inspect
+import sys
+import types
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hpo.study.objective import Function, Objective
+
+_PLAIN = (type(None), bool, int, float, str)
+_MOST = 1_000
+"""Of a list or dict of more values than that it is not looked what they are."""
+
+
+def source_fingerprint(objective: Objective | Function) -> str:
+    """Return the first 16 hex digits of a SHA-256 over the sources that the objective is written in.
+
+    These are its file, those of the losses that the study names by path, and whatever they import from beside them; of
+    what is written in a notebook, the functions and classes themselves, those that they name, and plain values.
+    """
+    own: list[Any] = [type(objective), *objective.own_losses.values()] if isinstance(objective, Objective) else []
+    own += [objective.call] if isinstance(objective, Function) else []
+    sources = _Sources()
+    for each in own:
+        if not sources.add_file(each):
+            sources.add(each)
+    content = "".join(sources.texts).encode() + b"".join(file.read_bytes() for file in sorted(sources.files))
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+@dataclass(kw_only=True)
+class _Sources:
+    """Gathers what something is written in."""
+
+    files: set[Path] = field(default_factory=set)
+    texts: list[str] = field(default_factory=list)
+    """Of what is in no file."""
+    _seen: set[int] = field(default_factory=set)
+
+    def add_file(self, found: Any) -> bool:
+        """Add the file that a function or class is written in, and what that imports; return whether there is one."""
+        with suppress(TypeError, OSError):
+            file = Path(inspect.getsourcefile(found) or "")
+            if file.is_file():
+                _gather(file, self.files)
+                return True
+        return False
+
+    def add(self, found: Any) -> None:
+        """Add a function or class of a notebook, or of a file beside it; a callable object has no source of its own."""
+        if id(found) in self._seen:
+            return
+        self._seen.add(id(found))
+        found = inspect.unwrap(found) if callable(found) else found
+        if not isinstance(found, types.FunctionType | type):
+            return
+        module = sys.modules.get(str(found.__module__))
+        file = getattr(module, "__file__", None)
+        if file is not None and Path(file).parent == Path.cwd():
+            self.add_file(found)
+        elif file is None and getattr(module, "__spec__", None) is None:
+            self._add_class(found) if isinstance(found, type) else self._add_function(found)
+
+    def _add_class(self, cls: type) -> None:
+        for name, value in sorted(vars(cls).items()):
+            within = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+            if isinstance(within, types.FunctionType | type):
+                self.add(within)
+            elif not name.startswith("__") and _is_plain(value):
+                self.texts.append(f"{name}={value!r}")
+        for base in cls.__bases__:
+            self.add(base)
+
+    def _add_function(self, function: types.FunctionType) -> None:
+        try:
+            self.texts.append(inspect.getsource(function))
+        except (OSError, TypeError):  # it was compiled from a text that is gone
+            self.texts += [each.co_code.hex() + repr(each.co_names) for each in _codes(function.__code__)]
+        names = {name for each in _codes(function.__code__) for name in each.co_names}
+        for name in sorted(names & function.__globals__.keys()):
+            value = function.__globals__[name]
+            if isinstance(value, types.FunctionType | type):
+                self.add(value)
+            elif _is_plain(value):
+                self.texts.append(f"{name}={value!r}")
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def held(objective: Objective | Function) -> dict[str, str]:
+    """Return the plain values that an objective and its class hold, by their names.
+
+    An instance that a program made may hold others than one that is made by its class and its options.
+    """
+    if isinstance(objective, Function):
+        return {}
+    several: dict[str, Any] = {}
+    for cls in reversed(type(objective).__mro__):
+        if issubclass(cls, Objective) and cls is not Objective:
+            several |= vars(cls)
+    several |= vars(objective)
+    return {name: repr(value) for name, value in several.items() if not name.startswith("__") and _is_plain(value)}
+
+
+def other_values(objective: Mapping[str, str], before: Mapping[str, str]) -> list[str]:
+    """Return the names of what is something else than `before`; what was not there, or is no more, may be a cache."""
+    return sorted(name for name in objective.keys() & before.keys() if objective[name] != before[name])
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return len(value) <= _MOST and all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return len(value) <= _MOST and all(_is_plain(key) and _is_plain(each) for key, each in value.items())
+    return type(value) in _PLAIN
+
+
+def file_fingerprint(objective: Objective | Function) -> str:
+    """Return what an older version stored as `source_fingerprint`: of the objective's own file alone."""
+    file = source_file(objective)
+    return hashlib.sha256(file.read_bytes() if file else b"").hexdigest()[:16]
+
+
+def source_file(objective: Objective | Function) -> Path | None:
+    """Return the file that the objective is written in; None: a notebook's cell, or a callable object."""
+    with suppress(TypeError, OSError):
+        file = inspect.getsourcefile(objective.call if isinstance(objective, Function) else type(objective))
+        return Path(file) if file and Path(file).is_file() else None
+    return None
+
+
+def _gather(file: Path, files: set[Path]) -> None:
+    """Add a source file to `files`, and those that it imports from its own folder, or from its own package."""
+    if file in files or not file.is_file():
+        return
+    files.add(file)
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(f"{node.module}.{name}" if node.module else name for name in names)]
+        for name in names:
+            parts = name.rpartition(f"{file.parent.name}.")[2].split(".")  # hpo.objectives.models: models
+            beside = file.parent.joinpath(*parts)
+            for candidate in (beside.with_suffix(".py"), beside / "__init__.py"):
+                _gather(candidate, files)
