@@ -190,3 +190,24 @@ def test_what_a_trial_leaves_in_the_objective_for_the_next_is_said(tmp_path, pla
     _, warnings = preflight(plan, plan.load_data())
     said = f"objective odd.py:Keeping: its build or loss changes {changes}, which the next trial finds as the last one "
     assert [line[: len(said)] for line in warnings] == ([said] if changes else [])
+
+
+@pytest.mark.parametrize(
+    "held", ["nn.Linear(3, 3)", "nn.Parameter(torch.ones(3))", "nn.Linear(3, 3).requires_grad_(False)"]
+)
+def test_weights_that_only_the_objective_holds_are_not_trained_which_is_said(tmp_path, planned, held):
+    own = f"""
+class Own(WithHead):
+    def __init__(self, options=None):
+        super().__init__(options)
+        self.own = {held}
+
+    def loss(self, outputs, targets, params):
+        outputs = self.own(outputs) if isinstance(self.own, nn.Module) else self.own * outputs
+        return super().loss(outputs, targets, params)
+"""
+    (tmp_path / "odd.py").write_text(OBJECTIVE + own)
+    plan = planned("Own")
+    _, warnings = preflight(plan, plan.load_data())
+    said = [line for line in warnings if line.startswith("objective odd.py:Own: no optimizer trains self.own")]
+    assert len(said) == ("False" not in held)

@@ -329,6 +329,33 @@ def test_a_study_that_confirms_nothing_stores_and_says_nothing(study):
     assert "confirmed" not in json.loads(Path("mlruns/bundles/study/bundle.json").read_text())
 
 
+def test_an_export_shows_the_trial_that_was_confirmed(study):
+    path = study(f"{TEXT}confirm: {{top: 3, seeds: 2}}\n")
+    ended = summary(invoke("run", path, "--json"))
+    printed = invoke("export", path, "--out", "again", "--json")
+    found = summary(printed)
+    number = ended["confirmed"]["number"]
+    assert found["confirmed"]["number"] == found["exported"]["number"] == number
+    assert json.loads(Path("again/bundle.json").read_text())["trial"] == number
+    other = next(n for n in (0, 1, 2) if n != number)
+    found = summary(invoke("export", path, "--trial", other, "--out", "other", "--json"))
+    assert found["exported"]["number"] == other
+    assert found["confirmed"] is None
+
+
+def test_what_other_code_has_confirmed_counts_no_more(study):
+    path = study(f"{TEXT}confirm: {{top: 2, seeds: 2}}\n")
+    before = summary(invoke("run", path, "--json"))["confirmed"]
+    file = Path("linear.py")
+    file.write_text(file.read_text().replace("F.mse_loss(outputs, targets)", "F.mse_loss(outputs * 0.9, targets)"))
+    printed = invoke("run", study(f"{TEXT}confirm: {{top: 2, seeds: 3}}\n"), "--json")
+    assert "is confirmed again: its seeds were trained by the former code" in " ".join(printed.split())
+    after = summary(printed)["confirmed"]
+    assert all(
+        set(a["values"]).isdisjoint(b["values"]) for a in after["configurations"] for b in before["configurations"]
+    )
+
+
 def test_a_study_that_is_done_is_confirmed_once_the_file_asks_for_it(study):
     invoke("run", study(TEXT))
     found = summary(invoke("run", study(f"{TEXT}confirm: true\n"), "--json"))["confirmed"]

@@ -453,6 +453,6 @@ class Normed(Plain):
 def test_a_layer_that_fails_in_the_gradient_of_a_stack_trains_alone(norm):
     """Autocast leaves its inputs in two types, for which the gradient of several has no kernel."""
     stack = VmapStack(replace(task(precision="bf16"), objective=Normed()), 2, single(8))
-    with pytest.raises(NotStackable, match="torch.func cannot batch it"):
+    with pytest.raises(NotStackable, match=r"torch\.func cannot batch it"):
         stack.join(replace(member(0), params=member(0).params | {"norm": norm}))
     assert not stack.members

@@ -66,6 +66,7 @@ def _tried(plan: Plan, data: Data, whole: Data) -> tuple[nn.Module | None, list[
         module, optimizer = _built(plan, data, params, is_first=True)
         with settings_stay(plan, "a training step"):
             outputs = try_step(plan, module, optimizer, batch, params)
+        warnings.extend(_untrained(plan, module))
         # while it is the network built last: a loss may read what its forward has left in it
         try_measuring(plan, whole, outputs, batch, [*losses.values()])
         warnings.extend(line for each in losses.values() for line in advice(plan, outputs, batch, each))
@@ -172,6 +173,21 @@ def _refuse_lazy(plan: Plan, module: nn.Module) -> None:
 def _is_lazy(module: nn.Module) -> bool:
     own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     return any(is_lazy(tensor) for tensor in own)
+
+
+def _untrained(plan: Plan, module: nn.Module) -> list[str]:
+    """Return what to say of weights that a step has given a gradient, and that the objective holds, not the network."""
+    trained = {id(weight) for weight in module.parameters()}
+    modules = {name: each for name, each in vars(plan.objective).items() if isinstance(each, nn.Module)}
+    held = {f"self.{name}.{path}": w for name, each in modules.items() for path, w in each.named_parameters()}
+    held |= {f"self.{name}": w for name, w in vars(plan.objective).items() if isinstance(w, nn.Parameter)}
+    several = [name for name, weight in held.items() if weight.grad is not None and id(weight) not in trained]
+    if not several:
+        return []
+    return [
+        f"objective {plan.spec.objective}: no optimizer trains {', '.join(several[:5])}, which the loss depends on; "
+        "make what is to be trained a part of the network that build returns, and freeze the rest: requires_grad_(False)"
+    ]
 
 
 def _require_same_network(plan: Plan, build: Callable[[], nn.Module]) -> nn.Module:

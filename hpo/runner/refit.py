@@ -84,7 +84,7 @@ def conclude(
         if now.best() is None:
             return None
         if done is None or best is None:
-            _say_what_is_lost(search, best, folder)
+            _say_what_is_lost(plan, search, best, folder)
             size = chosen_before(plan, search)
             with torch_settings(plan.device, threads=size.threads if size else None):
                 best = best or confirm(plan, data, search, now, stopping)
@@ -98,11 +98,11 @@ def conclude(
     return done
 
 
-def _say_what_is_lost(search: Search, best: Best | None, folder: Path) -> None:
+def _say_what_is_lost(plan: Plan, search: Search, best: Best | None, folder: Path) -> None:
     stored = search.attrs.get(schema.RESULT)
     if best is None or not isinstance(stored, Mapping) or stored.get("number") != best.number or not folder.is_dir():
         return
-    if stored.get("bundle") == str(folder):
+    if stored.get("bundle") == str(folder) and stored.get("networks", [1, 1]) == networks_of(plan.spec):
         log.warning(f"{folder} is no more what this study has exported: damaged, or another's; it is made again")
 
 

@@ -81,7 +81,8 @@ class _Sources:
         try:
             self.texts.append(inspect.getsource(function))
         except (OSError, TypeError):  # it was compiled from a text that is gone
-            self.texts += [each.co_code.hex() + repr(each.co_names) for each in _codes(function.__code__)]
+            for code in _codes(function.__code__):
+                self.texts.append(f"{code.co_code.hex()} {code.co_names} {list(filter(_is_plain, code.co_consts))}")
         names = {name for each in _codes(function.__code__) for name in each.co_names}
         for name in sorted(names & function.__globals__.keys()):
             value = function.__globals__[name]

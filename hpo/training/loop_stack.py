@@ -112,7 +112,7 @@ class _Slot:
         """Take in a module that is on its device already: the optimizer is made after that."""
         self.module, self._params = module.train(), params
         self._outside = Outside(module, self._task.objective)
-        # with the frozen ones, as `Adam(module.parameters())`: they may be trained later, and are left without a gradient
+        # with the frozen ones, as `Adam(module.parameters())`: they may be trained later, and have no gradient before
         self._weights = [w for w in module.parameters() if w.requires_grad or w.is_floating_point()]
         self._optimizer = optim.make(params, self._weights, sparse=optim.gives_sparse(module))
         self._max_norm = params.get(optim.MAX_GRAD_NORM, 0)
