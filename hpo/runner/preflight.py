@@ -186,7 +186,7 @@ def _untrained(plan: Plan, module: nn.Module) -> list[str]:
         return []
     return [
         f"objective {plan.spec.objective}: no optimizer trains {', '.join(several[:5])}, which the loss depends on; "
-        "make what is to be trained a part of the network that build returns, and freeze the rest: requires_grad_(False)"
+        "make what is to be trained part of the network that build returns, and freeze the rest: requires_grad_(False)"
     ]
 
 
