@@ -24,8 +24,12 @@ from hpo.study.sealed import sealed, sealing
 from hpo.study.splits import require_rows
 from hpo.training import optim
 from hpo.training.faults import fault_of
-from hpo.training.memory import Within
+from hpo.training.memory import Within, n_bytes
 from hpo.training.outside import Outside
+
+
+_LARGE = 1 << 28
+"""Bytes of a network that is tried only once."""
 
 
 def preflight(plan: Plan, data: Data) -> tuple[nn.Module | None, list[str]]:
@@ -76,7 +80,8 @@ def _tried(plan: Plan, data: Data, whole: Data) -> tuple[nn.Module | None, list[
                 try_export(plan, data, rows, module, params)
             except InputError as error:  # it can be searched nevertheless, and its weights are in best.pt
                 warnings.append(str(error))
-        warnings.extend(_left_behind(plan, data, params, batch))
+        if n_bytes(module) <= _LARGE:  # else twice as many would have to fit into memory, or it would take long
+            warnings.extend(_left_behind(plan, data, params, batch))
         return module
 
     first, infeasible = _each_corner(plan, attempt)
