@@ -27,7 +27,6 @@ from hpo.training.faults import fault_of
 from hpo.training.memory import Within, n_bytes
 from hpo.training.outside import Outside
 
-
 _LARGE = 1 << 28
 """Bytes of a network that is tried only once."""
 
