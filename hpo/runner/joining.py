@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hpo.errors import InputError
+from hpo.log import log
 from hpo.runner.launch import LAUNCHED, LAUNCHER
 from hpo.runner.opening import how_source_differs, load_data, open_or_make, torch_set
 from hpo.runner.prepare import Plan, prepare
@@ -53,11 +54,7 @@ def joined(
         stack.enter_context(torch_set(plan))
         search = open_or_make(plan, wait=is_launched())  # a launched worker's study is known to be there
         stack.callback(search.close)
-        if what := how_source_differs(plan, search):
-            raise InputError(
-                f"the {what} of objective {plan.spec.objective} is not what study {plan.spec.name!r} began with: its "
-                f"trials would not compare; {_CODE if what == 'code' else _VALUE}, or give another `name`"
-            )
+        _require_same_source(plan, search)
         launcher = os.environ.get(LAUNCHER)
         stopping = stack.enter_context(signals(int(launcher) if launcher else None)) if stop is None else stop
         search.storage.interrupt = stopping.requested
@@ -69,8 +66,22 @@ def joined(
         yield plan, search
 
 
-_CODE = "bring that code here"
-_VALUE = "workers make it by its class and options: have its Options hold the value, or train with workers=1"
+def _require_same_source(plan: Plan, search: Search) -> None:
+    """Raise InputError where the objective is not the study's; of values that another machine may set, warn only."""
+    what = how_source_differs(plan, search)
+    if not what:
+        return
+    said = (
+        f"the {what} of objective {plan.spec.objective} is not what study {plan.spec.name!r} began with: its trials "
+        "would not compare"
+    )
+    if what == "code":
+        raise InputError(f"{said}; bring that code here, or give another `name`")
+    if is_launched():
+        raise InputError(
+            f"{said}; workers make it by its class and options: have Options hold the value, or train with workers=1"
+        )
+    log.warning(said)
 
 
 def join_stored(name: str, overrides: Mapping[str, str], named: Collection[str] | None, stop: StopToken) -> None:

@@ -126,4 +126,4 @@ def warn_of_source(plan: Plan, search: Search) -> bool:
 def remember_source(plan: Plan, search: Search) -> None:
     """Store what the objective's source is, for those who ask later."""
     search.remember(schema.CODE, source_fingerprint(plan.given))
-    search.remember(schema.HELD, dict(plan.held))
+    search.remember(schema.HELD, dict(plan.held) if plan.by_program else {})

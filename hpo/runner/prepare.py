@@ -55,6 +55,8 @@ class Plan:
     device: torch.device
     held: Mapping[str, str]
     """The plain values that the objective holds when the study starts; see `hpo.study.sources.held`."""
+    by_program: bool
+    """Whether a program gave the objective itself, which may hold others than one that is found by its name."""
     made: float = field(default_factory=time.monotonic)
     """When the plan was made, by time.monotonic(): a study's `time` counts from there."""
 
@@ -213,6 +215,7 @@ def _check(draft: Draft, spec: StudySpec, folder: Path, given: Given | None) -> 
         others=dict(others),
         device=device,
         held=sources.held(objective),
+        by_program=given is not None,
     ), faults
 
 
