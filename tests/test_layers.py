@@ -30,7 +30,15 @@ FACES = {"__init__", "__main__", "api", "data", "objective"}
 ROOT_MODULES = FACES | {"errors", "garbage", "light", "log", "seeds", "processes", "stopping"}
 HOMES = {
     "optuna": {"search", "study.space", "study.dimension", "report"},
-    "mlflow": {"tracking.database", "tracking.models", "tracking.parent", "tracking.runs"},
+    "mlflow": {
+        "tracking.calls",
+        "tracking.database",
+        "tracking.experiment",
+        "tracking.models",
+        "tracking.parent",
+        "tracking.runs",
+        "tracking.single",
+    },
     "yaml": {"study.yaml_values"},
     "pydantic": {"study.spec", "study.spec_parts", "study.plugins", "study.ranges", "study.checking", "study.draft"},
     "sqlalchemy": {"search"},

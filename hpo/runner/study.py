@@ -146,7 +146,7 @@ def _run(
                 _watch(plan, search, workers, progress, stopping)
         seen = checkpoints.settle_weights(plan, search)  # the last trial may have been trained elsewhere
         if seen.counts.running == 0:
-            tracker.reconcile(seen.ends)
+            tracker.reconcile(seen.ends, seen.is_shared)
         ended = conclude(plan, data, search, tracker, stopping.requested, seen) if data else None
         best = seen.best()
         if best is None:

@@ -40,6 +40,7 @@ def tracker_of(plan: Plan, search: Search) -> Tracker:
         making=search.making,
         adopts=schema.OWN_RUNS not in search.attrs,
         tags={} if plan.spec.tracking == "off" else _source(plan),
+        lease=plan.spec.grace / 2,
     )
 
 
@@ -288,7 +289,7 @@ def settle_runs(plan: Plan, search: Search, always: bool = False) -> None:
     if all_told and not always and not left_behind(unsent_of(plan.spec), plan.spec.name, search.making):
         return
     tracker = tracker_of(plan, search)
-    tracker.reconcile(seen.ends)
+    tracker.reconcile(seen.ends, seen.is_shared)
     if not over:
         tracker.close()
         return

@@ -15,6 +15,7 @@ from hpo.search.budget import (
     holders,
     in_order_of_end,
     is_paused,
+    lease_of,
     leases_in,
     rank,
     utc,
@@ -161,6 +162,11 @@ class StudyView:
             for trial in self.everything
             if trial.state.is_finished() and not (trial.datetime_start is None and schema.WITHDRAWN in trial.user_attrs)
         }
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several processes have trained its trials, as far as the storage says."""
+        return len({worker_of(trial) for trial in self.everything if lease_of(trial)}) > 1
 
     @cached_property
     def failures(self) -> Sequence[str | None]:

@@ -52,7 +52,7 @@ class Tracker(ABC):
     def start_trial(
         self, trial: int, params: Mapping[str, Any], is_new: bool = False, tags: Mapping[str, str] | None = None
     ) -> None:
-        """Begin a trial's run. `is_new`: nobody has before, so it need not be looked for."""
+        """Begin a trial's run. `is_new`: nobody has before; it is looked for only where a peer may have since."""
 
     @abstractmethod
     def run_of(self, trial: int) -> str | None:
@@ -109,10 +109,11 @@ class Tracker(ABC):
         """Say more of the study while it runs: what was chosen for it, and why."""
 
     @abstractmethod
-    def reconcile(self, ends: Mapping[int, tuple[str, str | None]]) -> None:
+    def reconcile(self, ends: Mapping[int, tuple[str, str | None]], shared: bool = False) -> None:
         """End the runs of trials that have ended: those that a killed worker has left open, or that end otherwise.
 
-        `ends` has each trial's state, a key of STATUS, and its error. A trial without a run gets none.
+        `ends` has each trial's state, a key of STATUS, and its error. A trial without a run gets none. `shared`: where
+        several processes have trained the study's trials; of the runs that they have made for one trial, one is kept.
         """
 
     @abstractmethod
@@ -175,7 +176,7 @@ class NullTracker(Tracker):
     def log_model(self, folder: Path, trial: int, facts: Mapping[str, Any]) -> None:
         pass
 
-    def reconcile(self, ends: Mapping[int, tuple[str, str | None]]) -> None:
+    def reconcile(self, ends: Mapping[int, tuple[str, str | None]], shared: bool = False) -> None:
         pass
 
     def end_study(self, state: str) -> bool:
@@ -257,7 +258,7 @@ class MemoryTracker(Tracker):
     def log_model(self, folder: Path, trial: int, facts: Mapping[str, Any]) -> None:
         self.models[trial] = dict(facts)
 
-    def reconcile(self, ends: Mapping[int, tuple[str, str | None]]) -> None:
+    def reconcile(self, ends: Mapping[int, tuple[str, str | None]], shared: bool = False) -> None:
         states = {trial: state for trial, (state, _) in self.ended.items()}
         self.ended |= {t: end for t, end in ends.items() if t in self.params and states.get(t) != end[0]}
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hpo.tracking.base import PAUSED, STATUS
+from hpo.tracking.values import now_ms
 
 Item = dict[str, Any]
 MERGED = {"start", "metrics", "end"}
@@ -49,9 +50,13 @@ def as_left(item: Item) -> Iterator[Item]:
         yield {"do": "texts", "trial": item["trial"], "time": item["time"], "texts": texts, "left": True}
 
 
-def is_new(item: Item) -> bool:
-    """Whether an item begins a run that is not there yet: nothing was answered to it, and no other process left it."""
-    return bool(item.get("is_new")) and not item.keys() & {"again", "tries", "left"}
+def is_new(item: Item, lease: float) -> bool:
+    """Whether an item begins a run that is not there yet: nothing was answered to it, and no other process left it.
+
+    After `lease` seconds a peer may have taken its process for dead, and have made a run to end the trial in.
+    """
+    is_fresh = now_ms() - item["time"] < 1000 * lease
+    return bool(item.get("is_new")) and is_fresh and not item.keys() & {"again", "tries", "left"}
 
 
 def merged(item: Item, more: Item) -> Item | None:

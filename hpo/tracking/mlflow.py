@@ -50,11 +50,15 @@ class MlflowTracker(Tracker):
         making: str = "",
         adopts: bool = True,
         tags: Mapping[str, str] | None = None,
+        lease: float = math.inf,
     ) -> None:
-        """`making`, `adopts` and `tags`: see `hpo.tracking.opening.open_tracker`."""
+        """`making`, `adopts`, `tags` and `lease`: see `hpo.tracking.opening.open_tracker`."""
         self._uri = uri
         self._runs = self._open_runs(uri, study, making=making, adopts=adopts, tags=tags or {})
         self._run_ids: dict[int | None, str] = {}
+        self._lease = lease
+        self._paused: set[int | None] = set()
+        """Trials that were ever paused here, or resumed: peers may have written to their runs."""
         self._gathered: list[tuple[Item, float]] | None = None
         self._outbox = Outbox(outbox, study, making)
         self._changed = threading.Condition()  # guards all that follows, and the outbox
@@ -137,16 +141,19 @@ class MlflowTracker(Tracker):
         self._put("best", trial)
 
     def pause_trial(self, trial: int, effort: Mapping[str, float] | None = None) -> None:
+        self._paused.add(trial)
         tags = {"hpo.state": "PAUSED", RUN_NAME: run_name(trial, "paused")}
         self._put("start", trial, status=PAUSED, tags=tags, rows=rows_of(effort))
 
     def resume_trial(self, trial: int) -> None:
+        self._paused.add(trial)
         self._put("start", trial, status="RUNNING", tags={"hpo.state": "RUNNING", RUN_NAME: run_name(trial)})
 
     def end_trial(
         self, trial: int, state: str, error: str | None = None, effort: Mapping[str, float] | None = None
     ) -> None:
-        self._put("end", trial, status=STATUS[state], tags=end_tags(trial, state, error), rows=rows_of(effort))
+        tags = ({RUN_NAME: run_name(trial)} if trial in self._paused else {}) | end_tags(trial, state, error)
+        self._put("end", trial, status=STATUS[state], tags=tags, rows=rows_of(effort))
 
     def log_folder(self, folder: Path, name: str) -> None:
         self._put("folder", None, folder=str(folder.resolve()), name=name)
@@ -154,9 +161,9 @@ class MlflowTracker(Tracker):
     def log_model(self, folder: Path, trial: int, facts: Mapping[str, Any]) -> None:
         self._put("model", None, folder=str(folder.resolve()), of=trial, **facts)
 
-    def reconcile(self, ends: Mapping[int, tuple[str, str | None]]) -> None:
+    def reconcile(self, ends: Mapping[int, tuple[str, str | None]], shared: bool = False) -> None:
         self._adopt()
-        self._put("reconcile", None, ends={str(trial): end for trial, end in ends.items()})
+        self._put("reconcile", None, ends={str(trial): end for trial, end in ends.items()}, shared=shared)
         with self._changed:
             self._rests, self._rests_until = False, 0.0  # trials are over: the rest is sent beside refit and export
             self._changed.notify_all()
@@ -269,7 +276,8 @@ class MlflowTracker(Tracker):
         while (batch := self._next(waiting, until)) is not None:
             self._asked_at = time.monotonic()
             tried, self._tried = self._tried, max(self._tried, *batch.ids)
-            answer = self._runs.attempt(batch.item | {"is_new": is_new(batch.item) and batch.ids[0] > tried})
+            is_first = batch.ids[0] > tried and batch.item["trial"] not in self._paused
+            answer = self._runs.attempt(batch.item | {"is_new": is_first and is_new(batch.item, self._lease)})
             self._run_ids.update(answer.runs)
             if answer.sent or answer.refused:
                 with self._changed:

@@ -10,23 +10,22 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from hpo.log import log
-from hpo.tracking.base import STATUS, unlogged
-from hpo.tracking.database import make_database
+from hpo.tracking.base import unlogged
+from hpo.tracking.calls import all_runs, log_all
+from hpo.tracking.ends import in_time, may_be_late, reconcile
+from hpo.tracking.experiment import alone, open_experiment
 from hpo.tracking.items import FILES, MERGED, Answer, Item
 from hpo.tracking.models import log_model
 from hpo.tracking.parent import Known, MetricRow, installed, log_data, log_folder, mark_best, system_monitor
+from hpo.tracking.single import in_order, made_one
 from hpo.tracking.values import (
     MAX_PARAM,
     MAX_TAG,
     NOTE,
-    end_tags,
     legal_name,
     linked,
     now_ms,
@@ -40,10 +39,6 @@ _UNCLEAR = ("BAD_REQUEST", "INTERNAL_ERROR")
 """What MLflow also says of a cut connection, a proxy's refusal, or a time-out: others must be taken meanwhile."""
 _AWAY_STATUS = (401, 403, 404, 407, 408, 425, 429)
 _TRIES = 3
-_KIND = {"mlflow.experimentKind": "custom_model_development"}
-"""By this tag of the experiment MLflow's page opens on its runs, not on traces."""
-_MOST = {"metrics": 800, "params": 100, "tags": 100}
-"""What MLflow takes in a call."""
 
 
 class Runs:
@@ -76,37 +71,10 @@ class Runs:
         """Find the study's experiment, or make it; one that was deleted is restored."""
         if self._client is not None:
             return
-        from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
-
-        path = sqlite_path(self._uri)
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        # MLflow makes its schema when first asked; processes that do so together crash all but one.
-        with FileLock(f"{path}.lock", timeout=120) if path is not None else nullcontext():
-            if path is not None and not path.exists():
-                make_database(path)
-            # absolute: MLflow keeps one store per address, also when the process changes its folder
-            self._address = self._uri if path is None else f"sqlite:///{path.resolve()}"
-            client = MlflowClient(self._address)
-            experiment = client.get_experiment_by_name(self._study)
-            if experiment is None:
-                where = None if path is None else (path.parent.resolve() / "artifacts" / self._study).as_uri()
-                try:
-                    client.create_experiment(self._study, artifact_location=where, tags=_KIND)
-                    self._is_first = True
-                except MlflowException:
-                    if client.get_experiment_by_name(self._study) is None:
-                        raise  # it is not that another machine's worker has made it just now
-                experiment = client.get_experiment_by_name(self._study)
-            if experiment is None:
-                raise MlflowException(f"the experiment {self._study!r} was made, but is not there")
-            if experiment.lifecycle_stage == "deleted":
-                client.restore_experiment(experiment.experiment_id)
-            for key, value in _KIND.items() - experiment.tags.items():  # an older version made it
-                client.set_experiment_tag(experiment.experiment_id, key, value)
-            self._experiment = experiment.experiment_id
-        self._client = client
+        opened = open_experiment(self._uri, self._study)
+        self._address, self._experiment = opened.address, opened.id
+        self._is_first = self._is_first or opened.is_first
+        self._client = opened.client
 
     def attempt(self, item: Item) -> Answer:
         """Send `item`; sending the same one twice does no harm.
@@ -177,17 +145,22 @@ class Runs:
         return self._ids[trial]
 
     def _find_or_make(self, trial: int | None, item: Item) -> str:
-        mark = "study" if trial is None else str(trial)
         if trial is not None and item.get("is_new"):
             return self._make(trial, item)
-        wait = trial is None and not self._is_first
+        mark = "study" if trial is None else str(trial)
         parent = None if trial is None else self._id_of(None, item)
-        end = time.monotonic() + (self.PEER_SECONDS if wait else 0.0)
-        while not (found := self._search(mark, parent)) and time.monotonic() < end:
+        end = time.monotonic() + (self.PEER_SECONDS if trial is None and not self._is_first else 0.0)
+        while time.monotonic() < end and not self._search(mark, parent):
             time.sleep(0.2)
-        if found:
-            return self._taken(trial, min(found, key=lambda run: run.info.lifecycle_stage))  # active before deleted
-        return self._make(trial, item)
+        with alone(self._address):
+            found = self._search(mark, parent)
+            made = None if found else self._make(trial, item)
+        if made is not None and (trial is None or sqlite_path(self._address) is not None):
+            return made
+        if made is not None:  # another machine may have looked and made one meanwhile
+            found = self._search(mark, parent)
+        several = trial is not None and len(found) > 1
+        return self._taken(trial, made_one(self._client, found) if several else in_order(found)[0])
 
     def _make(self, trial: int | None, item: Item) -> str:
         parent = None if trial is None else self._id_of(None, item)
@@ -225,21 +198,15 @@ class Runs:
         return [run for run in self._all_runs(of_mark + under) if "hpo.making" not in run.data.tags]
 
     def _all_runs(self, query: str) -> list[Any]:
-        from mlflow.entities import ViewType
-
-        found: list[Any] = []
-        token = None
-        while token is None or token:
-            page = self._client.search_runs([self._experiment], query, ViewType.ALL, 1000, page_token=token)
-            found += page
-            token = page.token or ""
-        return found
+        return all_runs(self._client, self._experiment, query)
 
     def _write(self, item: Item) -> None:
         """Write an item's params, metrics and tags to its run, in as few calls as MLflow takes; then its status."""
         from mlflow.entities import Metric, Param, RunTag
 
         run = self._id_of(item["trial"], item)
+        if may_be_late(item):
+            item = in_time(item, self._client.get_run(run))
         if item["trial"] is None and item["do"] == "end" and item.get("left"):
             info = self._client.get_run(run).info
             if info.end_time is not None and info.end_time >= item["time"]:
@@ -249,7 +216,8 @@ class Runs:
         tags = {self._legal(key): plain(x, MAX_TAG) for key, x in item.get("tags", {}).items()}
         if item["trial"] is None:
             rows, params, tags = self._of_the_study(run, rows, params, tags)
-        self._log(
+        log_all(
+            self._client,
             run,
             metrics=[Metric(*row) for row in rows],
             params=[Param(key, x) for key, x in params.items()],
@@ -290,7 +258,7 @@ class Runs:
     def _found_run(self, trial: int) -> str | None:
         """Return the id of a trial's run, if there is one."""
         if trial not in self._ids and (found := self._search(str(trial), self._ids.get(None))):
-            return str(found[0].info.run_id)
+            return str(in_order(found)[0].info.run_id)
         return self._ids.get(trial)
 
     def _best(self, item: Item) -> None:
@@ -298,33 +266,27 @@ class Runs:
         if (run := self._found_run(item["trial"])) is not None:
             marked = self._all_runs("tags.`hpo.best` = 'true'")
             ours = [each for each in marked if each.data.tags.get("hpo.making", self._making) == self._making]
-            mark_best(self._client, run, item["trial"], ours)
-
-    def _log(self, run: str, **what: list[Any]) -> None:
-        """Log metrics, params and tags, in as many calls as it needs."""
-        while any(what.values()):
-            self._client.log_batch(run, **{kind: things[: _MOST[kind]] for kind, things in what.items()})
-            what = {kind: things[_MOST[kind] :] for kind, things in what.items()}
+            active = [each for each in ours if each.info.lifecycle_stage == "active"]
+            mark_best(self._client, run, item["trial"], active)
 
     def _tag(self, run: str, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        self._log(run, tags=[RunTag(key, plain(value, MAX_TAG)) for key, value in tags.items()])
+        log_all(self._client, run, tags=[RunTag(key, plain(value, MAX_TAG)) for key, value in tags.items()])
 
     def _reconcile(self, item: Item) -> None:
-        """End the runs of ended trials that are open, or that have another end; most are FINISHED and right."""
+        """End the runs of ended trials that are open, or that have another end; most are FINISHED and right.
+
+        Where several processes have written to them, all are looked at: one trial may have two, or a late pause.
+        """
         parents = {self._ids[None]} if None in self._ids else {run.info.run_id for run in self._search("study", None)}
-        for run in self._all_runs("attributes.status != 'FINISHED'"):
-            tags = run.data.tags
-            state, error = item["ends"].get(tags.get("hpo.trial"), (None, None))
-            is_ours = not self._making or tags.get("hpo.making") == self._making
-            if "hpo.making" not in tags:
-                is_ours = is_ours or tags.get("mlflow.parentRunId") in parents
-            is_right = (run.info.status, tags.get("hpo.state")) == (STATUS.get(state), state)
-            if is_ours and state is not None and not is_right and run.info.lifecycle_stage == "active":
-                self._tag(run.info.run_id, end_tags(int(tags["hpo.trial"]), state, error))
-                end = run.info.end_time or item["time"]
-                self._client.set_terminated(run.info.run_id, STATUS[state], end_time=end)
+
+        def is_ours(run: Any) -> bool:
+            making, parent = run.data.tags.get("hpo.making"), run.data.tags.get("mlflow.parentRunId")
+            return not self._making or making == self._making or (making is None and parent in parents)
+
+        runs = self._all_runs("" if item.get("shared") else "attributes.status != 'FINISHED'")
+        reconcile(self._client, [run for run in runs if is_ours(run)], item["ends"], item["time"], self._tag)
 
     def _texts(self, item: Item) -> None:
         run = self._id_of(item["trial"], item)

@@ -1,0 +1,62 @@
+"""A study's experiment in MLflow: found, made or restored."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+from filelock import FileLock
+
+from hpo.tracking.database import make_database
+from hpo.tracking.values import sqlite_path
+
+_KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""By this tag of the experiment MLflow's page opens on its runs, not on traces."""
+
+
+class Experiment(NamedTuple):
+    """An experiment that is there, and the client that has found it."""
+
+    client: Any
+    address: str
+    id: str
+    is_first: bool
+    """Whether this process has made it, so that the study's run is its to make, not its peers'."""
+
+
+def alone(uri: str) -> AbstractContextManager[Any]:
+    """Give what no two processes have at once where the runs are in an SQLite file; elsewhere there is no such lock."""
+    path = sqlite_path(uri)
+    return nullcontext() if path is None else FileLock(f"{path}.lock", timeout=120)
+
+
+def open_experiment(uri: str, study: str) -> Experiment:
+    """Find the study's experiment, or make it; one that was deleted is restored. Raises what MLflow raises."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    path = sqlite_path(uri)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    is_first = False
+    with alone(uri):  # MLflow makes its schema when first asked; processes that do so together crash all but one
+        if path is not None and not path.exists():
+            make_database(path)
+        # absolute: MLflow keeps one store per address, also when the process changes its folder
+        address = uri if path is None else f"sqlite:///{path.resolve()}"
+        client = MlflowClient(address)
+        experiment = client.get_experiment_by_name(study)
+        if experiment is None:
+            where = None if path is None else (path.parent.resolve() / "artifacts" / study).as_uri()
+            try:
+                client.create_experiment(study, artifact_location=where, tags=_KIND)
+                is_first = True
+            except MlflowException:
+                if client.get_experiment_by_name(study) is None:
+                    raise  # it is not that another machine's worker has made it just now
+            experiment = client.get_experiment_by_name(study)
+        if experiment is None:
+            raise MlflowException(f"the experiment {study!r} was made, but is not there")
+        if experiment.lifecycle_stage == "deleted":
+            client.restore_experiment(experiment.experiment_id)
+        for key, value in _KIND.items() - experiment.tags.items():  # an older version made it
+            client.set_experiment_tag(experiment.experiment_id, key, value)
+    return Experiment(client, address, str(experiment.experiment_id), is_first)
