@@ -6,7 +6,7 @@
     |   +-- DataError           2  data that is missing, corrupted, or holds NaN
     |   +-- StorageError        2  a storage that cannot be opened or is not ours to use
     +-- ExportError             1  an export that is not equal to the model that was measured
-    +-- Interrupted           130  Ctrl-C or SIGTERM: the running trial was given back
+    +-- Interrupted           130  Ctrl-C, SIGTERM or SIGHUP: the running trial was given back
 
 A password in an address, or what an option takes from an environment variable, never reaches a message: each message
 passes through `masked`.
@@ -67,7 +67,7 @@ class HpoError(Exception):
       InputError      what the user gave is at fault (2): SpecError a study file, with all its faults; DataError data;
                       StorageError a storage
       ExportError     what was exported is not the model that was measured (1)
-      Interrupted     Ctrl-C or SIGTERM (130)
+      Interrupted     Ctrl-C, SIGTERM or SIGHUP (130)
 
     >>> try:
     ...     hpo.check({"objective": "iris", "trials": 0})

@@ -1,15 +1,19 @@
-"""How a person, a scheduler or a container's manager stops a process: Ctrl-C and SIGTERM, once or twice."""
+"""How a person, a scheduler or a container's manager stops a process: Ctrl-C, SIGTERM, or a terminal that is closed."""
 
 import math
 import os
 import signal
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 ANSWER_SECONDS = 6.0
 """How long a storage may take to answer before it counts as away: with `StopToken.SECONDS` less than 30 s."""
+
+_HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)
+"""What comes when the terminal is closed, or its connection lost; not every system has it."""
 
 
 class StopToken:
@@ -27,7 +31,7 @@ class StopToken:
         self._parent = parent
 
     def requested(self) -> bool:
-        """Whether the user has asked to stop (Ctrl-C, SIGTERM)."""
+        """Whether the user has asked to stop (Ctrl-C, SIGTERM, SIGHUP)."""
         if self._asked is None and self._parent is not None and os.getppid() != self._parent:
             self._asked = time.monotonic()
         return self._asked is not None
@@ -37,7 +41,11 @@ class StopToken:
         return self._asked is not None and time.monotonic() - self._asked > self.SECONDS
 
     def ask(self, number: int, frame: object) -> None:
-        """Take a signal; the second one stops at once."""
+        """Take a signal; the second one stops at once, unless it is SIGHUP: the system and a shell send one each."""
+        if number == _HANGUP:
+            _leave_terminal()
+        if self._asked is not None and number == _HANGUP:
+            return
         if self._asked is not None:
             raise KeyboardInterrupt
         self._asked = time.monotonic()
@@ -71,14 +79,27 @@ class LimitedStop(StopToken):
 
 @contextmanager
 def signals(parent: int | None = None) -> Iterator[StopToken]:
-    """Have Ctrl-C and SIGTERM ask to stop, and the death of `parent`, if there is one."""
+    """Have Ctrl-C, SIGTERM, a terminal that is closed and the death of `parent`, if there is one, ask to stop."""
     stop = StopToken(parent)
     if threading.current_thread() is not threading.main_thread():  # only the main thread is given signals
         yield stop
         return
-    before = {number: signal.signal(number, stop.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    asking = [signal.SIGINT, signal.SIGTERM]
+    if _HANGUP is not None and signal.getsignal(_HANGUP) != signal.SIG_IGN:  # `nohup` has it ignored
+        asking.append(_HANGUP)
+    before = {number: signal.signal(number, stop.ask) for number in asking}
     try:
         yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _leave_terminal() -> None:
+    """Print nowhere what would be printed on the terminal that is closed: each attempt would be an error."""
+    for output in (1, 2):
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(output).st_mode):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, output)
+                os.close(nowhere)

@@ -1,14 +1,22 @@
 """Ctrl-C, kill -9 and bugs in real processes: the trial is marked, a second run goes on, the budget is exact."""
 
+import fcntl
 import json
+import os
+import pty
 import signal
 import sqlite3
+import subprocess
+import sys
+import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from hpo import stopping
 from tests.conftest import run_hpo, start_hpo
 from tests.databases import rows
 
@@ -40,7 +48,7 @@ def attribute(number: int, key: str) -> object:
     return json.loads(found[0][0]) if found else None
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_gives_the_trial_back_and_a_second_run_goes_on(study: Callable[..., Path], number: int) -> None:
     path = study("epochs: 200\nstack: 1")
     process = start_hpo("run", path, LINEAR_SECONDS="0.05")
@@ -57,6 +65,65 @@ def test_a_signal_gives_the_trial_back_and_a_second_run_goes_on(study: Callable[
     summary = json.loads(done.stdout.splitlines()[-1])
     assert done.returncode == 0, done.stderr
     assert summary["trials"] == {"complete": 3, "pruned": 0, "failed": 0, "running": 0, "paused": 0, "waiting": 0}
+
+
+@contextmanager
+def on_a_terminal(*arguments: object, **environ: str) -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
+    """Give `hpo ...` on a terminal of its own, which it is the first process of, and the other end of that terminal."""
+    ours, its = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hpo", *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environ,
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(its)
+    try:
+        yield process, ours
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_terminal_that_is_closed_gives_the_trial_back(study: Callable[..., Path]) -> None:
+    path = study("epochs: 200\nstack: 1")
+    with on_a_terminal("run", path, LINEAR_SECONDS="0.05") as (process, terminal):
+        wait_for_running_trial()
+        os.close(terminal)
+        process.send_signal(signal.SIGHUP)  # as a shell does, too, before it ends
+        assert process.wait(timeout=30) == 130
+    assert [number for number, state in states() if state == "RUNNING"] == []
+    assert attribute(0, "error") == "interrupted"
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(study: Callable[..., Path]) -> None:
+    path = study("epochs: 5\nstack: 1\ntrials: 1")
+    process = subprocess.Popen(
+        ["nohup", sys.executable, "-m", "hpo", "run", str(path)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "LINEAR_SECONDS": "0.05"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    wait_for_running_trial()
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert states() == [(0, "COMPLETE")]
+
+
+def test_a_signal_that_cannot_be_a_persons_second_one_stops_nothing_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a terminal that is closed come two: the system's, and the shell's."""
+    monkeypatch.setattr(stopping, "_leave_terminal", lambda: None)  # this terminal is not
+    with stopping.signals() as stop:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGHUP)
+        assert stop.requested()
+        assert not stop.immediate()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_killed_trial_is_taken_up_anew_with_its_params_and_seed(study: Callable[..., Path]) -> None:

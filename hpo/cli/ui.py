@@ -1,9 +1,7 @@
 """`hpo ui`: MLflow's pages and Optuna's dashboard of one study, on this machine, until Ctrl-C."""
 
 import json
-import signal
 import sys
-import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +14,7 @@ from hpo.export.files import FILES, MORE_FILES
 from hpo.report.place import default_path
 from hpo.search.address import kind_of, parsed_url
 from hpo.search.named import found, named, opened, stored_spec
-from hpo.stopping import StopToken, signals
+from hpo.stopping import signals
 from hpo.study.spec import StudySpec
 
 _MLFLOW_PORT, _DASHBOARD_PORT = 5000, 8080
@@ -36,7 +34,6 @@ def ui(
     """`hpo ui`."""
     spec, study_id = _study(study, storage, tracking)
     with screen() as out, signals() as stop, ExitStack() as stack:
-        _hear_hangup(stop)
         pages: list[Page] = []
         where, why = _served(spec) if mlflow else ("", "")
         if why:
@@ -115,9 +112,3 @@ def _runs_page(page: Page, experiment: str) -> str:
     if answer is None:  # nothing has arrived there yet
         return "/#/experiments"
     return f"/#/experiments/{json.loads(answer)['experiment']['experiment_id']}/runs?workflowType=machine_learning"
-
-
-def _hear_hangup(stop: StopToken) -> None:
-    """Have a terminal that is closed end both, too."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGHUP, stop.ask)
