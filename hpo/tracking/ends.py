@@ -16,8 +16,8 @@ def may_be_late(item: Item) -> bool:
     """Whether `item` says of a trial's run what a peer may have overtaken, so that the run is to be looked at first."""
     if item["trial"] is None or item.get("is_new") or item.get("status") is None:
         return False
-    state = item["tags"].get("hpo.state") if item["do"] == "end" else None
-    return item["do"] == "start" or state == "INTERRUPTED" or (state == "COMPLETE" and RUN_NAME in item["tags"])
+    state = item.get("tags", {}).get("hpo.state")
+    return item["do"] != "end" or state == "INTERRUPTED" or (state == "COMPLETE" and RUN_NAME in item["tags"])
 
 
 def in_time(item: Item, run: Any) -> Item:
