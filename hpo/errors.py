@@ -105,6 +105,9 @@ class Interrupted(HpoError):
 
     exit_status = 130
 
+    def __init__(self, message: str = "interrupted; run the same command again") -> None:
+        super().__init__(message)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:

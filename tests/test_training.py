@@ -182,7 +182,7 @@ def test_the_same_seed_gives_the_same_batches_and_another_gives_others():
 
 def test_it_stops_between_two_batches():
     stack, queue = Notebook(), Queue(members(1))
-    with pytest.raises(Interrupted, match="interrupted"):
+    with pytest.raises(Interrupted, match="interrupted; run the same command again"):
         go(stack, queue, stopping=lambda: len(stack.rounds) == 4)
     assert len(stack.rounds) == 4
     assert epochs_of(queue, 1) == [1]

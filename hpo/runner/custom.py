@@ -111,7 +111,7 @@ def train_outside(
 
     def told(metrics: dict[str, float], state: Mapping[str, Any] | None) -> bool:
         if stopping():
-            raise Interrupted("interrupted")
+            raise Interrupted()
         reports.append(metrics)
         return not enough(reports)
 
@@ -173,7 +173,7 @@ class CustomTraining:
 
     def _stop(self) -> bool:
         if self._token.requested():
-            raise Interrupted("interrupted")
+            raise Interrupted()
         return False
 
     def _train_one(self, trial: TrialRun) -> None:
@@ -191,7 +191,7 @@ class CustomTraining:
             if training is not None and (stops or trial.checkpoint_is_due):
                 trial.checkpoint(training)
             if stops:
-                raise Interrupted("interrupted")
+                raise Interrupted()
             return True
 
         report = TrialReporter(plan, self._train, self._valid, plan.spec.epochs, member.seed, told)

@@ -206,7 +206,7 @@ class _Worker:
                     f"the storage has been away for {self._plan.spec.outage:g} s: the running trials are kept in "
                     "checkpoints; run the same command again to resume"
                 )
-            raise Interrupted("interrupted")
+            raise Interrupted()
         training = any(stack.members for stack in self._active)
         return [trial.member for trial in self._trials.claim_up_to(n, wait=not training)]
 

@@ -263,7 +263,7 @@ class Sizing:
         taken: list[float] = []
         while len(taken) < _STEPS and sum(taken) < _ENOUGH_SECONDS:
             if self.stopping():
-                raise Interrupted("interrupted")
+                raise Interrupted()
             start = time.perf_counter()
             stack.step(inputs, targets)
             _synchronize(self.task.device)

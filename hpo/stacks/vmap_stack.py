@@ -272,7 +272,7 @@ class VmapStack(Stack):
             nonlocal sums
             for each in some:
                 if stopping():
-                    raise Interrupted("interrupted")
+                    raise Interrupted()
                 sums = sums + self._step_of_all(*batches.pick(each)) * len(each)
 
         n_done = 0
@@ -285,7 +285,7 @@ class VmapStack(Stack):
             many.start(equal, n_done)
             while n_done + many.n_steps <= len(equal):
                 if stopping():
-                    raise Interrupted("interrupted")
+                    raise Interrupted()
                 many()
                 n_done += many.n_steps
             sums = sums + many.sums * len(order[0])

@@ -176,7 +176,7 @@ class Stack(ABC):
         losses, sizes = [], []
         for inputs, targets in batches.epoch(self.members[0].params["batch_size"], rows):
             if stopping():
-                raise Interrupted("interrupted")
+                raise Interrupted()
             losses.append(self.step(inputs, targets))
             sizes.append(len(targets))
         return _mean(losses, sizes)
