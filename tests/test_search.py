@@ -40,6 +40,13 @@ class TestBudget:
         assert (search.counts().complete, search.counts().waiting) == (5, 0)
         assert opened(trials=5).ask() is None
 
+    def test_a_study_is_shared_once_two_processes_have_trained_its_trials(self, opened, monkeypatch):
+        for process, is_shared in (("here-1-1", False), ("here-1-1", False), ("elsewhere-1-2", True)):
+            monkeypatch.setattr("hpo.search.lease.this_process", lambda process=process: process)
+            search = opened(trials=3)
+            search.complete(search.ask().number, 0.0)
+            assert search.view().is_shared is is_shared
+
     def test_a_raised_budget_gives_the_difference(self, opened):
         claims(opened(trials=2))
         assert len(claims(opened(trials=5))) == 3
