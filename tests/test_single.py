@@ -56,7 +56,7 @@ def found(mlflow: Mlflow, name: str, state: str, status: str = "FINISHED") -> An
 @pytest.mark.parametrize("first", ["starter", "resumer"])
 @pytest.mark.parametrize("is_best", [False, True])
 def test_a_trial_that_a_peer_resumes_and_ends(mlflow: Mlflow, first: str, is_best: bool) -> None:
-    """The peer's items may all arrive before those of the process that has begun the trial."""
+    """The peer's items may all arrive before those of the process that started the trial."""
     a, b = worker(mlflow, "a"), worker(mlflow, "b")
     a.start_trial(0, {"lr": 0.1, "n": 3}, is_new=True)
     train(a, range(2))
