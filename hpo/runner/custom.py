@@ -121,6 +121,8 @@ def train_outside(
 class CustomTraining:
     """One process's share of a study whose trials train themselves, one after the other."""
 
+    stacked = False
+
     def __init__(
         self,
         plan: Plan,

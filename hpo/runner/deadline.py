@@ -43,11 +43,12 @@ class Deadline:
     Where no trial has ended yet, none is given back, since there would be no model: `must_end` says when it has enough.
     """
 
-    def __init__(self, plan: Plan, search: Search) -> None:
-        self._plan, self._search = plan, search
+    def __init__(self, plan: Plan, search: Search, stacked: bool = False) -> None:
+        """`stacked`: whether trials are trained in stacks, whose first epoch takes as long as to trace or compile."""
+        self._plan, self._search, self._stacked = plan, search, stacked
         self._look_at, self._until, now = -math.inf, math.inf, time.monotonic()
-        self._reported: dict[int, tuple[float, int]] = {}
-        """When each trial has first reported, by time.monotonic(), and after how many epochs."""
+        self._reported: dict[tuple[int, float], tuple[float, int]] = {}
+        """When each trial has first reported since it was claimed, by time.monotonic(), and after how many epochs."""
         self._any_complete = False
         spec = plan.spec
         self._export = min(max(EXPORT_SECONDS, now - plan.made), _MOST_EXPORT_SECONDS)
@@ -69,41 +70,64 @@ class Deadline:
             seen = self._search.view()
             until = self._end - seconds_behind(self._plan, seen, self._export) if seen.counts.finished else math.inf
             self._until = min(until, self._trials_end)
+            self._any_complete = bool(seen.complete)
         return self._until
+
+    def left(self, epoch: float) -> float:
+        """Return the seconds that trials still have, by which halving chooses (`TimedHalving`); `epoch` is one's.
+
+        Where none is complete, what comes behind them is reckoned by it, for a trial of all epochs.
+        """
+        until = self()
+        if self._end < math.inf and not self._any_complete:
+            until = min(self._end - self._behind(epoch * self._plan.spec.epochs), self._trials_end)
+        return until - time.monotonic()
 
     def must_end(self, member: Member, value: float, started: float) -> bool:
         """Whether a trial is to be complete with the epochs it has, since the time is too short for another one.
 
         That is so only where none is complete yet. `value` is what the trial comes to so far, `started` when it was
-        claimed, by time.monotonic().
+        claimed, by time.monotonic(). One than which another trial is better is left to make room for that: where that
+        is paused, under halving, this one is paused now. Past the time by more than an epoch it ends nevertheless.
         """
         if self._end == math.inf or self._any_complete:
             return False
-        spec, now = self._plan.spec, time.monotonic()
-        first, n_first = self._reported.setdefault(member.number, (now, member.epoch))
+        now = time.monotonic()
+        first, n_first = self._reported.setdefault((member.number, started), (now, member.epoch))
         epoch = (now - first) / (member.epoch - n_first) if member.epoch > n_first else now - started
-        trial = epoch * (member.epoch + 1)
-        behind = trial * _MORE_ROWS * max(networks_of(spec)) + self._export
-        if spec.confirm is not None:
-            behind += trial * spec.confirm.runs
-        assert spec.time is not None
-        if now + epoch + min(behind, _MOST_BEHIND * spec.time) <= self._end:
+        pace_is_known = member.epoch > n_first or not self._stacked
+        behind = self._behind(epoch * (member.epoch + 1)) if pace_is_known else self._export
+        if now + epoch + behind <= self._end:
             return False
         seen = self._search.view()
         self._any_complete = bool(seen.complete)
-        if self._any_complete or _is_behind_a_paused_one(seen, value, maximize=self._plan.maximize):
+        if self._any_complete:
             return False
+        if now <= self._end + epoch and (better := self._better(seen, member.number, value)):
+            if self._search.halving is not None and any(number in seen.paused for number in better):
+                member.pause = member.epoch
+            return False
+        spec = self._plan.spec
         log.info(
             f"trial {member.number} ends after {member.epoch} of {spec.epochs} epochs, since the study's time "
             f"({spec.time:g} s) is needed for refit and export; raise `time` or lower `epochs` to train it whole"
         )
         return True
 
+    def _behind(self, trial: float) -> float:
+        """Return the seconds that what comes behind the trials takes, where none is complete and one takes `trial`."""
+        spec = self._plan.spec
+        assert spec.time is not None
+        behind = trial * _MORE_ROWS * max(networks_of(spec)) + self._export
+        if spec.confirm is not None:
+            behind += trial * spec.confirm.runs
+        return min(behind, _MOST_BEHIND * spec.time)
 
-def _is_behind_a_paused_one(seen: StudyView, value: float, *, maximize: bool) -> bool:
-    """Whether a paused trial has been better: then that one is to be the model, once it is resumed."""
-    sign = -1.0 if maximize else 1.0
-    return any(sign * x < sign * value for number in seen.paused for x in seen.curve(number))
+    def _better(self, seen: StudyView, number: int, value: float) -> list[int]:
+        """Return the paused and running trials that have been better than trial `number` with its `value`."""
+        sign = -1.0 if self._plan.maximize else 1.0
+        others = {*seen.paused, *(trial.number for trial in seen.running)} - {number}
+        return [other for other in others if any(sign * x < sign * value for x in seen.curve(other))]
 
 
 def seconds_behind(plan: Plan, seen: StudyView, export: float = EXPORT_SECONDS) -> float:

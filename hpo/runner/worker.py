@@ -25,6 +25,7 @@ from hpo.search import schema
 from hpo.search.away import StorageAway
 from hpo.search.pruning import settle_pruner
 from hpo.search.search import Search
+from hpo.search.timed import TimedHalving
 from hpo.stacks.kept import kept_in_objective
 from hpo.stacks.padding import Padding, PaddingPlan
 from hpo.stacks.pool import Pool
@@ -85,8 +86,10 @@ def work(
             worker.choose()
         except Interrupted:
             raise Interrupted(INTERRUPTED) from None
-        deadline = Deadline(plan, search)  # of a `timeout`, measuring is not counted: no trial runs
+        deadline = Deadline(plan, search, worker.stacked)  # of a `timeout`, measuring is not counted: no trial runs
         limited.look, trials.limits.must_end = deadline, deadline.must_end
+        if isinstance(search.halving, TimedHalving):
+            search.halving.left = deadline.left
         while not limited.out_of_time():
             _train_some(worker, trials, search, stop)
             if limited.out_of_time():
@@ -159,6 +162,11 @@ class _Worker:
         self._paths: dict[str, bool] = {}
         """How stacks have run, and whether that is stored."""
         self._stacks: Stacks | None = None
+
+    @property
+    def stacked(self) -> bool:
+        """Whether trials are trained in stacks, as it was chosen."""
+        return self._choice.stacked
 
     @property
     def _active(self) -> Sequence[Stack]:

@@ -1,6 +1,7 @@
 """How a study's trials are pruned where its file leaves it open, settled once for all of its workers."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from hpo.search import schema
@@ -9,6 +10,7 @@ from hpo.search.retrying import locked
 from hpo.search.samplers import CANNOT_HALVE
 from hpo.search.search import Search
 from hpo.search.seen import LEARNING
+from hpo.search.timed import TimedHalving
 
 
 def settle_pruner(search: Search, at_once: int, stacked: bool) -> bool:
@@ -35,7 +37,8 @@ def settle_pruner(search: Search, at_once: int, stacked: bool) -> bool:
         if not isinstance(pruner, HalvingPruner):
             search.study.pruner = pruner = HalvingPruner(search.spec.epochs)
         cohorts = 1 if stored is None else stored["cohorts"]
-        search.pause_by(Halving(pruner, cohorts, maximize=search.maximize, value=search.spec.value))
+        rule = Halving if search.spec.time is None else partial(TimedHalving, at_once=at_once)
+        search.pause_by(rule(pruner, cohorts, maximize=search.maximize, value=search.spec.value))
     return chosen
 
 
