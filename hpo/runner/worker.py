@@ -33,6 +33,7 @@ from hpo.stacks.sizing import AS_GIVEN, Sizing, StackSize, looked_at
 from hpo.stopping import StopToken
 from hpo.study.data import Data
 from hpo.study.sealed import sealed, sealing
+from hpo.study.spec import UNBOUNDED
 from hpo.tracking.base import Tracker
 from hpo.training.batches import make_batches
 from hpo.training.faults import TrialError
@@ -255,13 +256,14 @@ class _Worker:
         """Return new, empty stacks of the size that was chosen."""
         if not self._choice.stacked:
             return SingleStack(LoopStack(self._task))
+        in_short = self._plan.spec.trials == UNBOUNDED and (self._plan.spec.limit or math.inf) < SHORT_SECONDS
         return Pool(
             self._task,
             self._choice.capacity,
             self._example,
             self._padding_plan(self._choice.padding),
             once=self._once,
-            ahead=lambda: self._search.counts().waiting,
+            ahead=lambda: 0 if in_short else self._search.counts().waiting,  # how many fit is not known
             shared=self._choice.shared,
         )
 

@@ -31,7 +31,7 @@ from hpo.search.stop import Stopped, StopRules, budget
 from hpo.search.view import TrialReader
 from hpo.seeds import derive
 from hpo.study.space import Space
-from hpo.study.spec import StudySpec
+from hpo.study.spec import UNBOUNDED, StudySpec
 
 _CHUNK = 16
 """How many trials are queued at a time: who asks for all trials reads those that wait again each time."""
@@ -194,7 +194,8 @@ class Queue:
             if any(self._reclaim(everything).values()):
                 everything = self._reader.read()
             trials = budget(self._spec.trials, holders(everything), self._reader.stopped())
-            change = refill(everything, trials, len(self._spec.start_with), max(n, _CHUNK))
+            most = max(n, _CHUNK) - (sum(map(is_new, everything)) if trials == UNBOUNDED else 0)
+            change = refill(everything, trials, len(self._spec.start_with), max(0, most))
             if change.queue:
                 self._storage.enqueue(self._study._study_id, [self._new(slot, start) for slot, start in change.queue])
             self._withdraw(change.withdraw)
