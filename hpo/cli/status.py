@@ -85,9 +85,9 @@ def _look(search: Search) -> tuple[list[str], dict[str, Any], bool]:
     lines = [
         f"{spec.name}: {counts.finished} of {spec.budget_text} done "
         f"({count_text(counts)}), "
-        f"{counts.running} running, "
-        + (f"{counts.paused} paused, " if counts.paused else "")
-        + ("" if spec.trials == UNBOUNDED else f"{counts.waiting} waiting"),
+        f"{counts.running} running"
+        + (f", {counts.paused} paused" if counts.paused else "")
+        + ("" if spec.trials == UNBOUNDED else f", {counts.waiting} waiting"),
         *([] if seen.stopped is None else [seen.stopped.text()]),
         *([text] if (text := seen.effort.text()) else []),
         board.best_text() + (f": {shown(search.space.searched(best.params))}" if best else ""),
