@@ -263,6 +263,7 @@ class TestDeadline:
             assert Deadline(plan, search).must_end(member, 0.5, clock.seconds - 45)
             stacked = Deadline(plan, search, stacked=True)
             assert not stacked.must_end(member, 0.5, clock.seconds - 45)
+            assert stacked.must_end(member, 0.5, clock.seconds - 400)
             clock.seconds += 0.1
             member.epoch = 2
             assert not stacked.must_end(member, 0.5, clock.seconds - 45)

@@ -25,6 +25,8 @@ _MORE_ROWS = 1.3
 """A refit has the validation rows too, a fourth more by the default shares."""
 _MOST_BEHIND = 0.6
 """No more than so large a share of the time is kept for what comes behind the trials."""
+_OF_FIRST = 0.25
+"""A stack's second epoch is assumed to take so much of the first one, in which its steps are traced."""
 _LOOK_SECONDS = 1.0
 SHORT_SECONDS = 300.0
 """A shorter `time` is not spent on measuring how many trials to train at once."""
@@ -95,9 +97,9 @@ class Deadline:
         now = time.monotonic()
         first, n_first = self._reported.setdefault((member.number, started), (now, member.epoch))
         epoch = (now - first) / (member.epoch - n_first) if member.epoch > n_first else now - started
-        pace_is_known = member.epoch > n_first or not self._stacked
-        behind = self._behind(epoch * (member.epoch + 1)) if pace_is_known else self._export
-        if now + epoch + behind <= self._end:
+        if self._stacked and member.epoch == n_first and now + _OF_FIRST * epoch + self._export <= self._end:
+            return False  # the next one says how long they take
+        if now + epoch + self._behind(epoch * (member.epoch + 1)) <= self._end:
             return False
         seen = self._search.view()
         self._any_complete = bool(seen.complete)
