@@ -63,7 +63,7 @@ def linear(weight):
     return layer
 
 
-def bundle(folder, network, inputs, *, head=None, preprocess=None, params=None, about=None, **info):
+def bundle(folder, network, inputs, *, head=None, preprocess=None, link="", about=None, **info):
     """Export a network whose held-out rows are `inputs`; return the folder."""
     info = DataInfo(
         inputs={name: tuple(x.shape[1:]) for name, x in inputs.items()},
@@ -74,9 +74,10 @@ def bundle(folder, network, inputs, *, head=None, preprocess=None, params=None, 
         preprocess=preprocess or nn.Identity(),
         network=network,
         head=head or nn.Identity(),
-        params=params or {},
+        params={},
         info=info,
         about=ABOUT | (about or {}),
+        link=link,
     )
     export(model, Split(inputs=inputs, targets=torch.zeros(len(next(iter(inputs.values()))))), folder)
     return folder
@@ -94,7 +95,7 @@ def bundles(tmp_path_factory):
     scale = Standardize(torch.tensor([[0.0, 0.0], [2.0, 2.0]]))
     bundle(folder / "binary", linear([[1.0, 1.0]]), x, head=nn.Sigmoid(), preprocess=scale, class_names=two, **ab)
     weight = [[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]]
-    bundle(folder / "kinds", linear(weight), x, params={"loss": "cross_entropy"}, class_names=three, **ab)
+    bundle(folder / "kinds", linear(weight), x, link="softmax", class_names=three, **ab)
     bundle(folder / "scores", linear(weight), x, class_names=three, **ab)
     bundle(folder / "plain", linear([[1.0, 2.0]]), x)
     tensors = {"numeric": ROWS, "categorical": torch.tensor([[1], [0], [4]])}

@@ -1,5 +1,7 @@
 """Metrics are given probabilities, also where all logits of an epoch happen to lie between 0 and 1."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from hpo.study.objective import Objective
 from hpo.study.probabilities import Taken
 from hpo.training.evaluation import measure
 from hpo.training.metrics import Measuring
-from tests.stacking import CPU, Toy
+from tests.stacking import CPU, INFO, Toy
 
 LOGITS = torch.tensor([[0.1], [0.4], [0.6], [0.2], [0.9], [0.3]])
 LABELS = torch.tensor([[1.0], [0.0], [1.0], [1.0], [0.0], [1.0]])
@@ -54,6 +56,10 @@ class Judged(Toy):
         first = outputs[0] if isinstance(outputs, tuple) else outputs
         if self._loss == "logits":
             return F.binary_cross_entropy_with_logits(first.squeeze(-1), targets.squeeze(-1))
+        if self._loss == "by hand":
+            return F.binary_cross_entropy(first.sigmoid(), targets)
+        if self._loss == "classes by hand":
+            return F.nll_loss(first.log_softmax(1), targets)
         if self._loss == "classes":
             return F.cross_entropy(input=first, target=targets)
         if self._loss == "of another":
@@ -71,6 +77,8 @@ class Judged(Toy):
         (Judged(nn.Sequential(nn.Sigmoid())), {}, True),
         (Judged(Squeezed()), {}, True),
         (Judged(nn.Identity()), {}, True),
+        (Judged(nn.Identity(), "by hand"), {}, True),
+        *((Judged(Halves(gives)), {}, True) for gives in ("labels", "ints", "amounts")),
         (Judged(nn.Identity(), "probabilities"), {"loss": "bce"}, False),
         (Judged(nn.Identity(), "of another"), {}, False),
         *((Judged(Halves(gives), "probabilities"), {}, False) for gives in ("labels", "ints", "amounts", "shape")),
@@ -96,12 +104,56 @@ def test_only_metrics_that_guess_are_given_probabilities() -> None:
     several = Taken(Judged(nn.Identity(), "classes"), OF_CLASSES, torch.tensor([0, 1, 2, 0]), {})
     for metric in (MulticlassAUROC(3), MulticlassCalibrationError(3)):
         assert torch.equal(several.by(metric), OF_CLASSES.softmax(1))
+        by_hand = Taken(Judged(nn.Identity(), "classes by hand"), OF_CLASSES, torch.tensor([0, 1, 2, 0]), {})
+        assert torch.equal(by_hand.by(metric), OF_CLASSES.softmax(1))
     for metric in (MulticlassAccuracy(3), MeanSquaredError()):  # the most probable class is the same
         assert several.by(metric) is OF_CLASSES
 
 
-def test_an_own_metric_is_given_what_the_network_gives() -> None:
+class Cooler(nn.Sigmoid):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x / 4)
+
+
+class Flat(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x).reshape(-1)
+
+
+def test_what_the_head_makes_is_given_in_the_predictions_shape() -> None:
+    for head, expected in ((Cooler(), (LOGITS / 4).sigmoid()), (Flat(), LOGITS.sigmoid())):
+        assert torch.equal(Taken(Judged(head, "probabilities"), LOGITS, LABELS, {}).by(BinaryAUROC()), expected)
+
+
+@pytest.mark.parametrize("loss", ["bce", "cross_entropy", "nll"])
+@pytest.mark.parametrize("weights", ["none", "balanced"])
+def test_a_loss_by_name_takes_logits(loss: str, weights: str) -> None:
+    class Named(Toy):
+        loss = Objective.loss
+
+        def metrics(self):
+            return {}
+
+    of_two = loss == "bce"
+    outputs, targets = (LOGITS, LABELS) if of_two else (OF_CLASSES, torch.tensor([0, 1, 2, 0]))
+    named = Named()
+    n = 2 if of_two else 3
+    named.info = replace(INFO, class_names=("a", "b", "c")[:n], class_counts=(2, 4, 2)[:n])
+    taken = Taken(named, outputs, targets, {"loss": loss, "class_weights": weights})
+    expected = outputs.sigmoid() if of_two else outputs.softmax(1)
+    assert torch.equal(taken.by(BinaryAUROC() if of_two else MulticlassAUROC(3)), expected)
+
+
+def test_an_own_metric_is_given_what_the_network_gives_if_it_has_an_update_of_its_own() -> None:
     class Mine(BinaryAccuracy):
         pass
 
-    assert Taken(Judged(nn.Sigmoid()), LOGITS, LABELS, {}).by(Mine()) is LOGITS
+    class Own(BinaryAccuracy):
+        def update(self, preds: Tensor, target: Tensor) -> None:
+            super().update(preds.sigmoid(), target)
+
+    taken = Taken(Judged(nn.Sigmoid()), LOGITS, LABELS, {})
+    for metric in (Mine(), 1 - BinaryAccuracy()):
+        assert torch.equal(taken.by(metric), LOGITS.sigmoid())
+    for metric in (Own(), 1 - MeanSquaredError()):
+        assert taken.by(metric) is LOGITS

@@ -14,7 +14,6 @@ from hpo.export.environment import git_commit, versions
 from hpo.export.files import FORMAT
 from hpo.export.model import Model
 from hpo.study.data import Split
-from hpo.study.losses import LINKS
 
 PROTOCOL = {
     "of_the_trial": "the validation rows, in the search; the best of many trials, so rather too good",
@@ -66,13 +65,16 @@ def _values(model: Model, output: Tensor, targets: Tensor) -> Values:
     seen = values_of(output.float().numpy(), model.info.n_classes)
     if seen == "numbers":
         return seen
+    is_logits = isinstance(model.head, nn.Identity) and model.link != ""
     if _are_labels(targets, output) and not isinstance(model.head, nn.Softmax):
         of_each = isinstance(model.head, nn.Sigmoid) or bool(((output >= 0) & (output <= 1)).all())
-        return "labels" if of_each else "numbers"
+        return "labels" if of_each and not is_logits else "numbers"
     if isinstance(model.head, nn.Sigmoid | nn.Softmax):
         return "probabilities"
-    if isinstance(model.head, nn.Identity) and model.params.get("loss") in LINKS:
+    if is_logits:
         return "logits"
+    if seen == "scores" and output[0].numel() == 1 and not isinstance(model.head, nn.Identity):
+        return "numbers"  # from which number on it is the second class, is not known
     return seen
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hpo.study.data import DataInfo, prediction
+from hpo.study.losses import Link
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,8 @@ class Model:
     info: DataInfo
     about: Mapping[str, Any]
     """study, objective, options, trial, epochs, seed, metrics, data_fingerprint: plain values."""
+    link: Link = ""
+    """What makes probabilities of the network's predictions, where its loss takes them as logits."""
 
     def predictor(self) -> nn.Module:
         """Return raw inputs -> predictions, in evaluation mode, as a module of its own on the CPU."""

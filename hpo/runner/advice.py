@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from hpo.runner.prepare import Plan
 from hpo.study.data import Split, prediction
 from hpo.study.objective import Function, Params
-from hpo.study.probabilities import LogitsSeen, takes_probabilities
+from hpo.study.probabilities import TAKES_LOGITS, LogitsSeen, takes_probabilities
 from hpo.study.spec_parts import TERMINATORS
 
 _OF_PARAM = {"cross_entropy": "cross_entropy", "bce": "binary_cross_entropy_with_logits"}
@@ -94,7 +94,10 @@ def _logits_loss(plan: Plan, outputs: Any, batch: Split, params: Params) -> str 
     with torch.no_grad(), LogitsSeen() as seen:
         plan.objective.loss(outputs, batch.targets, params)
     is_named = type(plan.objective).loss.__module__ == "hpo.study.objective"
-    return next((name for name, _ in seen.calls), _OF_PARAM.get(params.get("loss", "")) if is_named else None)
+    return next(
+        (TAKES_LOGITS[func] for func, _ in seen.calls if func in TAKES_LOGITS),
+        _OF_PARAM.get(params.get("loss", "")) if is_named else None,
+    )
 
 
 def _last(outputs: Tensor) -> str | None:

@@ -23,6 +23,7 @@ from hpo.runner.default import has_all_epochs, train_default
 from hpo.runner.keeping import bundle_of
 from hpo.runner.outcome import Outcome, networks_of, outcome, tests_of
 from hpo.runner.prepare import Plan
+from hpo.runner.returned import few_rows, link_in
 from hpo.runner.several import exported, over_seeds, seeds_of, train_several
 from hpo.runner.tracked import tell_result
 from hpo.runner.worker import EXAMPLE_ROWS, chosen_before
@@ -141,6 +142,7 @@ def finish(
             params=best.params,
             info=data.info,
             about=_about(plan, data, search, best, again.epochs, test, seeds, beside),
+            link=link_in(plan, few_rows(plan, data, again.preprocess), network, best.params),
         ),
         data.test,
         folder,

@@ -20,7 +20,9 @@ from hpo.runner.firststep import module_from, try_forward, try_measuring
 from hpo.runner.prepare import Plan, guarded
 from hpo.study.data import Data, Split
 from hpo.study.loading import origin
+from hpo.study.losses import Link
 from hpo.study.objective import Objective, Params
+from hpo.study.probabilities import link_of
 
 _FEW = 8
 
@@ -45,6 +47,16 @@ def try_network(plan: Plan, data: Data, rows: FewRows, network: nn.Module, *, me
         if measures:
             try_measuring(plan, data, outputs, rows.batch, [])
     return outputs
+
+
+def link_in(plan: Plan, rows: FewRows, network: nn.Module, params: Params) -> Link:
+    """Return what makes probabilities of `network`'s predictions, if the loss takes them as logits."""
+    if plan.trains_itself:
+        return ""
+    device = next((weight.device for weight in network.parameters()), torch.device("cpu"))
+    with torch.no_grad():
+        outputs = network.eval()(*(x.to(device) for x in rows.batch.inputs.values()))
+    return link_of(plan.objective, outputs, rows.batch.targets.to(device), params)
 
 
 def try_export(plan: Plan, data: Data, rows: FewRows, network: nn.Module, params: Params) -> None:

@@ -5,7 +5,7 @@ and softmax belong to an objective's `head`. `label_smoothing` and `class_weight
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -98,7 +98,8 @@ BY_NAME: Mapping[str, Loss] = {
 """nll is F.nll_loss after a log_softmax, so that networks give logits here too: it equals cross_entropy."""
 
 
-LINKS: Mapping[str, str] = {"bce": "sigmoid", "cross_entropy": "softmax", "nll": "softmax"}
+Link = Literal["sigmoid", "softmax", ""]
+LINKS: Mapping[str, Link] = {"bce": "sigmoid", "cross_entropy": "softmax", "nll": "softmax"}
 """The losses by name that take logits, each with what makes probabilities of them."""
 
 

@@ -2,7 +2,7 @@
 
 TorchMetrics takes logits for probabilities wherever all of them happen to lie between 0 and 1, as they do early in
 training: a metric would then be of something else in one epoch than in the next. What is a probability, an objective's
-`head` says, which the exported model ends in; without a head its loss does, where that takes logits.
+`head` says, which the exported model ends in; else its loss does, where that takes the predictions as logits.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from hpo.light import Metric
 from hpo.study.data import prediction
+from hpo.study.losses import LINKS, Link
 from hpo.study.objective import Objective, Params
 
 Making = Callable[[Tensor], Tensor]
@@ -26,6 +27,14 @@ TAKES_LOGITS: Mapping[Any, str] = {
     F.cross_entropy: "cross_entropy",
     F.binary_cross_entropy_with_logits: "binary_cross_entropy_with_logits",
 }
+_LINKS: Mapping[Any, Link] = {
+    F.cross_entropy: "softmax",
+    F.binary_cross_entropy_with_logits: "sigmoid",
+    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, F.sigmoid, F.logsigmoid), "sigmoid"),
+    **dict.fromkeys((torch.softmax, Tensor.softmax, F.softmax), "softmax"),
+    **dict.fromkeys((torch.log_softmax, Tensor.log_softmax, F.log_softmax), "softmax"),
+}
+"""What takes logits to what is no logit, and what makes probabilities of the same."""
 
 
 class LogitsSeen(TorchFunctionMode):
@@ -33,23 +42,42 @@ class LogitsSeen(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[str, Any]] = []
+        self.calls: list[tuple[Any, Any]] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if name := TAKES_LOGITS.get(func):
-            self.calls.append((name, args[0] if args else kwargs.get("input")))
+        if func in _LINKS:
+            self.calls.append((func, args[0] if args else kwargs.get("input")))
         return func(*args, **kwargs)
 
 
 def takes_probabilities(metric: Any) -> bool:
-    """Whether `metric` is TorchMetrics' own, takes probabilities or logits, and tells which by their range."""
+    """Whether TorchMetrics' own `metric` takes probabilities or logits, and tells which by their range.
+
+    One that has an `update` of its own is given what the network gives.
+    """
     cls = type(metric)
-    if not cls.__module__.startswith("torchmetrics."):
+    if cls.__name__ == "CompositionalMetric":
+        return any(map(takes_probabilities, (metric.metric_a, metric.metric_b)))
+    if not isinstance(metric, Metric) or not cls.update.__module__.startswith("torchmetrics."):
         return False
-    return cls.__name__.startswith(_OF_LABELS) or not _OF_VALUES.isdisjoint(each.__name__ for each in cls.__mro__)
+    names = [each.__name__ for each in cls.__mro__ if each.__module__.startswith("torchmetrics.")]
+    return any(name.startswith(_OF_LABELS) for name in names) or not _OF_VALUES.isdisjoint(names)
+
+
+def link_of(objective: Objective, outputs: Any, targets: Tensor, params: Params) -> Link:
+    """Return what makes probabilities of `outputs` (N, ...), if the loss takes the predictions among them as logits."""
+    if objective.train is not None:
+        return ""
+    name = params.get("loss", "")
+    if type(objective).loss is Objective.loss and name not in objective.own_losses:
+        return LINKS.get(name, "")
+    predictions = prediction(outputs)
+    with torch.no_grad(), LogitsSeen() as seen:
+        objective.loss(outputs, targets, params)
+    return next((_LINKS[func] for func, given in seen.calls if _is_view(given, predictions)), "")
 
 
 class Taken:
@@ -76,48 +104,38 @@ class Taken:
 
     def _found(self) -> Making | None:
         head = self._objective.head()
-        if isinstance(head, nn.Sigmoid):
+        if type(head) is nn.Sigmoid:
             return torch.sigmoid
-        if not isinstance(head, nn.Identity):
-            return _by(head.to(prediction(self._outputs).device).eval())
-        if self._objective.train is not None:
-            return None
-        return _LINKS.get(self._logits_loss())
-
-    def _logits_loss(self) -> str:
-        """Return the name of the function that the loss gives the predictions to as logits, if it does."""
-        predictions = prediction(self._outputs)
-        with LogitsSeen() as seen:
-            self._objective.loss(self._outputs, self._targets, self._params)
-        of_them = [name for name, given in seen.calls if _is_view(given, predictions)]
-        return of_them[0] if of_them else ""
+        by_loss = _MAKING[link_of(self._objective, self._outputs, self._targets, self._params)]
+        if isinstance(head, nn.Identity):
+            return by_loss
+        return _by(head.to(prediction(self._outputs).device).eval(), by_loss)
 
 
-def _by(head: nn.Module) -> Making:
-    """Return what makes probabilities by `head`; where it makes none, predictions stay as they are."""
+def _by(head: nn.Module, by_loss: Making | None) -> Making:
+    """Return what makes probabilities by `head`, and where it makes none, `by_loss`."""
 
     def made(predictions: Tensor) -> Tensor:
         found = head(predictions)
-        if not isinstance(found, Tensor) or found.shape != predictions.shape or not found.is_floating_point():
-            return predictions
+        otherwise = predictions if by_loss is None else by_loss(predictions)
+        if not isinstance(found, Tensor) or found.numel() != predictions.numel() or not found.is_floating_point():
+            return otherwise
         is_label = (found == 0) | (found == 1)  # of which a curve could not be made
         is_probability = ((found >= 0) & (found <= 1)).all() & ~is_label.all()
-        return torch.where(is_probability, found, predictions)
+        return torch.where(is_probability, found.reshape(predictions.shape), otherwise)
 
     return made
 
 
 def _is_view(given: Any, predictions: Tensor) -> bool:
     """Whether `given` is the predictions, of whatever shape."""
-    return (
-        isinstance(given, Tensor)
-        and given.numel() == predictions.numel()
-        and given.data_ptr() == predictions.data_ptr()
-    )
+    if not isinstance(given, Tensor) or given.numel() != predictions.numel():
+        return False
+    return given.data_ptr() == predictions.data_ptr()
 
 
 def _softmax(predictions: Tensor) -> Tensor:
     return predictions.softmax(1) if predictions.ndim > 1 else predictions
 
 
-_LINKS: Mapping[str, Making] = {"cross_entropy": _softmax, "binary_cross_entropy_with_logits": torch.sigmoid}
+_MAKING: Mapping[Link, Making | None] = {"sigmoid": torch.sigmoid, "softmax": _softmax, "": None}
