@@ -13,6 +13,7 @@ from hpo.runner.worker import work
 from hpo.search.curves import curves_in, reported
 from hpo.search.opening import open_search
 from hpo.search.pruning import settle_pruner
+from hpo.search.queue import Queue
 from hpo.search.search import Search
 from hpo.study.spec import Plugin
 from hpo.study.value import value_of
@@ -320,6 +321,25 @@ class TestSearch:
         for claim in [one.ask() for _ in range(4)]:
             self.train(one, claim, 0.1 * (claim.slot + 1))
         return one, other
+
+    @pytest.mark.parametrize("kind", ["sqlite", "journal"])
+    def test_what_a_peer_pauses_between_the_look_and_the_claim_is_resumed(self, tmp_path, kind, monkeypatch):
+        """A new one to its first rung, say: it is not started from scratch, as it was when it was looked at."""
+        opener = Opener(tmp_path)
+        one, other = self.open(opener, url={"sqlite": None, "journal": f"journal:///{tmp_path}/s.log"}[kind])
+        real, trained = Queue._chosen, []
+
+        def chosen(queue, halving, n):
+            found = real(queue, halving, n)
+            if queue is one._queue and not trained:
+                trained.append(claim := other.ask())
+                self.train(other, claim, 0.3)
+            return found
+
+        monkeypatch.setattr(Queue, "_chosen", chosen)
+        claim = one.ask()
+        assert (claim.number, claim.n_reported, claim.is_resumed) == (trained[0].number, 2, True)
+        opener.close()
 
     @pytest.mark.parametrize("kind", ["sqlite", "journal", "postgresql"])
     def test_two_workers_in_each_storage(self, tmp_path, kind, request):

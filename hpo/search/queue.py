@@ -96,7 +96,11 @@ class Queue:
             )
             claimed = set(self._storage.claim(leases))
             if claimed:  # else peers were faster; there may be more
-                return [trial for trial in tried if trial._trial_id in claimed]
+                return [self._as_claimed(trial) for trial in tried if trial._trial_id in claimed]
+
+    def _as_claimed(self, trial: FrozenTrial) -> FrozenTrial:
+        """Return a trial as it was when it was claimed: a peer may have trained and paused it since it was read."""
+        return trial if self.halving is None else self._storage.get_trial(trial._trial_id)
 
     def _look_for_waiting(self, n: int) -> None:
         """Read which trials wait, and queue more where there are none; reading is what claims of a large study cost."""
