@@ -5,6 +5,7 @@ plain Optuna function. All other arguments are study.yaml's keys.
 """
 
 import dataclasses
+import inspect
 import json
 import logging
 import re
@@ -188,6 +189,11 @@ def _of_objective(given: Given, overrides: Mapping[str, Any], alone: bool) -> di
             f"{name} was defined in a notebook or within a function, which no worker can import; save it in a file, "
             "or run with workers=1"
         )
+    if not alone and isinstance(given, Objective) and (needs := _needs(type(given))):
+        raise InputError(
+            f"{name}.__init__ takes {needs}, but each worker makes its own {name} by its options; have a dataclass, "
+            "`Options`, hold what it needs, or run with workers=1"
+        )
     called = "function" if name == "<lambda>" else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
     values: dict[str, Any] = {"objective": reference, "name": called}
     if isinstance(given, Objective) and dataclasses.is_dataclass(given.options):
@@ -195,6 +201,13 @@ def _of_objective(given: Given, overrides: Mapping[str, Any], alone: bool) -> di
             raise InputError(f"options: an instance of {name} has its own; give the class, or no options")
         values["options"] = dataclasses.asdict(given.options)  # type: ignore[arg-type]  # an instance, not its class
     return values | dict(overrides)
+
+
+def _needs(cls: type[Objective]) -> str:
+    """Return the argument that a class is made with where that is not its options; nothing: there is none."""
+    every = inspect.signature(cls).parameters.values()
+    takes = [each.name for each in every if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+    return "" if not takes or takes[0].startswith("opt") else takes[0]
 
 
 def _reference(what: Any, name: str) -> tuple[str, bool]:

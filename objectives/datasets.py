@@ -128,6 +128,8 @@ def _named_images(
         raise DataError(f"{file}:1: there is no column {unknown[0]!r}{did_you_mean(unknown[0], header)}")
     if not lines:
         raise DataError(f"{file}: it has no rows below its header")
+    if any((folder / header[0]).is_file() for folder in folders):
+        raise DataError(f"{file}:1: {header[0]!r} is an image, so a header is missing; write `file,label` above it")
     places = [place if name is None else header.index(name) for place, name in enumerate(columns)]
     found: dict[Path, tuple[int, Path, str]] = {}
     for line, row in lines:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
+from torchmetrics.classification import BinaryAccuracy
 import hpo
 
 ENDS = {
@@ -79,6 +80,25 @@ class Bce(Odd):
         return F.binary_cross_entropy_with_logits(outputs.reshape(-1), targets)
 
 
+class Halved(Odd):
+    the_head = nn.Identity()
+
+    def targets(self):
+        return (torch.arange(60) % 2).float()[:, None]
+
+    def build(self, params, info):
+        ends = {"plain": [], "sigmoid": [nn.Sigmoid()]}[params["end"]]
+        network = nn.Sequential(nn.Linear(4, 1), *ends)
+        network[0].weight.data *= 10.0
+        return network
+
+    def loss(self, outputs, targets, params):
+        return F.mse_loss(outputs, targets) if params["end"] == "sigmoid" else F.softplus(-outputs * targets).mean()
+
+    def metrics(self):
+        return {"share": BinaryAccuracy()}
+
+
 class Nll(Odd):
     the_head = nn.Identity()
 
@@ -115,6 +135,12 @@ def planned(tmp_path, monkeypatch):
         ("Named", "plain", f"cross_entropy, {LOGITS}return nn.Softmax(dim=-1)"),
         ("WithHead", "plain", None),
         ("Nll", "log_softmax", None),
+        (
+            "Halved",
+            "plain",
+            "its network gives numbers beyond 0 and 1, and it has no `head`; TorchMetrics (share) takes ",
+        ),
+        ("Halved", "sigmoid", None),
         ("Bce", "sigmoid", SIGMOID),
         ("Bce", "sigmoid_squeezed", SIGMOID),
         ("Bce", "plain", f"binary_cross_entropy_with_logits, {LOGITS}return nn.Sigmoid()"),

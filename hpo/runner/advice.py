@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from hpo.runner.prepare import Plan
 from hpo.study.data import Split, prediction
 from hpo.study.objective import Function, Params
-from hpo.study.probabilities import TAKES_LOGITS, LogitsSeen, takes_probabilities
+from hpo.study.probabilities import TAKES_LOGITS, LogitsSeen, link_of, takes_probabilities
 from hpo.study.spec_parts import TERMINATORS
 
 _OF_PARAM = {"cross_entropy": "cross_entropy", "bce": "binary_cross_entropy_with_logits"}
@@ -33,7 +33,7 @@ def advice(plan: Plan, outputs: Any, batch: Split, params: Params) -> list[str]:
     """Return what to say of a network's `outputs` of `batch`, with their graph, and of the loss that they are given."""
     loss = _logits_loss(plan, outputs, batch, params)
     if loss is None:
-        return []
+        return head_advice(plan, outputs) if not link_of(plan.objective, outputs, batch.targets, params) else []
     where, head = f"objective {plan.spec.objective}", _HEAD[loss]
     if last := _last(prediction(outputs)):
         return [
@@ -49,13 +49,13 @@ def advice(plan: Plan, outputs: Any, batch: Split, params: Params) -> list[str]:
 
 
 def head_advice(plan: Plan, outputs: Any) -> list[str]:
-    """Return what to say of a network's `outputs` where no loss of hpo's shows whether they are logits."""
+    """Return what to say of a network's `outputs` where nothing shows whether they are logits."""
     assert not isinstance(plan.objective, Function)
     if not isinstance(plan.objective.head(), nn.Identity):
         return []
     names = [name for name, metric in plan.objective.metrics().items() if takes_probabilities(metric)]
     predictions = prediction(outputs)
-    if not names or ((predictions >= 0) & (predictions <= 1)).all():
+    if not names or not predictions.is_floating_point() or ((predictions >= 0) & (predictions <= 1)).all():
         return []
     return [
         f"objective {plan.spec.objective}: its network gives numbers beyond 0 and 1, and it has no `head`; "

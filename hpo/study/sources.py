@@ -7,7 +7,7 @@ import sys
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,8 @@ class _Sources:
             return
         module = sys.modules.get(str(found.__module__))
         file = getattr(module, "__file__", None)
-        if file is not None and Path(file).parent == Path.cwd():
+        file = file if file is not None and Path(file).is_file() else None  # "<stdin>" is none
+        if file is not None and Path(file).absolute().parent == Path.cwd():
             self.add_file(found)
         elif file is None and getattr(module, "__spec__", None) is None:
             self._add_class(found) if isinstance(found, type) else self._add_function(found)
@@ -81,8 +82,7 @@ class _Sources:
         try:
             self.texts.append(inspect.getsource(function))
         except (OSError, TypeError):  # it was compiled from a text that is gone
-            for code in _codes(function.__code__):
-                self.texts.append(f"{code.co_code.hex()} {code.co_names} {list(filter(_is_plain, code.co_consts))}")
+            self.texts.append(_code_text(function))
         names = {name for each in _codes(function.__code__) for name in each.co_names}
         for name in sorted(names & function.__globals__.keys()):
             value = function.__globals__[name]
@@ -90,6 +90,26 @@ class _Sources:
                 self.add(value)
             elif _is_plain(value):
                 self.texts.append(f"{name}={value!r}")
+        for name, value in _closed_over(function).items():
+            if isinstance(value, types.FunctionType | type):
+                self.add(value)
+            elif _is_plain(value):
+                self.texts.append(f"{name}={value!r}")
+
+
+def _code_text(function: types.FunctionType) -> str:
+    """Return what a function does, as text."""
+    codes = _codes(function.__code__)
+    return " ".join(f"{c.co_code.hex()} {c.co_names} {list(filter(_is_plain, c.co_consts))}" for c in codes)
+
+
+def _closed_over(function: types.FunctionType) -> dict[str, Any]:
+    """Return what a function closes over, by name; of a method not its own class."""
+    found = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # nothing was put into it yet
+            found[name] = cell.cell_contents
+    return {name: value for name, value in found.items() if name != "__class__"}
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -100,9 +120,10 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def held(objective: Objective | Function) -> dict[str, str]:
-    """Return the plain values that an objective and its class hold, by their names.
+    """Return digests of the plain values and functions that an objective and its class hold, by their names.
 
-    An instance that a program made may hold others than one that is made by its class and its options.
+    An instance that a program made may hold others than one that is made by its class and its options. So may a class
+    that is made in a function: what its methods close over is among them. Digests, since a value may be a password.
     """
     if isinstance(objective, Function):
         return {}
@@ -110,8 +131,27 @@ def held(objective: Objective | Function) -> dict[str, str]:
     for cls in reversed(type(objective).__mro__):
         if issubclass(cls, Objective) and cls is not Objective:
             several |= vars(cls)
+    for name, value in list(several.items()):
+        if isinstance(value, types.FunctionType):
+            several |= {f"{name}: {key}": each for key, each in _closed_over(value).items()}
+            del several[name]  # its code is a part of the source
     several |= vars(objective)
-    return {name: repr(value) for name, value in several.items() if not name.startswith("__") and _is_plain(value)}
+    several.pop("options", None)  # they are a part of the study
+    texts = {name: _text_of(value) for name, value in several.items() if not name.startswith("__")}
+    return {name: _digest(text) for name, text in texts.items() if text is not None}
+
+
+def _text_of(value: Any) -> str | None:
+    try:
+        if isinstance(value, types.FunctionType):
+            return _code_text(value) + repr({key: x for key, x in _closed_over(value).items() if _is_plain(x)})
+        return repr(value) if _is_plain(value) else None
+    except Exception:  # of a `__repr__` of its own, or of a list that holds itself
+        return None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def other_values(objective: Mapping[str, str], before: Mapping[str, str]) -> list[str]:
@@ -124,6 +164,8 @@ def _is_plain(value: Any) -> bool:
         return len(value) <= _MOST and all(map(_is_plain, value))
     if isinstance(value, dict):
         return len(value) <= _MOST and all(_is_plain(key) and _is_plain(each) for key, each in value.items())
+    if is_dataclass(value) and not isinstance(value, type):
+        return all(_is_plain(getattr(value, each.name, None)) for each in fields(value))
     return type(value) in _PLAIN
 
 

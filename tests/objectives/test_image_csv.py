@@ -100,6 +100,7 @@ def test_labels_are_renamed_and_merged(folder):
         (lambda f: (f / "labels.csv").write_text(""), r"labels\.csv:1: two columns are needed"),
         (lambda f: write(f, ["0.png"], "image"), r"labels\.csv:1: two columns are needed.*\['image'\]"),
         (lambda f: write(f, []), r"labels\.csv: it has no rows"),
+        (lambda f: write(f, rows(f)[1:], rows(f)[0]), r"labels\.csv:1: '0\.png' is an image, so a header is missing"),
         (lambda f: write(f, [*rows(f)[:3], "3.png,"]), r"labels\.csv:5: the row has no label"),
         (lambda f: write(f, [*rows(f)[:3], "3.png"]), r"labels\.csv:5: the row has no label"),
         (lambda f: write(f, [*rows(f)[:3], ",red"]), r"labels\.csv:5: the row has no file name"),
