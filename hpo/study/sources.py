@@ -16,6 +16,7 @@ from hpo.study.objective import Function, Objective
 _PLAIN = (type(None), bool, int, float, str)
 _MOST = 1_000
 """Of a list or dict of more values than that it is not looked what they are."""
+_DEEPEST = 20
 
 
 def source_fingerprint(objective: Objective | Function) -> str:
@@ -159,14 +160,20 @@ def other_values(objective: Mapping[str, str], before: Mapping[str, str]) -> lis
     return sorted(name for name in objective.keys() & before.keys() if objective[name] != before[name])
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    """Whether a value's `repr` says all of it; one that holds itself is none."""
+    if type(value) in _PLAIN:
+        return True
+    parts: list[Any]
     if isinstance(value, list | tuple):
-        return len(value) <= _MOST and all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return len(value) <= _MOST and all(_is_plain(key) and _is_plain(each) for key, each in value.items())
-    if is_dataclass(value) and not isinstance(value, type):
-        return all(_is_plain(getattr(value, each.name, None)) for each in fields(value))
-    return type(value) in _PLAIN
+        parts = list(value)
+    elif isinstance(value, dict):
+        parts = [*value.keys(), *value.values()]
+    elif is_dataclass(value) and not isinstance(value, type):
+        parts = [getattr(value, each.name, None) for each in fields(value)]
+    else:
+        return False
+    return depth < _DEEPEST and len(parts) <= _MOST and all(_is_plain(each, depth + 1) for each in parts)
 
 
 def file_fingerprint(objective: Objective | Function) -> str:
