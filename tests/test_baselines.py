@@ -378,8 +378,8 @@ def test_a_metric_that_knows_networks_only_leaves_the_result_as_it_is(told):
     plain, seen = plan.objective.loss, []
 
     def loss(outputs, targets, params):
-        if not outputs.requires_grad and not seen.append(1) and len(seen) > 1:
-            raise KeyError("only once")
+        if not outputs.requires_grad and not seen.append(1) and len(seen) > 2:
+            raise KeyError("only of the network: once to see what it takes, once in the test")
         return plain(outputs, targets, params)
 
     plan.objective.loss = loss

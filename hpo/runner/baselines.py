@@ -20,9 +20,8 @@ from hpo.light import Metric
 from hpo.runner.table_models import MOST_INDICATORS, Absent, Table, boosted, linear, quiet
 from hpo.seeds import derive
 from hpo.study.data import DataInfo, Split, prediction
-from hpo.study.losses import LINKS
 from hpo.study.objective import Objective
-from hpo.study.probabilities import Taken
+from hpo.study.probabilities import Taken, link_of
 from hpo.training.batches import Batches
 from hpo.training.evaluation import outputs_of
 from hpo.training.stack import Task
@@ -71,7 +70,8 @@ def form_of(objective: Objective, info: DataInfo, params: Mapping[str, Any], out
     """
     shape = tuple(outputs.shape[1:])
     width, one_each = int(torch.Size(shape).numel()), targets.numel() == len(targets)
-    of_classes = isinstance(objective.head(), nn.Sigmoid | nn.Softmax) or params.get("loss") in LINKS
+    of_classes = isinstance(objective.head(), nn.Sigmoid | nn.Softmax)
+    of_classes = of_classes or link_of(objective, outputs, targets, params) != ""
     n = info.n_classes if info.n_classes > 1 else 0
     if not n and one_each and width > 1 and not targets.is_floating_point():
         n = width
