@@ -71,6 +71,11 @@ def is_new(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.WAITING and not is_paused(trial) and schema.RETRY_OF not in trial.user_attrs
 
 
+def is_retry(trial: FrozenTrial) -> bool:
+    """Whether a WAITING trial succeeds one that was in training."""
+    return trial.state == TrialState.WAITING and not is_new(trial) and not is_paused(trial)
+
+
 def in_order_of_end(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """Return those of `trials` that have ended, the first first."""
     ended = [trial for trial in trials if trial.state.is_finished() and trial.datetime_complete is not None]

@@ -21,7 +21,7 @@ from hpo.log import log
 from hpo.processes import this_process
 from hpo.search import schema
 from hpo.search.batch import Queued
-from hpo.search.budget import held_until, holders, is_new, is_paused, lease_of, refill, worker_of
+from hpo.search.budget import held_until, holders, is_new, is_paused, is_retry, lease_of, refill, worker_of
 from hpo.search.clock import Clock
 from hpo.search.front import maximizes, others_in
 from hpo.search.halving import Halving
@@ -109,7 +109,7 @@ class Queue:
             taken = holders(self.fill(n))
         waiting = [trial for trial in taken if trial.state == TrialState.WAITING]
         # what was interrupted comes first, as it would have come: samplers learn of it before they draw more
-        waiting.sort(key=lambda trial: not _is_retry(trial))
+        waiting.sort(key=lambda trial: not is_retry(trial))
         self._waiting = deque(_share(waiting, _n_peers(taken)))
 
     def _chosen(self, halving: Halving, n: int) -> Sequence[FrozenTrial]:
@@ -147,7 +147,7 @@ class Queue:
         """Whether of the trials that hold the slots only paused ones are left, none of which is to be resumed."""
         if self._reader.stopped() is None:
             return halving.choose(taken, 1, self._spec.trials).over
-        return not any(trial.state == TrialState.RUNNING or _is_retry(trial) for trial in taken)
+        return not any(trial.state == TrialState.RUNNING or is_retry(trial) for trial in taken)
 
     # The end of a search before its budget is spent (`stop`).
 
@@ -184,7 +184,7 @@ class Queue:
             taken = holders(self.fill())
         if self.halving is not None and any(map(is_paused, taken)) and self._is_over(self.halving, taken):
             self._prune_paused(self.halving)
-        return _share([trial for trial in taken if _is_retry(trial)], _n_peers(taken))
+        return _share([trial for trial in taken if is_retry(trial)], _n_peers(taken))
 
     # The budget.
 
@@ -299,11 +299,6 @@ class Queue:
         """Return the trials that were ended here since the last call though this worker did not train them."""
         lost, self._lost = self._lost, []
         return lost
-
-
-def _is_retry(trial: FrozenTrial) -> bool:
-    """Whether a WAITING trial succeeds one that was in training."""
-    return trial.state == TrialState.WAITING and not is_new(trial) and not is_paused(trial)
 
 
 def _n_peers(taken: Sequence[FrozenTrial]) -> int:

@@ -12,7 +12,7 @@ from statistics import median
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.search import schema
-from hpo.search.budget import is_new, is_paused, spans_of
+from hpo.search.budget import is_paused, is_retry, spans_of
 from hpo.search.constraints import holds
 from hpo.search.halving import Choice, Halving, HalvingPruner
 from hpo.study.spec import UNBOUNDED
@@ -51,7 +51,7 @@ class TimedHalving(Halving):
         choice = self._ending(holders, n, left, epoch) if is_short else None
         choice = super().choose(holders, n, trials) if choice is None else choice
         best = self._best_paused(holders, left, epoch)
-        if best is None or any(not is_new(trial) and not is_paused(trial) for trial in choice.claim):  # retries
+        if best is None or any(map(is_retry, choice.claim)):
             return choice
         takes = max((self._seconds_to_pause(trial, epoch) for trial in choice.claim), default=self.rungs[0] * epoch)
         if left - takes < _MARGIN * self._seconds_to_complete(best, epoch):
@@ -60,7 +60,7 @@ class TimedHalving(Halving):
 
     def seconds_to_end(self, holders: Sequence[FrozenTrial], epoch: float, n_new: int = 0) -> float:
         """Return how long the rule takes to its end with these trials and `n_new` more, an epoch taking `epoch` s."""
-        going = [trial for trial in holders if trial.state == TrialState.RUNNING or _is_retry(trial)]
+        going = [trial for trial in holders if trial.state == TrialState.RUNNING or is_retry(trial)]
         moving, seconds = n_new + sum(self._rung_of(trial) == 0 for trial in going), 0.0
         for rung, to in pairwise((0, *self.rungs, self._pruner.epochs)):
             if rung:
@@ -76,7 +76,7 @@ class TimedHalving(Halving):
 
     def _ending(self, holders: Sequence[FrozenTrial], n: int, left: float, epoch: float) -> Choice | None:
         """Return what is resumed when no new trial is started any more; None: nothing of it can be complete in time."""
-        claim = [trial for trial in holders if _is_retry(trial)]
+        claim = [trial for trial in holders if is_retry(trial)]
         below = [trial for trial in holders if is_paused(trial) and self._rung_of(trial) == 0]
         several = {t.number: t for t in (*self._to_promote(holders), *self._to_finish(holders), *below)}
         claim += [trial for trial in several.values() if self._seconds_to_complete(trial, epoch) <= left]
@@ -131,7 +131,3 @@ def epoch_seconds(holders: Sequence[FrozenTrial]) -> float | None:
 
 def _length(spans: Sequence[tuple[float, float]]) -> float:
     return sum(end - start for start, end in spans)
-
-
-def _is_retry(trial: FrozenTrial) -> bool:
-    return trial.state == TrialState.WAITING and not is_new(trial) and not is_paused(trial)
