@@ -35,16 +35,16 @@ class Two(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("head", "n_outputs", "params"),
+    ("head", "n_outputs"),
     [
-        (nn.Softmax(dim=-1), 3, {}),
-        (nn.Softmax(dim=1), 3, {}),
-        (nn.Sigmoid(), 1, {}),
+        (nn.Softmax(dim=-1), 3),
+        (nn.Softmax(dim=1), 3),
+        (nn.Sigmoid(), 1),
     ],
 )
-def test_the_head_gives_the_mean_of_probabilities(head, n_outputs, params):
+def test_the_head_gives_the_mean_of_probabilities(head, n_outputs):
     networks = [nn.Linear(4, n_outputs) for _ in range(3)]
-    one = Ensemble(networks, link_of(head, max(2, n_outputs), params))
+    one = Ensemble(networks, link_of(head, max(2, n_outputs)))
     expected = torch.stack([head(network(X)) for network in networks]).mean(0)
     torch.testing.assert_close(head(one(X)), expected)
     assert not torch.allclose(head(torch.stack([network(X) for network in networks]).mean(0)), expected, atol=1e-4)
@@ -53,10 +53,10 @@ def test_the_head_gives_the_mean_of_probabilities(head, n_outputs, params):
 def test_losses_take_its_outputs_as_they_take_a_networks():
     networks = [nn.Linear(4, 3) for _ in range(3)]
     classes = torch.arange(7) % 3
-    one = Ensemble(networks, link_of(nn.Identity(), 3, {"loss": "cross_entropy"}))
+    one = Ensemble(networks, link_of(nn.Identity(), 3, "softmax"))
     shares = torch.stack([network(X).softmax(1) for network in networks]).mean(0)
     torch.testing.assert_close(F.cross_entropy(one(X), classes), F.nll_loss(shares.log(), classes))
-    two = Ensemble([nn.Linear(4, 1) for _ in range(2)], link_of(nn.Sigmoid(), 2, {"loss": "bce"}))
+    two = Ensemble([nn.Linear(4, 1) for _ in range(2)], link_of(nn.Sigmoid(), 2))
     rate = torch.stack([network(X).sigmoid() for network in two.networks]).mean(0)
     target = (classes[:, None] > 1).float()
     torch.testing.assert_close(F.binary_cross_entropy_with_logits(two(X), target), F.binary_cross_entropy(rate, target))
@@ -64,7 +64,7 @@ def test_losses_take_its_outputs_as_they_take_a_networks():
 
 def test_of_numbers_and_of_what_stands_beside_the_prediction_it_is_the_plain_mean():
     networks = [nn.Linear(4, 1) for _ in range(3)]
-    assert link_of(nn.Linear(1, 1), 0, {}) == Link("none")
+    assert link_of(nn.Linear(1, 1), 0) == Link("none")
     expected = torch.stack([network(X) for network in networks]).mean(0)
     torch.testing.assert_close(Ensemble(networks, Link("none"))(X), expected)
     several = [Two(), Two()]
@@ -85,7 +85,7 @@ def test_sure_networks_are_no_hindrance():
 
 def test_a_head_of_another_kind_is_refused_for_classes():
     with pytest.raises(InputError, match="ensemble: no outputs are known that a Tanh takes to a mean of probabilities"):
-        link_of(nn.Tanh(), 2, {})
+        link_of(nn.Tanh(), 2)
 
 
 def test_what_is_held_to_of_one_network_is_not_broken_by_several(study):
@@ -160,6 +160,24 @@ def test_an_objective_that_trains_itself_gives_an_ensemble_too(study, tmp_path):
     invoke("run", study(f"{TEXT}objective: own.py\nensemble: 2\n"))
     state = torch.load("mlruns/bundles/study/model.pt", weights_only=True)["model_state_dict"]
     assert {name for name in state if name.endswith("weight")} == {f"network.networks.{i}.weight" for i in range(2)}
+
+
+OF_CLASSES = LINEAR.replace("y = x.sum(1, keepdim=True)", "y = (x.sum(1) > 0).long()").replace("R2Score()", "Accuracy()")
+OF_CLASSES = OF_CLASSES.replace("return nn.Linear(info.n_features, 1)", "return nn.Linear(info.n_features, 2)")
+OF_CLASSES = OF_CLASSES.replace("F.mse_loss(outputs, targets)", "F.nll_loss(F.log_softmax(outputs, 1), targets)")
+OF_CLASSES = OF_CLASSES.replace("r2", "accuracy").replace("from torchmetrics.regression import R2Score", "")
+OF_CLASSES = OF_CLASSES.replace("Accuracy()", "torchmetrics.Accuracy(task='multiclass', num_classes=2)")
+OF_CLASSES = OF_CLASSES.replace("import torch\n", "import torch\nimport torchmetrics\n", 1)
+
+
+def test_of_logits_that_only_an_own_loss_knows_as_such_the_probabilities_have_the_mean(study, tmp_path):
+    (tmp_path / "classes.py").write_text(OF_CLASSES)
+    invoke("run", study(f"{TEXT}objective: classes.py\nensemble: 3\n"))
+    state = torch.load("mlruns/bundles/study/model.pt", weights_only=True)["model_state_dict"]
+    weights = [(state[f"network.networks.{i}.weight"], state[f"network.networks.{i}.bias"]) for i in range(3)]
+    expected = torch.stack([F.linear(X, *each).softmax(1) for each in weights]).mean(0)
+    got = torch.jit.load("mlruns/bundles/study/model.torchscript.pt")(X).softmax(1)
+    torch.testing.assert_close(got, expected)
 
 
 def test_each_network_has_a_seed_of_its_own_and_the_first_that_of_the_trial(study):

@@ -165,6 +165,17 @@ def test_json_lines_and_a_file(bundles, here):
     assert sorted(path.name for path in here.iterdir()) == ["new.csv", "o"]
 
 
+def test_the_ending_of_out_says_the_format(bundles, here):
+    Path("new.csv").write_text("a,b,id\n1,2,x\n")
+    given = ("predict", bundles / "kinds", "new.csv", "--out")
+    invoke(*given, "o.jsonl")
+    assert json.loads(Path("o.jsonl").read_text())["class"] == "bee"
+    assert "bee" in invoke(*given, "-")
+    assert "not .parquet; name a .csv or .jsonl" in refused(*given, "o.Parquet")
+    invoke(*given, "o.gz", "--format", "csv")
+    assert sorted(path.name for path in here.iterdir()) == ["new.csv", "o.gz", "o.jsonl"]
+
+
 FLATS = "city;size;age\n Bern ;1.234,5;2\nZug;;1\n01;10;\nTRUE;0,5;1\n;1;1\n"
 
 

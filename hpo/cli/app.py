@@ -226,8 +226,10 @@ def predict(
     source: Annotated[
         str, typer.Argument(metavar="INPUT", help="A .csv, .parquet, .npz, .pt, an image, a folder of them; -: stdin.")
     ],
-    format_: Annotated[str, typer.Option("--format", help="csv, or jsonl: a JSON object a line.")] = "csv",
-    out: Annotated[Path | None, typer.Option(help="The file to write; default: stdout.")] = None,
+    format_: Annotated[
+        str | None, typer.Option("--format", help="csv, or jsonl: a JSON object a line; default: by --out's ending.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The file to write; - is stdout, the default.")] = None,
     top_k: Annotated[int | None, typer.Option(help="So many of the likeliest classes.")] = None,
     keep: Annotated[str | None, typer.Option("--id", metavar="COLUMN", help="A column to copy.")] = None,
 ) -> None:

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMATS = ("csv", "jsonl")
+_FORMAT_OF = {".jsonl": "jsonl", ".ndjson": "jsonl"}
+_OTHER_FORMATS = frozenset(".feather .gz .bz2 .xz .zip .zst .json .npy .npz .parquet .pkl .pt .tsv .xls .xlsx".split())
 
 
-def predict(bundle: Path, source: str, format_: str, out: Path | None, top_k: int | None, keep: str | None) -> None:
+def predict(bundle: Path, source: str, format_: str | None, out: Path | None, top_k: int | None, keep: str | None) -> None:
     """`hpo predict`."""
-    if format_ not in FORMATS:
-        raise InputError(f"--format: must be csv or jsonl, but got {format_!r}{did_you_mean(format_, FORMATS)}")
+    out = None if out == Path("-") else out
+    form = _format(format_, out)
     folder = _folder(bundle)
     from hpo.export.columns import Notes
     from hpo.export.loading import load_bundle
@@ -32,7 +34,7 @@ def predict(bundle: Path, source: str, format_: str, out: Path | None, top_k: in
     made = predictions(model.model, model.about, source, top_k=top_k, keep=keep, notes=notes)
     try:
         with _opened(out) as stream, _progress(source) as show:
-            write = _csv_writer(stream) if format_ == "csv" else _json_writer(stream)
+            write = _csv_writer(stream) if form == "csv" else _json_writer(stream)
             for frame, share in made:
                 write(frame)
                 show(share)
@@ -43,6 +45,20 @@ def predict(bundle: Path, source: str, format_: str, out: Path | None, top_k: in
         raise HpoError(f"{where}: cannot be written ({error.strerror or error}); make room, or name another") from error
     for text in notes.texts():
         print(f"hpo: {text}", file=sys.stderr)
+
+
+def _format(asked: str | None, out: Path | None) -> str:
+    """Return what is written: what `--format` asks for, else what the ending of `out` says. Raises InputError."""
+    if asked is not None:
+        if asked not in FORMATS:
+            raise InputError(f"--format: must be csv or jsonl, but got {asked!r}{did_you_mean(asked, FORMATS)}")
+        return asked
+    ending = "" if out is None else out.suffix.lower()
+    if ending in _OTHER_FORMATS:
+        raise InputError(
+            f"--out {out}: predictions are written as csv or jsonl, not {ending}; name a .csv or .jsonl, or give --format"
+        )
+    return _FORMAT_OF.get(ending, "csv")
 
 
 def _folder(bundle: Path) -> Path:

@@ -1,7 +1,7 @@
 """Several networks as one: the mean of their predictions, given as a network's outputs are."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from hpo.errors import InputError
 from hpo.study.data import prediction
-from hpo.study.losses import LINKS
 
 _LEAST = 1e-12
 
@@ -24,10 +23,10 @@ class Link:
     dim: int = 1
 
 
-def link_of(head: nn.Module, n_classes: int, params: Mapping[str, Any]) -> Link:
+def link_of(head: nn.Module, n_classes: int, by_loss: str = "") -> Link:
     """Return what takes a network's outputs to the probabilities or numbers whose mean is meant.
 
-    It is the head, or where that is the identity, what a loss that takes logits does with them. What takes outputs to
+    It is the head, or where that is the identity, what the loss does with them, `by_loss`, if it takes logits. What takes outputs to
     numbers linearly (a scale, a unit) needs nothing: the mean of outputs is that of numbers. Raises InputError where no
     outputs are known that a head takes to the mean of probabilities.
     """
@@ -40,7 +39,7 @@ def link_of(head: nn.Module, n_classes: int, params: Mapping[str, Any]) -> Link:
             f"ensemble: no outputs are known that a {type(head).__name__} takes to a mean of probabilities; let the "
             "objective's head be Softmax or Sigmoid, or leave `ensemble` out"
         )
-    return Link(LINKS.get(params.get("loss", ""), "none"))
+    return Link(by_loss or "none")
 
 
 class Ensemble(nn.Module):

@@ -46,7 +46,7 @@ def _tried(plan: Plan, data: Data, whole: Data) -> tuple[nn.Module | None, list[
     """Do what `preflight` does; of `whole`, which has the test split too, only the extreme targets are looked at."""
     objective = plan.objective
     if plan.spec.ensemble > 1:
-        link_of(module_from(plan, "head", objective.head), data.info.n_classes, next(iter(plan.space.corners())))
+        link_of(module_from(plan, "head", objective.head), data.info.n_classes)
     if plan.spec.confirm is not None and plan.spec.confirm.folds is not None:
         require_rows(data, plan.spec.confirm.folds)
     if objective.train is not None and type(objective).preview is Objective.preview:

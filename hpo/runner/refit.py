@@ -130,7 +130,8 @@ def finish(
         if not networks:
             log.info("train returned no network: there is nothing to test or to export")
             return Outcome(number=best.number, test={}, bundle=None, parity=None)
-        network = exported(plan, networks, data, best.params)
+        rows = few_rows(plan, data, again.preprocess)
+        network = exported(plan, networks, data, rows, best.params)
         contest = again.contest(network, seen)
     test, seeds, beside = again.tested(network, networks, contest)
     log.info("exporting, and comparing what was exported with the model that was measured")
@@ -142,7 +143,7 @@ def finish(
             params=best.params,
             info=data.info,
             about=_about(plan, data, search, best, again.epochs, test, seeds, beside),
-            link=link_in(plan, few_rows(plan, data, again.preprocess), network, best.params),
+            link=link_in(plan, rows, network, best.params),
         ),
         data.test,
         folder,

@@ -13,6 +13,7 @@ from hpo.export.ensemble import Ensemble, link_of
 from hpo.runner.again import train_members
 from hpo.runner.outcome import networks_of
 from hpo.runner.prepare import Plan
+from hpo.runner.returned import FewRows, link_in
 from hpo.search.search import Search
 from hpo.search.view import Best
 from hpo.seeds import derive
@@ -74,11 +75,11 @@ def train_several(
     return [networks[seed] for seed in seeds]
 
 
-def exported(plan: Plan, networks: Sequence[nn.Module], data: Data, params: Mapping[str, Any]) -> nn.Module:
+def exported(plan: Plan, networks: Sequence[nn.Module], data: Data, rows: FewRows, params: Mapping[str, Any]) -> nn.Module:
     """Return the network that is tested and exported: the first, or the ensemble of as many as the study asks for."""
     if plan.spec.ensemble == 1:
         return networks[0]
-    link = link_of(plan.objective.head(), data.info.n_classes, params)
+    link = link_of(plan.objective.head(), data.info.n_classes, link_in(plan, rows, networks[0], params))
     return Ensemble(networks[: plan.spec.ensemble], link).to(plan.device)
 
 
