@@ -162,7 +162,9 @@ def test_an_objective_that_trains_itself_gives_an_ensemble_too(study, tmp_path):
     assert {name for name in state if name.endswith("weight")} == {f"network.networks.{i}.weight" for i in range(2)}
 
 
-OF_CLASSES = LINEAR.replace("y = x.sum(1, keepdim=True)", "y = (x.sum(1) > 0).long()").replace("R2Score()", "Accuracy()")
+OF_CLASSES = LINEAR.replace("y = x.sum(1, keepdim=True)", "y = (x.sum(1) > 0).long()").replace(
+    "R2Score()", "Accuracy()"
+)
 OF_CLASSES = OF_CLASSES.replace("return nn.Linear(info.n_features, 1)", "return nn.Linear(info.n_features, 2)")
 OF_CLASSES = OF_CLASSES.replace("F.mse_loss(outputs, targets)", "F.nll_loss(F.log_softmax(outputs, 1), targets)")
 OF_CLASSES = OF_CLASSES.replace("r2", "accuracy").replace("from torchmetrics.regression import R2Score", "")

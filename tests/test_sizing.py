@@ -351,6 +351,20 @@ def test_one_process_compiles_a_step_and_the_others_train_on_meanwhile(tmp_path:
     assert not any(other.after(0.01, lambda: ("code", 1)) for _ in range(3 * TIMED_STEPS)), "it was decided"
 
 
+@pytest.mark.parametrize(("left", "compiles"), [(1000.0, True), (30.0, False)])
+def test_what_takes_much_of_the_time_that_is_left_is_not_compiled(tmp_path: Path, monkeypatch, left, compiles) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    one = Decision(CPU)
+    one.left = lambda: left
+    one.expect(1e6, capacity=4)
+    assert any(one.after(0.01, lambda: ("code", 1)) for _ in range(TIMED_STEPS)) == compiles
+    one.done()
+    cuda = Decision(torch.device("cuda"))
+    cuda.left = lambda: 5 * left
+    assert cuda.expect(1e9, capacity=4) == compiles
+    assert cuda.expect(1e9, capacity=1), "a single trial's result must not follow from the clock"
+
+
 def test_where_no_lock_can_be_made_each_process_compiles(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))

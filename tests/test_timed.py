@@ -285,6 +285,14 @@ def test_a_study_that_its_time_bounds_ends_with_a_whole_trial(study, monkeypatch
     assert all(max(seen.curve(number)) <= best for number in seen.paused)
 
 
+@pytest.mark.parametrize("text", ["timeout: 100s\ntrials: 50\n", "time: 100s\n", "trials: 50\n"])
+def test_what_is_left_of_a_timeout_is_reckoned_with_too(study, text):
+    plan = prepare(study(f"{text}{HALVING}epochs: {EPOCHS}\n"))
+    with closing(open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize)) as search:
+        settle_pruner(search, 1, stacked=False)
+        assert isinstance(search.halving, TimedHalving) == ("time" in text)
+
+
 def test_a_queue_of_as_many_as_fit_is_not_filled_again_and_again(tmp_path):
     opener = Opener(tmp_path)
     search = opener(time=100.0, trials=UNBOUNDED, pruner=Plugin(name="halving"), epochs=EPOCHS)

@@ -18,10 +18,25 @@ if TYPE_CHECKING:
 
 FORMATS = ("csv", "jsonl")
 _FORMAT_OF = {".jsonl": "jsonl", ".ndjson": "jsonl"}
-_OTHER_FORMATS = frozenset(".feather .gz .bz2 .xz .zip .zst .json .npy .npz .parquet .pkl .pt .tsv .xls .xlsx".split())
+_OTHER_FORMATS = (
+    ".bz2",
+    ".feather",
+    ".gz",
+    ".json",
+    ".npy",
+    ".npz",
+    ".parquet",
+    ".tsv",
+    ".xls",
+    ".xlsx",
+    ".xz",
+    ".zip",
+)
 
 
-def predict(bundle: Path, source: str, format_: str | None, out: Path | None, top_k: int | None, keep: str | None) -> None:
+def predict(
+    bundle: Path, source: str, format_: str | None, out: Path | None, top_k: int | None, keep: str | None
+) -> None:
     """`hpo predict`."""
     out = None if out == Path("-") else out
     form = _format(format_, out)
@@ -56,7 +71,7 @@ def _format(asked: str | None, out: Path | None) -> str:
     ending = "" if out is None else out.suffix.lower()
     if ending in _OTHER_FORMATS:
         raise InputError(
-            f"--out {out}: predictions are written as csv or jsonl, not {ending}; name a .csv or .jsonl, or give --format"
+            f"--out {out}: predictions are csv or jsonl, not {ending}; name a .csv or .jsonl, or give --format"
         )
     return _FORMAT_OF.get(ending, "csv")
 

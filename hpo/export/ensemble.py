@@ -26,9 +26,9 @@ class Link:
 def link_of(head: nn.Module, n_classes: int, by_loss: str = "") -> Link:
     """Return what takes a network's outputs to the probabilities or numbers whose mean is meant.
 
-    It is the head, or where that is the identity, what the loss does with them, `by_loss`, if it takes logits. What takes outputs to
-    numbers linearly (a scale, a unit) needs nothing: the mean of outputs is that of numbers. Raises InputError where no
-    outputs are known that a head takes to the mean of probabilities.
+    It is the head, or where that is the identity, `by_loss`: what the loss does with them, if it takes logits. What
+    takes outputs to numbers linearly (a scale, a unit) needs nothing: the mean of outputs is that of numbers. Raises
+    InputError where no outputs are known that a head takes to the mean of probabilities.
     """
     if isinstance(head, nn.Softmax | nn.LogSoftmax):
         return Link("softmax", 1 if head.dim is None else head.dim)

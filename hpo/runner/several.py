@@ -75,7 +75,9 @@ def train_several(
     return [networks[seed] for seed in seeds]
 
 
-def exported(plan: Plan, networks: Sequence[nn.Module], data: Data, rows: FewRows, params: Mapping[str, Any]) -> nn.Module:
+def exported(
+    plan: Plan, networks: Sequence[nn.Module], data: Data, rows: FewRows, params: Mapping[str, Any]
+) -> nn.Module:
     """Return the network that is tested and exported: the first, or the ensemble of as many as the study asks for."""
     if plan.spec.ensemble == 1:
         return networks[0]

@@ -33,7 +33,6 @@ from hpo.stacks.sizing import AS_GIVEN, Sizing, StackSize, looked_at
 from hpo.stopping import StopToken
 from hpo.study.data import Data
 from hpo.study.sealed import sealed, sealing
-from hpo.study.spec import UNBOUNDED
 from hpo.tracking.base import Tracker
 from hpo.training.batches import make_batches
 from hpo.training.faults import TrialError
@@ -141,13 +140,7 @@ class _Worker:
     """The trials that this process has claimed, and the stacks that they are trained in."""
 
     def __init__(
-        self,
-        plan: Plan,
-        data: Data,
-        search: Search,
-        tracker: Tracker,
-        trials: Trials,
-        stop: StopToken,
+        self, plan: Plan, data: Data, search: Search, tracker: Tracker, trials: Trials, stop: StopToken
     ) -> None:
         self._plan, self._stop = plan, stop
         self._search, self._tracker = search, tracker
@@ -256,16 +249,20 @@ class _Worker:
         """Return new, empty stacks of the size that was chosen."""
         if not self._choice.stacked:
             return SingleStack(LoopStack(self._task))
-        in_short = self._plan.spec.trials == UNBOUNDED and (self._plan.spec.limit or math.inf) < SHORT_SECONDS
         return Pool(
             self._task,
             self._choice.capacity,
             self._example,
             self._padding_plan(self._choice.padding),
             once=self._once,
-            ahead=lambda: 0 if in_short else self._search.counts().waiting,  # how many fit is not known
+            ahead=lambda: self._search.counts().waiting,
             shared=self._choice.shared,
+            left=self._left,
         )
+
+    def _left(self) -> float:
+        limit = self._plan.spec.limit
+        return math.inf if limit is None else self._search.seconds_left(limit)
 
     def _padding_plan(self, padding: Padding) -> PaddingPlan:
         return PaddingPlan(self._plan.space, self._task.network, padding)
@@ -323,7 +320,7 @@ class _Worker:
             n_too_large=n_too_large,
             n_trials=n_trials,
             most=max(1, n_trials // ROUNDS) if learns else n_trials,
-            seconds=math.inf if spec.limit is None else self._search.seconds_left(spec.limit),
+            seconds=self._left(),
             stopping=self._stop.requested,
         )
         if spec.stack != "auto":

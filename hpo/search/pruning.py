@@ -37,7 +37,7 @@ def settle_pruner(search: Search, at_once: int, stacked: bool) -> bool:
         if not isinstance(pruner, HalvingPruner):
             search.study.pruner = pruner = HalvingPruner(search.spec.epochs)
         cohorts = 1 if stored is None else stored["cohorts"]
-        rule = Halving if search.spec.time is None else partial(TimedHalving, at_once=at_once)
+        rule = Halving if search.spec.limit is None else partial(TimedHalving, at_once=at_once)
         search.pause_by(rule(pruner, cohorts, maximize=search.maximize, value=search.spec.value))
     return chosen
 

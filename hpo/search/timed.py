@@ -1,4 +1,4 @@
-"""Halving in a study that has a `time`: as its rule does, until what is left is needed to train the best to their end.
+"""Halving in a study with a `time` or `timeout`: its rule, until what is left is needed to train the best to their end.
 
 How long that takes follows from the rungs and from how long an epoch has taken of late. From then on no new trial is
 started; what is good enough is resumed, as far as it can be complete in time, and the best paused trial before all.
@@ -29,7 +29,7 @@ _MARGIN = 1.25
 
 
 class TimedHalving(Halving):
-    """The rule, for one study that has a `time`."""
+    """The rule, for one study that its time ends."""
 
     def __init__(
         self, pruner: HalvingPruner, cohorts: int, *, maximize: bool, value: str = BEST, at_once: int = 1

@@ -4,6 +4,7 @@ The others train on as they do, and find the compiled step in Inductor's cache w
 """
 
 import hashlib
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -30,6 +31,8 @@ class Decision:
         self._turn: FileLock | None = None
         self.waits = False
         """Whether to wait for a peer that compiles the same: where it is measured how fast compiled steps are."""
+        self.left: Callable[[], float] = lambda: math.inf
+        """Gives the seconds that trials may still take."""
 
     def expect(self, n_steps: float, capacity: int) -> bool:
         """Take note of how many steps there may be still to do; return whether they are to be compiled at once.
@@ -38,7 +41,7 @@ class Decision:
         """
         counted = records(self._device) or capacity == 1
         self._expected, self._timed = 0.0 if counted else n_steps, []
-        return counted and compile_pays(n_steps, self._device)
+        return counted and compile_pays(n_steps, self._device, left=math.inf if capacity == 1 else self.left())
 
     def after(self, seconds: float, captured: Callable[[], tuple[str, int]]) -> bool:
         """Return whether to compile now, after a step that took so long; call `done` when that is done.
@@ -53,7 +56,7 @@ class Decision:
         if len(self._timed) < TIMED_STEPS:
             return False
         code, n_operations = captured()
-        if not compile_pays(self._expected, self._device, min(self._timed), n_operations):
+        if not compile_pays(self._expected, self._device, min(self._timed), n_operations, self.left()):
             self._expected = 0.0
             return False
         self._timed.clear()

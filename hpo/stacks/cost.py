@@ -23,17 +23,25 @@ SIZES = {"cpu": (1, 4, 16, 64, 256), "mps": (1, 4, 16, 64, 256), "cuda": (1, 4, 
 """How many trials at once `stack: auto` tries, by the type of the device."""
 
 
+_OF_TIME = 1 / 8
+"""Compiling is to take no more of the seconds that trials have: on a busy machine it takes several times as long."""
+
+
 def compile_pays(
-    n_steps: float, device: torch.device, step_seconds: float = _TYPICAL_STEP, n_operations: int = 0
+    n_steps: float,
+    device: torch.device,
+    step_seconds: float = _TYPICAL_STEP,
+    n_operations: int = 0,
+    left: float = math.inf,
 ) -> bool:
     """Whether a stack that has so many steps to do is faster if it is compiled, the time to compile it counted.
 
     `step_seconds`: how long a step takes that is not compiled; on CUDA it does not matter. `n_operations`: of a step's
-    graph, where it is known.
+    graph, where it is known. `left`: how many seconds trials may still take.
     """
     saved = _SAVED_SECONDS if device.type == "cuda" else _SAVED_SHARE * step_seconds
     cost = COMPILE_SECONDS.get(device.type, math.inf) * max(1.0, n_operations / _USUAL) ** 2
-    return n_steps * saved >= cost
+    return n_steps * saved >= cost and _OF_TIME * left >= cost
 
 
 def power_of_two(n: int) -> int:

@@ -39,15 +39,16 @@ class Pool(Stacks):
         once: Once | None = None,
         ahead: Callable[[], int] = lambda: 0,
         shared: float = 1.0,
+        left: Callable[[], float] = lambda: math.inf,
     ) -> None:
         """`example`: a few rows as they are trained on. `once` logs what cannot be stacked.
 
         `ahead` returns how many trials are still to come, of which no more than the share `shared` have one signature:
-        that decides whether to compile.
+        that decides whether to compile, with the seconds that trials may still take, which `left` gives.
         """
         self.capacity = capacity
         self._task, self._example, self._plan = task, example, plan
-        self._once, self._ahead, self._shared = once or Once(), ahead, shared
+        self._once, self._ahead, self._shared, self._left = once or Once(), ahead, shared, left
         self._stacks: list[VmapStack] = []
         self._hopeless: dict[tuple[Padder, Hashable], str] = {}
         self._alone = LoopStack(task)
@@ -136,6 +137,7 @@ class Pool(Stacks):
         reason = self._hopeless.get((candidate.padder, candidate.signature))
         if reason is None:
             stack = VmapStack(self._task, min(2, self.capacity), self._example, "graph", candidate.padder)
+            stack.compiling.left = self._left
             reason = stack.open(candidate)
         if reason is not None:
             self._hopeless[candidate.padder, candidate.signature] = reason
@@ -149,7 +151,7 @@ class Pool(Stacks):
             or bool(stack.members)
             or self._task.device.type == "cuda"
             or stack.is_compiled(self._slots_for(stack, len(members)))
-            or compile_pays(self._steps_left(stack, members), self._task.device)
+            or compile_pays(self._steps_left(stack, members), self._task.device, left=self._left())
         )
 
     def _slots_for(self, stack: VmapStack, n: int) -> int:
