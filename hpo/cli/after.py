@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hpo.runner.outcome import Outcome
+from hpo.search.view import StudyView
 from hpo.study.spec import StudySpec
 
 _PLACES = ("name", "storage", "tracking", "output")
@@ -12,7 +13,7 @@ _PLACES = ("name", "storage", "tracking", "output")
 
 
 def next_steps(
-    path: Path, overrides: Mapping[str, str], spec: StudySpec, done: Outcome | None, *, stopped: bool = False
+    path: Path, overrides: Mapping[str, str], spec: StudySpec, done: Outcome | None, seen: StudyView
 ) -> list[str]:
     """Return commands that a person may want next, each with what it does: at most five lines, which can be pasted."""
     places = [f"--set {shlex.quote(f'{key}={overrides[key]}')}" for key in _PLACES if key in overrides]
@@ -23,8 +24,8 @@ def next_steps(
     }
     if done is not None and done.bundle is not None:
         steps[f"hpo predict {shlex.quote(str(done.bundle))} INPUT"] = "predictions for a table, arrays or images"
-    more = f"--trials {2 * spec.trials}" if spec.time is None else f"--set time={2 * spec.time:g}s"
-    more = "--set stop=false" if stopped else more
+    more = f"--trials {2 * max(spec.trials, seen.counts.finished)}" if spec.time is None else f"--set time={2 * spec.time:g}s"
+    more = "--set stop=false" if seen.stopped is not None else more
     steps[f"hpo run {study} {more}"] = "search on"
     width = min(max(map(len, steps)), 60)
     return [f"{command:<{width}}  # {what}" for command, what in steps.items()]

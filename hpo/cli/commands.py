@@ -63,7 +63,7 @@ def run(
         confirmed = confirmation(search, seen)
         _print_result(plan, seen, seen.best(), done, out, confirmed)
         if not how.quiet:
-            _print_next(next_steps(path, overrides, plan.spec, done, stopped=seen.stopped is not None), out)
+            _print_next(next_steps(path, overrides, plan.spec, done, seen), out)
         return summary(plan.spec, seen, seen.best(), done, confirmed)
 
 
