@@ -335,3 +335,12 @@ def test_a_layer_that_cannot_be_copied_is_no_optional_one() -> None:
     space, _ = build({**ENGINE, "depth": parse_param({"type": "int", "low": 0, "high": 2})}, ())
     params = ENGINE | {"depth": 1}
     assert len([padder(build_(params), params) for padder in PaddingPlan(space, build_)]) == 3
+
+
+@pytest.mark.parametrize("choices", [[0.5, "balanced", "none"], ["none", 0.5], [2, None, 0.5]])
+def test_a_choice_of_numbers_and_texts_is_no_size(choices):
+    level, n = {"type": "categorical", "choices": choices}, {"type": "int", "low": 2, "high": 8}
+    space, _ = build({**ENGINE, "level": parse_param(level), "n": parse_param(n)}, ())
+    plan = PaddingPlan(space, lambda params: nn.Linear(3, params["n"]))
+    for params in space.extremes(16):
+        assert plan.loosest(nn.Linear(3, params["n"]), params).shapes["weight"] == (8, 3)

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from hpo.errors import Interrupted
 from hpo.stacks import recording, vmap_step
+from hpo.stacks.admission import Admission
 from hpo.stacks.alone import NotStackable
 from hpo.stacks.graph import CompiledStep
 from hpo.stacks.graph import Graph as StepGraph
@@ -523,15 +524,15 @@ def test_a_refit_that_cannot_be_stacked_is_trained_alone(study: Callable[..., Pa
         assert summary(invoke("run", path, "--json"))["bundle"] is not None
 
 
-class Tf32(VmapStack):
-    """A stack that computes as a GPU would with TF32: what it multiplies has 10 bits after the point."""
+class Tf32(Admission):
+    """Of a stack that computes as a GPU would with TF32: what it multiplies has 10 bits after the point."""
 
-    def _wrong(self, alone: Any) -> dict[int, str]:
+    def _wrong(self, step: Any, alone: Any) -> dict[int, str]:
         state = self._slots.state
         rounded = {name: round_to_10_bits(x) for name, x in state.weights.items()}
         self._slots.state = state._replace(weights=rounded)
         try:
-            return super()._wrong(alone)
+            return super()._wrong(step, alone)
         finally:
             self._slots.state = state
 
@@ -553,7 +554,8 @@ def test_tf32_is_no_reason_against_a_stack_where_it_is_asked_for(precision: Any,
     rows = sines(64)
     example = Split(inputs={"x": 10 * rows.inputs["x"].float()}, targets=rows.targets.float())
     settings = Task(objective=objective, info=INFO, device=CPU, n_rows=64, epochs=1, precision=precision)
-    made = Tf32(settings, 4, example)
+    made = VmapStack(settings, 4, example)
+    made._admission = Tf32(settings, example, made._slots)
     for member in members():
         with (
             nullcontext() if joins else pytest.raises(NotStackable, match="its outputs in a stack are not those alone")

@@ -24,7 +24,11 @@ def next_steps(
     }
     if done is not None and done.bundle is not None:
         steps[f"hpo predict {shlex.quote(str(done.bundle))} INPUT"] = "predictions for a table, arrays or images"
-    more = f"--trials {2 * max(spec.trials, seen.counts.finished)}" if spec.time is None else f"--set time={2 * spec.time:g}s"
+    more = (
+        f"--trials {2 * max(spec.trials, seen.counts.finished)}"
+        if spec.time is None
+        else f"--set time={2 * spec.time:g}s"
+    )
     more = "--set stop=false" if seen.stopped is not None else more
     steps[f"hpo run {study} {more}"] = "search on"
     width = min(max(map(len, steps)), 60)

@@ -142,7 +142,10 @@ class PaddingPlan:
         """Return `params` with no size above those of `highs`."""
         sizes = {d.name for d in self._space.dimensions if not isinstance(d.searched, FloatRange)}
         return self._space.completed(
-            {n: min(v, highs[n]) if n in sizes and n in highs and is_number(v) else v for n, v in params.items()}
+            {
+                n: min(v, highs[n]) if n in sizes and is_number(v) and is_number(highs.get(n)) else v
+                for n, v in params.items()
+            }
         )
 
     def _sizes(self, highs: Params) -> tuple[list[str], list[str]]:

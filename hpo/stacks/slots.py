@@ -25,6 +25,7 @@ class Slots:
         self._device = device
         self._taken: list[Member | None] = [None] * capacity
         self._regions: dict[Member, dict[str, tuple[str, Region]]] = {}
+        self._beside: dict[Member, frozenset[str]] = {}
         self._live: Tensor | None = None
         self._improved: set[int] = set()
         self._kept: dict[str, Tensor] = {}
@@ -64,6 +65,7 @@ class Slots:
         self._taken[slot], self._live = None, None
         self._improved.discard(slot)
         self._regions.pop(member, None)
+        self._beside.pop(member, None)
 
     def keep(self, member: Member) -> Kept:
         """See `hpo.training.stack.Stack.keep`. What all members keep of one epoch is copied at once (`settle`)."""
@@ -71,7 +73,7 @@ class Slots:
 
         def kept() -> dict[str, Tensor]:
             self.settle()
-            return self.own(member, self._kept)
+            return self.own(member, self._kept, self._beside[member])
 
         return kept
 
@@ -113,6 +115,7 @@ class Slots:
         for (member, padded), tensors in zip(networks.values(), own, strict=True):
             regions = {name: tuple(slice(0, size) for size in tensor.shape) for name, tensor in tensors.items()}
             self._regions[member] = {key: (name, regions[name]) for key, name in padded.names.items()}
+            self._beside[member] = padded.beside
         slots = torch.tensor(list(networks), device=self._device)
         with torch.no_grad():
             for name, rows in (*state.weights.items(), *state.buffers.items()):
@@ -134,10 +137,17 @@ class Slots:
         """Return copies of a member's weights and buffers, by its network's own names."""
         return self.own(member, {**self.state.weights, **self.state.buffers})
 
-    def own(self, member: Member, stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def state_dict(self, member: Member) -> dict[str, Tensor]:
+        """Return those of `tensors` that the network's state_dict has: buffers that are not persistent are left out."""
+        return self.own(member, {**self.state.weights, **self.state.buffers}, self._beside[member])
+
+    def own(
+        self, member: Member, stacked: Mapping[str, Tensor], left_out: frozenset[str] = frozenset()
+    ) -> dict[str, Tensor]:
         """Return copies of a member's part of stacked tensors, by its network's own names."""
         slot, regions = self._taken.index(member), self._regions[member]
-        return {own: stacked[n][slot][region].clone() for own, (n, region) in regions.items() if n in stacked}
+        own = {key: place for key, place in regions.items() if key not in left_out}
+        return {key: stacked[name][slot][region].clone() for key, (name, region) in own.items() if name in stacked}
 
     def checkpoint(self, member: Member) -> dict[str, Any]:
         """Return what `restore` takes: see `hpo.training.stack.Stack.checkpoint`."""
@@ -157,6 +167,8 @@ class Slots:
         state = self.state
         with torch.no_grad():
             for own, (name, region) in self._regions[member].items():
+                if own not in resume["model"]:  # not persistent: stacks of earlier versions did not keep it
+                    continue
                 rows = state.weights if name in state.weights else state.buffers
                 rows[name][slot][region] = resume["model"][own].to(self._device)
                 kept = resume["optimizer"].get(own, {})

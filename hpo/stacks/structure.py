@@ -22,14 +22,16 @@ _SIZES = ("in_features", "out_features", "num_features", "in_channels", "out_cha
 
 @dataclass(frozen=True, kw_only=True)
 class PaddedModule:
-    """A network in the common structure. `names` are the structure's names by the network's own, for its state_dict.
+    """A network in the common structure. `names` are the structure's names by the network's own, of all its tensors.
 
-    `shapes` are those of its tensors in the stack, by the structure's names; `varied` the tensors of which not all
-    networks of the study have all.
+    `beside` are those of its own names that its state_dict lacks: buffers that are not persistent. `shapes` are those
+    of its tensors in the stack, by the structure's names; `varied` the tensors of which not all networks of the study
+    have all.
     """
 
     module: nn.Module
     names: Mapping[str, str]
+    beside: frozenset[str]
     shapes: Mapping[str, tuple[int, ...]]
     varied: frozenset[str]
     own: Mapping[str, Tensor]
@@ -72,7 +74,8 @@ class CommonStructure:
         module = tensor_dropout(module)
         first_names = {id(tensor): name for name, tensor in tensors(module).items()}  # a tied weight has several
         kept = {key: first_names[id(tensor)] for key, tensor in module.state_dict(keep_vars=True).items()}
-        own = {key: name for key, name in kept.items() if not is_control(module, name)}
+        beside = {name: name for name, _ in module.named_buffers() if name not in kept}
+        own = {key: name for key, name in {**kept, **beside}.items() if not is_control(module, name)}
         module, renamed = self._put(module)
         every = tensors(module)
         names = {key: _renamed(name, renamed) for key, name in own.items()}
@@ -86,6 +89,7 @@ class CommonStructure:
         return PaddedModule(
             module=module,
             names=names,
+            beside=frozenset(beside) & names.keys(),
             shapes=shapes,
             varied=self.varied,
             own={name: tensor for name, tensor in every.items() if name not in left_out},

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from hpo.errors import Interrupted
-from hpo.stacks.alone import OUTSIDE, NotStackable, Trying, unlike, why_rows_matter
+from hpo.stacks.admission import Admission, not_batched
+from hpo.stacks.alone import OUTSIDE, NotStackable, why_rows_matter
 from hpo.stacks.candidate import Candidate, candidate
 from hpo.stacks.compiling import Decision
 from hpo.stacks.cost import records
-from hpo.stacks.moved import outputs_when_moved
 from hpo.stacks.padding import Padder, unpadded
-from hpo.stacks.recording import line
 from hpo.stacks.slots import Slots
 from hpo.stacks.state import StackState
 from hpo.stacks.structure import own_state
@@ -38,8 +37,6 @@ from hpo.training.stack import Kept, Member, Stack, Task
 
 _ABSENT, _OTHER_STRUCTURE = "absent", "its structure is not that of the stack"
 _ROWS_AT_ONCE: Mapping[str, int] = {"cuda": 1 << 20}  # of all members together; on a CPU they stay in its cache
-_DRAWS = "it draws random numbers in training, of which padding may make something else"
-_OTHER_STEP = "its gradients in a stack are not those alone"
 
 
 class VmapStack(Stack):
@@ -66,7 +63,7 @@ class VmapStack(Stack):
         self._step: VmapStep | None = None
         self._signature: Hashable = None
         self._without_network: set[Member] = set()
-        self._compared: set[Hashable] = set()
+        self._admission = Admission(task, example, self._slots)
         self._measuring = Measuring(task.objective, task.device)
 
     @property
@@ -111,9 +108,11 @@ class VmapStack(Stack):
         return self._step is not None and self._signature_of(candidate) == self._signature
 
     def _signature_of(self, candidate: Candidate) -> Hashable:
-        params, numbers = candidate.member.params, self._slots.state.loss_hyper  # which must be there, too
-        read = [(name, params.get(name, _ABSENT)) for name in candidate.reads if name not in numbers]
-        return candidate.signature, (*read, *(name in params for name in numbers))
+        params, numbers = candidate.member.params, self._slots.state.loss_hyper
+        read = {name: params.get(name, _ABSENT) for name in {*candidate.reads, *numbers}}
+        # with their types: False, 0 and 0.0 are equal, and a loss may do something else with each
+        kinds = {name: (type(x), None if name in numbers and type(x) is float else x) for name, x in read.items()}
+        return candidate.signature, tuple(sorted(kinds.items(), key=lambda item: item[0]))
 
     def join(self, member: Member) -> None:
         """Raises NotStackable where `member` cannot join."""
@@ -157,7 +156,7 @@ class VmapStack(Stack):
             if is_out_of_memory(error):
                 raise
             if not self._slots.state.loss_hyper:
-                return _reason(error)
+                return not_batched(error)
             self._slots.state = self._slots.state._replace(loss_hyper={})
             self._signature = self._signature_of(first)
             return self._try_out(first, template)
@@ -170,74 +169,23 @@ class VmapStack(Stack):
         suitable = [each for each in candidates if self.suits(each)]
         assert len(suitable) <= self.free, "the stack is full"
         refused = {each.member: _OTHER_STRUCTURE for each in candidates if each not in suitable}
-        slots = {each: self._slots.take(each.member) for each in suitable}
+        several = {self._slots.take(each.member): each for each in suitable}
         try:
-            if slots:
-                self._slots.fill({slot: (each.member, each.probe) for each, slot in slots.items()})
-            wrong = self._wrong({slot: each.outputs for each, slot in slots.items()})
-            several = {slot: each for each, slot in slots.items() if slot not in wrong}
-            new = {each.padded.form: slot for slot, each in several.items()}
-            new = {form: slot for form, slot in new.items() if form not in self._compared}
-            wrong |= self._wrong_step(several, new) | self._wrong_when_moved(several, new)
-            self._compared |= {form for form, slot in new.items() if slot not in wrong}
-            if slots:
-                self._slots.fill({slot: (each.member, each.padded) for each, slot in slots.items()})
-            for each, slot in slots.items():
+            wrong = self._admission.wrong(self._opened, several) if several else {}
+            if several:
+                self._slots.fill({slot: (each.member, each.padded) for slot, each in several.items()})
+            for slot, each in several.items():
                 if each.member.resume is not None:
                     self._slots.restore(slot, each.member, each.member.resume)
         except BaseException:
             for each in suitable:
                 self.leave(each.member)
             raise
-        for each, slot in slots.items():
+        for slot, each in several.items():
             if slot in wrong:
                 refused[each.member] = wrong[slot]
                 self.leave(each.member)
         return refused
-
-    def _wrong(self, alone: Mapping[int, Any]) -> dict[int, str]:
-        """Return by slot why its outputs in the stack are not those of its own network, `alone`."""
-        if not alone:
-            return {}
-        try:
-            stacked = self._opened.forward(self._slots.state, list(self._example.inputs.values()))
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            return dict.fromkeys(alone, _reason(error))
-        of = {slot: tree_map(lambda x, slot=slot: x[slot], stacked) for slot in alone}
-        found = {slot: unlike(of[slot], outputs, self._task.precision) for slot, outputs in alone.items()}
-        return {slot: reason for slot, reason in found.items() if reason is not None}
-
-    def _wrong_step(self, several: Mapping[int, Candidate], new: Mapping[Hashable, int]) -> dict[int, str]:
-        """Return by slot why its first step in a stack is not its own; of each `new` form one is looked at."""
-        wrong = {slot: _DRAWS for slot, each in several.items() if each.alone.is_random and each.is_padded}
-        new = {form: slot for form, slot in new.items() if not several[slot].alone.is_random}
-        if not new:
-            return wrong
-        inputs, targets, state = list(self._example.inputs.values()), self._example.targets, self._slots.state
-        state = state._replace(weights=tree_map(torch.clone, state.weights))  # a forward may write into them
-        try:
-            with torch.no_grad(), Trying():
-                gradients, buffers, _ = self._opened.gradients(state, inputs, targets)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            return dict.fromkeys(several, _reason(error))
-        for form, first in new.items():
-            member, alone = several[first].member, several[first].alone
-            if not alone.is_like(self._slots.own(member, {**gradients, **buffers}), self._task.precision):
-                wrong |= {slot: _OTHER_STEP for slot, each in several.items() if each.padded.form == form}
-        return wrong
-
-    def _wrong_when_moved(self, several: Mapping[int, Candidate], new: Mapping[Hashable, int]) -> dict[int, str]:
-        """Return by slot why its outputs are not its own with other weights; of each `new` form one is looked at."""
-        some = {slot: several[slot] for slot in new.values() if several[slot].is_padded}
-        found: dict[Hashable, str] = {}
-        for alone in outputs_when_moved(self._task, some, self._example) if some else ():
-            self._slots.fill({slot: (several[slot].member, several[slot].probe) for slot in some})
-            found |= {several[slot].padded.form: why for slot, why in self._wrong(alone).items()}
-        return {slot: found[each.padded.form] for slot, each in several.items() if each.padded.form in found}
 
     def resize(self, capacity: int) -> None:
         """Change the number of slots to `capacity`, at least as many as there are members, who move together."""
@@ -329,17 +277,17 @@ class VmapStack(Stack):
     def module(self, member: Member) -> nn.Module:
         module = self._task.build(member)
         module.load_state_dict(self.state(member))
+        buffers, tensors = dict(module.named_buffers()), self._slots.tensors(member)
+        with torch.no_grad():
+            for name in tensors.keys() - module.state_dict().keys():  # those too that are not persistent
+                buffers[name].copy_(tensors[name])
         return module
 
     def state(self, member: Member) -> dict[str, Tensor]:
-        return self._slots.tensors(member)
+        return self._slots.state_dict(member)
 
     def keep(self, member: Member) -> Kept:
         return self._slots.keep(member)
 
     def checkpoint(self, member: Member) -> dict[str, Any]:
         return self._slots.checkpoint(member)
-
-
-def _reason(error: Exception) -> str:
-    return f"torch.func cannot batch it ({line(error)})"

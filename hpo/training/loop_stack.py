@@ -154,7 +154,7 @@ class _Slot:
         self.module.load_state_dict({name: x for name, x in resume["model"].items() if name in persistent})
         with torch.no_grad():
             for name, buffer in self.module.named_buffers():
-                if name not in persistent:
+                if name not in persistent and name in resume["model"]:  # stacks of earlier versions did not keep it
                     buffer.copy_(resume["model"][name])
         self._outside.restore(resume.get("outside", {}), device)
         for name, weight in self.module.named_parameters():
