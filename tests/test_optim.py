@@ -93,7 +93,7 @@ def test_an_unknown_optimizer_is_a_fault_with_a_hint():
 
 
 def test_an_argument_that_no_optimizer_takes_is_a_fault():
-    hint = "remove it, or choose an optimizer that does"
+    hint = "remove it, or choose an optimizer that does; an objective's own needs another name"
     assert messages(momentum=[0.9]) == [(("params", "momentum"), f"adam takes no momentum; {hint}")]
     assert messages(optimizer=["adam", "adamw"], momentum=[0, 0.9], rho=[0.9]) == [
         (("params", "momentum"), f"adam and adamw takes no momentum; {hint}"),

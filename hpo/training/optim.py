@@ -137,7 +137,8 @@ def faults(values: Mapping[str, list[Any]]) -> list[Fault]:
     for name in values:
         argument = ARGUMENTS.get(name)
         if argument and accepted and argument not in accepted:
-            message = f"{' and '.join(optimizers)} takes no {argument}; remove it, or choose an optimizer that does"
+            what = f"{' and '.join(optimizers)} takes no {argument}"
+            message = f"{what}; remove it, or choose an optimizer that does; an objective's own needs another name"
             found.append(Fault(path=("params", name), message=message))
     known_schedules = ", ".join(schedules.NAMES)
     rules = {
