@@ -13,6 +13,9 @@ import pytest
 import torch
 
 from hpo.errors import HpoError
+from hpo.runner.opening import open_existing
+from hpo.runner.prepare import prepare
+from hpo.search import schema
 from hpo.study import catalog
 from tests.cli import invoke, refused, summary
 from tests.conftest import FRESH, run_hpo, start_hpo
@@ -279,6 +282,36 @@ def test_data_with_nan_and_data_that_changed(study: Write, monkeypatch: pytest.M
     invoke("run", study())
     monkeypatch.setenv("LINEAR_DATA", "other")
     assert "is not what study 'study' began with" in refused("run", study("trials: 4"))
+
+
+@pytest.mark.parametrize("version", ["this", "an earlier one"])
+def test_a_bundle_is_made_again_where_columns_are_called_otherwise(
+    study: Write, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    path = study()
+    objective = Path("linear.py")
+    names = "test=test, feature_names=tuple(os.environ['NAMES']))"
+    objective.write_text(objective.read_text().replace("test=test)", names))
+    monkeypatch.setenv("NAMES", "abcd")
+    invoke("run", path)
+    if version != "this":
+        with closing(open_existing(prepare(path), path)) as search:
+            kept = {key: value for key, value in search.attrs[schema.RESULT].items() if key != "names"}
+            search.remember(schema.RESULT, kept)
+    about = Path("mlruns/bundles/study/bundle.json")
+    made = json.loads(about.read_text())
+    invoke("run", path)
+    assert json.loads(about.read_text()) == made, "nothing is called otherwise"
+    monkeypatch.setenv("NAMES", "bacd")
+    said = invoke("run", path, "--trials", 4)
+    assert "called otherwise than before" in said
+    assert "damaged" not in said
+    again = json.loads(about.read_text())
+    assert again["feature_names"] == ["b", "a", "c", "d"]
+    assert again["trial"] == made["trial"], "no new trial is the reason"
+    assert invoke("status", path)
+    said = invoke("run", path, "--trials", 5)
+    assert "called otherwise" not in said
 
 
 def test_a_password_is_never_shown_or_stored(study: Write) -> None:

@@ -16,6 +16,7 @@ STORED = {
     "IDENTITY": "hpo:identity",
     "MAKING": "hpo:making",
     "DATA": "hpo:data",
+    "NAMES": "hpo:names",
     "CODE": "hpo:code",
     "HELD": "hpo:held",
     "STUDY_FILE": "hpo:study_file",

@@ -1,7 +1,9 @@
 """A prepared study opened: torch's settings, its storage, its data and its code, each held against what is stored."""
 
+import hashlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from hpo.search import schema
 from hpo.search.opening import no_study, open_search
 from hpo.search.search import Search
 from hpo.study.data import Data
+from hpo.study.objective import Objective
 from hpo.study.sealed import repeated
 from hpo.study.sources import file_fingerprint, other_values, source_fingerprint
 from hpo.training.torch_settings import torch_settings
@@ -79,12 +82,35 @@ def load_data(plan: Plan, search: Search) -> Data | None:
             f"the data of objective {plan.spec.objective} is not what study {plan.spec.name!r} began with "
             f"(fingerprint {fingerprint} here, {before} there); bring that data back, or give another `name`"
         )
+    _see_names(plan, data, search)
     _, warnings = preflight(plan, data)
     if before is None:
         search.remember(schema.DATA, fingerprint)
         for warning in warnings:  # once a study, not in each of its processes
             log.warning(warning)
     return data
+
+
+def _see_names(plan: Plan, data: Data, search: Search) -> None:
+    """Store what the data's columns, categories and classes are called, and say so where that is something else."""
+    assert isinstance(plan.objective, Objective)
+    told = plan.objective.about().get("columns")
+    columns = [each for each in told if isinstance(each, Mapping)] if isinstance(told, list) else []
+    called = [[str(column.get(key)) for key in ("name", "kind", "categories")] for column in columns]
+    text = json.dumps([data.feature_names, data.class_names, called], default=str)
+    names, before = hashlib.sha256(text.encode()).hexdigest()[:16], search.attrs.get(schema.NAMES)
+    if before == names:
+        return
+    search.remember(schema.NAMES, names)
+    if before is None:
+        return
+    result = search.attrs.get(schema.RESULT)
+    if isinstance(result, Mapping) and result.get("names") is None:  # an earlier version exported with those of then
+        search.remember(schema.RESULT, {**result, "names": before})
+    log.warning(
+        "the data's columns, categories or classes are called otherwise than before, and its numbers are the same: "
+        "trials stand, and a bundle that there is already is made again with the names of now"
+    )
 
 
 def tell_of_data(data: Data) -> None:

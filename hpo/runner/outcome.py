@@ -68,6 +68,8 @@ def outcome(search: Search, best: Best | None) -> Outcome | None:
         return None
     if stored.get("networks", [1, 1]) != networks_of(search.spec):
         return None
+    if is_of_other_names(search, stored):
+        return None
     folder = stored["bundle"] and Path(stored["bundle"])
     if folder is not None and not _is_of(folder, best):
         return None
@@ -80,6 +82,20 @@ def outcome(search: Search, best: Best | None) -> Outcome | None:
         n_tests=len(tests_of(search)),
         beside=beside_in(stored.get("baselines")),
     )
+
+
+def is_of_other_names(search: Search, stored: Mapping[str, Any]) -> bool:
+    """Whether a stored outcome is of data whose columns or classes were called otherwise than they are now."""
+    return stored.get("names") not in (None, search.attrs.get(schema.NAMES))
+
+
+def remember(search: Search, done: Outcome) -> None:
+    """Store the study's outcome."""
+    bundle = done.bundle and str(done.bundle)
+    stored = {"number": done.number, "test": dict(done.test), "bundle": bundle, "parity": done.parity}
+    stored |= {"seeds": dict(done.seeds), "networks": networks_of(search.spec)}
+    stored |= {} if done.beside is None else {"baselines": done.beside.as_dict()}
+    search.remember(schema.RESULT, stored | {"names": search.attrs.get(schema.NAMES)})
 
 
 def _is_of(folder: Path, best: Best) -> bool:

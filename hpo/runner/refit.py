@@ -21,7 +21,7 @@ from hpo.runner.confirm import confirm
 from hpo.runner.custom import train_outside
 from hpo.runner.default import has_all_epochs, train_default
 from hpo.runner.keeping import bundle_of
-from hpo.runner.outcome import Outcome, networks_of, outcome, tests_of
+from hpo.runner.outcome import Outcome, is_of_other_names, networks_of, outcome, remember, tests_of
 from hpo.runner.prepare import Plan
 from hpo.runner.returned import few_rows, link_in
 from hpo.runner.several import exported, over_seeds, seeds_of, train_several
@@ -90,11 +90,7 @@ def conclude(
             with torch_settings(plan.device, threads=size.threads if size else None):
                 best = best or confirm(plan, data, search, now, stopping)
                 done = finish(plan, data, search, best, folder, stopping, seen=now)
-            bundle = done.bundle and str(done.bundle)
-            stored = {"number": done.number, "test": dict(done.test), "bundle": bundle, "parity": done.parity}
-            stored |= {"seeds": dict(done.seeds), "networks": networks_of(plan.spec)}
-            stored |= {} if done.beside is None else {"baselines": done.beside.as_dict()}
-            search.remember(schema.RESULT, stored)
+            remember(search, done)
     tell_result(plan, search, tracker, now, best, done)
     return done
 
@@ -102,6 +98,8 @@ def conclude(
 def _say_what_is_lost(plan: Plan, search: Search, best: Best | None, folder: Path) -> None:
     stored = search.attrs.get(schema.RESULT)
     if best is None or not isinstance(stored, Mapping) or stored.get("number") != best.number or not folder.is_dir():
+        return
+    if is_of_other_names(search, stored):  # which has been said
         return
     if stored.get("bundle") == str(folder) and stored.get("networks", [1, 1]) == networks_of(plan.spec):
         log.warning(f"{folder} is no more what this study has exported: damaged, or another's; it is made again")
