@@ -288,7 +288,7 @@ def test_data_with_nan_and_data_that_changed(study: Write, monkeypatch: pytest.M
 def test_a_bundle_is_made_again_where_columns_are_called_otherwise(
     study: Write, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
-    path = study()
+    path = study("start_with: [{learning_rate: 0.1}]\n")  # the best one
     objective = Path("linear.py")
     names = "test=test, feature_names=tuple(os.environ['NAMES']))"
     objective.write_text(objective.read_text().replace("test=test)", names))
