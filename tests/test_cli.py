@@ -413,6 +413,14 @@ def test_a_pipe_that_closes_early_gives_no_traceback(study: Write) -> None:
         assert process.wait(timeout=200) == 1
 
 
+def test_a_manager_that_stops_it_while_it_imports_is_told_so(study: Write) -> None:
+    with start_hpo("run", study(), **FRESH) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().endswith("importing PyTorch\n")
+        process.terminate()
+        assert process.wait(timeout=200) == 130
+
+
 @pytest.mark.parametrize("arguments", [["objectives"], ["--help"]])
 def test_a_pipe_that_nobody_reads_gives_no_traceback(arguments: list[str]) -> None:
     reading, writing = os.pipe()

@@ -6,6 +6,7 @@ Exit status: 0 done, 1 failed, 2 bad input, 130 interrupted. Nothing heavy is im
 
 import gc
 import os
+import signal
 import sys
 import time
 import traceback
@@ -309,6 +310,7 @@ def main() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever has started this: what is printed goes nowhere
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # until the process ends
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # while importing, too: `hpo.stopping` is not there yet
     try:
         try:
             app()
