@@ -11,7 +11,7 @@ from hpo.cli.live import LiveProgress, sparkline
 from hpo.cli.screen import ConsoleHandler
 from hpo.log import log, shown_by
 from hpo.runner import progress as view
-from hpo.runner.progress import PlainProgress, ProgressState, shown
+from hpo.runner.progress import PlainProgress, ProgressState, Refresh, shown
 from hpo.search.budget import Counts
 from hpo.search.clock import duration
 from hpo.search.view import Best
@@ -233,6 +233,27 @@ class TestLive:
     def test_a_secret_in_a_choice_is_not_shown(self, live):
         live.trial_started(0, {"data": "postgresql://bob:s3cret@h/d"})
         assert not any("s3cret" in line for line in drawn(live, 120))
+
+
+@pytest.mark.parametrize(("alone", "texts"), [(True, ["1/8", "2/8", "2/8", "3/8"]), (False, ["3/8"] * 4)])
+def test_of_many_that_end_together_each_is_counted_when_it_is_said(alone, texts):
+    """The storage has all of their ends before the first one is said; others' trials are not said here."""
+
+    class Ended:
+        counts, running = Counts(complete=3, pruned=0, failed=0, running=1, waiting=4), ()
+
+        def best(self):
+            return None
+
+        def view(self):
+            return self
+
+    board = ProgressState(Counts(complete=0, pruned=0, failed=0, running=4, waiting=4), None, 8, "loss")
+    refresh, said = Refresh(board, Ended(), alone), []
+    for state in ("COMPLETE", "FAIL", "INTERRUPTED", "PRUNED"):
+        refresh(state, None)
+        said.append(board.done_text())
+    assert said == texts
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,10 @@ class Progress(ABC):
 Refreshes = Callable[[str, float | None], None]
 
 
+_ENDS = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
+"""The states of trials that have ended, each with its name in `Counts`."""
+
+
 class ProgressState:
     """The numbers that both views show; `refresh(state, value)` has them read anew when a trial has ended."""
 
@@ -66,6 +70,8 @@ class ProgressState:
         """Those of the best trial that were searched, as far as that is known."""
         self.curve: Sequence[float] = ()
         """The best trial's value, epoch by epoch."""
+        self.said: int | None = None
+        """How many trials have been said to have ended; None: as many as have, since others end some, too."""
         self.workers: Collection[str] = ()
         """Who has a trial in training."""
 
@@ -88,7 +94,7 @@ class ProgressState:
 
     def add(self, state: str) -> None:
         """Count one more trial that has ended."""
-        field = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}.get(state)
+        field = _ENDS.get(state)
         if field is not None and self.counts.finished < self._ends_at:  # of many that end together, one look sees all
             counts = replace(self.counts, **{field: getattr(self.counts, field) + 1})
             self.counts = replace(counts, paused=min(counts.paused, self._ends_at - counts.finished))
@@ -104,7 +110,8 @@ class ProgressState:
 
     def done_text(self) -> str:
         """Return `3/50`, how many trials have ended of how many; `3` where a `time` bounds them."""
-        return f"{self.counts.finished}" + ("" if self.trials == UNBOUNDED else f"/{self.trials}")
+        n = self.counts.finished if self.said is None else self.said
+        return f"{n}" + ("" if self.trials == UNBOUNDED else f"/{self.trials}")
 
     def best_text(self) -> str:
         """Return `best accuracy 0.9890 (trial 7)`."""
@@ -129,9 +136,13 @@ class Refresh:
     def __init__(self, board: ProgressState, search: Search, alone: bool) -> None:
         self._board, self._search, self._alone = board, search, alone
         self._looked, self._cost = -math.inf, 0.0
+        if alone:
+            board.said = board.counts.finished
 
     def __call__(self, state: str, value: float | None) -> None:
         start = time.monotonic()
+        if self._board.said is not None:  # of many that end together the storage may have all before one is said
+            self._board.said += state in _ENDS
         lately = start - self._looked < 20 * self._cost
         if self._alone and lately and not (value is not None and self._search.may_be_best(value)):
             self._board.add(state)
