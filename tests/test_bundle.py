@@ -566,6 +566,94 @@ def test_what_nobody_asked_for_is_left_out_where_it_cannot_be(folder, said, capf
     assert set(export(tabular(rows), rows, folder, formats_of(None))["files"]) > {"model.pt2"}
 
 
+class Counting(nn.Module):
+    """Takes the number of rows as a plain number, which torch.export then holds to be any batch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.linear(x) + x.new_zeros(len(x), 1)
+
+
+class Rounding(nn.Module):
+    """Gives other numbers of a row alone, which torch.export does not see in its example of several."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x):
+        if x.shape[0] == 1:
+            return self.linear(x).round(decimals=1)
+        return self.linear(x)
+
+
+def without_guards(monkeypatch):
+    """Have no fixed number of rows refused by us, so that what is exported is first found wrong where it is called."""
+    monkeypatch.setattr("hpo.export.formats._require_any_size", lambda program: None)
+
+
+@pytest.mark.parametrize(
+    ("network", "guards", "why"),
+    [
+        (Counting, True, "a model of batches of 3 rows only"),
+        (Counting, False, "model.pt2 gives no predictions for a batch of 1 (Guard failed: "),
+        (Rounding, True, "model.pt2 is not the model that was measured: its predictions differ by up to 0.0"),
+    ],
+)
+def test_an_optional_format_is_left_out_whatever_is_wrong_with_it(folder, said, monkeypatch, network, guards, why):
+    if not guards:
+        without_guards(monkeypatch)
+    rows = held_out((4,))
+    about = export(model(network(), rows), rows, folder, formats_of(None), fresh=True)
+    assert set(about["files"]) == {"model.pt", "model.torchscript.pt", "MODEL.md"}
+    assert "model.pt2" not in about["parity"]
+    assert why in about["pt2"]["not_exported"]
+    assert said[-1] == f"the bundle has no model.pt2, which nothing else needs: {about['pt2']['not_exported']}"
+    asked = formats_of("pt2")
+    with pytest.raises(ExportError) as error:
+        export(model(network(), rows), rows, folder.with_name("asked"), asked)
+    assert why[:-1] in str(error.value)
+    assert str(error.value).endswith("; leave pt2 out of --formats")
+    assert not folder.with_name("asked").exists()
+
+
+def test_onnx_runtimes_own_error_is_said_in_a_line(folder, monkeypatch, capfd):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    without_guards(monkeypatch)
+    rows = held_out((4,))
+    with pytest.raises(ExportError, match=r"^model.onnx gives .+ a batch of \d.*; leave onnx out of --formats$"):
+        export(model(Counting(), rows), rows, folder, {**ALWAYS, "onnx": True})
+    assert "onnxruntime" not in capfd.readouterr().err
+
+
+def test_an_optional_file_that_only_a_fresh_process_finds_wrong_is_left_out(folder, said, monkeypatch):
+    def fails(eager, folder, files, held_out):
+        if "model.pt2" in files:
+            raise ExportError("what was exported cannot be loaded in a fresh process (odd); nothing was exported")
+        return {file: {"max_difference": 0.0} for file in files}
+
+    monkeypatch.setattr("hpo.export.bundle.fresh_parity", fails)
+    rows = held_out((4,))
+    about = export(tabular(rows), rows, folder, formats_of(None), fresh=True)
+    assert (
+        set(about["files"])
+        == set(about["parity"]) | {"MODEL.md"}
+        == {
+            "model.pt",
+            "model.torchscript.pt",
+            "MODEL.md",
+        }
+    )
+    assert about["parity"]["model.torchscript.pt"]["fresh_process"]
+    assert said[-1].endswith("which nothing else needs: what was exported cannot be loaded in a fresh process (odd)")
+    with pytest.raises(ExportError, match=r"fresh process \(odd\); nothing was exported$"):
+        export(tabular(rows), rows, folder, formats_of("pt2"), fresh=True)
+
+
 def test_a_file_that_only_a_fresh_process_finds_wrong_is_refused(folder, monkeypatch):
     rows = held_out((4,))
     monkeypatch.setattr("hpo.export.bundle.parity_of", lambda *args: {"max_difference": 0.0, "tolerance": TOLERANCE})

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from hpo.errors import ExportError, InputError
 from hpo.export.card import card
 from hpo.export.describing import describe
 from hpo.export.files import FILES, MORE_FILES, digests, finite
-from hpo.export.formats import ALWAYS, FILE_OF, Formats, Written, write
+from hpo.export.formats import ALWAYS, FILE_OF, Formats, write
 from hpo.export.model import Model
-from hpo.export.parity import TOLERANCE, fresh_parity, parity_of, require_parity
+from hpo.export.parity import NOTHING, TOLERANCE, fresh_parity, parity_of, require_parity
 from hpo.log import log
 from hpo.processes import is_gone, this_process
 from hpo.study.data import Split
@@ -38,8 +38,9 @@ def export(
     """Write `model` to `folder`, in place of whatever bundle is there; return bundle.json's content.
 
     What was written is loaded again and compared with the eager module on `held_out` (its inputs only); with `fresh` in
-    a process of its own too, which cannot import hpo.
-    Raises ExportError, and leaves `folder` as it was, where they differ by more than TOLERANCE, or cannot be written.
+    a process of its own too, which cannot import hpo. A format that nobody asked for is left out where anything is
+    wrong with it, which is logged. Raises ExportError, and leaves `folder` as it was, where one of the others differs
+    by more than TOLERANCE, or cannot be written.
     """
     with _written(folder):
         place = folder.resolve()  # where a link leads
@@ -50,14 +51,8 @@ def export(
         os.chmod(work, 0o755)  # mkdtemp makes it for its owner only
         eager = model.predictor()
         how, parity = _write_all(model, eager, held_out, work, folder, formats)
-        require_parity(parity)
         if fresh:
-            files = [FILE_OF[kind] for kind in formats if (work / FILE_OF[kind]).is_file()]
-            for name, found in fresh_parity(eager, work, files, held_out).items():
-                scale = {"largest_prediction": 1.0, "tolerance": TOLERANCE} | parity.get(name, {})
-                parity[name] = scale | {"fresh_process": found}
-                parity[name]["max_difference"] = max(found["max_difference"], scale.get("max_difference", 0.0))
-            require_parity(parity)
+            parity = _compare_fresh(eager, held_out, work, formats, how, parity)
         about = describe(model, eager, held_out) | how | {"parity": parity}
         with _written(folder):
             (work / "MODEL.md").write_text(card(about), encoding="utf-8")
@@ -80,22 +75,60 @@ def _write_all(
     model: Model, eager: nn.Module, held_out: Split, work: Path, folder: Path, formats: Formats
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write every format; return how each was written, and how far its predictions are from the eager ones."""
-    how, parity = {}, {}
+    how: dict[str, Any] = {}
+    parity: dict[str, Any] = {}
     for kind in formats:
+        file, compared = FILE_OF[kind], {}
         try:
             with _written(folder):
                 written = write(kind, model, eager, held_out, work)
+            if written.call is not None:
+                compared = {file: parity_of(eager, written.call, held_out, file)}
+                require_parity(compared)
         except ExportError as error:
-            if formats[kind]:
+            if kind in ALWAYS:
                 raise
-            log.warning(str(error))
-            (work / FILE_OF[kind]).unlink(missing_ok=True)
-            written = Written(how={"not_exported": str(error)})
+            if formats[kind]:
+                raise ExportError(f"{str(error).removesuffix(NOTHING)}; leave {kind} out of --formats") from error
+            _leave_out(kind, error, work, how)
+            continue
+        parity |= compared
         if written.how:
             how[kind] = dict(written.how)
-        if written.call is not None:
-            parity[FILE_OF[kind]] = parity_of(eager, written.call, held_out)
     return how, parity
+
+
+def _leave_out(kind: str, error: ExportError, work: Path, how: dict[str, Any]) -> None:
+    """Export without a format that nobody asked for by name, and say why."""
+    why = str(error).removesuffix(NOTHING)
+    log.warning(f"the bundle has no {FILE_OF[kind]}, which nothing else needs: {why}")
+    (work / FILE_OF[kind]).unlink(missing_ok=True)
+    how[kind] = {"not_exported": why}
+
+
+def _compare_fresh(
+    eager: nn.Module, held_out: Split, work: Path, formats: Formats, how: dict[str, Any], parity: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return `parity` with what a process of its own finds of every file. Raises ExportError."""
+    kinds = [kind for kind in formats if (work / FILE_OF[kind]).is_file()]
+    try:
+        files = [FILE_OF[kind] for kind in kinds]
+        together = dict(parity)
+        for name, found in fresh_parity(eager, work, files, held_out).items():
+            scale = {"largest_prediction": 1.0, "tolerance": TOLERANCE} | together.get(name, {})
+            together[name] = scale | {"fresh_process": found}
+            together[name]["max_difference"] = max(found["max_difference"], scale.get("max_difference", 0.0))
+        require_parity(together)
+    except ExportError as error:
+        left_out = [kind for kind in kinds if not formats[kind]]
+        if not left_out:
+            raise
+        asked = {kind: True for kind in kinds if formats[kind]}
+        kept = {file: each for file, each in parity.items() if file in {FILE_OF[kind] for kind in asked}}
+        together = _compare_fresh(eager, held_out, work, asked, how, kept)  # where these are right, the others are not
+        for kind in left_out:
+            _leave_out(kind, error, work, how)
+    return together
 
 
 def require_place(folder: Path) -> None:
@@ -162,8 +195,8 @@ def _written(folder: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:  # torch: a full disk is a RuntimeError
         if isinstance(error, OSError) or any(word in str(error) for word in _TORCH_CANNOT_WRITE):
-            raise ExportError(f"{folder} cannot be written ({_why(error)}); nothing was exported") from error
-        raise ExportError(f"the model cannot be exported ({_why(error)}); nothing was exported") from error
+            raise ExportError(f"{folder} cannot be written ({_why(error)}){NOTHING}") from error
+        raise ExportError(f"the model cannot be exported ({_why(error)}){NOTHING}") from error
 
 
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "unexpected pos", "iostream")

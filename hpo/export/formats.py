@@ -85,7 +85,7 @@ def write(kind: str, model: Model, eager: nn.Module, held_out: Split, folder: Pa
             return _write_onnx(eager, example, names, path)
     except Exception as error:  # torch.export and the converter raise dozens of kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ExportError(f"the model cannot be exported as {kind}: {reason}; leave {kind} out of --formats") from error
+        raise ExportError(f"the model cannot be exported as {kind}: {reason}") from error
 
 
 def _write_state(model: Model, eager: nn.Module, path: Path) -> Written:
@@ -104,7 +104,22 @@ def _exported(eager: nn.Module, example: tuple[Tensor, ...]) -> torch.export.Exp
     """Return what torch.export makes of `eager`, for any size of the first dimension of every input."""
     # of a network that branches on its numbers torch prints the graph so far; we say it in one line
     with lightly("torch"), silenced("torch.fx.experimental.symbolic_shapes"), redirect_stderr(StringIO()):
-        return torch.export.export(eager, example, dynamic_shapes=tuple({0: torch.export.Dim.AUTO} for _ in example))
+        program = torch.export.export(eager, example, dynamic_shapes=tuple({0: torch.export.Dim.AUTO} for _ in example))
+    _require_any_size(program)
+    return program
+
+
+def _require_any_size(program: torch.export.ExportedProgram) -> None:
+    """Raise RuntimeError for a program that takes the example's number of rows only: its first call would say less."""
+    from torch.fx.experimental.symbolic_shapes import is_concrete_int  # torch.export has imported it
+
+    names = program.graph_signature.user_inputs
+    given = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+    if fixed := [int(x.shape[0]) for x in given if is_concrete_int(x.shape[0])]:
+        raise RuntimeError(
+            f"torch.export makes of it a model of batches of {fixed[0]} rows only, since its forward turns the number "
+            "of rows into a plain one: x.shape[0] can stay any, len(x) and int(x.shape[0]) cannot"
+        )
 
 
 def _write_pt2(eager: nn.Module, example: tuple[Tensor, ...], path: Path) -> Written:
@@ -120,7 +135,9 @@ def _write_onnx(eager: nn.Module, example: tuple[Tensor, ...], names: list[str],
 
     program = _exported(eager, example)
     write_onnx(program, example, names, path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is raised; it would be printed, too
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def call(*inputs: Tensor) -> Tensor:
         given = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}

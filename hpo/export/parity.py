@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,27 @@ from hpo.study.data import Split
 TOLERANCE = 1e-5
 """The largest difference between an exported model's predictions and the eager one's, of the largest of these where
 that is above 1: float32 has 7 digits, whatever the unit."""
+NOTHING = "; nothing was exported"
 BATCH_SIZES = (1, 2, 7, 64, 257, 1000)
 
 
-def parity_of(eager: Callable[..., Tensor], other: Callable[..., Tensor], held_out: Split) -> dict[str, Any]:
+def parity_of(
+    eager: Callable[..., Tensor], other: Callable[..., Tensor], held_out: Split, name: str = "what was exported"
+) -> dict[str, Any]:
     """Return the largest difference between the two modules' predictions on `held_out`, for several batch sizes.
 
-    Raises ExportError for a network that takes no batch of some size: BatchNorm without statistics no row alone.
+    Raises ExportError for a network that takes no batch of some size: BatchNorm without statistics no row alone; and
+    where the other, called `name`, takes none, or gives predictions of another shape.
     """
     largest, scale, rows = 0.0, 1.0, min(len(held_out), 2 * max(BATCH_SIZES))
     for batch_size in BATCH_SIZES:
         for start in range(0, min(rows, 4 * batch_size), batch_size):
             inputs = [x[start : start + batch_size].cpu() for x in held_out.inputs.values()]
-            try:
-                with torch.no_grad():
-                    one, two = eager(*inputs), other(*inputs)
-            except ValueError as error:
-                n, why = len(inputs[0]), str(error).splitlines()[0]
-                raise ExportError(f"the model gives no predictions for a batch of {n} ({why})") from error
+            one = _called("the model", eager, inputs, ValueError)
+            two = _called(name, other, inputs, Exception)  # ONNX Runtime and torch.export's guards have their own
+            if one.shape != two.shape:
+                shapes = f"{tuple(two.shape)}, the model that was measured {tuple(one.shape)}"
+                raise ExportError(f"{name} gives for a batch of {len(inputs[0])} predictions of shape {shapes}")
             difference = torch.where(one == two, 0.0, (one - two).abs()).max()  # -inf equals -inf
             scale = max(scale, float(one.nan_to_num(posinf=0.0, neginf=0.0).abs().max()))
             # max() of Python would drop a NaN, and a NaN is no parity
@@ -48,12 +51,22 @@ def parity_of(eager: Callable[..., Tensor], other: Callable[..., Tensor], held_o
     }
 
 
+def _called(name: str, module: Callable[..., Tensor], inputs: Sequence[Tensor], errors: type[Exception]) -> Tensor:
+    """Return the predictions of `inputs`; of one of these `errors` make an ExportError."""
+    try:
+        with torch.no_grad():
+            return module(*inputs)
+    except errors as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise ExportError(f"{name} gives no predictions for a batch of {len(inputs[0])} ({why})") from error
+
+
 def require_parity(parity: Mapping[str, Mapping[str, Any]]) -> None:
     for file, result in parity.items():
         if not result["max_difference"] <= result["tolerance"]:
             raise ExportError(
                 f"{file} is not the model that was measured: its predictions differ by up to "
-                f"{result['max_difference']:.3g} (allowed: {result['tolerance']:.3g}); nothing was exported"
+                f"{result['max_difference']:.3g} (allowed: {result['tolerance']:.3g}){NOTHING}"
             )
 
 
@@ -118,7 +131,7 @@ def fresh_parity(eager: Callable[..., Tensor], folder: Path, files: list[str], h
         done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["it was killed"])[-1][:300]
-        raise ExportError(f"what was exported cannot be loaded in a fresh process ({reason}); nothing was exported")
+        raise ExportError(f"what was exported cannot be loaded in a fresh process ({reason}){NOTHING}")
     found: dict[str, float] = json.loads(done.stdout)
     return {
         name: {"max_difference": value, "batch_sizes": list(_FRESH_SIZES), "rows": min(len(held_out), 257)}
