@@ -162,6 +162,39 @@ def test_check_and_the_first_run_say_it_once(planned, said):
         assert " ".join(said).count(SOFTMAX) == times
 
 
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ("nn.BatchNorm1d(3)", None),
+        ("nn.Sequential(nn.Unflatten(1, (1, 3)), nn.InstanceNorm1d(1), nn.Flatten())", None),
+        (
+            "nn.Sequential(nn.Unflatten(1, (1, 3)), nn.BatchNorm1d(1, track_running_stats=False), nn.Flatten())",
+            "in evaluation mode predictions of a row depend on which rows are given with it: of a row alone they ",
+        ),
+        (
+            "nn.BatchNorm1d(3, track_running_stats=False)",
+            "in evaluation mode its network takes no row alone, which its export and predictions need (Expected more ",
+        ),
+        ("nn.Softmax(dim=0)", "in evaluation mode predictions of a row depend on which rows "),
+    ],
+)
+def test_predictions_that_depend_on_the_rows_given_with_them_are_said_before_the_first_trial(
+    tmp_path, planned, end, said
+):
+    own = f"""
+class Own(WithHead):
+    def build(self, params, info):
+        return nn.Sequential(nn.Linear(4, 3), {end})
+"""
+    (tmp_path / "odd.py").write_text(OBJECTIVE + own)
+    plan = planned("Own")
+    _, warnings = preflight(plan, plan.load_data())
+    assert [line for line in warnings if "evaluation mode" in line] == [
+        line for line in warnings if said and line.startswith(f"objective odd.py:Own: {said}")
+    ]
+    assert len([line for line in warnings if "evaluation mode" in line]) == (said is not None)
+
+
 KEEPING = (
     OBJECTIVE
     + """

@@ -16,6 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import hpo
 from hpo.errors import ExportError, InputError
+from hpo.export.apart import apart
 from hpo.export.bundle import export, require_place
 from hpo.export.formats import ALWAYS, FILE_OF, formats_of
 from hpo.export.model import Model
@@ -258,6 +259,53 @@ def test_what_is_scripted_but_cannot_be_run_is_traced(folder):
     assert "Parametrization" in about["not_scripted"]
     loaded = torch.jit.load(folder / "model.torchscript.pt")
     torch.testing.assert_close(predictions(loaded, rows), predictions(made.predictor(), rows), atol=TOLERANCE, rtol=0)
+
+
+class Centred(nn.Module):
+    """What it gives of a row depends on the other rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x):
+        y = self.linear(x)
+        return y - y.mean(0)
+
+
+class Noisy(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + torch.rand(())
+
+
+def batch_norm(tracked):
+    return nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.BatchNorm2d(1, track_running_stats=tracked), nn.Flatten())
+
+
+@pytest.mark.parametrize(
+    ("network", "depends"),
+    [(Centred(), True), (batch_norm(False), True), (batch_norm(True), False), (MLP(4, [64, 64], 2), False)],
+)
+def test_predictions_that_depend_on_the_rows_given_with_them_are_noted(folder, said, network, depends):
+    rows = held_out((4,))
+    about = export(model(network, rows), rows, folder)
+    assert [
+        each.startswith("predictions of a row depend on which rows are given with it: ") for each in about["notes"]
+    ] == ([True] if depends else [])
+    assert said == [f"s: {each}" for each in about["notes"]]
+    assert ("- Note that predictions of a row depend" in (folder / "MODEL.md").read_text()) == depends
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e6])
+def test_rounding_noise_and_a_single_row_are_no_dependence(scale):
+    x = torch.randn(64, 4)
+    assert apart(lambda x: scale * MLP(4, [8], 2).eval().requires_grad_(False)(x), [x[:1]]) == 0
+    network, centred = MLP(4, [256, 256], 2).eval(), Centred()
+    assert apart(lambda x: scale * network(x), [x]) == 0
+    assert apart(lambda x: scale * centred(x), [x]) > 0.01 * scale
+    assert apart(Noisy(4, 2), [x]) == 0  # which row it is of, cannot be seen
+    with pytest.raises(ValueError, match=r"of one row its predictions have the shape \(\), not \(1,\)"):
+        apart(lambda x: x.sum(1).squeeze(), [x])
 
 
 def test_both_ways_of_a_branch_are_exported(folder):
@@ -561,7 +609,7 @@ def test_what_nobody_asked_for_is_left_out_where_it_cannot_be(folder, said, capf
     about = export(model(Branchy(), rows), rows, folder, formats_of(None))
     assert set(about["files"]) == {"model.pt", "model.torchscript.pt", "MODEL.md"}
     assert about["pt2"]["not_exported"]
-    assert "the model cannot be exported as pt2: " in said[-1]
+    assert "the model cannot be exported as pt2: " in said[0]
     assert "forward(" not in capfd.readouterr().err  # torch's own graph
     assert set(export(tabular(rows), rows, folder, formats_of(None))["files"]) > {"model.pt2"}
 
@@ -611,7 +659,7 @@ def test_an_optional_format_is_left_out_whatever_is_wrong_with_it(folder, said, 
     assert set(about["files"]) == {"model.pt", "model.torchscript.pt", "MODEL.md"}
     assert "model.pt2" not in about["parity"]
     assert why in about["pt2"]["not_exported"]
-    assert said[-1] == f"the bundle has no model.pt2, which nothing else needs: {about['pt2']['not_exported']}"
+    assert said[0] == f"the bundle has no model.pt2, which nothing else needs: {about['pt2']['not_exported']}"
     asked = formats_of("pt2")
     with pytest.raises(ExportError) as error:
         export(model(network(), rows), rows, folder.with_name("asked"), asked)

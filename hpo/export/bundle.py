@@ -54,6 +54,8 @@ def export(
         if fresh:
             parity = _compare_fresh(eager, held_out, work, formats, how, parity)
         about = describe(model, eager, held_out) | how | {"parity": parity}
+        for each in about["notes"]:
+            log.warning(f"{model.about.get('study', 'the model')}: {each}")
         with _written(folder):
             (work / "MODEL.md").write_text(card(about), encoding="utf-8")
             about |= {"files": digests(work)}

@@ -70,6 +70,7 @@ def _metrics(about: Mapping[str, Any]) -> list[str]:
         lines += [f"- {line}" for line in about.get(what, {}).get("said", ())]
     if (n := about.get("n_test_evaluations", 1)) > 1:
         lines.append(f"- The test rows were read {n} times in this study: the more often, the less they say.")
+    lines += [f"- Note that {each}." for each in about.get("notes", ())]
     times = about["latency_ms"]
     lines.append(f"- One row takes {times['1']} ms, 256 rows {times['256']} ms, on the machine that exported it.")
     return lines

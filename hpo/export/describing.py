@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hpo.export.answers import Values, values_of
+from hpo.export.apart import apart, note
 from hpo.export.environment import git_commit, versions
 from hpo.export.files import FORMAT
 from hpo.export.model import Model
@@ -23,6 +24,7 @@ PROTOCOL = {
 }
 """What each group of `metrics` was measured on."""
 _MOST_NUMBERS = 1000
+_TOGETHER = 64
 
 
 def describe(model: Model, eager: nn.Module, held_out: Split) -> dict[str, Any]:
@@ -47,6 +49,7 @@ def describe(model: Model, eager: nn.Module, held_out: Split) -> dict[str, Any]:
         "feature_names": info["feature_names"],
         "class_names": info["class_names"],
         "missing": info["missing"],
+        "notes": _notes(eager, held_out),
         "n_parameters": sum(p.numel() for p in model.network.parameters()),
         "versions": versions(),
         "git_commit": git_commit(),
@@ -58,6 +61,15 @@ def describe(model: Model, eager: nn.Module, held_out: Split) -> dict[str, Any]:
 
     columns = columns_of(about)
     return about | {"columns": columns, "example": example(held_out, columns)}
+
+
+def _notes(eager: nn.Module, held_out: Split) -> list[str]:
+    """Return what who uses the model should know of its predictions."""
+    try:
+        found = apart(eager, [x[:_TOGETHER].cpu() for x in held_out.inputs.values()])
+    except ValueError:  # of a row alone it gives another shape, which is said before the first trial
+        return []
+    return [note(found)] if found else []
 
 
 def _values(model: Model, output: Tensor, targets: Tensor) -> Values:

@@ -17,7 +17,7 @@ from hpo.runner.advice import advice
 from hpo.runner.firststep import fixed_from, missing_param, module_from, settings_stay, try_measuring, try_step
 from hpo.runner.prepare import Plan, guarded
 from hpo.runner.preview import Preview
-from hpo.runner.returned import few_rows, try_export, try_network
+from hpo.runner.returned import apart_advice, few_rows, try_export, try_network
 from hpo.study.data import Data, Split
 from hpo.study.objective import Objective, Params
 from hpo.study.sealed import sealed, sealing
@@ -79,6 +79,7 @@ def _tried(plan: Plan, data: Data, whole: Data) -> tuple[nn.Module | None, list[
                 try_export(plan, data, rows, module, params)
             except InputError as error:  # it can be searched nevertheless, and its weights are in best.pt
                 warnings.append(str(error))
+        warnings.extend(apart_advice(plan, rows, module))
         if n_bytes(module) <= _LARGE:  # else twice as many would have to fit into memory, or it would take long
             warnings.extend(_left_behind(plan, data, params, batch))
         return module

@@ -12,7 +12,7 @@ from hpo.runner.advice import head_advice
 from hpo.runner.custom import TrialReporter
 from hpo.runner.firststep import missing_param, module_from, settings_stay
 from hpo.runner.prepare import Plan, guarded
-from hpo.runner.returned import FewRows, try_export, try_network
+from hpo.runner.returned import FewRows, apart_advice, try_export, try_network
 from hpo.study.data import Data
 from hpo.study.objective import Objective, Params
 from hpo.training.memory import Within
@@ -39,6 +39,7 @@ class Preview:
         outputs = try_network(self._plan, self._data, self._rows, network, measures=is_first)
         if is_first:
             self.warnings += head_advice(self._plan, outputs)
+            self.warnings += apart_advice(self._plan, self._rows, network)
         kinds = tuple(type(part).__qualname__ for part in network.modules())
         if kinds not in self._exported:  # the same layers of another width are exported alike
             try_export(self._plan, self._data, self._rows, network, params)

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hpo.errors import HpoError, InputError
+from hpo.errors import HpoError, InputError, said
+from hpo.export.apart import apart, note
 from hpo.export.bundle import export
 from hpo.export.model import Model
+from hpo.log import silenced
 from hpo.runner.firststep import module_from, try_forward, try_measuring
 from hpo.runner.prepare import Plan, guarded
-from hpo.study.data import Data, Split
+from hpo.study.data import Data, Split, prediction
 from hpo.study.loading import origin
 from hpo.study.losses import Link
 from hpo.study.objective import Objective, Params
@@ -66,7 +68,7 @@ def try_export(plan: Plan, data: Data, rows: FewRows, network: nn.Module, params
     head = module_from(plan, "head", plan.objective.head)
     model = Model(preprocess=rows.preprocess, network=network, head=head, params=params, info=data.info, about={})
     try:
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        with tempfile.TemporaryDirectory() as folder, silenced("hpo"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             export(model, rows.raw, Path(folder) / "bundle")
     except Exception as error:  # whatever TorchScript, the user's forward or the comparison raise
@@ -76,6 +78,29 @@ def try_export(plan: Plan, data: Data, rows: FewRows, network: nn.Module, params
             f"exported: {why}; its forward must take tensors and give a tensor by torch's own functions, the same "
             "for the same rows, so that torch.jit can script or trace it"
         ) from error
+
+
+def apart_advice(plan: Plan, rows: FewRows, network: nn.Module) -> list[str]:
+    """Return what to say of a network whose predictions, in evaluation mode, of a row depend on the rows with it."""
+    assert isinstance(plan.objective, Objective)
+    head, targets = module_from(plan, "head", plan.objective.head), rows.raw.targets
+
+    def predictions(*inputs: Tensor) -> Tensor:
+        given = Split(inputs=dict(zip(rows.raw.inputs, inputs, strict=True)), targets=targets[: len(inputs[0])])
+        predicted: Tensor = head(prediction(network(*given.through(rows.preprocess).inputs.values())))
+        return predicted
+
+    was, where = network.training, f"objective {plan.spec.objective}: in evaluation mode"
+    network.eval()
+    try:
+        found = apart(predictions, list(rows.raw.inputs.values()))
+    except Exception as error:  # whatever the user's forward raises
+        why = said(error) or type(error).__name__
+        return [f"{where} its network takes no row alone, which its export and predictions need ({why})"]
+    finally:
+        network.train(was)
+    what = "let forward take no mean, rank or norm over the rows, and BatchNorm keep running statistics"
+    return [f"{where} {note(found)}; {what}"] if found else []
 
 
 def few_rows(plan: Plan, data: Data, preprocess: nn.Module) -> FewRows:
