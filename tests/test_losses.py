@@ -53,6 +53,69 @@ def test_cross_entropy_with_smoothing_and_weights_is_torchs(smoothing, weighting
     )
 
 
+SHAPES = {"rows": (6,), "places": (6, 3), "pixels": (4, 3, 5), "one row": ()}
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "nll"])
+@pytest.mark.parametrize("targets", ["classes", "some left out", "probabilities"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2, torch.tensor(0.2)])
+@pytest.mark.parametrize("weighting", ["none", "balanced"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_whatever_the_shape_of_the_targets_it_is_torchs(name, targets, smoothing, weighting, shape):
+    """With as many places as classes too, where the last dimension would do as well."""
+    torch.manual_seed(2)
+    classes = torch.randint(0, 3, shape)
+    if targets == "some left out" and shape:
+        classes.view(-1)[::4] = -100
+    logits = torch.randn(*shape[:1], 3, *shape[1:])
+    if targets == "probabilities":
+        classes = torch.randn_like(logits).softmax(min(1, logits.ndim - 1))
+    weights = losses.class_weights(weighting, COUNTS, logits)
+    expected = F.cross_entropy(logits, classes, weights, label_smoothing=float(smoothing))
+    torch.testing.assert_close(
+        loss(name, logits, classes, label_smoothing=smoothing, class_weights=weighting), expected
+    )
+
+
+def test_members_of_a_stack_have_weights_and_smoothing_of_their_own_at_every_place():
+    torch.manual_seed(3)
+    logits_KBCL, classes_BL = torch.randn(4, 6, 3, 3), torch.randint(0, 3, (6, 3))
+    powers_K, smoothings_K = torch.rand(4), torch.rand(4) / 2
+
+    def of_a_member(logits_BCL, power, smoothing):
+        params = {"label_smoothing": smoothing, "class_weights": power}
+        return losses.BY_NAME["cross_entropy"](logits_BCL, classes_BL, params, COUNTS)
+
+    found_K = torch.func.vmap(of_a_member)(logits_KBCL, powers_K, smoothings_K)
+    for logits_BCL, power, smoothing, found in zip(logits_KBCL, powers_K, smoothings_K, found_K, strict=True):
+        weights = losses.class_weights(power.item(), COUNTS, logits_BCL)
+        expected = F.cross_entropy(logits_BCL, classes_BL, weights, label_smoothing=smoothing.item())
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("logits", "targets", "message"),
+    [
+        (
+            (6, 3, 5),
+            (6, 3),
+            r"3 classes along dimension 1, so .+ classes must have the shape \(6, 5\), but got \(6, 3\)$",
+        ),
+        ((6, 3), (6, 1), r"must have the shape \(6,\), but got \(6, 1\)$"),
+        (
+            (6, 5, 3),
+            (6, 3),
+            r"^class_weights: the data names 3 classes, but outputs \(6, 5, 3\) have 5 along dimension 1$",
+        ),
+    ],
+)
+def test_shapes_that_fit_no_classes_are_said(logits, targets, message):
+    with pytest.raises(ValueError, match=message):
+        loss("cross_entropy", torch.randn(logits), torch.zeros(targets).long(), class_weights="balanced")
+    with pytest.raises(ValueError, match=r"probabilities \(they are no whole numbers\) must have the shape \(6, 3\)"):
+        loss("cross_entropy", LOGITS, torch.zeros(6), class_weights="balanced")
+
+
 def test_binary_weights_are_those_of_each_rows_class():
     balanced = loss("bce", SCORES, BINARY, (30, 10), class_weights="balanced")
     each = F.binary_cross_entropy_with_logits(SCORES, BINARY, reduction="none")

@@ -19,15 +19,54 @@ Loss = Callable[[Tensor, Tensor, Mapping[str, Any], Sequence[int]], Tensor]
 def cross_entropy(
     logits: Tensor, classes: Tensor, label_smoothing: float | Tensor = 0.0, class_weights: Tensor | None = None
 ) -> Tensor:
-    """F.cross_entropy of logits (B, C) and classes (B,); smoothing and weights (C,) may be a member's own."""
+    """F.cross_entropy, whatever its shapes: logits (B, C) and classes (B,), or (B, C, L, ...) and (B, L, ...).
+
+    The classes lie along dimension 1; targets of logits' shape are probabilities; a class of -100 is left out.
+    Smoothing and weights (C,) may be a member's own.
+    """
     if not isinstance(label_smoothing, Tensor) and class_weights is None:
         return F.cross_entropy(logits, classes, label_smoothing=label_smoothing)
-    log_probabilities = torch.log_softmax(logits, -1)
-    weights = torch.ones_like(logits[0]) if class_weights is None else class_weights
-    of_rows = weights.expand_as(logits).gather(-1, classes.unsqueeze(-1))
-    hit = -(of_rows * log_probabilities.gather(-1, classes.unsqueeze(-1))).sum()
-    spread = -(weights * log_probabilities).sum() / logits.shape[-1]
+    dim = _of_the_classes(logits)
+    n_classes = logits.shape[dim]
+    _require_fitting(logits, classes, dim, class_weights)
+    log_probabilities = torch.log_softmax(logits, dim)
+    each = logits.new_ones(n_classes) if class_weights is None else class_weights
+    weights = each.reshape(-1, *(1,) * (logits.ndim - 1 - dim))
+    if classes.is_floating_point():
+        smooth = classes * (1 - label_smoothing) + label_smoothing / n_classes
+        return -(smooth * weights * log_probabilities).sum() / (logits.numel() / n_classes)
+    left_out = (classes == _LEFT_OUT).unsqueeze(dim)
+    index = classes.unsqueeze(dim).masked_fill(left_out, 0)
+    of_rows = weights.expand_as(logits).gather(dim, index).masked_fill(left_out, 0)
+    hit = -(of_rows * log_probabilities.gather(dim, index)).sum()
+    spread = -(weights * log_probabilities).masked_fill(left_out, 0).sum() / n_classes
     return ((1 - label_smoothing) * hit + label_smoothing * spread) / of_rows.sum()
+
+
+_LEFT_OUT = -100
+"""F.cross_entropy's `ignore_index`."""
+
+
+def _of_the_classes(logits: Tensor) -> int:
+    """Return along which dimension F.cross_entropy takes the classes: of a row without a batch, the only one."""
+    return min(1, logits.ndim - 1)
+
+
+def _require_fitting(logits: Tensor, classes: Tensor, dim: int, weights: Tensor | None) -> None:
+    """Raise ValueError for shapes that F.cross_entropy would refuse, and some that would be broadcast here."""
+    shape, n_classes = tuple(logits.shape), logits.shape[dim]
+    wanted = shape if classes.is_floating_point() else (*shape[:dim], *shape[dim + 1 :])
+    if tuple(classes.shape) != wanted:
+        what = "probabilities (they are no whole numbers)" if classes.is_floating_point() else "classes"
+        raise ValueError(
+            f"outputs {shape} have {n_classes} classes along dimension {dim}, so that targets that are {what} must "
+            f"have the shape {wanted}, but got {tuple(classes.shape)}"
+        )
+    if weights is not None and weights.shape[-1] != n_classes:
+        raise ValueError(
+            f"class_weights: the data names {weights.shape[-1]} classes, but outputs {shape} have {n_classes} along "
+            f"dimension {dim}"
+        )
 
 
 def binary_cross_entropy(
@@ -93,7 +132,9 @@ BY_NAME: Mapping[str, Loss] = {
     "quartic": _of_numbers(quartic),
     "bce": _of_classes(binary_cross_entropy),
     "cross_entropy": _of_classes(cross_entropy),
-    "nll": _of_classes(lambda x, y, smoothing, weights: cross_entropy(torch.log_softmax(x, -1), y, smoothing, weights)),
+    "nll": _of_classes(
+        lambda x, y, smoothing, weights: cross_entropy(torch.log_softmax(x, _of_the_classes(x)), y, smoothing, weights)
+    ),
 }
 """nll is F.nll_loss after a log_softmax, so that networks give logits here too: it equals cross_entropy."""
 
