@@ -1,5 +1,6 @@
 """Several networks of the chosen params: their tests over seeds, and their mean exported as one model."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 import hpo
 from hpo.errors import InputError
+from hpo.export.copying import copied
 from hpo.export.ensemble import Ensemble, Link, link_of
 from hpo.runner.opening import open_existing
 from hpo.runner.prepare import prepare
@@ -135,6 +137,52 @@ def test_refit_seeds_export_the_network_that_there_is_without_and_say_how_seeds_
     assert "of 3 seeds: loss" in Path("r.md").read_text()
     again = invoke("run", study(TEXT + "refit_seeds: 3\n"), "--json")
     assert summary(again) == found
+
+
+class Keeping(nn.Module):
+    """Keeps what it computes, for a loss, as hooks do that make a weight before each forward."""
+
+    def __init__(self):
+        super().__init__()
+        with pytest.warns(FutureWarning, match="weight_norm"):
+            self.layer = nn.utils.weight_norm(nn.Linear(4, 3))
+        self.kept = []
+
+    def forward(self, x):
+        y = self.layer(x)
+        self.kept = [y, {"mean": y.mean()}]
+        return y
+
+
+def test_a_network_is_copied_whatever_its_forward_has_left_in_it():
+    network = Keeping()
+    network(X).sum().backward()
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(network)
+    made = copied(network)
+    assert made.layer is not network.layer
+    assert made.layer.weight_g is not network.layer.weight_g
+    torch.testing.assert_close(dict(made.state_dict()), dict(network.state_dict()), rtol=0, atol=0)
+    torch.testing.assert_close(made.kept[1]["mean"], network.kept[1]["mean"])
+    torch.testing.assert_close(made(X), network(X), rtol=0, atol=0)
+    with torch.no_grad():
+        made.layer.weight_g.mul_(2)  # its own, by which it makes its weight
+        torch.testing.assert_close(made(X) - made.layer.bias, 2 * (network(X) - network.layer.bias))
+    torch.testing.assert_close(Ensemble([network], Link("none"))(X), network(X))
+
+
+@pytest.mark.parametrize("keys", ["refit_seeds: 2", "ensemble: 2"])
+def test_networks_whose_hooks_make_a_weight_are_trained_with_several_seeds(study, keys):
+    path = study(TEXT + f"trials: 1\nbaseline: false\n{keys}\n")
+    hooked = """import warnings
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch would rather have parametrizations.weight_norm
+            return nn.utils.weight_norm(nn.Linear(info.n_features, 1))"""
+    Path("linear.py").write_text(LINEAR.replace("return nn.Linear(info.n_features, 1)", hooked))
+    found = summary(invoke("run", path, "--json"))
+    assert found["test_of_seeds"]["n"] == 2
+    state = torch.load("mlruns/bundles/study/model.pt", weights_only=True)["model_state_dict"]
+    assert sum(name.endswith("weight_g") for name in state) == (2 if "ensemble" in keys else 1)
 
 
 @pytest.mark.parametrize("seeds", [None, 3, {"n": 3}, {"n": 2, "mean": {"r2": "x"}, "std": {"r2": 1}}, {"mean": [1]}])

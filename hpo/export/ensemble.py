@@ -1,6 +1,5 @@
 """Several networks as one: the mean of their predictions, given as a network's outputs are."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from hpo.errors import InputError
+from hpo.export.copying import copied
 from hpo.study.data import prediction
 
 _LEAST = 1e-12
@@ -51,7 +51,7 @@ class Ensemble(nn.Module):
 
     def __init__(self, networks: Sequence[nn.Module], link: Link) -> None:
         super().__init__()
-        self.networks = nn.ModuleList(copy.deepcopy(network) for network in networks)
+        self.networks = nn.ModuleList(copied(network) for network in networks)
         self._link = link
 
     def forward(self, *inputs: Tensor) -> Any:

@@ -1,7 +1,6 @@
 """A trained model, and the module that is exported of it: raw inputs in, predictions out."""
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from inspect import Parameter, Signature
 from keyword import iskeyword
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hpo.export.copying import copied
 from hpo.study.data import DataInfo, prediction
 from hpo.study.losses import Link
 
@@ -30,7 +30,7 @@ class Model:
 
     def predictor(self) -> nn.Module:
         """Return raw inputs -> predictions, in evaluation mode, as a module of its own on the CPU."""
-        parts = [part.cpu().eval() for part in deepcopy([self.preprocess, self.network, self.head])]
+        parts = [copied(part).cpu().eval() for part in (self.preprocess, self.network, self.head)]
         names = ("preprocess", "network", "head")
         several = len(self.info.inputs) > 1 or self._gives_several(parts)
         module = Named(list(self.info.inputs), *parts) if several else nn.Sequential()

@@ -1,6 +1,5 @@
 """Trials that are not trained by the engine's loop: an objective's own `train`, and a plain Optuna objective."""
 
-import copy
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hpo.errors import InputError, Interrupted
+from hpo.export.copying import copied
 from hpo.runner.checkpoints import OWN
 from hpo.runner.launch import LAUNCHED
 from hpo.runner.prepare import Plan
@@ -218,7 +218,7 @@ class CustomTraining:
     def _try(self, network: nn.Module, rows: FewRows, params: Params) -> None:
         """Raise InputError for a network that could be neither tested nor exported after the last trial."""
         assert self._data is not None
-        ours = copy.deepcopy(network).cpu().eval()
+        ours = copied(network).cpu().eval()
         try_network(self._plan, self._data, rows, ours, measures=True)
         try_export(self._plan, self._data, rows, ours, params)
 

@@ -1,6 +1,5 @@
 """The refit of a study that asks for several networks of the chosen params: as many seeds, one model or an ensemble."""
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
@@ -9,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from hpo.errors import ExportError
+from hpo.export.copying import copied
 from hpo.export.ensemble import Ensemble, link_of
 from hpo.runner.again import train_members
 from hpo.runner.outcome import networks_of
@@ -58,7 +58,7 @@ def train_several(
                 what = f"trial {best.number}, trained from scratch on train + validation with seed {member.seed}"
                 raise ExportError(f"{what}, failed: {why}")
             if member.epoch == epochs:
-                networks[member.seed] = copy.deepcopy(stack.module(member))
+                networks[member.seed] = copied(stack.module(member))
         return results
 
     train_members(
