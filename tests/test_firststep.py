@@ -73,6 +73,16 @@ FORWARD = """
 
         return Net(4, 3)
 """
+STATEFUL = """
+        class Net(nn.Linear):
+            def get_extra_state(self):
+                return {"step": 1}
+
+            def set_extra_state(self, state):
+                pass
+
+        return nn.Sequential(nn.Linear(4, 4), Net(4, 3))
+"""
 WRONG = {
     "numpy": (
         {SPLIT: "return Split(inputs={'x': x.numpy()}, targets=y.numpy())"},
@@ -252,6 +262,11 @@ WRONG = {
         {SPLIT: 'return Split(inputs={"x": x, "z": x}, targets=y)'},
         "forward failed: TypeError: ",
         "; given x (8, 4) float32, z (8, 4) float32",
+    ),
+    "a state that is no tensor": (
+        {BUILD: STATEFUL.strip()},
+        "all that a network keeps must be tensors, which checkpoints and bundles are made of, but get_extra_state of ",
+        "1 (Net) gives a dict; keep numbers in buffers (register_buffer), and have no get_extra_state",
     ),
     "a forward without return": (
         {BUILD: FORWARD.format("None").strip()},

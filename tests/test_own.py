@@ -206,6 +206,10 @@ class Catching(own.Own):
             ("nn.Linear(3, 2)", "forward failed: RuntimeError"),
             ("nn.Linear(4, 1)", "metric accuracy failed"),
             ("Odd()", "the network that train returns (Odd) cannot be exported: "),
+            (
+                "Stateful(4, 2)",
+                "must be tensors, which checkpoints and bundles are made of, but get_extra_state of Stateful",
+            ),
             ("3", "preview must return a torch.nn.Module, but returned 3"),
             ("nn.Linear(params['n'], 2)", "failed: KeyError: 'n'"),
         ],
@@ -218,6 +222,10 @@ class Odd(nn.Linear):
 
     def forward(self, x):
         return super().forward(x) + float(x.sum())
+
+class Stateful(nn.Linear):
+    def get_extra_state(self):
+        return 1
 
 class Own("""
         method = f"    def preview(self, params, report):\n        return {preview}\n\n    def train("

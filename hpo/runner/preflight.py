@@ -17,7 +17,7 @@ from hpo.runner.advice import advice
 from hpo.runner.firststep import fixed_from, missing_param, module_from, settings_stay, try_measuring, try_step
 from hpo.runner.prepare import Plan, guarded
 from hpo.runner.preview import Preview
-from hpo.runner.returned import apart_advice, few_rows, try_export, try_network
+from hpo.runner.returned import apart_advice, few_rows, require_tensors, try_export, try_network
 from hpo.study.data import Data, Split
 from hpo.study.objective import Objective, Params
 from hpo.study.sealed import sealed, sealing
@@ -130,6 +130,7 @@ def _built(plan: Plan, data: Data, params: Params, is_first: bool = False) -> tu
     try:
         module = build()
         _refuse_lazy(plan, module)
+        require_tensors(plan, module)
         if is_first:
             module = _require_same_network(plan, build)
     except InputError as error:

@@ -18,7 +18,7 @@ from hpo.export.apart import apart, note
 from hpo.export.bundle import export
 from hpo.export.model import Model
 from hpo.log import silenced
-from hpo.runner.firststep import module_from, try_forward, try_measuring
+from hpo.runner.firststep import came, module_from, try_forward, try_measuring
 from hpo.runner.prepare import Plan, guarded
 from hpo.study.data import Data, Split, prediction
 from hpo.study.loading import origin
@@ -27,6 +27,8 @@ from hpo.study.objective import Objective, Params
 from hpo.study.probabilities import link_of
 
 _FEW = 8
+_EXTRA_STATE = "_extra_state"
+"""What torch calls in a state_dict what get_extra_state gives."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,6 +66,7 @@ def link_in(plan: Plan, rows: FewRows, network: nn.Module, params: Params) -> Li
 def try_export(plan: Plan, data: Data, rows: FewRows, network: nn.Module, params: Params) -> None:
     """Export `network` into a temporary folder, as it will be at the study's end. Raises InputError."""
     assert isinstance(plan.objective, Objective)
+    require_tensors(plan, network)
     what = "its network" if plan.objective.train is None else plan.objective.returns
     head = module_from(plan, "head", plan.objective.head)
     model = Model(preprocess=rows.preprocess, network=network, head=head, params=params, info=data.info, about={})
@@ -78,6 +81,25 @@ def try_export(plan: Plan, data: Data, rows: FewRows, network: nn.Module, params
             f"exported: {why}; its forward must take tensors and give a tensor by torch's own functions, the same "
             "for the same rows, so that torch.jit can script or trace it"
         ) from error
+
+
+def require_tensors(plan: Plan, network: nn.Module) -> None:
+    """Raise InputError for a network with something in its state_dict that is no tensor, as get_extra_state may give.
+
+    Checkpoints, the best epoch's weights and bundles hold tensors: without the rest they would be of another network.
+    """
+    state = guarded(plan, "state_dict", network.state_dict)
+    name = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
+    if name is None:
+        return
+    path, _, entry = name.rpartition(".")
+    holder = f"{path} ({type(network.get_submodule(path)).__name__})" if path else type(network).__name__
+    what = f"get_extra_state of {holder}" if entry == _EXTRA_STATE else f"the entry {name} of its state_dict"
+    raise InputError(
+        f"objective {plan.spec.objective}: all that a network keeps must be tensors, which checkpoints and bundles are "
+        f"made of, but {what} gives {came(state[name])}; keep numbers in buffers (register_buffer), and have no "
+        "get_extra_state"
+    )
 
 
 def apart_advice(plan: Plan, rows: FewRows, network: nn.Module) -> list[str]:
