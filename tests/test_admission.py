@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpo.stacks.admission import Admission
+from hpo.stacks.alone import NotStackable
 from hpo.stacks.padding import PaddingPlan, unpadded
 from hpo.stacks.pool import Pool
 from hpo.stacks.vmap_stack import VmapStack
@@ -128,3 +129,18 @@ def test_a_buffer_that_is_not_persistent_is_kept_where_a_member_leaves_a_stack(b
     third = new(after)
     third.join(member)
     assert third.module(member).n == 0
+
+
+class Extra(nn.Linear):
+    def get_extra_state(self) -> Tensor:
+        return torch.ones(1)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        pass
+
+
+def test_what_is_in_a_state_dict_and_no_tensor_of_the_network_is_no_reason_to_fail() -> None:
+    task = Task(objective=Built(lambda params: Extra(6, 1)), info=INFO, device=CPU, n_rows=24, epochs=3)
+    stack, (member,) = VmapStack(task, 2, sines(8)), members([0.0])
+    with pytest.raises(NotStackable, match="its state_dict has what is neither a weight nor a buffer"):
+        stack.join(member)

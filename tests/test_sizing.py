@@ -1,9 +1,10 @@
 """How many trials at once: the fastest of what was measured, and nothing measured where that would not pay."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from hpo.stacks.sizing import Sizing, StackSize
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.data import Split
 from hpo.study.space import build as build_space
-from hpo.study.spec import parse_param
+from hpo.study.spec import UNBOUNDED, parse_param
 from hpo.tracking.base import MemoryTracker
 from hpo.training.batches import Batches
 from hpo.training.stack import Task
@@ -330,6 +331,16 @@ def test_a_sampler_that_learns_has_some_rounds(study, monkeypatch, sampler: str,
     with pytest.raises(Interrupted):
         run(study, text, stop=StopWhen(lambda: bool(seen)))
     assert [(each.most, each.n_trials, len(each.draws)) for each in seen] == [(most, 40, 40)]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "seconds", "capacity"), [(1, math.inf, 64), (4, 3000, 16), (1, 3000, 64), (4, 340, 1)]
+)
+def test_in_so_much_time_all_slots_are_trained_several_times(monkeypatch, rounds, seconds, capacity) -> None:
+    """A stack of 64 takes 1,000 s, one of 16 takes 640, one of 4 takes 320; alone a trial takes 100."""
+    Clock(monkeypatch, {1: 1.0, 4: 1.25, 16: 2.5, 64: 6.4})
+    given = replace(sized(n_trials=UNBOUNDED), most=UNBOUNDED, rounds=rounds, seconds=seconds)
+    assert given.choose().capacity == capacity
 
 
 def test_a_step_of_many_operations_takes_the_longer_to_compile():

@@ -321,6 +321,7 @@ class _Worker:
             n_trials=n_trials,
             most=max(1, n_trials // ROUNDS) if learns else n_trials,
             seconds=self._left(),
+            rounds=ROUNDS if learns else 1,
             stopping=self._stop.requested,
         )
         if spec.stack != "auto":

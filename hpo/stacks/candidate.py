@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from hpo.stacks.alone import OUTSIDE, Alone, NotStackable, step_alone
 from hpo.stacks.cost import records
 from hpo.stacks.padding import Padder, PaddingPlan
-from hpo.stacks.structure import PaddedModule, own_state
+from hpo.stacks.structure import PaddedModule, own_state, tensors
 from hpo.stacks.tensor_modules import tensor_dropout, with_masks_of
 from hpo.study.data import Split
 from hpo.study.objective import Params
@@ -115,6 +115,9 @@ def candidate(task: Task, member: Member, padder: Padder, example: Split) -> Can
     probe = tensor_dropout(task.build(member)).to(task.device).eval()
     if any(isinstance(each, torch.jit.ScriptModule) for each in probe.modules()):
         raise NotStackable("torch.func cannot batch what torch.jit has made")
+    own = {id(tensor) for tensor in tensors(probe).values()}
+    if not all(id(value) in own for value in probe.state_dict(keep_vars=True).values()):
+        raise NotStackable("its state_dict has what is neither a weight nor a buffer (get_extra_state)")
     if gives_sparse(probe):
         raise NotStackable("torch.func cannot batch the sparse gradients of its embeddings")
     reads = RecordingParams(member.params)

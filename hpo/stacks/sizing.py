@@ -89,6 +89,8 @@ class Sizing:
     """No stack is larger: a sampler that learns from the trials before must have some rounds."""
     seconds: float = math.inf
     """How long the study may take."""
+    rounds: int = 1
+    """So many times at the least all slots are to be trained in that time."""
     stopping: Callable[[], bool] = lambda: False
 
     def room(self) -> int:
@@ -163,10 +165,10 @@ class Sizing:
         members = [Member(number=-1 - i, seed=i, params=params) for i, params in enumerate(self.draws)]
         some = members[:: max(1, len(members) // _ALONE)][:_ALONE]
         alone = sum(self._seconds_alone(member) for member in some) / len(some)
-        total = alone * self.n_trials
+        total = min(alone * self.n_trials, self.seconds)  # without `trials` there are as many as fit
         if total < SHORT_SECONDS:
             return StackSize(why=f"one trial at a time: all of it takes about {total:.0f} s")
-        deadline, room = time.monotonic() + _SHARE * min(total, self.seconds), self.room()
+        deadline, room = time.monotonic() + _SHARE * total, self.room()
         best, best_gain, reasons = StackSize(why="one trial at a time"), 1.0, []
         for padding in _PADDINGS:
             try:
@@ -212,6 +214,8 @@ class Sizing:
             if took is None:
                 return
             to_begin, seconds = took
+            if self.rounds * (to_begin + seconds) > self.seconds:
+                return
             will_take = total - stacked + len(groups) * to_begin + stacked * seconds / n / alone
             gain, measured = total / will_take, n
             yield StackSize(capacity=k, stacked=True, padding=padding, shared=shared, why=""), gain
