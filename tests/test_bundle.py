@@ -24,6 +24,7 @@ from hpo.export.onnx_file import ndtri, searchsorted
 from hpo.export.parity import BATCH_SIZES, TOLERANCE, parity_of
 from hpo.study.blocks import MLP, Standardize
 from hpo.study.data import DataInfo, Split
+from tests import warm
 
 PARAMS = {"optimizer": "adam", "learning_rate": 0.01, "n_hidden": 8}
 ABOUT = {"study": "s", "objective": "o", "trial": 3, "metrics": {"test_r2": 0.5}, "data_fingerprint": "0123"}
@@ -104,6 +105,10 @@ def model(network, rows, preprocess=None, head=None):
 
 def tabular(rows):
     return model(MLP(4, [8], 2), rows, Standardize(rows.inputs["features"]), nn.Softmax(dim=-1))
+
+
+def wide(rows):
+    return model(MLP(4, [2000], 2), rows)
 
 
 def predictions(module, rows):
@@ -432,6 +437,36 @@ def test_what_cannot_be_written_whole_is_said_and_leaves_nothing(folder, existin
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     assert contents(folder) == existing
     assert [path.name for path in folder.parent.iterdir()] == ["s"]
+
+
+ON_A_FULL_DISK = """
+import sys
+from pathlib import Path
+
+from hpo.export.formats import write
+from tests.test_bundle import held_out, wide
+
+rows = held_out((4,))
+made = wide(rows)
+for kind in sys.argv[2:]:
+    try:
+        write(kind, made, made.predictor(), rows, Path(sys.argv[1]))
+    except OSError as error:
+        print(kind, error.strerror)
+"""
+
+
+def test_a_full_disk_ends_no_process_and_is_said_of_each_format(tmp_path):
+    kinds = [kind for kind in FILE_OF if kind != "onnx"]  # whose packages take seconds to import
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no small disk can be made here, which needs root")
+    try:
+        done = warm.run(ON_A_FULL_DISK, disk, *kinds)  # a process, since torch's own writer of some would end it
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert done.stdout.splitlines() == [f"{kind} No space left on device" for kind in kinds], done.stderr
 
 
 def test_a_link_is_followed_and_the_longest_name_is_taken(tmp_path):

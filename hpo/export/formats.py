@@ -1,12 +1,13 @@
 """The files that a model is exported as, each written and read by the library that it belongs to."""
 
+import errno
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ FILE_OF = {
 }
 """The file of each format. The first two are in every bundle."""
 ALWAYS: Formats = {"state_dict": True, "torchscript": True}
+_NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}
 
 
@@ -69,10 +71,9 @@ def write(kind: str, model: Model, eager: nn.Module, held_out: Split, folder: Pa
             how = _write_torchscript(eager, held_out, path)
             return Written(how=how, call=_jit.load(path))
     if kind == "safetensors":
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        save_file({name: tensor.clone().contiguous() for name, tensor in eager.state_dict().items()}, path)
-        path.chmod(0o644)  # else it is its owner's only
+        path.write_bytes(save({name: tensor.clone().contiguous() for name, tensor in eager.state_dict().items()}))
         return Written(how={})
     example = tuple(x[:3].cpu() for x in held_out.inputs.values())
     if len(example[0]) < 2:  # a batch of one would be taken for a fixed size
@@ -84,8 +85,21 @@ def write(kind: str, model: Model, eager: nn.Module, held_out: Split, folder: Pa
                 return _write_pt2(eager, example, path)
             return _write_onnx(eager, example, names, path)
     except Exception as error:  # torch.export and the converter raise dozens of kinds
+        if isinstance(error, OSError) and error.errno in _NOT_WRITTEN:
+            raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ExportError(f"the model cannot be exported as {kind}: {reason}") from error
+
+
+def _in_memory(save: Callable[[Any, Any], Any], what: Any) -> memoryview:
+    """Return what `save` writes of `what`, to be written by Python.
+
+    On a full disk Python raises an OSError that says so. Of torch's own writers that of TorchScript and pt2 ends the
+    process, by an error in a C++ destructor, and that of tensors raises what does not say why.
+    """
+    file = BytesIO()
+    save(what, file)
+    return file.getbuffer()
 
 
 def _write_state(model: Model, eager: nn.Module, path: Path) -> Written:
@@ -94,7 +108,7 @@ def _write_state(model: Model, eager: nn.Module, path: Path) -> Written:
         "n_classes": model.info.n_classes,
     }
     state = {"model_state_dict": eager.state_dict(), "model_hyperparameters": hyperparameters}
-    torch.save(state | json.loads(json.dumps(dict(model.about))), path)
+    path.write_bytes(_in_memory(torch.save, state | json.loads(json.dumps(dict(model.about)))))
     restored = _reset(model.predictor())
     restored.load_state_dict(torch.load(path, weights_only=True)["model_state_dict"])
     return Written(how={}, call=restored)
@@ -124,7 +138,7 @@ def _require_any_size(program: torch.export.ExportedProgram) -> None:
 
 def _write_pt2(eager: nn.Module, example: tuple[Tensor, ...], path: Path) -> Written:
     program = _exported(eager, example)
-    torch.export.save(program, path)
+    path.write_bytes(_in_memory(torch.export.save, program))
     return Written(how={"inputs": list(program.graph_signature.user_inputs)}, call=torch.export.load(path).module())
 
 
@@ -161,14 +175,18 @@ def _write_torchscript(eager: nn.Module, held_out: Split, path: Path) -> dict[st
         script = _jit.trace(eager, example)
     frozen = torch.jit.freeze(script)
     try:
-        torch.jit.optimize_for_inference(frozen).save(str(path))
+        _save_script(torch.jit.optimize_for_inference(frozen), path)
         _jit.load(path)(*example)
         how["optimized_for_inference"] = True
     except (RuntimeError, torch.jit.Error) as error:
         # With convolutions it makes a file that torch.jit.load refuses ("attribute 'value' is undefined")
-        torch.jit.freeze(script).save(str(path))
+        _save_script(torch.jit.freeze(script), path)
         how |= {"optimized_for_inference": False, "not_optimized": str(error).strip().splitlines()[-1][:200]}
     return how
+
+
+def _save_script(script: Any, path: Path) -> None:
+    path.write_bytes(_in_memory(_jit.save, script))
 
 
 def _reset(module: nn.Module) -> nn.Module:
