@@ -5,10 +5,12 @@ import shutil
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 from torch.nn import functional as F
 
 from hpo.errors import ExportError, Interrupted
+from hpo.runner import checkpoints, turns
 from hpo.runner.outcome import outcome
 from hpo.runner.refit import bundle_folder, conclude, finish
 from hpo.tracking.base import MemoryTracker
@@ -188,6 +190,39 @@ def test_an_interrupted_refit_leaves_nothing_and_reads_no_test(told):
     assert n_tests(search) == 0
     assert not bundle_folder(plan).exists()
     assert ending().number == 0
+
+
+def held(folder):
+    """Return the lock of a study's folder as another process holds it."""
+    return FileLock(folder.with_name(f".{folder.name}.lock"))
+
+
+def test_while_another_process_refits_that_is_said_once_and_a_stop_ends_the_wait(told, monkeypatch):
+    monkeypatch.setattr(turns, "_LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(turns, "_SAY_SECONDS", 0.0)
+    plan, data, search = told([(0.05, 0.9, 1)])
+    ending, asked = Ending(plan, data, search), iter([False, False, False, True])
+    bundle_folder(plan).parent.mkdir(parents=True)
+    with held(bundle_folder(plan)), pytest.raises(Interrupted, match="while another process refits and exports"):
+        ending(stopping=lambda: next(asked))
+    assert ending.said == ["another process refits and exports the best trial of this study; waiting until it is done"]
+    assert list(asked) == []
+    assert ending().number == 0
+    assert "another process" not in " ".join(ending.said)
+
+
+def test_a_stop_ends_the_wait_for_the_best_weights_and_leaves_them_to_the_next_run(told, monkeypatch):
+    monkeypatch.setattr(turns, "_LOOK_SECONDS", 0.02)
+    plan, _, search = told([(0.05, 0.9, 1)])
+    folder = checkpoints.folder_of(plan)
+    content = {"trial": 0, "study": search.making}
+    checkpoints.write(folder / "best-0.pt", content)
+    search.storage.interrupt = lambda: True
+    with held(folder):
+        assert checkpoints.settle_weights(plan, search).best().number == 0
+    assert [file.name for file in folder.iterdir()] == ["best-0.pt"]
+    checkpoints.settle_weights(plan, search)
+    assert [file.name for file in folder.iterdir()] == ["best.pt"]
 
 
 @pytest.mark.parametrize(

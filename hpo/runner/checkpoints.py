@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
-from hpo.errors import HpoError, InputError
+from hpo.errors import HpoError, InputError, Interrupted
 from hpo.log import log
 from hpo.processes import this_process
 from hpo.runner.keeping import checkpoints_of, claim_of
 from hpo.runner.prepare import Plan
+from hpo.runner.turns import take_turn
 from hpo.search import schema
 from hpo.search.address import exists, whole_address
 from hpo.search.claim import Claim
@@ -224,14 +224,15 @@ def _candidate(plan: Plan, number: int) -> Path:
 def settle_weights(plan: Plan, search: Search) -> StudyView:
     """See that `best.pt` holds the best trial's weights, or none: those of another trial are removed, and it is logged.
 
-    What this machine's workers are still telling stays. Return the study as it was seen. Raises HpoError where the
-    folder cannot be written.
+    What this machine's workers are still telling stays, and so does all where the study is interrupted while another
+    process does this: the next run does it. Return the study as it was seen. Raises HpoError where the folder cannot be
+    written.
     """
     folder = folder_of(plan)
     if not folder.is_dir():
         return search.view()
     try:
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
+        with take_turn(folder, f"puts the best weights into {folder}", search.storage.interrupt):
             candidates = {file: _trial_in(file, search.making) for file in folder.glob("best-*.pt")}
             seen = search.view()  # after the candidates: a trial whose weights are there is running, or told
             running = {trial.number for trial in seen.running}
@@ -241,6 +242,8 @@ def settle_weights(plan: Plan, search: Search) -> StudyView:
                     each.unlink(missing_ok=True)
     except OSError as error:
         raise HpoError(f"{folder} cannot be written ({error.strerror}); no trial is lost") from error
+    except Interrupted:  # the candidates are still there
+        return search.view()
     return seen
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import nn
 
 from hpo.errors import ExportError, HpoError
@@ -26,6 +25,7 @@ from hpo.runner.prepare import Plan
 from hpo.runner.returned import few_rows, link_in
 from hpo.runner.several import exported, over_seeds, seeds_of, train_several
 from hpo.runner.tracked import tell_result
+from hpo.runner.turns import take_turn
 from hpo.runner.worker import EXAMPLE_ROWS, chosen_before
 from hpo.search import schema
 from hpo.search.beside import Beside
@@ -64,13 +64,12 @@ def conclude(
     """Finish the study with its best trial, unless that was done already; None where no trial is complete.
 
     Of several workers on this machine that come here at once, one does it and the others take its outcome. `seen` is a
-    view of the study, if there is a fresh one; before a refit the study is read again.
+    view of the study, if there is a fresh one; before a refit the study is read again. Raises Interrupted.
     """
     folder = bundle_folder(plan)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        held = lock.acquire()
+        held = take_turn(folder, "refits and exports the best trial of this study", stopping)
     except OSError as error:
         why = f"{folder.parent} cannot be written ({error.strerror})"
         raise HpoError(f"{why}; no trial is lost, run it again") from error
