@@ -2,9 +2,11 @@
 
 import pytest
 
+from hpo.runner.advice import start_advice
 from hpo.runner.preflight import preflight
 from hpo.runner.prepare import prepare
 from tests.cli import invoke
+from tests.searches import Told
 
 OBJECTIVE = """
 import torch
@@ -270,3 +272,25 @@ class Own(WithHead):
     _, warnings = preflight(plan, plan.load_data())
     said = [line for line in warnings if line.startswith("objective odd.py:Own: no optimizer trains self.own")]
     assert len(said) == ("False" not in held)
+
+
+def test_a_new_entry_of_start_with_that_no_trial_is_left_for_is_said(study):
+    told = Told()
+    rates = "start_with: [{learning_rate: 0.02}]\n"
+
+    def said(text):
+        plan, _, search = told(study(f"pruner: none\n{text}"), None)
+        return start_advice(plan, search.view())
+
+    try:
+        _, _, search = told(study(f"pruner: none\ntrials: 3\n{rates}"), None)
+        search.complete(search.ask().number, 0.5)
+        more = rates.replace("[", "[{learning_rate: 0.03}, {learning_rate: 0.04}, ")
+        assert said(f"trials: 3\n{more}") == []  # two trials are queued that nobody has started
+        told(study(f"pruner: none\ntrials: 2\n{rates}"), lambda claim: (0.5, 0))
+        assert said(f"trials: 2\n{rates}") == []
+        assert said(f"trials: 3\n{more}") == [
+            "of the 3 trials none is left to try start_with[1], which no trial has had; raise `trials` to 4"
+        ]
+    finally:
+        told.close()

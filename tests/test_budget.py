@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.search.budget import Counts, count, covered, holders, refill, seconds_used, utc
+from hpo.search.starts import NONE
 
 NOON = datetime(2026, 1, 1, 12)
 """As Optuna gives it: in this machine's zone, without saying so."""
@@ -150,7 +151,7 @@ def test_a_time_is_that_of_the_machines_zone(monkeypatch):
 def test_a_successor_that_says_another_place_has_its_predecessors():
     rows = [trial(0, place=0), trial(1, place=1), trial(2, TrialState.WAITING, place=2, retry_of=1)]
     for _ in range(5):
-        change = refill(rows, 3, 0, 16)
+        change = refill(rows, 3, NONE, 16)
         rows += [trial(len(rows) + n, TrialState.WAITING, place=slot) for n, (slot, _) in enumerate(change.queue)]
     assert len(rows) == 4
     assert len(holders(rows)) == 3

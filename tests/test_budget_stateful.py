@@ -6,9 +6,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.search.budget import count, holders, refill
+from hpo.search.starts import starts_in
 
 OPEN = (TrialState.WAITING, TrialState.RUNNING)
 CHUNK = 4
+LISTS = ([], [{"x": 1}], [{"x": 2}, {"x": 1}], [{"x": 3}, {"x": 3}], [{"y": 1}, {"x": 1}, {"x": 2}])
+"""What `start_with` is changed to."""
 
 
 class Budget(RuleBasedStateMachine):
@@ -21,18 +24,24 @@ class Budget(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.rows, self.trials, self.events = [], 3, 1
-        self.seen = None
+        self.seen, self.starts = None, LISTS[2]
 
-    def add(self, **attrs):
-        self.rows.append(FrozenTrial(len(self.rows), TrialState.WAITING, None, None, None, {}, {}, attrs, {}, {}, 0))
+    def add(self, fixed=None, **attrs):
+        system = {} if fixed is None else {"fixed_params": fixed}
+        self.rows.append(
+            FrozenTrial(len(self.rows), TrialState.WAITING, None, None, None, {}, {}, attrs, system, {}, 0)
+        )
+
+    def held_against(self, rows):
+        return starts_in(rows, holders(rows), self.starts)
 
     def counted(self, *states):
         return [trial for trial in holders(self.rows) if trial.state in states]
 
     def fill(self, rows):
-        change = refill(rows, self.trials, 2, CHUNK)
+        change = refill(rows, self.trials, self.held_against(rows), CHUNK)
         for slot, start in change.queue:
-            self.add(place=slot, **({} if start is None else {"start_with": start}))
+            self.add(place=slot, **({} if start is None else {"start_with": start, "fixed": self.starts[start]}))
         for trial in change.withdraw:
             row = self.rows[trial.number]
             row.user_attrs["withdrawn"] = True
@@ -43,6 +52,10 @@ class Budget(RuleBasedStateMachine):
     def look_for_work(self):
         self.events += 1
         self.fill(self.rows)
+        starts = self.held_against(self.rows)
+        if starts.untried:  # there must be no room for them
+            assert len(holders(self.rows)) >= self.trials
+            assert not any(map(starts.gives_way, holders(self.rows)))
 
     @rule()
     def read_the_queue(self):
@@ -77,13 +90,18 @@ class Budget(RuleBasedStateMachine):
         keys = ("place", "start_with")
         for _ in range(succeeded * (1 + twice)):
             self.events += 1
-            self.add(retry_of=trial.number, **{k: trial.user_attrs[k] for k in keys if k in trial.user_attrs})
+            kept = {k: trial.user_attrs[k] for k in keys if k in trial.user_attrs}
+            self.add(retry_of=trial.number, **kept, fixed={**trial.system_attrs.get("fixed_params", {}), "drawn": 0.5})
         if ended or not succeeded:
             trial.state = TrialState.FAIL
 
     @rule(trials=st.integers(1, 9))
     def change_trials(self, trials):
         self.trials = trials
+
+    @rule(starts=st.sampled_from(LISTS))
+    def change_start_with(self, starts):
+        self.starts = starts
 
     @invariant()
     def a_place_is_held_once(self):

@@ -113,6 +113,57 @@ class TestBudget:
         assert search.counts().complete == 6
 
 
+A, B, C = ({"n_hidden": n} for n in (4, 5, 6))
+
+
+class TestAListOfStartsThatChanges:
+    def tried(self, search):
+        """Return the first `n_hidden` that each trial of the budget was to have; None: it was drawn."""
+        by_number = {trial.number: trial for trial in search.view().everything}
+        firsts = [by_number[trial.user_attrs.get("lineage", trial.number)] for trial in search.trials()]
+        return [first.system_attrs.get("fixed_params", {}).get("n_hidden") for first in firsts]
+
+    @pytest.mark.parametrize("now", [(B, A), (B, A, C), (B,), (A, B), (C, B)])
+    def test_what_no_trial_had_is_tried_wherever_it_stands_and_nothing_else(self, opened, now):
+        first = opened(trials=5, start_with=(A,))
+        first.complete(first.ask().number, 0.0)  # the other four are queued
+        again = opened(trials=5, start_with=now)
+        new = [entry["n_hidden"] for entry in now if entry != A]
+        assert [claim.params["n_hidden"] for claim in claims(again)][: len(new)] == new
+        assert sorted(filter(None, self.tried(again))) == sorted([4, *new])
+        assert again.counts().complete == len(again.trials()) == 5
+
+    def test_what_is_queued_for_an_entry_that_is_gone_gives_way_and_two_alike_have_two_trials(self, opened):
+        first = opened(trials=3, start_with=(A, B, C))
+        first.complete(first.ask().number, 0.0)
+        again = opened(trials=3, start_with=({"n_hidden": 4.0}, C, C))
+        assert len(claims(again)) == 2
+        assert self.tried(again) == [4, 6, 6]
+
+    def test_a_retry_has_the_entry_of_the_trial_that_it_goes_back_to(self, opened):
+        first = opened(trials=2, start_with=(A,))
+        lost = first.ask()
+        first.give_back(lost.number, "interrupted")
+        one, two = (opened(trials=2, start_with=(B, A)) for _ in range(2))
+        assert (one.ask().params, two.ask().params["n_hidden"]) == (lost.params, 5)
+        assert (one.ask(), two.ask()) == (None, None)
+
+    def test_a_trial_that_ended_before_it_drew_is_retried_with_its_entry(self, opened):
+        search = opened(trials=1, start_with=(A,))
+        (taken,) = search._queue.take(1)
+        search._queue.give_back(taken._trial_id, "interrupted")
+        assert search.ask().params["n_hidden"] == 4
+
+    def test_of_several_workers_one_tries_what_is_new(self, opened):
+        first = opened(trials=8, start_with=(A,))
+        first.complete(first.ask().number, 0.0)
+        workers = [opened(trials=8, start_with=(B, A)) for _ in range(3)]
+        while any([search.ask() for search in workers]):
+            pass
+        assert sorted(filter(None, self.tried(first))) == [4, 5]
+        assert first.counts().running == 7
+
+
 class TestClaims:
     def test_start_with_comes_first_and_once(self, opened):
         starts = ({"n_hidden": 8, "learning_rate": 0.01}, {"n_hidden": 4})

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from hpo.runner.prepare import Plan
+from hpo.search.starts import starts_in
+from hpo.search.stop import budget
+from hpo.search.view import StudyView
 from hpo.study.data import Split, prediction
 from hpo.study.objective import Function, Params
 from hpo.study.probabilities import TAKES_LOGITS, LogitsSeen, link_of, takes_probabilities
@@ -80,6 +83,22 @@ def stop_advice(plan: Plan) -> list[str]:
         most = "at most" if plan.maximize else "at least"
         lines.append(f"stop.target: {stop.target:g} is never reached: {plan.metric} is {most} {bound:g}")
     return lines
+
+
+def start_advice(plan: Plan, seen: StudyView) -> list[str]:
+    """Return what to say of entries of `start_with` that are new in a resumed study, and that it has no trial for."""
+    spec = plan.spec
+    starts = starts_in(seen.everything, seen.trials, [plan.space.queued(each) for each in spec.start_with])
+    n_kept = sum(not starts.gives_way(trial) for trial in seen.trials)
+    left = starts.untried[max(0, budget(spec.trials, seen.trials, seen.stopped) - n_kept) :]
+    if not left:
+        return []
+    named = "start_with" in plan.document.values
+    names = ", ".join(f"start_with[{index}]" for index in left) if named else "the objective's present defaults"
+    if seen.stopped is not None:
+        return [f"the search was stopped, so no trial is left to try {names}; change or remove `stop` to search on"]
+    more = f"raise `trials` to {max(spec.trials, n_kept) + len(left)}"
+    return [f"of the {spec.trials} trials none is left to try {names}, which no trial has had; {more}"]
 
 
 def _bound(plan: Plan) -> float | None:

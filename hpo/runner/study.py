@@ -20,7 +20,7 @@ from hpo.export.bundle import require_place, require_writable
 from hpo.export.formats import Formats
 from hpo.log import log
 from hpo.runner import checkpoints
-from hpo.runner.advice import stop_advice
+from hpo.runner.advice import start_advice, stop_advice
 from hpo.runner.deadline import set_end
 from hpo.runner.describing import announcement
 from hpo.runner.joining import join_stored
@@ -95,6 +95,8 @@ def run(
     """
     search.settle_stop()
     seen = search.view()
+    for line in start_advice(plan, seen):
+        log.warning(line)
     best, done = chosen(search, seen), None
     over = seen.counts.unfinished == 0
     if over:

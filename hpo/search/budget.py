@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.search import schema
 from hpo.search.constraints import is_real, wrong_constraints
 from hpo.search.front import leading
+from hpo.search.starts import Starts
 
 _NUMBERS = (
     schema.SLOT,
@@ -164,28 +165,32 @@ class Refill:
     withdraw: Sequence[FrozenTrial]
 
 
-def refill(trials: Sequence[FrozenTrial], budget: int, n_starts: int, most: int) -> Refill:
+def refill(trials: Sequence[FrozenTrial], budget: int, starts: Starts, most: int) -> Refill:
     """Return what brings the queue of a study with these `trials` to its `budget`, at most `most` new trials at once.
 
     Withdrawn are the WAITING trials that the budget has no slot for: doubles, then those that nobody has started,
-    the last first, and only then successors, which have a checkpoint to resume from. Paused ones stay.
+    the last first and those of `start_with` last, and only then successors, which have a checkpoint to resume from.
+    Paused ones stay. Where entries of `start_with` are untried and no slot is free, those that nobody has started give
+    way to them.
     """
     by_slot = _by_slot(trials)
     counted = list(by_slot.values())
     numbers = {trial.number for trial in counted}
     taken = {slot[1] if isinstance(slot, tuple) else slot for slot in by_slot}
-    started = {trial.user_attrs.get(schema.START_WITH) for trial in counted}
-    starts = [i for i in range(n_starts) if i not in started]
     n_new = min(max(0, budget - len(counted)), most)
     free = (slot for slot in itertools.count() if slot not in taken)
-    queue = [(slot, starts[i] if i < len(starts) else None) for i, slot in enumerate(itertools.islice(free, n_new))]
     waiting = [trial for trial in trials if trial.state == TrialState.WAITING and not is_paused(trial)]
     doubles = [trial for trial in waiting if trial.number not in numbers]
     last_first = sorted(
         (trial for trial in waiting if trial.number in numbers),
-        key=lambda trial: (schema.RETRY_OF in trial.user_attrs, -trial.number),
+        key=lambda trial: (schema.RETRY_OF in trial.user_attrs, not starts.gives_way(trial), -trial.number),
     )
-    return Refill(queue=queue, withdraw=[*doubles, *last_first[: max(0, len(counted) - budget)]])
+    n_beyond = max(0, len(counted) - budget)
+    for_starts = [t for t in last_first[n_beyond:] if schema.SLOT in t.user_attrs and starts.gives_way(t)]
+    for_starts = for_starts[: max(0, len(starts.untried) - n_new)]
+    slots = [*itertools.islice(free, n_new), *(trial.user_attrs[schema.SLOT] for trial in for_starts)]
+    queue = list(zip(slots, itertools.chain(starts.untried, itertools.repeat(None)), strict=False))
+    return Refill(queue=queue, withdraw=[*doubles, *last_first[:n_beyond], *for_starts])
 
 
 Rank = tuple[float, ...]

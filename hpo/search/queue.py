@@ -27,6 +27,7 @@ from hpo.search.front import maximizes, others_in
 from hpo.search.halving import Halving
 from hpo.search.lease import LeaseKeeper, LeaseMonitor
 from hpo.search.retrying import RetryingStorage, locked
+from hpo.search.starts import Starts, starts_in
 from hpo.search.stop import Stopped, StopRules, budget
 from hpo.search.view import TrialReader
 from hpo.seeds import derive
@@ -75,11 +76,13 @@ class Queue:
         self._waiting: deque[FrozenTrial] = deque()
         self._lost: list[Lost] = []
         self._look_at = -math.inf
+        self._starts_are_queued = not spec.start_with
 
     # Claims.
 
     def take(self, n: int) -> list[FrozenTrial]:
         """Claim up to `n` trials: from now on they are RUNNING, and ours. None of them: there is none left to claim."""
+        self._queue_starts(n)
         while True:
             if self._stop_if_due() is not None:
                 self._waiting = deque(self._left())
@@ -109,7 +112,7 @@ class Queue:
             taken = holders(self.fill(n))
         waiting = [trial for trial in taken if trial.state == TrialState.WAITING]
         # what was interrupted comes first, as it would have come: samplers learn of it before they draw more
-        waiting.sort(key=lambda trial: not is_retry(trial))
+        waiting.sort(key=lambda trial: (not is_retry(trial), schema.START_WITH not in trial.user_attrs))
         self._waiting = deque(_share(waiting, _n_peers(taken)))
 
     def _chosen(self, halving: Halving, n: int) -> Sequence[FrozenTrial]:
@@ -199,11 +202,21 @@ class Queue:
                 everything = self._reader.read()
             trials = budget(self._spec.trials, holders(everything), self._reader.stopped())
             most = max(n, _CHUNK) - (sum(map(is_new, everything)) if trials == UNBOUNDED else 0)
-            change = refill(everything, trials, len(self._spec.start_with), max(0, most))
+            change = refill(everything, trials, self._starts(everything), max(0, most))
             if change.queue:
                 self._storage.enqueue(self._study._study_id, [self._new(slot, start) for slot, start in change.queue])
             self._withdraw(change.withdraw)
         return self._reader.read() if change.queue or change.withdraw else everything
+
+    def _starts(self, everything: Sequence[FrozenTrial]) -> Starts:
+        return starts_in(everything, holders(everything), [self._space.queued(each) for each in self._spec.start_with])
+
+    def _queue_starts(self, n: int) -> None:
+        """See once that entries of `start_with` that are new in a resumed study are queued, as far as there is room."""
+        if not self._starts_are_queued:
+            self._starts_are_queued = True
+            if self._starts(self._reader.read()).untried:
+                self.fill(n)
 
     def _new(self, slot: int, start: int | None) -> Queued:
         """Return a new trial for a free slot, with the params of that `start_with` entry, if any."""
@@ -293,7 +306,8 @@ class Queue:
         attrs |= {key: trial.user_attrs[key] for key in kept if key in trial.user_attrs}
         of_the_grid = (schema.GRID_ID, schema.SEARCH_SPACE)
         grid = {key: trial.system_attrs[key] for key in of_the_grid if key in trial.system_attrs}
-        self._storage.enqueue(self._study._study_id, [(attrs, grid | _fixed(trial.params))])
+        params = {**trial.system_attrs.get(schema.FIXED_PARAMS, {}), **trial.params}  # it may have ended before it drew
+        self._storage.enqueue(self._study._study_id, [(attrs, grid | _fixed(params))])
 
     def drain_lost(self) -> list[Lost]:
         """Return the trials that were ended here since the last call though this worker did not train them."""
