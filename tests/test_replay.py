@@ -1,12 +1,16 @@
 """A trial is trained once more and compared with what was recorded of it; a difference names what has changed."""
 
+import json
 import math
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import pytest
+from optuna.trial import FrozenTrial, TrialState
 
 from hpo.runner.replay import FIRST, LATER, Replay
+from hpo.search.codes import code_of, codes_text, with_code
 from tests.cli import invoke, refused, summary
 from tests.conftest import run_hpo
 from tests.test_checkpoints import OBJECTIVE
@@ -94,6 +98,34 @@ def test_other_code_is_named_and_the_trial_is_another_one(study: Callable[..., P
     done = run_hpo("replay", path, "--trial", 1)
     assert done.returncode == 0, done.stderr
     assert "changed since: the objective's code" in done.stdout
+
+
+def test_the_code_of_each_trial_is_known_after_a_resume_with_another_one(study: Callable[..., Path]) -> None:
+    path, code = study(f"trials: 2\nepochs: 3\nstack: 1\npruner: none\n{SPACE}"), Path("linear.py")
+    assert "codes of the objective" not in invoke("run", path) + invoke("status", path)
+    code.write_text(code.read_text().replace("mse_loss(", "l1_loss(", 1))
+    resumed = run_hpo("run", path, "--trials", 3)
+    assert "the objective's code has changed since the study began" in resumed.stdout
+    whose = json.loads(Path("mlruns/bundles/study/bundle.json").read_text())["trial"]
+    assert ("was exported by another code of the objective" in resumed.stdout) == (whose < 2), resumed.stdout
+    done = run_hpo("replay", path, "--trial", 1)
+    assert done.returncode == 1
+    assert "the objective's code: fingerprint" in done.stderr
+    assert run_hpo("replay", path, "--trial", 2).returncode == 0
+    said = "trials of 2 codes of the objective, which may not be comparable: 2 of "
+    assert said in " ".join(run_hpo("status", path).stdout.split())
+    assert said in invoke("report", path, "--format", "md", "--no-baselines")
+
+
+def test_where_an_earlier_version_stored_one_code_it_is_that_of_all_trials() -> None:
+    trial = FrozenTrial(0, TrialState.COMPLETE, 0.5, datetime(2026, 1, 1), datetime(2026, 1, 1), {}, {}, {}, {}, {}, 0)
+    assert code_of({"hpo:code": "a"}, trial) == "a"
+    assert code_of({}, trial) is None
+    later = with_code({"hpo:code": "a"}, "b")
+    assert [each["code"] for each in later] == ["a", "b"]
+    assert code_of({"hpo:codes": later, "hpo:code": "b"}, trial) == "a"
+    assert with_code({"hpo:code": "a"}, "b", same=["a"]) == [{"since": 0.0, "code": "b"}]
+    assert codes_text({"hpo:codes": ["no code", {"since": 1}], "hpo:code": "a"}, [trial]) == ""
 
 
 @pytest.mark.parametrize(

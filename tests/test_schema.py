@@ -18,6 +18,7 @@ STORED = {
     "DATA": "hpo:data",
     "NAMES": "hpo:names",
     "CODE": "hpo:code",
+    "CODES": "hpo:codes",
     "HELD": "hpo:held",
     "STUDY_FILE": "hpo:study_file",
     "TIMED_OUT": "hpo:timed_out",

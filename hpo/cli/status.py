@@ -16,6 +16,7 @@ from hpo.garbage import uncollected
 from hpo.runner.outcome import Outcome, outcome, stack_paths
 from hpo.runner.progress import ProgressState, count_text, number_text, shown
 from hpo.search.clock import duration
+from hpo.search.codes import codes_text
 from hpo.search.confirmed import chosen, confirmation, progress_text, sentences
 from hpo.search.opening import is_over, no_study, open_stored, workers_of
 from hpo.search.pareto import front_data, front_lines
@@ -89,6 +90,7 @@ def _look(search: Search) -> tuple[list[str], dict[str, Any], bool]:
         + (f", {counts.paused} paused" if counts.paused else "")
         + ("" if spec.trials == UNBOUNDED else f", {counts.waiting} waiting"),
         *([] if seen.stopped is None else [seen.stopped.text()]),
+        *([text] if (text := codes_text(search.attrs, seen.trials)) else []),
         *([text] if (text := seen.effort.text()) else []),
         board.best_text() + (f": {shown(search.space.searched(best.params))}" if best else ""),
         *([f"constraints: {seen.feasible_text}"] if seen.feasible_text else []),

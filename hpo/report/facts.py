@@ -21,6 +21,7 @@ from hpo.report.rows import best_of, columns_of, fixed_in, forget_masked, params
 from hpo.report.searched import distributions, importances
 from hpo.search import schema
 from hpo.search.budget import Counts, count, covered, held_until, holders, leases_in, seconds_used, spans_of, worker_of
+from hpo.search.codes import codes_text
 from hpo.search.confirmed import confirmed_in, sentences
 from hpo.search.constraints import constraints_of, feasible_text, is_feasible
 from hpo.search.curves import curves_in, reported, where
@@ -83,6 +84,8 @@ class Origin:
     stack_choice: str
     """Why `stack: auto` has chosen how many trials to train at once; empty where it has not."""
     fingerprints: Mapping[str, str]
+    codes: str
+    """How many trials are of which code of the objective, in words; empty: all are of one."""
     versions: Mapping[str, str]
     """Of the packages that made this."""
     exported_with: Mapping[str, str]
@@ -200,7 +203,7 @@ def read(
         result=result,
         confirmed=_confirmed(attrs.get(schema.CONFIRMED), metric, counted, fixed_in(identity), maximize=maximize),
         n_test_evaluations=len(_list(attrs.get(schema.TEST_EVALUATIONS))),
-        origin=_origin(attrs, identity, result),
+        origin=_origin(attrs, identity, result, counted),
     )
 
 
@@ -229,7 +232,9 @@ def _work(
     )
 
 
-def _origin(attrs: Mapping[str, Any], identity: Mapping[str, Any], result: Mapping[str, Any]) -> Origin:
+def _origin(
+    attrs: Mapping[str, Any], identity: Mapping[str, Any], result: Mapping[str, Any], counted: Sequence[FrozenTrial]
+) -> Origin:
     file = _study_file(attrs.get(schema.STUDY_FILE))
     return Origin(
         study_file=file,
@@ -237,6 +242,7 @@ def _origin(attrs: Mapping[str, Any], identity: Mapping[str, Any], result: Mappi
         fixed=plain(fixed_in(identity)),
         stacks=[masked(str(each)) for each in _list(attrs.get(schema.STACK_PATHS))],
         stack_choice=_stack_choice(attrs.get(schema.STACK)),
+        codes=codes_text(attrs, counted),
         fingerprints={what: masked(str(attrs[key])) for what, key in _FINGERPRINTS if key in attrs},
         versions={name: versions()[name] or "unknown" for name in ("python", "hpo", "optuna")},
         exported_with=_exported_with(result),

@@ -32,7 +32,9 @@ def counts_text(facts: Facts) -> str:
     parts = [f"{counts.complete} complete", f"{counts.pruned} pruned", f"{counts.failed} failed"]
     parts += [f"{n} {word}" for n, word in more if n]
     stopped = f"; the search was {facts.stopped}" if facts.stopped else ""
-    return f"{counts.finished} of {counts.finished + counts.unfinished} trials done: {', '.join(parts)}{stopped}"
+    codes = f"; {facts.origin.codes}" if facts.origin.codes else ""
+    done = f"{counts.finished} of {counts.finished + counts.unfinished} trials done"
+    return f"{done}: {', '.join(parts)}{stopped}{codes}"
 
 
 def certainty(facts: Facts) -> list[str]:

@@ -3,15 +3,18 @@
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from hpo.errors import InputError
+from hpo.export.files import read_about
 from hpo.log import log
 from hpo.runner.preflight import preflight
 from hpo.runner.prepare import Plan
 from hpo.search import schema
+from hpo.search.codes import with_code
 from hpo.search.opening import no_study, open_search
 from hpo.search.search import Search
 from hpo.study.data import Data
@@ -149,7 +152,21 @@ def warn_of_source(plan: Plan, search: Search) -> bool:
     return bool(what)
 
 
+def warn_of_bundle(plan: Plan, folder: Path | None) -> None:
+    """Say so where the study's bundle was made of another code than the objective has now."""
+    if folder is None:
+        return
+    made_of = read_about(folder).get("source_fingerprint")
+    if made_of not in (None, source_fingerprint(plan.given), file_fingerprint(plan.given)):
+        log.warning(
+            f"{folder} was exported by another code of the objective than the present one, and is left as it is; to "
+            f"have the best trial trained and exported by this one: rm -r {shlex.quote(str(folder))}, and run again"
+        )
+
+
 def remember_source(plan: Plan, search: Search) -> None:
     """Store what the objective's source is, for those who ask later."""
-    search.remember(schema.CODE, source_fingerprint(plan.given))
+    code = source_fingerprint(plan.given)
+    search.remember(schema.CODES, with_code(search.attrs, code, same=[file_fingerprint(plan.given)]))
+    search.remember(schema.CODE, code)
     search.remember(schema.HELD, dict(plan.held) if plan.by_program else {})

@@ -17,6 +17,7 @@ from hpo.runner.prepare import Plan
 from hpo.runner.worker import EXAMPLE_ROWS
 from hpo.search import schema
 from hpo.search.budget import utc
+from hpo.search.codes import code_of
 from hpo.search.curves import Curves, curves_of
 from hpo.search.search import Search
 from hpo.search.view import StudyView
@@ -217,13 +218,13 @@ def _trained(plan: Plan, data: Data, member: Member, epochs: int, stopping: Stop
 def _changed(plan: Plan, search: Search, seen: StudyView, data: Data, number: int) -> list[str]:
     """Return in words what is not as it was when a trial was trained, as far as that is stored."""
     changes = []
-    for what, key, here in (
-        ("the objective's code", schema.CODE, source_fingerprint(plan.given)),
-        ("the data", schema.DATA, data.fingerprint()),
-    ):
-        if (there := search.attrs.get(key)) not in (None, here):
-            changes.append(f"{what}: fingerprint {here} here, {there} then")
     trial = next(each for each in seen.everything if each.number == number)
+    for what, there, here in (
+        ("the objective's code", code_of(search.attrs, trial), source_fingerprint(plan.given)),
+        ("the data", search.attrs.get(schema.DATA), data.fingerprint()),
+    ):
+        if there not in (None, here):
+            changes.append(f"{what}: fingerprint {here} here, {there} then")
     if schema.CURVES not in trial.user_attrs and plan.spec.stack != 1 and not plan.trains_itself:
         changes.append("in which order it saw the rows is not stored: it was cut short, or has not ended yet")
     then, now = _environment_of(search, seen, number), made_with(plan)

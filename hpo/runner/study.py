@@ -25,7 +25,7 @@ from hpo.runner.deadline import set_end
 from hpo.runner.describing import announcement
 from hpo.runner.joining import join_stored
 from hpo.runner.launch import StudyMonitor, Workers, gpus, how_many
-from hpo.runner.opening import load_data, open_study, remember_source, tell_of_data, warn_of_source
+from hpo.runner.opening import load_data, open_study, remember_source, tell_of_data, warn_of_bundle, warn_of_source
 from hpo.runner.outcome import Outcome, outcome
 from hpo.runner.preflight import preflight
 from hpo.runner.prepare import Plan
@@ -107,10 +107,12 @@ def run(
             log.info("%s: all %d trials are done", plan.spec.name, plan.spec.trials)
     if done is not None or (over and best is not None and plan.function is not None):
         warn_of_source(plan, search)
-        return done, seen
-    with signals() as stopping:
-        search.storage.interrupt = stopping.requested
-        return _run(plan, search, file, show, options, stopping, seen)
+    else:
+        with signals() as stopping:
+            search.storage.interrupt = stopping.requested
+            done, seen = _run(plan, search, file, show, options, stopping, seen)
+    warn_of_bundle(plan, done.bundle if done is not None else None)
+    return done, seen
 
 
 def _run(
