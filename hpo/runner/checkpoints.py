@@ -31,7 +31,7 @@ from hpo.search.address import exists, whole_address
 from hpo.search.claim import Claim
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
-from hpo.study.sources import source_fingerprint
+from hpo.study.sources import other_values, source_fingerprint
 from hpo.training.stack import Member
 
 BEST = "best.pt"
@@ -52,10 +52,17 @@ class Origin:
     """What the study was given when it was made (`Search.making`): a name may be used again."""
     data: str | None
     code: str
+    held: Mapping[str, str]
+    """Digests of what an objective that a program made holds: with other values its curve would be another one."""
 
     @classmethod
     def of(cls, plan: Plan, search: Search) -> "Origin":
-        return cls(study=search.making, data=search.attrs.get(schema.DATA), code=source_fingerprint(plan.given))
+        return cls(
+            study=search.making,
+            data=search.attrs.get(schema.DATA),
+            code=source_fingerprint(plan.given),
+            held=dict(plan.held) if plan.by_program else {},
+        )
 
 
 @dataclass(kw_only=True)
@@ -103,9 +110,12 @@ def load(plan: Plan, origin: Origin, claim: Claim) -> Checkpoint | None:
     except Exception as error:  # torch.load raises a dozen kinds for a file that is damaged
         raise Refused(f"it cannot be read ({type(error).__name__})") from error
     try:
-        mark = content.pop("origin", None)
-        if mark != _mark(origin, claim):
-            raise Refused(_difference(mark, _mark(origin, claim)))
+        mark, wanted = content.pop("origin", None), _mark(origin, claim)
+        held = mark.pop("held", {}) if isinstance(mark, dict) else {}
+        if names := other_values(wanted.pop("held"), held):
+            raise Refused(f"it was trained with another value of the objective's {', '.join(names)}")
+        if mark != wanted:
+            raise Refused(_difference(mark, wanted))
         checkpoint = Checkpoint(**content)
         _require_sound(plan, checkpoint)
         _require_fitting(plan, claim, checkpoint.training)
