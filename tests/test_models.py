@@ -158,6 +158,29 @@ def test_an_attempt_that_failed_midway_leaves_one_model(
     assert "does not take files (ConnectionError: it is away)" in said[0]
 
 
+def test_a_peer_that_registers_the_same_bundle_meanwhile_makes_no_second_version(
+    mlflow: Mlflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    from mlflow import MlflowClient
+
+    bundle(tmp_path / "b")
+    real = MlflowClient.create_model_version
+
+    def create(self: Any, *args: Any, **kwargs: Any) -> Any:
+        real(self, *args, **kwargs)  # the peer's, which is faster
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(MlflowClient, "create_model_version", create)
+    tell(mlflow, tmp_path / "b")
+    assert [str(each.version) for each in versions(mlflow)] == ["1"]
+    assert (str(champion(mlflow)[0]), champion(mlflow)[1]) == ("1", "3")
+    with quietly():  # as if this process had looked before the other one was done
+        mlflow.client.delete_tag(mlflow.runs()["study"].info.run_id, "hpo.model")
+    tell(mlflow, tmp_path / "b")
+    assert [str(each.version) for each in versions(mlflow)] == ["1"]
+    assert said == []
+
+
 def test_a_bundle_without_that_file_is_no_registered_model(mlflow: Mlflow, tmp_path: Path) -> None:
     bundle(tmp_path / "b", formats="torchscript")
     tell(mlflow, tmp_path / "b")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hpo.log import log
+from hpo.tracking.experiment import alone
 from hpo.tracking.values import plain
 
 FILE = "model.pt2"
@@ -33,15 +34,16 @@ def log_model(client: Any, uri: str, run: str, name: str, item: Mapping[str, Any
     folder = Path(item["folder"])
     if not (folder / FILE).is_file():
         return
-    its_run = client.get_run(run)
     file = (folder / "bundle.json").read_bytes()  # it has the checksum of every other file
     facts = _facts(item) | {_MARK: hashlib.sha256(file).hexdigest()}
-    if its_run.data.tags.get(_MARK) == facts[_MARK]:
-        return
-    with _everywhere(uri):
-        model_id = _logged(client, its_run.info, facts) or _log(client, its_run.info, json.loads(file), facts, item)
-        _register(client, name, run, model_id, facts)
-    client.set_tag(run, _MARK, facts[_MARK])
+    with alone(uri):  # processes that end a study together all tell its model
+        its_run = client.get_run(run)
+        if its_run.data.tags.get(_MARK) == facts[_MARK]:
+            return
+        with _everywhere(uri):
+            model_id = _logged(client, its_run.info, facts) or _log(client, its_run.info, json.loads(file), facts, item)
+            _register(client, name, run, model_id, facts)
+        client.set_tag(run, _MARK, facts[_MARK])
 
 
 @contextmanager
@@ -161,13 +163,15 @@ def _register(client: Any, name: str, run: str, model_id: str, facts: Mapping[st
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    version = client.create_model_version(name, f"models:/{model_id}", run, tags=dict(facts), model_id=model_id)
+    version = _the_version(client, name, run, model_id, facts)
     try:
         champion = client.get_model_version_by_alias(name, CHAMPION)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND"):
             raise
         champion = None
+    if champion is not None and int(champion.version) == int(version.version):  # by a peer, or an earlier attempt
+        return
     why_not = None if champion is None else _why_not(champion.tags, facts)
     if why_not is None:
         client.set_registered_model_alias(name, CHAMPION, version.version)
@@ -176,6 +180,27 @@ def _register(client: Any, name: str, run: str, model_id: str, facts: Mapping[st
             f"version {version.version} of {name!r} is registered in MLflow, and version {champion.version} stays its "
             f"champion: {why_not}"
         )
+
+
+def _the_version(client: Any, name: str, run: str, model_id: str, facts: Mapping[str, str]) -> Any:
+    """Return the one version of a bundle's model, made if there is none.
+
+    On a server nothing keeps a peer from making one meanwhile; then the first is kept, which is the same to all.
+    """
+
+    def first() -> Any:
+        found = [each for each in client.search_model_versions(f"run_id = '{run}'") if each.name == name]
+        same = [each for each in found if each.tags.get(_MARK) == facts[_MARK]]
+        return min(same, key=lambda each: int(each.version), default=None)
+
+    if (there := first()) is not None:
+        return there
+    made = client.create_model_version(name, f"models:/{model_id}", run, tags=dict(facts), model_id=model_id)
+    kept = first() or made
+    if int(kept.version) < int(made.version):
+        client.delete_model_version(name, made.version)
+        return kept
+    return made
 
 
 def _why_not(champion: Mapping[str, str], facts: Mapping[str, str]) -> str | None:
