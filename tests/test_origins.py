@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,9 +65,13 @@ def write(slope=2, hidden=4, more=""):
     Path("study.yaml").write_text(STUDY)
 
 
-def train(stop_at=None, trials=1):
-    """Run the study, interrupted after so many epochs; return what was logged, and its trials' values."""
+def train(stop_at=None, trials=1, held=None):
+    """Run the study, interrupted after so many epochs; return what was logged, and its trials' values.
+
+    `held`: digests of the values of an objective that a program made.
+    """
     plan = prepare(Path("study.yaml"), {"trials": str(trials)})
+    plan = plan if held is None else replace(plan, held=held, by_program=True)
     data = plan.load_data()
     search = open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize)
     search.remember(DATA, data.fingerprint())
@@ -120,6 +125,23 @@ def test_what_has_changed_since_is_said_and_the_trial_starts_from_scratch(change
     write(**change)
     notes, values = train()
     assert said in refusal(notes)
+    assert values == alone()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "names"),
+    [
+        ({"width": "a"}, {"width": "b"}, "width"),
+        ({"width": "a"}, {"width": "a", "cache": "c"}, ""),
+        (None, {"a": "b"}, ""),
+    ],
+)
+def test_what_was_trained_with_another_value_is_not_resumed(before, after, names):
+    train(stop_at=2, held=before)
+    notes, values = train(held=after)
+    if names:
+        assert f"it was trained with another value of the objective's {names}" in refusal(notes)
+    assert any("starts from scratch" in note for note in notes) == bool(names)
     assert values == alone()
 
 
