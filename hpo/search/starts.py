@@ -38,10 +38,12 @@ def starts_in(
     trials: Sequence[FrozenTrial], holders: Sequence[FrozenTrial], entries: Sequence[Mapping[str, Any]]
 ) -> Starts:
     """Hold `entries`, each as it is queued (`Space.queued`), against all `trials` and those that hold the slots."""
-    by_number = {trial.number: trial for trial in trials} if entries else {}
+    if not entries:
+        return NONE
+    by_number = {trial.number: trial for trial in trials}
     left: dict[str, list[int]] = defaultdict(list)
     for trial in sorted(holders, key=lambda each: (each.state == TrialState.WAITING, each.number)):
-        if entries and schema.START_WITH in trial.user_attrs:
+        if schema.START_WITH in trial.user_attrs:
             first = _first(trial, by_number)
             left[_said(first.system_attrs.get(schema.FIXED_PARAMS, {}))].append(trial.number)
     untried, had_by = [], set()
