@@ -10,13 +10,14 @@ import json
 import logging
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from hpo.errors import InputError, masked
-from hpo.log import shown_by
+from hpo.log import log, shown_by
 from hpo.report.results import Study
 from hpo.runner import keeping
 from hpo.runner import study as studies
@@ -30,8 +31,12 @@ from hpo.study import catalog
 from hpo.study.document import of_values
 from hpo.study.draft import read
 from hpo.study.objective import Objective
+from hpo.study.sources import called
 from hpo.study.spec import StudySpec
 
+_RUNNING = threading.RLock()
+_SAY_SECONDS = 2.0
+"""A wait that is shorter is not worth a line."""
 Named = str | Path | Mapping[str, Any] | Objective | type[Objective] | Callable[[Any], Any]
 
 
@@ -62,6 +67,7 @@ def run(study: Named, *, workers: int | None = 1, quiet: bool = False, fresh: bo
         raise InputError(f"workers: must be a number of at least 1, or None, but got {workers!r}")
     with ExitStack() as stack:
         stack.enter_context(_printed(quiet))
+        stack.enter_context(_one_at_a_time())
         plan, file = _prepared(study, overrides, alone=workers == 1)
         path = stack.enter_context(file)
         stack.enter_context(torch_set(plan))
@@ -78,6 +84,18 @@ def run(study: Named, *, workers: int | None = 1, quiet: bool = False, fresh: bo
     return Study(plan.spec.name, plan.spec.storage)
 
 
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Wait until no other thread runs a study: torch's generators and settings, which trials are seeded by, are one."""
+    if not _RUNNING.acquire(timeout=_SAY_SECONDS):
+        log.info("another thread of this process runs a study; waiting until it is done")
+        _RUNNING.acquire()
+    try:
+        yield
+    finally:
+        _RUNNING.release()
+
+
 def check(study: Named, **overrides: Any) -> None:
     """Find everything that is wrong with a study before anything runs: its keys, space, data, networks, storage.
 
@@ -89,9 +107,10 @@ def check(study: Named, **overrides: Any) -> None:
         ...
     hpo.errors.SpecError: study: trails: unknown key; did you mean "trials"?
     """
-    plan, file = _prepared(study, overrides, alone=True)
-    with file, torch_set(plan):
-        studies.check(plan)
+    with _one_at_a_time():
+        plan, file = _prepared(study, overrides, alone=True)
+        with file, torch_set(plan):
+            studies.check(plan)
 
 
 def open_study(name_or_path: str | Path, storage: str | None = None) -> Study:
@@ -141,15 +160,15 @@ def adopt(study: Named, source: Any, source_name: str | None = None, *, quiet: b
         if isinstance(source, str):
             if source_name is None:
                 raise InputError(f"source_name: give the name of the study in {masked(source)}")
-            trials, called = adoption.trials_of(source, source_name, maximize=plan.maximize), source_name
+            trials, name = adoption.trials_of(source, source_name, maximize=plan.maximize), source_name
         elif hasattr(source, "get_trials") and hasattr(source, "directions"):
             adoption.require_alike(source, maximize=plan.maximize)
-            trials, called = source.get_trials(), source.study_name
+            trials, name = source.get_trials(), source.study_name
         else:
             raise InputError(f"source: must be an optuna.Study or a storage's address, but got {source!r:.100}")
         search = open_or_make(plan)
         stack.callback(search.close)
-        return studies.adopt(plan, search, trials, called)
+        return studies.adopt(plan, search, trials, name)
 
 
 def _prepared(
@@ -182,7 +201,7 @@ def _prepared(
 def _of_objective(given: Given, overrides: Mapping[str, Any], alone: bool) -> dict[str, Any]:
     """Return the keys of a study of an objective that is given itself: how other processes find it, its options."""
     what = type(given) if isinstance(given, Objective) else given
-    name = getattr(what, "__name__", type(what).__name__)
+    name: str = getattr(what, "__name__", called(what).__name__)
     reference, can_import = _reference(what, name)
     if not alone and not can_import:
         raise InputError(
@@ -194,8 +213,8 @@ def _of_objective(given: Given, overrides: Mapping[str, Any], alone: bool) -> di
             f"{name}.__init__ takes {needs}, but each worker makes its own {name} by its options; have a dataclass, "
             "`Options`, hold what it needs, or run with workers=1"
         )
-    called = "function" if name == "<lambda>" else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
-    values: dict[str, Any] = {"objective": reference, "name": called}
+    plain = "function" if name == "<lambda>" else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    values: dict[str, Any] = {"objective": reference, "name": plain}
     if isinstance(given, Objective) and dataclasses.is_dataclass(given.options):
         if "options" in overrides:
             raise InputError(f"options: an instance of {name} has its own; give the class, or no options")

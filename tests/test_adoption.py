@@ -57,6 +57,17 @@ def test_adopting_again_adds_nothing_and_a_run_in_between_is_kept(folder: Path) 
     assert hpo.run(bowl, trials=4, **QUICK).counts.complete == 4
 
 
+def test_a_study_does_not_adopt_its_own_trials(folder: Path) -> None:
+    hpo.run(bowl, trials=3, **QUICK)
+    storage = "sqlite:///mlruns/optuna.db"
+    with pytest.raises(InputError, match="study 'bowl' cannot adopt its own trials"):
+        hpo.adopt(bowl, storage, "bowl", **QUICK)
+    assert hpo.adopt(bowl, storage, "bowl", name="other", **QUICK) == 3
+    with pytest.raises(InputError, match="cannot adopt its own trials"):
+        hpo.adopt(bowl, optuna.load_study(study_name="bowl", storage=storage), **QUICK)
+    assert hpo.run(bowl, trials=4, **QUICK).counts.complete == 4
+
+
 def test_what_the_space_could_not_have_given_is_left_out_and_counted(folder: Path) -> None:
     (folder / "linear.py").write_text(LINEAR)
     (folder / "s.yaml").write_text(

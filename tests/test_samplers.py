@@ -81,6 +81,19 @@ def test_a_seed_makes_a_study_and_every_trial_draws_anew(name):
     assert len(set(first)) == 5
 
 
+@pytest.mark.parametrize("name", ["qmc", "random", "tpe"])
+def test_a_param_that_applies_to_some_trials_is_drawn_for_each_of_them(name):
+    kind = {"type": "categorical", "choices": ["a", "b"]}
+    some = {"type": "float", "low": 0.0, "high": 1.0, "when": {"kind": "a"}}
+    params = {**ENDLESS, "kind": kind, "some": some, "wide": {"type": "int", "low": 1, "high": 999, "or": 0}}
+    study = optuna.create_study(sampler=sampler(name, 1, params))
+    draws = drawn(study, 24, params)
+    for each in ("some", "wide"):
+        values = [params[each] for params in draws if params.get(each, 0) != 0]
+        assert len(values) >= 6
+        assert len(set(values)) == len(values)
+
+
 def test_a_restart_does_not_repeat_its_draws():
     storage, seen = optuna.storages.InMemoryStorage(), []
     for _ in range(4):

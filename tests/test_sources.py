@@ -14,7 +14,7 @@ import pytest
 import hpo
 from hpo.errors import InputError
 from hpo.study.objective import Function, Objective
-from hpo.study.sources import held, other_values, source_fingerprint
+from hpo.study.sources import held, other_values, source_file, source_fingerprint
 
 CELL = """
 import math
@@ -236,3 +236,62 @@ def test_a_class_of_a_text_on_stdin_has_a_source(tmp_path: Path) -> None:
         for text in (code, code, code.replace("depth = 1", "depth = 2"))
     ]
     assert found[0] == found[1] != found[2]
+
+
+def of_a_trial(trial: Any, shift: float, factor: float = 1.0) -> float:
+    return float(trial.suggest_float("x", 0, 1)) * factor + shift
+
+
+class Shifted:
+    def __init__(self, shift: float) -> None:
+        self.shift = shift
+
+    def __call__(self, trial: Any) -> float:
+        return of_a_trial(trial, self.shift)
+
+    def measured(self, trial: Any) -> float:
+        return of_a_trial(trial, self.shift)
+
+
+def shifted(shift: float) -> Any:
+    def measured(trial: Any, *, factor: float = shift) -> float:
+        return of_a_trial(trial, shift, factor)
+
+    return measured
+
+
+@pytest.mark.parametrize(
+    ("made_by", "name", "names"),
+    [
+        (lambda shift: functools.partial(of_a_trial, shift=shift), "of_a_trial", "shift"),
+        (Shifted, "shifted", "shift"),
+        (lambda shift: Shifted(shift).measured, "measured", "shift"),
+        (shifted, "measured", "factor, shift"),
+    ],
+)
+def test_a_function_that_holds_another_value_is_said(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    made_by: Any,
+    name: str,
+    names: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.WARNING, "hpo")
+    assert hpo.run(made_by(1.0), trials=1, **FUNCTION).name == name
+    assert hpo.run(made_by(1.0), trials=2, **FUNCTION).counts.complete == 2
+    assert "has changed" not in caplog.text
+    hpo.run(made_by(100.0), trials=3, **FUNCTION)
+    assert f"the objective's value of {names} has changed since the study began" in caplog.text
+
+
+FUNCTION: dict[str, Any] = {"tracking": "off", "quiet": True}
+
+
+def test_the_code_of_a_callable_is_that_of_what_it_runs() -> None:
+    one, other = (Function(functools.partial(each, shift=1.0)) for each in (of_a_trial, shifted(1.0)))
+    assert source_file(one) == Path(__file__) == source_file(Function(Shifted(1.0)))
+    assert source_fingerprint(one) == source_fingerprint(Function(of_a_trial)) != source_fingerprint(Function(print))
+    assert held(one).keys() == {"default 1", "shift"}
+    assert held(other)["shift"] == held(one)["shift"]

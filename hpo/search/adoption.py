@@ -89,6 +89,12 @@ def as_history(
     return history, left_out
 
 
+def _mark(trial: FrozenTrial) -> tuple[int, str, str]:
+    """Return what tells a trial from those of other studies; one that was not started is like none."""
+    start = trial.datetime_start
+    return (trial.number, str(start), repr(sorted(trial.params.items()))) if start else (-1, str(id(trial)), "")
+
+
 def _values(trial: FrozenTrial) -> dict[str, float]:
     """Return what is known of a trial of hpo's that may be constrained: its metrics, and what was constrained there."""
     metrics = trial.user_attrs.get(schema.METRICS, {})
@@ -146,12 +152,19 @@ def adopt(
 ) -> tuple[int, Counter[str]]:
     """Add `trials` to `study` as history; return how many were added, and how many not, by the reason.
 
-    Raises InputError where the study has several metrics: what trials of others came to in each of them is not known.
+    Raises InputError where the study has several metrics: what trials of others came to in each of them is not known;
+    and where the trials are its own, which its sampler would see twice.
     """
     if len(study.directions) > 1:
         raise InputError(f"study {study.study_name!r} has {len(study.directions)} metrics: it cannot adopt trials")
     with locked(storage, url):
-        adopted = [trial for trial in study.get_trials(deepcopy=False) if schema.ADOPTED in trial.user_attrs]
+        present = study.get_trials(deepcopy=False)
+        own = {(trial.number, trial.datetime_start) for trial in present if trial.datetime_start is not None}
+        if any(
+            (trial.number, trial.datetime_start) in own for trial in trials if schema.ADOPTED not in trial.user_attrs
+        ):
+            raise InputError(f"study {study.study_name!r} cannot adopt its own trials; name the study of others")
+        adopted = [trial for trial in present if schema.ADOPTED in trial.user_attrs]
         history, left_out = as_history(trials, space, source, adopted, constraints_of(study.user_attrs))
         study.add_trials(history)
     return len(history), left_out

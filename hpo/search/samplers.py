@@ -170,6 +170,9 @@ def make_sampler(
         construct = partial(SharedTPESampler, shared)
 
     def make(number: int) -> BaseSampler:
+        if plugin.name == "qmc":  # what no sequence has, as a param that applies to some trials, is drawn at random
+            apart = {"independent_sampler": _random_sampler(base, number), "warn_independent_sampling": False}
+            return construct(seed=base, **apart | keys)
         seed_here = base if plugin.name in _ONE_STREAM else derive(base, "sampler", number)
         return construct(seed=seed_here, **keys)
 

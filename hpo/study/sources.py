@@ -1,6 +1,7 @@
 """What an objective is written in: its files, or a notebook's cells, as a fingerprint; and what it holds."""
 
 import ast
+import functools
 import hashlib
 import inspect
 import sys
@@ -26,7 +27,7 @@ def source_fingerprint(objective: Objective | Function) -> str:
     what is written in a notebook, the functions and classes themselves, those that they name, and plain values.
     """
     own: list[Any] = [type(objective), *objective.own_losses.values()] if isinstance(objective, Objective) else []
-    own += [objective.call] if isinstance(objective, Function) else []
+    own += [called(objective.call)] if isinstance(objective, Function) else []
     sources = _Sources()
     for each in own:
         if not sources.add_file(each):
@@ -127,7 +128,7 @@ def held(objective: Objective | Function) -> dict[str, str]:
     that is made in a function: what its methods close over is among them. Digests, since a value may be a password.
     """
     if isinstance(objective, Function):
-        return {}
+        return _digests(_held_by(objective.call))
     several: dict[str, Any] = {}
     for cls in reversed(type(objective).__mro__):
         if issubclass(cls, Objective) and cls is not Objective:
@@ -138,6 +139,33 @@ def held(objective: Objective | Function) -> dict[str, str]:
             del several[name]  # its code is a part of the source
     several |= vars(objective)
     several.pop("options", None)  # they are a part of the study
+    return _digests(several)
+
+
+def called(call: Any) -> Any:
+    """Return the function or class that a callable runs: that of a partial, of a method, of an object."""
+    while isinstance(call, functools.partial):
+        call = call.func
+    if isinstance(call, types.MethodType):
+        return call.__func__
+    return call if isinstance(call, types.FunctionType | type) else type(call)
+
+
+def _held_by(call: Any) -> dict[str, Any]:
+    """Return what a callable has beside its code, by name: arguments that are given, an object's attributes, defaults,
+    what it closes over."""
+    if isinstance(call, functools.partial):
+        given = {f"argument {place}": value for place, value in enumerate(call.args, 1)}
+        return {**_held_by(call.func), **given, **call.keywords}
+    if isinstance(call, types.MethodType):
+        return {**_held_by(call.__func__), **getattr(call.__self__, "__dict__", {})}
+    if not isinstance(call, types.FunctionType):
+        return dict(getattr(call, "__dict__", {}))
+    defaults = {f"default {place}": value for place, value in enumerate(call.__defaults__ or (), 1)}
+    return {**defaults, **(call.__kwdefaults__ or {}), **_closed_over(call)}
+
+
+def _digests(several: Mapping[str, Any]) -> dict[str, str]:
     texts = {name: _text_of(value) for name, value in several.items() if not name.startswith("__")}
     return {name: _digest(text) for name, text in texts.items() if text is not None}
 
@@ -185,7 +213,7 @@ def file_fingerprint(objective: Objective | Function) -> str:
 def source_file(objective: Objective | Function) -> Path | None:
     """Return the file that the objective is written in; None: a notebook's cell, or a callable object."""
     with suppress(TypeError, OSError):
-        file = inspect.getsourcefile(objective.call if isinstance(objective, Function) else type(objective))
+        file = inspect.getsourcefile(called(objective.call) if isinstance(objective, Function) else type(objective))
         return Path(file) if file and Path(file).is_file() else None
     return None
 
