@@ -62,7 +62,8 @@ def test_a_study_does_not_adopt_its_own_trials(folder: Path) -> None:
     storage = "sqlite:///mlruns/optuna.db"
     with pytest.raises(InputError, match="study 'bowl' cannot adopt its own trials"):
         hpo.adopt(bowl, storage, "bowl", **QUICK)
-    assert hpo.adopt(bowl, storage, "bowl", name="other", **QUICK) == 3
+    assert hpo.adopt(bowl, storage, "bowl", name="other", trials=7, **QUICK) == 3
+    assert (hpo.open_study("other").counts.waiting, hpo.open_study("other").counts.complete) == (7, 0)
     with pytest.raises(InputError, match="cannot adopt its own trials"):
         hpo.adopt(bowl, optuna.load_study(study_name="bowl", storage=storage), **QUICK)
     assert hpo.run(bowl, trials=4, **QUICK).counts.complete == 4

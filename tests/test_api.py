@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from operator import attrgetter
 from pathlib import Path
 
@@ -269,3 +270,22 @@ def test_check_finds_what_is_wrong_and_runs_nothing(linear: Path) -> None:
     with pytest.raises(SpecError, match="trails"):
         hpo.check({"objective": "linear.py"}, trails=3)
     assert not Path("mlruns/bundles").exists()
+
+
+def test_threads_run_their_studies_one_after_the_other(tmp_path, monkeypatch):
+    """torch's generators, by which trials are seeded, are the process's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "linear.py").write_text(LINEAR)
+    done = {}
+
+    def run(name):
+        given = {"trials": 3, "epochs": 2, "stack": 1, "tracking": "off", "baseline": False}
+        done[name] = hpo.run({"objective": "linear.py"}, name=name, quiet=True, **given).trials
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in ("one", "other")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    run("alone")
+    assert list(done["one"]["value"]) == list(done["other"]["value"]) == list(done["alone"]["value"])

@@ -260,6 +260,8 @@ def repair(plan: Plan, search: Search) -> StudyView:
 def adopt(plan: Plan, search: Search, trials: Sequence[Any], source: str) -> int:
     """Add another study's `trials` as history for the sampler; return how many, and log why others are left out."""
     n, left_out = adoption.adopt(search.study, search.storage, plan.spec.storage, plan.space, trials, source)
+    if schema.STUDY_FILE not in search.attrs:  # so that who lists it before it is run knows its budget
+        search.remember(schema.STUDY_FILE, plan.document.as_json(without=("storage",)))
     log.info("%s: %d of %d trials of %s are history for the sampler now", plan.spec.name, n, len(trials), source)
     for reason, times in left_out.most_common():
         log.info("  left out: %d trials, %s", times, reason)
