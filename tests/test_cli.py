@@ -314,6 +314,24 @@ def test_a_bundle_is_made_again_where_columns_are_called_otherwise(
     assert "called otherwise" not in said
 
 
+ABOUT = """
+    def preprocess(self, split):
+        self.mean = float(split.inputs["features"].mean())
+        return super().preprocess(split)
+
+    def about(self):
+        return {"mean": self.mean}
+"""
+
+
+def test_an_objective_may_know_what_its_bundle_says_only_once_it_has_made_its_preprocessing(study: Write) -> None:
+    path = study()
+    objective = Path("linear.py")
+    objective.write_text(objective.read_text() + ABOUT)
+    invoke("run", path)
+    assert "mean" in json.loads(Path("mlruns/bundles/study/bundle.json").read_text())["about_the_data"]
+
+
 def test_a_password_is_never_shown_or_stored(study: Write) -> None:
     path = study("storage: postgresql+nodriver://bob:s3cret@localhost/x\nsampler: {name: tp}")
     done = run_hpo("run", path)

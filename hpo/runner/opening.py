@@ -97,7 +97,10 @@ def load_data(plan: Plan, search: Search) -> Data | None:
 def _see_names(plan: Plan, data: Data, search: Search) -> None:
     """Store what the data's columns, categories and classes are called, and say so where that is something else."""
     assert isinstance(plan.objective, Objective)
-    told = plan.objective.about().get("columns")
+    try:
+        told = plan.objective.about().get("columns")
+    except Exception:  # of the objective's own making: it may know more once it has made its preprocessing
+        told = None
     columns = [each for each in told if isinstance(each, Mapping)] if isinstance(told, list) else []
     called = [[str(column.get(key)) for key in ("name", "kind", "categories")] for column in columns]
     text = json.dumps([data.feature_names, data.class_names, called], default=str)
