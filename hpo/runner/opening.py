@@ -1,6 +1,5 @@
 """A prepared study opened: torch's settings, its storage, its data and its code, each held against what is stored."""
 
-import hashlib
 import json
 import os
 import shlex
@@ -20,7 +19,7 @@ from hpo.search.search import Search
 from hpo.study.data import Data
 from hpo.study.objective import Objective
 from hpo.study.sealed import repeated
-from hpo.study.sources import file_fingerprint, other_values, source_fingerprint
+from hpo.study.sources import digest, file_fingerprint, other_values, source_fingerprint
 from hpo.training.torch_settings import torch_settings
 
 
@@ -104,7 +103,7 @@ def _see_names(plan: Plan, data: Data, search: Search) -> None:
     columns = [each for each in told if isinstance(each, Mapping)] if isinstance(told, list) else []
     called = [[str(column.get(key)) for key in ("name", "kind", "categories")] for column in columns]
     text = json.dumps([data.feature_names, data.class_names, called], default=str)
-    names, before = hashlib.sha256(text.encode()).hexdigest()[:16], search.attrs.get(schema.NAMES)
+    names, before = digest(text), search.attrs.get(schema.NAMES)
     if before == names:
         return
     search.remember(schema.NAMES, names)

@@ -308,7 +308,7 @@ class _Worker:
             return StackSize(why=f"one trial at a time: in {spec.time:g} s to measure would not pay")
         if spec.stack == 1 and spec.limit is not None and spec.limit < SHORT_SECONDS:  # nor to compile
             return StackSize(why=AS_GIVEN)
-        learns = spec.sampler.name not in ("random", "grid", "qmc", "brute_force")
+        rounds = 1 if spec.sampler.name in ("random", "grid", "qmc", "brute_force") else ROUNDS
         several = self._plan.space.draw(min(_DRAWS, n_trials), spec.seed)
         draws, n_too_large = looked_at(several, self._trials.limits.network)
         sizing = Sizing(
@@ -319,9 +319,9 @@ class _Worker:
             draws=draws,
             n_too_large=n_too_large,
             n_trials=n_trials,
-            most=max(1, n_trials // ROUNDS) if learns else n_trials,
+            most=max(1, n_trials // rounds),
             seconds=self._left(),
-            rounds=ROUNDS if learns else 1,
+            rounds=rounds,
             stopping=self._stop.requested,
         )
         if spec.stack != "auto":

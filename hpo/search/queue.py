@@ -27,7 +27,7 @@ from hpo.search.front import maximizes, others_in
 from hpo.search.halving import Halving
 from hpo.search.lease import LeaseKeeper, LeaseMonitor
 from hpo.search.retrying import RetryingStorage, locked
-from hpo.search.starts import Starts, starts_in
+from hpo.search.starts import NONE, Starts, starts_in
 from hpo.search.stop import Stopped, StopRules, budget
 from hpo.search.view import TrialReader
 from hpo.seeds import derive
@@ -209,7 +209,8 @@ class Queue:
         return self._reader.read() if change.queue or change.withdraw else everything
 
     def _starts(self, everything: Sequence[FrozenTrial]) -> Starts:
-        return starts_in(everything, holders(everything), [self._space.queued(each) for each in self._spec.start_with])
+        entries = [self._space.queued(each) for each in self._spec.start_with]
+        return starts_in(everything, holders(everything), entries) if entries else NONE
 
     def _queue_starts(self, n: int) -> None:
         """See once that entries of `start_with` that are new in a resumed study are queued, as far as there is room."""

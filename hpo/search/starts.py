@@ -38,8 +38,6 @@ def starts_in(
     trials: Sequence[FrozenTrial], holders: Sequence[FrozenTrial], entries: Sequence[Mapping[str, Any]]
 ) -> Starts:
     """Hold `entries`, each as it is queued (`Space.queued`), against all `trials` and those that hold the slots."""
-    if not entries:
-        return NONE
     by_number = {trial.number: trial for trial in trials}
     left: dict[str, list[int]] = defaultdict(list)
     for trial in sorted(holders, key=lambda each: (each.state == TrialState.WAITING, each.number)):

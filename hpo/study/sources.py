@@ -167,7 +167,7 @@ def _held_by(call: Any) -> dict[str, Any]:
 
 def _digests(several: Mapping[str, Any]) -> dict[str, str]:
     texts = {name: _text_of(value) for name, value in several.items() if not name.startswith("__")}
-    return {name: _digest(text) for name, text in texts.items() if text is not None}
+    return {name: digest(text) for name, text in texts.items() if text is not None}
 
 
 def _text_of(value: Any) -> str | None:
@@ -179,7 +179,8 @@ def _text_of(value: Any) -> str | None:
         return None
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """Return the first 16 hex digits of a text's SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
