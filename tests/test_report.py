@@ -299,6 +299,26 @@ def test_the_api_gives_pages_and_curves(study):
         found.plot_curves("valid_r3")
 
 
+def test_a_function_that_counts_steps_of_its_own_has_its_curves_by_them(study):
+    def function(trial):
+        x = trial.suggest_float("x", 0, 1)
+        for step in (100, 300, 200):
+            trial.report(x + step, step)
+        with pytest.warns(UserWarning, match="already reported"):
+            trial.report(7.0, 300)
+        return x
+
+    found = hpo.run(function, name="own", metric="loss", trials=2)
+    x = found.to_optuna().trials[1].params["x"]
+    curves = found.curves(1)
+    assert (curves.index.name, list(curves.index)) == ("step", [100, 200, 300])
+    assert list(curves["loss"] - x) == pytest.approx([100, 200, 300])
+    figure = found.plot_curves()
+    assert figure.layout.xaxis.title.text == "step"
+    assert {tuple(trace.x) for trace in figure.data} == {(100, 200, 300, None)}
+    assert all("step %{x}" in trace.hovertemplate for trace in figure.data)
+
+
 # Edges.
 
 

@@ -24,7 +24,7 @@ from hpo.search.budget import Counts, count, covered, held_until, holders, lease
 from hpo.search.codes import codes_text
 from hpo.search.confirmed import confirmed_in, sentences
 from hpo.search.constraints import constraints_of, feasible_text, is_feasible
-from hpo.search.curves import curves_in, reported, where
+from hpo.search.curves import curves_in, reported, steps_in, where
 from hpo.search.effort import effort
 from hpo.search.front import directions_by_name, front_of, leading, maximizes, others_in
 from hpo.search.stop import budget as budget_of
@@ -122,6 +122,8 @@ class Facts:
     points: Sequence[Point]
     curves: Mapping[str, Mapping[int, Sequence[float]]]
     """By metric: each trial's numbers, one an epoch (of a function: one a step)."""
+    steps: Mapping[int, Sequence[int]]
+    """The steps of those trials of a function that has counted its own."""
     main_curve: str
     """The name of the study's own metric among the curves."""
     distributions: Mapping[str, Mapping[str, Any]]
@@ -163,14 +165,13 @@ def read(
     budget: int,
     epochs: int | None = None,
 ) -> Facts:
-    """Return the facts of a study.
+    """Return the facts of a study; `trials` are all it has, but for adopted ones.
 
-    `trials` are all it has, but for adopted ones; `leases` those of its workers (`hpo.search.budget.leases_in`). A
-    trial has `epochs` epochs without pruning; None: as many as any has reported.
+    `leases` are those of its workers (`hpo.search.budget.leases_in`). A trial has `epochs` epochs without pruning;
+    None: as many as any has reported.
     """
     forget_masked()  # there may be more to mask by now
-    attrs = study.user_attrs
-    identity = _mapping(attrs.get(schema.IDENTITY))
+    identity = _mapping((attrs := study.user_attrs).get(schema.IDENTITY))
     metric, others = str(identity.get("metric", "value")), others_in(identity)
     main = f"valid_{metric}" if identity.get("params") else metric
     maximize, counted = maximizes(study), holders(trials)
@@ -196,6 +197,7 @@ def read(
         best_seconds=next((row["seconds"] for row in rows if best and row["number"] == best.number), None),
         points=[_point(trial) for trial in counted],
         curves=_curves(counted, main),
+        steps={trial.number: steps for trial in counted if (steps := steps_in(trial)) is not None},
         main_curve=masked(main),
         distributions=distributions(counted),
         importances=importances(counted, maximize=maximize),

@@ -178,33 +178,35 @@ def curves(facts: Facts, metric: str) -> Drawing:
         (f"best {BOLD_CURVES + 1} to {BOLD_CURVES + len(fine)}", fine, {"color": "#7FB2D5", "width": 1.2}),
     ):
         if numbers:
-            traces.append(_many(name, {number: found[number] for number in numbers}) | {"line": line})
+            traces.append(_many(name, {number: found[number] for number in numbers}, facts.steps) | {"line": line})
     for number, colour, dash in zip(bold, _COLOURS, _DASHES, strict=False):
         line = {"color": colour, "dash": dash, "width": 3}
-        traces.append(_many(f"trial {number}", {number: found[number]}) | {"line": line})
+        traces.append(_many(f"trial {number}", {number: found[number]}, facts.steps) | {"line": line})
     shown = len(bold) + len(fine) + len(faint)
     notes = [note_of(shown, len(found), "trials")]
     if any(len(values) > MOST_EPOCHS for values in found.values()):
         notes.append(f"Of a trial about {MOST_EPOCHS} epochs are drawn.")
     last = max(map(len, found.values()))
-    epochs = {"title": {"text": "epoch"}} | ({"dtick": 1} if last <= 10 else {})
+    unit = "step" if facts.steps else "epoch"
+    epochs = {"title": {"text": unit}} | ({"dtick": 1} if last <= 10 and not facts.steps else {})
     shape = layout(420, xaxis=epochs, yaxis={"title": {"text": text(metric)}})
     return Drawing(title="Learning curves", note=joined(notes), figure={"data": traces, "layout": shape})
 
 
-def _many(name: str, curves: Mapping[int, Sequence[float]]) -> dict[str, Any]:
-    """Return several curves as one trace, with a gap between two."""
+def _many(name: str, curves: Mapping[int, Sequence[float]], steps: Mapping[int, Sequence[int]]) -> dict[str, Any]:
+    """Return several curves as one trace, with a gap between two; by epochs, from 1, or their own `steps`."""
     x: list[int | None] = []
     y: list[float | None] = []
     label: list[int | None] = []
     for number, values in curves.items():
         last = len(values)
         at = thinned(range(1, last + 1), MOST_EPOCHS, lambda epoch, last=last: epoch == last)  # type: ignore[misc]
-        x += [*at, None]
+        x += [*(steps[number][epoch - 1] if number in steps else epoch for epoch in at), None]
         y += [*(values[epoch - 1] for epoch in at), None]
         label += [number] * (len(at) + 1)
+    unit = "step" if curves.keys() & steps else "epoch"
     mode = "lines+markers" if all(len(values) < 3 for values in curves.values()) else "lines"
-    hover = "trial %{customdata}, epoch %{x}<br>%{y:.6g}<extra></extra>"
+    hover = "trial %{customdata}, " + unit + " %{x}<br>%{y:.6g}<extra></extra>"
     return {"type": "scatter", "name": name, "x": x, "y": y, "mode": mode, "customdata": label, "hovertemplate": hover}
 
 

@@ -21,7 +21,7 @@ from hpo.search.address import exists
 from hpo.search.beside import Beside, beside_in
 from hpo.search.budget import Counts, count, holders, wrong_row, wrong_values
 from hpo.search.confirmed import confirmed_in
-from hpo.search.curves import curves_in
+from hpo.search.curves import curves_in, steps_in
 from hpo.search.front import front_of, maximizes, others_in
 from hpo.search.retrained import Confirmed
 from hpo.search.stop import budget, stopped_in
@@ -92,6 +92,7 @@ class Study:
     def curves(self, trial: int) -> pd.DataFrame:
         """Return what trial number `trial` reported: a row for each epoch, counted from 1, a column for each metric.
 
+        Of a plain function that counts steps of its own there is a row for each of those steps.
         Raises InputError where the study has no such trial.
         """
         with self._opened() as study:
@@ -101,7 +102,9 @@ class Study:
             raise InputError(f"study {self.name!r} has no trial {trial!r}; {last}")
         curves = curves_in(trials[trial], f"valid_{self.metric}")
         frame = pd.DataFrame({name: pd.Series(values, dtype=float) for name, values in curves.items()})
-        frame.index = pd.RangeIndex(1, len(frame) + 1, name="epoch")
+        steps = steps_in(trials[trial])
+        epochs = pd.RangeIndex(1, len(frame) + 1, name="epoch")
+        frame.index = epochs if steps is None else pd.Index(steps, name="step")
         return frame
 
     @property

@@ -17,9 +17,10 @@ from hpo.search.codes import with_code
 from hpo.search.opening import no_study, open_search
 from hpo.search.search import Search
 from hpo.study.data import Data
+from hpo.study.leaks import repeated, telling
 from hpo.study.objective import Objective
-from hpo.study.sealed import repeated
 from hpo.study.sources import digest, file_fingerprint, other_values, source_fingerprint
+from hpo.study.table_text import listed
 from hpo.training.torch_settings import torch_settings
 
 
@@ -119,7 +120,7 @@ def _see_names(plan: Plan, data: Data, search: Search) -> None:
 
 
 def tell_of_data(data: Data) -> None:
-    """Log the data's own notices, and how many test and validation rows it has twice, if any: they flatter."""
+    """Log the data's own notices, and what of it flatters: rows that two splits have, columns that say the target."""
     for notice in data.notices:
         log.info(f"data: {notice}")
     in_test, in_valid = repeated(data)
@@ -132,6 +133,12 @@ def tell_of_data(data: Data) -> None:
         log.warning(
             f"{in_valid} of {len(data.valid)} validation rows equal a row of train, inputs and target: the study "
             "prefers what learns rows by heart"
+        )
+    if names := telling(data):
+        log.warning(
+            f"{listed(names)} alone tells the target in each of the {len(data.train)} rows of train: where it becomes "
+            "known only with the target, the rows to be predicted lack it and all metrics flatter; leave it out then "
+            "(of a table: the option `drop`)"
         )
 
 

@@ -41,6 +41,15 @@ def reported(trial: FrozenTrial) -> list[float]:
     return [value for _, value in sorted(trial.intermediate_values.items())]
 
 
+def steps_in(trial: FrozenTrial) -> list[int] | None:
+    """Return the steps at which a plain function has reported, in order; None: they are epochs, from 0, none left out.
+
+    A function counts as it likes: every hundredth of its steps, say, and not in their order.
+    """
+    steps = sorted(trial.intermediate_values)
+    return None if steps == [*range(len(steps))] else steps
+
+
 def where(value: str, epoch: int) -> str:
     """Return when a trial had its value, for a person: in which epoch (`epoch`, from 0), or over which epochs.
 
@@ -54,10 +63,12 @@ def curves_in(trial: FrozenTrial, key: str) -> dict[str, list[float]]:
     """Return the curves that are stored of a trial; of one that has none, what it has reported, as `key`.
 
     They are stored when it ends: one that is running has none, nor has one that was interrupted, or of an earlier
-    version. Raises ValueError for what hpo did not write.
+    version. Of a function with steps of its own there is one number for each of `steps_in`. Raises ValueError for what
+    hpo did not write.
     """
     stored = trial.user_attrs.get(schema.CURVES)
-    return {key: reported(trial)} if stored is None else from_json(stored)
+    curves = {key: reported(trial)} if stored is None else from_json(stored)
+    return curves if steps_in(trial) is None else dict.fromkeys(curves, reported(trial))
 
 
 def _is_number(x: Any) -> bool:
