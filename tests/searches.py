@@ -70,7 +70,9 @@ class Opener:
     def __init__(self, folder):
         self._folder, self._searches = folder, []
 
-    def __call__(self, params=PARAMS, maximize=True, others=None, make=True, wait=False, clock=SYSTEM, **keys):
+    def __call__(
+        self, params=PARAMS, maximize=True, others=None, defaults=None, make=True, wait=False, clock=SYSTEM, **keys
+    ):
         keys = {
             "name": "s",
             "objective": "o",
@@ -82,7 +84,7 @@ class Opener:
         spec = StudySpec(**keys)
         space, faults = build({name: parse_param(entry) for name, entry in params.items()}, spec.start_with)
         assert not faults
-        ways = {"maximize": maximize, "others": others}
+        ways = {"maximize": maximize, "others": others, "defaults": defaults}
         search = open_search(spec, space, "accuracy", **ways, make=make, wait=wait, clock=clock)
         if search is not None:
             self._searches.append(search)

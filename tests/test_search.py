@@ -320,6 +320,15 @@ class TestWhatIsKnown:
         assert str(caught.value).endswith("give this one another `name`")
 
 
+@pytest.mark.parametrize(("first", "then"), [({}, {"valid": 0.2}), ({"valid": 0.2, "names": []}, {"test": 0.1})])
+def test_an_option_that_is_given_as_its_default_is_one_that_is_not_given(opened, first, then):
+    defaults = {"valid": 0.2, "test": 0.1, "names": []}
+    opened(options=first, defaults=defaults)
+    opened(options=then, defaults=defaults)
+    with pytest.raises(InputError, match=r":\n  options.valid is 0.3 here, 0.2 there\nstart"):
+        opened(options={"valid": 0.3}, defaults=defaults)
+
+
 def test_ctrl_c_then_fewer_trials_then_more_ends_with_exactly_so_many(opened):
     """A withdrawn successor once kept its predecessor's place: one more WAITING row at each look, for ever."""
     first = opened(trials=8)

@@ -50,6 +50,7 @@ def open_study(plan: Plan, *, make: bool = True, wait: bool = False) -> Search |
         maximize=plan.maximize,
         others=plan.others,
         options=plan.options,
+        defaults=plan.option_defaults,
         make=make,
         wait=wait,
     )

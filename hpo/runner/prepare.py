@@ -22,6 +22,7 @@ from hpo.runner.params import space_of
 from hpo.search.samplers import make_pruner, make_sampler, trials_of
 from hpo.study import loading as objectives
 from hpo.study import sources
+from hpo.study.checking import defaults_of
 from hpo.study.data import Data, DataInfo
 from hpo.study.document import Document, of_values
 from hpo.study.draft import Draft, draft_of, read
@@ -106,6 +107,11 @@ class Plan:
     def options(self) -> dict[str, Any]:
         """The objective's options as they may be stored and shown."""
         return self.document.options()
+
+    @property
+    def option_defaults(self) -> dict[str, Any]:
+        """What the objective's options are that are not given, as plain values; a function has none."""
+        return {} if self.function is not None else defaults_of(self.objective.Options)
 
     @property
     def source_file(self) -> Path | None:

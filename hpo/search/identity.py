@@ -48,8 +48,11 @@ def identity(
     return stored
 
 
-def compare(spec: StudySpec, attrs: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise InputError where the stored study is not the one that the study file describes; it says what differs."""
+def compare(spec: StudySpec, attrs: Mapping[str, Any], wanted: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise InputError where the stored study is not the one that the study file describes; it says what differs.
+
+    An option that is given with its default (`defaults`) is one that is not given.
+    """
     stored = attrs.get(schema.IDENTITY)
     if not isinstance(stored, Mapping) or not isinstance(stored.get("options", {}), Mapping):
         raise not_ours(spec.storage, spec.name)
@@ -58,7 +61,8 @@ def compare(spec: StudySpec, attrs: Mapping[str, Any], wanted: Mapping[str, Any]
         there = stored.get(key, _LATER_KEYS.get(key))
         if there != wanted[key]:
             differences.append(f"{key} is {wanted[key]!r} here, {there!r} there")
-    differences += _different_options(spec, wanted["options"], stored.get("options", {}))
+    here, there = ({**defaults, **each} for each in (wanted["options"], stored.get("options", {})))
+    differences += _different_options({**defaults, **spec.options}, here, there)
     differences += _different("metric", wanted.get("others", {}), stored.get("others", {}))
     differences += _different("constraints", wanted.get("constraints", {}), stored.get("constraints", {}))
     differences += _different("params", wanted["params"], stored.get("params", {}))
@@ -76,9 +80,9 @@ def _different(key: str, here: Mapping[str, Any], there: Any) -> list[str]:
     ]
 
 
-def _different_options(spec: StudySpec, wanted: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
-    """Return in what the options `there` differ; those of an older version's study may be in clear."""
-    plain = json.loads(json.dumps(spec.options))
+def _different_options(clear: Mapping[str, Any], wanted: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """Return in what the options `there` differ; those of an older version's study may be in `clear`."""
+    plain = json.loads(json.dumps(clear))
     differences = []
     for key in sorted({*wanted, *there}) if there != plain else []:
         here, was = wanted.get(key, _ABSENT), there.get(key, _ABSENT)

@@ -42,6 +42,7 @@ def open_search(
     maximize: bool,
     others: Mapping[str, bool] | None = None,
     options: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
     make: bool = True,
     wait: bool = False,
     clock: Clock = SYSTEM,
@@ -49,8 +50,8 @@ def open_search(
     """Return the study in its storage, made if it is not there (None with `make=False`). Close it at the end.
 
     `others` are the metrics beside the one that leads, each with whether more of it is better; `options` the spec's
-    as they may be stored. With `wait`, a storage that does not answer is waited for, as it is
-    later on.
+    as they may be stored, `defaults` what those are that are not given. With `wait`, a storage that does not answer is
+    waited for, as it is later on.
     Raises StorageError where the storage cannot be opened, InputError where its study of that name is another one; no
     connection is left open then.
     """
@@ -64,7 +65,7 @@ def open_search(
         wanted = identity(spec, space, metric, spec.options if options is None else options, others)
         directions = [direction_of(each) for each in (maximize, *others.values())]
         with locked(storage, spec.storage):
-            found = _find(spec, storage, wanted, directions[0])
+            found = _find(spec, storage, wanted, defaults or {}, directions[0])
             study = _make(spec, space, storage, wanted, directions) if found or make else None
         if study is None:
             return None
@@ -145,13 +146,15 @@ def is_over(search: Search, seen: StudyView) -> bool:
     return seen.counts.unfinished == 0 or (timed_out and seen.counts.running == 0)
 
 
-def _find(spec: StudySpec, storage: RetryingStorage, wanted: Mapping[str, Any], direction: str) -> bool:
+def _find(
+    spec: StudySpec, storage: RetryingStorage, wanted: Mapping[str, Any], defaults: Mapping[str, Any], direction: str
+) -> bool:
     """Return whether the study is there already. Raises InputError where it is another one. The lock must be held."""
     if spec.name not in [study.study_name for study in storage.get_all_studies()]:
         return False
     study_id = storage.get_study_id_from_name(spec.name)
     attrs = _attrs_of(storage, study_id)
-    compare(spec, attrs, wanted)
+    compare(spec, attrs, wanted, defaults)
     stored = attrs[schema.IDENTITY]
     if stored.get("options") != wanted["options"]:  # an older version stored them in clear
         storage.set_study_user_attr(study_id, schema.IDENTITY, stored | {"options": wanted["options"]})

@@ -1,8 +1,9 @@
 """pydantic's errors as ours: the path as the file has it, the rule, what came, a hint."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -24,6 +25,16 @@ def validate(cls: type, values: Mapping[str, Any], at: tuple[str | int, ...]) ->
         return adapter.validate_python({k: v for k, v in values.items() if k in known}, strict=False), faults
     except ValidationError as error:
         return None, faults + list(faults_of(error, at, dict(values), known))
+
+
+def defaults_of(cls: type) -> dict[str, Any]:
+    """Return the defaults of the dataclass `cls`, by name, as plain values; fields that must be given have none."""
+    made = {
+        field.name: field.default_factory() if field.default_factory is not MISSING else field.default
+        for field in fields(cls)
+    }
+    plain: dict[str, Any] = json.loads(json.dumps({k: v for k, v in made.items() if v is not MISSING}, default=str))
+    return plain
 
 
 def faults_of(
