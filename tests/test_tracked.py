@@ -131,3 +131,17 @@ def test_what_is_installed_is_a_list_that_pip_reads() -> None:
     lines = installed().splitlines()
     assert any(line.startswith("torch==") for line in lines)
     assert all(re.fullmatch(r"[\w.-]+==\S+", line) for line in lines)
+
+
+def test_trials_that_ended_without_tracking_or_elsewhere_are_said_to_have_no_run(
+    study: Callable[..., Path], tmp_path: Path, said: list[str]
+) -> None:
+    path, here, there = study(SHORT), f"sqlite:///{tmp_path}/here.db", f"sqlite:///{tmp_path}/there.db"
+    for trials, tracking in enumerate(("off", here, here, there), start=3):
+        invoke("run", path, "--trials", str(trials), "--tracking", tracking)
+    assert [
+        line.removesuffix("; `hpo report` and `hpo status` have all") for line in said if "have no run" in line
+    ] == [
+        f"MLflow: 3 trials ended without tracking and have no run in {here}",
+        f"MLflow: 5 trials ended with tracking {here} and have no run in {there}",
+    ]

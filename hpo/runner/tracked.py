@@ -10,6 +10,7 @@ import torch
 
 from hpo.errors import masked
 from hpo.export.environment import git_commit, user
+from hpo.log import log
 from hpo.runner.describing import description, intention
 from hpo.runner.keeping import unsent_of
 from hpo.runner.outcome import Outcome, outcome
@@ -64,7 +65,14 @@ def begin_study(
     """
     if isinstance(tracker, NullTracker):
         return None
-    search.remember(schema.TRACKED, _tracked(plan, seen, "RUNNING"))
+    now, before = _tracked(plan, seen, "RUNNING"), search.attrs.get(schema.TRACKED)
+    if seen.counts.finished and (before is None or before["tracking"] != now["tracking"]):
+        was = "without tracking" if before is None else f"with tracking {before['tracking']}"
+        log.info(
+            f"MLflow: {seen.counts.finished} trials ended {was} and have no run in {now['tracking']}; `hpo report` and "
+            "`hpo status` have all"
+        )
+    search.remember(schema.TRACKED, now)
     spec = plan.spec
     tags = {
         "hpo.objective": spec.objective,
