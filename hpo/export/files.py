@@ -3,7 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,14 @@ def _describes(entry: Any) -> bool:
 def _digest(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "bytes": file.stat().st_size}
+
+
+def in_memory(save: Callable[[Any, Any], Any], what: Any) -> memoryview:
+    """Return what `save` writes of `what`, to be written by Python.
+
+    On a full disk Python raises an OSError that says so. Of torch's own writers that of TorchScript and pt2 ends the
+    process, by an error in a C++ destructor, and that of tensors raises what does not say why.
+    """
+    file = BytesIO()
+    save(what, file)
+    return file.getbuffer()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
-from io import BytesIO, StringIO
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hpo.errors import ExportError, InputError, did_you_mean
+from hpo.export.files import in_memory
 from hpo.export.model import Model, Named
 from hpo.light import lightly
 from hpo.log import silenced
@@ -91,24 +92,13 @@ def write(kind: str, model: Model, eager: nn.Module, held_out: Split, folder: Pa
         raise ExportError(f"the model cannot be exported as {kind}: {reason}") from error
 
 
-def _in_memory(save: Callable[[Any, Any], Any], what: Any) -> memoryview:
-    """Return what `save` writes of `what`, to be written by Python.
-
-    On a full disk Python raises an OSError that says so. Of torch's own writers that of TorchScript and pt2 ends the
-    process, by an error in a C++ destructor, and that of tensors raises what does not say why.
-    """
-    file = BytesIO()
-    save(what, file)
-    return file.getbuffer()
-
-
 def _write_state(model: Model, eager: nn.Module, path: Path) -> Written:
     hyperparameters = dict(model.params) | {
         "input_shapes": {name: list(shape) for name, shape in model.info.inputs.items()},
         "n_classes": model.info.n_classes,
     }
     state = {"model_state_dict": eager.state_dict(), "model_hyperparameters": hyperparameters}
-    path.write_bytes(_in_memory(torch.save, state | json.loads(json.dumps(dict(model.about)))))
+    path.write_bytes(in_memory(torch.save, state | json.loads(json.dumps(dict(model.about)))))
     restored = _reset(model.predictor())
     restored.load_state_dict(torch.load(path, weights_only=True)["model_state_dict"])
     return Written(how={}, call=restored)
@@ -138,7 +128,7 @@ def _require_any_size(program: torch.export.ExportedProgram) -> None:
 
 def _write_pt2(eager: nn.Module, example: tuple[Tensor, ...], path: Path) -> Written:
     program = _exported(eager, example)
-    path.write_bytes(_in_memory(torch.export.save, program))
+    path.write_bytes(in_memory(torch.export.save, program))
     return Written(how={"inputs": list(program.graph_signature.user_inputs)}, call=torch.export.load(path).module())
 
 
@@ -186,7 +176,7 @@ def _write_torchscript(eager: nn.Module, held_out: Split, path: Path) -> dict[st
 
 
 def _save_script(script: Any, path: Path) -> None:
-    path.write_bytes(_in_memory(_jit.save, script))
+    path.write_bytes(in_memory(_jit.save, script))
 
 
 def _reset(module: nn.Module) -> nn.Module:

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hpo.errors import ExportError
+from hpo.export.files import in_memory
 from hpo.study.data import Split
 
 TOLERANCE = 1e-5
@@ -124,11 +124,13 @@ def fresh_parity(eager: Callable[..., Tensor], folder: Path, files: list[str], h
         inputs = [x[rows].cpu() for x in held_out.inputs.values()]
         with torch.no_grad():
             cases.append((inputs, eager(*inputs)))
-    with tempfile.TemporaryDirectory() as work:
-        given = Path(work) / "cases.pt"
-        torch.save(cases, given)
-        command = [sys.executable, "-I", "-c", _FRESH, str(folder), str(given), *files]
-        done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
+    given = folder / "cases.pt"  # there, since the disk that it is on is the one that must have room
+    try:
+        given.write_bytes(in_memory(torch.save, cases))
+        command = [sys.executable, "-I", "-c", _FRESH, str(folder.absolute()), str(given.absolute()), *files]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    finally:
+        given.unlink(missing_ok=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["it was killed"])[-1][:300]
         raise ExportError(f"what was exported cannot be loaded in a fresh process ({reason}){NOTHING}")
