@@ -223,11 +223,11 @@ WRONG = {
     "a param that defaults has not": (
         {BUILD: 'return nn.Linear(4, params["n_out"])'},
         "failed: KeyError: 'n_out' (",
-        "; there is no param 'n_out': add it to the objective's `defaults`",
+        "; there is no param 'n_out': if it is to be one, add it to the objective's `defaults`",
     ),
     "a param that only the loss reads": (
         {LOSS: 'return params["factor"] * F.cross_entropy(outputs, targets)'},
-        "there is no param 'factor': add it to the objective's `defaults`",
+        "there is no param 'factor': if it is to be one, add it to the objective's `defaults`",
     ),
     "build gives nothing": ({BUILD: "nn.Linear(4, 3)"}, "build must return a torch.nn.Module, but returned None"),
     "build gives a class": (

@@ -123,10 +123,10 @@ def _called(
 
 
 def missing_param(error: InputError, params: Params) -> str:
-    """Return what to do about an `error` that came from reading a param that is not there, if it did."""
+    """Return what to do about an `error` that came from reading a param that is not there, as it seems."""
     cause = error.__cause__
     if isinstance(cause, KeyError) and cause.args and cause.args[0] not in params:
-        return f"; there is no param {cause.args[0]!r}: add it to the objective's `defaults`"
+        return f"; there is no param {cause.args[0]!r}: if it is to be one, add it to the objective's `defaults`"
     return ""
 
 
