@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import hpo
 from hpo.errors import InputError
+from hpo.study.held import held, other_values
 from hpo.study.objective import Function, Objective
-from hpo.study.sources import held, other_values, source_file, source_fingerprint
+from hpo.study.sources import digest, source_file, source_fingerprint
 
 CELL = """
 import math
@@ -88,7 +92,12 @@ def test_a_callable_object_has_no_source() -> None:
     )
 
 
-def test_what_is_held_are_plain_values_of_the_instance_and_its_classes() -> None:
+def names_in(digests: dict[str, str]) -> set[str]:
+    """Return the names of what is held, but for the class's own of `abc`."""
+    return {name.removeprefix(".") for name in digests} - {"", "_abc_impl"}
+
+
+def test_what_is_held_are_the_values_of_the_instance_and_its_classes() -> None:
     class Base(Objective):
         depth, names, made = 1, ["a"], object()
 
@@ -99,11 +108,11 @@ def test_what_is_held_are_plain_values_of_the_instance_and_its_classes() -> None
         depth = 2
 
     one, other = Own(), Own()
-    other.depth, other.cached = 3, [0] * 5
-    assert {name for name in held(one) if name[0] != "_"} == {"depth", "names"}
+    other.depth, other.given = 3, [0] * 5
+    assert names_in(held(one)) == {"depth", "names", "made"}
     assert "2" not in held(one).values(), "a value may be a password"
-    assert other_values(held(other), held(one)) == ["depth"]
-    assert held(Function(print)) == {}
+    assert other_values(held(other), held(one)) == other_values(held(one), held(other)) == ["depth", "given"]
+    assert names_in(held(Function(print))) == set()
 
 
 MODULE = """
@@ -159,6 +168,34 @@ def test_workers_do_not_train_another_objective_than_is_exported(sized: Any, how
     assert hpo.run(given, workers=1, **QUICK).counts.complete == 2
 
 
+@pytest.mark.parametrize("value", [9, torch.ones(9), np.ones(9), {1, 2, 3}, object()], ids=lambda x: type(x).__name__)
+def test_nor_one_that_lacks_what_only_the_instance_has(sized: Any, value: Any) -> None:
+    given = sized()
+    given.more = value
+    with pytest.raises(InputError, match="the value of more of objective sized_module:Sized is not what"):
+        hpo.run(given, workers=2, **QUICK)
+
+
+def test_what_an_instance_has_cached_is_no_other_objective(sized: Any, tmp_path: Path) -> None:
+    text = MODULE.replace("        x = torch.randn", "        self.read = x = torch.randn")
+    (tmp_path / "caching.py").write_text(text)
+    given = __import__("caching").Sized()
+    assert hpo.run(given, workers=1, name="one", **QUICK).counts.complete == 2
+    assert hpo.run(given, workers=2, name="two", **QUICK).counts.complete == 2
+
+
+def test_nor_another_function_than_the_program_has(sized: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "squares.py").write_text(
+        "C = 2.0\ndef of(trial):\n    return (trial.suggest_float('x', 0, 10) - C) ** 2\n"
+    )
+    squares = __import__("squares")
+    squares.C = 8.0
+    few = {"trials": 2, "tracking": "off", "quiet": True}
+    with pytest.raises(InputError, match="the value of global C of objective squares:of is not what"):
+        hpo.run(squares.of, workers=2, **few)
+    assert hpo.run(squares.of, name="alone", **few).counts.complete == 2
+
+
 def test_another_instance_under_the_same_name_is_said(sized: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "hpo")
     said = "the objective's value of width has changed since the study began"
@@ -178,12 +215,18 @@ class Config:
     width: int
 
 
-def made(width: int, factor: float = 1.0, **own: Any) -> Objective:
+def weights(value: float) -> nn.Module:
+    return nn.CrossEntropyLoss(weight=torch.full((3,), value))
+
+
+def made(width: Any, factor: float = 1.0, **own: Any) -> Objective:
     """Return an objective whose class is made in a function, as in a notebook's factory."""
 
     class Made(Objective):
         def data(self) -> Any: ...
-        def metrics(self) -> Any: ...
+        def metrics(self) -> Any:
+            self.cached = 3
+
         def build(self, params: Any, info: Any) -> Any:
             return width * factor
 
@@ -200,7 +243,22 @@ def made(width: int, factor: float = 1.0, **own: Any) -> Objective:
         (made(4, config=Config(1)), made(4, config=Config(2)), ["config"]),
         (made(4, call=lambda x: x + 1), made(4, call=lambda x: x + 2), ["call"]),
         (made(4, config=Config(1), call=lambda x: x + 1), made(4, config=Config(1), call=lambda x: x + 1), []),
-        (made(4, cached=1), made(4), []),
+        (made(4, given=1), made(4), ["given"]),
+        (made(4, cached=torch.ones(2), init=3), made(4), ["init"]),
+        (made(4, cached=torch.ones(2)), made(4, cached=None), []),
+        (made(4, x=torch.ones(2)), made(4, x=torch.ones(2)), []),
+        (made(4, x=torch.ones(2)), made(4, x=torch.tensor([1.0, 2.0])), ["x"]),
+        (made(4, x=torch.ones(2)), made(4, x=torch.ones(2, dtype=torch.bfloat16)), ["x"]),
+        (made(4, x=[np.ones(2)]), made(4, x=[np.zeros(2)]), ["x"]),
+        (made(4, x={"a": np.float32(1)}), made(4, x={"a": np.float32(2)}), ["x"]),
+        (made(4, x={"a", "b", "c"}), made(4, x={"c", "b", "a"}), []),
+        (made(4, x={"a", "b", "c"}), made(4, x={"c", "b", "d"}), ["x"]),
+        (made(4, x=weights(1.0)), made(4, x=weights(1.0)), []),
+        (made(4, x=weights(1.0)), made(4, x=weights(2.0)), ["x"]),
+        (made(4, x=object()), made(4, x=object()), []),
+        (made(4, x=object()), made(4), ["x"]),
+        (made(4, data=lambda: 1), made(4), ["data"]),
+        (made(torch.ones(2)), made(torch.zeros(2)), ["build: width"]),
     ],
 )
 def test_what_a_factory_or_an_instance_differs_in_is_seen(
@@ -209,10 +267,20 @@ def test_what_a_factory_or_an_instance_differs_in_is_seen(
     assert other_values(held(after), held(before)) == names
 
 
-def test_what_cannot_be_looked_at_is_not_held() -> None:
+def test_of_what_cannot_be_looked_into_the_type_is_held() -> None:
     itself: list[Any] = []
-    itself.append(itself)
-    assert "itself" not in held(made(4, itself=itself))
+    itself += [itself, object()] * 50
+    one, other = held(made(4, x=itself)), held(made(4, x=[0] * 200_000))
+    assert other_values(one, held(made(4, x=itself))) == []
+    assert other_values(one, other) == other_values(held(made(4, x=3)), one) == ["x"]
+
+
+def test_what_an_earlier_version_held_is_compared_as_it_was() -> None:
+    before = {"size": digest("4"), "names": digest("['a']")}  # plain values only, and without marks
+    for now in (made(4, size=4, names=["a"], more=1, x=torch.ones(2)), made(4, size=4)):
+        assert other_values(held(now), before) == []
+    assert other_values(held(made(4, size=5)), before) == ["size"]
+    assert other_values(held(made(4)), {}) == []
 
 
 def test_workers_cannot_make_what_is_no_options(sized: Any) -> None:
@@ -293,5 +361,5 @@ def test_the_code_of_a_callable_is_that_of_what_it_runs() -> None:
     one, other = (Function(functools.partial(each, shift=1.0)) for each in (of_a_trial, shifted(1.0)))
     assert source_file(one) == Path(__file__) == source_file(Function(Shifted(1.0)))
     assert source_fingerprint(one) == source_fingerprint(Function(of_a_trial)) != source_fingerprint(Function(print))
-    assert held(one).keys() == {"default 1", "shift"}
-    assert held(other)["shift"] == held(one)["shift"]
+    assert names_in(held(one)) == {"default 1", "shift"}
+    assert held(other)[".shift"] == held(one)[".shift"]

@@ -31,7 +31,8 @@ from hpo.search.address import exists, whole_address
 from hpo.search.claim import Claim
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
-from hpo.study.sources import other_values, source_fingerprint
+from hpo.study.held import other_values
+from hpo.study.sources import source_fingerprint
 from hpo.training.stack import Member
 
 BEST = "best.pt"

@@ -17,9 +17,10 @@ from hpo.search.codes import with_code
 from hpo.search.opening import no_study, open_search
 from hpo.search.search import Search
 from hpo.study.data import Data
+from hpo.study.held import other_values
 from hpo.study.leaks import repeated, telling
 from hpo.study.objective import Objective
-from hpo.study.sources import digest, file_fingerprint, other_values, source_fingerprint
+from hpo.study.sources import digest, file_fingerprint, source_fingerprint
 from hpo.study.table_text import listed
 from hpo.training.torch_settings import torch_settings
 

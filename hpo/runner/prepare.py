@@ -21,12 +21,13 @@ from hpo.runner.matching import faults_with, goals_of, of_one_network, stop_faul
 from hpo.runner.params import space_of
 from hpo.search.samplers import make_pruner, make_sampler, trials_of
 from hpo.study import loading as objectives
-from hpo.study import sources
 from hpo.study.checking import defaults_of
 from hpo.study.data import Data, DataInfo
 from hpo.study.document import Document, of_values
 from hpo.study.draft import Draft, draft_of, read
+from hpo.study.held import held
 from hpo.study.objective import Function, Objective
+from hpo.study.sources import source_file
 from hpo.study.space import Space
 from hpo.study.spec import Plugin, StudySpec
 from hpo.study.trust import unnamed_code
@@ -55,7 +56,7 @@ class Plan:
     """The other metrics, each with whether more of it is better."""
     device: torch.device
     held: Mapping[str, str]
-    """Digests of the plain values that the objective holds when the study starts (`hpo.study.sources.held`)."""
+    """Digests of the plain values that the objective holds when the study starts (`hpo.study.held`)."""
     by_program: bool
     """Whether a program gave the objective itself, which may hold others than one that is found by its name."""
     made: float = field(default_factory=time.monotonic)
@@ -116,7 +117,7 @@ class Plan:
     @property
     def source_file(self) -> Path | None:
         """The file that the objective is written in; None: a notebook's cell, or a callable object."""
-        return sources.source_file(self.given)
+        return source_file(self.given)
 
     def task(self, info: DataInfo, n_rows: int) -> Task:
         """Return what the members of this study share, when they are trained on so many rows."""
@@ -220,7 +221,7 @@ def _check(draft: Draft, spec: StudySpec, folder: Path, given: Given | None) -> 
         maximize=maximize,
         others=dict(others),
         device=device,
-        held=sources.held(objective),
+        held=held(objective),
         by_program=given is not None,
     ), faults
 

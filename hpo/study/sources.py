@@ -1,4 +1,4 @@
-"""What an objective is written in: its files, or a notebook's cells, as a fingerprint; and what it holds."""
+"""What an objective is written in: its files, or a notebook's cells, as a fingerprint."""
 
 import ast
 import functools
@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -75,7 +75,7 @@ class _Sources:
             within = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
             if isinstance(within, types.FunctionType | type):
                 self.add(within)
-            elif not name.startswith("__") and _is_plain(value):
+            elif not name.startswith("__") and is_plain(value):
                 self.texts.append(f"{name}={value!r}")
         for base in cls.__bases__:
             self.add(base)
@@ -84,28 +84,28 @@ class _Sources:
         try:
             self.texts.append(inspect.getsource(function))
         except (OSError, TypeError):  # it was compiled from a text that is gone
-            self.texts.append(_code_text(function))
-        names = {name for each in _codes(function.__code__) for name in each.co_names}
+            self.texts.append(code_text(function))
+        names = {name for each in codes_of(function.__code__) for name in each.co_names}
         for name in sorted(names & function.__globals__.keys()):
             value = function.__globals__[name]
             if isinstance(value, types.FunctionType | type):
                 self.add(value)
-            elif _is_plain(value):
+            elif is_plain(value):
                 self.texts.append(f"{name}={value!r}")
-        for name, value in _closed_over(function).items():
+        for name, value in closed_over(function).items():
             if isinstance(value, types.FunctionType | type):
                 self.add(value)
-            elif _is_plain(value):
+            elif is_plain(value):
                 self.texts.append(f"{name}={value!r}")
 
 
-def _code_text(function: types.FunctionType) -> str:
+def code_text(function: types.FunctionType) -> str:
     """Return what a function does, as text."""
-    codes = _codes(function.__code__)
-    return " ".join(f"{c.co_code.hex()} {c.co_names} {list(filter(_is_plain, c.co_consts))}" for c in codes)
+    codes = codes_of(function.__code__)
+    return " ".join(f"{c.co_code.hex()} {c.co_names} {list(filter(is_plain, c.co_consts))}" for c in codes)
 
 
-def _closed_over(function: types.FunctionType) -> dict[str, Any]:
+def closed_over(function: types.FunctionType) -> dict[str, Any]:
     """Return what a function closes over, by name; of a method not its own class."""
     found = {}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
@@ -114,32 +114,12 @@ def _closed_over(function: types.FunctionType) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name != "__class__"}
 
 
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+def codes_of(code: types.CodeType) -> Iterator[types.CodeType]:
+    """Give a code, and those of the functions within it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
-
-
-def held(objective: Objective | Function) -> dict[str, str]:
-    """Return digests of the plain values and functions that an objective and its class hold, by their names.
-
-    An instance that a program made may hold others than one that is made by its class and its options. So may a class
-    that is made in a function: what its methods close over is among them. Digests, since a value may be a password.
-    """
-    if isinstance(objective, Function):
-        return _digests(_held_by(objective.call))
-    several: dict[str, Any] = {}
-    for cls in reversed(type(objective).__mro__):
-        if issubclass(cls, Objective) and cls is not Objective:
-            several |= vars(cls)
-    for name, value in list(several.items()):
-        if isinstance(value, types.FunctionType):
-            several |= {f"{name}: {key}": each for key, each in _closed_over(value).items()}
-            del several[name]  # its code is a part of the source
-    several |= vars(objective)
-    several.pop("options", None)  # they are a part of the study
-    return _digests(several)
+            yield from codes_of(constant)
 
 
 def called(call: Any) -> Any:
@@ -151,45 +131,12 @@ def called(call: Any) -> Any:
     return call if isinstance(call, types.FunctionType | type) else type(call)
 
 
-def _held_by(call: Any) -> dict[str, Any]:
-    """Return what a callable has beside its code, by name: arguments that are given, an object's attributes, defaults,
-    what it closes over."""
-    if isinstance(call, functools.partial):
-        given = {f"argument {place}": value for place, value in enumerate(call.args, 1)}
-        return {**_held_by(call.func), **given, **call.keywords}
-    if isinstance(call, types.MethodType):
-        return {**_held_by(call.__func__), **getattr(call.__self__, "__dict__", {})}
-    if not isinstance(call, types.FunctionType):
-        return dict(getattr(call, "__dict__", {}))
-    defaults = {f"default {place}": value for place, value in enumerate(call.__defaults__ or (), 1)}
-    return {**defaults, **(call.__kwdefaults__ or {}), **_closed_over(call)}
-
-
-def _digests(several: Mapping[str, Any]) -> dict[str, str]:
-    texts = {name: _text_of(value) for name, value in several.items() if not name.startswith("__")}
-    return {name: digest(text) for name, text in texts.items() if text is not None}
-
-
-def _text_of(value: Any) -> str | None:
-    try:
-        if isinstance(value, types.FunctionType):
-            return _code_text(value) + repr({key: x for key, x in _closed_over(value).items() if _is_plain(x)})
-        return repr(value) if _is_plain(value) else None
-    except Exception:  # of a `__repr__` of its own, or of a list that holds itself
-        return None
-
-
 def digest(text: str) -> str:
     """Return the first 16 hex digits of a text's SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def other_values(objective: Mapping[str, str], before: Mapping[str, str]) -> list[str]:
-    """Return the names of what is something else than `before`; what was not there, or is no more, may be a cache."""
-    return sorted(name for name in objective.keys() & before.keys() if objective[name] != before[name])
-
-
-def _is_plain(value: Any, depth: int = 0) -> bool:
+def is_plain(value: Any, depth: int = 0) -> bool:
     """Whether a value's `repr` says all of it; one that holds itself is none."""
     if type(value) in _PLAIN:
         return True
@@ -202,7 +149,7 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
         parts = [getattr(value, each.name, None) for each in fields(value)]
     else:
         return False
-    return depth < _DEEPEST and len(parts) <= _MOST and all(_is_plain(each, depth + 1) for each in parts)
+    return depth < _DEEPEST and len(parts) <= _MOST and all(is_plain(each, depth + 1) for each in parts)
 
 
 def file_fingerprint(objective: Objective | Function) -> str:
