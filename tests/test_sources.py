@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -265,6 +266,18 @@ def test_what_a_factory_or_an_instance_differs_in_is_seen(
     before: Objective, after: Objective, names: list[str]
 ) -> None:
     assert other_values(held(after), held(before)) == names
+
+
+def test_the_numbers_of_a_module_that_a_function_reads_are_held() -> None:
+    def of(**values: Any) -> dict[str, str]:
+        names = {"math": math, "f": len, "told": [], "n": 0, **values}
+        exec("def read(trial):\n global n\n n += 1\n told.append(f(x) + w * math.pi)", names)
+        return held(Function(names["read"]))
+
+    assert names_in(of(x="a", w=2)) == {"global x", "global w"}
+    assert other_values(of(x="a", w=torch.ones(2)), of(x="b", w=torch.ones(2))) == ["global x"]
+    assert other_values(of(x="a", w=torch.ones(2)), of(x="a", w=torch.zeros(2))) == ["global w"]
+    assert other_values(of(x="a", w=1, told=[1], n=3), of(x="a", w=1)) == []
 
 
 def test_of_what_cannot_be_looked_into_the_type_is_held() -> None:

@@ -94,15 +94,16 @@ def _stored(function: types.FunctionType, operation: str) -> set[str]:
 
 
 def _globals_of(function: types.FunctionType) -> dict[str, Any]:
-    """Return the numbers and texts of its module that a function reads, by name, and does not set itself."""
+    """Return the numbers, texts and arrays of its module that a function reads, by name, and does not set itself."""
     names = {name for code in codes_of(function.__code__) for name in code.co_names}
     found = {name: function.__globals__.get(name) for name in names - _stored(function, "STORE_GLOBAL")}
-    return {f"global {name}": x for name, x in found.items() if type(x) in (bool, int, float, str)}
+    kinds = (bool, int, float, str, torch.Tensor, np.ndarray)  # a list or a dict may be a cache
+    return {f"global {name}": x for name, x in found.items() if isinstance(x, kinds)}
 
 
 def _held_by(call: Any) -> dict[str, Any]:
     """Return what a callable has beside its code, by name: arguments that are given, an object's attributes, defaults,
-    what it closes over, numbers and texts of its module."""
+    what it closes over, numbers, texts and arrays of its module."""
     if isinstance(call, functools.partial):
         given = {f"argument {place}": value for place, value in enumerate(call.args, 1)}
         return {**_held_by(call.func), **given, **call.keywords}
