@@ -157,6 +157,46 @@ def test_what_is_hardly_meant_is_said_with_what_to_do(planned, name, end, said):
         assert said in warnings[0]
 
 
+SEARCHED = "{label_smoothing: {type: float, low: 0.0, high: 0.5}}"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (
+            "metric: loss\nparams: {loss: {type: categorical, choices: [cross_entropy, nll]}}",
+            "metric: loss: objective odd.py:Smooth computes it by loss, ",
+        ),
+        ("metric: loss\nparams: SEARCHED", "it by label_smoothing, which "),
+        ("metric: loss\nparams: {label_smoothing: 0.1, weight_decay: {type: float, low: 0.0, high: 0.5}}", None),
+        ("metric: m\nparams: SEARCHED", None),
+        (
+            "metric: m\nconstraints: {loss: '<= 1'}\nparams: SEARCHED",
+            "constraints: loss: objective odd.py:Smooth computes it by label_smoothing, which the study searches: "
+            "losses of trials that differ there do not compare, and the smallest may be of the worse network; take "
+            "another metric (m), or fix label_smoothing",
+        ),
+        ("metric: [m, loss]\nparams: SEARCHED", "metric: loss: objective "),
+    ],
+)
+def test_a_loss_that_the_searched_params_change_compares_no_trials(tmp_path, planned, more, said):
+    (tmp_path / "odd.py").write_text(
+        f"{OBJECTIVE}\n\nclass Smooth(hpo.Objective):\n    data, targets, build = Odd.data, Odd.targets, Odd.build\n"
+        "    metrics, head = Odd.metrics, lambda self: nn.Softmax(dim=-1)\n"
+        "    defaults = {'end': 'plain', 'with': 'cross_entropy', 'loss': 'cross_entropy', 'label_smoothing': 0.0}\n"
+        "    space = Odd.space\n"
+    )
+    name = tmp_path / "study.yaml"
+    name.write_text(
+        f"objective: odd.py:Smooth\ntracking: off\ntrials: 1\nepochs: 1\n{more.replace('SEARCHED', SEARCHED)}\n"
+    )
+    plan = prepare(name)
+    _, warnings = preflight(plan, plan.load_data())
+    assert len(warnings) == (said is not None)
+    if said:
+        assert said in warnings[0]
+
+
 def test_check_and_the_first_run_say_it_once(planned, said):
     planned("Ce", "softmax")
     for command, times in ((["check"], 1), (["run"], 2), (["run", "--trials", "2"], 2)):

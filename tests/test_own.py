@@ -279,6 +279,15 @@ class Own("""
 class TestFunction:
     TEXT = "objective: f.py:f\ntrials: 12\npruner: {name: median, n_startup_trials: 3, n_warmup_steps: 0}\n"
 
+    @pytest.mark.filterwarnings("ignore:Fixed parameter")
+    def test_a_start_that_it_does_not_ask_for_is_said(self, study, said):
+        study(self.TEXT + "start_with: [{x: 7000.0}, {zz: 1}, {x: 2.5}]\n")
+        lines = [line for line in said if line.startswith("start_with: ")]
+        assert lines[0].startswith("start_with: trial 0 has x = 7000.0, but the function asks for FloatDistribution(")
+        assert lines[1:] == [
+            "start_with: trial 1 has zz = 1, which the function does not ask for: it is without effect"
+        ]
+
     def test_it_runs_as_it_is_with_pruning_tracking_and_an_exact_budget(self, study, tmp_path):
         result = summary(study(self.TEXT + "start_with: [{x: 2.5}]\n"))
         assert result["trials"]["complete"] + result["trials"]["pruned"] == 12

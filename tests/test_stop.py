@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+import warnings
 from datetime import datetime, timedelta
 
+import optuna
 import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
@@ -259,6 +261,20 @@ class TestTerminators:
     def test_best_value_stagnation_is_optunas_thirty_trials(self):
         rules, trials = self.rules("best_value_stagnation"), complete([0.1, *[0.9] * 49])
         assert next(i for i in range(51) if rules.ask(trials[:i]) is not None) == 32
+
+    def test_it_is_asked_at_every_trial(self):
+        """Optuna's own Terminator, asked after each, ends at the same trial."""
+        values = [0.9, 0.8, 0.1, *[0.5] * 60]
+        rules, trials = self.rules("best_value_stagnation"), complete(values)
+        study = optuna.create_study()
+        with warnings.catch_warnings(action="ignore"):
+            terminator = optuna.terminator.Terminator(optuna.terminator.BestValueStagnationEvaluator())
+            for n in range(len(values)):
+                study.add_trial(trials[n])
+                if n >= 20 and terminator.should_terminate(study):
+                    break
+        asked = [rules.ask(trials[: i + 1]) is not None for i in range(n + 1)]
+        assert asked.index(True) == n == 33
 
     def test_one_that_fails_costs_no_study(self, monkeypatch):
         monkeypatch.setattr("hpo.search.stop._terminator", lambda name, seed: Answers(ValueError("singular"), []))

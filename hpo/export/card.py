@@ -10,6 +10,12 @@ _OUTPUTS = {
     "labels": "for each class the probability that the row has it, beside others or none",
     "numbers": "numbers",
 }
+_OF_SECOND = {
+    "probabilities": "the probability that it is {second}",
+    "logits": "the logit of {second}; `hpo predict` turns it into a probability",
+    "scores": "a score: above 0 it is {second}; no probability",
+}
+"""Of two classes a model may give one number a row."""
 
 
 def card(about: Mapping[str, Any]) -> str:
@@ -56,7 +62,11 @@ def _cell(text: str) -> str:
 
 def _outputs(about: Mapping[str, Any]) -> list[str]:
     classes = ", ".join(map(str, about["class_names"]))
-    given = f"For each row: {_OUTPUTS[about['output']['values']]}."
+    kind, shape = about["output"]["values"], about["output"].get("shape", ())
+    if kind in _OF_SECOND and len(about["class_names"]) == 2 and (len(shape) < 2 or shape[-1] == 1):
+        first, second = about["class_names"]
+        return [f"For each row one number: {_OF_SECOND[kind].format(second=second)}. The other class is {first}."]
+    given = f"For each row: {_OUTPUTS[kind]}."
     return [f"{given} The classes, in order: {classes}." if classes else given]
 
 

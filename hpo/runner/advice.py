@@ -34,6 +34,47 @@ _RESHAPES = (
 
 def advice(plan: Plan, outputs: Any, batch: Split, params: Params) -> list[str]:
     """Return what to say of a network's `outputs` of `batch`, with their graph, and of the loss that they are given."""
+    return _incomparable(plan, outputs, batch, params) + _logits_advice(plan, outputs, batch, params)
+
+
+def _incomparable(plan: Plan, outputs: Any, batch: Split, params: Params) -> list[str]:
+    """Return what to say of a study that compares its trials by their losses, which differ in what they compute."""
+    if "loss" not in (plan.metric, *plan.measured):
+        return []
+    read = _Read(params)
+    with torch.no_grad():
+        plan.objective.loss(outputs, batch.targets, read)
+    names = [name for name in plan.space.searched(params) if name in read.names]
+    if not names:
+        return []
+    key = "constraints" if plan.metric != "loss" and "loss" in plan.spec.constraints else "metric"
+    several = ", ".join(name for name in plan.objective.metrics() if name != "loss")
+    return [
+        f"{key}: loss: objective {plan.spec.objective} computes it by {', '.join(names)}, which the study searches: "
+        "losses of trials that differ there do not compare, and the smallest may be of the worse network; take another "
+        f"metric"
+        f"{f' ({several})' if several else ''}, or fix {', '.join(names)}"
+    ]
+
+
+class _Read(dict[str, Any]):
+    """Params that keep the names of those that were read."""
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self.names: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names.add(name)
+        return super().get(name, default)
+
+
+def _logits_advice(plan: Plan, outputs: Any, batch: Split, params: Params) -> list[str]:
+    """Return what to say of logits and probabilities: of a loss of those given these, of a head that lacks."""
     loss = _logits_loss(plan, outputs, batch, params)
     if loss is None:
         return head_advice(plan, outputs) if not link_of(plan.objective, outputs, batch.targets, params) else []

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from optuna import TrialPruned
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial
 
 from hpo.errors import InputError
+from hpo.log import log
 from hpo.search import schema
 from hpo.search.front import alone
 
@@ -106,6 +108,7 @@ class ClaimedTrial(Trial):
                     "study file when the search is to end: `stop: {no_gain: 20}`, `timeout` or `trials`"
                 ) from error
             raise
+        self._see_fixed()
         try:
             return self.params, _numbers(value, names)
         except (TypeError, ValueError, OverflowError):
@@ -113,6 +116,26 @@ class ClaimedTrial(Trial):
             if len(names) == 1 and isinstance(value, list | tuple) and len(value) > 1:
                 what += " (of several metrics: name them in the study file, `metric: [a, b]`)"
             raise InputError(f"objective {objective}: must return {what}, but returned {value!r:.100}") from None
+
+    def _see_fixed(self) -> None:
+        """Say so where `start_with` has what the function does not ask for, or asks for within other bounds."""
+        for name, value in self._cached_frozen_trial.system_attrs.get(schema.FIXED_PARAMS, {}).items():
+            what = f"start_with: trial {self.number} has {name} = {value!r}"
+            if name not in self.params:
+                log.warning(f"{what}, which the function does not ask for: it is without effect")
+            elif not _has(self.distributions[name], value):
+                log.warning(
+                    f"{what}, but the function asks for {self.distributions[name]}: the trial counts as any other; "
+                    "correct the entry or the function"
+                )
+
+
+def _has(asked: BaseDistribution, value: Any) -> bool:
+    """Whether a value is one of those that were asked for."""
+    if isinstance(asked, CategoricalDistribution):
+        return value in asked.choices
+    assert isinstance(asked, FloatDistribution | IntDistribution)
+    return bool(asked.low <= value <= asked.high)
 
 
 def _numbers(value: Any, names: Sequence[str]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import optuna
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.errors import masked
@@ -25,7 +26,8 @@ from hpo.study.spec import StudySpec
 from hpo.study.spec_parts import TERMINATORS, Stop
 
 _EVERY = 5
-"""A terminator is asked once so many more trials are complete, or a tenth more of many: it fits a Gaussian process."""
+"""A terminator that fits a Gaussian process is asked once so many more trials are complete, or a tenth more of many."""
+_STAGNATION = "best_value_stagnation"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,13 +143,21 @@ class StopRules:
             self._terminator = _terminator(stop.terminator, derive(self._spec.seed, "terminator", 0))
         try:
             with _quiet():
-                if self._terminator.should_terminate(_study_of(complete, maximize=self._maximize)):
+                if self._holds(stop.terminator, complete):
                     after = f"after {len(complete)} complete trials"
                     return "terminator", f"Optuna's terminator {stop.terminator} expects nothing more of it, {after}"
         except Exception as error:  # Optuna's own, on trials that it was not made for: no reason to stop a study
             log.warning(f"stop.terminator: {stop.terminator} could not be asked ({type(error).__name__}: {error})")
-        self._ask_at = len(complete) + max(_EVERY, len(complete) // 10)
+        self._ask_at = len(complete) + (1 if stop.terminator == _STAGNATION else max(_EVERY, len(complete) // 10))
         return None
+
+    def _holds(self, name: str, complete: Sequence[FrozenTrial]) -> bool:
+        """Whether Optuna's terminator expects nothing more."""
+        if name != _STAGNATION:
+            return bool(self._terminator.should_terminate(_study_of(complete, maximize=self._maximize)))
+        direction = StudyDirection.MAXIMIZE if self._maximize else StudyDirection.MINIMIZE
+        left = self._terminator.evaluate(sorted(complete, key=lambda trial: trial.number), direction)
+        return bool(left < 0)  # as Optuna's `Terminator` has it, without a study made of the trials at each of them
 
     def _best(self, ended: Sequence[FrozenTrial]) -> FrozenTrial | None:
         complete = list(filter(_counts, ended))
@@ -171,8 +181,8 @@ def _terminator(name: str, seed: int) -> Any:
     from optuna import terminator as of
 
     with _quiet():
-        if name == "best_value_stagnation":
-            return of.Terminator(of.BestValueStagnationEvaluator())
+        if name == _STAGNATION:
+            return of.BestValueStagnationEvaluator()
         make = {"regret_bound": of.RegretBoundEvaluator, "emmr": of.EMMREvaluator}[name]
         evaluator = make(seed=seed % 2**32)
         return of.Terminator(evaluator, of.MedianErrorEvaluator(evaluator))

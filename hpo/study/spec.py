@@ -151,10 +151,10 @@ class StudySpec(Frozen):
     Values: `false`, or a mapping of its keys. Default: `false`.
     Example: `stop: {no_gain: 30, target: 0.98}`
     """
-    seed: int = Field(default=42, ge=0)
+    seed: int = Field(default=42, ge=0, lt=1 << 32)
     """What every random stream of the study follows from: weights, order of rows, dropout, sampler.
 
-    Values: a whole number of at least 0. Default: `42`.
+    Values: a whole number from 0 to 4294967295. Default: `42`.
     Example: `seed: 7`
     """
     sampler: Annotated[Plugin, BeforeValidator(named), one_of(SAMPLERS)] = Plugin(name="tpe")
