@@ -70,9 +70,8 @@ class Opener:
     def __init__(self, folder):
         self._folder, self._searches = folder, []
 
-    def __call__(
-        self, params=PARAMS, maximize=True, others=None, defaults=None, make=True, wait=False, clock=SYSTEM, **keys
-    ):
+    def __call__(self, params=PARAMS, maximize=True, others=None, defaults=None, clock=SYSTEM, **keys):
+        opening = {name: keys.pop(name) for name in ("make", "train", "wait") if name in keys}
         keys = {
             "name": "s",
             "objective": "o",
@@ -85,7 +84,7 @@ class Opener:
         space, faults = build({name: parse_param(entry) for name, entry in params.items()}, spec.start_with)
         assert not faults
         ways = {"maximize": maximize, "others": others, "defaults": defaults}
-        search = open_search(spec, space, "accuracy", **ways, make=make, wait=wait, clock=clock)
+        search = open_search(spec, space, "accuracy", **ways, **opening, clock=clock)
         if search is not None:
             self._searches.append(search)
         return search

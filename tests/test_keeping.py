@@ -20,7 +20,7 @@ from hpo.runner import keeping
 from hpo.runner.refit import bundle_folder
 from hpo.search import lease, schema
 from hpo.search.budget import leases_in
-from hpo.search.lease import working
+from hpo.search.lease import at_work, working
 from hpo.search.named import named, require_name
 from hpo.search.storage import close_storage, exclusive, open_storage
 from hpo.search.whole import renaming
@@ -183,6 +183,23 @@ def test_a_study_that_workers_train_is_not_renamed_or_deleted(opener: Opener, tm
     assert summary(invoke("studies", "--storage", url, "--json"))["studies"][0]["state"] == "running"
     assert f"deleted: study s in {url}" in invoke("delete", "s", "--yes", "--force", "--storage", url)
     assert "no studies in" in invoke("studies", "--storage", url)
+
+
+def test_nor_is_one_that_a_process_has_opened_to_train_it(
+    opener: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its data may take long to load. A run trained under the new name, and wrote where another of its name did."""
+    url, me = f"sqlite:///{tmp_path}/s.db", lease.this_process()
+    other = f"{me.rpartition('-')[0]}-{os.getppid()}"
+    monkeypatch.setattr(lease, "this_process", lambda: other)
+    search = opener(train=True)
+    monkeypatch.setattr(lease, "this_process", lambda: me)
+    for arguments in (["rename", "s", "t"], ["delete", "s", "--yes"]):
+        assert f"is being trained:\n  {other}, whose lease holds until " in refused(*arguments, "--storage", url)
+    attrs = search.storage.get_study_system_attrs(search.study._study_id)
+    assert at_work([], attrs, 60.0, time.time() + 20) == {}, "it does not renew its lease"
+    monkeypatch.setattr(lease, "is_gone", lambda worker: worker == other)
+    assert "is t now" in invoke("rename", "s", "t", "--storage", url)
 
 
 def test_who_works_on_a_study(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,7 +172,7 @@ def test_a_worker_has_one_lease_however_many_trials_it_holds(opened):
     assert len(set(ids[:3])) == 1
     assert first._reader.leases() == dict.fromkeys(ids, time.clock.now() + GRACE)
     time.move(GRACE)  # nobody renews the first one's
-    second._lease.renew()
+    second.lease.renew()
     second.repair()
     assert sorted(ended.number for ended in second.drain_lost()) == numbers
     assert stored(second, other).state == TrialState.RUNNING
@@ -190,7 +190,7 @@ def test_the_time_of_a_trial_that_a_peer_ended_is_up_to_its_lease(opened):
     time.move(0.75 * GRACE)
     assert alive.ask() is not None
     assert stored(alive, number).system_attrs[schema.LEASE] == elsewhere | {"until": until}
-    dead._lease.renew()  # it was cut off only: what it does later changes nothing
+    dead.lease.renew()  # it was cut off only: what it does later changes nothing
     assert held_until(stored(alive, number), alive._reader.leases()) == until
 
 
@@ -212,11 +212,11 @@ def test_a_lease_is_renewed_even_after_an_error(opened, monkeypatch):
     monkeypatch.setattr(search.storage.inner, "set_study_system_attr", fails_twice)
     for _ in range(2):
         time.move(GRACE / 4)
-        search._lease.renew()
+        search.lease.renew()
         assert until() == [first]
-    assert search._lease.failed_at == time.clock.monotonic()
+    assert search.lease.failed_at == time.clock.monotonic()
     time.move(GRACE / 4)
-    search._lease.renew()
+    search.lease.renew()
     assert until() == [first + 0.75 * GRACE]
 
 
@@ -287,6 +287,6 @@ def test_a_claim_that_is_lost_inside_ask_is_let_go(opened, monkeypatch, moment):
     abandon(peer, lost.number, worker="elsewhere-1-1")
     slow.repair()
     time.move(0.75 * GRACE)
-    slow._lease.renew()
+    slow.lease.renew()
     slow.repair()
     assert [ended.number for ended in slow.drain_lost()] == [lost.number]

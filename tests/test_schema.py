@@ -35,6 +35,7 @@ STORED = {
     "TRACKED": "hpo:tracked",
     "OWN_RUNS": "hpo:own_runs",
     "WORKER_LEASE": "hpo:lease:",
+    "OPENED": "hpo:opened:",
     "SLOT": "place",
     "SEED": "seed",
     "START_WITH": "start_with",

@@ -21,8 +21,8 @@ from hpo.export.files import FILES, MORE_FILES
 from hpo.log import log
 from hpo.search import schema
 from hpo.search.address import exists
-from hpo.search.budget import leases_in, wrong_row
-from hpo.search.lease import working
+from hpo.search.budget import wrong_row
+from hpo.search.lease import at_work
 from hpo.search.named import Named, StoredStudy, found, opened, require_name, stored_spec
 from hpo.search.retrying import RetryingStorage, locked
 from hpo.search.whole import delete as delete_study
@@ -151,7 +151,7 @@ def _unsent(spec: StudySpec, making: Any) -> Iterator[Path]:
 def require_idle(storage: RetryingStorage, study: StoredStudy, url: str) -> None:
     """Raise InputError where workers train the study; it says which, and until when their leases hold."""
     trials = [t for t in storage.get_all_trials(study._study_id, deepcopy=False) if wrong_row(t) is None]
-    held = working(trials, leases_in(study.system_attrs), stored_spec(study, url).grace, time.time())
+    held = at_work(trials, study.system_attrs, stored_spec(study, url).grace, time.time())
     if held:
         at = {worker: f"{datetime.fromtimestamp(until):%H:%M:%S}" for worker, until in held.items()}
         lines = (f"\n  {worker}, whose lease holds until {until}" for worker, until in at.items())

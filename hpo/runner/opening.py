@@ -42,7 +42,7 @@ def torch_set(plan: Plan) -> Iterator[None]:
         yield
 
 
-def open_study(plan: Plan, *, make: bool = True, wait: bool = False) -> Search | None:
+def open_study(plan: Plan, *, make: bool = True, train: bool = False, wait: bool = False) -> Search | None:
     """Return the study in its storage, made if it is not there (None with `make=False`); see `open_search`."""
     return open_search(
         plan.spec,
@@ -53,13 +53,14 @@ def open_study(plan: Plan, *, make: bool = True, wait: bool = False) -> Search |
         options=plan.options,
         defaults=plan.option_defaults,
         make=make,
+        train=train,
         wait=wait,
     )
 
 
 def open_or_make(plan: Plan, *, wait: bool = False) -> Search:
-    """Return the study in its storage, made if it is not there."""
-    search = open_study(plan, wait=wait)
+    """Return the study in its storage, made if it is not there, to train it: nobody renames or deletes it meanwhile."""
+    search = open_study(plan, train=True, wait=wait)
     assert search is not None
     return search
 

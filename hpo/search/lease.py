@@ -9,6 +9,7 @@ import math
 import secrets
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from optuna.storages import BaseStorage, RDBStorage
@@ -16,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.processes import is_gone, this_process
 from hpo.search import schema
-from hpo.search.budget import held_until, lease_of, utc, worker_of
+from hpo.search.budget import held_until, lease_of, leases_in, utc, worker_of
 from hpo.search.clock import SYSTEM, Clock
 
 JUST_NOW = 10.0
@@ -69,14 +70,27 @@ class LeaseKeeper:
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
+    def announce(self) -> None:
+        """Say that this process has the study open to train it, before its first trial: data may take long to load.
+
+        What cannot be written now is left out: it only keeps others from renaming or deleting the study.
+        """
+        with suppress(Exception):
+            self._storage.set_study_system_attr(self._study_id, schema.OPENED + self._id, this_process())
+        self.renew()
+        self._start()
+
     def lease(self, attempt: int) -> Mapping[str, Any]:
         """Return what is to be written of a trial that this worker claims (schema.LEASE). Raises as it does."""
         if self._until - self._clock.now() < self._grace / 2:  # not held yet, or not renewed for long
             self._renew()
+        self._start()
+        return {schema.LEASE_WORKER: this_process(), schema.LEASE_ID: self._id, schema.LEASE_ATTEMPT: attempt}
+
+    def _start(self) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="hpo-lease", daemon=True)
             self._thread.start()
-        return {schema.LEASE_WORKER: this_process(), schema.LEASE_ID: self._id, schema.LEASE_ATTEMPT: attempt}
 
     def stop(self) -> None:
         """Stop renewing the lease."""
@@ -121,4 +135,19 @@ def working(trials: Sequence[FrozenTrial], leases: Mapping[str, float], grace: f
         renews = worker != this_process() and until - now > _RENEWED * grace
         if renews or (running and until >= now):
             held[worker] = max(until, held.get(worker, until))
+    return held
+
+
+def at_work(trials: Sequence[FrozenTrial], attrs: Mapping[str, Any], grace: float, now: float) -> dict[str, float]:
+    """Return what `working` does, and those processes that have opened the study to train it and have no trial yet.
+
+    `attrs` are the study's `system_attrs`.
+    """
+    leases = leases_in(attrs)
+    held = working(trials, leases, grace, now)
+    for key, worker in attrs.items():
+        if key.startswith(schema.OPENED) and isinstance(worker, str) and worker != this_process():
+            until = leases.get(key.removeprefix(schema.OPENED), -math.inf)
+            if until - now > _RENEWED * grace and not is_gone(worker):
+                held[worker] = max(until, held.get(worker, until))
     return held

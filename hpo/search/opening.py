@@ -44,6 +44,7 @@ def open_search(
     options: Mapping[str, Any] | None = None,
     defaults: Mapping[str, Any] | None = None,
     make: bool = True,
+    train: bool = False,
     wait: bool = False,
     clock: Clock = SYSTEM,
 ) -> Search | None:
@@ -67,9 +68,11 @@ def open_search(
         with locked(storage, spec.storage):
             found = _find(spec, storage, wanted, defaults or {}, directions[0])
             study = _make(spec, space, storage, wanted, directions) if found or make else None
-        if study is None:
+            search = None if study is None else Search(study, storage, spec, space, metric, clock)
+            if search is not None and train:
+                search.lease.announce()  # within the lock: nobody may take its name away before
+        if search is None:
             return None
-        search = Search(study, storage, spec, space, metric, clock)
         unless_opened.pop_all()
     return search
 

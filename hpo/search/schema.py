@@ -61,6 +61,9 @@ WORKER_LEASE = "hpo:lease:"
 """With a lease's id behind it: until when that worker's trials are its own unless it is renewed, in seconds since 1970
 by the worker's clock (`hpo.search.lease`)."""
 
+OPENED = "hpo:opened:"
+"""With a lease's id behind it: the process that has opened the study to train it, before it has its first trial."""
+
 # Attributes of a trial (`user_attrs`).
 
 SLOT = "place"

@@ -59,9 +59,9 @@ class Search:
         self._elsewhere: set[int] = set()
         """The trials that turned out to be ended by a peer."""
         self._seen: StudyView | None = None
-        self._lease = LeaseKeeper(storage.inner, study_id, spec.grace, clock)
+        self.lease = LeaseKeeper(storage.inner, study_id, spec.grace, clock)
         self._reader = TrialReader(storage, study_id, spec)
-        self._queue = Queue(study, storage, spec, space, self._reader, self._lease, self._claimed, clock)
+        self._queue = Queue(study, storage, spec, space, self._reader, self.lease, self._claimed, clock)
 
     @property
     def halving(self) -> Halving | None:
@@ -345,5 +345,5 @@ class Search:
 
     def close(self) -> None:
         """Stop renewing the lease and close the storage."""
-        self._lease.stop()
+        self.lease.stop()
         self.storage.close()
