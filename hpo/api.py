@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from hpo.errors import InputError, masked
@@ -204,10 +205,10 @@ def _of_objective(given: Given, overrides: Mapping[str, Any], alone: bool) -> di
     name: str = getattr(what, "__name__", called(what).__name__)
     reference, can_import = _reference(what, name)
     if not alone and not can_import:
-        raise InputError(
-            f"{name} was defined in a notebook or within a function, which no worker can import; save it in a file, "
-            "or run with workers=1"
-        )
+        how = f"is a {type(what).__name__}, not a function or class that a file defines by a name"
+        if isinstance(what, FunctionType | type):
+            how = "was defined in a notebook or within a function"
+        raise InputError(f"{name} {how}, so no worker can import it; save it in a file so, or run with workers=1")
     if not alone and isinstance(given, Objective) and (needs := _needs(type(given))):
         raise InputError(
             f"{name}.__init__ takes {needs}, but each worker makes its own {name} by its options; have a dataclass, "

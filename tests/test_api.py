@@ -1,6 +1,7 @@
 """The Python API: frozen, lazy, each name with an example that runs, and the ways in which a study can be named."""
 
 import doctest
+import functools
 import json
 import logging
 import os
@@ -139,6 +140,8 @@ class TestWaysToNameAStudy:
         exec(LINEAR, namespace)
         with pytest.raises(InputError, match="Linear was defined in a notebook"):
             hpo.run(namespace["Linear"], workers=2, **QUICK)
+        with pytest.raises(InputError, match="pow is a partial, not a function or class that a file defines by a name"):
+            hpo.run(functools.partial(pow, exp=2), workers=2)
 
     def test_what_is_resumed(self, linear: Path) -> None:
         hpo.run({"objective": "linear.py"}, **QUICK)
