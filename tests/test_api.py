@@ -140,8 +140,8 @@ class TestWaysToNameAStudy:
         exec(LINEAR, namespace)
         with pytest.raises(InputError, match="Linear was defined in a notebook"):
             hpo.run(namespace["Linear"], workers=2, **QUICK)
-        with pytest.raises(InputError, match="pow is a partial, not a function or class that a file defines by a name"):
-            hpo.run(functools.partial(pow, exp=2), workers=2)
+        with pytest.raises(InputError, match="Study is a partial, not a function or class that a file defines by a"):
+            hpo.run(functools.partial(hpo.Study), workers=2)
 
     def test_what_is_resumed(self, linear: Path) -> None:
         hpo.run({"objective": "linear.py"}, **QUICK)
