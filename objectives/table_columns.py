@@ -15,6 +15,7 @@ from pandas.api import types
 
 from hpo.study.table_amounts import amounts, unit_of
 from hpo.study.table_dates import ISO, described, format_of, is_stored_as_date, moments
+from hpo.study.table_marks import EVERY, are_codes, number_pattern
 from hpo.study.table_text import as_text, listed
 
 Column = Mapping[str, Any]
@@ -56,7 +57,8 @@ def columns_of(frame: pd.DataFrame, keep: Sequence[str], categorical: Sequence[s
     """Return what each column of a table is; the categories of texts, and the parts of dates, as they are in `rows`.
 
     The table's index says which rows of its file these are, from 0 on.
-    Columns in `keep` are no identifiers, and those in `categorical` are categories, whatever they look like.
+    Columns in `keep` are no identifiers, and those in `categorical` are categories, whatever they look like; their
+    numbers are names as they stand there, where the table has them as texts.
     """
     found = Found()
     numbers = set(plain_numbers(frame)) - set(categorical)
@@ -70,7 +72,7 @@ def columns_of(frame: pd.DataFrame, keep: Sequence[str], categorical: Sequence[s
         if name in numbers:
             found.columns.append({"name": name, "kind": "number"})
         elif name in categorical:
-            _take_category(found, name, as_text(frame[name]), rows)
+            _take_category(found, name, as_text(frame[name]), rows, written=_is_text(frame[name]))
         else:
             _look(found, name, frame[name], rows, kept=name in keep)
     return found
@@ -163,7 +165,7 @@ def _look(found: Found, name: str, values: "pd.Series[Any]", rows: np.ndarray, *
         _take_dates(found, name, values, ISO, rows)
         return
     text = as_text(values)
-    plain = types.is_object_dtype(values) or types.is_string_dtype(values)
+    plain = _is_text(values)
     if not plain and not isinstance(values.dtype, pd.CategoricalDtype):
         first = text.dropna().iloc[:1].tolist()
         found.faults[name] = f"holds times ({first[0]!r}); give numbers in their place" if first else "has no values"
@@ -173,7 +175,10 @@ def _look(found: Found, name: str, values: "pd.Series[Any]", rows: np.ndarray, *
         found.dropped[name] = "it has no values"
         return
     if (numbers := pd.to_numeric(known, errors="coerce").notna()).all() and plain:
-        _take_numbers(found, name, values)
+        if are_codes(known):
+            _look_at_codes(found, name, text, rows, kept=kept)
+        else:
+            _take_numbers(found, name, values)
     elif numbers.mean() > 0.5:
         row, value = known[~numbers].index[0] + 1, known[~numbers].iloc[0]
         found.faults[name] = (
@@ -188,6 +193,21 @@ def _look(found: Found, name: str, values: "pd.Series[Any]", rows: np.ndarray, *
         _look_at_text(found, name, text, rows, kept=kept)
 
 
+def _is_text(values: "pd.Series[Any]") -> bool:
+    return types.is_object_dtype(values) or types.is_string_dtype(values)
+
+
+def _look_at_codes(found: Found, name: str, text: "pd.Series[Any]", rows: np.ndarray, *, kept: bool) -> None:
+    n = len(found.columns)
+    _look_at_text(found, name, text, rows, kept=kept)
+    if len(found.columns) > n:
+        example = text[text.str.fullmatch(r"0\d+", na=False)].iloc[0]
+        found.notices.append(
+            f"column {name!r} holds whole numbers with leading zeros ({example!r}), taken as names, each a category; "
+            "if they are amounts, write them without these zeros in the table"
+        )
+
+
 def _look_at_text(found: Found, name: str, text: "pd.Series[Any]", rows: np.ndarray, *, kept: bool) -> None:
     known = text.dropna()
     n = known.nunique()
@@ -197,7 +217,7 @@ def _look_at_text(found: Found, name: str, text: "pd.Series[Any]", rows: np.ndar
         what = "it is an identifier" if n == len(known) and not known.str.contains(r"\s").any() else "it is free text"
         found.dropped[name] = f"{what}, {n} different texts in {len(known)} rows ({known.iloc[0][:40]!r}, ...)"
     else:
-        _take_category(found, name, text, rows)
+        _take_category(found, name, text, rows, written=True)
 
 
 def _take_numbers(found: Found, name: str, values: "pd.Series[Any]") -> None:
@@ -233,12 +253,15 @@ def _take_amounts(found: Found, name: str, text: "pd.Series[Any]", unit: str, de
         )
 
 
-def _take_category(found: Found, name: str, text: "pd.Series[Any]", rows: np.ndarray) -> None:
+def _take_category(found: Found, name: str, text: "pd.Series[Any]", rows: np.ndarray, *, written: bool) -> None:
+    """Note a column of categories; those that are numbers in texts are what is `written`: 007 is not 7."""
     if text.nunique(dropna=False) < 2:
         found.dropped[name] = "it has no values" if text.isna().all() else "it has one value only"
         return
     categories = sorted(text.iloc[rows].dropna().unique())
-    found.columns.append({"name": name, "kind": "category", "categories": categories})
+    are_numbers = written and any(number_pattern(*marks).fullmatch(each) for each in categories for marks in EVERY)
+    as_written = {"written": True} if are_numbers else {}
+    found.columns.append({"name": name, "kind": "category", "categories": categories, **as_written})
 
 
 def _take_dates(found: Found, name: str, values: "pd.Series[Any]", form: str, rows: np.ndarray) -> None:

@@ -3,6 +3,7 @@
 Each column is numbers, dates or categories. What a model was trained on is said in plain values, a mapping for each
 column, so that `encode` makes the same tensors of another table: {"name": "age", "kind": "number"}, or {"name": "city",
 "kind": "category", "categories": ["Basel", "Bern"]}, or of "kind": "date" with the keys of `hpo.study.table_dates`.
+Categories that are numbers in a text file have the key "written": they stay as they are there, and 007 is not 7.
 """
 
 import json
@@ -34,7 +35,8 @@ from hpo.study.blocks import split_by_rows
 from hpo.study.data import Data
 from hpo.study.table_amounts import amounts
 from hpo.study.table_dates import format_of, is_stored_as_date, moments, numbers_of
-from hpo.study.table_text import Marks, as_text, listed
+from hpo.study.table_marks import PLAIN, Marks, are_codes, as_codes, with_point
+from hpo.study.table_text import as_text, listed
 
 Task = Literal["regression", "binary", "multiclass"]
 
@@ -94,12 +96,14 @@ class Table:
 def table_of(options: TableOptions) -> Table:
     """Return the file that the options name as it is learned from. Raises DataError."""
     file, target, impute = options.file, options.target, options.missing == "impute"
-    frame = read_table(file)
+    frame = read_table(file, options.categorical, target)
     _require_named(file, frame, options)
     whole, faults = frame, []
     frame, n_without_target = _with_target(file, frame, target, impute)
-    values, where = _stripped(frame[target]), f"{file}: the target {target!r}"
-    task, names, codes = _understood(where, values, options.task, faults)
+    every_marks: Mapping[str, Marks] = whole.attrs.get(MARKS, {})
+    frame = frame.assign(**{n: _named(frame[n], every_marks.get(n, PLAIN)) for n in options.categorical})
+    where, values = f"{file}: the target {target!r}", _stripped(frame[target])
+    task, names, codes, values = _understood(where, values, every_marks.get(target, PLAIN), options.task, faults)
     rows = rows_of_splits(codes, test=options.test, valid=options.valid, seed=options.seed)
     if task == "regression" and (few := [n for n, part in zip(_PARTS, rows[1:], strict=True) if len(part) < 2]):
         shares = " and ".join(f"{name}: {getattr(options, name)}" for name in few)
@@ -128,12 +132,13 @@ def table_of(options: TableOptions) -> Table:
         feature_names=_feature_names(found.columns),
         class_names=names,
     )
-    marks = {name: each for name, each in whole.attrs.get(MARKS, {}).items() if name in taken or name == target}
+    of_numbers = {c["name"] for c in found.columns if c["kind"] == "number"} | ({target} if not names else set())
+    marks = {name: each for name, each in every_marks.items() if name in of_numbers}
     words = words_for_missing(file, target) if n_without_target else {}
     return Table(
         data=replace(data, missing=impute, notices=_notices(found, gaps, len(whole), n_without_target, words, marks)),
         task=task,
-        columns=[c | {"marks": list(marks[c["name"]])} if _has_marks(c, marks) else c for c in found.columns],
+        columns=_with_marks(found.columns, every_marks),
         dropped=found.dropped,
         n_without_target=n_without_target,
         mean=mean,
@@ -146,8 +151,19 @@ def _stripped(values: pd.Series) -> pd.Series:
     return values if types.is_numeric_dtype(values) or is_stored_as_date(values) else as_text(values)
 
 
-def _has_marks(column: Column, marks: Mapping[str, Marks]) -> bool:
-    return column["kind"] == "number" and "decimal" not in column and column["name"] in marks
+def _with_marks(columns: Sequence[Column], marks: Mapping[str, Marks]) -> list[Column]:
+    """Return the columns; those of numbers, also of such that are names, with their marks."""
+
+    def has_marks(column: Column) -> bool:
+        holds_numbers = column.get("written", False) or (column["kind"] == "number" and "decimal" not in column)
+        return holds_numbers and column["name"] in marks
+
+    return [{**c, "marks": list(marks[c["name"]])} if has_marks(c) else c for c in columns]
+
+
+def _named(values: pd.Series, marks: Marks) -> pd.Series:
+    """Return a column that is named as categorical: numbers in texts are names, as they are written."""
+    return as_codes(values, marks) if types.is_string_dtype(values) else values
 
 
 def _require_named(file: Path, frame: pd.DataFrame, options: TableOptions) -> None:
@@ -167,18 +183,28 @@ def _require_named(file: Path, frame: pd.DataFrame, options: TableOptions) -> No
 
 
 def _understood(
-    where: str, values: pd.Series, task: str, faults: list[str]
-) -> tuple[Task, tuple[str, ...], np.ndarray]:
-    """Return the task, the classes' names and each row's class (N,), 0 of amounts; what is wrong goes to `faults`."""
+    where: str, values: pd.Series, marks: Marks, task: str, faults: list[str]
+) -> tuple[Task, tuple[str, ...], np.ndarray, pd.Series]:
+    """Return the task, the classes' names and each row's class (N,), 0 of amounts; and the target as it is learned.
+
+    Numbers in text are amounts, or classes as they are written: 01 is not 1. What is wrong goes to `faults`.
+    """
     none = np.zeros(len(values), dtype=np.int64)
+    numbers = values if types.is_numeric_dtype(values) or is_stored_as_date(values) else with_point(values, marks)
+    if types.is_numeric_dtype(numbers) and not types.is_numeric_dtype(values):
+        texts = as_codes(values, marks)
+        if task not in ("auto", "regression") or (task == "auto" and (are_codes(texts) or numbers.nunique() == 1)):
+            numbers = texts
+    else:
+        texts = numbers = values
     try:
-        found = _task(where, values, task)
+        found = _task(where, numbers, task)
         if found == "regression":
-            return found, (), none
-        return found, *_classes(where, values)
+            return found, (), none, numbers
+        return _task(where, texts, task), *_classes(where, texts, marks), texts
     except DataError as error:
         faults.append(str(error))
-        return "regression", (), none
+        return "regression", (), none, values
 
 
 def _column_faults(file: Path, found: Found, drop: Sequence[str]) -> list[str]:
@@ -286,10 +312,17 @@ def _require_fits_float32(where: str, numbers: np.ndarray) -> None:
         )
 
 
-def _classes(where: str, values: pd.Series) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return the classes' names and each row's class (N,). Raises DataError for a class of too few rows."""
+def _classes(where: str, values: pd.Series, marks: Marks) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the classes' names and each row's class (N,), numbers in their order.
+
+    Raises DataError for a class of too few rows.
+    """
     codes, found = pd.factorize(values if types.is_numeric_dtype(values) else as_text(values), sort=True)
     names = tuple(as_text(pd.Series(found)))
+    numbers = with_point(pd.Series(names), marks)
+    if types.is_numeric_dtype(numbers) and not types.is_numeric_dtype(values):
+        order = np.argsort(numbers.to_numpy(), kind="stable")
+        names, codes = tuple(names[place] for place in order), np.argsort(order)[codes]
     if len(names) > len(values) / FEWEST_OF_A_CLASS:
         raise DataError(
             f"{where} has {len(names)} different values in {len(values)} rows ({listed(map(repr, names[:3]))}, ...): "

@@ -213,7 +213,7 @@ def test_numbers_that_are_categories_are_known_however_they_are_written(texts, m
     about = {"inputs": [{"name": "x", "dtype": "int64", "shape": [None, 1]}], "missing": True}
     half = {"name": "half", "kind": "category", "input": "x", "categories": ["0.5", "1.5", "2.0"]}
     notes = Notes()
-    got = Columns(about, [half]).arrays(pd.DataFrame({"half": texts}), "here", 1, notes, marks)
+    got = Columns(about, [half]).arrays(pd.DataFrame({"half": texts}), "here", 1, notes)
     assert got["x"][:, 0].tolist() == [1, 3][-len(texts) :]
     assert not notes.texts()
 

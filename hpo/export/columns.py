@@ -6,7 +6,8 @@ parts stand behind the numbers of its input. Category i has the code i + 1; what
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,8 @@ from pandas.api import types
 from hpo.errors import InputError, did_you_mean
 from hpo.study.table_amounts import amounts
 from hpo.study.table_dates import moments, numbers_of
-from hpo.study.table_text import MISSING, PLAIN, Marks, as_text, listed, number_pattern
+from hpo.study.table_marks import MISSING, PLAIN, Marks, as_code, number_pattern
+from hpo.study.table_text import as_text, listed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,8 @@ class Column:
     """The mark of decimals, where its numbers may have a unit; see `hpo.study.table_amounts`."""
     marks: Marks = PLAIN
     """How its numbers were written where it was trained."""
+    written: bool = False
+    """Whether its categories are texts as they were written: 007 is not 7. Else 007 is 7, as in bundles without it."""
 
     @property
     def is_text(self) -> bool:
@@ -116,6 +120,7 @@ class Columns:
                 date=date,
                 decimal=column.get("decimal"),
                 marks=(decimal, thousands),
+                written=bool(column.get("written", False)),
             )
             self._inputs[column["input"]].append(made)
         self._every = [column for each in self._inputs.values() for column in each]
@@ -173,12 +178,9 @@ class Columns:
         notes.ignored = [repr(name) for name in header if name not in known]
         return self.names
 
-    def arrays(
-        self, frame: pd.DataFrame, where: str, first: int, notes: Notes, marks: Marks = (".", "")
-    ) -> dict[str, np.ndarray]:
+    def arrays(self, frame: pd.DataFrame, where: str, first: int, notes: Notes) -> dict[str, np.ndarray]:
         """Return a table's rows, the first of which is row `first`, as arrays (N, columns) by input.
 
-        `marks` of decimals and thousands are those with which numbers are written that are categories.
         `frame` has the columns that are `required`. Raises InputError with row, column and value.
         """
         made, place = {}, 0
@@ -188,7 +190,7 @@ class Columns:
             names = list(frame.columns[place : place + len(columns)]) if self._by_place else [c.name for c in columns]
             place += len(columns)
             if columns and columns[0].categories is not None:
-                made[name] = np.stack([self._codes(frame[c.name], c, where, first, notes, marks) for c in columns], 1)
+                made[name] = np.stack([self._codes(frame[c.name], c, where, first, notes) for c in columns], 1)
             else:
                 plain = [n for n, column in zip(names, columns, strict=True) if column.date is None]
                 numbers = self._numbers(frame, plain, self._dtypes[name], where, first)
@@ -239,9 +241,7 @@ class Columns:
             notes.undated[column.name] = n + int(wrong.sum()), example
         return numbers_of(dates, column.date)
 
-    def _codes(
-        self, values: "pd.Series[Any]", column: Column, where: str, first: int, notes: Notes, marks: Marks
-    ) -> np.ndarray:
+    def _codes(self, values: "pd.Series[Any]", column: Column, where: str, first: int, notes: Notes) -> np.ndarray:
         """Return a column's categories as codes (N,)."""
         assert column.categories is not None
         text = as_text(values)
@@ -251,9 +251,9 @@ class Columns:
         if gone.any() and not self.missing:
             at = f"{where}: row {first + int(gone.argmax())}, column {column.name!r}"
             raise InputError(f"{at}: the value is missing, and the model takes none that are; fill it in")
-        if (other := (codes == 0) & ~gone).any():  # 1.0 and 01 are the category 1, as pandas read the training table
-            plain = {_plain(c): place for place, c in reversed(list(enumerate(column.categories, 1)))}
-            codes[other] = [plain.get(_plain(t, marks), 0) for t in text[other]]
+        if (other := (codes == 0) & ~gone).any():
+            category = _other_forms(column, given_numbers=_are_numbers(values))
+            codes[other] = [category(t) for t in text[other]]
         if (unknown := (codes == 0) & ~gone).any():
             row = int(unknown.argmax())
             n, example = notes.unknown.get(column.name, (0, f"{_shown(text.iloc[row])} in row {first + row}"))
@@ -267,6 +267,32 @@ def _as_numbers(values: "pd.Series[Any]") -> np.ndarray:
         values = values.map(_in_range) if values.dtype == object else values
         values = pd.to_numeric(values, errors="coerce")
     return values.astype("Float64").to_numpy(dtype=np.float64, na_value=np.nan)
+
+
+def _other_forms(column: Column, *, given_numbers: bool) -> Callable[[str], int]:
+    """Return what says which category, from 1 on, a text is that is none as it stands; 0: it is none."""
+    assert column.categories is not None
+    marks, places = column.marks, list(enumerate(column.categories, 1))
+    if not column.written:  # 1.0 and 01 are the category 1, as pandas read the training table
+        known = {_plain(c): place for place, c in reversed(places)}
+        return lambda text: known.get(_plain(text)) or known.get(_plain(text, (",", ".")), 0)
+    names = {as_code(c, marks): place for place, c in reversed(places)}
+    numbers = {_plain(c, marks): place for place, c in places} if given_numbers else {}
+    alone = Counter(_plain(c, marks) for c in column.categories)  # the number 7 is 007 where no other category is 7
+
+    def category(text: str) -> int:
+        if found := names.get(as_code(text, marks)) or names.get(as_code(text)):
+            return found
+        number = _plain(text)
+        return numbers.get(number, 0) if alone[number] == 1 else 0
+
+    return category
+
+
+def _are_numbers(values: "pd.Series[Any]") -> bool:
+    """Whether a column was given as numbers, not as texts."""
+    kinds = values.cat.categories if isinstance(values.dtype, pd.CategoricalDtype) else values
+    return pd.api.types.infer_dtype(kinds, skipna=True) in ("integer", "floating", "mixed-integer-float", "decimal")
 
 
 def _may_be_text(kind: Any) -> bool:

@@ -1,20 +1,26 @@
 """What is predicted from, read in chunks of rows: a table, arrays, images. Nothing in it is unpickled."""
 
-import io
+import contextlib
+import shutil
 import sys
+import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import pandas as pd
+from pandas.api import types
 
 from hpo.errors import InputError
 from hpo.export.columns import Columns, Notes
 from hpo.export.images import SUFFIXES, image_chunks
-from hpo.study.table_text import MISSING, OPEN, as_read, beginning, dialect_of, listed
+from hpo.study.table_groups import groups
+from hpo.study.table_marks import MISSING, PLAIN, Marks, Seen, as_read, marks_of, most_common, with_point
+from hpo.study.table_text import OPEN, Dialect, beginning, dialect_of, listed
 
 ROWS = 1 << 16
 """So many rows of a table are read at a time."""
@@ -43,7 +49,7 @@ def chunks(
 ) -> Iterator[Chunk]:
     """Yield the rows of `source`, a path or `-` for a CSV on stdin. Raises InputError."""
     if source == "-":
-        return _text(sys.stdin.buffer, "stdin", _tabular("stdin", about, columns), keep, notes, lambda: 0.0)
+        return _stdin(_tabular("stdin", about, columns), keep, notes)
     path = Path(source)
     suffixes = [suffix.lower() for suffix in path.suffixes]
     last = suffixes[-1] if suffixes else ""
@@ -82,74 +88,126 @@ def _tabular(where: str, about: Mapping[str, Any], columns: Columns | None) -> C
     return columns
 
 
+def _stdin(columns: Columns, keep: str | None, notes: Notes) -> Iterator[Chunk]:
+    with _kept(sys.stdin.buffer) as stream:
+        yield from _text(stream, "stdin", columns, keep, notes, lambda: 0.0)
+
+
+def _kept(stream: IO[bytes]) -> IO[bytes]:
+    """Return a copy of a stream that can be read more than once, in memory or, where it is long, on disk."""
+    copy = tempfile.SpooledTemporaryFile(_BYTES)  # noqa: SIM115  it is closed by who reads it
+    shutil.copyfileobj(stream, copy)
+    copy.seek(0)
+    return cast(IO[bytes], copy)
+
+
 def _text_file(path: Path, columns: Columns, keep: str | None, notes: Notes) -> Iterator[Chunk]:
     size = path.stat().st_size
-    with path.open("rb") as raw:
+    with path.open("rb") if path.is_file() else _kept(path.open("rb")) as raw:
         opened = OPEN.get(path.suffix.lower())
         with raw if opened is None else opened(raw, "rb") as stream:
-            yield from _text(stream, str(path), columns, keep, notes, lambda: raw.tell() / size)
+            yield from _text(stream, str(path), columns, keep, notes, lambda: raw.tell() / max(size, 1))
 
 
-class _Rejoined(io.RawIOBase):
-    """A stream whose beginning was read already."""
+def _marks(
+    stream: IO[bytes], dialect: Dialect, numbers: Sequence[str], trained: Mapping[str, Marks]
+) -> tuple[Marks, dict[str, Marks | None]]:
+    """Return the marks of most columns of numbers, and those of the others, as all rows say them.
 
-    def __init__(self, head: bytes, rest: IO[bytes]) -> None:
-        self._head, self._rest = head, rest
+    They are as they were `trained` wherever a whole column can be that. None: what has marks there is no number.
+    """
+    every = Counter(trained.values()).most_common() or [((dialect.decimal, ""), 0)]
+    decimal = every[0][0][0]
+    thousands = next((mark for (of_decimals, mark), _ in every if of_decimals == decimal and mark), "")
+    good, bad = _grouped(stream, dialect, thousands)
+    fits = {(decimal, ""), (decimal, thousands)}
+    known = {n for n in numbers if n not in bad and trained.get(n) in (fits - {(decimal, "")} if n in good else fits)}
+    common = decimal, thousands
+    how = dialect.for_pandas() | {"usecols": list(numbers), "chunksize": ROWS} | _for_pandas(common)
+    as_text = {name: str for name in numbers if name not in known}
+    for frame in _readable(stream, how | {"dtype": as_text}) if known else ():
+        known -= {name for name in known if not types.is_numeric_dtype(frame[name])}
+    others = [name for name in numbers if name not in known]
+    if not others:
+        return common, {}
+    seen = {name: Seen() for name in numbers}
+    for frame in _readable(stream, how | {"dtype": str}):
+        for name in numbers:
+            seen[name].add(frame[name])
+    most = most_common(seen.values(), dialect.separator)
+    return common, {name: marks_of(seen[name], most, dialect.separator, trained.get(name)) for name in others}
 
-    def readable(self) -> bool:
-        return True
 
-    def readinto(self, buffer: Any) -> int:
-        size = len(buffer)
-        data, self._head = (self._head[:size], self._head[size:]) if self._head else (self._rest.read(size), b"")
-        buffer[: len(data)] = data
-        return len(data)
+def _grouped(stream: IO[bytes], dialect: Dialect, thousands: str) -> tuple[set[str], set[str]]:
+    """Return the columns in which the mark stands between thousands, and those in which it does also elsewhere."""
+    if not thousands:
+        return set(), set()
+    names, found = dialect.names(), None
+    if dialect.encoding != "utf-16":
+        stream.seek(0)
+        with contextlib.suppress(Exception):  # zlib, lzma: the same comes again
+            found = groups(stream, dialect.separator, thousands)
+    good, bad = found or ({*range(len(names))}, {*range(len(names))})
+    return {names[i] for i in good if i < len(names)}, {names[i] for i in bad if i < len(names)}
+
+
+def _for_pandas(marks: Marks) -> dict[str, Any]:
+    return {"decimal": marks[0], "thousands": marks[1] or None}
+
+
+def _readable(stream: IO[bytes], how: Mapping[str, Any]) -> Iterator[pd.DataFrame]:
+    """Yield a table's rows in pieces, as far as they can be read: what is wrong is said where they are predicted."""
+    stream.seek(0)
+    try:
+        with pd.read_csv(stream, low_memory=False, **how) as reader:
+            yield from reader
+    except Exception:  # pandas, zlib, lzma: the same comes again
+        return
 
 
 def _text(
     stream: IO[bytes], where: str, columns: Columns, keep: str | None, notes: Notes, share: Callable[[], float]
 ) -> Iterator[Chunk]:
-    """Yield the rows of a table in text, whose separator, encoding and marks of numbers are seen at its beginning."""
+    """Yield the rows of a table in text; its separator is seen at its beginning, its numbers' marks in all rows."""
     first = 1
     try:
         head, cut = beginning(stream)
         if not head.strip():
             raise InputError(f"{where}: is empty")
-        dialect = dialect_of(where, head, cut, columns.marks)
+        dialect = dialect_of(where, head, cut)
         header = dialect.names()
         taken = columns.required(where, header, keep, notes)
-        texts = {*columns.texts, *dialect.own} - {keep}
+        numbers = [name for name in taken if name not in columns.texts]
+        common, marks = _marks(stream, dialect, numbers, columns.marks)
+        texts = {*columns.texts, *marks} - {keep}
         words = {name: list(MISSING) for name in header if name not in columns.texts}
+        stream.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # where pandas would cut rows that are too long
             reader = pd.read_csv(
-                io.BufferedReader(_Rejoined(head, stream), 1 << 20),
+                stream,
                 chunksize=ROWS,
                 low_memory=False,
                 dtype={name: str for name in texts},
                 converters=None if keep is None else {keep: _MARK.__add__},
-                **dialect.for_pandas() | {"keep_default_na": False, "na_values": words},
+                **dialect.for_pandas() | _for_pandas(common) | {"keep_default_na": False, "na_values": words},
             )
             for frame in reader:
                 if len(frame):
                     kept = {}
                     if keep is not None:
                         kept[keep] = [text.removeprefix(_MARK) for text in frame[keep]]
-                        numeric = keep not in columns.texts
-                        frame[keep] = as_read(kept[keep], dialect.marks_of(keep)) if numeric else kept[keep]
-                    frame = columns.without_words(dialect.numbers(frame))
-                    marks = dialect.decimal, dialect.thousands
-                    arrays = columns.arrays(frame[taken], where, first, notes, marks)
-                    yield Chunk(arrays=arrays, kept=kept, share=share())
+                        of_keep = marks.get(keep, common) or PLAIN
+                        frame[keep] = as_read(kept[keep], of_keep) if keep in numbers else kept[keep]
+                    made = {n: with_point(frame[n], each) for n, each in marks.items() if each is not None}
+                    frame = columns.without_words(frame.assign(**made))
+                    yield Chunk(arrays=columns.arrays(frame[taken], where, first, notes), kept=kept, share=share())
                 first += len(frame)
     except InputError:
         raise
     except Exception as error:  # pandas, csv, zlib, lzma: each fails in a way of its own
-        reason = (str(error).splitlines() or [""])[0][:200]
         what = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
-        raise InputError(
-            f"{where}: cannot be read behind row {first - 1} ({type(error).__name__}: {reason}){what}"
-        ) from error
+        raise InputError(f"{where}: cannot be read behind row {first - 1} ({_why(error)}){what}") from error
     if first == 1:
         raise InputError(f"{where}: has a header, but no rows")
 

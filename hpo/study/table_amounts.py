@@ -10,7 +10,8 @@ from typing import Any
 import pandas as pd
 from pandas.api import types
 
-from hpo.study.table_text import as_text, number_pattern
+from hpo.study.table_marks import number_pattern
+from hpo.study.table_text import as_text
 
 _UNIT = r"[$€£¥₹₩₽₺%]|USD|EUR|GBP|CHF|JPY|CNY|INR|CAD|AUD"
 _AMOUNT = re.compile(rf"^([+-]?)\s*({_UNIT})?\s*([+-]?)(\d[\d.,'\u2019\s]*|[.,]\d+)({_UNIT})?$")
