@@ -262,8 +262,10 @@ class Columns:
 
 
 def _as_numbers(values: "pd.Series[Any]") -> np.ndarray:
-    """Return values as numbers; NaN for those that are none."""
+    """Return values as numbers; NaN for those that are none. Texts that are all true or false are 1 or 0."""
     if not types.is_numeric_dtype(values):
+        if (words := as_text(values).str.lower()).dropna().isin(("true", "false")).all():
+            return words.map({"true": 1.0, "false": 0.0}).to_numpy(dtype=np.float64, na_value=np.nan)
         values = values.map(_in_range) if values.dtype == object else values
         values = pd.to_numeric(values, errors="coerce")
     return values.astype("Float64").to_numpy(dtype=np.float64, na_value=np.nan)

@@ -9,6 +9,7 @@ import pytest
 from hpo.objectives.table_files import read_table
 from hpo.objectives.tables import TableOptions, table_of
 
+from hpo.errors import InputError
 from hpo.export.columns import Columns, Notes
 from hpo.export.reading import chunks
 from hpo.study import table_groups
@@ -226,6 +227,21 @@ def test_classes_are_called_as_they_are_written(tmp_path: Path, texts: list[str]
 def test_amounts_with_leading_zeros_may_be_predicted(tmp_path: Path) -> None:
     file = with_codes(tmp_path / "t.csv", ["a", "b"], y=[f"{i:04}" for i in range(120)])
     assert table_of(TableOptions(file=file, target="y", task="regression")).mean > 1
+
+
+@pytest.mark.parametrize("texts", [["true", "false"], ["TRUE", "FALSE"], ["True", None]])
+def test_texts_of_truth_values_are_numbers_in_a_frame_as_in_a_file(tmp_path: Path, texts: list) -> None:
+    table = table_of(TableOptions(file=with_codes(tmp_path / "t.csv", ["true", "false"]), target="y"))
+    frame = pd.DataFrame({"c": texts, "x": 1.5})
+    frame.to_csv(tmp_path / "new.csv", index=False)
+    facts, columns = about(table)
+    (chunk,) = chunks(str(tmp_path / "new.csv"), facts, Columns(facts, columns), None, Notes())
+    for kind in (object, "string", "category"):
+        got = Columns(facts, columns).arrays(frame.astype({"c": kind}), "here", 1, Notes())["numeric"]
+        np.testing.assert_array_equal(got, chunk.arrays["numeric"])
+        np.testing.assert_array_equal(got[:, 0], [1, np.nan if texts[1] is None else 0])
+    with pytest.raises(InputError, match="column 'c': must be a finite number, but got 'true'"):
+        Columns(facts, columns).arrays(pd.DataFrame({"c": ["1", "true"], "x": 1.5}), "here", 1, Notes())
 
 
 GROUPED = """n.a;b;c;d;"e.x
