@@ -24,11 +24,17 @@ class StopToken:
 
     SECONDS = 20.0
     """How long an epoch may still take: Slurm and Kubernetes wait 30 s before they kill."""
+    END_SECONDS = 27.0
+    """By when after the signal all is to be over, also what is sent at the end; the interpreter takes a second."""
+    LAUNCHED_SECONDS = 24.0
+    """The same of a process with a `parent`, which ends after it."""
 
     def __init__(self, parent: int | None = None) -> None:
         """With a `parent`, the process that has started this one, it is also asked to stop when that is gone."""
         self._asked: float | None = None
         self._parent = parent
+        self.heard: Callable[[], object] = lambda: None
+        """Called within the handler of the first signal: what else is to hear of it without a delay."""
 
     def requested(self) -> bool:
         """Whether the user has asked to stop (Ctrl-C, SIGTERM, SIGHUP)."""
@@ -40,6 +46,13 @@ class StopToken:
         """Whether the time to finish an epoch is over, too."""
         return self._asked is not None and time.monotonic() - self._asked > self.SECONDS
 
+    def seconds_left(self) -> float:
+        """Return how long this process may still take to end; infinity where nobody has asked it to."""
+        if not self.requested() or self._asked is None:
+            return math.inf
+        limit = self.END_SECONDS if self._parent is None else self.LAUNCHED_SECONDS
+        return max(0.0, self._asked + limit - time.monotonic())
+
     def ask(self, number: int, frame: object) -> None:
         """Take a signal; the second one stops at once, unless it is SIGHUP: the system and a shell send one each."""
         if number == _HANGUP:
@@ -47,8 +60,10 @@ class StopToken:
         if self._asked is not None and number == _HANGUP:
             return
         if self._asked is not None:
+            self._asked = -math.inf
             raise KeyboardInterrupt
         self._asked = time.monotonic()
+        self.heard()
 
     def limited(self) -> "LimitedStop":
         """Return a token that also stops at a deadline of its own."""
@@ -75,6 +90,9 @@ class LimitedStop(StopToken):
 
     def immediate(self) -> bool:
         return self._token.immediate() or time.monotonic() >= self.deadline
+
+    def seconds_left(self) -> float:
+        return self._token.seconds_left()
 
 
 @contextmanager

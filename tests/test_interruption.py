@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import pty
 import signal
@@ -124,6 +125,21 @@ def test_a_signal_that_cannot_be_a_persons_second_one_stops_nothing_at_once(monk
         assert not stop.immediate()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_is_passed_on_within_its_handler_and_leaves_so_much_time() -> None:
+    heard = []
+    with stopping.signals() as stop, stopping.signals(os.getppid()) as launched:
+        assert stop.seconds_left() == launched.limited().seconds_left() == math.inf
+        launched.heard = lambda: heard.append(1)
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == [1]
+        stop.ask(signal.SIGTERM, None)
+        assert 20 < launched.limited().seconds_left() < stop.seconds_left() < 30
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        assert heard == [1]
+        assert launched.seconds_left() == 0
 
 
 def test_a_killed_trial_is_taken_up_anew_with_its_params_and_seed(study: Callable[..., Path]) -> None:

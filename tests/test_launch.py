@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sqlite3
+import subprocess
 import time
 from pathlib import Path
 
@@ -73,6 +74,17 @@ def test_a_signal_stops_all_workers_and_a_second_run_goes_on_from_their_checkpoi
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("resumes after epoch") == 2
     assert summary(done.stdout)["trials"]["complete"] == 3
+
+
+def test_a_worker_is_asked_once_to_stop_whoever_asks(study, monkeypatch):
+    """A second SIGTERM would end its epoch at once; a first that comes late takes from its time."""
+    sent = []
+    monkeypatch.setattr(subprocess.Popen, "send_signal", lambda process, number: sent.append(number))
+    workers = launch.Workers(["--version"], 2, 0, search=None)
+    workers.start()
+    workers.ask()
+    workers.stop(60)
+    assert sent == [signal.SIGTERM, signal.SIGTERM]
 
 
 def test_a_bug_in_a_worker_stops_all_with_its_traceback(study):

@@ -400,6 +400,27 @@ def test_a_stop_is_obeyed_while_a_trials_end_is_to_be_told_and_by_every_worker(s
     assert counts == {"complete": 9, "pruned": 0, "failed": 0, "running": 0, "paused": 0, "waiting": 0}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_postgresql_that_hangs_and_has_mlflow_too_is_not_waited_for(stepping, server, workers):
+    path, url = stepping("stack: 1\ntrials: 2\nepochs: 150\ngrace: 2s\nseed: 1\n"), server.database()
+    command = ("run", path, "--storage", url, "--tracking", server.database())
+    with closing(Hpo(*command, "--workers", workers, LINEAR_SECONDS="0.02")) as hpo:
+        wait_for(trains)
+        time.sleep(15.0)  # until MLflow has made its tables, and answers
+        with stopped(*processes_of(server)):
+            wait_for(lambda: hpo.has_said("the storage does not answer ("))
+            trainers = warm.workers(hpo.process.pid) if workers > 1 else []
+            hpo.process.send_signal(signal.SIGTERM)
+            status, said = hpo.end(30)
+            assert status == 130, said
+            assert not any(trainer.is_running() for trainer in trainers)
+    assert "interrupted while the storage was away (" in said
+    assert "has not answered; what could not be sent is kept in" in said
+    counts = summary(invoke(*command, "--json"))["trials"]
+    assert counts == {"complete": 2, "pruned": 0, "failed": 0, "running": 0, "paused": 0, "waiting": 0}
+
+
 @pytest.mark.parametrize("kind", ["sqlite", pytest.param("journal", marks=pytest.mark.slow)])
 def test_a_study_that_is_deleted_while_it_runs_ends_the_run_plainly_and_harms_no_other(stepping, kind):
     path, url = stepping("stack: 1\ntrials: 2\nepochs: 400\n"), f"{kind}:///s.db"

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from mlflow import MlflowClient
 
 from hpo.errors import InputError
 from hpo.processes import this_process
+from hpo.stopping import StopToken
 from hpo.tracking import process
 from hpo.tracking.base import check_address
 from hpo.tracking.database import make_database
@@ -383,6 +385,26 @@ def test_a_sender_that_hangs_holds_up_the_end_for_a_while_only(
     later = MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent")
     assert later.close()
     assert query("select name, status from runs order by name") == [("s", "FINISHED"), ("trial 0", "RUNNING")]
+
+
+def test_an_answer_is_not_waited_for_past_a_stop(
+    here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    monkeypatch.setattr("hpo.stopping.StopToken.END_SECONDS", 1.5)
+    tracker = MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent")
+    tracker.stop = StopToken()
+    tracker.start_study({}, {})
+    until(lambda: tracker._run_ids)
+    sender_of(tracker).suspend()
+    tracker.start_trial(0, {})
+    tracker.stop.ask(signal.SIGTERM, None)
+    start = time.monotonic()
+    assert not tracker.end_study("INTERRUPTED")
+    assert 1.0 < time.monotonic() - start < 8.0
+    assert len(said) == 1, said
+    later = MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent")
+    assert later.close()
+    assert query("select name, status from runs order by name") == [("s", "KILLED"), ("trial 0", "RUNNING")]
 
 
 def test_a_sender_ends_with_its_process_and_a_child_of_that_does_not_keep_it(here: None) -> None:

@@ -59,7 +59,7 @@ def joined(
         stopping = stack.enter_context(signals(int(launcher) if launcher else None)) if stop is None else stop
         search.storage.interrupt = stopping.requested
         data = load_data(plan, search)
-        tracker = tracker_of(plan, search)
+        tracker = tracker_of(plan, search, stopping)
         stack.callback(tracker.close)
         with show(plan, search) as progress:
             work(plan, data, search, tracker, progress, stopping)

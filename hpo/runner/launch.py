@@ -24,7 +24,8 @@ LAUNCHED = "HPO_LAUNCHED"
 LAUNCHER = "HPO_LAUNCHER"
 """Set for such a worker of this machine: the process that has started it."""
 _LAST_LINES = 60
-_STOP_SECONDS = 30.0
+STOP_SECONDS = 30.0
+"""How long workers may take to end that are asked to."""
 DEATHS = 8
 """How many workers may be killed one after the other without a trial being claimed, before the run gives up."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0
@@ -108,11 +109,15 @@ class Workers:
         self._due[place] = time.monotonic() + pause
         log.warning(f"worker {place} was killed (signal {signal_number}); it is started again in {pause:g} s")
 
-    def stop(self) -> None:
-        """Ask all to finish their epoch, and wait; what does not end in time is killed."""
-        for process in self._running.values():
-            process.signal(signal.SIGTERM)
-        end = time.monotonic() + _STOP_SECONDS
+    def ask(self) -> None:
+        """Ask all to finish their epoch, each once: a second signal ends it at once. It may be called by a handler."""
+        for process in list(self._running.values()):
+            process.ask()
+
+    def stop(self, seconds: float = STOP_SECONDS) -> None:
+        """Ask all to finish their epoch, and wait; what does not end in so many seconds is killed."""
+        self.ask()
+        end = time.monotonic() + seconds
         for process in self._running.values():
             process.end(max(0.0, end - time.monotonic()))
         self._running.clear()
@@ -176,6 +181,7 @@ class _Process:
             text=True,
             start_new_session=True,
         )
+        self._asked = False
         self._errors: deque[str] = deque(maxlen=_LAST_LINES)
         hears = (self._process.stdout, partial(log.info, f"{name}: %s")), (self._process.stderr, self._errors.append)
         self._threads = [threading.Thread(target=_listen, args=each, daemon=True) for each in hears]
@@ -202,8 +208,11 @@ class _Process:
             if stream is not None and not thread.is_alive():
                 stream.close()
 
-    def signal(self, number: int) -> None:
-        self._process.send_signal(number)
+    def ask(self) -> None:
+        """Send SIGTERM, the first time only."""
+        if not self._asked:
+            self._asked = True
+            self._process.send_signal(signal.SIGTERM)
 
     def end(self, seconds: float) -> None:
         try:

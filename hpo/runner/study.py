@@ -24,7 +24,7 @@ from hpo.runner.advice import start_advice, stop_advice
 from hpo.runner.deadline import set_end
 from hpo.runner.describing import announcement
 from hpo.runner.joining import join_stored
-from hpo.runner.launch import StudyMonitor, Workers, gpus, how_many
+from hpo.runner.launch import STOP_SECONDS, StudyMonitor, Workers, gpus, how_many
 from hpo.runner.opening import load_data, open_study, remember_source, tell_of_data, warn_of_bundle, warn_of_source
 from hpo.runner.outcome import Outcome, outcome
 from hpo.runner.preflight import preflight
@@ -50,7 +50,7 @@ from hpo.search.identity import FRESH
 from hpo.search.search import Search
 from hpo.search.storage import close_storage, open_storage
 from hpo.search.view import StudyView
-from hpo.stopping import StopToken, signals
+from hpo.stopping import ANSWER_SECONDS, StopToken, signals
 from hpo.study.data import Data
 from hpo.study.trust import code_references
 
@@ -130,7 +130,7 @@ def _run(
     data = load_data(plan, search)
     for line in stop_advice(plan):
         log.warning(line)
-    tracker = tracker_of(plan, search)
+    tracker = tracker_of(plan, search, stopping)
     for line in announcement(plan, data, before):
         log.info("%s", line)
     if data is not None:
@@ -202,18 +202,21 @@ def _watch(plan: Plan, search: Search, workers: Workers | RayWorkers, progress: 
     """Have the workers train and show what they do, until they are done. Raises Interrupted when asked to stop."""
     monitor = StudyMonitor(plan, search, progress)
     log.info("starting workers; each imports PyTorch and loads the data")
+    if isinstance(workers, Workers):  # a look at a storage that hangs would keep the signal from them for seconds
+        stopping.heard = workers.ask
     workers.start()
     try:
         while workers.look():
             if stopping.requested():
-                raise Interrupted(INTERRUPTED)
+                raise search.storage.stopped() if search.storage.away else Interrupted(INTERRUPTED)
             with suppress(StorageAway), search.storage.at_once():  # a storage that is away must not hold up a stop
                 monitor.look()
             time.sleep(_LOOK_SECONDS)
     finally:
-        workers.stop()
-        with suppress(StorageAway), search.storage.at_once():
-            monitor.look()
+        workers.stop(min(STOP_SECONDS, max(0.0, stopping.seconds_left() - 1)))
+        if stopping.seconds_left() > ANSWER_SECONDS:
+            with suppress(StorageAway), search.storage.at_once():
+                monitor.look()
 
 
 def check(plan: Plan) -> tuple[Data | None, torch.nn.Module | None]:

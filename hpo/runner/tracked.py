@@ -22,6 +22,7 @@ from hpo.search.notes import trial_page, write_note
 from hpo.search.retrained import Confirmed
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
+from hpo.stopping import StopToken
 from hpo.study.data import Data
 from hpo.study.goals import direction_of
 from hpo.tracking.base import NullTracker, Row, Tracker
@@ -30,11 +31,11 @@ from hpo.tracking.opening import open_tracker
 from hpo.tracking.values import NOTE, linked
 
 
-def tracker_of(plan: Plan, search: Search) -> Tracker:
-    """Return the study's tracker. Raises InputError for an address that can never work."""
+def tracker_of(plan: Plan, search: Search, stop: StopToken | None = None) -> Tracker:
+    """Return the study's tracker, in a hurry once `stop` says so. Raises InputError for an address that never works."""
     if schema.OWN_RUNS not in search.attrs and search.view().n_claimed == 0:
         search.remember(schema.OWN_RUNS, True)
-    return open_tracker(
+    tracker = open_tracker(
         plan.spec.tracking,
         plan.spec.name,
         unsent_of(plan.spec),
@@ -43,6 +44,8 @@ def tracker_of(plan: Plan, search: Search) -> Tracker:
         tags={} if plan.spec.tracking == "off" else _source(plan),
         lease=plan.spec.grace / 2,
     )
+    tracker.stop = stop or tracker.stop
+    return tracker
 
 
 def _source(plan: Plan) -> dict[str, str]:

@@ -116,11 +116,15 @@ class PatientStorage(BaseStorage, ABC):
                     "command again to resume"
                 )
             if self.interrupt():
-                raise StoppedWhileAway(
-                    f"interrupted while the storage was away ({self._why}); no trial is lost: the running ones are "
-                    "free once their leases expire, run the same command again to resume"
-                )
+                raise self.stopped()
             self._probe.answered.wait(0.1)
+
+    def stopped(self) -> StoppedWhileAway:
+        """Return what is raised where the user asks to stop while it is away."""
+        return StoppedWhileAway(
+            f"interrupted while the storage was away ({self._why}); no trial is lost: the running ones are "
+            "free once their leases expire, run the same command again to resume"
+        )
 
     @contextmanager
     def at_once(self) -> Iterator[None]:

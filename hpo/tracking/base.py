@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpo.errors import InputError, masked
+from hpo.stopping import StopToken
 
 STATUS = {"COMPLETE": "FINISHED", "PRUNED": "FINISHED", "FAIL": "FAILED", "INTERRUPTED": "KILLED"}
 """Optuna's state of a trial (and ours of a study) -> MLflow's status of its run.
@@ -32,6 +33,9 @@ class Row(NamedTuple):
 
 class Tracker(ABC):
     """What the engine tells a tracker. `trial` is Optuna's number; None stands for the study's own run."""
+
+    stop: StopToken = StopToken()
+    """Once somebody has asked to stop, what is left is not waited for longer than this leaves time for."""
 
     @abstractmethod
     def start_study(

@@ -195,7 +195,7 @@ class MlflowTracker(Tracker):
         started = time.monotonic()
         while self._thread is not None and self._thread.is_alive():
             self._thread.join(0.1)
-            if time.monotonic() - max(started, self._asked_at) > self._patience:
+            if self.stop.seconds_left() <= 0 or time.monotonic() - max(started, self._asked_at) > self._patience:
                 self._runs.kill()
                 self._thread.join(self.CLOSE_SECONDS)
                 return
