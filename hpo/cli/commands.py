@@ -307,6 +307,8 @@ def _print_next(steps: Sequence[str], out: Console) -> None:
     out.print("\nnext:")
     for step in steps:
         out.print(Text(f"  {masked(step)}"), soft_wrap=True)  # a line that is pasted has no breaks in it
+    if any("***" in masked(step) and "***" not in step for step in steps):
+        out.print("  (*** stands for a password: write it, or ${NAME} of an environment variable, in its place)")
 
 
 def _prepared(path: Path, overrides: Mapping[str, str], stack: ExitStack) -> Plan:

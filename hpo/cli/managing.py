@@ -107,6 +107,7 @@ def ui(
     ] = None,
     no_mlflow: Annotated[bool, typer.Option("--no-mlflow", help="Without MLflow's pages.")] = False,
     no_dashboard: Annotated[bool, typer.Option("--no-dashboard", help="Without Optuna's dashboard.")] = False,
+    set_: options.Set = None,
 ) -> None:
     """Open a study in MLflow's pages and in Optuna's dashboard, on this machine, until Ctrl-C.
 
@@ -116,4 +117,5 @@ def ui(
         raise typer.BadParameter("leaves nothing to show beside --no-mlflow", param_hint="--no-dashboard")
     from hpo.cli import ui as command
 
-    command.ui(study, storage, tracking, port=port, mlflow=not no_mlflow, dashboard=not no_dashboard)
+    sets = options.overrides(set_)
+    command.ui(study, storage, tracking, sets, port=port, mlflow=not no_mlflow, dashboard=not no_dashboard)

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import quote
@@ -26,13 +27,14 @@ def ui(
     study: str,
     storage: str | None,
     tracking: str | None,
+    sets: Mapping[str, str],
     *,
     port: int | None,
     mlflow: bool,
     dashboard: bool,
 ) -> None:
-    """`hpo ui`."""
-    spec, study_id = _study(study, storage, tracking)
+    """`hpo ui`; `sets` are laid over the study's file."""
+    spec, study_id = _study(study, storage, tracking, sets)
     with screen() as out, signals() as stop, ExitStack() as stack:
         pages: list[Page] = []
         where, why = _served(spec) if mlflow else ("", "")
@@ -60,9 +62,9 @@ def ui(
             time.sleep(_SECONDS)
 
 
-def _study(study: str, storage: str | None, tracking: str | None) -> tuple[StudySpec, int]:
+def _study(study: str, storage: str | None, tracking: str | None, sets: Mapping[str, str]) -> tuple[StudySpec, int]:
     """Return a study's spec and its id in Optuna's storage. Raises InputError where there is none."""
-    what = named(study, storage)
+    what = named(study, storage, sets)
     with opened(what.storage, what.outage) as there:
         stored = found(there, what.storage, what.name)
     spec = what.file or stored_spec(stored, what.storage)

@@ -56,15 +56,22 @@ class Named:
     """What its file says, where one was given."""
 
 
-def named(study: str, storage: str | None) -> Named:
+def named(study: str, storage: str | None, sets: Mapping[str, str] | None = None) -> Named:
     """Return what `study` names: a study file, or a study of the `storage` (default: study.yaml's own default).
 
-    Raises SpecError for a file with faults, InputError for one that is not there.
+    `sets` are laid over a file (`--set`). Raises SpecError for a file with faults, InputError for one that is not
+    there, and for `sets` where no file is named.
     """
+    sets = sets or {}
     path = Path(study)
     if path.suffix not in (".yaml", ".yml") and not path.is_file():
+        for key, value in sets.items():
+            raise InputError(
+                f"--set {key}={value}: overrides a value of a study file, but {study!r} is a study's name; give the "
+                "study's file in its place, or leave out --set"
+            )
         return Named(name=study, storage=DEFAULT_STORAGE if storage is None else storage)
-    draft = read(path, {} if storage is None else {"storage": json.dumps(storage)})
+    draft = read(path, {**sets, **({} if storage is None else {"storage": json.dumps(storage)})})
     if draft.faults or draft.spec is None:
         raise SpecError(draft.document.render(draft.faults))
     return Named(name=draft.spec.name, storage=draft.spec.storage, outage=draft.spec.outage, file=draft.spec)
