@@ -113,6 +113,20 @@ def signals(parent: int | None = None) -> Iterator[StopToken]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Have signals handled after this as before it, whatever a library that is started within puts in their place."""
+    known = [signal.SIGINT, signal.SIGTERM, *([] if _HANGUP is None else [_HANGUP])]
+    before = {number: signal.getsignal(number) for number in known}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                if handler is not None:  # else it was not set from Python, and cannot be
+                    signal.signal(number, handler)
+
+
 def _leave_terminal() -> None:
     """Print nowhere what would be printed on the terminal that is closed: each attempt would be an error."""
     for output in (1, 2):

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+from contextlib import nullcontext
 from unittest.mock import MagicMock
 
 import psutil
@@ -13,6 +15,7 @@ from hpo.runner import ray_workers
 from hpo.runner.prepare import prepare
 from hpo.runner.ray_workers import RayWorkers
 from hpo.runner.study import StudyFile, WorkerOptions, _workers
+from hpo.stopping import signals
 from tests.cli import refused, summary
 from tests.conftest import start_hpo
 from tests.databases import rows
@@ -41,6 +44,34 @@ def test_a_killed_actor_is_begun_again_and_the_budget_is_exact(study):
     assert rows("select count(*) from trials where state = 'RUNNING'") == [(0,)]
     retried = rows("select count(*) from trial_user_attributes where key = 'retry_of'")
     assert retried[0][0] >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_sigterm_gives_the_trials_back(study):
+    path = study("trials: 4\nepochs: 200\nstack: 1")
+    process = start_hpo("run", path, "--ray", "local", "--workers", "2", LINEAR_SECONDS="0.05")
+    wait_for(RUNNING, 2, seconds=300)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "interrupted; the running trials were given back" in err
+    assert rows("select count(*) from trials where state = 'RUNNING'") == [(0,)]
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_ray_leaves_the_handlers_of_signals_as_they_were(ends, monkeypatch):
+    def init(**how):
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray does
+        if ends:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setitem(sys.modules, "ray", MagicMock(init=init))
+    with signals() as stop:
+        with pytest.raises(KeyboardInterrupt) if ends else nullcontext():
+            RayWorkers("local", 1, 0.0, lambda stop: None)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested()
 
 
 def test_a_cluster_that_is_not_there_is_said(study):

@@ -15,7 +15,7 @@ from typing import Any
 from hpo.errors import HpoError, InputError
 from hpo.log import log
 from hpo.runner.launch import LAUNCHED
-from hpo.stopping import StopToken
+from hpo.stopping import StopToken, handlers_kept
 
 _ANSWER_SECONDS = 5.0
 Work = Callable[[StopToken], Any]
@@ -44,7 +44,10 @@ class RayWorkers:
             {"num_cpus": cores, "include_dashboard": False} if address == "local" else {"address": address}
         )
         try:
-            ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
+            with handlers_kept():  # Ray's own of SIGTERM would end this process at once
+                ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
+        except SystemExit as error:  # Ray's handler, while it starts: nothing runs yet
+            raise KeyboardInterrupt from error
         except Exception as error:  # ConnectionError, RuntimeError, ValueError, Ray's own
             line = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(
