@@ -260,7 +260,7 @@ def test_the_surface_is_frozen() -> None:
         "studies": {"--storage", "--json"},
         "compare": {"--storage", "--json"},
         "rename": {"--storage"},
-        "ui": {"--storage", "--tracking", "--port", "--no-mlflow", "--no-dashboard"},
+        "ui": {"--storage", "--tracking", "--port", "--no-mlflow", "--no-dashboard", "--set"},
         "delete": {"--storage", "--bundle", "--yes", "--force"},
     }
 

@@ -13,9 +13,10 @@ from optuna.trial import TrialState
 from hpo.errors import HpoError, StorageError
 from hpo.search import schema
 from hpo.search.away import StorageAway, StudyGone
-from hpo.search.storage import close_storage, open_storage
+from hpo.search.storage import close_storage, open_storage, serve_storage
 from hpo.study.spec import Plugin
 from tests import warm
+from tests.conftest import run_hpo
 from tests.searches import PARAMS, HandClock, Opener, claims, stored
 from tests.servers import grpc_server
 
@@ -340,10 +341,33 @@ def test_a_full_disk_is_said_and_what_was_told_before_is_kept(tmp_path):
 
 
 def test_only_a_database_can_be_served(tmp_path):
-    from hpo.search.storage import serve_storage
-
     with pytest.raises(StorageError, match="only a database can be served"):
         serve_storage(f"journal:///{tmp_path}/s.log", "127.0.0.1", 1)
+
+
+def test_serving_without_grpc_says_what_to_install_and_makes_no_database(tmp_path, monkeypatch):
+    monkeypatch.setattr("hpo.search.storage.find_spec", lambda name: None)
+    with pytest.raises(StorageError, match=r"serving needs gRPC, which is not installed: pip install 'hpo\[grpc\]'"):
+        serve_storage(f"sqlite:///{tmp_path}/s.db", "127.0.0.1", 1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
+def test_that_it_serves_is_said_only_where_it_does(tmp_path, host):
+    """A port that another server has, which gRPC would share, or one of a host that is not there."""
+    said = []
+    with grpc_server(f"sqlite:///{tmp_path}/other.db") as other:
+        port = int(other.rpartition(":")[2])
+        with pytest.raises(StorageError, match=rf"{host}:{port} cannot be listened on: .*; give another --port"):
+            serve_storage(f"sqlite:///{tmp_path}/s.db", host, port, lambda: said.append("served"))
+    assert said == []
+
+
+@pytest.mark.parametrize("port", ["0", "99999", "-1"])
+def test_a_port_that_cannot_be_is_refused(study, port):
+    done = run_hpo("serve", study(), "--port", port)
+    assert done.returncode == 2
+    assert "Invalid value for '--port': Input should be " in done.stderr
 
 
 def test_a_password_is_not_shown(server):

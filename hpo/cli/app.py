@@ -142,7 +142,7 @@ def repair(
 @app.command()
 def serve(
     study: Study,
-    port: Annotated[int, typer.Option(help="The port to listen on.")] = 13000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 13000,
     host: Annotated[str, typer.Option(help="The address to listen on; there is no login.")] = "127.0.0.1",
     storage: Storage = None,
     set_: Set = None,

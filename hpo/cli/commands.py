@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,13 +121,16 @@ def adopt(path: Path, overrides: Mapping[str, str], source: str, name: str) -> N
 def serve(path: Path, overrides: Mapping[str, str], host: str, port: int) -> None:
     """`hpo serve`."""
     plan = prepare(path, overrides)
+    serve_storage(plan.spec.storage, host, port, partial(_print_served, plan.spec.storage, host, port))
+
+
+def _print_served(storage: str, host: str, port: int) -> None:
     out = console()
     out.print(
         f"there is no login: whoever reaches {host}:{port} can read, change and delete every study in this storage, "
         "and with it what workers search, report and write to MLflow; no code of theirs runs (see SECURITY.md)"
     )
-    out.print(f"{masked(plan.spec.storage)} is served; workers: --storage grpc://{host}:{port}; Ctrl-C ends it")
-    serve_storage(plan.spec.storage, host, port)
+    out.print(f"{masked(storage)} is served; workers: --storage grpc://{host}:{port}; Ctrl-C ends it")
 
 
 def export(

@@ -16,9 +16,12 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import optuna
@@ -29,7 +32,6 @@ from optuna.storages import (
     JournalStorage,
     RDBStorage,
     get_storage,
-    run_grpc_proxy_server,
 )
 from sqlalchemy import create_engine, inspect, make_url
 from sqlalchemy.engine import URL, Engine
@@ -82,7 +84,8 @@ def open_storage(url: str) -> BaseStorage:
     except StorageError:
         raise
     except ImportError as error:
-        raise StorageError(f"storage {url}: its driver is not installed ({error}); pip install it") from error
+        how = "pip install 'hpo[grpc]'" if kind == "grpc" else "pip install it"
+        raise StorageError(f"storage {url}: its driver is not installed ({error}); {how}") from error
     except RuntimeError as error:  # Optuna's own: a schema of a newer or older version
         raise StorageError(f"storage {url}: {error}") from error
     except (SQLAlchemyError, OSError, ValueError) as error:
@@ -114,19 +117,42 @@ def close_storage(storage: BaseStorage) -> None:
         storage.close()
 
 
-def serve_storage(url: str, host: str, port: int) -> None:
-    """Serve the database at `url` to `grpc://host:port`, until the process ends. Raises StorageError."""
+def serve_storage(url: str, host: str, port: int, ready: Callable[[], object] = lambda: None) -> None:
+    """Serve the database at `url` to `grpc://host:port`, until the process ends; `ready` is called once it listens.
+
+    Raises StorageError.
+    """
+    if find_spec("grpc") is None:  # before a database is made
+        raise StorageError("serving needs gRPC, which is not installed: pip install 'hpo[grpc]'")
     storage = open_storage(url)
-    if not isinstance(storage, RDBStorage):
-        raise StorageError(f"storage {url}: only a database can be served, sqlite:/// or postgresql://")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        try:
-            run_grpc_proxy_server(get_storage(storage), host=host, port=port)
-        except RuntimeError as error:  # gRPC's own, whatever keeps it from listening
-            raise StorageError(f"{host}:{port} cannot be listened on ({_first_line(error)}); give another") from error
-        finally:
-            close_storage(storage)
+    try:
+        if not isinstance(storage, RDBStorage):
+            raise StorageError(f"storage {url}: only a database can be served, sqlite:/// or postgresql://")
+        server = _listening(storage, host, port)
+        server.start()
+        ready()
+        server.wait_for_termination()
+    finally:
+        close_storage(storage)
+
+
+def _listening(storage: RDBStorage, host: str, port: int) -> Any:
+    """Return Optuna's gRPC server, bound to that port, which no other server has. Raises StorageError."""
+    from optuna.storages._grpc.auto_generated import api_pb2_grpc
+    from optuna.storages._grpc.servicer import OptunaStorageProxyService
+
+    grpc, generated = import_module("grpc"), cast(Any, api_pb2_grpc)  # neither is typed
+    # by itself gRPC shares a port with another server of gRPC's, and each would get some of the workers
+    server = grpc.server(ThreadPoolExecutor(max_workers=10), options=[("grpc.so_reuseport", 0)])
+    generated.add_StorageServiceServicer_to_server(OptunaStorageProxyService(get_storage(storage)), server)
+    try:
+        server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as error:  # whatever keeps it from listening; gRPC has written to stderr what does
+        raise StorageError(
+            f"{host}:{port} cannot be listened on: another program has the port, or the host is no address of this "
+            "machine; give another --port or --host"
+        ) from error
+    return server
 
 
 @contextmanager
