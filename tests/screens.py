@@ -20,5 +20,5 @@ class Screen(Progress):
     def trial_paused(self, number, epoch):
         self.paused.append((number, epoch))
 
-    def trial_ended(self, number, state, value, reason):
+    def trial_ended(self, number, state, value, reason, seconds=None):
         self.ended.append((number, state, value, reason))

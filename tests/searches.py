@@ -123,5 +123,5 @@ class Quiet(Progress):
     def trial_paused(self, number, epoch):
         pass
 
-    def trial_ended(self, number, state, value, reason):
+    def trial_ended(self, number, state, value, reason, seconds=None):
         pass

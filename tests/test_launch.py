@@ -1,11 +1,13 @@
 """Several workers of one study in real processes: the budget is exact, whoever is killed; what differs is refused."""
 
 import json
+import logging
 import os
 import signal
 import sqlite3
 import subprocess
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,15 @@ import torch
 
 from hpo.errors import HpoError
 from hpo.runner import launch
+from hpo.runner.opening import open_or_make
 from hpo.runner.prepare import prepare
+from hpo.runner.progress import PlainProgress, state_of
+from hpo.search.clock import duration
 from tests import warm
 from tests.cli import invoke, refused, summary
 from tests.conftest import run_hpo, start_hpo
 from tests.databases import MLFLOW, rows
+from tests.logged import recorded
 
 
 def wait_for(statement: str, n: int, seconds: float = 90) -> None:
@@ -85,6 +91,21 @@ def test_a_worker_is_asked_once_to_stop_whoever_asks(study, monkeypatch):
     workers.ask()
     workers.stop(60)
     assert sent == [signal.SIGTERM, signal.SIGTERM]
+
+
+def test_a_trial_that_ends_between_two_looks_took_as_long_as_is_stored(study, monkeypatch):
+    monkeypatch.setenv("LINEAR_SECONDS", "0.1")
+    path = study("trials: 1")
+    plan = prepare(path, {})
+    with closing(open_or_make(plan)) as search:
+        monitor = launch.StudyMonitor(plan, search, PlainProgress(state_of(plan, search), lambda *ended: None))
+        invoke("run", path)
+        with recorded(logging.INFO) as said:
+            monitor.look()
+        (trial,) = search.view().trials
+    took = (trial.datetime_complete - trial.datetime_start).total_seconds()
+    assert took > 0.3
+    assert f"; {duration(took)};" in said[-1]
 
 
 def test_a_bug_in_a_worker_stops_all_with_its_traceback(study):

@@ -80,8 +80,10 @@ class LiveProgress(PlainProgress):
         super().trial_paused(number, epoch)
         self._rows.pop(number, None)
 
-    def trial_ended(self, number: int, state: str, value: float | None, reason: str | None) -> None:
-        super().trial_ended(number, state, value, reason)
+    def trial_ended(
+        self, number: int, state: str, value: float | None, reason: str | None, seconds: float | None = None
+    ) -> None:
+        super().trial_ended(number, state, value, reason, seconds)
         self._rows.pop(number, None)  # one that was pruned while it was paused has none
         if reason is not None:
             self._console.print(Text(masked(f"trial {number} {STATES[state]}: {reason}"), style="yellow"))

@@ -16,6 +16,7 @@ from hpo.errors import HpoError, InputError
 from hpo.log import log
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
+from hpo.search.budget import covered, spans_of
 from hpo.search.search import Search
 from hpo.search.view import StudyView
 
@@ -146,15 +147,17 @@ class StudyMonitor:
                 self._epochs[trial.number] = trial.epoch
                 metrics = {} if trial.value is None else {self._plan.metric_key: trial.value}
                 self._progress.epoch_ended(trial.number, trial.epoch, self._plan.spec.epochs, metrics)
-        for number in sorted(set(seen.ends) - self._ended):
+        ended = set(seen.ends) - self._ended
+        # as stored: it may have been trained, whole, between two looks, or while the storage did not answer
+        seconds = {t.number: covered(spans_of(t)) for t in seen.everything if t.number in ended}
+        for number in sorted(ended):
             self._ended.add(number)
             if number not in self._epochs:
                 self._begin(number, seen)
             state, error = seen.ends[number]
             broken = seen.broken(number) if error is None else ""
-            self._progress.trial_ended(
-                number, state, seen.value_of(number), error or (broken and f"infeasible: {broken}")
-            )
+            reason = error or (broken and f"infeasible: {broken}")
+            self._progress.trial_ended(number, state, seen.value_of(number), reason, seconds[number])
 
     def _begin(self, number: int, seen: StudyView) -> None:
         self._epochs[number] = 0

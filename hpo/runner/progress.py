@@ -48,8 +48,10 @@ class Progress(ABC):
         """A trial has left its slot after `epoch` epochs; `trial_started` says that it is resumed."""
 
     @abstractmethod
-    def trial_ended(self, number: int, state: str, value: float | None, reason: str | None) -> None:
-        """A trial is COMPLETE, PRUNED, FAIL, or INTERRUPTED."""
+    def trial_ended(
+        self, number: int, state: str, value: float | None, reason: str | None, seconds: float | None = None
+    ) -> None:
+        """A trial is COMPLETE, PRUNED, FAIL, or INTERRUPTED, after so many `seconds`; None: as many as were seen."""
 
 
 Refreshes = Callable[[str, float | None], None]
@@ -187,7 +189,9 @@ class PlainProgress(Progress):
     def trial_paused(self, number: int, epoch: int) -> None:
         self._paused[number] = self._running.pop(number)
 
-    def trial_ended(self, number: int, state: str, value: float | None, reason: str | None) -> None:
+    def trial_ended(
+        self, number: int, state: str, value: float | None, reason: str | None, seconds: float | None = None
+    ) -> None:
         self._refresh(state, value)
         board = self._board
         said = [f"{board.metric} {number_text(value)}" if value is not None else "", reason or ""]
@@ -197,7 +201,7 @@ class PlainProgress(Progress):
         parts = [
             f"[{board.done_text()}] trial {number} {STATES[state]}{what}",
             params,
-            duration(time.monotonic() - started),
+            duration(time.monotonic() - started if seconds is None else seconds),
             board.best_text(),
             board.left_text(),
         ]
@@ -216,7 +220,9 @@ class NoProgress(Progress):
     def trial_paused(self, number: int, epoch: int) -> None:
         pass
 
-    def trial_ended(self, number: int, state: str, value: float | None, reason: str | None) -> None:
+    def trial_ended(
+        self, number: int, state: str, value: float | None, reason: str | None, seconds: float | None = None
+    ) -> None:
         pass
 
 

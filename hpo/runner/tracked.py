@@ -179,8 +179,10 @@ class TrackedProgress(Progress):
     def trial_paused(self, number: int, epoch: int) -> None:
         self._shown.trial_paused(number, epoch)
 
-    def trial_ended(self, number: int, state: str, value: float | None, reason: str | None) -> None:
-        self._shown.trial_ended(number, state, value, reason)
+    def trial_ended(
+        self, number: int, state: str, value: float | None, reason: str | None, seconds: float | None = None
+    ) -> None:
+        self._shown.trial_ended(number, state, value, reason, seconds)
         self._best.tell_sometimes()
 
 
