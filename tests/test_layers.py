@@ -27,7 +27,7 @@ ROOM = {
 """What each package may import beside itself; the modules of the root are open to all."""
 FACES = {"__init__", "__main__", "api", "data", "objective"}
 """What stands before the packages and hands their names on; no package imports one of these."""
-ROOT_MODULES = FACES | {"errors", "garbage", "light", "log", "seeds", "processes", "stopping"}
+ROOT_MODULES = FACES | {"errors", "garbage", "light", "log", "seeds", "processes", "sqlite_files", "stopping"}
 HOMES = {
     "optuna": {"search", "study.space", "study.dimension", "report"},
     "mlflow": {

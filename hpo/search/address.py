@@ -7,6 +7,10 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from hpo.errors import StorageError, masked
+from hpo.sqlite_files import misread
+
+_OPTIONS = ("cached_statements", "check_same_thread", "detect_types")
+"""What SQLAlchemy gives to SQLite as an SQLite address has it; how long is waited for a lock is hpo's own affair."""
 
 
 def kind_of(url: str) -> str:
@@ -25,6 +29,8 @@ def journal_path(url: str) -> Path:
 
 def parsed_url(url: str) -> URL:
     """Return `url` taken apart. Raises StorageError where it is not the address of a database that we can use."""
+    if wrong := misread(url, _OPTIONS):
+        raise StorageError(f"storage {url}: {wrong}")
     try:
         parsed = make_url(url)
         if parsed.drivername in ("postgresql", "postgres"):

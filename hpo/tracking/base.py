@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpo.errors import InputError, masked
+from hpo.sqlite_files import misread
 from hpo.stopping import StopToken
 
 STATUS = {"COMPLETE": "FINISHED", "PRUNED": "FINISHED", "FAIL": "FAILED", "INTERRUPTED": "KILLED"}
@@ -289,6 +290,8 @@ def unlogged(there: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, A
 
 def check_address(uri: str) -> None:
     """Raise InputError where `uri` is no address that MLflow can track to."""
+    if wrong := misread(uri):
+        raise InputError(f"tracking {uri}: {wrong}")
     scheme = uri.partition(":")[0]
     if uri == "off" or (":" in uri and scheme not in ("file",) and "/" in uri) or uri.startswith("databricks"):
         return
