@@ -10,7 +10,7 @@ from hpo.search.starts import starts_in
 from hpo.search.stop import budget
 from hpo.search.view import StudyView
 from hpo.study.data import Split, prediction
-from hpo.study.objective import Function, Params
+from hpo.study.objective import Function, Params, SeenParams
 from hpo.study.probabilities import TAKES_LOGITS, LogitsSeen, link_of, takes_probabilities
 from hpo.study.spec_parts import TERMINATORS
 
@@ -41,10 +41,10 @@ def _incomparable(plan: Plan, outputs: Any, batch: Split, params: Params) -> lis
     """Return what to say of a study that compares its trials by their losses, which differ in what they compute."""
     if "loss" not in (plan.metric, *plan.measured):
         return []
-    read = _Read(params)
+    seen = SeenParams(params)
     with torch.no_grad():
-        plan.objective.loss(outputs, batch.targets, read)
-    names = [name for name in plan.space.searched(params) if name in read.names]
+        plan.objective.loss(outputs, batch.targets, seen)
+    names = [name for name in plan.space.searched(params) if name in seen.read]
     if not names:
         return []
     key = "constraints" if plan.metric != "loss" and "loss" in plan.spec.constraints else "metric"
@@ -52,25 +52,8 @@ def _incomparable(plan: Plan, outputs: Any, batch: Split, params: Params) -> lis
     return [
         f"{key}: loss: objective {plan.spec.objective} computes it by {', '.join(names)}, which the study searches: "
         "losses of trials that differ there do not compare, and the smallest may be of the worse network; take another "
-        f"metric"
-        f"{f' ({several})' if several else ''}, or fix {', '.join(names)}"
+        f"metric{f' ({several})' if several else ''}, or fix {', '.join(names)}"
     ]
-
-
-class _Read(dict[str, Any]):
-    """Params that keep the names of those that were read."""
-
-    def __init__(self, params: Params) -> None:
-        super().__init__(params)
-        self.names: set[str] = set()
-
-    def __getitem__(self, name: str) -> Any:
-        self.names.add(name)
-        return super().__getitem__(name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        self.names.add(name)
-        return super().get(name, default)
 
 
 def _logits_advice(plan: Plan, outputs: Any, batch: Split, params: Params) -> list[str]:

@@ -27,7 +27,7 @@ from hpo.errors import DataError, InputError, did_you_mean
 from hpo.study import lightning_fit as fitting
 from hpo.study.data import Data, prediction
 from hpo.study.lightning_parts import base_of, plain, require_no_transfer_hooks, split_of
-from hpo.study.objective import Objective, Params, Reporter
+from hpo.study.objective import Objective, Params, Reporter, SeenParams
 from hpo.study.probabilities import Taken
 
 
@@ -105,7 +105,7 @@ class LightningObjective(Objective):
         if "batch_size" not in params:
             raise InputError(f'{self._name}: its `defaults` name no batch_size; add "batch_size": 32, say')
         base = base_of(self.module, self._name)
-        seen = _Seen(params)
+        seen = SeenParams(params)
         more = self._trainer_arguments(seen)
         given = self._arguments(params)
         if rehearsal:
@@ -197,19 +197,3 @@ class LightningObjective(Objective):
             return values
 
         return measured
-
-
-class _Seen(dict[str, Any]):
-    """Params that remember which of them were read."""
-
-    def __init__(self, params: Params) -> None:
-        super().__init__(params)
-        self.read: set[str] = set()
-
-    def __getitem__(self, name: str) -> Any:
-        self.read.add(name)
-        return super().__getitem__(name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        self.read.add(name)
-        return super().get(name, default)

@@ -73,6 +73,22 @@ class NoOptions:
     """The options of an objective that has none."""
 
 
+class SeenParams(dict[str, Any]):
+    """Params that remember which of them were read."""
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.read.add(name)
+        return super().get(name, default)
+
+
 class Objective(ABC):
     """What is to be learned: data, network, loss, metrics. Subclass it; it has no epoch loop, no Optuna, no MLflow.
 
