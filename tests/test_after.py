@@ -34,6 +34,16 @@ def test_every_command_that_is_shown_is_one_that_is_taken(study, arguments):
     assert "MLflow: left out" in invoke(*steps[1][1:], "--no-dashboard")
 
 
+def test_the_command_that_searches_on_has_the_same_study(study):
+    path = study()
+    more = ["--set", "epochs=1", "--set", "seed=3", "--set", "params.batch_size=7", "--trials", "2"]
+    command = shown(invoke("run", path, *more))[-1]
+    assert command[1:3] == ["run", str(path)]
+    assert command[-2:] == ["--trials", "4"]
+    assert command.count("--trials") == 1
+    assert "4 complete" in invoke(*command[1:])
+
+
 def test_a_password_is_left_out_and_that_is_said(study, monkeypatch):
     monkeypatch.setattr("hpo.cli.commands.next_steps", lambda *given: ["hpo ui s.yaml --set storage=x://a:secret@b/c"])
     out = invoke("run", study())
