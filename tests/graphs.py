@@ -2,11 +2,13 @@
 
 The stand-in keeps the rules that matter to code that uses graphs. An operation that would wait for the GPU is refused
 while capturing; nothing that is captured has happened at the end of the capture; a replay reads and writes the very
-tensors of the capture, those that it made among them; random operations draw new numbers at each replay.
+tensors of the capture, those that it made among them; random operations draw new numbers at each replay. Memory that
+graphs share is refused once the last of them is gone; after a capture that failed the thread stays on its stream.
 """
 
+import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -42,7 +44,7 @@ def written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[T
 
 
 class Graph:
-    """As torch.cuda.CUDAGraph."""
+    """What was captured: it is known after its `CUDAGraph` is gone, its tensors are not."""
 
     made: list["Graph"] = []
 
@@ -61,6 +63,37 @@ class Graph:
                         own.copy_(new)
 
 
+class CUDAGraph:
+    """As torch.cuda.CUDAGraph."""
+
+    use: Counter[int] = Counter()
+    """How many graphs use a pool. One that none uses is never forgotten: cuBLAS's workspace stays in it."""
+
+    def __init__(self) -> None:
+        self.graph = Graph()
+        self._pool: int | None = None
+
+    def capture_begin(self, pool: int | None) -> None:
+        if pool in self.use and self.use[pool] == 0:
+            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
+        number = len(self.use) if pool is None else pool
+        self.use[number] += 1
+        weakref.finalize(self, self._gone, self.graph, self.use, number).atexit = False
+        self._pool = number
+
+    @staticmethod
+    def _gone(graph: Graph, use: Counter[int], pool: int) -> None:
+        use[pool] -= 1
+        graph.calls = [(func, (), {}, None) for func, *_ in graph.calls]
+
+    def pool(self) -> int:
+        assert self._pool is not None, "it was not captured"
+        return self._pool
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
 class Capture(TorchDispatchMode):
     """As torch.cuda.graph."""
 
@@ -68,14 +101,27 @@ class Capture(TorchDispatchMode):
     """What CUDA says to every capture, if it is to fail."""
     arguments: list[dict[str, Any]] = []
 
-    def __init__(self, graph: Graph, **arguments: Any) -> None:
+    running = 0
+
+    def __init__(self, graph: CUDAGraph, **arguments: Any) -> None:
         super().__init__()
-        self._graph, self._before = graph, dict[int, tuple[Tensor, Tensor]]()
+        self._cuda_graph, self._graph = graph, graph.graph
+        self._before = dict[int, tuple[Tensor, Tensor]]()
+        self._pool, self._on = arguments.get("pool"), OnStream(arguments["stream"])
+        self._valid = True
         Capture.arguments.append(arguments)
+
+    def __enter__(self) -> "Capture":
+        self._on.__enter__()
+        self._cuda_graph.capture_begin(self._pool)
+        Capture.running += 1
+        super().__enter__()
+        return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if waits(func, args) or Capture.fails:
+            self._valid = False
             raise RuntimeError(Capture.fails or "CUDA error: operation not permitted when stream is capturing")
         for x in written(func, args, kwargs):
             self._before.setdefault(id(x), (x, x.clone()))
@@ -85,18 +131,43 @@ class Capture(TorchDispatchMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        Capture.running -= 1
         for x, before in self._before.values():
             x.copy_(before)  # captured, not done
+        if not self._valid:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        self._on.__exit__(*error)
 
 
 class Stream:
     """As torch.cuda.Stream."""
 
+    now: "Stream"
+    """On which the thread is."""
+
     def __init__(self, device: Any = None) -> None:
-        pass
+        self.device = device
 
     def wait_stream(self, other: "Stream") -> None:
         pass
+
+
+def set_stream(stream: Stream) -> None:
+    Stream.now = stream
+
+
+class OnStream:
+    """As torch.cuda.stream."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def __enter__(self) -> None:
+        self._before = Stream.now
+        set_stream(self._stream)
+
+    def __exit__(self, *error: Any) -> None:
+        set_stream(self._before)
 
 
 @pytest.fixture
@@ -105,24 +176,30 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Capture]:
     for module in ("vmap_step", "vmap_stack"):
         monkeypatch.setattr(f"hpo.stacks.{module}.records", lambda device: True)
     monkeypatch.setattr(recording, "_given_up", [])
-    recording._side_stream.cache_clear()
-    recording._pool.cache_clear()
-    pools = iter(range(100))
+    monkeypatch.setattr(recording, "_living", {})
+    forget_streams()
     for name, stand_in in {
         "Stream": Stream,
-        "current_stream": Stream,
-        "stream": lambda stream: nullcontext(),
-        "CUDAGraph": Graph,
+        "current_stream": lambda: Stream.now,
+        "set_stream": set_stream,
+        "stream": OnStream,
+        "CUDAGraph": CUDAGraph,
         "graph": Capture,
-        "graph_pool_handle": lambda: next(pools),
+        "is_current_stream_capturing": lambda: Capture.running > 0,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(Stream, "now", Stream(), raising=False)
     monkeypatch.setattr(Capture, "fails", None)
     monkeypatch.setattr(Capture, "arguments", [])
+    monkeypatch.setattr(CUDAGraph, "use", Counter())
     monkeypatch.setattr(Graph, "made", [])
     yield Capture
+    forget_streams()
+
+
+def forget_streams() -> None:
     recording._side_stream.cache_clear()
-    recording._pool.cache_clear()
+    recording._capture_stream.cache_clear()
 
 
 class NoWaiting(TorchDispatchMode):

@@ -32,7 +32,7 @@ from hpo.training.loop_stack import LoopStack
 from hpo.training.memory import is_out_of_memory
 from hpo.training.stack import Member, SingleStack, Stack, Task
 from tests.cli import invoke, summary
-from tests.graphs import Capture, Graph, NoWaiting, graphs  # noqa: F401  # a fixture
+from tests.graphs import Capture, CUDAGraph, Graph, NoWaiting, graphs  # noqa: F401  # a fixture
 from tests.stacking import (
     CPU,
     INFO,
@@ -128,7 +128,58 @@ def test_other_threads_may_allocate_while_it_is_captured_and_graphs_share_memory
     graphs: type[Capture],  # noqa: F811
 ) -> None:
     assert_trained_as_alone(stack(NETWORKS["mlp"]), NETWORKS["mlp"])
-    assert graphs.arguments == [{"pool": 0, "capture_error_mode": "thread_local"}] * 2
+    stream = recording._capture_stream(CPU)
+    assert stream is not recording._side_stream(CPU)  # or cuBLAS's workspace would be in no graph's memory
+    assert graphs.arguments == [
+        {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"} for pool in (None, 0)
+    ]
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.12.0"])
+def test_steps_are_recorded_after_all_graphs_before_are_gone(
+    graphs: type[Capture],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+) -> None:
+    """The memory that graphs shared is then refused: what is recorded next has memory of its own."""
+    monkeypatch.setattr(torch, "__version__", version)
+    made = stack(NETWORKS["mlp"])
+    for member in members(2):
+        made.join(member)
+    for capacity in (K, 2, K):
+        made.resize(capacity)
+        one_step(made)
+        assert made.path == REPLAYED
+    assert [each["pool"] for each in graphs.arguments] == [None] * 3
+    assert [*CUDAGraph.use.values()] == [0, 0, 1]
+
+
+def test_each_gpu_has_its_own_stream_and_memory_for_recording(graphs: type[Capture]) -> None:  # noqa: F811
+    x = torch.zeros(2)
+    devices = [torch.device("cuda", i) for i in (0, 1, 0, 1)]
+    kept = [recording._captured(lambda: None, lambda: x.add_(1), device) for device in devices]
+    assert [each["stream"].device for each in graphs.arguments] == devices
+    assert [each["pool"] for each in graphs.arguments] == [None, None, 0, 1]
+    assert len({each["stream"] for each in graphs.arguments}) == len(kept) / 2
+
+
+@pytest.mark.parametrize("fault", ["pool", "step"])
+def test_a_capture_that_fails_leaves_the_thread_on_its_stream(
+    graphs: type[Capture],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+) -> None:
+    if fault == "pool":
+        monkeypatch.setattr(CUDAGraph, "capture_begin", lambda self, pool: pytest.fail("it cannot begin"))
+    else:
+        monkeypatch.setattr(graphs, "fails", "CUDA error: operation not permitted when stream is capturing")
+    made, here = stack(NETWORKS["mlp"]), torch.cuda.current_stream()
+    for member in members():
+        made.join(member)
+    with pytest.raises(pytest.fail.Exception) if fault == "pool" else nullcontext():
+        one_step(made)
+    assert torch.cuda.current_stream() is here
+    assert fault == "pool" or str(made.path).endswith("RuntimeError: " + graphs.fails)
 
 
 def test_dropout_draws_new_masks_at_each_replay(graphs: type[Capture]) -> None:  # noqa: F811

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ _PROBED: Mapping[str, float] = {"learning_rate": 0.1, "eps": 1.0}
 Adam's own would be as large as the learning rate even of a gradient that is nothing but rounding."""
 _given_up: list[str] = []
 """Why no more steps are recorded in this process: torch 2.11 cannot record after a capture that failed."""
+_living: dict[torch.device, WeakSet[Any]] = {}
+"""Each device's graphs. They share memory: they are never replayed at once, and nothing in it outlives a replay."""
 
 
 class NotRecorded(Exception):
@@ -125,10 +128,32 @@ def _captured(on_copies: Callable[[], None], record: Callable[[], None], device:
         for _ in range(2):
             on_copies()
     here.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # other threads may allocate meanwhile: one that pins batches in memory does
-    with torch.no_grad(), torch.cuda.graph(graph, pool=_pool(device), capture_error_mode="thread_local"):
-        record()
+    graph, living = torch.cuda.CUDAGraph(), _living.setdefault(device, WeakSet())
+    other = next(iter(living), None)  # held meanwhile: torch refuses memory that no graph uses any more
+    pool = None if other is None else other.pool()
+    stream = _capture_stream(device)
+    first: Exception | None = None
+    try:
+        # other threads may allocate meanwhile: one that pins batches in memory does
+        with (
+            torch.no_grad(),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
+            try:
+                record()
+            except Exception as error:
+                first = error  # the end of the capture raises another one, which says only that there was one
+                raise
+    except Exception as error:
+        why = line(first or error)
+        if _fails_ever_after():
+            _given_up.append(f"an earlier one failed in this process: {why}")
+        if is_out_of_memory(error):
+            raise
+        raise NotRecorded(why) from error
+    finally:
+        torch.cuda.set_stream(here)  # torch leaves the thread on the stream of a capture that failed
+    living.add(graph)
     return graph
 
 
@@ -146,8 +171,6 @@ def _recording(state: StackState, device: torch.device) -> Iterator[tuple[StackS
     except NotRecorded:
         raise
     except Exception as error:
-        if _fails_ever_after():
-            _given_up.append(f"an earlier one failed in this process: {line(error)}")
         if is_out_of_memory(error):
             raise
         raise NotRecorded(line(error)) from error
@@ -266,11 +289,14 @@ def _fails_ever_after() -> bool:
 
 @cache
 def _side_stream(device: torch.device) -> Any:
-    """Return one stream for all recordings: each holds a workspace of cuBLAS's."""
+    """Return one stream for what is done before recordings: each holds a workspace of cuBLAS's."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch does not annotate it
 
 
 @cache
-def _pool(device: torch.device) -> Any:
-    """Return the memory that all graphs share: they are never replayed at once, and nothing in it outlives a replay."""
-    return torch.cuda.graph_pool_handle()
+def _capture_stream(device: torch.device) -> Any:
+    """Return one stream for all recordings on `device`: torch's own is of the device that was the current one at first.
+
+    Another one than before: cuBLAS's workspace for it is then in the graphs' memory.
+    """
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch does not annotate it
