@@ -6,6 +6,7 @@ tensors of the capture, those that it made among them; random operations draw ne
 graphs share is refused once the last of them is gone; after a capture that failed the thread stays on its stream.
 """
 
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -170,6 +171,28 @@ class OnStream:
         set_stream(self._before)
 
 
+class SyncDebug(TorchDispatchMode):
+    """As torch.cuda's mode in which what waits is an error."""
+
+    on: list["SyncDebug"] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if waits(func, args):
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def set(cls, mode: int | str) -> None:
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+        if (mode in (2, "error")) == bool(cls.on):
+            return
+        if cls.on:
+            cls.on.pop().__exit__(None, None, None)
+        else:
+            cls.on.append(cls())
+            cls.on[-1].__enter__()
+
+
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Capture]:
     """Have steps on the CPU recorded as on CUDA, by the project's own code on these stand-ins."""
@@ -185,6 +208,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Capture]:
         "stream": OnStream,
         "CUDAGraph": CUDAGraph,
         "graph": Capture,
+        "get_sync_debug_mode": lambda: 2 if SyncDebug.on else 0,
+        "set_sync_debug_mode": SyncDebug.set,
         "is_current_stream_capturing": lambda: Capture.running > 0,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)

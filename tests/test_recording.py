@@ -450,6 +450,16 @@ class Pixels(nn.Module):
         return x.to(torch.float64) / 255 - 0.5
 
 
+class Waiting(Pixels):
+    """One that makes a tensor of numbers and looks at them, as torchvision's normalize does of its deviations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        deviations = torch.as_tensor([1.0] * 6, dtype=torch.float64)
+        if (deviations == 0).any():
+            raise ValueError("a deviation is zero")
+        return super().forward(x) / deviations
+
+
 MANY_ROWS = 11 * BATCH_SIZE + 4
 """8 steps are recorded as one graph; the first of the first epoch and what is left over are done one by one."""
 
@@ -482,6 +492,54 @@ def test_many_steps_at_once_are_an_epoch_as_alone(graphs: type[Capture], network
     assert len(many.calls) > 7 * len(step.calls)
     assert many.n_replays == 1 + N_EPOCHS + 1  # one to compare, one an epoch; the fifth member trains an epoch longer
     assert last.n_replays == 2 + N_EPOCHS + 1
+
+
+@pytest.mark.parametrize("poisoned", [True, False])
+def test_a_preprocessing_that_waits_is_found_before_it_spoils_a_capture(
+    graphs: type[Capture],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    poisoned: bool,
+) -> None:
+    monkeypatch.setattr(recording, "_fails_ever_after", lambda: poisoned)
+    made, reference = stack(NETWORKS["mlp"]), stack(NETWORKS["mlp"], execution="eager")
+    batches, plain = (Batches(pixels(MANY_ROWS), CPU, prepare()) for prepare in (Waiting, Pixels))
+    for each in (made, reference):
+        for member in members():
+            each.join(member)
+    for number in range(2):
+        rows = order(MANY_ROWS, 7, number)
+        losses = made.epoch(batches, rows, lambda: False)
+        assert losses == pytest.approx(Stack.epoch(reference, plain, rows, lambda: False), abs=1e-12)
+    why = "step by step: RuntimeError: called a synchronizing CUDA operation"
+    assert made.path == f"{REPLAYED}; {why}"
+    assert not recording._given_up
+    assert len(graphs.arguments) == 2  # one step of each batch size
+    assert torch.cuda.get_sync_debug_mode() == 0
+
+
+def test_memory_that_runs_out_before_a_capture_ends_no_later_recording(
+    graphs: type[Capture],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not even with torch 2.11: no capture had begun."""
+    monkeypatch.setattr(recording, "_fails_ever_after", lambda: True)
+    made = stack(conv)
+
+    def full(state: StackState, inputs: Any, targets: Tensor) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for member in members():
+        made.join(member)
+    one_step(made)
+    key = (K, BATCH_SIZE, "graph")
+    made._opened.forget()
+    form = made._opened._forms[key]
+    made._opened._forms[key] = form._replace(run=full)
+    with pytest.raises(torch.OutOfMemoryError):
+        one_step(made)
+    made._opened._forms[key] = form
+    one_step(made)
+    assert made.path == REPLAYED
 
 
 def test_an_epoch_of_many_steps_reads_numbers_once(graphs: type[Capture]) -> None:  # noqa: F811

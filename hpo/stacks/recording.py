@@ -4,6 +4,7 @@ What CUDA cannot record, or what does not give what the step itself gives, is no
 person. Source: PyTorch's notes on CUDA graphs (`torch.cuda.graph`).
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -121,13 +122,16 @@ class EpochReplay:
 
 def _captured(on_copies: Callable[[], None], record: Callable[[], None], device: torch.device) -> Any:
     """Return what `record` does as a CUDA graph. Twice before, the same is done on copies: what is set up at a first
-    call must not be recorded."""
+    call must not be recorded, and what waits at a second one would spoil the capture."""
     here, side = torch.cuda.current_stream(), _side_stream(device)
     side.wait_stream(here)
-    with torch.no_grad(), torch.cuda.stream(side):
-        for _ in range(2):
+    try:
+        with torch.no_grad(), torch.cuda.stream(side):
             on_copies()
-    here.wait_stream(side)
+            with _refusing_waits():
+                on_copies()
+    finally:
+        here.wait_stream(side)
     graph, living = torch.cuda.CUDAGraph(), _living.setdefault(device, WeakSet())
     other = next(iter(living), None)  # held meanwhile: torch refuses memory that no graph uses any more
     pool = None if other is None else other.pool()
@@ -155,6 +159,27 @@ def _captured(on_copies: Callable[[], None], record: Callable[[], None], device:
         torch.cuda.set_stream(here)  # torch leaves the thread on the stream of a capture that failed
     living.add(graph)
     return graph
+
+
+@contextmanager
+def _refusing_waits() -> Iterator[None]:
+    """Within it what waits for the GPU raises NotRecorded."""
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        _set_sync_debug_mode("error")
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise NotRecorded(line(error)) from error
+    finally:
+        _set_sync_debug_mode(before)
+
+
+def _set_sync_debug_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it does not see every wait
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 @contextmanager
