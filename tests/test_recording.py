@@ -3,8 +3,10 @@
 Shapes: K slots, B rows.
 """
 
+import gc
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hpo.errors import Interrupted
+from hpo.runner import refit
 from hpo.stacks import recording, vmap_step
 from hpo.stacks.admission import Admission
 from hpo.stacks.alone import NotStackable
@@ -133,6 +136,59 @@ def test_other_threads_may_allocate_while_it_is_captured_and_graphs_share_memory
     assert graphs.arguments == [
         {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"} for pool in (None, 0)
     ]
+
+
+@pytest.fixture
+def no_collecting(graphs: type[Capture]) -> Iterator[None]:  # noqa: F811
+    """Within it Python does not look for objects that hold each other."""
+    first = stack(NETWORKS["mlp"])  # torch imports more at a first trace, and its imports keep the frames of callers
+    for member in members():
+        first.join(member)
+    del first
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_a_stack_that_is_let_go_of_takes_its_memory_along(
+    graphs: type[Capture],  # noqa: F811
+    no_collecting: None,
+) -> None:
+    made, batches = stack(NETWORKS["mlp"]), Batches(sines(MANY_ROWS), CPU)
+    for member in members():
+        made.join(member)
+    made.epoch(batches, order(MANY_ROWS, 7, 0), lambda: False)
+    assert made.path == REPLAYED
+    held = [weakref.ref(x) for x in (made._opened, *tree_leaves(made._slots.state))]
+    assert sum(CUDAGraph.use.values()) == 3
+    del made
+    assert not sum(CUDAGraph.use.values())
+    assert not [each for each in held if each() is not None]
+
+
+def test_no_stack_of_the_search_is_left_at_the_refit(
+    graphs: type[Capture],  # noqa: F811
+    study: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    no_collecting: None,
+) -> None:
+    stacks, left, real_init, real = weakref.WeakSet[VmapStack](), [], VmapStack.__init__, refit._refit
+
+    def init(self: VmapStack, *arguments: Any) -> None:
+        stacks.add(self)
+        real_init(self, *arguments)
+
+    def again(*arguments: Any) -> nn.Module:
+        left.append((len(stacks), sum(CUDAGraph.use.values())))
+        return real(*arguments)
+
+    monkeypatch.setattr(VmapStack, "__init__", init)
+    monkeypatch.setattr(refit, "_refit", again)
+    params = "params: {learning_rate: {type: float, low: 0.001, high: 0.1, log: true}}\n"
+    said = invoke("run", study(f"trials: 4\nepochs: 2\nstack: 4\nsampler: random\n{params}"), "--json")
+    assert f"stacks run {REPLAYED}" in said
+    assert left == [(0, 0)] * 2  # that of the default configuration comes second
 
 
 @pytest.mark.parametrize("version", ["2.11.0", "2.12.0"])

@@ -38,7 +38,7 @@ from hpo.training.batches import make_batches
 from hpo.training.faults import TrialError
 from hpo.training.loop import Results, train
 from hpo.training.loop_stack import LoopStack
-from hpo.training.memory import free_all, is_out_of_memory
+from hpo.training.memory import free_all, free_if_cuda, is_out_of_memory
 from hpo.training.stack import Member, SingleStack, Stack, Stacks
 from hpo.training.torch_settings import torch_settings
 
@@ -92,6 +92,7 @@ def work(
             search.halving.left = deadline.left
         while not limited.out_of_time():
             _train_some(worker, trials, search, stop)
+            free_if_cuda(plan.device)
             if limited.out_of_time():
                 break
             seen = search.view()
@@ -193,7 +194,8 @@ class _Worker:
                 if not self._choice.stacked:
                     raise
                 retreat = partial(self._unstack, str(error))
-            self._stacks = None
+            finally:
+                self._stacks = None  # they know this worker, as it does them, and what comes next needs their memory
             retreat()  # the error is gone by now, and with it the tensors that its traceback held
 
     def _ask(self, n: int) -> list[Member]:

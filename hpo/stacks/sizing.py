@@ -28,7 +28,7 @@ from hpo.study.data import Split
 from hpo.training.batches import Batch, Batches
 from hpo.training.faults import TrialError
 from hpo.training.loop_stack import LoopStack
-from hpo.training.memory import TO_LOOK_AT, Within, free_bytes, is_out_of_memory, most_to_look_at, n_bytes
+from hpo.training.memory import TO_LOOK_AT, Within, free_bytes, free_if_cuda, is_out_of_memory, most_to_look_at, n_bytes
 from hpo.training.stack import Member, Stack, Task
 from hpo.training.torch_settings import torch_settings
 
@@ -211,6 +211,7 @@ class Sizing:
             if n == measured:
                 continue
             took = self._seconds_stacked([common[i % len(common)] for i in range(n)], padder, k, shared)
+            free_if_cuda(self.task.device)  # the next stack is larger
             if took is None:
                 return
             to_begin, seconds = took

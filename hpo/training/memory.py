@@ -86,6 +86,15 @@ def free_all(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
+def free_if_cuda(device: torch.device) -> None:
+    """Do so on CUDA, once a stack is let go of: torch's imports and tracing may have it in a circle.
+
+    A machine's memory is not as tight, and to look for circles takes some tenths of a second.
+    """
+    if device.type == "cuda":
+        free_all(device)
+
+
 def n_bytes(network: nn.Module) -> int:
     """Return the bytes of a network's parameters and buffers."""
     return sum(x.numel() * x.element_size() for x in (*network.parameters(), *network.buffers()))
