@@ -1,6 +1,9 @@
 """torch's process-wide settings: set for a block, and as before it at its end, however it ends."""
 
 import os
+from collections.abc import Iterator
+from operator import attrgetter
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +25,12 @@ def now() -> tuple[object, ...]:
         os.environ.get(CUBLAS),
         tuple(torch.get_rng_state().tolist()),
     )
+
+
+def newer() -> list[str]:
+    """Return what the newer of torch's two ways says of TF32: products, convolutions, and what else the older sets."""
+    b = torch.backends
+    return [each.fp32_precision for each in (b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul)]
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -81,3 +90,35 @@ def test_on_cuda_tf32_is_allowed_and_the_generator_is_that_of_the_device(monkeyp
         assert now() == before
     assert current[-1] == torch.device("cuda:0")
     assert generators == {second: 1}
+
+
+@pytest.fixture
+def cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """A device whose generators are stand-ins; TF32 is as before at the end."""
+    for name in ("current_device", "set_device", "get_rng_state", "set_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments: torch.tensor([0]))
+    b, allowed, before = torch.backends, torch.backends.cudnn.allow_tf32, newer()
+    generic, older = b.fp32_precision, torch.get_float32_matmul_precision()
+    yield torch.device("cuda:0")
+    b.fp32_precision = generic
+    torch.set_float32_matmul_precision(older)
+    b.cudnn.allow_tf32 = allowed
+    for each, value in zip((b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul), before, strict=True):
+        each.fp32_precision = value
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+@pytest.mark.parametrize("where", ["cuda.matmul", "cudnn.conv", "all"])
+def test_an_objective_may_have_used_the_newer_way_to_say_tf32(
+    cuda_without_a_gpu: torch.device, precision: Any, where: str
+) -> None:
+    """torch's older way cannot be read then: it raises."""
+    b = torch.backends
+    part: Any = b if where == "all" else attrgetter(where)(b)
+    part.fp32_precision = "ieee" if where == "cudnn.conv" else "tf32"
+    before = newer()
+    with torch_settings(cuda_without_a_gpu, precision=precision):
+        assert newer()[:3] == ["tf32" if precision == "tf32" else "ieee"] * 3
+        assert torch.get_float32_matmul_precision() == ("high" if precision == "tf32" else "highest")
+        assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+    assert newer() == before

@@ -6,7 +6,8 @@ with torch_settings(device, precision="tf32", deterministic=True, threads=1):
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,11 +47,23 @@ def torch_settings(
 
 
 def _set_tf32(allowed: bool, restoring: ExitStack) -> None:
-    """Have matrix products and convolutions both use TF32, or neither: torch's own default is convolutions only."""
-    restoring.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-    restoring.callback(setattr, torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
+    """Have matrix products and convolutions both use TF32, or neither: torch's own default is convolutions only.
+
+    It is said in both of torch's ways: where these differ, which code that knows only the newer one brings about, the
+    older one raises when it is read, and torch's compiler reads it.
+    """
+    b: Any = torch.backends  # torch does not annotate all of it
+    ours = [b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn]
+    for each in (*ours, b.mkldnn.matmul):  # the older way sets the last one too
+        restoring.callback(setattr, each, "fp32_precision", each.fp32_precision)
+    with suppress(RuntimeError):
+        restoring.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+    with suppress(RuntimeError):
+        restoring.callback(setattr, b.cudnn, "allow_tf32", b.cudnn.allow_tf32)
     torch.set_float32_matmul_precision("high" if allowed else "highest")
-    torch.backends.cudnn.allow_tf32 = allowed
+    b.cudnn.allow_tf32 = allowed
+    for each in ours:
+        each.fp32_precision = "tf32" if allowed else "ieee"
 
 
 def _set_deterministic(wanted: bool, restoring: ExitStack) -> None:
