@@ -29,14 +29,17 @@ from hpo.stacks.structure import own_state
 from hpo.stacks.vmap_step import Execution, VmapStep
 from hpo.study.data import Split, batch_sizes
 from hpo.training.batches import Batches
-from hpo.training.evaluation import EVALUATION_ROWS, joined
+from hpo.training.evaluation import EVALUATION_ROWS, in_pieces, joined
 from hpo.training.faults import TrialError
-from hpo.training.memory import is_out_of_memory
+from hpo.training.memory import is_out_of_memory, total_bytes
 from hpo.training.metrics import Measuring
 from hpo.training.stack import Kept, Member, Stack, Task
 
 _ABSENT, _OTHER_STRUCTURE = "absent", "its structure is not that of the stack"
 _ROWS_AT_ONCE: Mapping[str, int] = {"cuda": 1 << 20}  # of all members together; on a CPU they stay in its cache
+_OF_MEMORY = 0.1
+"""How much of a GPU's memory what lies between layers may take in an evaluation. Not of what is free at the moment: how
+many rows go through a network at once is the same in each run, and with it how its outputs are rounded."""
 
 
 class VmapStack(Stack):
@@ -62,6 +65,8 @@ class VmapStack(Stack):
         self._slots = Slots(capacity, task.device)
         self._step: VmapStep | None = None
         self._signature: Hashable = None
+        self._row_bytes, self._most_rows = 1, math.inf
+        """What lies between a member's layers, for one row; and, of all members, the rows that memory had room for."""
         self._without_network: set[Member] = set()
         self._admission = Admission(task, example, self._slots)
         self._measuring = Measuring(task.objective, task.device)
@@ -134,6 +139,7 @@ class VmapStack(Stack):
         self._slots.state = StackState.empty(first, self.capacity, self._task.device)
         self._step = VmapStep(self._task, first.probe.module, first.member.params)
         self._signature = self._signature_of(first)
+        self._row_bytes = max(1, first.activations)
         try:
             reason = self._try_out(first, first.probe.module)
         except BaseException:
@@ -264,8 +270,11 @@ class VmapStack(Stack):
         if not having:
             return [{} for _ in self.members]
         state = self._slots.state
-        rows = max(256, _ROWS_AT_ONCE.get(self._task.device.type, EVALUATION_ROWS) // self.capacity)
-        outputs = joined([self._opened.forward(state, inputs) for inputs, _ in batches.chunks(rows)], dim=1)
+        rows, fewest = self._rows_at_once()
+        parts, fitted = in_pieces(lambda inputs: self._opened.forward(state, inputs), batches, rows, fewest)
+        if fitted < rows:
+            self._most_rows = fitted * self.capacity
+        outputs = joined(parts, dim=1)
         live = self._slots.live()
         if self._without_network:
             live = live[~self._missing()]
@@ -273,6 +282,13 @@ class VmapStack(Stack):
         params = [member.params for member in having]
         results = dict(zip(having, self._measuring(outputs, batches.targets, params, numbers), strict=True))
         return [results.get(member, {}) for member in self.members]
+
+    def _rows_at_once(self) -> tuple[int, int]:
+        """Return how many rows go through all networks at once in an evaluation, and how many do in a step."""
+        device, fewest = self._task.device, int(self._opened.params["batch_size"])
+        rows = max(256, _ROWS_AT_ONCE.get(device.type, EVALUATION_ROWS) // self.capacity)
+        most = min(self._most_rows, _OF_MEMORY * total_bytes(device) / self._row_bytes) / self.capacity
+        return int(min(rows, max(fewest, most))), fewest
 
     def module(self, member: Member) -> nn.Module:
         module = self._task.build(member)

@@ -3,7 +3,7 @@
 Never a mean of batches' own metrics: the RMSE of a set is not the mean of its batches' RMSEs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,13 @@ from hpo.study.data import LOSS_OR_METRIC, require_unchanged, versions
 from hpo.study.objective import Objective, Params
 from hpo.study.probabilities import Taken
 from hpo.training.batches import Batches
+from hpo.training.memory import free_if_cuda, is_out_of_memory
 from hpo.training.stack import Task
 
 EVALUATION_ROWS = 8192
 """How many rows go through a network at once where no gradient is kept; metrics are of all rows all the same."""
+_FEWEST_ROWS = 32
+"""Where memory has no room for so many, it has none for training either."""
 
 
 def in_full(outputs: Any) -> Any:
@@ -28,6 +31,25 @@ def in_full(outputs: Any) -> Any:
 def joined(parts: Sequence[Any], dim: int = 0) -> Any:
     """Return the outputs of several batches as one."""
     return tree_map(lambda *tensors: torch.cat(tensors, dim), *parts) if len(parts) > 1 else parts[0]
+
+
+def in_pieces(
+    forward: Callable[[Sequence[Tensor]], Any], batches: Batches, rows: int, fewest: int
+) -> tuple[list[Any], int]:
+    """Return what `forward` gives for all rows of `batches`, piece by piece, and how many rows a piece has.
+
+    That is `rows`, or half as many as often as memory runs out, down to `fewest`: nothing was trained meanwhile. An
+    evaluation may need more memory at once than a step, whose batch is smaller.
+    """
+    while True:
+        try:
+            return [forward(inputs) for inputs, _ in batches.chunks(rows)], rows
+        except (RuntimeError, MemoryError) as error:
+            if rows <= fewest or not is_out_of_memory(error):
+                raise
+        # the error is gone by now, and with it the tensors that its traceback held
+        rows = max(fewest, min(rows, len(batches)) // 2)
+        free_if_cuda(batches.targets.device)
 
 
 @torch.no_grad()
@@ -44,7 +66,7 @@ def outputs_of(task: Task, module: nn.Module, batches: Batches) -> Any:
     """Return what `module` gives for all rows of `batches`, (N, ...), in float32; it is left in evaluation mode."""
     module.eval()
     with task.autocast():
-        parts = [module(*inputs) for inputs, _ in batches.chunks(EVALUATION_ROWS)]
+        parts, _ = in_pieces(lambda inputs: module(*inputs), batches, EVALUATION_ROWS, _FEWEST_ROWS)
     return in_full(joined(parts))
 
 

@@ -51,6 +51,11 @@ def free_bytes(device: torch.device) -> int:
     return max(0, free)
 
 
+def total_bytes(device: torch.device) -> float:
+    """Return how many bytes a GPU has, whoever uses them; of other devices that is not known, infinity."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else math.inf
+
+
 def _cached(stat: Path) -> int:
     """Return how much of a container's use is copies of files that nobody needs at the moment."""
     with suppress(OSError):
