@@ -228,6 +228,10 @@ def recorded_epoch(
     """
     with _recording(state, order.device) as (before, generators):
         replay = EpochReplay(run, state, batches, order, n_steps)
+        if "eps" in state.hyper:  # other optimizers make no more of what is rounding than it is
+            before = before._replace(hyper=_probed(before.hyper, n_steps))
+            for name in _PROBED:
+                state.hyper[name].copy_(before.hyper[name])
         set_random_states(generators, order.device)
         expected, sums = tree_map(torch.clone, before), torch.zeros_like(replay.sums)
         with torch.no_grad():
@@ -258,8 +262,7 @@ def difference(
     Both do `n_steps` from equal states, of other hyperparameters and rows each time, and draw the same random numbers.
     Neither is given `state` itself. What each member's updates differ by is measured by its largest one.
     """
-    hyper = {name: torch.full_like(x, _PROBED[name]) if name in _PROBED else x for name, x in state.hyper.items()}
-    state = state._replace(hyper=hyper)
+    state = state._replace(hyper=_probed(state.hyper))
     for _ in range(n_steps):
         generators = random_states(targets.device)
         with torch.no_grad():
@@ -275,6 +278,15 @@ def difference(
         state = tree_map(torch.clone, state.after(expected)._replace(hyper=halved))
         inputs, targets = [x.flip(0) for x in inputs], targets.flip(0)
     return None
+
+
+def _probed(hyper: Mapping[str, Tensor], n_steps: int = 1) -> dict[str, Tensor]:
+    """Return hyperparameters as `_PROBED` has them, the learning rate a part of it where many steps are compared.
+
+    With a large one each step would amplify what the one before was rounded by.
+    """
+    probed = {**_PROBED, "learning_rate": _PROBED["learning_rate"] / n_steps}
+    return {name: torch.full_like(x, probed[name]) if name in probed else x for name, x in hyper.items()}
 
 
 def _different(before: Trained, expected: Trained, got: Trained, tolerance: float) -> str | None:
