@@ -31,8 +31,8 @@ from gpu_items import ROOT, Card, Item, Result, markdown, python_path, run_all, 
 
 SECONDS: Mapping[str, float] = {"check": 240.0, "training": 480.0, "study": 480.0}
 """How long each part may take, unless --seconds says otherwise."""
-GRACE = 40.0
-"""Seconds after which a process is ended that hangs where no signal reaches it."""
+GRACE, SOONER = 40.0, 5.0
+"""Seconds after which a process is ended that hangs where no signal reaches it; one that it started so much sooner."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +75,25 @@ def run_part(given: argparse.Namespace, card: Card, out: Path) -> list[Result]:
         start, after = time.monotonic(), wanted[-len(items) - 1].name
         print(f"a new process for the items after {after}", file=sys.stderr, flush=True)
         (out / "again" / f"{given.part}.json").unlink(missing_ok=True)
-        options = ["--part", given.part, "--device", given.device, "--seconds", str(seconds), "--after", after]
+        for_it = str(max(1.0, seconds - SOONER))
+        options = ["--part", given.part, "--device", given.device, "--seconds", for_it, "--after", after]
         options += ["--small"] * given.small + (["--only", *given.only] if given.only else [])
         command = [sys.executable, __file__, *options, "--out", str(out / "again")]
-        status = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+        over = False
+        try:  # else this process would end first, and leave that one on the card
+            limit = max(1.0, seconds + GRACE / 2)
+            status = subprocess.run(command, stdout=subprocess.DEVNULL, check=False, timeout=limit).returncode
+            how = f"its process ended with status {status}"
+        except subprocess.TimeoutExpired:
+            over, how = True, f"its process had not ended after {limit:.0f} s"
         results = saved(given.part, out / "again")
         if left := items[len(results) :]:
-            results.append(Result(name=left[0].name, state="FAILED", seen=f"its process ended with status {status}"))
-        if left[1:]:
+            results.append(Result(name=left[0].name, state="FAILED", seen=how))
+        if over:
+            results += [
+                Result(name=each.name, state="skipped", seen="the time of the part was over") for each in left[1:]
+            ]
+        elif left[1:]:
             results += again(left[1:], seconds - (time.monotonic() - start))
         return results
 

@@ -441,6 +441,29 @@ def test_what_is_left_runs_in_a_new_process_and_one_that_ends_that_has_failed(
     assert [each.name for each in gpu.run_part(given, card, tmp_path)] == ["e"]
 
 
+def test_a_process_that_does_not_end_is_ended_before_this_one_is(
+    card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would stay on the card. What it has not come to is skipped."""
+    items = [Item(name=name, run=lambda card: "here") for name in ("a", "b", "c", "d")]
+    monkeypatch.setattr(gpu, "part_of", lambda name, card: gpu.Part(items=items, spoilt=lambda: True))
+    limits = []
+
+    def start(command: list[str], *, timeout: float, **more: Any) -> Any:
+        limits.append((float(command[command.index("--seconds") + 1]), timeout))
+        gpu_items.save("check", card, tmp_path / "again", [Result(name="b", state="ok")])
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(gpu.subprocess, "run", start)
+    given = argparse.Namespace(part="check", device="cpu", seconds=100.0, small=True, only=None, after=None)
+    results = states(gpu.run_part(given, card, tmp_path))
+    assert results.pop("c")[0] == "FAILED"
+    assert results == {"a": ("ok", "here"), "b": ("ok", ""), "d": ("skipped", "the time of the part was over")}
+    ((seconds, timeout),) = limits
+    assert seconds < 100 - gpu.SOONER  # so that its own processes are ended by then too
+    assert 100 < timeout < 100 + gpu.GRACE
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("part", list(gpu.SECONDS))
