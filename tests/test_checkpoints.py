@@ -87,6 +87,20 @@ def test_alone_it_goes_on_bit_for_bit(folder, said, optimizer):
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
+def test_one_that_was_written_on_a_gpu_is_resumed_on_another_device(folder, said, monkeypatch):
+    def on_a_gpu(file, content):
+        with pytest.MonkeyPatch.context() as patch:
+            if file.name.startswith("place-"):
+                patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
+            write(file, content)
+
+    plain, _ = run(folder, "plain", "stack: 1\n")
+    monkeypatch.setattr("hpo.runner.checkpoints.write", on_a_gpu)
+    resumed, _ = run(folder, "resumed", "stack: 1\n", stop_at=9)
+    assert any("resumes after epoch 3" in text for text in said)
+    assert resumed == plain
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "rmsprop"])
 def test_in_a_stack_it_goes_on_as_it_was(folder, said, optimizer):
     text = f"stack: 4\nsampler: random\nparams: {{optimizer: {optimizer}, momentum: 0.9, "

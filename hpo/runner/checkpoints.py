@@ -37,6 +37,7 @@ from hpo.training.stack import Member
 
 BEST = "best.pt"
 _FULL_BYTES = 1 << 20
+_GPUS = ("mps", "mps:0", *(f"cuda:{i}" for i in range(64)))
 OWN = "own"
 """In a checkpoint's `training`: the state that an objective's own `train` has reported."""
 
@@ -105,7 +106,8 @@ def save(plan: Plan, origin: Origin, claim: Claim, checkpoint: Checkpoint) -> No
 def load(plan: Plan, origin: Origin, claim: Claim) -> Checkpoint | None:
     """Return what the trial that `claim` succeeds has left; None where there is nothing. Raises Refused."""
     try:
-        content = torch.load(file_of(plan, claim), weights_only=True)
+        moved = {name: str(plan.device) for name in _GPUS}  # which may be another one than that it was trained on
+        content = torch.load(file_of(plan, claim), weights_only=True, map_location=moved)
     except FileNotFoundError:
         return None
     except Exception as error:  # torch.load raises a dozen kinds for a file that is damaged
@@ -275,7 +277,7 @@ def _settle(folder: Path, making: str, candidates: Mapping[Path, int | None], be
 def _trial_in(file: Path, making: str) -> int | None:
     """Return whose weights a file holds, as far as they are of this study; None: of none, or damaged."""
     try:
-        content = torch.load(file, weights_only=True, mmap=True)
+        content = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
         number = content["trial"]
         return number if type(number) is int and content.get("study", making) == making else None
     except Exception:  # torch.load raises a dozen kinds for a file that is damaged
