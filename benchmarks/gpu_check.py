@@ -2,7 +2,7 @@
 
 from gpu_device import CHILDREN, FEED, FIRST, STUDIES
 from gpu_items import Item
-from gpu_steps import COMINGS, DROPOUT, EQUAL, EQUAL_COMPILED, PATHS, PATHS_COMPILED, WAITING
+from gpu_steps import COMINGS, DROPOUT, EPOCHS, EQUAL, EQUAL_COMPILED, PATHS, PATHS_COMPILED, WAITING
 
 from hpo.stacks import recording
 
@@ -13,6 +13,7 @@ ITEMS: list[Item] = [
     *WAITING[:1],
     *PATHS,
     *EQUAL,
+    *EPOCHS,
     *COMINGS,
     *DROPOUT[:1],
     *FEED,

@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from gpu_toys import (
     batches_of,
     members_of,
     not_recorded,
+    on,
     require_close,
     stack_of,
     state_of,
@@ -29,6 +31,7 @@ from hpo.stacks.vmap_stack import VmapStack
 from hpo.stacks.vmap_step import Execution
 from hpo.study.data import Split
 from hpo.training.batches import Batch, Batches
+from hpo.training.loop import order
 from hpo.training.loop_stack import LoopStack
 from hpo.training.stack import Member, Precision, Stack
 from hpo.training.torch_settings import torch_settings
@@ -158,6 +161,24 @@ def comings_and_goings(card: Card, case: Case, execution: Execution) -> Seen:
         require_close(states["stack"], states[name], 1e-9, f"from {name}", all_of=False) for name in list(states)[1:]
     )
     return f"largest difference {worst:.1e}"
+
+
+def whole_epochs(card: Card, case: Case) -> Seen:
+    """Two epochs of rows that lie on the device, as training does them: many steps at once. They are as alone."""
+    n_rows, states, path = 19 * case.batch_size + case.batch_size // 2, {}, ""
+    for name in ("stack", "alone"):
+        task = replace(task_of(case, card.device, torch.float64), n_rows=n_rows)
+        members = members_of(case, eps=1e-2)
+        stack: Stack = stack_of(case, task, dtype=torch.float64) if name == "stack" else LoopStack(task, len(members))
+        for member in members:
+            stack.join(member)
+        rows = Batches(on(case.rows(n_rows, 1), card.device, torch.float64), card.device)
+        losses = [stack.epoch(rows, order(n_rows, 1, number), lambda: False) for number in range(2)]
+        states[name] = state_of(stack, members) | {"losses": torch.tensor(losses, dtype=torch.float64)}
+        path = path or str(stack.path)
+    require(path == wanted_path("graph", card.device), f"it runs {path}")
+    worst = require_close(states["stack"], states["alone"], 1e-9, "from LoopStack", all_of=False)
+    return f"{path}; largest difference {worst:.1e}"
 
 
 def _scenario(stack: Stack, members: Sequence[Member], batches: Sequence[Batch]) -> State:
@@ -301,6 +322,10 @@ WAITING = [
 COMINGS = [
     Item(name=f"leave, join, resize: {name}", run=partial(comings_and_goings, case=CASES[name], execution="graph"))
     for name in ("mlp", "padded widths", "BatchNorm1d")
+]
+EPOCHS = [
+    Item(name=f"whole epochs: {name}", run=partial(whole_epochs, case=CASES[name]))
+    for name in ("mlp", "conv + BatchNorm", "padded widths")
 ]
 DROPOUT = [
     Item(

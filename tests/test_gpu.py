@@ -42,6 +42,7 @@ FAST = (
     "path, graph: padded widths, adam, float32",
     "equal: mlp, adam",
     "leave, join, resize: padded widths",
+    "whole epochs: padded widths",
     "dropout, graph",
     "feed: resident or streamed",
     "checkpoint: resumed here and on the CPU",
@@ -50,7 +51,7 @@ FAST = (
 """Of the items that apply to a CPU one of each kind, but for those that compile or start processes."""
 REPLAYED = (
     *("path, graph: mlp, adam, float32", "path, graph: embedding, adam, float32"),
-    *("equal: BatchNorm1d, adam", "dropout, graph"),
+    *("equal: BatchNorm1d, adam", "dropout, graph", "whole epochs: conv + BatchNorm"),
 )
 FAILS = "CUDA error: operation failed due to a previous error during capture"
 needs_california = pytest.mark.skipif(
