@@ -3,6 +3,7 @@
 A row of a stack is measured captured, and then compiled, with the same members: joining takes as long as training them.
 """
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -101,10 +102,13 @@ def stacked(
         for stack in stacks:
             stack.expect(0)
             stack.execution = execution
-        with _timed(VmapStep, "_compile") as compiling, _timed(vmap_step, "recorded") as capturing:
+        recording = _timed(vmap_step, "recorded"), _timed(vmap_step, "recorded_epoch")
+        with _timed(VmapStep, "_compile") as compiling, recording[0] as step, recording[1] as many:
             for stack in stacks:
                 for batch in _both_sizes(made.bench, made.rows, stack):
                     stack.step(*batch)
+                if vmap_step.records(card.device):
+                    _epoch(made.rows, stack)
             card.wait()
         figures = dict(_measured(card, made.bench, made.rows, stacks, k))
         start, valid = time.perf_counter(), Batches(made.bench.valid, card.device)
@@ -112,7 +116,7 @@ def stacked(
             for stack in stacks:
                 stack.evaluate(valid)
         figures["evaluate ms"] = (time.perf_counter() - start) / 3 * 1000
-    figures |= {"join s": made.seconds, "compile s": compiling[0], "capture s": capturing[0]}
+    figures |= {"join s": made.seconds, "compile s": compiling[0], "capture s": step[0] + many[0]}
     paths = {stack.path for stack in stacks}
     other = f"NOT {wanted_path(execution, card.device)}: " if paths != {wanted_path(execution, card.device)} else ""
     figures["seen"] = f"{other}{' / '.join(map(str, paths))}{f', {len(stacks)} stacks' if len(stacks) > 1 else ''}"
@@ -134,11 +138,14 @@ def _measured(card: Card, bench: Bench, rows: Batches, stacks: Sequence[Stack], 
     if card.cuda:
         torch.cuda.reset_peak_memory_stats(card.device)
     each = _seconds(card) / len(stacks)
-    wall = sum(bench.epoch(batches, stack.step, each) for stack in stacks)
+    if vmap_step.records(card.device):
+        wall = sum(_epoch_seconds(card, rows, stack, each) for stack in stacks)
+    else:
+        wall = sum(bench.epoch(batches, stack.step, each) for stack in stacks)
     figures: dict[str, Any] = {"ms": wall / k * 1000, "x documented": None}
     if not card.cuda:
         return figures | {"MiB": throughput._peak_mib()}
-    figures["ms by events"] = sum(_by_events(card, batches, stack) for stack in stacks) / k
+    figures["ms by events"] = sum(_by_events(card, rows, stack) for stack in stacks) / k
     batch = _both_sizes(bench, rows, stacks[0])[0]
     figures |= _profiled(card, partial(stacks[0].step, *batch))
     card.wait()
@@ -150,12 +157,28 @@ def _measured(card: Card, bench: Bench, rows: Batches, stacks: Sequence[Stack], 
     return figures | {"MiB": torch.cuda.max_memory_reserved(card.device) / 2**20}
 
 
-def _by_events(card: Card, batches: Callable[[], Any], stack: Stack) -> float:
+def _epoch(rows: Batches, stack: Stack) -> None:
+    """Train an epoch as a study does: many steps at once, where they are recorded so."""
+    stack.epoch(rows, torch.randperm(len(rows)), lambda: False)
+
+
+def _epoch_seconds(card: Card, rows: Batches, stack: Stack, seconds: float) -> float:
+    """Return the time of an epoch: the median of as many as `seconds` are enough for, one at the least."""
+    until, taken = time.perf_counter() + seconds, list[float]()
+    card.wait()
+    while not taken or time.perf_counter() < until:
+        start = time.perf_counter()
+        _epoch(rows, stack)
+        card.wait()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def _by_events(card: Card, rows: Batches, stack: Stack) -> float:
     """Return the ms of an epoch by the GPU's clock."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    for batch in batches():
-        stack.step(*batch)
+    _epoch(rows, stack)
     end.record()
     card.wait()
     return start.elapsed_time(end)

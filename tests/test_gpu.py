@@ -301,6 +301,27 @@ def test_training_is_measured_beside_the_documented_loop(pretended: Card, monkey
 
 @pytest.mark.slow
 @needs_california
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")  # the profiler's
+def test_training_is_measured_as_studies_train(
+    graphs: type[Capture],  # noqa: F811
+    pretended: Card,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Many steps at once."""
+    monkeypatch.setattr(gpu_training, "_seconds", lambda card: 0.05)
+    (item,) = [item for item in gpu_training.items(pretended) if item.name == "california: stack of 4, captured"]
+    result = gpu_items.run_item(item, pretended, 120.0)
+    gpu_training._ready.clear()
+    gpu_training.bench_of.cache_clear()
+    assert result.state == "ok", result.trace
+    assert result.seen == "captured, replayed from a CUDA graph"
+    assert result.figures["capture s"] > 0
+    assert len(Graph.made) == 3  # of each batch size, and of 16 steps
+    assert max(graph.n_replays for graph in Graph.made) >= 3 * (16512 // 64 // 16)
+
+
+@pytest.mark.slow
+@needs_california
 def test_a_study_is_timed_by_its_parts(card: Card) -> None:
     items = gpu_study.items(card)
     results = [gpu_items.run_item(item, card, 100.0) for item in (items[0], items[-1])]
