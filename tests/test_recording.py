@@ -577,7 +577,7 @@ def test_memory_that_runs_out_before_a_capture_ends_no_later_recording(
     graphs: type[Capture],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Not even with torch 2.11: no capture had begun."""
+    """Not even with torch 2.11: there was no capture yet."""
     monkeypatch.setattr(recording, "_fails_ever_after", lambda: True)
     made = stack(conv)
 

@@ -320,7 +320,7 @@ def line(error: BaseException) -> str:
 
 
 def _fails_ever_after() -> bool:
-    """Whether torch cannot record any more once a capture has failed (pytorch/pytorch#180395, mended in 2.12)."""
+    """Whether torch cannot record any more once a capture has failed (pytorch/pytorch#180395, cured in 2.12)."""
     return tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < (2, 12)
 
 
