@@ -414,8 +414,9 @@ def training_table(run: Together, name: str, device: str, cores: int, stacks: li
     return table
 
 
-def study_table(run: Together, name: str, device: str, cores: int, stacks: list[int]) -> Table:
+def study_table(run: Together, name: str, device: str, cores: int, stacks: list[int], trials: int) -> Table:
     n_documented, n_single, n_stacked = CASES[name].trials
+    n_stacked = trials or n_stacked
     heads = ["trials", "s per trial", "CPU s per trial", "trials per hour", "x documented", "x in CPU s"]
     heads += ["epochs", "stacks", "the rest", "MiB"]
     table = Table("study", *heads, title=f"{name}: whole studies, {CASES[name].epochs} epochs a trial, {device}")
@@ -450,6 +451,7 @@ def main() -> None:
     parser.add_argument("--what", nargs="+", choices=["training", "study"], default=["training", "study"])
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--stacks", nargs="+", type=int, default=[4, 16, 64, 256])
+    parser.add_argument("--trials", type=int, default=0, help="how many a stacked study has at least; 0: a few stacks")
     parser.add_argument("--seconds", type=float, default=8.0, help="how long a row of `training` is measured")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="how many workers there are on a CPU")
@@ -469,7 +471,7 @@ def main() -> None:
             if "training" in given.what:
                 out.print(training_table(run, name, device, given.cores, given.stacks, given.seconds))
             if "study" in given.what:
-                out.print(study_table(run, name, device, given.cores, given.stacks))
+                out.print(study_table(run, name, device, given.cores, given.stacks, given.trials))
 
 
 if __name__ == "__main__":
