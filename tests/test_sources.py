@@ -94,8 +94,8 @@ def test_a_callable_object_has_no_source() -> None:
 
 
 def names_in(digests: dict[str, str]) -> set[str]:
-    """Return the names of what is held, but for the class's own of `abc`."""
-    return {name.removeprefix(".") for name in digests} - {"", "_abc_impl"}
+    """Return the names of what is held."""
+    return {name.removeprefix(".") for name in digests} - {""}
 
 
 def test_what_is_held_are_the_values_of_the_instance_and_its_classes() -> None:
@@ -247,6 +247,8 @@ def made(width: Any, factor: float = 1.0, **own: Any) -> Objective:
         (made(4, given=1), made(4), ["given"]),
         (made(4, cached=torch.ones(2), init=3), made(4), ["init"]),
         (made(4, cached=torch.ones(2)), made(4, cached=None), []),
+        (made(4, _cache={"x": torch.ones(2)}), made(4, _cache={}), []),
+        (made(4, _x=1), made(4, _x=2), ["_x"]),
         (made(4, x=torch.ones(2)), made(4, x=torch.ones(2)), []),
         (made(4, x=torch.ones(2)), made(4, x=torch.tensor([1.0, 2.0])), ["x"]),
         (made(4, x=torch.ones(2)), made(4, x=torch.ones(2, dtype=torch.bfloat16)), ["x"]),

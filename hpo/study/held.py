@@ -118,11 +118,12 @@ def _held_by(call: Any) -> dict[str, Any]:
 def _digests(several: Mapping[str, Any], set_by_itself: set[str]) -> dict[str, str]:
     """Return the digests of values by name; those that are not set by the objective's own methods are marked.
 
-    Of those that are only plain values are looked at: a cache has none at first, and then a table.
+    Of those that are, and of what has an underscore before its name, only plain values are looked at: a cache is empty
+    at first, and holds a table then.
     """
     found = {_GIVEN: ""}
     for name, value in several.items():
-        if name not in set_by_itself:
+        if name not in set_by_itself and not name.startswith("_"):
             mark = "" if ":" in name or name.startswith("global ") else _GIVEN
             found[f"{mark}{name}"] = digest(_text_of(value))
         elif isinstance(value, types.FunctionType) or is_plain(value):
