@@ -152,6 +152,13 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     return f'; did you mean "{near[0]}"?' if near else f"; known: {', '.join(known) or 'none'}"
 
 
+def listed(texts: Iterable[str], longest: int = 50) -> str:
+    """Return the texts, cut where they are longer than `longest`, with commas between, and how many more than ten."""
+    every = [text if len(text) <= longest else f"{text[: longest - 3]}..." for text in texts]
+    more = f" and {len(every) - 10} more" if len(every) > 10 else ""
+    return ", ".join(every[:10]) + more
+
+
 def broken_rules(
     rules: Mapping[str, tuple[Callable[[Any], bool], str]], values: Mapping[str, Sequence[Any]]
 ) -> list[Fault]:

@@ -13,10 +13,11 @@ import numpy as np
 import pandas as pd
 from pandas.api import types
 
+from hpo.errors import listed
 from hpo.study.table_amounts import amounts, unit_of
 from hpo.study.table_dates import ISO, described, format_of, is_stored_as_date, moments
 from hpo.study.table_marks import EVERY, are_codes, number_pattern
-from hpo.study.table_text import as_text, listed
+from hpo.study.table_text import as_text
 
 Column = Mapping[str, Any]
 

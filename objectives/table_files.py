@@ -10,7 +10,7 @@ import torch
 from pandas.api.types import is_integer_dtype, is_numeric_dtype, is_scalar
 from pandas.errors import ParserWarning
 
-from hpo.errors import DataError
+from hpo.errors import DataError, listed
 from hpo.study.table_groups import groups
 from hpo.study.table_marks import (
     MISSING,
@@ -24,7 +24,7 @@ from hpo.study.table_marks import (
     scan,
     with_point,
 )
-from hpo.study.table_text import OPEN, Dialect, as_text, beginning, dialect_of, listed, windows, without_arrow
+from hpo.study.table_text import OPEN, Dialect, as_text, beginning, dialect_of, windows, without_arrow
 from hpo.training.memory import free_bytes
 
 MARKS = "marks"

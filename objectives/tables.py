@@ -30,13 +30,13 @@ from hpo.objectives.table_files import MARKS, read_table, words_for_missing
 from pandas.api import types
 from torch import Tensor
 
-from hpo.errors import DataError, did_you_mean
+from hpo.errors import DataError, did_you_mean, listed
 from hpo.study.blocks import split_by_rows
 from hpo.study.data import Data
 from hpo.study.table_amounts import amounts
 from hpo.study.table_dates import format_of, is_stored_as_date, moments, numbers_of
 from hpo.study.table_marks import PLAIN, Marks, are_codes, as_codes, with_point
-from hpo.study.table_text import as_text, listed
+from hpo.study.table_text import as_text
 
 Task = Literal["regression", "binary", "multiclass"]
 

@@ -147,6 +147,12 @@ def test_mlflow_is_imported_only_when_first_used() -> None:
     assert importlib.util.find_spec("mlflow") is not None, "else that says nothing"
 
 
+def test_a_run_imports_pandas_only_where_it_has_a_table() -> None:
+    code = "import sys, hpo.runner.opening, hpo.runner.worker\nassert 'pandas' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 COMMANDS = ("run", "check", "status", "report", "export", "predict", "worker", "repair", "serve", "adopt", "objectives")
 COMMANDS += ("studies", "rename", "delete", "ui", "compare", "replay")
 

@@ -550,6 +550,17 @@ def test_many_steps_at_once_are_an_epoch_as_alone(graphs: type[Capture], network
     assert last.n_replays == 2 + N_EPOCHS + 1
 
 
+def assert_equal_epochs(made: VmapStack, reference: VmapStack, batches: Batches, plain: Batches) -> None:
+    """Train the members for two epochs, in `made` on `batches`, in `reference` on `plain` step by step."""
+    for each in (made, reference):
+        for member in members():
+            each.join(member)
+    for number in range(2):
+        rows = order(MANY_ROWS, 7, number)
+        losses = made.epoch(batches, rows, lambda: False)
+        assert losses == pytest.approx(Stack.epoch(reference, plain, rows, lambda: False), abs=1e-12)
+
+
 @pytest.mark.parametrize("poisoned", [True, False])
 def test_a_preprocessing_that_waits_is_found_before_it_spoils_a_capture(
     graphs: type[Capture],  # noqa: F811
@@ -559,13 +570,7 @@ def test_a_preprocessing_that_waits_is_found_before_it_spoils_a_capture(
     monkeypatch.setattr(recording, "_fails_ever_after", lambda: poisoned)
     made, reference = stack(NETWORKS["mlp"]), stack(NETWORKS["mlp"], execution="eager")
     batches, plain = (Batches(pixels(MANY_ROWS), CPU, prepare()) for prepare in (Waiting, Pixels))
-    for each in (made, reference):
-        for member in members():
-            each.join(member)
-    for number in range(2):
-        rows = order(MANY_ROWS, 7, number)
-        losses = made.epoch(batches, rows, lambda: False)
-        assert losses == pytest.approx(Stack.epoch(reference, plain, rows, lambda: False), abs=1e-12)
+    assert_equal_epochs(made, reference, batches, plain)
     why = "step by step: RuntimeError: called a synchronizing CUDA operation"
     assert made.path == f"{REPLAYED}; {why}"
     assert not recording._given_up
@@ -686,13 +691,7 @@ def test_many_steps_that_are_not_the_steps_are_found_and_not_used(
 ) -> None:
     monkeypatch.setattr(EpochReplay, "_step", fault)
     made, reference, batches = stack(conv), stack(conv, execution="eager"), Batches(sines(MANY_ROWS), CPU)
-    for each in (made, reference):
-        for member in members():
-            each.join(member)
-    for number in range(2):
-        rows = order(MANY_ROWS, 7, number)
-        losses = made.epoch(batches, rows, lambda: False)
-        assert losses == pytest.approx(Stack.epoch(reference, batches, rows, lambda: False), abs=1e-12)
+    assert_equal_epochs(made, reference, batches, batches)
     assert made.path is not None
     assert made.path.startswith(f"{REPLAYED}; step by step: 8 steps at once differ in the ")
 

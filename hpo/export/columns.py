@@ -15,11 +15,11 @@ import numpy as np
 import pandas as pd
 from pandas.api import types
 
-from hpo.errors import InputError, did_you_mean
+from hpo.errors import InputError, did_you_mean, listed
 from hpo.study.table_amounts import amounts
 from hpo.study.table_dates import moments, numbers_of
 from hpo.study.table_marks import MISSING, PLAIN, Marks, as_code, number_pattern
-from hpo.study.table_text import as_text, listed
+from hpo.study.table_text import as_text
 
 
 @dataclass(frozen=True, kw_only=True)

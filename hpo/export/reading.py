@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 from pandas.api import types
 
-from hpo.errors import InputError
+from hpo.errors import InputError, listed
 from hpo.export.columns import Columns, Notes
 from hpo.export.images import SUFFIXES, image_chunks
 from hpo.study.table_groups import groups
 from hpo.study.table_marks import MISSING, PLAIN, Marks, Seen, as_read, marks_of, most_common, with_point
-from hpo.study.table_text import OPEN, Dialect, beginning, dialect_of, listed
+from hpo.study.table_text import OPEN, Dialect, beginning, dialect_of
 
 ROWS = 1 << 16
 """So many rows of a table are read at a time."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from hpo.errors import InputError
+from hpo.errors import InputError, listed
 from hpo.export.files import read_about
 from hpo.log import log
 from hpo.runner.preflight import preflight
@@ -21,7 +21,6 @@ from hpo.study.held import other_values
 from hpo.study.leaks import repeated, telling
 from hpo.study.objective import Objective
 from hpo.study.sources import digest, file_fingerprint, source_fingerprint
-from hpo.study.table_text import listed
 from hpo.training.torch_settings import torch_settings
 
 

@@ -56,7 +56,7 @@ class Plan:
     """The other metrics, each with whether more of it is better."""
     device: torch.device
     held: Mapping[str, str]
-    """Digests of the plain values that the objective holds when the study starts (`hpo.study.held`)."""
+    """Digests of the values that the objective holds when the study starts (`hpo.study.held`)."""
     by_program: bool
     """Whether a program gave the objective itself, which may hold others than one that is found by its name."""
     made: float = field(default_factory=time.monotonic)

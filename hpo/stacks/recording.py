@@ -163,15 +163,11 @@ def _captured(on_copies: Callable[[], None], record: Callable[[], None], device:
 
 @contextmanager
 def _refusing_waits() -> Iterator[None]:
-    """Within it what waits for the GPU raises NotRecorded."""
+    """Within it what waits for the GPU raises RuntimeError."""
     before = torch.cuda.get_sync_debug_mode()
     try:
         _set_sync_debug_mode("error")
         yield
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise NotRecorded(line(error)) from error
     finally:
         _set_sync_debug_mode(before)
 

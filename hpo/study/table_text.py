@@ -6,7 +6,7 @@ import gzip
 import lzma
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from typing import IO, Any
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from pandas.api import types
 
-from hpo.errors import DataError
+from hpo.errors import DataError, listed
 from hpo.study.table_marks import EVERY, MISSING, Marks, number_pattern
 
 OPEN: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -155,13 +155,6 @@ def _n_columns(text: str, separator: str, cut: bool) -> int:
     """Return how many columns there are if `separator` is between them; 0 where most rows have another number."""
     sizes = [len(row) for row in _rows(text, separator, cut)]
     return sizes[0] if sizes and sizes.count(sizes[0]) >= 0.9 * len(sizes) else 0
-
-
-def listed(texts: Iterable[str], longest: int = 50) -> str:
-    """Return the texts, cut where they are longer than `longest`, with commas between, and how many more than ten."""
-    every = [text if len(text) <= longest else f"{text[: longest - 3]}..." for text in texts]
-    more = f" and {len(every) - 10} more" if len(every) > 10 else ""
-    return ", ".join(every[:10]) + more
 
 
 def without_arrow(frame: pd.DataFrame) -> pd.DataFrame:
