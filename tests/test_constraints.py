@@ -22,6 +22,7 @@ from hpo.search.tpe import Shared, SharedTPESampler
 from hpo.study.constraints import constraints_in, parse
 from hpo.study.spec import StudySpec
 from tests.cli import invoke, refused, summary
+from tests.mlflows import in_store
 from tests.test_own import OWN
 from tests.test_tpe import SPACE, drawn, same
 
@@ -301,6 +302,20 @@ def test_under_halving_samplers_see_only_trials_whose_constraints_are_known():
 
 
 # Whole studies.
+
+
+def test_a_run_says_feasible_of_no_trial_of_which_it_is_not_known(sized, request, tmp_path):
+    mlflow = in_store("sqlite", request, tmp_path)
+    keys = f'name: {mlflow.study}\ntracking: {mlflow.uri}\nstack: 1\nconstraints: {{n_parameters: "<= 100"}}\n'
+    keys += "epochs: 3\npruner: {name: threshold, lower: 1.1}\nstart_with: [{n_hidden: 4}, {n_hidden: 40}]\n"
+    failed("run", sized(keys))
+    runs = mlflow.runs()
+    table = hpo.open_study(mlflow.study, storage="sqlite:///mlruns/optuna.db").trials
+    assert set(table["state"]) == {"PRUNED"}
+    for number, broken in enumerate(table["feasible"].eq(False)):
+        assert runs[str(number)].data.metrics.get("feasible") == (0.0 if broken else None)
+    assert table["feasible"].eq(False).any()
+    assert table["feasible"].isna().any()
 
 
 def test_a_network_that_is_too_large_is_not_trained_and_its_trial_counts(sized):

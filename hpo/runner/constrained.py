@@ -91,12 +91,17 @@ class Limits:
         """Return what is stored of a trial with these values."""
         return attrs_of(self._constraints, values)
 
-    def logged(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Return what is logged of a trial with these values beside its metrics."""
+    def logged(self, values: Mapping[str, float], is_complete: bool) -> dict[str, float]:
+        """Return what is logged of a trial with these values beside its metrics.
+
+        That it holds to its constraints is known only of one that is complete (`hpo.search.constraints.is_feasible`).
+        """
         if self._of_function:
             return dict(values)
         times = {f"{name}_ms": value for name, value in values.items() if name in LATENCY}
-        return times | ({"feasible": float(self.broken(values) is None)} if self._constraints else {})
+        holds = self.broken(values) is None
+        known = bool(self._constraints) and (is_complete or not holds)
+        return times | ({"feasible": float(holds)} if known else {})
 
     def _network(self, params: Params) -> nn.Module:
         assert self._task is not None

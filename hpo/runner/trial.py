@@ -241,7 +241,7 @@ class TrialRun:
         if self.member.n_parameters is not None:
             effort["n_parameters"] = float(self.member.n_parameters)
         effort["memory_mib"] = round(used_mib(self._plan.device), 1)
-        return effort | self._limits.logged(self.values)
+        return effort | self._limits.logged(self.values, self.ending is not None and self.ending.state == "COMPLETE")
 
     def conclude(self, pruned: bool = False) -> None:
         """End the trial with its value (`value_of`) of what was reported of it."""
