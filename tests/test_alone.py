@@ -1,12 +1,14 @@
 """What networks do in training only: a stack does the same, or leaves them alone and says why."""
 
+import copy
 import itertools
 import math
 import random
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,13 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpo.stacks.alone import NotStackable
+from hpo.stacks.alone import NotStackable, Trying
 from hpo.stacks.padding import Padder, PaddingPlan, unpadded
 from hpo.stacks.structure import common_structure
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.stacks.vmap_step import Execution
 from hpo.study.space import build
 from hpo.study.spec import parse_param
+from hpo.training.batches import Batches
+from hpo.training.faults import TrialError
 from hpo.training.loop_stack import LoopStack
 from hpo.training.stack import Member, Task
 from tests.stacking import CPU, INFO, Built, assert_same_curves, assert_same_weights, sines, trained
@@ -287,7 +291,7 @@ def test_members_with_and_without_a_param_of_the_loss_are_in_separate_stacks() -
 class OfDistinctRows(Toy):
     def loss(self, outputs, targets, params):
         rows = torch.cat([targets, targets.flip(0)], 1)
-        if len(rows.unique(dim=0)) < len(rows):
+        if torch.cdist(rows, rows).fill_diagonal_(1).min() == 0:
             raise RuntimeError("a row is there twice")
         return super().loss(outputs, targets, params)
 
@@ -320,6 +324,139 @@ class Masked(Toy):
 
 def test_a_loss_that_picks_rows_picks_them_of_each_batch() -> None:
     check(Masked(twice), [{"scale": 1.0}, {"scale": 3.0}], execution="graph")
+
+
+class OfHard(Toy):
+    """It has a param that counts where a batch has a row of a kind; the first eight rows have none."""
+
+    def loss(self, outputs, targets, params):
+        loss, hard = super().loss(outputs, targets, params), outputs[targets > self.least]
+        return loss + params["scale"] * hard.square().mean() if self.are_some(hard) else loss
+
+
+ASKED: list[Callable[[Any], bool]] = [
+    lambda hard: len(hard) > 0,
+    lambda hard: hard.shape[0] > 0,
+    lambda hard: hard.size()[0] > 0,
+    lambda hard: hard.numel() > 0,
+    lambda hard: hard.nelement() > 0,
+    lambda hard: any(True for each in hard),
+    lambda hard: len(torch.cat([hard, hard]).flatten()) > 0,
+    lambda hard: len(hard.split(1)) > 0 and hard.nbytes > 0,
+]
+
+
+@pytest.mark.parametrize("least", [0.3, 2.0])
+@pytest.mark.parametrize("are_some", ASKED)
+def test_a_loss_that_asks_how_many_rows_a_mask_picks_is_trained_alone(
+    are_some: Callable[[Any], bool], least: float
+) -> None:
+    """By that it may read another param, or leave a weight out, which alone has no gradient then."""
+    objective = OfHard(twice)
+    objective.are_some, objective.least = are_some, least
+    stack = VmapStack(task(objective), 2, sines(8), "graph")
+    with pytest.raises(NotStackable, match="asks how many rows a mask picks"):
+        stack.join(members([{"scale": 1.0}])[0])
+
+
+PICKED: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "nonzero": lambda x: (x > 0).nonzero(),
+    "as a tuple": lambda x: (x > 0).nonzero(as_tuple=True)[0],
+    "argwhere": lambda x: torch.argwhere(x > 0),
+    "where": lambda x: torch.where(x > 0)[0],
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "unique": lambda x: torch.unique(x.round()),
+    "counts": lambda x: x.round().unique(return_counts=True)[1],
+    "consecutive": lambda x: torch.unique_consecutive(x.round()),
+    "repeated": lambda x: x.repeat_interleave((x > 0).flatten().long(), 0),
+    "bins": lambda x: torch.bincount((x > 0).flatten().long()),
+    "by an index": lambda x: x[:, 0][(x > 0).nonzero()[:, 0]],
+}
+
+
+@pytest.mark.parametrize("pick", PICKED)
+def test_whatever_makes_a_size_of_the_data_is_seen(pick: str) -> None:
+    x = sines(8).targets
+    with Trying() as trying:
+        picked = PICKED[pick](x)
+        few, total = len(x) + x.shape[1] + x.numel(), picked.double().sum()
+        assert total.shape == ()
+        assert few == 17
+    assert not trying.counts
+    with Trying() as trying:
+        assert len(PICKED[pick](x)) >= 0
+    assert trying.counts
+
+
+class OfManyRows(Toy):
+    """A param that counts where there are more rows than it is tried with."""
+
+    def loss(self, outputs, targets, params):
+        loss = super().loss(outputs, targets, params)
+        return loss + self.read(params) * outputs.square().mean() if len(targets) > self.most else loss
+
+
+READ: list[Callable[[Any], Any]] = [
+    lambda params: params["scale"],
+    lambda params: params.get("scale"),
+    lambda params: {**params}["scale"],
+    lambda params: dict(params)["scale"],
+    lambda params: params.copy()["scale"],
+    lambda params: (params | {})["scale"],
+    lambda params: ({} | params)["scale"],
+    lambda params: dict(params.items())["scale"],
+    lambda params: [*params.values()][-1],
+    lambda params: params["scale"] if "scale" in params else 0.0,  # noqa: SIM401
+    lambda params: sum(each == "scale" for each in params),
+    lambda params: copy.copy(params)["scale"],
+    lambda params: copy.deepcopy(params)["scale"],
+    lambda params: SimpleNamespace(**params).scale,
+]
+
+
+@pytest.mark.parametrize(("execution", "batch_size", "n_valid"), [("eager", 12, 8), ("graph", 12, 8), ("graph", 6, 10)])
+@pytest.mark.parametrize("read", READ)
+def test_a_param_that_is_read_on_many_rows_only_is_not_the_first_members(
+    read: Callable[[Any], Any], execution: Execution, batch_size: int, n_valid: int
+) -> None:
+    objective, rows = OfManyRows(twice), sines(12, seed=3)
+    objective.read, objective.most = read, 9
+    several = members([{"scale": 1.0, "batch_size": batch_size}, {"scale": 3.0, "batch_size": batch_size}])
+    with pytest.raises(TrialError, match=r"the loss reads the param '\w+' on some rows only"):
+        trained(VmapStack(task(objective), 2, sines(8), execution), several, rows, sines(n_valid), epochs=2)
+    objective.most = 3
+    check(objective, [{"scale": 1.0}, {"scale": 1.0}], execution=execution)
+
+
+class Centred(nn.Module):
+    """It takes the mean of the rows that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.last(y - y.mean(0))
+
+
+@pytest.mark.parametrize(("build", "rows"), [(lambda params: Centred(), [300]), (twice, [256, 44])])
+def test_what_takes_a_mean_of_the_rows_has_them_as_many_at_once_as_alone(
+    build: Build, rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack, several, valid = VmapStack(task(Toy(build)), 64, sines(8)), members([{}, {}]), Batches(sines(300), CPU)
+    for member in several:
+        stack.join(member)
+    forward, seen = stack._opened.forward, []
+    monkeypatch.setattr(
+        stack._opened, "forward", lambda state, inputs: (seen.append(len(inputs[0])), forward(state, inputs))[1]
+    )
+    got = stack.evaluate(valid)
+    assert seen == rows
+    for member, metrics in zip(several, got, strict=True):
+        alone = LoopStack(task(Toy(build)))
+        alone.join(member)
+        assert metrics["loss"] == pytest.approx(alone.evaluate(valid)[0]["loss"], rel=1e-12)
 
 
 class Locked(nn.Linear):

@@ -97,6 +97,12 @@ def test_who_may_catch_up_is_resumed_too():
     assert chosen(halving(), falls) == ([0, 1, 2], False)  # none has gained anything
 
 
+def test_without_reach_equals_of_the_best_are_one_in_factor_the_first_first():
+    trials = [trial(n, "W", [0.5] * 8, trained=[[0.0, 1.0]], paused_at=8) for n in range(20)]
+    assert chosen(halving(reach=0, first=8), trials)[0] == [*range(10)]
+    assert chosen(halving(reach=1, first=8), trials)[0] == [*range(20)]
+
+
 def test_a_score_is_the_best_so_far_and_one_that_failed_is_the_worst():
     trials = [trial(0, "W", [5, 9]), trial(1, "W", [6, 6]), trial(2, "F", [1, 1]), trial(3, "F", [])]
     assert chosen(halving(), trials) == ([0], False)

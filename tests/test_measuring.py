@@ -111,7 +111,7 @@ def assert_each_as_alone(measuring: Measuring, name: str, outputs: Any, targets:
     """Hold what the members are told at once against each one's own `measure`."""
     objective, everyone = Measured(name), params(k)
     numbers = {"smoothing": torch.tensor([each["smoothing"] for each in everyone])} if name in OF_CLASSES else {}
-    got = measuring(outputs, targets, everyone, numbers)
+    got = measuring(outputs, targets, everyone, numbers, {"smoothing"})
     assert len(got) == k
     for number, each in enumerate(got):
         expected = measure(objective, outputs[number], targets, everyone[number], objective.metrics())
@@ -144,7 +144,7 @@ def test_a_member_with_nan_touches_no_other(name: str, first: bool) -> None:
 def test_members_are_columns_of_a_regression_metric(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once it is known that a metric allows it, there is no loop over the members."""
     made = Measuring(Measured(name), CPU)
-    made(outputs(name, 5), targets(name), params(5), {})
+    made(outputs(name, 5), targets(name), params(5), {}, {"smoothing"})
     monkeypatch.setattr(measuring, "_one_by_one", None)
     calls, real = [], METRICS[name]().__class__.update
 
@@ -174,7 +174,7 @@ def test_several_outputs_are_measured_by_the_first() -> None:
 
     objective = Two("rmse")
     everything = {"mean": outputs("rmse", 3), "spread": random(3, N, 1, seed=7)}
-    got = Measuring(objective, CPU)(everything, targets("rmse"), params(3), {})
+    got = Measuring(objective, CPU)(everything, targets("rmse"), params(3), {}, {"smoothing"})
     for number, each in enumerate(got):
         alone = {name: x[number] for name, x in everything.items()}
         expected = measure(objective, alone, targets("rmse"), {}, objective.metrics())
@@ -185,7 +185,7 @@ def test_members_with_label_smoothings_of_their_own_have_losses_of_their_own() -
     same = outputs("micro", 1).expand(3, N, CLASSES)
     everyone = params(3)
     numbers = {"smoothing": torch.tensor([each["smoothing"] for each in everyone])}
-    got = Measuring(Measured("micro"), CPU)(same, targets("micro"), everyone, numbers)
+    got = Measuring(Measured("micro"), CPU)(same, targets("micro"), everyone, numbers, {"smoothing"})
     torchs = [F.cross_entropy(same[0], targets("micro"), label_smoothing=0.1 * n).item() for n in range(3)]
     assert [each["loss"] for each in got] == pytest.approx(torchs, rel=1e-5)
     assert len({each["micro"] for each in got}) == 1
@@ -201,12 +201,17 @@ def test_logits_are_no_probabilities_where_all_of_them_lie_between_0_and_1(param
     found = measure(objective, outputs, targets, params, objective.metrics())
     assert found["binary f1"] == 1.0
     stacked = torch.stack([outputs, -outputs])
-    assert [each["binary f1"] for each in Measuring(objective, CPU)(stacked, targets, [params] * 2, {})] == [1.0, 0.0]
+    assert [each["binary f1"] for each in Measuring(objective, CPU)(stacked, targets, [params] * 2, {}, params)] == [
+        1.0,
+        0.0,
+    ]
 
 
 def test_one_that_is_left_of_several_is_measured_as_one() -> None:
     objective = Measured("pearson")
     outputs, targets = torch.randn(3, N, 1), torch.randn(N, 1)
     measuring_all = Measuring(objective, CPU)
-    several = measuring_all(outputs, targets, [{}] * 3, {})
-    assert measuring_all(outputs[:1], targets, [{}], {})[0]["pearson"] == pytest.approx(several[0]["pearson"], abs=1e-6)
+    several = measuring_all(outputs, targets, [{}] * 3, {}, ())
+    assert measuring_all(outputs[:1], targets, [{}], {}, ())[0]["pearson"] == pytest.approx(
+        several[0]["pearson"], abs=1e-6
+    )

@@ -92,7 +92,7 @@ def test_logits_between_0_and_1_are_no_probabilities(objective: Objective, param
     several = tuple(torch.stack([x, x - 5]) for x in outputs) if isinstance(outputs, tuple) else None
     stacked = torch.stack([LOGITS, LOGITS - 5]) if several is None else several
     if objective._loss != "probabilities" and objective._loss != "of another":
-        both = Measuring(objective, CPU)(stacked, LABELS, [params, params], {})
+        both = Measuring(objective, CPU)(stacked, LABELS, [params, params], {}, params)
         assert both[0]["m"] == expected
         assert both[1]["m"] == BinaryAccuracy()(LOGITS - 5, LABELS)
 

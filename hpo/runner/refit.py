@@ -41,6 +41,7 @@ from hpo.study.sources import source_fingerprint
 from hpo.tracking.base import Tracker
 from hpo.training.batches import Batches, make_batches
 from hpo.training.evaluation import evaluate, measure, outputs_of
+from hpo.training.faults import TrialError
 from hpo.training.loop import Results, train
 from hpo.training.loop_stack import LoopStack
 from hpo.training.memory import free_all, is_out_of_memory
@@ -247,7 +248,7 @@ def _refit(
     if records(task.device):  # a stack of one, whose step is replayed: a step by torch.optim takes as long as hundreds
         try:
             return again(VmapStack(task, 1, batches.head(EXAMPLE_ROWS), "graph"))
-        except NotStackable:
+        except (NotStackable, TrialError):  # an error of its own it has alone, too
             pass
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

@@ -28,6 +28,7 @@ from hpo.study.data import Data
 from hpo.study.sealed import sealed, sealing
 from hpo.study.sources import source_fingerprint
 from hpo.training.batches import make_batches
+from hpo.training.faults import TrialError
 from hpo.training.loop import Results, train
 from hpo.training.loop_stack import LoopStack
 from hpo.training.stack import Member, SingleStack, Stack
@@ -136,7 +137,7 @@ def replay(plan: Plan, search: Search, seen: StudyView, number: int, epochs: int
         found = played_back()
         if not found.agrees and _has_dropout(plan, data, _member(seen, number)):
             log.info("it is another one alone; in a stack dropout has other masks, so once more in a stack of one")
-            with suppress(NotStackable):
+            with suppress(NotStackable, TrialError):
                 in_a_stack = played_back(in_a_stack=True)
                 found = in_a_stack if in_a_stack.agrees else found
     return found

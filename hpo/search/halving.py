@@ -180,7 +180,7 @@ class Halving:
         """Return the trials that are trained on from `rung`: one in `factor`, and who may catch up with the best."""
         at = self.at(holders, rung)
         n = len(at) // self._pruner.factor
-        if len(at) > 4 and rung >= 2:
+        if len(at) > 4 and rung >= 2 and self._pruner.reach > 0:
             good = at[: max(5, len(at) // 2)]
             gains = [self.score(trial, rung // 2) - self.score(trial, rung) for trial in good]
             gain = float(np.quantile(gains, _FIT_TO_CATCH_UP)) if np.isfinite(gains).all() else 0.0

@@ -5,7 +5,7 @@ In training a network may do what it does not when it is evaluated: draw masks, 
 
 import inspect
 import random
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -80,6 +80,8 @@ def step_alone(task: Task, module: nn.Module, params: Params, example: Split) ->
         loss = task.objective.loss(in_full(outputs), example.targets, params)
     if trying.lists:
         raise NotStackable("it makes Python's numbers of a batch, which would be the first batch's in each step")
+    if trying.counts:
+        raise NotStackable("its forward or loss asks how many rows a mask picks, and may do something else by that")
     found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
     is_random = any(not torch.equal(state, drawn[name]) for name, state in random_states(task.device).items())
     if _outside(task, module) != outside:
@@ -144,13 +146,16 @@ def _rows(example: Split, n: int) -> Split:
 class Trying(TorchFunctionMode):
     """Notes what makes numbers of a tensor's without torch's knowing: a graph would keep those of one batch.
 
-    And has functional dropout keep a half of every number, in place of every number or none, so that what is tried in
-    two ways can be compared.
+    And what asks how large a tensor is that a mask has picked: alone a weight that this leaves out of the loss has no
+    gradient, and stays as it is, in a stack it has one of zeros. And has functional dropout keep a half of every
+    number, in place of every number or none, so that what is tried in two ways can be compared.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.lists = self.drops = False
+        self.lists = self.drops = self.counts = False
+        self._picked: dict[int, Tensor] = {}
+        """Tensors whose sizes follow from the data, by their ids."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.lists |= func in _READING
@@ -158,12 +163,36 @@ class Trying(TorchFunctionMode):
         if func in _DROPOUT:
             given = inspect.signature(F.dropout).bind(*args, **(kwargs or {})).arguments
             return 0.5 * given["input"] if given.get("training", True) else given["input"]
-        return func(*args, **(kwargs or {}))
+        of_picked = any(id(each) in self._picked for each in tree_leaves((args, kwargs)))
+        self.counts |= of_picked and (func in _SIZES or _name_of(func) in _COUNTING)
+        results = func(*args, **(kwargs or {}))
+        if of_picked or _picks(func, args):
+            found = [each for each in tree_leaves(results) if isinstance(each, Tensor) and each.ndim]
+            self._picked |= {id(each): each for each in found}
+        return results
 
 
 _DROPOUT = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 """They have the same arguments."""
 _READING = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
+_SIZES = (Tensor.shape.__get__, Tensor.nbytes.__get__)  # type: ignore[attr-defined]
+_COUNTING = {"__len__", "size", "numel", "unbind", "split", "chunk", "tensor_split"}
+"""`unbind` is what a loop over a tensor calls."""
+_PICKING = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "tensor_split"}
+
+
+def _picks(func: Any, args: Sequence[Any]) -> bool:
+    """Whether how large the result is follows from numbers in the arguments."""
+    name = _name_of(func)
+    if name == "__getitem__":
+        return any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in tree_leaves(args[1:]))
+    if name == "repeat_interleave":
+        return any(isinstance(x, Tensor) for x in args[1:])
+    return name in _PICKING or (name == "where" and len(args) == 1)
+
+
+def _name_of(func: Any) -> str:
+    return str(getattr(func, "__name__", ""))
 
 
 def _outside(task: Task, module: nn.Module) -> Hashable:

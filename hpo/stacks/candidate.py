@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from hpo.stacks.alone import OUTSIDE, Alone, NotStackable, step_alone
+from hpo.stacks.alone import OUTSIDE, Alone, NotStackable, step_alone, unlike
 from hpo.stacks.cost import records
 from hpo.stacks.padding import Padder, PaddingPlan
 from hpo.stacks.structure import PaddedModule, own_state, tensors
@@ -19,7 +20,7 @@ from hpo.stacks.tensor_modules import tensor_dropout, with_masks_of
 from hpo.study.data import Split
 from hpo.study.objective import Params
 from hpo.training import stacked_optim
-from hpo.training.evaluation import in_full
+from hpo.training.evaluation import in_full, joined
 from hpo.training.memory import is_out_of_memory
 from hpo.training.optim import ACCUMULATION, ARGUMENTS, MAX_GRAD_NORM, gives_sparse, optimizer_class
 from hpo.training.stack import Member, Task
@@ -50,8 +51,16 @@ class RecordingParams(Mapping[str, Any]):
         """As a dict has it, which is what the loss is given while training."""
         return dict(self)
 
+    __copy__ = copy
+
+    def __deepcopy__(self, known: dict[int, Any]) -> dict[str, Any]:
+        return deepcopy(dict(self), known)
+
     def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
         return dict(self) | dict(other)
+
+    def __ror__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(other) | dict(self)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,6 +71,7 @@ class Candidate:
     weights, padded too; `outputs` is what it gave alone on the stack's example, `alone` its first step there:
     an initialisation may hide what padding does to a network (a last layer of zeros hides all that is before it).
     `reads` are the params that the loss reads there, `activations` the bytes that all layers give for one row.
+    `mixes_rows`: its outputs of a row depend on the rows that are evaluated with it.
     """
 
     member: Member
@@ -71,6 +81,7 @@ class Candidate:
     alone: Alone
     reads: Sequence[str]
     activations: int
+    mixes_rows: bool
     padder: Padder
 
     def bytes_in_a_stack(self) -> int:
@@ -128,6 +139,7 @@ def candidate(task: Task, member: Member, padder: Padder, example: Split) -> Can
         with task.guarding():
             outputs = in_full(probe(*example.inputs.values()))
             task.objective.loss(outputs, example.targets, reads)
+    mixes_rows = _mixes_rows(task, probe, example, outputs)
     if own_state(probe) != before:
         raise NotStackable(OUTSIDE)
     alone = step_alone(task, probe, reads, example)
@@ -141,6 +153,7 @@ def candidate(task: Task, member: Member, padder: Padder, example: Split) -> Can
         alone=alone,
         reads=sorted(reads.names),
         activations=sum(given) // len(example),
+        mixes_rows=mixes_rows,
         padder=padder,
     )
 
@@ -162,6 +175,22 @@ def candidates(task: Task, member: Member, plan: PaddingPlan, example: Split) ->
             why = error
     if why is not None:
         raise NotStackable("memory has no room to try its network in a stack") from why
+
+
+@torch.no_grad()
+def _mixes_rows(task: Task, probe: nn.Module, example: Split, outputs: Any) -> bool:
+    """Whether `probe` gives other `outputs` of the example's rows in two halves: a forward that takes their mean."""
+    if len(example) < 2:
+        return False
+    halves = [slice(0, len(example) // 2), slice(len(example) // 2, None)]
+    try:
+        with task.autocast():
+            parts = [in_full(probe(*(x[rows] for x in example.inputs.values()))) for rows in halves]
+        return unlike(joined(parts), outputs, task.precision) is not None
+    except Exception as error:  # it does not take so few rows
+        if is_out_of_memory(error):
+            raise
+        return True
 
 
 @contextmanager

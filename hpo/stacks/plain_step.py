@@ -3,7 +3,7 @@
 Shapes: K slots, B rows of a batch; a weight (K, ...), a loss (K,).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from hpo.stacks.tensor_modules import masks_of_a_step, step_buffers
 from hpo.study.objective import Params
 from hpo.training import schedules, stacked_optim
 from hpo.training.evaluation import in_full
-from hpo.training.metrics import shared_params
+from hpo.training.metrics import SharedParams
 from hpo.training.optim import MAX_GRAD_NORM
 from hpo.training.stack import Task
 
@@ -26,8 +26,8 @@ class PlainStep:
     memory is free only when Python looks for circles. A GPU may be full before.
     """
 
-    def __init__(self, task: Task, template: nn.Module, params: Params) -> None:
-        self.params = params
+    def __init__(self, task: Task, template: nn.Module, params: Params, reads: Collection[str]) -> None:
+        self.params, self._reads = params, reads
         self._task, self._template, self._counts = task, template, step_buffers(template)
         self._optimizer = str(params["optimizer"]).lower()
 
@@ -47,7 +47,7 @@ class PlainStep:
             named = {**weights, **{name: b.clone() for name, b in buffers.items()}}
             with self._task.autocast(), masks_of_a_step():
                 outputs = functional_call(self._template, named, tuple(inputs))
-            params = shared_params(self.params, loss_hyper)
+            params = SharedParams(self.params, loss_hyper, self._reads)
             return self._task.objective.loss(in_full(outputs), targets, params), {n: named[n] for n in buffers}
 
         batched = vmap(grad_and_value(loss_of, has_aux=True), in_dims=(0, 0, 0, None, None), randomness="different")

@@ -251,6 +251,8 @@ class Sizing:
                 stack.step(*self._batch(params["batch_size"]))
             to_begin = time.perf_counter() - start
             return to_begin, self._seconds_per_step(stack) * self._n_steps(params)
+        except TrialError as error:
+            raise NotStackable(str(error)) from error
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

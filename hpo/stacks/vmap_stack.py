@@ -67,6 +67,7 @@ class VmapStack(Stack):
         self._signature: Hashable = None
         self._row_bytes, self._most_rows = 1, math.inf
         """What lies between a member's layers, for one row; and, of all members, the rows that memory had room for."""
+        self._mixes_rows = False
         self._without_network: set[Member] = set()
         self._admission = Admission(task, example, self._slots)
         self._measuring = Measuring(task.objective, task.device)
@@ -137,9 +138,10 @@ class VmapStack(Stack):
     def open(self, first: Candidate) -> str | None:
         """Make this the stack of `first`'s signature, without taking it in; return why it cannot be stacked, if so."""
         self._slots.state = StackState.empty(first, self.capacity, self._task.device)
-        self._step = VmapStep(self._task, first.probe.module, first.member.params)
+        self._step = VmapStep(self._task, first.probe.module, first.member.params, first.reads)
         self._signature = self._signature_of(first)
         self._row_bytes = max(1, first.activations)
+        self._mixes_rows = first.mixes_rows
         try:
             reason = self._try_out(first, first.probe.module)
         except BaseException:
@@ -280,13 +282,16 @@ class VmapStack(Stack):
             live = live[~self._missing()]
         outputs, numbers = tree_map(lambda x: x[live], (outputs, state.loss_hyper))
         params = [member.params for member in having]
-        results = dict(zip(having, self._measuring(outputs, batches.targets, params, numbers), strict=True))
+        measured = self._measuring(outputs, batches.targets, params, numbers, self._opened.reads)
+        results = dict(zip(having, measured, strict=True))
         return [results.get(member, {}) for member in self.members]
 
     def _rows_at_once(self) -> tuple[int, int]:
         """Return how many rows go through all networks at once in an evaluation, and how many do in a step."""
         device, fewest = self._task.device, int(self._opened.params["batch_size"])
         rows = max(256, _ROWS_AT_ONCE.get(device.type, EVALUATION_ROWS) // self.capacity)
+        if self._mixes_rows:
+            rows = EVALUATION_ROWS  # as alone
         most = min(self._most_rows, _OF_MEMORY * total_bytes(device) / self._row_bytes) / self.capacity
         return int(min(rows, max(fewest, most))), fewest
 

@@ -8,7 +8,7 @@ Shapes: K slots, B rows of a batch; a weight (K, ...), a loss (K,).
 
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -65,13 +65,14 @@ class _Prepared(NamedTuple):
 class VmapStep:
     """The step, and the forward pass, of the members of one signature.
 
-    `template` is the network whose code all of them run, on their own weights; `params` are those of one of them.
+    `template` is the network whose code all of them run, on their own weights; `params` are those of one of them, of
+    which the loss `reads` some.
     """
 
-    def __init__(self, task: Task, template: nn.Module, params: Params) -> None:
-        self.params = params
+    def __init__(self, task: Task, template: nn.Module, params: Params, reads: Collection[str]) -> None:
+        self.params, self.reads = params, frozenset(reads)
         self._task, self._template = task, template
-        plain = PlainStep(task, template, params)
+        plain = PlainStep(task, template, params, self.reads)
         self.gradients, self.eager = plain.gradients, plain.eager
         self._prepared: dict[tuple[int, int, Execution], _Prepared] = {}
         self._epochs: dict[tuple[int, int, Execution], EpochReplay | None] = {}

@@ -5,7 +5,7 @@ outputs and targets once they are reset, updated and computed in one go, and tor
 two a metric allows, if any, is tried the first time, against what it gives member by member; after that it is known.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -18,19 +18,74 @@ from hpo.light import Metric
 from hpo.study.data import LOSS_OR_METRIC, prediction, require_unchanged, versions
 from hpo.study.objective import Objective, Params
 from hpo.study.probabilities import Making, Taken
+from hpo.training.faults import TrialError, TrialFault
 
 MetricFunction = Callable[[Metric, Tensor, Tensor], Tensor]
 """Takes a metric, the members' predictions (K, N, ...) and the targets (N, ...); returns K values."""
 
 
-def shared_params(first: Params, numbers: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the params that the loss of all members of a stack is called with: `first`'s, one of the members.
+class SharedParams(dict[str, Any]):
+    """The params that the loss of all members of a stack is called with: those of the `first`, one of the members.
 
     That is right although the other members' params differ. A param that the loss reads is either a plain float, which
     `numbers` hold with a value for each member, or the same for all members of a stack: otherwise they would not share
     one. Of all other params (the learning rate, say) the loss reads none, so it does not matter whose they are.
+
+    `reads` are those that it was seen to read, on a few rows. Where it reads another one on other rows, TrialError is
+    raised, whatever way a dict is read: that param would be one member's.
     """
-    return {**first, **numbers}
+
+    def __init__(self, first: Params, numbers: Mapping[str, Tensor], reads: Collection[str]) -> None:
+        super().__init__({**first, **numbers})
+        self._reads = reads
+
+    def __getitem__(self, name: str) -> Any:
+        self._look_at(name)
+        return super().__getitem__(name)
+
+    def __contains__(self, name: object) -> bool:
+        self._look_at(str(name))
+        return super().__contains__(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self._look_at(name)
+        return super().get(name, default)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        self._look_at(name)
+        return super().pop(name, *default)
+
+    def keys(self) -> Any:
+        return self._whole().keys()
+
+    def values(self) -> Any:
+        return self._whole().values()
+
+    def items(self) -> Any:
+        return self._whole().items()
+
+    def copy(self) -> dict[str, Any]:
+        return self._whole()
+
+    def __or__(self, other: Any) -> Any:
+        return self._whole() | other
+
+    def __ror__(self, other: Any) -> Any:
+        return other | self._whole()
+
+    def _whole(self) -> dict[str, Any]:
+        names = list(super().keys())
+        for name in names:
+            self._look_at(name)
+        return {name: super(SharedParams, self).__getitem__(name) for name in names}
+
+    def _look_at(self, name: str) -> None:
+        if name not in self._reads:
+            said = f"the loss reads the param {name!r} on some rows only, so trials with other values share no stack"
+            raise TrialError(TrialFault(state="FAIL", text=said))
 
 
 class Measuring:
@@ -43,16 +98,21 @@ class Measuring:
 
     @torch.no_grad()
     def __call__(
-        self, outputs: Any, targets: Tensor, params: Sequence[Params], numbers: Mapping[str, Tensor]
+        self,
+        outputs: Any,
+        targets: Tensor,
+        params: Sequence[Params],
+        numbers: Mapping[str, Tensor],
+        reads: Collection[str],
     ) -> list[dict[str, float]]:
         """Return each member's `loss` and metrics. Raises InputError where they change the targets.
 
         `outputs` are (K, N, ...), `targets` (N, ...), `params` one per member; `numbers` are those of the params that
-        the loss takes as tensors, each (K,): in the others it reads, all members are the same.
+        the loss takes as tensors, each (K,): in the others it `reads`, all members are the same (`SharedParams`).
         """
 
         def loss_of(outputs: Any, numbers: Mapping[str, Tensor]) -> Tensor:
-            return self._objective.loss(outputs, targets, shared_params(params[0], numbers))
+            return self._objective.loss(outputs, targets, SharedParams(params[0], numbers, reads))
 
         before = versions({"targets": targets})
         columns = {"loss": vmap(loss_of, randomness="different")(outputs, dict(numbers))}
