@@ -266,7 +266,7 @@ def _as_numbers(values: "pd.Series[Any]") -> np.ndarray:
     if not types.is_numeric_dtype(values):
         if (words := as_text(values).str.lower()).dropna().isin(("true", "false")).all():
             return words.map({"true": 1.0, "false": 0.0}).to_numpy(dtype=np.float64, na_value=np.nan)
-        values = values.map(_in_range) if values.dtype == object else values
+        values = values.map(in_range) if values.dtype == object else values
         values = pd.to_numeric(values, errors="coerce")
     return values.astype("Float64").to_numpy(dtype=np.float64, na_value=np.nan)
 
@@ -301,7 +301,7 @@ def _may_be_text(kind: Any) -> bool:
     return types.is_object_dtype(kind) or types.is_string_dtype(kind) or isinstance(kind, pd.CategoricalDtype)
 
 
-def _in_range(value: Any) -> Any:
+def in_range(value: Any) -> Any:
     """Return a value; text for a whole number that is larger than NumPy's floats can be."""
     try:
         return str(value) if isinstance(value, int) and math.isinf(float(value)) else value

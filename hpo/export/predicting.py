@@ -16,6 +16,7 @@ from hpo.errors import InputError
 from hpo.export.answers import answers, require_top_k
 from hpo.export.columns import Columns, Notes, columns_of
 from hpo.export.reading import as_arrays, chunks
+from hpo.export.texts import marks_in, read_as_in_a_file
 from hpo.log import log
 from hpo.study.table_text import without_arrow
 
@@ -34,7 +35,9 @@ def predict(model: nn.Module, about: Mapping[str, Any], data: Any, top_k: int | 
             raise InputError("the table: has no rows")
         named = data.set_axis([str(name).strip() for name in data.columns], axis=1)  # as a file's header is read
         taken = columns.required("the table", named.columns, None, notes)
-        arrays = columns.arrays(without_arrow(named[taken]), "the table", 1, notes)
+        frame = without_arrow(named[taken])
+        frame = read_as_in_a_file(frame, marks_in([frame], columns))
+        arrays = columns.arrays(frame, "the table", 1, notes)
     else:
         arrays = as_arrays(data, about, columns, "the data")
     made = answers(about, outputs_of(model, arrays), top_k)

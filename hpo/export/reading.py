@@ -18,6 +18,7 @@ from pandas.api import types
 from hpo.errors import InputError, listed
 from hpo.export.columns import Columns, Notes
 from hpo.export.images import SUFFIXES, image_chunks
+from hpo.export.texts import marks_in_parquet, read_as_in_a_file
 from hpo.study.table_groups import groups
 from hpo.study.table_marks import MISSING, PLAIN, Marks, Seen, as_read, marks_of, most_common, with_point
 from hpo.study.table_text import OPEN, Dialect, beginning, dialect_of
@@ -225,7 +226,8 @@ def _parquet(path: Path, columns: Columns, keep: str | None, notes: Notes) -> It
             taken = columns.required(str(path), header, keep, notes)
             wanted = list(dict.fromkeys([*taken, *([] if keep is None else [keep])]))
             names = [(*counted, *stored)[header.index(name)] for name in wanted]
-            total = file.metadata.num_rows
+            total, stored_as = file.metadata.num_rows, dict(zip(wanted, names, strict=True))
+            marks = marks_in_parquet(file, {name: stored_as[name] for name in taken}, columns)
             for batch in file.iter_batches(batch_size=ROWS, columns=[name for name in names if name not in counted]):
                 frame = batch.to_pandas(ignore_metadata=True)  # it may ask for columns that are Arrow's
                 frame.index = pd.RangeIndex(first - 1, first - 1 + batch.num_rows)
@@ -235,7 +237,8 @@ def _parquet(path: Path, columns: Columns, keep: str | None, notes: Notes) -> It
                 frame.columns = pd.Index(wanted)
                 if len(frame):
                     kept = {} if keep is None else {keep: frame[keep].tolist()}
-                    arrays = columns.arrays(frame[taken], str(path), first, notes)
+                    read = read_as_in_a_file(frame[taken], marks)
+                    arrays = columns.arrays(read, str(path), first, notes)
                     first += len(frame)
                     yield Chunk(arrays=arrays, kept=kept, share=(first - 1) / total)
     except InputError:

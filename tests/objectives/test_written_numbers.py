@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hpo.objectives.table_files import read_table
 from hpo.objectives.tables import Table, TableOptions, encode, table_of
 
 from hpo.errors import DataError, InputError
 from hpo.export.columns import Columns, Notes
+from hpo.export.predicting import predict
 from hpo.export.reading import chunks
 from tests.cli import refused
 
@@ -176,3 +178,39 @@ def test_a_split_of_one_row_and_a_seed_that_numpy_does_not_take_are_refused(tmp_
         table_of(TableOptions(file=file, target="y", valid=0.001))
     with pytest.raises(ValueError, match="seed must be from 0"):
         TableOptions(file=file, target="y", seed=-1)
+
+
+@pytest.mark.parametrize("kind", ["object", "string", "category", "parquet"])
+def test_texts_of_a_frame_and_of_parquet_are_read_as_those_of_a_file(tmp_path: Path, kind: str) -> None:
+    columns = {
+        "x": [german(2000 + 37 * i, 0) for i in range(N)],
+        "z": [f"{i}" for i in range(N, 0, -1)],
+        "y": [german(i * 3.7) for i in range(N)],
+    }
+    table = table_of(TableOptions(file=written(tmp_path / "t.csv", columns), target="y", keep=("z",)))
+    facts, said = about(table)
+    facts |= {"output": {"values": "numbers", "shape": [None]}}
+
+    def predicted(frame: pd.DataFrame) -> np.ndarray:
+        if kind == "parquet":
+            frame.to_parquet(tmp_path / "new.parquet")
+            source = chunks(str(tmp_path / "new.parquet"), facts, Columns(facts, said), None, Notes())
+            return np.concatenate([chunk.arrays["numeric"] for chunk in source])
+        seen: list[torch.Tensor] = []
+        predict(lambda x: seen.append(x) or x[:, 0], facts | {"columns": said}, frame.astype(kind), None)
+        return seen[0].numpy()
+
+    for x, z in (
+        (["7.064", "8"], ["1.234", ""]),
+        (["7064", "8"], ["1234.0", "NA"]),
+        (["7.064,00", "8"], ["1234", " "]),
+    ):
+        new = written(tmp_path / "new.csv", {"x": x, "z": z})
+        got = predicted(pd.DataFrame({"x": x, "z": z}))
+        np.testing.assert_array_equal(got, [[7064, 1234], [8, np.nan]])
+        np.testing.assert_array_equal(got, read(table, new)["numeric"])
+    for column in said:
+        column.pop("marks")
+    np.testing.assert_array_equal(predicted(pd.DataFrame({"x": ["7.064"], "z": ["1,5"]})), [np.float32([7.064, 1.5])])
+    with pytest.raises(InputError, match="column 'z': must be a finite number, but got '1,234'"):
+        predicted(pd.DataFrame({"x": ["7.064"], "z": ["1,234"]}))
