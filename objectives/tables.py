@@ -34,7 +34,7 @@ from hpo.errors import DataError, did_you_mean, listed
 from hpo.study.blocks import split_by_rows
 from hpo.study.data import Data
 from hpo.study.table_amounts import amounts
-from hpo.study.table_dates import format_of, is_stored_as_date, moments, numbers_of
+from hpo.study.table_dates import dates_of, format_of, is_stored_as_date, numbers_of
 from hpo.study.table_marks import PLAIN, Marks, are_codes, as_codes, with_point
 from hpo.study.table_text import as_text
 
@@ -362,7 +362,7 @@ def encode(frame: pd.DataFrame, columns: Sequence[Column], where: object = "the 
         frame = frame.assign(**of_units)
     numbers = _matrix(where, frame, [c["name"] for c in columns if c["kind"] == "number"])
     if dates := [c for c in columns if c["kind"] == "date"]:
-        parts = [numbers_of(moments(frame[c["name"]], c["format"]), c).astype(np.float32) for c in dates]
+        parts = [numbers_of(dates_of(frame[c["name"]], c), c).astype(np.float32) for c in dates]
         numbers = np.concatenate([numbers, *parts], 1)
     codes = [
         pd.Index(c["categories"], dtype="string").get_indexer(as_text(frame[c["name"]])).astype(np.int64) + 1

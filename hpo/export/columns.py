@@ -17,7 +17,7 @@ from pandas.api import types
 
 from hpo.errors import InputError, did_you_mean, listed
 from hpo.study.table_amounts import amounts
-from hpo.study.table_dates import moments, numbers_of
+from hpo.study.table_dates import dates_of, numbers_of
 from hpo.study.table_marks import MISSING, PLAIN, Marks, as_code, number_pattern
 from hpo.study.table_text import as_text
 
@@ -230,7 +230,7 @@ class Columns:
     def _dates(self, values: "pd.Series[Any]", column: Column, where: str, first: int, notes: Notes) -> np.ndarray:
         """Return the parts of a column's dates (N, parts), NaN where there is none."""
         assert column.date is not None
-        dates = moments(values, column.date["format"])
+        dates = dates_of(values, column.date)
         gone = dates.isna().to_numpy()
         if gone.any() and not self.missing:
             at = f"{where}: row {first + int(gone.argmax())}, column {column.name!r}"

@@ -1,5 +1,6 @@
 """A raw table just runs: what is found in it, what is said of it, and that a new table is taken the same way."""
 
+import datetime
 import json
 import subprocess
 import sys
@@ -9,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hpo.objectives.tables import encode
+from hpo.objectives.tables import TableOptions, encode, table_of
 
 import hpo
 from hpo.errors import DataError, InputError
 from hpo.export.columns import Columns, Notes
 from hpo.study.loading import load
 from hpo.study.table_amounts import amounts, unit_of
-from hpo.study.table_dates import format_of, moments
+from hpo.study.table_dates import dates_of, format_of, moments, numbers_of, written
 from tests.conftest import run_hpo
 
 N = 120
@@ -106,6 +107,8 @@ def test_numbers_that_differ_in_each_row_are_identifiers_only_where_they_count_o
     [
         (["2020-01-31", "2021-12-01"], "ISO8601"),
         (["2020-01-31T10:00:00Z", "2021-12-01T10:00:00+02:00"], "ISO8601"),
+        (["1604-02-29 12:30", "9999-12-31", "1650-01-01"], "ISO8601"),
+        (["31-Dec-9999", "01-Feb-2000"], "%d-%b-%Y"),
         (["31.1.2020", "1.12.2021"], "%d.%m.%Y"),
         (["31/01/2020", "01/02/2021"], "%d/%m/%Y"),
         (["01/31/2020", "02/01/2021"], "%m/%d/%Y"),
@@ -122,6 +125,51 @@ def test_how_dates_are_written_is_seen(texts, form):
     values = pd.Series(texts, dtype="string")
     assert format_of(values) == form
     assert form is None or moments(values, form).notna().all()
+
+
+def test_dates_of_all_years_are_the_same_however_they_are_stored(tmp_path):
+    years = [(9999, 1, 1600, 2263)[i % 4] if i % 3 == 0 else 2020 for i in range(N)]
+    stored = [f"{year:04}-{1 + i % 12:02}-{1 + i % 28:02}" for i, year in enumerate(years)]
+    days = pd.Series(stored).astype("datetime64[s]")
+    objects = pd.Series([datetime.date.fromisoformat(day) for day in stored], dtype=object)
+    periods = pd.Series(pd.PeriodIndex(stored, freq="D"))
+    other = [f"{day[8:]}.{day[5:7]}.{day[:4]}" for day in stored]
+    numbers, columns = [], []
+    for texts in (stored, other, days, objects, periods):
+        frame = pd.DataFrame({"day": texts, "y": np.arange(N) / 3})
+        file = tmp_path / ("raw.csv" if isinstance(texts, list) else "raw.parquet")
+        frame.to_csv(file, index=False) if isinstance(texts, list) else frame.to_parquet(file)
+        table = table_of(TableOptions(file=file, target="y"))
+        (column,) = table.columns
+        columns.append({name: value for name, value in column.items() if name != "format"})
+        numbers.append(encode(frame, [column])["numeric"].numpy())
+        about = {"inputs": [{"name": "numeric", "dtype": "float32", "shape": [None, 4]}], "missing": True}
+        made = Columns(about, [column | {"input": "numeric"}]).arrays(frame, "new", 1, Notes())["numeric"]
+        np.testing.assert_array_equal(made, numbers[-1])
+        np.testing.assert_array_equal(numbers[-1], numbers[0])
+        assert columns[-1] == columns[0]
+        assert not any("count as missing" in line for line in table.data.notices)
+    assert columns[0]["first"].startswith("0001")
+    (year, weekday), parts = numbers[0][0, [0, 2]], columns[0]["parts"]
+    assert (year, weekday, parts) == (9999, datetime.date(9999, 1, 1).weekday(), ["year", "month", "weekday", "days"])
+    days_of = [float(x) for x in numbers[0][0]]
+    assert written(days_of, columns[0] | {"format": "ISO8601"}) == stored[0]
+
+
+def test_a_bundle_of_an_earlier_version_reads_dates_as_it_did():
+    column = {"format": "ISO8601", "first": "2020-01-01T00:00:00", "parts": ["year", "days"]}
+    text, stored = pd.Series(["9999-12-31", "2020-01-02"]), pd.Series(["9999-12-31"]).astype("datetime64[s]")
+    np.testing.assert_array_equal(numbers_of(dates_of(text, column), column), [[np.nan, np.nan], [2020, 1]])
+    days = (datetime.date(9999, 12, 31) - datetime.date(2020, 1, 1)).days
+    wrapped = days - 14 * 2**64 / 86_400e9  # nanoseconds overflow, and so they did as it was trained
+    np.testing.assert_allclose(numbers_of(dates_of(stored, column), column), [[9999, wrapped]])
+    new = column | {"any_year": True}
+    assert numbers_of(dates_of(text, new), new).tolist() == [[9999, days], [2020, 1]]
+
+
+@pytest.mark.parametrize("texts", [["9999-12-31T23:00:00-05:00"], ["0000-01-01"], ["9999-02-30"], ["31.12.99"]])
+def test_what_is_no_date_of_any_year_is_none(texts):
+    assert moments(pd.Series(texts), "ISO8601").isna().all()
 
 
 @pytest.mark.parametrize(
