@@ -1,8 +1,11 @@
 """What an objective is written in, of a notebook's cells too, and the plain values that it holds."""
 
+import datetime
+import enum
 import functools
 import logging
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import hpo
 from hpo.errors import InputError
 from hpo.study.held import held, other_values
 from hpo.study.objective import Function, Objective
 from hpo.study.sources import digest, source_file, source_fingerprint
+from tests.conftest import ROOT
 
 CELL = """
 import math
@@ -95,7 +101,7 @@ def test_a_callable_object_has_no_source() -> None:
 
 def names_in(digests: dict[str, str]) -> set[str]:
     """Return the names of what is held."""
-    return {name.removeprefix(".") for name in digests} - {""}
+    return {name.removeprefix(".") for name in digests} - {"", ":form"}
 
 
 def test_what_is_held_are_the_values_of_the_instance_and_its_classes() -> None:
@@ -177,6 +183,15 @@ def test_nor_one_that_lacks_what_only_the_instance_has(sized: Any, value: Any) -
         hpo.run(given, workers=2, **QUICK)
 
 
+def test_nor_one_whose_loss_has_another_setting(sized: Any, tmp_path: Path) -> None:
+    text = MODULE.replace("(options)\n", "(options)\n        self.criterion = nn.HuberLoss()\n")
+    (tmp_path / "criterion.py").write_text(text)
+    given = __import__("criterion").Sized()
+    given.criterion = nn.HuberLoss(delta=100.0)
+    with pytest.raises(InputError, match="the value of criterion of objective criterion:Sized is not what"):
+        hpo.run(given, workers=2, **QUICK)
+
+
 def test_what_an_instance_has_cached_is_no_other_objective(sized: Any, tmp_path: Path) -> None:
     text = MODULE.replace("        x = torch.randn", "        self.read = x = torch.randn")
     (tmp_path / "caching.py").write_text(text)
@@ -214,6 +229,26 @@ def test_another_instance_under_the_same_name_is_said(sized: Any, caplog: pytest
 @dataclass
 class Config:
     width: int
+
+
+@dataclass(repr=False)
+class Mixed:
+    width: int
+    call: Any = object()  # noqa: RUF009
+
+
+class Kind(enum.Enum):
+    ONE, OTHER = 1, 2
+
+
+class Sharpened(nn.Module):
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.by, self.inner = by, nn.HuberLoss(delta=by)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.cached = x
+        return x * self.by
 
 
 def weights(value: float) -> nn.Module:
@@ -270,6 +305,80 @@ def test_what_a_factory_or_an_instance_differs_in_is_seen(
     assert other_values(held(after), held(before)) == names
 
 
+MANY_KINDS: list[Callable[[Any], Any]] = [
+    lambda n: nn.HuberLoss(delta=n),
+    lambda n: nn.Sequential(nn.Dropout(n / 10)),
+    lambda n: nn.CrossEntropyLoss(label_smoothing=n / 10),
+    lambda n: nn.MSELoss(reduction=["mean", "sum"][n - 1]),
+    Sharpened,
+    lambda n: np.array(["a", str(n)]),
+    lambda n: np.array([n, "a", None], dtype=object),
+    lambda n: np.array([Kind(n)], dtype=object),
+    lambda n: np.array([f"202{n}-01-01"], dtype="M8[D]"),
+    lambda n: n * torch.eye(3).to_sparse(),
+    lambda n: lambda x, n=n: x + n,
+    lambda n: lambda x, *, n=n: x + n,
+    lambda n: [lambda x: x + n],
+    lambda n: functools.partial(F.huber_loss, delta=n),
+    lambda n: Config(n).__eq__,
+    lambda n: Mixed(n),
+    lambda n: Mixed(3, call=Kind(n)),
+    Kind,
+    lambda n: Path(str(n)),
+    lambda n: bytes([n]),
+    lambda n: [torch.float32, torch.float64][n - 1],
+    lambda n: torch.device("cpu", n),
+    lambda n: [torch.optim.SGD, torch.optim.Adam][n - 1],
+    lambda n: [F.relu, F.gelu][n - 1],
+    lambda n: [F.mse_loss, F.l1_loss][n - 1],
+    lambda n: {"a", "b", Kind(n), ("c", n)},
+    lambda n: slice(0, n),
+    lambda n: datetime.timedelta(n),
+    lambda n: pd.DataFrame({"a": [1, n], "b": ["x", str(n)]}),
+    lambda n: pd.Series(["x", str(n)], dtype="category"),
+    lambda n: pd.MultiIndex.from_tuples([("a", n)]),
+]
+
+
+@pytest.mark.parametrize("of", range(len(MANY_KINDS)))
+def test_values_of_many_kinds_are_looked_into(of: int) -> None:
+    one, again, other = (held(made(4, x=MANY_KINDS[of](n))) for n in (1, 1, 2))
+    assert one == again
+    assert other_values(other, one) == ["x"]
+
+
+def test_their_digests_are_the_same_in_another_process() -> None:
+    code = """
+import sys, types, torch
+from tests.test_sources import Config, MANY_KINDS, held, made
+itself = [object(), {1, 2.5, "a", ("b", None)}]
+itself.append(itself)
+several = [make(1) for make in MANY_KINDS] + [object(), itself, torch.nn.GRU(2, 2), lambda x: x in {"a", "b", "c"}]
+for each in several[-2].parameters():
+    torch.nn.init.ones_(each)
+print(*held(made(4, **{f"x{place}": each for place, each in enumerate(several)})).items(), sep="\\n")
+"""
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", "x = [object()] * 1000\n" * (seed == "7") + code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "7")
+    ]
+    assert found[0] == found[1]
+    assert found[0].count("\n") > len(MANY_KINDS)
+
+
+def test_what_a_module_caches_is_no_other_value() -> None:
+    used = Sharpened(2.0)
+    used(torch.ones(3))
+    assert other_values(held(made(4, x=used)), held(made(4, x=Sharpened(2.0)))) == []
+
+
 def test_the_numbers_of_a_module_that_a_function_reads_are_held() -> None:
     def of(**values: Any) -> dict[str, str]:
         names = {"math": math, "f": len, "told": [], "n": 0, **values}
@@ -296,6 +405,10 @@ def test_what_an_earlier_version_held_is_compared_as_it_was() -> None:
         assert other_values(held(now), before) == []
     assert other_values(held(made(4, size=5)), before) == ["size"]
     assert other_values(held(made(4)), {}) == []
+    marked = {".": "", ".size": digest("4"), ".x": digest("as it said that then")}  # and of other values other digests
+    for each in (torch.ones(2), Config(1), nn.MSELoss()):
+        assert other_values(held(made(4, size=4, x=each)), marked) == []
+    assert other_values(held(made(4, size=5, x=3, more=1)), marked) == ["more", "size", "x"]
 
 
 def test_workers_cannot_make_what_is_no_options(sized: Any) -> None:
