@@ -391,6 +391,17 @@ def test_the_numbers_of_a_module_that_a_function_reads_are_held() -> None:
     assert other_values(of(x="a", w=1, told=[1], n=3), of(x="a", w=1)) == []
 
 
+def test_where_a_module_is_is_nothing_that_a_function_holds() -> None:
+    def of(name: str) -> dict[str, str]:
+        names = {"__name__": name, "__file__": f"/{name}.py", "A": 1}
+        exec("def read(trial):\n return (__name__, __file__, A)", names)
+        return held(Function(names["read"]))
+
+    assert of("__main__") == of("script")
+    before = {**of("script"), "global __file__": digest("'/other.py'")}  # as an earlier version stored it
+    assert other_values(of("script"), before) == []
+
+
 def test_of_what_cannot_be_looked_into_the_type_is_held() -> None:
     itself: list[Any] = []
     itself += [itself, object()] * 50

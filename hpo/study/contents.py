@@ -87,8 +87,12 @@ def stored_by(function: types.FunctionType, operation: str) -> set[str]:
 
 
 def globals_of(function: types.FunctionType) -> dict[str, Any]:
-    """Return the numbers, texts and arrays of its module that a function reads, by name, and does not set itself."""
-    names = {name for code in codes_of(function.__code__) for name in code.co_names}
+    """Return the numbers, texts and arrays of its module that a function reads, by name, and does not set itself.
+
+    Of `__name__`, `__file__` and their like Python says where the module is: that is another in a worker of a script.
+    """
+    read = {name for code in codes_of(function.__code__) for name in code.co_names}
+    names = {name for name in read if not (name.startswith("__") and name.endswith("__"))}
     found = {name: function.__globals__.get(name) for name in names - stored_by(function, "STORE_GLOBAL")}
     kinds = (bool, int, float, str, torch.Tensor, np.ndarray)  # a list or a dict may be a cache
     return {f"global {name}": x for name, x in found.items() if isinstance(x, kinds)}
