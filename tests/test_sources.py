@@ -391,6 +391,35 @@ def test_the_numbers_of_a_module_that_a_function_reads_are_held() -> None:
     assert other_values(of(x="a", w=1, told=[1], n=3), of(x="a", w=1)) == []
 
 
+def of_module(**values: Any) -> dict[str, str]:
+    """Return what is held of a function that reads x and y of its module, where another function sets y."""
+    names = {**values}
+    exec("def read(trial): return x, y\ndef load():\n global y\n y = 1\n", names)
+    return held(Function(names["read"]))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "names"),
+    [
+        ({"x": (1, 2)}, {"x": (1, 3)}, ["global x"]),
+        ({"x": frozenset({"a", "b"})}, {"x": frozenset({"a", "c"})}, ["global x"]),
+        ({"x": frozenset({"a", "b"})}, {"x": frozenset({"b", "a"})}, []),
+        ({"x": None}, {"x": "big"}, ["global x"]),
+        ({"x": "big"}, {"x": None}, ["global x"]),
+        ({"x": None}, {"x": torch.ones(2)}, ["global x"]),
+        ({"x": None}, {"x": [1]}, []),  # as of a list, nothing is known of it
+        ({"x": 1, "y": None}, {"x": 1, "y": torch.ones(2)}, []),  # a cache
+        ({"x": 1}, {"x": 1, "y": None}, []),
+        ({"x": "/a/b/c.csv"}, {"x": "/a/b/d.csv"}, ["global x"]),
+        ({"x": "/a/b/c.csv", "__file__": "/a/b/m.py"}, {"x": "/d/c.csv", "__file__": "/d/m.py"}, []),
+        ({"x": "/a/b/c.csv", "__file__": "/a/b/m.py"}, {"x": "/d/e.csv", "__file__": "/d/m.py"}, ["global x"]),
+        ({"x": "/a/b", "__file__": "/a/b/m.py"}, {"x": "/d", "__file__": "/d/m.py"}, []),
+    ],
+)
+def test_the_constants_of_a_module_are_held(before: Any, after: Any, names: list[str]) -> None:
+    assert other_values(of_module(**after), of_module(**before)) == names
+
+
 def test_where_a_module_is_is_nothing_that_a_function_holds() -> None:
     def of(name: str) -> dict[str, str]:
         names = {"__name__": name, "__file__": f"/{name}.py", "A": 1}

@@ -8,6 +8,7 @@ import fractions
 import functools
 import hashlib
 import inspect
+import os
 import sys
 import types
 from collections.abc import Iterator
@@ -87,15 +88,45 @@ def stored_by(function: types.FunctionType, operation: str) -> set[str]:
 
 
 def globals_of(function: types.FunctionType) -> dict[str, Any]:
-    """Return the numbers, texts and arrays of its module that a function reads, by name, and does not set itself.
+    """Return the plain values and arrays of its module that a function reads, by name, and does not set itself.
 
     Of `__name__`, `__file__` and their like Python says where the module is: that is another in a worker of a script.
+    So are paths within the module's folder: they are given relative to it. None of what the module's functions set is
+    left out: they have not yet.
     """
-    read = {name for code in codes_of(function.__code__) for name in code.co_names}
+    read = {name for code in codes_of(function.__code__) for name in code.co_names} & function.__globals__.keys()
     names = {name for name in read if not (name.startswith("__") and name.endswith("__"))}
-    found = {name: function.__globals__.get(name) for name in names - stored_by(function, "STORE_GLOBAL")}
-    kinds = (bool, int, float, str, torch.Tensor, np.ndarray)  # a list or a dict may be a cache
-    return {f"global {name}": x for name, x in found.items() if isinstance(x, kinds)}
+    found = {name: function.__globals__[name] for name in names - stored_by(function, "STORE_GLOBAL")}
+    found = {name: value for name, value in found.items() if _is_constant(value)}
+    unset = {name for name, value in found.items() if value is None}
+    if unset:
+        unset &= _set_in(function.__globals__)
+    file = function.__globals__.get("__file__")
+    return {f"global {name}": _placed(x, file) for name, x in found.items() if name not in unset}
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether a module's value is to be looked at: a list or a dict may be a cache."""
+    if isinstance(value, bool | int | float | str | torch.Tensor | np.ndarray | None):
+        return True
+    return type(value) in (tuple, frozenset) and all(is_bare(each) for each in value)
+
+
+def _set_in(names: dict[str, Any]) -> set[str]:
+    """Return the names of a module's globals that its functions and methods set."""
+    several = [each for each in list(names.values()) if isinstance(each, types.FunctionType | type)]
+    parts = [part for each in several for part in (vars(each).values() if isinstance(each, type) else [each])]
+    functions = [each for part in parts for each in functions_in(part) if each.__globals__ is names]
+    return {name for each in functions for name in stored_by(each, "STORE_GLOBAL")}
+
+
+def _placed(value: Any, file: Any) -> Any:
+    """Return a value of the module in `file`; a path in its folder relative to that, as it is where that was moved."""
+    if isinstance(value, str) and isinstance(file, str) and os.path.isabs(value):
+        folder = os.path.dirname(os.path.abspath(file))
+        if folder == os.path.commonpath([folder, os.path.abspath(value)]):
+            return PurePath(os.path.relpath(value, folder))
+    return value
 
 
 def _text(value: Any, kind: str, known: _Known) -> str:
