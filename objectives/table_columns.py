@@ -16,7 +16,7 @@ from pandas.api import types
 from hpo.errors import listed
 from hpo.study.table_amounts import amounts, unit_of
 from hpo.study.table_dates import ISO, described, format_of, is_stored_as_date, moments
-from hpo.study.table_marks import EVERY, are_codes, number_pattern
+from hpo.study.table_marks import EVERY, are_codes, number_pattern, to_numbers
 from hpo.study.table_text import as_text
 
 Column = Mapping[str, Any]
@@ -175,7 +175,7 @@ def _look(found: Found, name: str, values: "pd.Series[Any]", rows: np.ndarray, *
     if known.empty:
         found.dropped[name] = "it has no values"
         return
-    if (numbers := pd.to_numeric(known, errors="coerce").notna()).all() and plain:
+    if (numbers := to_numbers(known).notna()).all() and plain:
         if are_codes(known):
             _look_at_codes(found, name, text, rows, kept=kept)
         else:
@@ -222,7 +222,7 @@ def _look_at_text(found: Found, name: str, text: "pd.Series[Any]", rows: np.ndar
 
 
 def _take_numbers(found: Found, name: str, values: "pd.Series[Any]") -> None:
-    numbers = pd.to_numeric(as_text(values) if values.dtype == object else values, errors="coerce")
+    numbers = to_numbers(as_text(values).astype(object)) if values.dtype == object else values
     made = numbers.astype("Float64").to_numpy(dtype=np.float64, na_value=np.nan)
     plain = pd.DataFrame({name: made}, index=values.index)
     if useless := _useless_numbers(plain, {name}):

@@ -214,8 +214,20 @@ def with_point(values: "pd.Series[Any]", marks: Marks) -> "pd.Series[Any]":
     codes, known = pd.factorize(values.astype(object))
     made = np.array([*map(pointed, known), None], dtype=object)[codes]
     plain = pd.Series(made, index=values.index, name=values.name, dtype=object)
-    numbers = pd.to_numeric(plain, errors="coerce")
+    numbers = to_numbers(plain)
     return numbers if numbers.notna().sum() == plain.notna().sum() else plain
+
+
+def to_numbers(values: "pd.Series[Any]") -> "pd.Series[Any]":
+    """Return values as numbers, NaN for those that are none; 1e400 is infinity, which pandas takes for none."""
+    numbers = pd.to_numeric(values, errors="coerce")
+    lost = numbers.isna() & values.notna()
+    if not 0 < lost.mean() <= 0.5:  # most are words
+        return numbers
+    huge = [float(x) if isinstance(x, str) and _NUMBER[PLAIN].fullmatch(x) else np.nan for x in values[lost]]
+    made = numbers.to_numpy(dtype=np.float64, na_value=np.nan, copy=True)
+    made[lost.to_numpy()] = np.where(np.isinf(huge), huge, np.nan)
+    return pd.Series(made, index=values.index, name=values.name) if np.isinf(huge).any() else numbers
 
 
 def _pointed(number: str, marks: Marks) -> str:

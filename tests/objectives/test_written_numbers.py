@@ -214,3 +214,15 @@ def test_texts_of_a_frame_and_of_parquet_are_read_as_those_of_a_file(tmp_path: P
     np.testing.assert_array_equal(predicted(pd.DataFrame({"x": ["7.064"], "z": ["1,5"]})), [np.float32([7.064, 1.5])])
     with pytest.raises(InputError, match="column 'z': must be a finite number, but got '1,234'"):
         predicted(pd.DataFrame({"x": ["7.064"], "z": ["1,234"]}))
+
+
+@pytest.mark.parametrize("rest", ["7", "7.5"])
+def test_a_number_larger_than_any_is_infinity(tmp_path: Path, rest: str) -> None:
+    x, y = [f"{i * i}" for i in range(N)], [f"{i / 3}" for i in range(N)]
+    columns = {"x": [*x[1:-1], "1e400", rest], "y": y}
+    with pytest.raises(
+        DataError, match=r"column .x. holds infinity, or more than 3e38, in 1 of 60 rows .the first: row 59"
+    ):
+        table_of(TableOptions(file=written(tmp_path / "t.csv", columns), target="y"))
+    with pytest.raises(DataError, match="the target 'x' holds infinity"):
+        table_of(TableOptions(file=written(tmp_path / "t.csv", columns), target="x", task="regression"))
