@@ -30,6 +30,8 @@ _FEWEST_STEPS = 100
 """Numbers that lie within so many steps of float32 are rounded so much that it is said."""
 _KEEPABLE = re.compile("identifier|counts the rows|free text")
 _IDENTIFIER = re.compile(r"(?:^|[\s_.-])(?:id|idx|index|uuid|guid|row|rownames?)$", re.IGNORECASE)
+_OFFSET = re.compile(r"[T ]\d.*(?:[Zz]|[+-]\d\d(?::?\d\d)?)$")
+"""What a date that is written with its time zone ends with."""
 _CAMEL_IDENTIFIER = re.compile(r"[a-z]I[dD]$")
 
 
@@ -284,5 +286,5 @@ def _take_dates(found: Found, name: str, values: "pd.Series[Any]", form: str, ro
         found.dropped[name] = "it has one date only"
         return
     found.columns.append({"name": name, "kind": "date", **about})
-    zone = ", in UTC" if isinstance(values.dtype, pd.DatetimeTZDtype) else ""
+    zone = ", in UTC" if form == ISO and text.str.contains(_OFFSET, na=False).any() else ""
     found.notices.append(f"column {name!r} holds dates ({how}{zone}), taken as {listed(about['parts'])}")

@@ -156,6 +156,15 @@ def test_dates_of_all_years_are_the_same_however_they_are_stored(tmp_path):
     assert written(days_of, columns[0] | {"format": "ISO8601"}) == stored[0]
 
 
+@pytest.mark.parametrize(("end", "zone"), [("T10:00:00+02:00", ", in UTC"), ("T10:00Z", ", in UTC"), (" 10:00:00", "")])
+def test_dates_with_a_time_zone_are_said_to_be_in_utc(tmp_path, end, zone):
+    stored = [f"2020-{1 + i % 12:02}-{1 + i % 28:02}{end}" for i in range(N)]
+    for day in (stored, pd.to_datetime(pd.Series(stored))):
+        pd.DataFrame({"day": day, "y": np.arange(N) / 3}).to_parquet(tmp_path / "raw.parquet")
+        table = table_of(TableOptions(file=tmp_path / "raw.parquet", target="y"))
+        assert f"column 'day' holds dates (2020-01-31{zone}), taken as month, weekday, days" in table.data.notices
+
+
 def test_a_bundle_of_an_earlier_version_reads_dates_as_it_did():
     column = {"format": "ISO8601", "first": "2020-01-01T00:00:00", "parts": ["year", "days"]}
     text, stored = pd.Series(["9999-12-31", "2020-01-02"]), pd.Series(["9999-12-31"]).astype("datetime64[s]")
