@@ -119,6 +119,12 @@ def _dialect(where: object, head: bytes, cut: bool, encoding: str, errors: str) 
         raise DataError(
             f"{where}: its header names {listed(map(repr, twice))} more than once; give each column its own name"
         )
+    if both := {f"Unnamed: {i}": i for i, name in enumerate(header) if not name and f"Unnamed: {i}" in header}:
+        name, place = next(iter(both.items()))
+        raise DataError(
+            f"{where}: its column {place + 1} has no name and is called {name!r}, as column {header.index(name) + 1} "
+            "is; give each its own name"
+        )
     if long := next((row for row in rows if len(row) > len(header)), None):
         raise DataError(
             f"{where}: a row has {len(long)} fields, but its header has {len(header)} (separated by {separator!r}): "

@@ -216,6 +216,14 @@ def test_texts_of_a_frame_and_of_parquet_are_read_as_those_of_a_file(tmp_path: P
         predicted(pd.DataFrame({"x": ["7.064"], "z": ["1,234"]}))
 
 
+def test_a_column_without_a_name_that_is_called_as_another_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(",Unnamed: 0,y\n" + "1.5,2,3\n" * N)
+    with pytest.raises(
+        DataError, match="its column 1 has no name and is called 'Unnamed: 0', as column 2 is; give each its own name"
+    ):
+        read_table(tmp_path / "t.csv")
+
+
 @pytest.mark.parametrize("rest", ["7", "7.5"])
 def test_a_number_larger_than_any_is_infinity(tmp_path: Path, rest: str) -> None:
     x, y = [f"{i * i}" for i in range(N)], [f"{i / 3}" for i in range(N)]
