@@ -133,7 +133,7 @@ def table_of(options: TableOptions) -> Table:
         class_names=names,
     )
     of_numbers = {c["name"] for c in found.columns if c["kind"] == "number"} | ({target} if not names else set())
-    marks = {name: each for name, each in every_marks.items() if name in of_numbers}
+    marks = {n: each for n, each in every_marks.items() if n in of_numbers and not types.is_bool_dtype(whole[n])}
     words = words_for_missing(file, target) if n_without_target else {}
     return Table(
         data=replace(data, missing=impute, notices=_notices(found, gaps, len(whole), n_without_target, words, marks)),

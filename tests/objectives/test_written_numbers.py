@@ -224,6 +224,16 @@ def test_a_column_without_a_name_that_is_called_as_another_is_refused(tmp_path: 
         read_table(tmp_path / "t.csv")
 
 
+def test_truth_values_are_not_said_to_have_marks(tmp_path: Path) -> None:
+    columns = {
+        "flag": ["True", "False"] * (N // 2),
+        "x": [f"{i * i},5" for i in range(N)],
+        "y": [f"{i},25" for i in range(N)],
+    }
+    table = table_of(TableOptions(file=written(tmp_path / "t.csv", columns), target="y"))
+    assert "numbers in 'x', 'y' are read with ',' for decimals" in table.data.notices
+
+
 @pytest.mark.parametrize("rest", ["7", "7.5"])
 def test_a_number_larger_than_any_is_infinity(tmp_path: Path, rest: str) -> None:
     x, y = [f"{i * i}" for i in range(N)], [f"{i / 3}" for i in range(N)]
