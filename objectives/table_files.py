@@ -1,5 +1,6 @@
 """A table from a file, read as it is meant; or refused in one line that says what is wrong, where, and what to do."""
 
+import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -29,6 +30,8 @@ from hpo.training.memory import free_bytes
 
 MARKS = "marks"
 """In a table's `attrs`: the marks of decimals and thousands of columns whose numbers have not just a point."""
+MERGED = "merged"
+"""In a table's `attrs`: what is to be said of fields that look like several rows, a line for each column."""
 _CLASSES = 10_000
 """More different numbers with decimals are amounts."""
 _ROWS = 1 << 16
@@ -107,6 +110,7 @@ def _parse(file: Path, dialect: Dialect, texts: Collection[str], target: str | N
     with warnings.catch_warnings():
         warnings.simplefilter("error", ParserWarning)  # where pandas would cut rows that are too long
         frame, grouped = _read_fast(file, dialect)
+        merged = _merged(frame, dialect.separator)
         seen = _seen(file, dialect, frame, grouped)
         others = most_common(seen.values(), dialect.separator)
         marks = {name: marks_of(each, others, dialect.separator) for name, each in seen.items()}
@@ -131,8 +135,26 @@ def _parse(file: Path, dialect: Dialect, texts: Collection[str], target: str | N
     frame = frame.assign(**made) if made else frame
     whole = {n for n in numbers if is_integer_dtype(frame[n]) and not (marks[n] or PLAIN)[1]}  # no mark is in them
     taken = {n for n in frame if n in names or is_numeric_dtype(frame[n])} - whole
+    frame.attrs[MERGED] = merged
     frame.attrs[MARKS] = {n: each for n, each in marks.items() if n in taken and each not in (None, PLAIN)}
     return frame
+
+
+def _merged(frame: pd.DataFrame, separator: str) -> tuple[str, ...]:
+    """Return a line for each column with fields that hold as many separators as the rows between their line breaks."""
+    lines, between = [], frame.shape[1] - 1
+    for name in frame.columns[(frame.dtypes == "object").to_numpy()]:
+        texts = frame[name].astype("string")
+        some = texts[texts.str.contains(r"[\r\n]", na=False)].str.strip()
+        breaks, marks = some.str.count(r"\r\n?|\n"), some.str.count(re.escape(separator))
+        some = some[(breaks > 0) & (marks > 0) & (marks >= between * breaks)]
+        if len(some):
+            lines.append(
+                f"column {name!r} holds line breaks and {separator!r} in {len(some)} rows (the first: row "
+                f"{some.index[0] + 1}, {some.iloc[0][:40]!r}), as if several rows were one: see whether a quote is not "
+                "closed there; a quote inside of a text is written twice, in a text in quotes"
+            )
+    return tuple(lines)
 
 
 def _may_be_classes(values: "pd.Series") -> bool:

@@ -26,7 +26,7 @@ from hpo.objectives.table_columns import (
     step_of_float32,
     without,
 )
-from hpo.objectives.table_files import MARKS, read_table, words_for_missing
+from hpo.objectives.table_files import MARKS, MERGED, read_table, words_for_missing
 from pandas.api import types
 from torch import Tensor
 
@@ -135,8 +135,9 @@ def table_of(options: TableOptions) -> Table:
     of_numbers = {c["name"] for c in found.columns if c["kind"] == "number"} | ({target} if not names else set())
     marks = {n: each for n, each in every_marks.items() if n in of_numbers and not types.is_bool_dtype(whole[n])}
     words = words_for_missing(file, target) if n_without_target else {}
+    notices = _notices(found, gaps, len(whole), n_without_target, words, marks)
     return Table(
-        data=replace(data, missing=impute, notices=_notices(found, gaps, len(whole), n_without_target, words, marks)),
+        data=replace(data, missing=impute, notices=(*whole.attrs.get(MERGED, ()), *notices)),
         task=task,
         columns=_with_marks(found.columns, every_marks),
         dropped=found.dropped,

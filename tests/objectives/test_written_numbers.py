@@ -234,6 +234,21 @@ def test_truth_values_are_not_said_to_have_marks(tmp_path: Path) -> None:
     assert "numbers in 'x', 'y' are read with ',' for decimals" in table.data.notices
 
 
+def test_rows_that_a_quote_which_is_not_closed_makes_one_are_said(tmp_path: Path) -> None:
+    columns = {
+        "x": [f"{i * i}.5" for i in range(N)],
+        "z": [f'"{i % 5} pipe' if i in (3, 4) else f"{i % 5} pipe" for i in range(N)],
+        "note": ['"well; so\nso"' if i > 9 else "none" for i in range(N)],
+        "y": [f"{i}.25" for i in range(N)],
+    }
+    table = table_of(TableOptions(file=written(tmp_path / "t.csv", columns), target="y"))
+    (line,) = (line for line in table.data.notices if "line break" in line)
+    assert "column 'z' holds line breaks and ';' in 1 rows (the first: row 4, '3 pipe;" in line
+    columns["z"] = [text.strip('"') for text in columns["z"]]
+    table = table_of(TableOptions(file=written(tmp_path / "t.csv", columns), target="y"))
+    assert not any("line break" in line for line in table.data.notices)
+
+
 @pytest.mark.parametrize("rest", ["7", "7.5"])
 def test_a_number_larger_than_any_is_infinity(tmp_path: Path, rest: str) -> None:
     x, y = [f"{i * i}" for i in range(N)], [f"{i / 3}" for i in range(N)]
