@@ -116,7 +116,9 @@ def _parse(file: Path, dialect: Dialect, texts: Collection[str], target: str | N
         marks = {name: marks_of(each, others, dialect.separator) for name, each in seen.items()}
         numbers = [name for name, kind in frame.dtypes.items() if kind.kind in "iuf"]
         decimal, thousands = dialect.decimal, dialect.thousands
-        right = {n: ((decimal, thousands), (decimal, thousands if n in grouped else "")) for n in numbers}
+        right = {
+            n: ((decimal, thousands), (decimal, thousands if n in grouped else ""), (decimal, " ")) for n in numbers
+        }
         lossy = {n for n in numbers if seen[n].n_marked and marks[n] not in right[n]}
         names = {n for n in numbers if n in texts or (n == target and (seen[n].zeros or _may_be_classes(frame[n])))}
         zeros = {n for n in numbers if seen[n].zeros}

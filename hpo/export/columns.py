@@ -18,7 +18,7 @@ from pandas.api import types
 from hpo.errors import InputError, did_you_mean, listed
 from hpo.study.table_amounts import amounts
 from hpo.study.table_dates import dates_of, numbers_of
-from hpo.study.table_marks import MISSING, PLAIN, Marks, as_code, number_pattern
+from hpo.study.table_marks import MISSING, PLAIN, Marks, as_code, number_pattern, without_thousands
 from hpo.study.table_text import as_text
 
 
@@ -312,7 +312,7 @@ def in_range(value: Any) -> Any:
 def _plain(text: str, marks: Marks = (".", "")) -> str:
     """Return a number or a truth value as pandas writes what it has read as one; whole numbers without a point."""
     if number_pattern(*marks).fullmatch(text):
-        text = text.replace(marks[1], "").replace(marks[0], ".") if marks[1] else text.replace(marks[0], ".")
+        text = without_thousands(text, marks[1]).replace(marks[0], ".")
     if text.lower() in ("true", "false"):
         return text.capitalize()
     try:

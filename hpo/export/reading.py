@@ -119,10 +119,10 @@ def _marks(
     """
     every = Counter(trained.values()).most_common() or [((dialect.decimal, ""), 0)]
     decimal = every[0][0][0]
-    thousands = next((mark for (of_decimals, mark), _ in every if of_decimals == decimal and mark), "")
+    thousands = next((mark for (of_decimals, mark), _ in every if of_decimals == decimal and mark in {".", ","}), "")
     good, bad = _grouped(stream, dialect, thousands)
-    fits = {(decimal, ""), (decimal, thousands)}
-    known = {n for n in numbers if n not in bad and trained.get(n) in (fits - {(decimal, "")} if n in good else fits)}
+    fits = {(decimal, ""), (decimal, " "), (decimal, thousands)}  # what pandas reads as a number has no blanks
+    known = {n for n in numbers if n not in bad and trained.get(n) in ({(decimal, thousands)} if n in good else fits)}
     common = decimal, thousands
     how = dialect.for_pandas() | {"usecols": list(numbers), "chunksize": ROWS} | _for_pandas(common)
     as_text = {name: str for name in numbers if name not in known}

@@ -29,7 +29,12 @@ def marks_in(frames: Iterable[pd.DataFrame], columns: Columns) -> dict[str, Mark
         return {name: marks_of(seen[name], most, separator, trained.get(name, PLAIN)) for name in seen}
 
     with_commas = found(",")
-    return {name: marks if marks == with_commas[name] else None for name, marks in found(";").items()}
+    return {name: marks if _alike(marks, with_commas[name]) else None for name, marks in found(";").items()}
+
+
+def _alike(one: Marks | None, other: Marks | None) -> bool:
+    """Whether texts that fit both are the same numbers: with blanks between thousands none of them has decimals."""
+    return one == other or (one is not None and other is not None and one[1] == other[1] == " ")
 
 
 def read_as_in_a_file(frame: pd.DataFrame, marks: Mapping[str, Marks | None]) -> pd.DataFrame:

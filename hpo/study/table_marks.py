@@ -15,9 +15,12 @@ _NO_NUMBER = ("NaN", "nan", "-NaN", "-nan", "1.#IND", "-1.#IND", "1.#QNAN", "-1.
 MISSING = ("", *_ABBREVIATED, *_NO_NUMBER, "?")
 """Texts that are read as missing: those that pandas takes for that, and the question mark."""
 Marks = tuple[str, str]
-"""Of decimals and of thousands; empty: there is none."""
+"""Of decimals and of thousands; empty: there is none. A blank stands for every kind of it."""
 PLAIN: Marks = (".", "")
-EVERY: tuple[Marks, ...] = (PLAIN, (",", ""), (",", "."), (".", ","))
+WITHOUT_BLANKS: tuple[Marks, ...] = (PLAIN, (",", ""), (",", "."), (".", ","))
+_WITH_BLANKS: tuple[Marks, ...] = ((",", " "), (".", " "))
+EVERY = (*WITHOUT_BLANKS, *_WITH_BLANKS)
+_BLANK = "[ \u00a0\u2009\u202f]"
 _MANY = 2
 """So many numbers with marks, and as many without, say that the marks are those of thousands."""
 _BLOCK, _LONGEST = 1 << 18, 64
@@ -26,7 +29,8 @@ _BLOCK, _LONGEST = 1 << 18, 64
 
 def number_pattern(decimal: str = ".", thousands: str = "") -> re.Pattern[str]:
     """Return what a number is that is written with these marks; thousands need none."""
-    whole = rf"(?:[1-9]\d{{0,2}}(?:\{thousands}\d{{3}})+|\d+)" if thousands else r"\d+"
+    mark = _BLANK if thousands == " " else rf"\{thousands}"
+    whole = rf"(?:[1-9]\d{{0,2}}(?:{mark}\d{{3}})+|\d+)" if thousands else r"\d+"
     return re.compile(rf"[+-]?(?:{whole}(?:\{decimal}\d*)?|\{decimal}\d+)(?:[eE][+-]?\d+)?")
 
 
@@ -63,6 +67,15 @@ class Seen:
                 self.n_whole += n
                 self.long |= len(text) > 3
                 self.zeros |= _CODE.fullmatch(text) is not None
+            elif any(self.fits[marks] for marks in _WITH_BLANKS) and text not in MISSING:
+                self._add_other(text, n)
+
+    def _add_other(self, text: str, n: int) -> None:
+        if not _NUMBER[PLAIN].fullmatch(text):
+            if _NUMBER[_WITH_BLANKS[0]].fullmatch(text):
+                self._add_marked(text, n)
+            else:  # blanks between digits are marks where nothing else is in the column
+                self.fits |= dict.fromkeys(_WITH_BLANKS, False)
 
     def _add_marked(self, text: str, n: int) -> None:
         self.n_marked += n
@@ -100,7 +113,7 @@ def most_common(columns: Iterable[Seen], separator: str) -> Marks:
 def _by_separator(separator: str) -> Sequence[Marks]:
     """Return all marks; those that mean more come later."""
     if separator == ",":  # numbers that hold a comma are in quotes, and it is the mark of thousands
-        return [PLAIN, (".", ","), (",", ""), (",", ".")]
+        return [PLAIN, (".", ","), (",", ""), (",", "."), (".", " "), (",", " ")]
     return EVERY
 
 
@@ -230,7 +243,11 @@ def to_numbers(values: "pd.Series[Any]") -> "pd.Series[Any]":
     return pd.Series(made, index=values.index, name=values.name) if np.isinf(huge).any() else numbers
 
 
+def without_thousands(number: str, mark: str) -> str:
+    """Return a number without its marks of thousands."""
+    return re.sub(_BLANK, "", number) if mark == " " else number.replace(mark, "") if mark else number
+
+
 def _pointed(number: str, marks: Marks) -> str:
     decimal, thousands = marks
-    plain = number.replace(thousands, "") if thousands else number
-    return plain.replace(decimal, ".")
+    return without_thousands(number, thousands).replace(decimal, ".")

@@ -16,7 +16,7 @@ import pandas as pd
 from pandas.api import types
 
 from hpo.errors import DataError, listed
-from hpo.study.table_marks import EVERY, MISSING, Marks, number_pattern
+from hpo.study.table_marks import MISSING, WITHOUT_BLANKS, Marks, number_pattern
 
 OPEN: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 """How a file is opened, by its suffix, where that is not `open`."""
@@ -139,8 +139,8 @@ def _dialect(where: object, head: bytes, cut: bool, encoding: str, errors: str) 
 def _marks(rows: Sequence[Sequence[str]]) -> Marks:
     """Return the marks with which the most fields are numbers."""
     some = [value for row in rows for value in row if "." in value or "," in value]
-    patterns = {marks: number_pattern(*marks) for marks in EVERY}
-    return max(EVERY, key=lambda marks: sum(patterns[marks].fullmatch(value) is not None for value in some))
+    patterns = {marks: number_pattern(*marks) for marks in WITHOUT_BLANKS}
+    return max(WITHOUT_BLANKS, key=lambda marks: sum(patterns[marks].fullmatch(value) is not None for value in some))
 
 
 def _rows(text: str, separator: str, cut: bool) -> Iterator[list[str]]:

@@ -14,6 +14,7 @@ from hpo.errors import DataError, InputError
 from hpo.export.columns import Columns, Notes
 from hpo.export.predicting import predict
 from hpo.export.reading import chunks
+from hpo.export.texts import marks_in, read_as_in_a_file
 from tests.cli import refused
 
 N = 60
@@ -247,6 +248,40 @@ def test_rows_that_a_quote_which_is_not_closed_makes_one_are_said(tmp_path: Path
     columns["z"] = [text.strip('"') for text in columns["z"]]
     table = table_of(TableOptions(file=written(tmp_path / "t.csv", columns), target="y"))
     assert not any("line break" in line for line in table.data.notices)
+
+
+@pytest.mark.parametrize("blank", [" ", "\u00a0", "\u202f"])
+@pytest.mark.parametrize("digits", [0, 2])
+def test_blanks_between_thousands_are_marks_where_nothing_else_is_in_the_column(
+    tmp_path: Path, amounts: np.ndarray, blank: str, digits: int
+) -> None:
+    def french(x: float) -> str:
+        return f"{x:,.{digits}f}".translate(str.maketrans(",.", f"{blank},"))
+
+    notes = [f"{i % 9} 000" if i else "about 5 000" for i in range(N)]
+    columns = {
+        "x": [french(x) for x in amounts],
+        "s": [f"{x:.1f}".replace(".", ",") for x in amounts / 1000],
+        "note": notes,
+        "y": [french(x * 3) for x in amounts],
+    }
+    file = written(tmp_path / "t.csv", columns)
+    table = table_of(TableOptions(file=file, target="y"))
+    kinds = {column["name"]: (column["kind"], column.get("marks")) for column in table.columns}
+    assert [kinds[name][0] for name in ("x", "s", "note")] == ["number", "number", "category"]
+    assert kinds["x"][1][1] == " "
+    assert table.mean == pytest.approx(3 * amounts.mean(), rel=0.2)
+    numbers = np.float32(np.stack([amounts.round(digits), (amounts / 1000).round(1)], 1))
+    np.testing.assert_array_equal(read(table, file)["numeric"], numbers)
+    facts, said = about(table)
+    frame = pd.DataFrame({"x": columns["x"], "s": columns["s"], "note": notes})
+    plain = pd.DataFrame({"x": amounts.round(digits), "s": (amounts / 1000).round(1), "note": notes})
+    for each in (frame, frame.iloc[:1], plain, plain.astype(str)):
+        new = Columns(facts, said)
+        got = new.arrays(read_as_in_a_file(each, marks_in([each], new)), "here", 1, Notes())["numeric"]
+        np.testing.assert_array_equal(got, numbers[: len(each)])
+    plain.to_csv(tmp_path / "new.csv", index=False)
+    np.testing.assert_array_equal(read(table, tmp_path / "new.csv")["numeric"], numbers)
 
 
 @pytest.mark.parametrize("rest", ["7", "7.5"])
