@@ -17,6 +17,51 @@ _OF_SECOND = {
 }
 """Of two classes a model may give one number a row."""
 
+_PARTS = {
+    "year": "the year",
+    "month": "the month, 1 to 12",
+    "weekday": "the weekday, 0 on Mondays",
+    "hour": "the hour, 0 to 23, and minutes / 60",
+    "days": "the days since {first}, with the time of day as a fraction",
+}
+_SNIPPET = """
+import json
+from datetime import datetime, timedelta, timezone
+
+import torch
+
+with open("FOLDER/bundle.json", encoding="utf-8") as file:
+    about = json.load(file)
+
+
+def parts(text, column):
+    iso = column["format"] == "ISO8601"
+    date = datetime.fromisoformat(text) if iso else datetime.strptime(text, column["format"])
+    date = date.astimezone(timezone.utc).replace(tzinfo=None) if date.tzinfo else date
+    days = (date - datetime.fromisoformat(column["first"])) / timedelta(days=1)
+    every = {"year": date.year, "month": date.month, "weekday": date.weekday(), "hour": date.hour + date.minute / 60}
+    return [(every | {"days": days})[part] for part in column["parts"]]
+
+
+def tensors(row):
+    made = {entry["name"]: [] for entry in about["inputs"]}
+    for column in about["columns"]:
+        value, kind = row[column["name"]], column["kind"]
+        if kind == "category":
+            named = column["categories"]
+            numbers = [named.index(value) + 1 if value in named else 0]
+        elif kind == "date":
+            numbers = [float("nan")] * len(column["parts"]) if value is None else parts(value, column)
+        else:
+            numbers = [float("nan") if value is None else value]
+        made[column["input"]] += numbers
+    return [torch.tensor([made[each["name"]]], dtype=getattr(torch, each["dtype"])) for each in about["inputs"]]
+
+
+row = about["example"]  # a row of yours: numbers are numbers, all else is text, None is missing
+print(torch.jit.load("FOLDER/model.torchscript.pt")(*tensors(row)))
+"""
+
 
 def card(about: Mapping[str, Any]) -> str:
     """Return the model card, as Markdown."""
@@ -53,7 +98,30 @@ def _inputs(about: Mapping[str, Any]) -> list[str]:
             shape = ", ".join(["rows", *map(str, entry["shape"][1:])])
             lines.append(f"| {_cell(entry['name'])} | ({shape}) | {entry['dtype']} |")
     missing = "Missing values are filled in." if about["missing"] else "No value may be missing."
-    return [*lines, "", f"{missing} Scaling is inside the model: values go in as they were measured."]
+    scaled = f"{missing} Scaling is inside the model: values go in as they were measured."
+    return [*lines, "", scaled, *_from_rows(about)]
+
+
+def _from_rows(about: Mapping[str, Any]) -> list[str]:
+    """Return how a row becomes the module's tensors, where that is more than its numbers in their order."""
+    columns = about["columns"]
+    if not columns or all(column["kind"] == "number" for column in columns):
+        return []
+    inputs = " and ".join(
+        f"`{entry['name']}` (rows, {entry['shape'][1]}) in {entry['dtype']}" for entry in about["inputs"]
+    )
+    lines = [
+        "",
+        "## From a row to tensors",
+        "",
+        f"The module in `model.torchscript.pt` takes tensors, {inputs}, in the order of the columns above; "
+        "`hpo predict` and `load_bundle` make them of a table. Category i of a column's list in `bundle.json`, counted "
+        "from 0, is the code i + 1; one that is missing or not in the list is 0. A number that is missing is NaN.",
+    ]
+    for column in (column for column in columns if column["kind"] == "date"):
+        parts = [_PARTS[part].format(first=column["first"]) for part in column["parts"]]
+        lines += ["", f"Of `{column['name']}`, {len(parts)} numbers: {'; '.join(parts)}. A time with a zone is in UTC."]
+    return [*lines, "", "The same in Python, with torch alone:", "", "```python", _SNIPPET.strip(), "```"]
 
 
 def _cell(text: str) -> str:

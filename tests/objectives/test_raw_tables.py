@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import re
 import subprocess
 import sys
 from io import StringIO
@@ -77,6 +78,41 @@ def test_each_column_is_what_it_is_meant_to_be(tmp_path):
         "missing: error refuses them",
     ):
         assert part in said
+
+
+WITHOUT_HPO = "import sys; sys.modules |= dict.fromkeys(['hpo', 'pandas', 'numpy.f2py']); exec(sys.stdin.read())"
+
+
+def test_the_card_says_how_a_row_becomes_tensors_with_torch_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    frame = pd.DataFrame(
+        {
+            "day": [f"{1 + i % 28}.{1 + i % 12}.{2018 + i % 4} {i % 24}:{i * 7 % 60:02}" for i in range(N)],
+            "stored": [f"{9999 if i % 9 == 0 else 2020}-0{1 + i % 9}-11T10:15:30+02:00" for i in range(N)],
+            "city": random.choice(["Bern", "Zug", "Basel"], N),
+            "x": random.normal(size=N).round(3),
+            "y": random.normal(size=N),
+        }
+    )
+    frame.to_csv("raw.csv", index=False)
+    study = hpo.run(
+        {"objective": "tabular", "options": {"file": "raw.csv", "target": "y"}},
+        name="card", trials=1, epochs=1, tracking="off", baseline=False, quiet=True,
+    )  # fmt: skip
+    bundle = hpo.load_bundle(study.bundle)
+    assert [column["kind"] for column in bundle.about["columns"]] == ["number", "date", "date", "category"]
+    text = (study.bundle / "MODEL.md").read_text()
+    (code,) = (part.partition("```")[0] for part in text.split("```python")[1:] if "torch.jit.load" in part)
+    assert "the hour, 0 to 23, and minutes / 60" in text
+    rows = [bundle.about["example"], *(frame.iloc[i].drop("y").to_dict() for i in (0, 1, 50))]
+    rows += [rows[1] | {"city": "Genf", "x": None}, rows[1] | {"city": None, "day": None, "stored": None}]
+    more = f"for row in {rows[1:]!r}:\n    print(torch.jit.load('FOLDER/model.torchscript.pt')(*tensors(row)))"
+    lines = f"{code}\n{more}".replace("FOLDER", str(study.bundle))
+    done = subprocess.run([sys.executable, "-c", WITHOUT_HPO], input=lines, capture_output=True, text=True, check=False)
+    numbers = [float(number) for number in re.findall(r"tensor\(\[\[(.*?)\]", done.stdout)]
+    expected = bundle.predict(pd.DataFrame(rows))["prediction"]
+    np.testing.assert_allclose(numbers, expected, atol=2e-4, err_msg=done.stderr)
 
 
 def test_what_looks_like_an_identifier_may_be_kept(tmp_path):
