@@ -12,10 +12,12 @@ import torch
 
 from hpo.errors import Interrupted, StorageError
 from hpo.runner.checkpoints import settle_weights
+from hpo.runner.joining import _require_same_source
+from hpo.runner.opening import remember_source, warn_of_source
 from hpo.runner.prepare import prepare
 from hpo.runner.worker import work
 from hpo.search.opening import open_search
-from hpo.search.schema import DATA
+from hpo.search.schema import DATA, HELD, HELD_BY_FILE
 from hpo.tracking.base import MemoryTracker
 from tests.logged import recorded
 from tests.searches import Quiet, StopWhen
@@ -143,6 +145,57 @@ def test_what_was_trained_with_another_value_is_not_resumed(before, after, names
         assert f"it was trained with another value of the objective's {names}" in refusal(notes)
     assert any("starts from scratch" in note for note in notes) == bool(names)
     assert values == alone()
+
+
+READS = "\nMODE = os.environ.get('MODE')\nLines.loss = lambda self, o, t, p: MODE or torch.mean((o - t) ** 2)\n"
+
+
+def test_what_was_trained_with_another_value_of_its_module_is_not_resumed(monkeypatch):
+    write(more=READS)
+    opened(warn_of_source)
+    train(stop_at=2)
+    assert not opened(warn_of_source)
+    monkeypatch.setenv("MODE", "")
+    assert any("value of global MODE has changed" in note for note in opened(warn_of_source))
+    train(stop_at=1)  # as a worker: the study goes by None yet
+    opened(remember_source)
+    assert not opened(warn_of_source)
+    assert "it was trained with another value of the objective's global MODE" in refusal(train()[0])
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"), [({}, 1), ({"HPO_LAUNCHED": "2"}, 1), ({"HPO_LAUNCHED": "2", "HPO_LAUNCHER": "1"}, 0)]
+)
+def test_a_worker_of_a_study_file_may_have_drawn_other_values(monkeypatch, environ, said):
+    write(more=READS)
+    opened(warn_of_source)
+    monkeypatch.setenv("MODE", "1")
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    notes = opened(_require_same_source)
+    assert sum("the value of global MODE of objective lines.py is not what" in note for note in notes) == said
+
+
+def test_a_study_file_of_an_earlier_version_has_no_values_to_compare(monkeypatch):
+    write(more=READS)
+    opened(warn_of_source)
+    opened(lambda plan, search: (search.remember(HELD_BY_FILE, None), search.remember(HELD, {})))
+    monkeypatch.setenv("MODE", "1")
+    assert not opened(warn_of_source)
+    monkeypatch.setenv("MODE", "2")
+    assert opened(warn_of_source)
+
+
+def opened(call):
+    """Call something with the plan and the study; return what was logged."""
+    sys.modules.pop("lines", None)
+    plan = prepare(Path("study.yaml"))
+    with (
+        closing(open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize)) as search,
+        recorded() as notes,
+    ):
+        call(plan, search)
+    return notes
 
 
 def test_shapes_that_changed_though_the_code_did_not_are_said(monkeypatch):

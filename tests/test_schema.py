@@ -20,6 +20,7 @@ STORED = {
     "CODE": "hpo:code",
     "CODES": "hpo:codes",
     "HELD": "hpo:held",
+    "HELD_BY_FILE": "hpo:held_by_file",
     "STUDY_FILE": "hpo:study_file",
     "TIMED_OUT": "hpo:timed_out",
     "ENDS": "hpo:ends",

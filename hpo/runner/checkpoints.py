@@ -55,7 +55,8 @@ class Origin:
     data: str | None
     code: str
     held: Mapping[str, str]
-    """Digests of what an objective that a program made holds: with other values its curve would be another one."""
+    """Digests of what the objective holds: with other values its curve would be another one. Of a study file they are
+    those that the study goes by, in all of its workers: some differ by machine, or by when a module was imported."""
 
     @classmethod
     def of(cls, plan: Plan, search: Search) -> "Origin":
@@ -63,7 +64,7 @@ class Origin:
             study=search.making,
             data=search.attrs.get(schema.DATA),
             code=source_fingerprint(plan.given),
-            held=dict(plan.held) if plan.by_program else {},
+            held=dict(plan.held if plan.by_program else search.attrs.get(schema.HELD_BY_FILE) or {}),
         )
 
 

@@ -16,6 +16,7 @@ from hpo.runner.prepare import Plan, prepare
 from hpo.runner.progress import NoProgress, Progress
 from hpo.runner.tracked import tracker_of
 from hpo.runner.worker import work
+from hpo.search import schema
 from hpo.search.identity import stored_file
 from hpo.search.search import Search
 from hpo.stopping import StopToken, signals
@@ -67,7 +68,10 @@ def joined(
 
 
 def _require_same_source(plan: Plan, search: Search) -> None:
-    """Raise InputError where the objective is not the study's; of values that another machine may set, warn only."""
+    """Raise InputError where the objective is not the study's; of values that another machine may set, warn only.
+
+    Of what a study file names, a process that a run has started on its own machine may have drawn others at its import.
+    """
     what = how_source_differs(plan, search)
     if not what:
         return
@@ -77,6 +81,10 @@ def _require_same_source(plan: Plan, search: Search) -> None:
     )
     if what == "code":
         raise InputError(f"{said}; bring that code here, or give another `name`")
+    if not search.attrs.get(schema.HELD):  # the study file names the objective, and whoever is launched here has it
+        if LAUNCHER not in os.environ:
+            log.warning(said)
+        return
     if is_launched():
         raise InputError(
             f"{said}; workers make it by its class and options: have Options hold the value, or train with workers=1"

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hpo.errors import InputError, listed
 from hpo.export.files import read_about
@@ -17,7 +18,7 @@ from hpo.search.codes import with_code
 from hpo.search.opening import no_study, open_search
 from hpo.search.search import Search
 from hpo.study.data import Data
-from hpo.study.held import other_values
+from hpo.study.held import of_one_form, other_values
 from hpo.study.leaks import repeated, telling
 from hpo.study.objective import Objective
 from hpo.study.sources import digest, file_fingerprint, source_fingerprint
@@ -149,11 +150,17 @@ def how_source_differs(plan: Plan, search: Search) -> str:
     code, before = source_fingerprint(plan.given), search.attrs.get(schema.CODE)
     if before not in (None, code, file_fingerprint(plan.given)):  # the last is what an older version stored
         return "code"
-    if names := other_values(plan.held, search.attrs.get(schema.HELD) or {}):
+    known = held_by(search.attrs)
+    if names := other_values(plan.held, known):
         return f"value of {', '.join(names)}"
-    if before != code or search.attrs.get(schema.HELD) is None:
+    if before != code or not known or (plan.by_program and not of_one_form(plan.held, known)):
         remember_source(plan, search)
     return ""
+
+
+def held_by(attrs: Mapping[str, Any]) -> Mapping[str, str]:
+    """Return the digests of what a study's objective holds; nothing: an earlier version stored none of a study file."""
+    return attrs.get(schema.HELD) or attrs.get(schema.HELD_BY_FILE) or {}
 
 
 def warn_of_source(plan: Plan, search: Search) -> bool:
@@ -181,3 +188,4 @@ def remember_source(plan: Plan, search: Search) -> None:
     search.remember(schema.CODES, with_code(search.attrs, code, same=[file_fingerprint(plan.given)]))
     search.remember(schema.CODE, code)
     search.remember(schema.HELD, dict(plan.held) if plan.by_program else {})
+    search.remember(schema.HELD_BY_FILE, {} if plan.by_program else dict(plan.held))

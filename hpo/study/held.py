@@ -50,10 +50,15 @@ def other_values(objective: Mapping[str, str], before: Mapping[str, str]) -> lis
     names = {name for name in objective if _in_any_form(name, before) is not None}
     if _GIVEN in before:
         names |= {name for name in objective.keys() ^ before.keys() if name.startswith(_GIVEN)}
-    if objective.get(_FORM) != before.get(_FORM):
+    if not of_one_form(objective, before):
         names = {name for name in names if not objective.get(name, "").startswith(_LOOKED_INTO)} - {_FORM}
     others = [name for name in names if objective.get(name) != _in_any_form(name, before)]
     return sorted({name.removeprefix(_GIVEN) for name in others})
+
+
+def of_one_form(several: Mapping[str, str], others: Mapping[str, str]) -> bool:
+    """Whether two versions that made digests of the same value made the same of it; of bare values they did."""
+    return several.get(_FORM) == others.get(_FORM)
 
 
 def _in_any_form(name: str, before: Mapping[str, str]) -> str | None:
