@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from hpo.errors import Interrupted, StorageError
-from hpo.runner.checkpoints import settle_weights
+from hpo.runner import opening
+from hpo.runner.checkpoints import Origin, settle_weights
 from hpo.runner.joining import _require_same_source
-from hpo.runner.opening import remember_source, warn_of_source
+from hpo.runner.opening import remember_source, warn_of_bundle, warn_of_source
 from hpo.runner.prepare import prepare
 from hpo.runner.worker import work
 from hpo.search.opening import open_search
-from hpo.search.schema import DATA, HELD, HELD_BY_FILE
+from hpo.search.schema import CODE, DATA, HELD, HELD_BY_FILE
 from hpo.tracking.base import MemoryTracker
 from tests.logged import recorded
 from tests.searches import Quiet, StopWhen
@@ -184,6 +185,19 @@ def test_a_study_file_of_an_earlier_version_has_no_values_to_compare(monkeypatch
     assert not opened(warn_of_source)
     monkeypatch.setenv("MODE", "2")
     assert opened(warn_of_source)
+
+
+def test_an_objective_whose_file_is_moved_while_it_runs_is_the_same(tmp_path, monkeypatch):
+    def moved(plan, search):
+        assert not warn_of_source(plan, search)
+        for file in (Path("lines.py"), Path("width.py")):
+            file.rename(tmp_path / f"moved_{file}")
+        monkeypatch.setattr(opening, "read_about", lambda folder: {"source_fingerprint": search.attrs[CODE]})
+        assert not warn_of_source(plan, search)
+        warn_of_bundle(plan, tmp_path)
+        assert Origin.of(plan, search).code == search.attrs[CODE]
+
+    assert not opened(moved)
 
 
 def opened(call):

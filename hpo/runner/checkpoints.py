@@ -32,7 +32,6 @@ from hpo.search.claim import Claim
 from hpo.search.search import Search
 from hpo.search.view import Best, StudyView
 from hpo.study.held import other_values
-from hpo.study.sources import source_fingerprint
 from hpo.training.stack import Member
 
 BEST = "best.pt"
@@ -63,7 +62,7 @@ class Origin:
         return cls(
             study=search.making,
             data=search.attrs.get(schema.DATA),
-            code=source_fingerprint(plan.given),
+            code=plan.source,
             held=dict(plan.held if plan.by_program else search.attrs.get(schema.HELD_BY_FILE) or {}),
         )
 

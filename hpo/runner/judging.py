@@ -23,7 +23,6 @@ from hpo.search.view import Best, StudyView
 from hpo.study.data import Data, prediction
 from hpo.study.loading import origin
 from hpo.study.sealed import sealed, sealing
-from hpo.study.sources import source_fingerprint
 from hpo.training.batches import make_batches
 from hpo.training.evaluation import measure, outputs_of
 
@@ -79,7 +78,7 @@ def _judge(plan: Plan, search: Search, best: Best, baselines: bool | None) -> di
 def _judged(plan: Plan, search: Search, best: Best, data: Data, baselines: bool | None) -> dict[str, Any]:
     preprocess = guarded(plan, "preprocess", lambda: plan.objective.preprocess(data.train))
     judged: dict[str, Any] = {"n_valid": len(data.valid), "notes": []}
-    if search.attrs.get(schema.CODE) not in (None, source_fingerprint(plan.given)):
+    if search.attrs.get(schema.CODE) not in (None, plan.source):
         judged["notes"].append("The code of the objective has changed since the study was run.")
     judged |= _part("weights", lambda: _weights(plan, search, best, data, preprocess))
     judged["baselines"] = _part("absent", lambda: _baselines(plan, best, data, preprocess, baselines))

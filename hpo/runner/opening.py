@@ -21,7 +21,7 @@ from hpo.study.data import Data
 from hpo.study.held import of_one_form, other_values
 from hpo.study.leaks import repeated, telling
 from hpo.study.objective import Objective
-from hpo.study.sources import digest, file_fingerprint, source_fingerprint
+from hpo.study.sources import digest, file_fingerprint
 from hpo.training.torch_settings import torch_settings
 
 
@@ -147,7 +147,7 @@ def tell_of_data(data: Data) -> None:
 
 def how_source_differs(plan: Plan, search: Search) -> str:
     """Return what of the objective is not that of the study, which is that of the first who asks; nothing: all is."""
-    code, before = source_fingerprint(plan.given), search.attrs.get(schema.CODE)
+    code, before = plan.source, search.attrs.get(schema.CODE)
     if before not in (None, code, file_fingerprint(plan.given)):  # the last is what an older version stored
         return "code"
     known = held_by(search.attrs)
@@ -175,7 +175,7 @@ def warn_of_bundle(plan: Plan, folder: Path | None) -> None:
     if folder is None:
         return
     made_of = read_about(folder).get("source_fingerprint")
-    if made_of not in (None, source_fingerprint(plan.given), file_fingerprint(plan.given)):
+    if made_of not in (None, plan.source, file_fingerprint(plan.given)):
         log.warning(
             f"{folder} was exported by another code of the objective than the present one, and is left as it is; to "
             f"have the best trial trained and exported by this one: rm -r {shlex.quote(str(folder))}, and run again"
@@ -184,7 +184,7 @@ def warn_of_bundle(plan: Plan, folder: Path | None) -> None:
 
 def remember_source(plan: Plan, search: Search) -> None:
     """Store what the objective's source is, for those who ask later."""
-    code = source_fingerprint(plan.given)
+    code = plan.source
     search.remember(schema.CODES, with_code(search.attrs, code, same=[file_fingerprint(plan.given)]))
     search.remember(schema.CODE, code)
     search.remember(schema.HELD, dict(plan.held) if plan.by_program else {})

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from hpo.study.document import Document, of_values
 from hpo.study.draft import Draft, draft_of, read
 from hpo.study.held import held
 from hpo.study.objective import Function, Objective
-from hpo.study.sources import source_file
+from hpo.study.sources import source_file, source_fingerprint
 from hpo.study.space import Space
 from hpo.study.spec import Plugin, StudySpec
 from hpo.study.trust import unnamed_code
@@ -113,6 +114,14 @@ class Plan:
     def option_defaults(self) -> dict[str, Any]:
         """What the objective's options are that are not given, as plain values; a function has none."""
         return {} if self.function is not None else defaults_of(self.objective.Options)
+
+    @cached_property
+    def source(self) -> str:
+        """The fingerprint of the objective's sources as they were when the study was opened, which asks first.
+
+        What is imported stays what it was when its files are edited, moved or removed meanwhile.
+        """
+        return source_fingerprint(self.given)
 
     @property
     def source_file(self) -> Path | None:

@@ -37,7 +37,6 @@ from hpo.stacks.cost import records
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.data import Data
 from hpo.study.sealed import sealed, sealing
-from hpo.study.sources import source_fingerprint
 from hpo.tracking.base import Tracker
 from hpo.training.batches import Batches, make_batches
 from hpo.training.evaluation import evaluate, measure, outputs_of
@@ -335,7 +334,7 @@ def _about(
         **({} if beside is None else {"baselines": beside.as_dict()}),
         "n_test_evaluations": len(tests_of(search)),
         "data_fingerprint": data.fingerprint(),
-        "source_fingerprint": source_fingerprint(plan.given),
+        "source_fingerprint": plan.source,
         "about_the_data": dict(plan.objective.about()),
     }
 

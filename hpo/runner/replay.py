@@ -26,7 +26,6 @@ from hpo.stacks.vmap_stack import VmapStack
 from hpo.stopping import StopToken, signals
 from hpo.study.data import Data
 from hpo.study.sealed import sealed, sealing
-from hpo.study.sources import source_fingerprint
 from hpo.training.batches import make_batches
 from hpo.training.faults import TrialError
 from hpo.training.loop import Results, train
@@ -221,7 +220,7 @@ def _changed(plan: Plan, search: Search, seen: StudyView, data: Data, number: in
     changes = []
     trial = next(each for each in seen.everything if each.number == number)
     for what, there, here in (
-        ("the objective's code", code_of(search.attrs, trial), source_fingerprint(plan.given)),
+        ("the objective's code", code_of(search.attrs, trial), plan.source),
         ("the data", search.attrs.get(schema.DATA), data.fingerprint()),
     ):
         if there not in (None, here):
