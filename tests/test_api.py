@@ -148,6 +148,13 @@ class TestWaysToNameAStudy:
         more = hpo.run({"objective": "linear.py"}, **(QUICK | {"trials": 4}))
         assert more.counts.complete == 4
 
+    @pytest.mark.parametrize("sampler", ["grid", {"name": "grid"}])
+    def test_a_grid_waits_for_no_more_than_it_has(self, linear: Path, sampler: object) -> None:
+        params = {"learning_rate": {"type": "categorical", "choices": [0.05, 0.1]}}
+        values = {"objective": "linear.py", "sampler": sampler, "params": params, "baseline": False}
+        counts = hpo.run(values, **(QUICK | {"trials": 7})).counts
+        assert (counts.complete, counts.waiting) == (2, 0)
+
 
 @pytest.mark.parametrize("imported", [False, True], ids=["its own", "imported from beside it"])
 def test_a_class_of_a_script_is_trained_by_two_workers(folder: Path, imported: bool) -> None:

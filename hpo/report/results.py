@@ -23,7 +23,9 @@ from hpo.search.budget import Counts, count, holders, wrong_row, wrong_values
 from hpo.search.confirmed import confirmed_in
 from hpo.search.curves import curves_in, steps_in
 from hpo.search.front import front_of, maximizes, others_in
+from hpo.search.opening import stored_space
 from hpo.search.retrained import Confirmed
+from hpo.search.samplers import at_most
 from hpo.search.stop import budget, stopped_in
 from hpo.search.storage import close_storage, open_storage
 from hpo.search.view import Best, own
@@ -236,8 +238,14 @@ class Study:
 
 
 def _budget(study: optuna.Study) -> int:
-    """Return how many trials the study is to have, as its last run said; else how many there are."""
+    """Return how many trials the study is to have, as its last run said; else how many there are.
+
+    Where each configuration is tried once, no more than there are.
+    """
     try:
-        return int(json.loads(study.user_attrs[schema.STUDY_FILE])["trials"])
+        kept = json.loads(study.user_attrs[schema.STUDY_FILE])
+        sampler = kept.get("sampler")
+        name = sampler.get("name") if isinstance(sampler, Mapping) else sampler
+        return at_most(int(kept["trials"]), name, stored_space(study.user_attrs[schema.IDENTITY]))
     except (KeyError, TypeError, ValueError):
         return len(holders(own(study.get_trials(deepcopy=False))))

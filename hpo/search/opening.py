@@ -114,15 +114,21 @@ def as_stored(spec: StudySpec, storage: RetryingStorage, given: Collection[str] 
     stored = study.user_attrs.get(schema.IDENTITY)
     if not isinstance(stored, Mapping):
         raise not_ours(spec.storage, spec.name)
-    kept = stored.get("params")
-    params, unread = parse_params(kept if isinstance(kept, dict) else {}, ("params",))
-    space, more = build(params, [])
-    if not params or unread or more:  # a function's; or a later version's
-        space = FreeSpace(fixed={}, dimensions=())
+    space = stored_space(stored)
     constraints = {name: each.text for name, each in constraints_of(study.user_attrs).items()}
     spec = spec.model_copy(update=_run_with(study, spec, given))
     spec = spec.model_copy(update={"trials": trials_of(spec, space), "constraints": constraints})
     return Search(study, storage, spec, space, str(stored.get("metric", "value")))
+
+
+def stored_space(identity: Mapping[str, Any]) -> Space:
+    """Return the space that a study was made with, by what is stored of it; one of a function takes anything."""
+    kept = identity.get("params")
+    params, unread = parse_params(kept if isinstance(kept, dict) else {}, ("params",))
+    space, more = build(params, [])
+    if not params or unread or more:  # a function's; or a later version's
+        return FreeSpace(fixed={}, dimensions=())
+    return space
 
 
 def _run_with(study: optuna.Study, spec: StudySpec, given: Collection[str]) -> dict[str, int]:

@@ -230,8 +230,13 @@ def _make_halving(keys: Mapping[str, Any], epochs: int, at: tuple[str, ...]) -> 
 
 def trials_of(spec: StudySpec, space: Space) -> int:
     """Return how many trials a study has: where each configuration is tried once, no more than there are."""
-    size = space.size() if spec.sampler.name in ("grid", "brute_force") else None
-    return spec.trials if size is None else min(size, spec.trials)
+    return at_most(spec.trials, spec.sampler.name, space)
+
+
+def at_most(trials: int, sampler: Any, space: Space) -> int:
+    """Return how many of so many trials a sampler of that name can find in a space."""
+    size = space.size() if sampler in ("grid", "brute_force") else None
+    return trials if size is None else min(size, trials)
 
 
 def looks_at_its_trial_only(pruner: BasePruner) -> bool:
