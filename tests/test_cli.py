@@ -167,8 +167,20 @@ def test_three_lines_are_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert summary(invoke("run", "three.yaml", "--json", "--tracking", "off"))["trials"]["complete"] == 2
 
 
-def test_tracking_off_needs_no_mlflow(study: Write) -> None:
-    Path("sitecustomize.py").write_text("import sys\nsys.modules['mlflow'] = None\n")
+ABSENT = "import sys\nsys.modules['mlflow'] = None\n"
+REFUSED = """
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "mlflow":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize("missing", [ABSENT, REFUSED])
+def test_tracking_off_needs_no_mlflow(study: Write, missing: str) -> None:
+    Path("sitecustomize.py").write_text(missing)
     done = run_hpo("run", study(), PYTHONPATH=".")
     assert done.returncode == 0, done.stderr
     done = run_hpo("run", study(), "--set", "name=x", "--tracking", "sqlite:///m.db", PYTHONPATH=".")

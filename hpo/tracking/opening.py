@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,6 +30,12 @@ def open_tracker(
     check_address(uri)
     if uri == "off":
         return NullTracker()
-    if find_spec("mlflow") is None:
+    if not _has_mlflow():
         raise InputError(f"tracking {uri}: MLflow is not installed; pip install mlflow, or set tracking: off")
     return MlflowTracker(uri, study, outbox, making=making, adopts=adopts, tags=tags, lease=lease)
+
+
+def _has_mlflow() -> bool:
+    with suppress(ImportError):  # of what finds modules in place of Python's own
+        return find_spec("mlflow") is not None
+    return False
