@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from hpo.errors import HpoError, InputError
-from hpo.runner import ray_workers
 from hpo.runner.prepare import prepare
 from hpo.runner.ray_workers import RayWorkers
 from hpo.runner.study import StudyFile, WorkerOptions, _workers
@@ -85,26 +84,75 @@ def test_without_ray_it_says_what_to_install(monkeypatch):
         RayWorkers("local", 1, 0.0, lambda stop: None)
 
 
+class OneGpu:
+    """As Ray, with one GPU: an actor that wants one waits for it until the one that has it is ended."""
+
+    def __init__(self, error=None):
+        self.error, self.actors, self.waits = error, [], []
+
+    def init(self, **keys):
+        pass
+
+    def cluster_resources(self):
+        return {"CPU": 4.0, "GPU": 1.0}
+
+    def remote(self, cls):
+        return self
+
+    def options(self, **keys):
+        def actor(folder):
+            made = MagicMock()
+            made.run.remote.return_value, made.begun.remote.return_value = (made, "run"), (made, "begun")
+            self.actors.append(made)
+            return made
+
+        return MagicMock(remote=actor)
+
+    def wait(self, references, num_returns, timeout):
+        self.waits.append((references, timeout))
+        done = [each for each in references if each[0] in self.actors[:1]]
+        return done, [each for each in references if each not in done]
+
+    def get(self, reference):
+        if self.error is not None:
+            raise self.error
+
+    def kill(self, actor):
+        self.actors.remove(actor)
+
+    def shutdown(self):
+        pass
+
+
 @pytest.mark.parametrize("error", [InputError("the file is wrong"), HpoError("the disk is full")])
 def test_what_a_worker_says_is_said(error, monkeypatch):
     class Wrapped(Exception):
         cause = error
 
-    class FakeRay:
-        def init(self, **keys):
-            pass
-
-        def wait(self, references, num_returns, timeout):
-            return references, []
-
-        def get(self, reference):
-            raise Wrapped
-
-    monkeypatch.setitem(__import__("sys").modules, "ray", FakeRay())
-    workers = ray_workers.RayWorkers("auto", 2, 0.5, lambda stop: None)
-    workers._running = ["one"]
+    monkeypatch.setitem(sys.modules, "ray", OneGpu(Wrapped()))
+    workers = RayWorkers("auto", 2, 0.5, lambda stop: None)
+    workers.start()
     with pytest.raises(type(error), match=str(error)):
         workers.look()
+
+
+def test_a_worker_that_waits_for_a_gpu_has_it_once_another_has_ended(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "ray", OneGpu())
+    workers = RayWorkers("auto", 2, None, lambda stop: None)
+    workers.start()
+    assert "2 workers want 1 GPU each, and the cluster has 1: those without one wait" in caplog.text
+    assert workers.look()
+    assert not workers.look()
+
+
+def test_a_stop_does_not_wait_for_a_worker_that_has_no_gpu_yet(monkeypatch):
+    ray = OneGpu()
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    workers = RayWorkers("auto", 2, None, lambda stop: None)
+    workers.start()
+    workers.stop(20.0)
+    assert ray.waits[-1] == ([(ray.actors[0], "run")], 20.0)
+    assert all(each.stop.remote.called for each in ray.actors)
 
 
 @pytest.mark.parametrize(

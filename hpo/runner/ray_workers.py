@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,19 @@ Work = Callable[[StopToken], Any]
 """One worker's share of the study, until there is nothing left or it is asked to stop."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Worker:
+    """An actor, and what Ray is to say of it: that it has begun, as one that waits for a GPU has not; its run's end."""
+
+    actor: Any
+    begun: Any
+    run: Any
+
+
 class RayWorkers:
     """`n` actors on the cluster at `address` (local: of this process alone), each with so many GPUs.
+
+    One ends with its run: the next, which waits for a GPU, has its place.
 
     None: one, where the cluster has any. To an actor that asks for none Ray leaves all GPUs of its machine, of which
     every one would take the first, or hides them, so that it trains on the CPU.
@@ -37,7 +49,7 @@ class RayWorkers:
             raise InputError("--ray needs Ray: pip install 'hpo[ray]'") from error
         self._n, self._gpus, self._work = n, gpus, work
         self._ray: Any = ray  # its decorators are beyond what can be typed
-        self._running: list[Any] = []
+        self._running: list[_Worker] = []
         _require_answer(address)
         cores = max(n, len(os.sched_getaffinity(0)))
         where: dict[str, Any] = (
@@ -55,10 +67,14 @@ class RayWorkers:
             ) from error
 
     def start(self) -> None:
+        there = self._ray.cluster_resources().get("GPU", 0)
         if self._gpus is None:
-            self._gpus = 1.0 if self._ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+            self._gpus = 1.0 if there >= 1 else 0.0
             if self._gpus:
                 log.info("each worker on Ray has a GPU of its own; --gpus-per-worker 0.5 has two share one")
+        if self._gpus * self._n > there:
+            wanted = f"{self._n} workers want {self._gpus:g} GPU each, and the cluster has {there:g}"
+            log.warning(f"{wanted}: those without one wait until another worker ends")
         environ = {LAUNCHED: str(self._n), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         actor = self._ray.remote(_Actor).options(
             num_cpus=1,
@@ -68,30 +84,41 @@ class RayWorkers:
             max_concurrency=2,  # `stop` is heard while `run` runs
             runtime_env={"env_vars": environ},
         )
-        self._actors = [actor.remote(str(Path.cwd())) for _ in range(self._n)]
-        self._running = [each.run.remote(self._work) for each in self._actors]
+        actors = [actor.remote(str(Path.cwd())) for _ in range(self._n)]
+        for each in actors:
+            self._running.append(_Worker(actor=each, begun=each.begun.remote(), run=each.run.remote(self._work)))
 
     def look(self) -> bool:
         """Return whether any still works. Raises HpoError with what a worker said that has failed."""
-        if not self._running:
-            return False
-        done, self._running = self._ray.wait(self._running, num_returns=len(self._running), timeout=0)
-        for reference in done:
+        for worker in self._ended():
             try:
-                self._ray.get(reference)
+                self._ray.get(worker.run)
             except Exception as error:  # Ray wraps what the worker raised
                 cause = getattr(error, "cause", None) or error
                 if isinstance(cause, HpoError):
                     raise cause from error
                 raise HpoError(f"a worker on Ray failed: {error}") from error
+            self._ray.kill(worker.actor)
         return bool(self._running)
 
+    def _ended(self) -> list[_Worker]:
+        """Return those whose run has ended, which are no longer counted as running."""
+        done = self._those_done([worker.run for worker in self._running])
+        ended = [worker for worker in self._running if worker.run in done]
+        self._running = [worker for worker in self._running if worker.run not in done]
+        return ended
+
+    def _those_done(self, asked: list[Any], seconds: float = 0.0) -> list[Any]:
+        """Return what Ray has an answer to, once it has one to all, or so many seconds are over."""
+        done: list[Any] = self._ray.wait(asked, num_returns=len(asked), timeout=seconds)[0] if asked else []
+        return done
+
     def stop(self, seconds: float = 30.0) -> None:
-        """Ask all to finish their epoch, wait, and leave the cluster."""
-        for actor in self._actors if self._running else []:
-            actor.stop.remote()
-        if self._running:
-            self._ray.wait(self._running, num_returns=len(self._running), timeout=seconds)
+        """Ask all to finish their epoch, wait for those that have begun, and leave the cluster."""
+        begun = self._those_done([worker.begun for worker in self._running])
+        for worker in self._running:
+            worker.actor.stop.remote()
+        self._those_done([worker.run for worker in self._running if worker.begun in begun], seconds)
         self._ray.shutdown()
 
 
@@ -113,6 +140,9 @@ class _Actor:
         self._stop = StopToken()
         log.addHandler(logging.StreamHandler(sys.stdout))  # Ray shows what its workers print
         log.setLevel(logging.INFO)
+
+    def begun(self) -> None:
+        """Answer, as one can that has been placed."""
 
     def run(self, work: Work) -> Any:
         return work(self._stop)
