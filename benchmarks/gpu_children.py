@@ -159,7 +159,7 @@ def full(device: torch.device, trials: int = 64) -> str:
         filler = torch.empty(torch.cuda.mem_get_info(device)[0] - LEFT, dtype=torch.uint8, device=device)
     study = {"stack": trials, "trials": trials, "epochs": 2, "sampler": "random", "pruner": "none"}
     # memory itself is to say that there is none, not the estimate of how many fit
-    no_estimate = patch.object(Sizing, "room", lambda self: trials)
+    no_estimate = patch.object(Sizing, "_room_for", lambda self, groups: trials)
     with no_estimate, patch.object(worker, "is_out_of_memory", noted), noting() as said:
         done = hpo.run(Wide, quiet=True, tracking="off", device=str(device), **study)
     halved = [text.partition("from now on ")[2] for text in said if "out of memory: from now on" in text]

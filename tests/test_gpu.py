@@ -18,6 +18,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+from hpo.stacks import sizing
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.data import data_home
 from tests.conftest import ROOT
@@ -243,6 +244,7 @@ def test_stacks_are_halved_where_there_is_no_memory(card: Card, monkeypatch: pyt
         return real(self, inputs, targets)
 
     monkeypatch.setattr(gpu_children, "WIDTH", 16)
+    monkeypatch.setattr(sizing, "free_bytes", lambda device: 1)  # a full card, as the estimate sees it
     monkeypatch.setattr(VmapStack, "step", step)
     seen = gpu_children.full(CPU, 8)
     assert seen.startswith("stacks of 8, then 4, 2; 8 trials complete; OutOfMemoryError: CUDA out of memory")
