@@ -1,6 +1,7 @@
 """What `check` does besides steps: the machine, the feed, checkpoints, optimizers, studies, memory that runs out."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import chdir
@@ -289,6 +290,12 @@ def in_a_child(card: Card, name: str, seconds: float, **environ: str) -> Seen:
     return seen
 
 
+def visible(card: Card, seconds: float = 60.0) -> Seen:
+    """Have a process see one GPU: the first that this one sees, which may not have been named."""
+    first = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0]
+    return in_a_child(card, "visible", seconds, CUDA_VISIBLE_DEVICES=first)
+
+
 def _child(name: str, what: str, seconds: float = 60.0) -> Item:
     run = partial(in_a_child, name=what, seconds=seconds)
     return Item(name=name, run=run, seconds=seconds, needs=12.0, cuda_only=True, heavy=True)
@@ -327,7 +334,7 @@ STUDIES = [
 CHILDREN = [
     _child("captured while a loader pins memory", "prefetching"),
     _child("a capture that fails, then a second stack", "forbidden"),
-    _child("cuda:0 under CUDA_VISIBLE_DEVICES", "visible"),
+    Item(name="cuda:0 under CUDA_VISIBLE_DEVICES", run=visible, seconds=60.0, needs=12.0, cuda_only=True, heavy=True),
     _child("a full card: stacks are halved", "full", 90.0),
     _child("data of 40% of the card", "large", 90.0),
 ]

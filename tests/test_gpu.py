@@ -267,6 +267,17 @@ def test_the_one_gpu_that_is_visible(monkeypatch: pytest.MonkeyPatch, graphs: ty
     assert gpu_children.visible(CPU).startswith("CUDA_VISIBLE_DEVICES 3: it, captured, replayed from a CUDA graph")
 
 
+@pytest.mark.parametrize(("named", "first"), [(None, "0"), ("3", "3"), ("GPU-5,1", "GPU-5")])
+def test_one_gpu_is_made_visible_to_the_process_that_checks_it(
+    card: Card, monkeypatch: pytest.MonkeyPatch, named: str | None, first: str
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    monkeypatch.setattr(Card, "child", lambda self, name, seconds, **environ: {"seen": f"{name} {environ}"})
+    assert ITEMS["cuda:0 under CUDA_VISIBLE_DEVICES"].run(card) == f"visible {{'CUDA_VISIBLE_DEVICES': '{first}'}}"
+
+
 @pytest.mark.slow
 def test_what_a_process_fails_with_is_said(card: Card) -> None:
     with pytest.raises(Wrong, match=r"exit status 1: gpu_items.Wrong: 0 are visible of 7"):
