@@ -31,7 +31,8 @@ _KEPT_FREE = 0.2
 _NO_MEMORY = (
     *("can't allocate memory", "not enough memory", "calculation overflowed"),  # the machine's own
     "out of memory",  # CUDA's runtime ("CUDA error: out of memory"), MPS's, HIP's; a loader's worker repeats it
-    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "cudaErrorMemoryAllocation"),
+    *("ALLOC_FAILED", "ALLOCATION_FAILED"),  # the states of cuBLAS, cuDNN, cuSOLVER, cuFFT, cuSPARSE
+    "cudaErrorMemoryAllocation",
 )
 """What the texts of RuntimeErrors have in common that come from a lack of memory; not all are OutOfMemoryErrors."""
 _LARGE = 1 << 24
