@@ -3,12 +3,15 @@
 import gc
 import weakref
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import nn
 
 from hpo.runner.prepare import prepare
+from hpo.stacks.alone import NotStackable
+from hpo.stacks.candidate import candidates
 from hpo.stacks.padding import PaddingPlan
 from hpo.stacks.sizing import looked_at
 from hpo.study.space import build as build_space
@@ -193,6 +196,30 @@ def test_every_way_to_say_that_there_is_no_memory_is_understood():
         with pytest.raises((RuntimeError, MemoryError)) as caught:
             call()
         assert is_out_of_memory(caught.value), caught.value
+
+
+@pytest.mark.parametrize(
+    ("device", "error", "alone"),
+    [
+        ("cuda", torch.OutOfMemoryError("CUDA out of memory"), False),
+        ("cuda", torch.AcceleratorError("CUDA error: out of memory"), False),
+        ("cuda", RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), False),
+        ("mps", RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"), False),
+        ("cuda", MemoryError("it asks for 4,000.0 GB at once, and 9.0 GB are free"), True),
+        ("cuda", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        ("cpu", RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), True),
+        ("cpu", RuntimeError("out of memory"), True),
+        ("cpu", RuntimeError("shapes"), False),
+    ],
+)
+def test_a_full_gpu_is_no_reason_to_train_one_network_alone(monkeypatch, device, error, alone):
+    def fails(*args):
+        raise error
+
+    monkeypatch.setattr("hpo.stacks.candidate.candidate", fails)
+    task, member = MagicMock(device=torch.device(device)), MagicMock()
+    with pytest.raises(NotStackable if alone else type(error)):
+        next(candidates(task, member, [MagicMock()], MagicMock()))
 
 
 def test_a_plan_of_it_is_made(huge):

@@ -21,7 +21,7 @@ from hpo.study.data import Split
 from hpo.study.objective import Params
 from hpo.training import stacked_optim
 from hpo.training.evaluation import in_full, joined
-from hpo.training.memory import is_out_of_memory
+from hpo.training.memory import is_of_the_machine, is_out_of_memory
 from hpo.training.optim import ACCUMULATION, ARGUMENTS, MAX_GRAD_NORM, gives_sparse, optimizer_class
 from hpo.training.stack import Member, Task
 
@@ -170,7 +170,7 @@ def candidates(task: Task, member: Member, plan: PaddingPlan, example: Split) ->
             yield candidate(task, member, padder, example)
             why = None
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError) or not is_out_of_memory(error):
+            if not is_out_of_memory(error) or not (task.device.type == "cpu" or is_of_the_machine(error)):
                 raise
             why = error
     if why is not None:

@@ -28,8 +28,9 @@ TO_LOOK_AT, _ONE_TO_LOOK_AT = 0.05, 0.1
 """How much of the free memory networks may take that are built to be compared, and how much one of the first two."""
 _KEPT_FREE = 0.2
 """How much of the free memory is left to others while a network is built."""
+_OF_THE_MACHINE = ("can't allocate memory", "not enough memory", "calculation overflowed")
 _NO_MEMORY = (
-    *("can't allocate memory", "not enough memory", "calculation overflowed"),  # the machine's own
+    *_OF_THE_MACHINE,
     "out of memory",  # CUDA's runtime ("CUDA error: out of memory"), MPS's, HIP's; a loader's worker repeats it
     *("ALLOC_FAILED", "ALLOCATION_FAILED"),  # the states of cuBLAS, cuDNN, cuSOLVER, cuFFT, cuSPARSE
     "cudaErrorMemoryAllocation",
@@ -77,6 +78,11 @@ def is_out_of_memory(error: BaseException) -> bool:
         return False
     before = error.__cause__ or error.__context__
     return any(words in str(error) for words in _NO_MEMORY) or (before is not None and is_out_of_memory(before))
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Whether `error`, of no memory, is of the machine's own, whatever the device."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _OF_THE_MACHINE)
 
 
 def free_all(device: torch.device) -> None:
