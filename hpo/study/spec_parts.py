@@ -43,7 +43,7 @@ class Loading(Frozen):
     pin_memory: bool | None = None
     """Whether batches are put into page-locked memory. By default beside a GPU."""
     non_blocking: bool = True
-    """Whether copies to the device overlap with computing."""
+    """Whether the program goes on while a batch is copied from page-locked memory; the GPU waits for it."""
 
 
 TERMINATORS: Mapping[str, int] = {"regret_bound": 30, "emmr": 30, "best_value_stagnation": 32}
