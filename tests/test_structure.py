@@ -9,6 +9,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpo.stacks.alone import NotStackable
 from hpo.stacks.structure import common_structure
@@ -322,6 +323,24 @@ def test_the_masks_of_dropout_are_a_members_own() -> None:
     others += [_drawn(3, 5, (64, 32), calls=2)]  # one module that is used twice
     for other in others:
         assert 0.4 < (mask == other).double().mean() < 0.6
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.3, 1 / 3, 0.5, 0.9, 1 - 2**-24, 1.0])
+def test_the_masks_of_dropout_are_drawn_without_float64_which_apples_gpus_lack(rate: float) -> None:
+    class Refusing(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype == torch.float64:
+                raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+            return out
+
+    dropout = with_masks_of(RateDropout(rate), 3)
+    x = torch.ones(500, 40)
+    with masks_of_a_step(), Refusing():
+        kept = dropout(x) > 0
+    with masks_of_a_step():
+        drawn = dropout._drawn(x, {})
+    assert torch.equal(kept, drawn < ((1 - dropout.rate).double() * 2**32).long())  # as stored studies have them
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9, 1.0])

@@ -33,7 +33,8 @@ class RateDropout(nn.Module):
         if not self.training:
             return x
         keep = 1 - self.rate
-        kept = torch.rand_like(x) < keep if _CALLS is None else self._drawn(x, _CALLS) < (keep.double() * 2**32).long()
+        # times a power of two is exact as it is; float64 Apple's GPUs do not have
+        kept = torch.rand_like(x) < keep if _CALLS is None else self._drawn(x, _CALLS) < (keep * 2**32).long()
         # rate 1 keeps nothing, and nothing over nothing is no number
         return torch.where(kept, x / keep.clamp(min=1e-7), torch.zeros_like(x))
 
