@@ -18,7 +18,7 @@ from hpo.runner.prepare import prepare
 from hpo.search import schema
 from hpo.study import catalog
 from tests.cli import invoke, refused, summary
-from tests.conftest import FRESH, run_hpo, start_hpo
+from tests.conftest import FRESH, ROOT, run_hpo, start_hpo
 from tests.databases import MLFLOW, rows
 
 Write = Callable[..., Path]
@@ -181,9 +181,10 @@ sys.meta_path.insert(0, Finder())
 @pytest.mark.parametrize("missing", [ABSENT, REFUSED])
 def test_tracking_off_needs_no_mlflow(study: Write, missing: str) -> None:
     Path("sitecustomize.py").write_text(missing)
-    done = run_hpo("run", study(), PYTHONPATH=".")
+    path = f".{os.pathsep}{ROOT}"
+    done = run_hpo("run", study(), PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
-    done = run_hpo("run", study(), "--set", "name=x", "--tracking", "sqlite:///m.db", PYTHONPATH=".")
+    done = run_hpo("run", study(), "--set", "name=x", "--tracking", "sqlite:///m.db", PYTHONPATH=path)
     assert done.returncode == 2
     assert "MLflow is not installed" in done.stderr
     assert "pip install mlflow, or set tracking: off" in done.stderr
