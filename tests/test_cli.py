@@ -167,6 +167,13 @@ def test_three_lines_are_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert summary(invoke("run", "three.yaml", "--json", "--tracking", "off"))["trials"]["complete"] == 2
 
 
+def test_a_current_folder_that_was_deleted_is_said(study: Write, tmp_path: Path) -> None:
+    command = f"mkdir gone; cd gone; rmdir ../gone; {sys.executable} -m hpo run {study()}"
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "hpo: the current folder has been deleted; cd to one that is there\n")
+
+
 ABSENT = "import sys\nsys.modules['mlflow'] = None\n"
 REFUSED = """
 import sys

@@ -22,7 +22,7 @@ from hpo.cli.options import Device, Json, LogFile, Quiet, Set, Stack, Storage, S
 from hpo.cli.options import count as _count
 from hpo.cli.options import finish as _finish
 from hpo.cli.options import overrides as _overrides
-from hpo.errors import HpoError, SpecError, masked
+from hpo.errors import HpoError, InputError, SpecError, masked
 from hpo.garbage import uncollected
 
 app = typer.Typer(
@@ -49,7 +49,10 @@ def _app(
         bool, typer.Option("--version", is_eager=True, callback=_version, help="Show hpo's version.")
     ] = False,
 ) -> None:
-    pass
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:  # torch's libraries would end the process, and say something else
+        raise InputError("the current folder has been deleted; cd to one that is there") from error
 
 
 @app.command()
