@@ -185,6 +185,17 @@ def test_the_test_result_and_how_often_the_test_set_was_read(opened):
     assert "which is not the best trial now" in texts.tests_text(facts_of(search))
 
 
+def test_a_param_that_is_null_is_another_in_csv_than_one_that_was_not_asked_for(opened):
+    clip = {"type": "categorical", "choices": [None, 1.0]}
+    search = opened(params=PARAMS | {"clip": clip}, trials=12)
+    tried(search, [random.Random(i).random() for i in range(12)])
+    facts = facts_of(search)
+    del facts.rows[0]["params_clip"]
+    rows = list(csv.DictReader(io.StringIO(texts.as_csv(facts))))
+    assert rows[0]["params_clip"] == ""
+    assert {row["params_clip"] for row in rows[1:]} == {"null", "1.0"}
+
+
 def test_params_with_a_branch_stand_under_their_own_name(opened):
     decay = {"type": "float", "low": 1e-6, "high": 1e-1, "log": True, "or": 0}
     search = opened(params=PARAMS | {"weight_decay": decay}, trials=30)

@@ -133,12 +133,17 @@ def as_json(facts: Facts, judged: Mapping[str, Any] | None) -> str:
 
 
 def as_csv(facts: Facts) -> str:
-    """Return the table of all trials."""
+    """Return the table of all trials; a param that is null is `null`, one that was not asked for is empty."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(facts.columns)
-    writer.writerows([row.get(column) for column in facts.columns] for row in facts.rows)
+    writer.writerows([_csv_field(row, column) for column in facts.columns] for row in facts.rows)
     return out.getvalue()
+
+
+def _csv_field(row: Mapping[str, Any], column: str) -> Any:
+    value = row.get(column)
+    return "null" if value is None and column in row and column.startswith(PARAM) else value
 
 
 def heading(column: str) -> str:
