@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hpo.errors import Interrupted
-from hpo.runner import refit
+from hpo.runner import confirm, refit
 from hpo.stacks import recording, vmap_step
 from hpo.stacks.admission import Admission
 from hpo.stacks.alone import NotStackable
@@ -719,6 +719,45 @@ def test_a_refit_that_cannot_be_stacked_is_trained_alone(study: Callable[..., Pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hpo.runner.refit.records", lambda device: True)
         assert summary(invoke("run", path, "--json"))["bundle"] is not None
+
+
+@pytest.mark.parametrize("text", ["", "confirm: {top: 4, seeds: 2}\n"])
+def test_how_a_refit_and_a_confirmation_run_is_said_where_the_search_ran_otherwise(
+    study: Callable[..., Path],
+    graphs: type[Capture],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+) -> None:
+    monkeypatch.setattr("hpo.runner.refit.records", lambda device: True)
+    module, name = (confirm, "_split") if text else (refit, "_refit")
+    real = getattr(module, name)
+
+    def fails(*arguments: Any) -> Any:
+        monkeypatch.setattr(graphs, "fails", "CUDA error: it is another device's")
+        return real(*arguments)
+
+    monkeypatch.setattr(module, name, fails)
+    said = invoke("run", study(f"trials: 4\nepochs: 2\nstack: 4\nbaseline: false\n{text}"), "--json")
+    assert said.count("stacks run captured; not replayed from a CUDA graph: RuntimeError: ") == 1
+    assert said.count(f"stacks run {REPLAYED}\n") == 1
+    assert not text or said.index("stacks run captured; ") < said.index("run 1 of 2 done")
+
+
+def test_a_last_batch_that_is_not_replayed_is_said(
+    graphs: type[Capture],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = vmap_step.recorded
+
+    def recorded(run: Run, state: StackState, inputs: Any, targets: Tensor, tolerance: float) -> CudaReplay:
+        if len(targets) != BATCH_SIZE:
+            raise recording.NotRecorded("it waits")
+        return real(run, state, inputs, targets, tolerance)
+
+    monkeypatch.setattr(vmap_step, "recorded", recorded)
+    made = stack(NETWORKS["mlp"])
+    trained(made, members(), sines(N_ROWS), epochs=1)
+    assert made.path == f"{REPLAYED}; batches of 4: captured; not replayed from a CUDA graph: it waits"
 
 
 class Tf32(Admission):

@@ -8,9 +8,11 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 
-from hpo.log import Once
+from hpo.log import Once, log
+from hpo.runner.outcome import stack_paths
 from hpo.runner.prepare import Plan
 from hpo.runner.worker import EXAMPLE_ROWS, chosen_before
+from hpo.search import schema
 from hpo.search.search import Search
 from hpo.stacks.padding import Padding, PaddingPlan
 from hpo.stacks.pool import Pool
@@ -63,7 +65,7 @@ def train_members(
                 epochs=epochs,
                 seed=seed,
                 ask=ask,
-                report=report,
+                report=saying_path(search, report),
                 stopping=stopping,
             )
             return
@@ -78,6 +80,19 @@ def train_members(
             size, why = replace(size, capacity=1, stacked=False), f"from now on one at a time ({error})"
         free_all(plan.device)
         once.warning("training in a stack failed", why)
+
+
+def saying_path(search: Search, report: Report) -> Report:
+    """Return `report`, which says and keeps besides how stacks run, as the search does: once, and if it did not."""
+
+    def said(stack: Stack, results: Results) -> Collection[Member]:
+        path, known = stack.path, stack_paths(search)
+        if path is not None and path not in known:
+            log.info(f"stacks run {path}")
+            search.remember(schema.STACK_PATHS, [*known, path])
+        return report(stack, results)
+
+    return said
 
 
 def _stacks(

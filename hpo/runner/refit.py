@@ -15,6 +15,7 @@ from hpo.export.bundle import export
 from hpo.export.formats import Formats, formats_of
 from hpo.export.model import Model
 from hpo.log import log
+from hpo.runner.again import saying_path
 from hpo.runner.beside import Contest
 from hpo.runner.confirm import confirm
 from hpo.runner.custom import train_outside
@@ -199,7 +200,7 @@ class _Again:
         return several
 
     def _alone(self, best: Best, epochs: int) -> nn.Module:
-        return _refit(self._plan, self._task, best, self._batches, epochs, self._stopping)
+        return _refit(self._plan, self._search, self._task, best, self._batches, epochs, self._stopping)
 
     def contest(self, network: nn.Module, seen: StudyView | None) -> Contest | None:
         """Return what `network` is compared with; None: the study file does not ask for it, or nothing is known of it.
@@ -240,10 +241,10 @@ class _Again:
 
 
 def _refit(
-    plan: Plan, task: Task, best: Best, batches: Batches, epochs: int, stopping: Callable[[], bool]
+    plan: Plan, search: Search, task: Task, best: Best, batches: Batches, epochs: int, stopping: Callable[[], bool]
 ) -> nn.Module:
     """Return a network of `best`'s params and seed, trained on `batches` for so many epochs."""
-    again = partial(_trained_alone, plan, best, batches, epochs, stopping)
+    again = partial(_trained_alone, plan, search, best, batches, epochs, stopping)
     if records(task.device):  # a stack of one, whose step is replayed: a step by torch.optim takes as long as hundreds
         try:
             return again(VmapStack(task, 1, batches.head(EXAMPLE_ROWS), "graph"))
@@ -257,7 +258,7 @@ def _refit(
 
 
 def _trained_alone(
-    plan: Plan, best: Best, batches: Batches, epochs: int, stopping: Callable[[], bool], stack: Stack
+    plan: Plan, search: Search, best: Best, batches: Batches, epochs: int, stopping: Callable[[], bool], stack: Stack
 ) -> nn.Module:
     """Return a network of `best`'s params and seed, trained in an empty `stack`. Raises ExportError, Interrupted."""
     member = Member(number=best.number, seed=best.seed, params=best.params)
@@ -280,7 +281,7 @@ def _trained_alone(
         epochs=epochs,
         seed=plan.spec.seed,
         ask=lambda n: [queue.pop()] if queue and n else [],
-        report=report,
+        report=saying_path(search, report),
         stopping=stopping,
     )
     if member.fault is not None or network is None:

@@ -57,8 +57,12 @@ class _Prepared(NamedTuple):
     """Why it is not a faster one."""
 
     @property
+    def is_replayed(self) -> bool:
+        return isinstance(self.run, CudaReplay)
+
+    @property
     def path(self) -> str:
-        replayed = ", replayed from a CUDA graph" if isinstance(self.run, CudaReplay) else ""
+        replayed = ", replayed from a CUDA graph" if self.is_replayed else ""
         return "; ".join((self.form + replayed, *self.why))
 
 
@@ -134,7 +138,11 @@ class VmapStep:
     def path(self, capacity: int, execution: Execution) -> str | None:
         """Return how steps of so many slots run, and why not faster, for a person; None: there was none yet."""
         prepared = self._prepared.get((capacity, self._n_rows, execution))
-        return None if prepared is None else prepared.path
+        if prepared is None or not prepared.is_replayed:
+            return None if prepared is None else prepared.path
+        sizes = {rows: each for (n, rows, how), each in self._prepared.items() if (n, how) == (capacity, execution)}
+        slower = [f"batches of {n}: {each.path}" for n, each in sizes.items() if not each.is_replayed]
+        return "; ".join((prepared.path, *slower))
 
     @property
     def _n_rows(self) -> int:
