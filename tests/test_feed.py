@@ -180,6 +180,18 @@ def test_what_preprocessing_would_blow_up_stays_as_it_is_on_another_device() -> 
         assert (x.dtype, x.device, targets.device) == (torch.float32, meta, meta)
 
 
+@pytest.mark.parametrize(("free", "resident"), [(1.99, False), (2.01, True)])
+def test_data_lies_on_a_gpu_where_it_takes_at_most_half_of_what_is_free(
+    monkeypatch: pytest.MonkeyPatch, free: float, resident: bool
+) -> None:
+    split = Split(inputs={"x": torch.zeros(100, 5)}, targets=torch.zeros(100))
+    made = list[bool]()
+    monkeypatch.setattr(batches, "free_bytes", lambda device: free * 100 * 5 * 4)
+    monkeypatch.setattr(batches, "Batches", lambda *given, resident=True, loading=None: made.append(resident))
+    make_batches(split, nn.Identity(), torch.device("cuda"))
+    assert made == [resident]
+
+
 def test_one_preprocessing_serves_all_splits_wherever_they_lie() -> None:
     """Train, validation and test go through the same module, and the bundle holds it afterwards."""
     prepare, meta = Prepare(), torch.device("meta")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ from hpo.search.opening import open_search
 from hpo.search.schema import STACK
 from hpo.stacks import sizing
 from hpo.stacks.compiling import TIMED_STEPS, Decision
-from hpo.stacks.cost import compile_pays
+from hpo.stacks.cost import SIZES, compile_pays
 from hpo.stacks.padding import Padder, PaddingPlan
+from hpo.stacks.pool import Pool
 from hpo.stacks.sizing import Sizing, StackSize
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.data import Split
@@ -195,6 +197,26 @@ def test_one_at_a_time_is_compiled_only_where_that_draws_no_other_numbers(dropou
     assert given.given(1).stacked == (dropout == "none")
     assert not sized(n_trials=2).given(1).stacked
     assert given.given(4).stacked
+
+
+def test_a_gpu_is_not_asked_how_long_a_step_takes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = sized()
+    monkeypatch.setattr(Sizing, "_seconds_alone", lambda given, member: 100.0)
+    assert given._has_large_steps()
+    assert not replace(given, task=replace(given.task, device=torch.device("cuda")))._has_large_steps()
+
+
+def test_on_a_gpu_sizes_are_tried_up_to_4096() -> None:
+    assert SIZES["cuda"] == (*SIZES["cpu"], 1024, 4096)
+
+
+@pytest.mark.parametrize(("device", "worth"), [("cuda", True), ("cpu", False)])
+def test_a_trial_without_others_of_its_kind_is_stacked_on_a_gpu(device: str, worth: bool) -> None:
+    pool = MagicMock(_task=MagicMock(device=torch.device(device)))
+    pool._steps_left.return_value = 1
+    stack = MagicMock(members=[])
+    stack.is_compiled.return_value = False
+    assert Pool._worth_stacking(pool, stack, [MagicMock()]) is worth
 
 
 def test_measuring_takes_no_more_than_its_share_of_the_study(clock, monkeypatch: pytest.MonkeyPatch) -> None:
