@@ -5,6 +5,7 @@ They are nobody's trials: nothing is claimed, reported to a pruner or tracked.
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -13,6 +14,7 @@ from hpo.runner.outcome import stack_paths
 from hpo.runner.prepare import Plan
 from hpo.runner.worker import EXAMPLE_ROWS, chosen_before
 from hpo.search import schema
+from hpo.search.away import StorageAway
 from hpo.search.search import Search
 from hpo.stacks.padding import Padding, PaddingPlan
 from hpo.stacks.pool import Pool
@@ -85,11 +87,15 @@ def train_members(
 def saying_path(search: Search, report: Report) -> Report:
     """Return `report`, which says and keeps besides how stacks run, as the search does: once, and if it did not."""
 
+    seen: set[str | None] = {None}
+
     def said(stack: Stack, results: Results) -> Collection[Member]:
-        path, known = stack.path, stack_paths(search)
-        if path is not None and path not in known:
-            log.info(f"stacks run {path}")
-            search.remember(schema.STACK_PATHS, [*known, path])
+        if (path := stack.path) not in seen:
+            seen.add(path)
+            with suppress(StorageAway), search.storage.at_once():  # no training waits for this
+                if path not in (known := stack_paths(search)):
+                    log.info(f"stacks run {path}")
+                    search.remember(schema.STACK_PATHS, [*known, path])
         return report(stack, results)
 
     return said
