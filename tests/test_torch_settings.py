@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from hpo.runner import opening
 from hpo.training.torch_settings import torch_settings
+from tests.cli import invoke
 from tests.stacking import CPU
 
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
@@ -122,3 +124,18 @@ def test_an_objective_may_have_used_the_newer_way_to_say_tf32(
         assert torch.get_float32_matmul_precision() == ("high" if precision == "tf32" else "highest")
         assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
     assert newer() == before
+
+
+def test_every_command_that_trains_has_the_precision_of_the_study(study, monkeypatch):
+    given, real = list[object](), opening.torch_settings
+
+    def recorded(device, **settings):
+        given.append(settings["precision"])
+        return real(device, **settings)
+
+    monkeypatch.setattr(opening, "torch_settings", recorded)
+    path = study("trials: 2\nepochs: 1\nstack: 1\nprecision: bf16\nconfirm: {top: 1, seeds: 2}\nbaseline: false\n")
+    for command in (["worker", path], ["run", path], ["export", path, "--trial", 0, "--out", "one"]):
+        given.clear()
+        invoke(*command)
+        assert set(given) == {"bf16"}, command
