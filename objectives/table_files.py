@@ -110,7 +110,7 @@ def _parse(file: Path, dialect: Dialect, texts: Collection[str], target: str | N
     with warnings.catch_warnings():
         warnings.simplefilter("error", ParserWarning)  # where pandas would cut rows that are too long
         frame, grouped = _read_fast(file, dialect)
-        merged = _merged(frame, dialect.separator)
+        merged = _merged(frame, dialect.separator) if _n_line_ends(file) > len(frame) + 1 else ()
         seen = _seen(file, dialect, frame, grouped)
         others = most_common(seen.values(), dialect.separator)
         marks = {name: marks_of(each, others, dialect.separator) for name, each in seen.items()}
@@ -140,6 +140,13 @@ def _parse(file: Path, dialect: Dialect, texts: Collection[str], target: str | N
     frame.attrs[MERGED] = merged
     frame.attrs[MARKS] = {n: each for n, each in marks.items() if n in taken and each not in (None, PLAIN)}
     return frame
+
+
+def _n_line_ends(file: Path) -> int:
+    """Return how often a text file has the one of the two characters that end lines which it has more often."""
+    with OPEN.get(file.suffix.lower(), open)(file, "rb") as stream:
+        counts = [(block.count(b"\n"), block.count(b"\r")) for block in iter(lambda: stream.read(1 << 20), b"")]
+    return max(map(sum, zip(*counts, strict=True)), default=0)
 
 
 def _merged(frame: pd.DataFrame, separator: str) -> tuple[str, ...]:
