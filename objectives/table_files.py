@@ -152,7 +152,7 @@ def _n_line_ends(file: Path) -> int:
 def _merged(frame: pd.DataFrame, separator: str) -> tuple[str, ...]:
     """Return a line for each column with fields that hold as many separators as the rows between their line breaks."""
     lines, between = [], frame.shape[1] - 1
-    for name in frame.columns[(frame.dtypes == "object").to_numpy()]:
+    for name in (name for name, kind in frame.dtypes.items() if kind.kind == "O"):
         texts = frame[name].astype("string")
         some = texts[texts.str.contains(r"[\r\n]", na=False)].str.strip()
         breaks, marks = some.str.count(r"\r\n?|\n"), some.str.count(re.escape(separator))

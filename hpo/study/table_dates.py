@@ -74,8 +74,7 @@ def moments(values: "pd.Series[Any]", form: str, *, any_year: bool = True) -> "p
     if isinstance(values.dtype, pd.PeriodDtype):
         values = _starts(values)
     if types.is_datetime64_any_dtype(values):
-        if any_year and values.dt.unit != "ns":
-            values = values.where(values.dt.year.between(1, 9999)).dt.as_unit("us")
+        pass
     elif values.dtype == object and pd.api.types.infer_dtype(values, skipna=True) in ("date", "datetime"):
         dates = pd.to_datetime(values, errors="coerce", utc=True)  # Python's own, however dates are written
         values = _with_other_years(dates, as_text(values), ISO) if any_year else dates
@@ -83,7 +82,10 @@ def moments(values: "pd.Series[Any]", form: str, *, any_year: bool = True) -> "p
         text = as_text(values).astype(object)
         dates = pd.to_datetime(text, format=form, errors="coerce", utc=True)
         values = _with_other_years(dates, text, form) if any_year else dates
-    return values.dt.tz_convert(None) if values.dt.tz is not None else values
+    values = values.dt.tz_convert(None) if values.dt.tz is not None else values
+    if any_year and values.dt.unit != "ns":
+        values = values.where(values.dt.year.between(1, 9999)).dt.as_unit("us")
+    return values
 
 
 def _starts(periods: "pd.Series[Any]") -> "pd.Series[Any]":
