@@ -72,7 +72,7 @@ def states(results: Sequence[Result]) -> dict[str, tuple[str, str]]:
 
 def run(card: Card, names: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Run items of `check`; return how they ended, and what was seen."""
-    return states([gpu_items.run_item(ITEMS[name], card, 60.0) for name in names])
+    return states([gpu_items.run_item(ITEMS[name], card, 240.0) for name in names])
 
 
 @pytest.mark.gpu
