@@ -370,6 +370,7 @@ PICKED: Mapping[str, Callable[[Tensor], Tensor]] = {
     "consecutive": lambda x: torch.unique_consecutive(x.round()),
     "repeated": lambda x: x.repeat_interleave((x > 0).flatten().long(), 0),
     "bins": lambda x: torch.bincount((x > 0).flatten().long()),
+    "means in it": lambda x: (x > 0).nonzero().double().mean(1),
     "by an index": lambda x: x[:, 0][(x > 0).nonzero()[:, 0]],
 }
 
@@ -386,6 +387,22 @@ def test_whatever_makes_a_size_of_the_data_is_seen(pick: str) -> None:
     with Trying() as trying:
         assert len(PICKED[pick](x)) >= 0
     assert trying.counts
+
+
+SIZED: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "counts of so many classes": lambda x: torch.bincount((x > 0).flatten().long(), minlength=3) / len(x),
+    "their mean": lambda x: x - x[x[:, 0] > 0].mean(0) - x[x[:, 0] > 0].sum(dim=0),
+    "put back": lambda x: torch.zeros_like(x).index_add(0, (x > 0).nonzero()[:, 0], x[x > 0][:, None]),
+    "put in place": lambda x: torch.zeros_like(x).masked_scatter_(x > 0, x[x > 0] * 2),
+}
+
+
+@pytest.mark.parametrize("make", SIZED)
+def test_what_is_made_of_picked_rows_may_have_a_size_of_its_own(make: str) -> None:
+    x = sines(8).targets
+    with Trying() as trying:
+        assert len(SIZED[make](x)) in (3, 8)
+    assert not trying.counts
 
 
 class OfManyRows(Toy):

@@ -166,10 +166,16 @@ class Trying(TorchFunctionMode):
         of_picked = any(id(each) in self._picked for each in tree_leaves((args, kwargs)))
         self.counts |= of_picked and (func in _SIZES or _name_of(func) in _COUNTING)
         results = func(*args, **(kwargs or {}))
-        if of_picked or _picks(func, args):
+        if (of_picked and not self._is_sized_by_others(func, args, kwargs or {})) or _picks(func, args, kwargs or {}):
             found = [each for each in tree_leaves(results) if isinstance(each, Tensor) and each.ndim]
             self._picked |= {id(each): each for each in found}
         return results
+
+    def _is_sized_by_others(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the result of what was picked has no row of each of that: what it is put into has them, or none."""
+        name, first = _name_of(func), args[0] if args else None
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        return (name in _REDUCING and dim == 0) or (name.startswith(_INTO) and id(first) not in self._picked)
 
 
 _DROPOUT = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
@@ -178,16 +184,20 @@ _READING = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 _SIZES = (Tensor.shape.__get__, Tensor.nbytes.__get__)  # type: ignore[attr-defined]
 _COUNTING = {"__len__", "size", "numel", "unbind", "split", "chunk", "tensor_split"}
 """`unbind` is what a loop over a tensor calls."""
-_PICKING = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "tensor_split"}
+_PICKING = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "tensor_split"}
+_REDUCING = {"sum", "mean", "std", "var", "amax", "amin", "prod", "logsumexp", "norm"}
+_INTO = ("index_add", "index_copy", "index_fill", "index_put", "index_reduce", "masked_scatter", "scatter")
 
 
-def _picks(func: Any, args: Sequence[Any]) -> bool:
+def _picks(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether how large the result is follows from numbers in the arguments."""
     name = _name_of(func)
     if name == "__getitem__":
         return any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in tree_leaves(args[1:]))
     if name == "repeat_interleave":
         return any(isinstance(x, Tensor) for x in args[1:])
+    if name == "bincount":
+        return not kwargs.get("minlength") and len(args) < 3
     return name in _PICKING or (name == "where" and len(args) == 1)
 
 
