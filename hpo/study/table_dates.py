@@ -73,12 +73,10 @@ def moments(values: "pd.Series[Any]", form: str, *, any_year: bool = True) -> "p
     """
     if isinstance(values.dtype, pd.PeriodDtype):
         values = _starts(values)
-    if types.is_datetime64_any_dtype(values):
-        pass
-    elif values.dtype == object and pd.api.types.infer_dtype(values, skipna=True) in ("date", "datetime"):
+    if values.dtype == object and pd.api.types.infer_dtype(values, skipna=True) in ("date", "datetime"):
         dates = pd.to_datetime(values, errors="coerce", utc=True)  # Python's own, however dates are written
         values = _with_other_years(dates, as_text(values), ISO) if any_year else dates
-    else:
+    elif not types.is_datetime64_any_dtype(values):
         text = as_text(values).astype(object)
         dates = pd.to_datetime(text, format=form, errors="coerce", utc=True)
         values = _with_other_years(dates, text, form) if any_year else dates
