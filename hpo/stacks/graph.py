@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from hpo.log import silenced
-from hpo.stacks.recording import Run
+from hpo.stacks.differing import Run
 from hpo.stacks.state import StackState, Trained
 
 _TRACES = "torch._subclasses.fake_tensor"

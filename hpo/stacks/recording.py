@@ -5,7 +5,7 @@ person. Source: PyTorch's notes on CUDA graphs (`torch.cuda.graph`).
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -15,16 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from hpo.stacks.differing import PROBED, Run, close, difference, different, probed
 from hpo.stacks.state import StackState, Trained
 from hpo.training.batches import Batches
 from hpo.training.memory import is_out_of_memory
 from hpo.training.torch_settings import random_states, set_random_states
 
-Run = Callable[[StackState, Sequence[Tensor], Tensor], tuple[Trained, Tensor]]
-"""A step: from the state, a batch's inputs (B, ...) and targets (B, ...), the state after it and the losses (K,)."""
-_PROBED: Mapping[str, float] = {"learning_rate": 0.1, "eps": 1.0}
-"""Hyperparameters with which two forms of a step are compared: an update is then as large as its gradient, where
-Adam's own would be as large as the learning rate even of a gradient that is nothing but rounding."""
+Forward = Callable[[StackState, Sequence[Tensor]], Any]
+"""A forward pass: from the state and a batch's inputs (B, ...), the outputs of all slots (K, B, ...)."""
 _given_up: list[str] = []
 """Why no more steps are recorded in this process: torch 2.11 cannot record after a capture that failed."""
 _living: dict[torch.device, WeakSet[Any]] = {}
@@ -76,6 +74,31 @@ class CudaReplay:
         self._targets.copy_(targets)
         self._graph.replay()
         return self.state.trained, self._losses.clone()
+
+
+class ForwardReplay:
+    """The outputs of all members for so many rows, recorded as a CUDA graph on the tensors of `state`.
+
+    `run` changes nothing of the state.
+    """
+
+    def __init__(self, run: Forward, state: StackState, inputs: Sequence[Tensor]) -> None:
+        self.state = state
+        self._inputs = [x.clone() for x in inputs]
+
+        def on_copies() -> None:
+            run(*tree_map(torch.clone, (state, self._inputs)))
+
+        def record() -> None:
+            self._outputs = run(state, self._inputs)
+
+        self._graph = _captured(on_copies, record, state.t.device)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Any:
+        for own, now in zip(self._inputs, inputs, strict=True):
+            own.copy_(now)
+        self._graph.replay()
+        return tree_map(torch.clone, self._outputs)
 
 
 class EpochReplay:
@@ -225,8 +248,8 @@ def recorded_epoch(
     with _recording(state, order.device) as (before, generators):
         replay = EpochReplay(run, state, batches, order, n_steps)
         if "eps" in state.hyper:  # other optimizers make no more of what is rounding than it is
-            before = before._replace(hyper=_probed(before.hyper, n_steps))
-            for name in _PROBED:
+            before = before._replace(hyper=probed(before.hyper, n_steps))
+            for name in PROBED:
                 state.hyper[name].copy_(before.hyper[name])
         set_random_states(generators, order.device)
         expected, sums = tree_map(torch.clone, before), torch.zeros_like(replay.sums)
@@ -236,78 +259,30 @@ def recorded_epoch(
         set_random_states(generators, order.device)
         replay.start(order)
         replay()
-        why = _different(before.trained, expected.trained, state.trained, 10 * tolerance)
-        if why is None and not _close(sums, replay.sums, 10 * tolerance * (n_steps + sums.abs())):
+        why = different(before.trained, expected.trained, state.trained, 10 * tolerance)
+        if why is None and not close(sums, replay.sums, 10 * tolerance * (n_steps + sums.abs())):
             why = "the losses"
         if why is not None:
             raise NotRecorded(f"{n_steps} steps at once differ in {why}")
     return replay
 
 
-def difference(
-    reference: Run,
-    other: Run,
-    state: StackState,
-    inputs: Sequence[Tensor],
-    targets: Tensor,
-    tolerance: float,
-    n_steps: int = 2,
-) -> str | None:
-    """Return in what two forms of a step differ, over all that a step changes and its losses; None: in nothing.
+def recorded_forward(run: Forward, state: StackState, inputs: Sequence[Tensor], tolerance: float) -> ForwardReplay:
+    """Return `run` as a CUDA graph on the tensors of `state`.
 
-    Both do `n_steps` from equal states, of other hyperparameters and rows each time, and draw the same random numbers.
-    Neither is given `state` itself. What each member's updates differ by is measured by its largest one.
+    Raises NotRecorded where CUDA cannot record it, or where two replays do not give what two calls of `run` give.
     """
-    state = state._replace(hyper=_probed(state.hyper))
-    for _ in range(n_steps):
-        generators = random_states(targets.device)
-        with torch.no_grad():
-            expected, losses = reference(*tree_map(torch.clone, (state, list(inputs), targets)))
-            set_random_states(generators, targets.device)
-            got, other_losses = other(*tree_map(torch.clone, (state, list(inputs), targets)))
-            why = _different(state.trained, expected, got, tolerance)
-            if why is None and not _close(losses, other_losses, tolerance * (1 + losses.abs())):
-                why = "the losses"
-        if why is not None:
-            return why
-        halved = {name: x / 2 if name in _PROBED else x for name, x in state.hyper.items()}
-        state = tree_map(torch.clone, state.after(expected)._replace(hyper=halved))
-        inputs, targets = [x.flip(0) for x in inputs], targets.flip(0)
-    return None
-
-
-def _probed(hyper: Mapping[str, Tensor], n_steps: int = 1) -> dict[str, Tensor]:
-    """Return hyperparameters as `_PROBED` has them, the learning rate a part of it where many steps are compared.
-
-    With a large one each step would amplify what the one before was rounded by.
-    """
-    probed = {**_PROBED, "learning_rate": _PROBED["learning_rate"] / n_steps}
-    return {name: torch.full_like(x, probed[name]) if name in probed else x for name, x in hyper.items()}
-
-
-def _different(before: Trained, expected: Trained, got: Trained, tolerance: float) -> str | None:
-    for part in Trained._fields:
-        old, new, other = (tree_leaves(getattr(each, part)) for each in (before, expected, got))
-        pairs = [(o, n, x) for o, n, x in zip(old, new, other, strict=True) if n.numel()]
-        if not pairs:
-            continue
-        largest = torch.stack([_largest((n - o).double()) for o, n, _ in pairs]).amax(0)
-        for _, n, x in pairs:
-            rounding = 8 * torch.finfo(n.dtype).eps * _largest(n.double()) if n.is_floating_point() else 0.0
-            bound = (tolerance * largest + rounding).view(-1, *[1] * (n.ndim - 1))
-            if not _close(n.double(), x.double(), bound):
-                return f"the {part}" if part != "t" else "the count of steps"
-    return None
-
-
-def _largest(x: Tensor) -> Tensor:
-    """Return each slot's largest finite number, (K,)."""
-    return x.abs().nan_to_num(0.0, 0.0, 0.0).reshape(len(x), -1).amax(1)
-
-
-def _close(expected: Tensor, got: Tensor, bound: Tensor) -> bool:
-    same = (expected == got) | (expected.isnan() & got.isnan())
-    return bool((same | ((expected - got).abs() <= bound)).all())
+    device = state.t.device
+    with _recording(state, device) as (before, generators), torch.no_grad():
+        replay = ForwardReplay(run, state, inputs)
+        for rows in (inputs, [x.flip(0) for x in inputs]):
+            set_random_states(generators, device)
+            expected = tree_leaves(run(before, rows))
+            set_random_states(generators, device)
+            for one, other in zip(expected, tree_leaves(replay(rows)), strict=True):
+                if not close(one, other, tolerance * (1 + one.abs())):
+                    raise NotRecorded("replayed it differs")
+    return replay
 
 
 def line(error: BaseException) -> str:

@@ -273,7 +273,11 @@ class VmapStack(Stack):
             return [{} for _ in self.members]
         state = self._slots.state
         rows, fewest = self._rows_at_once()
-        parts, fitted = in_pieces(lambda inputs: self._opened.forward(state, inputs), batches, rows, fewest)
+
+        def outputs_of(inputs: Sequence[Tensor]) -> Any:
+            return self._opened.evaluation(state, inputs, self.execution)
+
+        parts, fitted = in_pieces(outputs_of, batches, rows, fewest)
         if fitted < rows:
             self._most_rows = fitted * self.capacity
         outputs = joined(parts, dim=1)

@@ -17,18 +17,19 @@ from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_map
 
 from hpo.stacks.cost import records
+from hpo.stacks.differing import Run, difference
 from hpo.stacks.graph import CompiledStep, Graph
 from hpo.stacks.plain_step import PlainStep
 from hpo.stacks.recording import (
     CudaReplay,
     EpochReplay,
+    ForwardReplay,
     NotRecorded,
-    Run,
-    difference,
     in_place,
     line,
     recorded,
     recorded_epoch,
+    recorded_forward,
 )
 from hpo.stacks.state import StackState
 from hpo.study.objective import Params
@@ -80,6 +81,8 @@ class VmapStep:
         self.gradients, self.eager = plain.gradients, plain.eager
         self._prepared: dict[tuple[int, int, Execution], _Prepared] = {}
         self._epochs: dict[tuple[int, int, Execution], EpochReplay | None] = {}
+        self._forwards: dict[tuple[int, int], ForwardReplay | str] = {}
+        """The evaluation's forward pass of so many slots and rows, recorded, or why it is not."""
         self._forms: dict[tuple[int, int, Execution], _Prepared] = {}
         """What is recorded: compiled, if it is to be; it outlives its recordings, which each hold a whole state."""
         self._graphs: list[Graph] = []
@@ -142,6 +145,7 @@ class VmapStep:
             return None if prepared is None else prepared.path
         sizes = {rows: each for (n, rows, how), each in self._prepared.items() if (n, how) == (capacity, execution)}
         slower = [f"batches of {n}: {each.path}" for n, each in sizes.items() if not each.is_replayed]
+        slower += sorted({f"evaluated as it is: {why}" for why in self._forwards.values() if isinstance(why, str)})
         return "; ".join((prepared.path, *slower))
 
     @property
@@ -153,6 +157,7 @@ class VmapStep:
         """Let go of what is recorded, and with it of the tensors of its state."""
         self._prepared = {key: each for key, each in self._prepared.items() if not isinstance(each.run, CudaReplay)}
         self._epochs.clear()
+        self._forwards.clear()
 
     def try_out(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor, execution: Execution) -> None:
         """Raise what torch.func raises where it has no rule for the network or the loss."""
@@ -176,6 +181,20 @@ class VmapStep:
                 return in_full(vmap(outputs_of, in_dims=(0, 0, None))(state.weights, state.buffers, list(inputs)))
         finally:
             self._template.train()
+
+    def evaluation(self, state: StackState, inputs: Sequence[Tensor], execution: Execution) -> Any:
+        """Return what `forward` does: replayed from a CUDA graph, where steps on `state` are."""
+        prepared = self._prepared.get((len(state.t), self._n_rows, execution))
+        if prepared is None or not isinstance(prepared.run, CudaReplay) or prepared.run.state is not state:
+            return self.forward(state, inputs)
+        key = (len(state.t), len(inputs[0]))
+        if key not in self._forwards:
+            try:
+                self._forwards[key] = recorded_forward(self.forward, state, inputs, self._tolerance(1e-4))
+            except NotRecorded as error:
+                self._forwards[key] = str(error)
+        replay = self._forwards[key]
+        return self.forward(state, inputs) if isinstance(replay, str) else replay(inputs)
 
     def prepare(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor, execution: Execution) -> _Prepared:
         """Return the step for batches of this size, captured or compiled as `execution` says, recorded on CUDA.
