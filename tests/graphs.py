@@ -196,7 +196,7 @@ class SyncDebug(TorchDispatchMode):
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Capture]:
     """Have steps on the CPU recorded as on CUDA, by the project's own code on these stand-ins."""
-    for module in ("vmap_step", "vmap_stack"):
+    for module in ("vmap_step", "vmap_stack", "sizing"):
         monkeypatch.setattr(f"hpo.stacks.{module}.records", lambda device: True)
     monkeypatch.setattr(recording, "_given_up", [])
     monkeypatch.setattr(recording, "_living", {})

@@ -108,7 +108,7 @@ def test_what_is_replayed_trains_as_each_alone(graphs: type[Capture], network: s
     momentum = {"momentum": 0.9} if optimizer == "sgd" else {}
     assert_trained_as_alone(made, NETWORKS[network], optimizer=optimizer, weight_decay=0.01, **momentum)
     assert made.path == REPLAYED
-    assert len(Graph.made) == 2  # one of each batch size
+    assert len(Graph.made) == 3  # one of each batch size, one of the evaluation
     assert min(graph.n_replays for graph in Graph.made) == 2 + N_EPOCHS + 1  # two to compare, one an epoch
 
 
@@ -134,7 +134,7 @@ def test_other_threads_may_allocate_while_it_is_captured_and_graphs_share_memory
     stream = recording._capture_stream(CPU)
     assert stream is not recording._side_stream(CPU)  # or cuBLAS's workspace would be in no graph's memory
     assert graphs.arguments == [
-        {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"} for pool in (None, 0)
+        {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"} for pool in (None, 0, 0)
     ]
 
 

@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -20,10 +19,10 @@ from hpo.runner.worker import work
 from hpo.search.opening import open_search
 from hpo.search.schema import STACK
 from hpo.stacks import sizing
-from hpo.stacks.compiling import TIMED_STEPS, Decision
-from hpo.stacks.cost import SIZES, compile_pays
+from hpo.stacks.cost import SIZES
 from hpo.stacks.padding import Padder, PaddingPlan
 from hpo.stacks.pool import Pool
+from hpo.stacks.recording import EpochReplay
 from hpo.stacks.sizing import Sizing, StackSize
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.data import Split
@@ -32,6 +31,7 @@ from hpo.study.spec import UNBOUNDED, parse_param
 from hpo.tracking.base import MemoryTracker
 from hpo.training.batches import Batches
 from hpo.training.stack import Task
+from tests.graphs import Capture, graphs  # noqa: F401  # a fixture
 from tests.logged import recorded
 from tests.searches import StopWhen
 from tests.stacking import CPU, INFO, Toy
@@ -256,6 +256,28 @@ def test_no_memory_for_a_stack_is_no_fault_and_any_other_error_is(measured, monk
         sized().choose()
 
 
+def test_where_many_steps_are_one_graph_a_stack_is_timed_by_epochs(
+    graphs: type[Capture],  # noqa: F811
+    measured: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One by one each waits for Python, which no step of an epoch does."""
+    monkeypatch.setattr(sizing, "SIZES", {"cpu": (4,)})
+    monkeypatch.setattr(sizing, "_PADDINGS", ("fine",))
+    n_steps, real = list[int](), EpochReplay.__call__
+
+    def called(replay: EpochReplay) -> None:
+        n_steps.append(replay.n_steps)
+        real(replay)
+
+    monkeypatch.setattr(EpochReplay, "__call__", called)
+    given = sized(n_trials=4)
+    given = replace(given, batches=Batches(Split(inputs={"x": torch.randn(320, 4)}, targets=torch.zeros(320, 1)), CPU))
+    assert given.choose().why.endswith("(measured)")
+    assert set(n_steps) == {16}
+    assert len(n_steps) > 8
+
+
 TEXT = "trials: 6\nepochs: 2\nsampler: random\npruner: none\nstack: auto\n"
 
 
@@ -363,44 +385,3 @@ def test_in_so_much_time_all_slots_are_trained_several_times(monkeypatch, rounds
     Clock(monkeypatch, {1: 1.0, 4: 1.25, 16: 2.5, 64: 6.4})
     given = replace(sized(n_trials=UNBOUNDED), most=UNBOUNDED, rounds=rounds, seconds=seconds)
     assert given.choose().capacity == capacity
-
-
-def test_a_step_of_many_operations_takes_the_longer_to_compile():
-    assert compile_pays(10_000, CPU, 1.5e-3, n_operations=276)
-    assert not compile_pays(10_000, CPU, 1.5e-3, n_operations=959)
-    assert compile_pays(100_000, CPU, 1.5e-3, n_operations=959)
-
-
-def test_one_process_compiles_a_step_and_the_others_train_on_meanwhile(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    one, other, third = (Decision(CPU) for _ in range(3))
-    for each in (one, other, third):
-        assert not each.expect(1e6, capacity=4)
-    assert [one.after(0.01, lambda: ("code", 1)) for _ in range(TIMED_STEPS)] == [False] * (TIMED_STEPS - 1) + [True]
-    assert not any(other.after(0.01, lambda: ("code", 1)) for _ in range(3 * TIMED_STEPS))
-    assert any(third.after(0.01, lambda: ("other code", 1)) for _ in range(TIMED_STEPS))
-    one.done()
-    assert [other.after(0.01, lambda: ("code", 1)) for _ in range(TIMED_STEPS)][-1]
-    assert not any(other.after(0.01, lambda: ("code", 1)) for _ in range(3 * TIMED_STEPS)), "it was decided"
-
-
-@pytest.mark.parametrize(("left", "compiles"), [(1000.0, True), (30.0, False)])
-def test_what_takes_much_of_the_time_that_is_left_is_not_compiled(tmp_path: Path, monkeypatch, left, compiles) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    one = Decision(CPU)
-    one.left = lambda: left
-    one.expect(1e6, capacity=4)
-    assert any(one.after(0.01, lambda: ("code", 1)) for _ in range(TIMED_STEPS)) == compiles
-    one.done()
-    cuda = Decision(torch.device("cuda"))
-    cuda.left = lambda: 5 * left
-    assert cuda.expect(1e9, capacity=4) == compiles
-    assert cuda.expect(1e9, capacity=1), "a single trial's result must not follow from the clock"
-
-
-def test_where_no_lock_can_be_made_each_process_compiles(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))
-    one = Decision(CPU)
-    one.expect(1e6, capacity=4)
-    assert [one.after(0.01, lambda: ("code", 1)) for _ in range(TIMED_STEPS)][-1]

@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from hpo.stacks.cost import compile_pays, records
+from hpo.stacks.cost import compile_pays, note_saved
 
+Captured = Callable[[], tuple[str, int]]
+"""Gives the code of a step that is to be compiled, and how many operations it has."""
 TIMED_STEPS = 5
 """How many steps are timed before it is decided whether to compile them."""
 _LONGEST_SECONDS = 300.0
@@ -28,26 +30,30 @@ class Decision:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._expected, self._timed = 0.0, list[float]()
+        self._form: tuple[int, bool] | None = None
+        self._known: tuple[int, float] | None = None
+        """How long a step of so many slots takes that is recorded, and not compiled."""
         self._turn: FileLock | None = None
         self.waits = False
         """Whether to wait for a peer that compiles the same: where it is measured how fast compiled steps are."""
         self.left: Callable[[], float] = lambda: math.inf
         """Gives the seconds that trials may still take."""
 
-    def expect(self, n_steps: float, capacity: int) -> bool:
+    def expect(self, n_steps: float, capacity: int, captured: Captured) -> bool:
         """Take note of how many steps there may be still to do; return whether they are to be compiled at once.
 
-        That is counted where steps are recorded, and for a single member, whose result must not follow from the clock.
+        That is counted for a single member, whose result must not follow from the clock; others' steps are timed.
         """
-        counted = records(self._device) or capacity == 1
-        self._expected, self._timed = 0.0 if counted else n_steps, []
-        return counted and compile_pays(n_steps, self._device, left=math.inf if capacity == 1 else self.left())
+        self.done()
+        self._expected, self._timed = 0.0 if capacity == 1 else n_steps, []
+        if capacity == 1:
+            return compile_pays(n_steps, self._device)
+        return self._known is not None and self._known[0] == capacity and self._decide(self._known[1], captured)
 
-    def after(self, seconds: float, captured: Callable[[], tuple[str, int]]) -> bool:
+    def after(self, seconds: float, captured: Captured) -> bool:
         """Return whether to compile now, after a step that took so long; call `done` when that is done.
 
-        `captured` gives the code that is to be compiled, and how many operations it has. Of a few steps the shortest
-        counts; where a peer compiles the same, it is asked again after as many more.
+        Of a few steps the shortest counts; where a peer compiles the same, it is asked again after as many more.
         """
         if not self._expected:
             return False
@@ -55,11 +61,34 @@ class Decision:
         self._expected -= 1
         if len(self._timed) < TIMED_STEPS:
             return False
+        seconds = min(self._timed)
+        self._timed.clear()
+        return self._decide(seconds, captured)
+
+    def after_epoch(self, seconds: float, n_steps: int, form: tuple[int, bool], captured: Captured) -> bool:
+        """Return whether to compile now, as `after` does, where steps are recorded: a single one cannot be timed.
+
+        `seconds`: of an epoch of `n_steps`, up to its losses. `form`: how many slots there are, and whether the step is
+        compiled; the first epoch of each does not count, since the step is recorded in it.
+        """
+        before, self._form = self._form, form
+        self._expected = max(0.0, self._expected - n_steps)
+        if form != before:
+            return False
+        step, (n_slots, is_compiled) = seconds / n_steps, form
+        if is_compiled:
+            if self._known is not None and self._known[0] == n_slots:
+                note_saved(self._device, self._known[1], step)
+                self._known = None
+            return False
+        self._known = n_slots, step
+        return bool(self._expected) and self._decide(step, captured)
+
+    def _decide(self, seconds: float, captured: Captured) -> bool:
         code, n_operations = captured()
-        if not compile_pays(self._expected, self._device, min(self._timed), n_operations, self.left()):
+        if not compile_pays(self._expected, self._device, seconds, n_operations, self.left()):
             self._expected = 0.0
             return False
-        self._timed.clear()
         if not self._take_turn(code):
             return False
         self._expected = 0.0

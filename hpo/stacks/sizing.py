@@ -21,11 +21,12 @@ from hpo.errors import Interrupted
 from hpo.stacks.alone import NotStackable
 from hpo.stacks.candidate import Candidate, candidate
 from hpo.stacks.compiling import TIMED_STEPS
-from hpo.stacks.cost import SIZES, compile_pays, slots_for
+from hpo.stacks.cost import SIZES, compile_pays, records, slots_for
 from hpo.stacks.padding import Padder, Padding, PaddingPlan
 from hpo.stacks.vmap_stack import VmapStack
-from hpo.study.data import Split
-from hpo.training.batches import Batch, Batches
+from hpo.stacks.vmap_step import STEPS_AT_ONCE
+from hpo.study.data import Split, batch_sizes
+from hpo.training.batches import Batches
 from hpo.training.faults import TrialError
 from hpo.training.loop_stack import LoopStack
 from hpo.training.memory import TO_LOOK_AT, Within, free_bytes, free_if_cuda, is_out_of_memory, most_to_look_at, n_bytes
@@ -40,6 +41,8 @@ _SHARE = 0.1
 _ROOM = 0.7
 """How much of the free memory a stack may take, by an estimate."""
 _PADDINGS: tuple[Padding, ...] = ("fine", "coarse")
+_TIMED_EPOCHS = 2
+"""In the first of these a step is recorded, in the second it is timed."""
 _WARM_UP, _STEPS = 2, 12
 _ENOUGH_SECONDS = 0.25
 """Where steps take longer than this together, fewer of them are timed."""
@@ -247,8 +250,9 @@ class Sizing:
                 raise NotStackable(reason)
             stack.compiling.waits = True
             stack.expect(rounds * shared * self._n_steps(params))
-            for _ in range(TIMED_STEPS + 1):  # it is compiled in the last of these, if that pays
-                stack.step(*self._batch(params["batch_size"]))
+            some, n_steps = self._some_steps(stack)
+            for _ in range(TIMED_STEPS + 1 if n_steps == 1 else _TIMED_EPOCHS + 1):
+                some()  # it is compiled in the last of these, if that pays
             to_begin = time.perf_counter() - start
             return to_begin, self._seconds_per_step(stack) * self._n_steps(params)
         except TrialError as error:
@@ -263,22 +267,29 @@ class Sizing:
 
     def _seconds_per_step(self, stack: Stack) -> float:
         """Return the median of some steps: beside other programs a few take many times as long."""
-        inputs, targets = self._batch(stack.members[0].params["batch_size"])
+        some, n_steps = self._some_steps(stack)
         for _ in range(_WARM_UP):
-            stack.step(inputs, targets)
+            some()
         _synchronize(self.task.device)
         taken: list[float] = []
         while len(taken) < _STEPS and sum(taken) < _ENOUGH_SECONDS:
             if self.stopping():
                 raise Interrupted()
             start = time.perf_counter()
-            stack.step(inputs, targets)
+            some()
             _synchronize(self.task.device)
             taken.append(time.perf_counter() - start)
-        return median(taken)
+        return median(taken) / n_steps
 
-    def _batch(self, batch_size: int) -> Batch:
-        return next(self.batches.epoch(batch_size, torch.arange(min(batch_size, len(self.batches)))))
+    def _some_steps(self, stack: Stack) -> tuple[Callable[[], Any], int]:
+        """Return what does some steps of `stack`, and how many: one, or where many are one CUDA graph a short epoch."""
+        batch_size = stack.members[0].params["batch_size"]
+        if isinstance(stack, VmapStack) and records(self.task.device):
+            rows = torch.arange(min(2 * STEPS_AT_ONCE * batch_size, len(self.batches)))
+            return lambda: stack.epoch(self.batches, rows, self.stopping), len(batch_sizes(len(rows), batch_size))
+        rows = torch.arange(min(batch_size, len(self.batches)))
+        batch = next(self.batches.epoch(batch_size, rows))
+        return lambda: stack.step(*batch), 1
 
     def _with_threads(self, choice: StackSize, members: Sequence[Member]) -> StackSize:
         """Return `choice` with as many threads as there are cores, where large steps are faster so."""

@@ -106,8 +106,12 @@ class VmapStack(Stack):
 
     def expect(self, n_steps: float) -> None:
         """Say how many steps there may be still to do: they are compiled as soon as that pays (`Decision`)."""
-        at_once = self.compiling.expect(n_steps, self.capacity)
+        at_once = self.compiling.expect(n_steps, self.capacity, self._captured)
         self.execution = "compiled" if at_once or self.is_compiled(self.capacity) else "graph"
+
+    def _captured(self) -> tuple[str, int]:
+        """Return the code of its step as it was captured, and how many operations that has."""
+        return self._opened.code, self._opened.n_operations
 
     def suits(self, candidate: Candidate) -> bool:
         """Whether `candidate` has this stack's signature."""
@@ -217,10 +221,22 @@ class VmapStack(Stack):
         return losses
 
     def epoch(self, batches: Batches, rows: Tensor, stopping: Callable[[], bool]) -> list[float]:
-        if self._step is None or self._without_network or not (batches.resident and records(self._task.device)):
+        if self._step is None or not records(self._task.device):
             return super().epoch(batches, rows, stopping)
+        one_by_one = self._without_network or not batches.resident
+        start = time.perf_counter()
+        means = (super().epoch if one_by_one else self._recorded_epoch)(batches, rows, stopping)
+        seconds, n_steps = time.perf_counter() - start, len(batch_sizes(len(rows), self._step.params["batch_size"]))
+        if self.execution != "eager":
+            form = self.capacity, self.execution == "compiled"
+            if self.compiling.after_epoch(seconds, n_steps, form, self._captured):
+                self.execution = "compiled"
+        return means
+
+    def _recorded_epoch(self, batches: Batches, rows: Tensor, stopping: Callable[[], bool]) -> list[float]:
+        """Do an epoch, many steps in one CUDA graph, but for the first of all and what is left over at the end."""
         rows = rows.to(self._task.device)
-        order = torch.split(rows, batch_sizes(len(rows), self._step.params["batch_size"]))
+        order = torch.split(rows, batch_sizes(len(rows), self._opened.params["batch_size"]))
         equal = torch.stack([each for each in order if len(each) == len(order[0])])  # all but the last, perhaps
         sums = torch.zeros(self.capacity, device=rows.device)
 
@@ -232,10 +248,10 @@ class VmapStack(Stack):
                 sums = sums + self._step_of_all(*batches.pick(each)) * len(each)
 
         n_done = 0
-        many = self._step.epoch(self._slots.state, batches, equal, self.execution)
+        many = self._opened.epoch(self._slots.state, batches, equal, self.execution)
         if many is None:
             one_by_one(order[:1])  # which records a step, or copies the state to where one is recorded
-            n_done, many = 1, self._step.epoch(self._slots.state, batches, equal, self.execution)
+            n_done, many = 1, self._opened.epoch(self._slots.state, batches, equal, self.execution)
         if many is not None:
             self._slots.settle()
             many.start(equal, n_done)
@@ -257,10 +273,9 @@ class VmapStack(Stack):
             self._slots.state, losses = self._opened(self._slots.state, inputs, targets, self.execution)
         finally:
             self.compiling.done()
-        if self.execution == "graph":
-            seconds, step = time.perf_counter() - start, self._opened
-            if self.compiling.after(seconds, lambda: (step.code, step.n_operations)):
-                self.execution = "compiled"
+        timed = self.execution == "graph" and not records(self._task.device)
+        if timed and self.compiling.after(time.perf_counter() - start, self._captured):
+            self.execution = "compiled"
         return losses
 
     def _missing(self) -> Tensor:

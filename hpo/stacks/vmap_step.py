@@ -7,6 +7,7 @@ Shapes: K slots, B rows of a batch; a weight (K, ...), a loss (K,).
 """
 
 import shutil
+import time
 import warnings
 from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_map
 
-from hpo.stacks.cost import records
+from hpo.stacks.cost import note_compiled, records
 from hpo.stacks.differing import Run, difference
 from hpo.stacks.graph import CompiledStep, Graph
 from hpo.stacks.plain_step import PlainStep
@@ -39,7 +40,7 @@ from hpo.training.memory import is_out_of_memory
 from hpo.training.stack import Task
 
 Execution = Literal["eager", "graph", "compiled"]
-_STEPS_AT_ONCE, _FEWEST_AT_ONCE = 16, 4
+STEPS_AT_ONCE, _FEWEST_AT_ONCE = 16, 4
 """How many steps are one CUDA graph: so many that launching them takes no time, and a stop is heard soon enough."""
 
 warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
@@ -111,7 +112,7 @@ class VmapStep:
         There is one if a step of B rows is replayed, and `state` is in the tensors that this one changes.
         """
         key = (len(state.t), order.shape[1], execution)
-        n_steps = min(_STEPS_AT_ONCE, 1 << (len(order).bit_length() - 1)) if len(order) else 0
+        n_steps = min(STEPS_AT_ONCE, 1 << (len(order).bit_length() - 1)) if len(order) else 0
         prepared = self._prepared.get(key)
         if n_steps < _FEWEST_AT_ONCE or prepared is None or not isinstance(prepared.run, CudaReplay):
             return None
@@ -273,11 +274,13 @@ class VmapStep:
         """Return `graph` compiled. Raises what the compiler raises, ValueError where it gives something else."""
         if not has_compiler(self._task.device):
             raise ValueError("no C++ compiler was found")
-        step, n_steps = self._compiled.get(graph), 1  # of another size it is the same code
-        if not isinstance(step, CompiledStep):
+        step, n_steps, start = self._compiled.get(graph), 1, time.perf_counter()  # of another size it is the same code
+        if is_new := not isinstance(step, CompiledStep):
             step, n_steps = CompiledStep(graph, state, inputs, targets), 2
         with torch.no_grad():
             step(*tree_map(torch.clone, (state, list(inputs), targets)))
+        if is_new and records(self._task.device):
+            note_compiled(self._task.device, time.perf_counter() - start, len(graph.module.graph.nodes))
         why = difference(graph, step, state, inputs, targets, self._tolerance(1e-3), n_steps)
         if why is not None:
             raise ValueError(f"compiled it differs in {why}")
