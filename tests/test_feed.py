@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpo.study.data import Split, batch_sizes
@@ -16,6 +16,7 @@ from hpo.training.batches import Batches, make_batches
 from hpo.training.loop import order, train
 from hpo.training.loop_stack import LoopStack
 from hpo.training.stack import Member, SingleStack, Task
+from tests.graphs import OnStream, Stream
 from tests.stacking import CPU, INFO, Toy, asking, keep_all
 
 N_ROWS = 41
@@ -243,3 +244,29 @@ def test_rows_are_put_in_order_in_pieces_that_take_no_more_memory(monkeypatch: p
     for (one, target), (other, other_target) in zip(got, expected, strict=True):
         assert torch.equal(one[0], other[0])
         assert torch.equal(target, other_target)
+
+
+def test_what_streams_to_a_gpu_is_copied_beside_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stream of its own, for which the step waits; and its memory is kept until the step is done."""
+    here, seen = Stream(), list[tuple[str, Stream]]()
+    for name, stand_in in {"Stream": Stream, "stream": OnStream, "current_stream": lambda device: Stream.now}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(Stream, "now", here, raising=False)
+    monkeypatch.setattr(Stream, "wait_stream", lambda self, other: seen.append((f"{self is here} waits", other)))
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: seen.append(("kept", stream)))
+    monkeypatch.setattr(Batches, "_moved", lambda self, x: seen.append(("copied", Stream.now)) or x)
+    monkeypatch.setattr(batches, "_computes_beside", lambda device: True)
+    batches._copying_stream.cache_clear()
+    rows, reverse = raw(n=10), torch.arange(10).flip(0)
+    got = []
+    for inputs, targets in Batches(rows, CPU, resident=False).epoch(5, reverse):
+        got.append((inputs, targets))
+        n = len(inputs) + 1
+        beside = seen[0][1]
+        assert beside is not here
+        assert seen[:n] == [("copied", beside)] * n
+        assert seen[n : 2 * n + 1] == [("True waits", beside), *[("kept", here)] * n]
+        assert Stream.now is here
+        seen.clear()
+    batches._copying_stream.cache_clear()
+    assert torch.equal(torch.cat([targets for _, targets in got]), rows.targets[reverse])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.utils.class_weight import compute_class_weight
+from torch.func import vmap
 from torch.nn import functional as F
 
 from hpo.study import losses
@@ -152,3 +153,21 @@ def test_faults_name_the_rule():
         "must be none, balanced, or a number from 0 (none) to 1 (balanced), but got 'even'",
         "must be none, balanced, or a number from 0 (none) to 1 (balanced), but got 2",
     ]
+
+
+def test_on_a_device_of_its_own_the_weights_of_classes_are_made_once(monkeypatch):
+    """A tensor of numbers is copied there from memory that is not pinned: each loss would wait for the GPU."""
+    monkeypatch.setattr(losses, "_counted", {})
+    far = torch.zeros(3, device="meta")
+
+    def weights(like):
+        return losses.class_weights("balanced", COUNTS, like)
+
+    with torch.inference_mode():
+        weights(far)
+    weights(torch.zeros(3))
+    assert not losses._counted, "what was made in inference mode is of no use after it"
+    weights(far)
+    monkeypatch.setattr(torch, "tensor", None)
+    weights(far)
+    vmap(weights)(torch.zeros(2, 3, device="meta"))

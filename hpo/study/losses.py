@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional as F
 
 from hpo.errors import Fault, broken_rules, is_number
@@ -100,9 +101,25 @@ def class_weights(value: Any, counts: Sequence[int], like: Tensor) -> Tensor | N
     if not counts:
         raise ValueError("class_weights counts the rows of each class, but the data names none; give Data class_names")
     power = 1.0 if value == "balanced" else value
-    rows = torch.tensor(counts, dtype=like.dtype, device=like.device)
+    rows = _row_counts(tuple(counts), like.dtype, like.device)
     weights = rows.clamp(min=1) ** -power
     return weights * rows.sum() / (weights * rows).sum()
+
+
+_counted: dict[Any, Tensor] = {}
+
+
+def _row_counts(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return `counts` as a tensor, on a GPU kept for the next loss: to make one there waits for it, at each step."""
+    key = counts, dtype, device
+    if key in _counted:
+        return _counted[key]
+    made = torch.tensor(counts, dtype=dtype, device=device)
+    # what is made in a trace, in torch.func's transforms or in inference mode is of no use after them
+    is_plain = type(made) is Tensor and not is_functorch_wrapped_tensor(made) and not made.is_inference()
+    if is_plain and device.type != "cpu":
+        _counted[key] = made
+    return made
 
 
 def _of_numbers(function: Callable[[Tensor, Tensor], Tensor]) -> Loss:

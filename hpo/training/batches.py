@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -110,9 +111,19 @@ class Batches:
                 prefetch_factor=loading.prefetch_factor or 4 if n_workers else None,
             )
         self._order.batches = batches
-        for *inputs, targets in self._loader:
-            moved = [self._moved(x) for x in (*inputs, targets)]
-            yield self._prepared(moved[:-1]), moved[-1]
+        for batch in self._loader:
+            *inputs, targets = self._moved_beside(batch) if _computes_beside(self._device) else map(self._moved, batch)
+            yield self._prepared(inputs), targets
+
+    def _moved_beside(self, batch: Sequence[Tensor]) -> list[Tensor]:
+        """Return a batch on the GPU, copied while the step before is still computed there."""
+        here, beside = torch.cuda.current_stream(self._device), _copying_stream(self._device)
+        with torch.cuda.stream(beside):
+            moved = [self._moved(x) for x in batch]
+        here.wait_stream(beside)
+        for x in moved:
+            x.record_stream(here)  # else its memory would be free for the next copy as soon as Python lets go of it
+        return moved
 
     def _moved(self, x: Tensor) -> Tensor:
         return x.to(self._device, non_blocking=self._loading.non_blocking)
@@ -148,6 +159,16 @@ def make_batches(split: Split, preprocess: nn.Module, device: torch.device, load
     if raw < prepared:
         return Batches(split, device, preprocess)
     return Batches(split.through(preprocess), device)
+
+
+def _computes_beside(device: torch.device) -> bool:
+    """Whether `device` computes and copies at the same time, in streams of their own."""
+    return device.type == "cuda"
+
+
+@cache
+def _copying_stream(device: torch.device) -> Any:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch does not annotate it
 
 
 def _bytes_per_row(split: Split) -> float:
