@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -45,7 +45,10 @@ COMPILED: Sequence[tuple[Execution, bool]] = (("compiled", False), ("compiled", 
 
 
 def no_waiting(card: Card, execution: Execution) -> Seen:
-    """Twenty steps, a slot being empty: none of them, nor what is between them, waits for the GPU."""
+    """Twenty steps, a slot being empty: none of them, nor what is between them, waits for the GPU.
+
+    An epoch of many steps at once waits for its order of rows and its losses, an evaluation for its results.
+    """
     case = CASES["mlp"]
     task = task_of(case, card.device)
     stack = stack_of(case, task, execution)
@@ -64,16 +67,27 @@ def no_waiting(card: Card, execution: Execution) -> Seen:
         torch.cuda.set_sync_debug_mode("default")
     require(len(losses) == 20, f"{len(losses)} steps")
     require(bool(torch.stack(losses).isfinite().all()), "a loss is not finite")
-    return {"seen": f"20 steps without a wait; {stack.path}; an evaluation: {_waits(stack, batches)} waits"}
+    rows = torch.randperm(len(float32))
+    waits = {
+        name: _waits(call)
+        for name, call in (
+            ("an epoch", lambda: stack.epoch(batches, rows, lambda: False)),
+            ("an evaluation", lambda: stack.evaluate(batches)),
+        )
+    }
+    require(waits["an epoch"] <= 2, f"an epoch waits {waits['an epoch']} times")
+    said = ", ".join(f"{name} {n}" for name, n in waits.items())
+    return {"seen": f"20 steps without a wait; {stack.path}; waits: {said}"}
 
 
-def _waits(stack: Stack, batches: Batches) -> int:
-    """Return how many times an evaluation waits for the GPU."""
+def _waits(call: Callable[[], Any]) -> int:
+    """Return how many times `call` waits for the GPU, the second time: at the first one it is recorded."""
+    call()
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            stack.evaluate(batches)
+            call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(each.message) for each in caught)
@@ -164,7 +178,7 @@ def comings_and_goings(card: Card, case: Case, execution: Execution) -> Seen:
 
 
 def whole_epochs(card: Card, case: Case) -> Seen:
-    """Two epochs of rows that lie on the device, as training does them: many steps at once. They are as alone."""
+    """Two epochs of rows that lie on the device, and their evaluations, as training does them. They are as alone."""
     n_rows, states, path = 19 * case.batch_size + case.batch_size // 2, {}, ""
     for name in ("stack", "alone"):
         task = replace(task_of(case, card.device, torch.float64), n_rows=n_rows)
@@ -173,8 +187,14 @@ def whole_epochs(card: Card, case: Case) -> Seen:
         for member in members:
             stack.join(member)
         rows = Batches(on(case.rows(n_rows, 1), card.device, torch.float64), card.device)
-        losses = [stack.epoch(rows, order(n_rows, 1, number), lambda: False) for number in range(2)]
-        states[name] = state_of(stack, members) | {"losses": torch.tensor(losses, dtype=torch.float64)}
+        losses, measured = [], []
+        for number in range(2):
+            losses.append(stack.epoch(rows, order(n_rows, 1, number), lambda: False))
+            measured.append([each["loss"] for each in stack.evaluate(rows)])
+        states[name] = state_of(stack, members) | {
+            "losses": torch.tensor(losses, dtype=torch.float64),
+            "measured": torch.tensor(measured, dtype=torch.float64),
+        }
         path = path or str(stack.path)
     require(path == wanted_path("graph", card.device), f"it runs {path}")
     worst = require_close(states["stack"], states["alone"], 1e-9, "from LoopStack", all_of=False)
