@@ -210,6 +210,31 @@ def test_a_convolutional_network_has_parity_whatever_the_optimiser_does(folder):
     assert about["torchscript"]["not_optimized"]
 
 
+class PreNorm(nn.Module):
+    """A residual block whose BatchNorm is not the only reader of the layer before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.linear(self.norm(x)).relu()
+
+
+def test_a_batch_norm_that_is_not_the_only_reader_of_a_layer_is_not_folded_into_it(folder):
+    """As torch.jit.freeze does, whose model then gives other predictions."""
+    rows = held_out((6,))
+    network = nn.Sequential(nn.Linear(6, 8), PreNorm(), nn.Linear(8, 3))
+    for _ in range(20):
+        network(torch.randn(16, 6) + 1)
+    made = model(network, rows)
+    about = export(made, rows, folder)
+    loaded = torch.jit.load(folder / "model.torchscript.pt")
+    torch.testing.assert_close(predictions(loaded, rows), predictions(made.predictor(), rows), atol=TOLERANCE, rtol=0)
+    assert about["torchscript"]["optimized_for_inference"] is True
+    assert about["torchscript"]["not_optimized"].startswith("its predictions differ by ")
+
+
 @pytest.mark.parametrize("preprocess", [None, Twice()])
 def test_several_named_inputs(folder, preprocess):
     rows = held_out((3,), (2,))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hpo.errors import ExportError, InputError, did_you_mean
 from hpo.export.files import in_memory
 from hpo.export.model import Model, Named
+from hpo.export.parity import TOLERANCE
 from hpo.light import lightly
 from hpo.log import silenced
 from hpo.study.data import Split
@@ -33,6 +34,8 @@ FILE_OF = {
 }
 """The file of each format. The first two are in every bundle."""
 ALWAYS: Formats = {"state_dict": True, "torchscript": True}
+_COMPARED = 64
+"""How many rows are compared before one form of TorchScript is preferred to another; parity is of more."""
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}
 
@@ -163,16 +166,35 @@ def _write_torchscript(eager: nn.Module, held_out: Split, path: Path) -> dict[st
         said = str(error).strip().splitlines() or [type(error).__name__]
         how = {"compiled": "trace", "not_scripted": said[-isinstance(error, torch.jit.Error)][:200]}
         script = _jit.trace(eager, example)
-    frozen = torch.jit.freeze(script)
-    try:
-        _save_script(torch.jit.optimize_for_inference(frozen), path)
-        _jit.load(path)(*example)
-        how["optimized_for_inference"] = True
-    except (RuntimeError, torch.jit.Error) as error:
-        # With convolutions it makes a file that torch.jit.load refuses ("attribute 'value' is undefined")
-        _save_script(torch.jit.freeze(script), path)
-        how |= {"optimized_for_inference": False, "not_optimized": str(error).strip().splitlines()[-1][:200]}
-    return how
+    return how | _write_fastest(script, eager, held_out, path)
+
+
+def _write_fastest(script: Any, eager: nn.Module, held_out: Split, path: Path) -> dict[str, Any]:
+    """Write `script` optimised as far as it then still is `eager`; return how far that was, and why no further.
+
+    With convolutions optimize_for_inference makes a file that torch.jit.load refuses ("attribute 'value' is
+    undefined"); the freezing that folds BatchNorm into the layer before it does so where that has another reader too.
+    """
+    inputs = [x[:_COMPARED].cpu() for x in held_out.inputs.values()]
+    with torch.no_grad():
+        expected = eager(*inputs)
+    why = ""
+    for numerics, optimized in ((True, True), (True, False), (False, True)):
+        try:
+            frozen = torch.jit.freeze(script, optimize_numerics=numerics)
+            _save_script(torch.jit.optimize_for_inference(frozen) if optimized else frozen, path)
+            with torch.no_grad():
+                off = float((_jit.load(path)(*inputs) - expected).abs().max())
+            if off <= TOLERANCE * max(1.0, float(expected.abs().max())):
+                break
+            reason = f"its predictions differ by {off:.3g}"
+        except (RuntimeError, torch.jit.Error) as error:
+            reason = str(error).strip().splitlines()[-1][:200]
+        why = why or reason
+    else:
+        _save_script(torch.jit.freeze(script, optimize_numerics=False), path)
+        optimized = False
+    return {"optimized_for_inference": optimized} | ({"not_optimized": why} if why else {})
 
 
 def _save_script(script: Any, path: Path) -> None:

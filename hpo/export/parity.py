@@ -33,8 +33,8 @@ def parity_of(
     for batch_size in BATCH_SIZES:
         for start in range(0, min(rows, 4 * batch_size), batch_size):
             inputs = [x[start : start + batch_size].cpu() for x in held_out.inputs.values()]
-            one = _called("the model", eager, inputs, ValueError)
-            two = _called(name, other, inputs, Exception)  # ONNX Runtime and torch.export's guards have their own
+            one = called("the model", eager, inputs, ValueError)
+            two = called(name, other, inputs, Exception)  # ONNX Runtime and torch.export's guards have their own
             if one.shape != two.shape:
                 shapes = f"{tuple(two.shape)}, the model that was measured {tuple(one.shape)}"
                 raise ExportError(f"{name} gives for a batch of {len(inputs[0])} predictions of shape {shapes}")
@@ -51,7 +51,7 @@ def parity_of(
     }
 
 
-def _called(name: str, module: Callable[..., Tensor], inputs: Sequence[Tensor], errors: type[Exception]) -> Tensor:
+def called(name: str, module: Callable[..., Tensor], inputs: Sequence[Tensor], errors: type[Exception]) -> Tensor:
     """Return the predictions of `inputs`; of one of these `errors` make an ExportError."""
     try:
         with torch.no_grad():
