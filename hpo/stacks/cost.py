@@ -54,7 +54,7 @@ def compile_pays(
 
 
 def note_compiled(device: torch.device, seconds: float, n_operations: int) -> None:
-    """Take note of how long compiling a step of so many operations took. One from a cache tells less than one anew."""
+    """Take note of how long compiling a step of so many operations took. Found in a cache it takes less."""
     _compiled.setdefault(device, []).append(seconds / _of_usual(n_operations))
 
 

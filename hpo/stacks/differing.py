@@ -58,6 +58,10 @@ def probed(hyper: Mapping[str, Tensor], n_steps: int = 1) -> dict[str, Tensor]:
 
 
 def different(before: Trained, expected: Trained, got: Trained, tolerance: float) -> str | None:
+    """Return which part of a state two forms have left otherwise; None: none, but for the tolerance and rounding.
+
+    The tolerance is a share of each slot's largest update from `before` to `expected`.
+    """
     for part in Trained._fields:
         old, new, other = (tree_leaves(getattr(each, part)) for each in (before, expected, got))
         pairs = [(o, n, x) for o, n, x in zip(old, new, other, strict=True) if n.numel()]
@@ -78,5 +82,6 @@ def _largest(x: Tensor) -> Tensor:
 
 
 def close(expected: Tensor, got: Tensor, bound: Tensor) -> bool:
+    """Whether two tensors differ by at most `bound`; what is not a number, or infinite, is so in both."""
     same = (expected == got) | (expected.isnan() & got.isnan())
     return bool((same | ((expected - got).abs() <= bound)).all())

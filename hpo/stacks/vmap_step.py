@@ -195,7 +195,9 @@ class VmapStep:
             except NotRecorded as error:
                 self._forwards[key] = str(error)
         replay = self._forwards[key]
-        return self.forward(state, inputs) if isinstance(replay, str) else replay(inputs)
+        if isinstance(replay, str) or replay.state is not state:
+            return self.forward(state, inputs)
+        return replay(inputs)
 
     def prepare(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor, execution: Execution) -> _Prepared:
         """Return the step for batches of this size, captured or compiled as `execution` says, recorded on CUDA.
