@@ -26,6 +26,7 @@ from hpo.tracking.database import make_database
 from hpo.tracking.items import Answer, Item
 from hpo.tracking.mlflow import MlflowTracker
 from hpo.tracking.opening import open_tracker
+from hpo.tracking.values import sqlite_address
 from tests import warm
 from tests.databases import MLFLOW, rows
 from tests.mlflows import RunsHere, TrackerHere, tell, until
@@ -173,6 +174,35 @@ def test_a_database_whose_making_is_killed_midway_is_made_by_the_next_run(
     tell(TrackerHere("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent"))
     assert said == []
     assert query("select count(*) from metrics") == [(24,)]
+
+
+@pytest.mark.parametrize("name", ["p%20q", "q?x=1", "100% #1"])
+def test_a_folder_may_have_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path, name: str
+) -> None:
+    """SQLAlchemy reads codes and options in the address that MLflow is given, and MLflow itself does not."""
+    folder = tmp_path / name
+    (folder / "mlruns").mkdir(parents=True)
+    shutil.copy(empty_database, folder / "mlruns/mlflow.db")
+    monkeypatch.chdir(folder)
+    tell(TrackerHere("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent"))
+    assert query("select count(*) from metrics") == [(24,)]
+    assert len(list(folder.glob("mlruns/artifacts/s/*/artifacts/study.yaml"))) == 1
+    assert {each.name for each in tmp_path.iterdir()} <= {name, "unsent"}
+    client = MlflowClient(sqlite_address(folder / "mlruns/mlflow.db"))
+    client.create_registered_model("m")
+    assert query("select name from registered_models") == [("m",)]
+
+
+def test_why_a_database_cannot_be_opened_is_said(here: None, tmp_path: Path, said: list[str]) -> None:
+    """MLflow itself tries again and again, and tells nobody."""
+    Path("mlruns/mlflow.db").unlink()
+    Path("mlruns/mlflow.db").mkdir()
+    tracker = TrackerHere("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent")
+    tracker.start_study({}, {})
+    assert not tracker.end_study("COMPLETE")
+    assert len(said) == 1
+    assert "does not work (OperationalError: unable to open database file); training continues" in said[0]
 
 
 def test_an_empty_database_is_kept_to_be_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

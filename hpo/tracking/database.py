@@ -10,6 +10,8 @@ import sqlite3
 from contextlib import closing, suppress
 from pathlib import Path
 
+from hpo.tracking.values import sqlite_address
+
 
 def make_database(path: Path) -> None:
     """Make a database with MLflow's tables beside `path`, and put it there. Raises what MLflow and the disk raise."""
@@ -22,10 +24,16 @@ def make_database(path: Path) -> None:
     else:
         from mlflow import MlflowClient
 
-        MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
+        MlflowClient(sqlite_address(new)).search_experiments(max_results=1)
         with suppress(OSError, sqlite3.Error):  # the next study does without it, too
             _keep(new, empty)
     new.replace(path)
+
+
+def require_opened(path: Path) -> None:
+    """Raise what SQLite says of a database that it cannot open: MLflow tries for minutes, and says nothing of it."""
+    with closing(sqlite3.connect(path, timeout=30)) as connection:
+        connection.execute("PRAGMA schema_version")
 
 
 def _cached() -> Path:

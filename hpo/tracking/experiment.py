@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock
 
-from hpo.tracking.database import make_database
-from hpo.tracking.values import sqlite_path
+from hpo.tracking.database import make_database, require_opened
+from hpo.tracking.values import sqlite_address, sqlite_path
 
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
 """By this tag of the experiment MLflow's page opens on its runs, not on traces."""
@@ -38,10 +38,12 @@ def open_experiment(uri: str, study: str) -> Experiment:
         path.parent.mkdir(parents=True, exist_ok=True)
     is_first = False
     with alone(uri):  # MLflow makes its schema when first asked; processes that do so together crash all but one
-        if path is not None and not path.exists():
-            make_database(path)
+        if path is not None:
+            if not path.exists():
+                make_database(path)
+            require_opened(path)
         # absolute: MLflow keeps one store per address, also when the process changes its folder
-        address = uri if path is None else f"sqlite:///{path.resolve()}"
+        address = uri if path is None else sqlite_address(path.resolve())
         client = MlflowClient(address)
         experiment = client.get_experiment_by_name(study)
         if experiment is None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from hpo.errors import masked
 
@@ -98,5 +99,18 @@ def now_ms() -> int:
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """Return the file of a `sqlite:///` address; None for any other."""
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    """Return the file of an SQLite address, as SQLAlchemy reads it; None for any other."""
+    scheme = _SQLITE.match(uri)
+    return None if scheme is None else Path(unquote(uri[scheme.end() :]))
+
+
+def sqlite_address(path: Path) -> str:
+    """Return the address of a file, which may have a `%` or a `?` in its path.
+
+    MLflow makes the folder of a `sqlite:///` address as it stands, codes and all, but not where a driver is named.
+    """
+    codes = str(path).replace("%", "%25").replace("?", "%3F")
+    return f"sqlite:///{path}" if codes == str(path) else f"sqlite+pysqlite:///{codes}"
+
+
+_SQLITE = re.compile(r"sqlite(\+pysqlite)?:///")
