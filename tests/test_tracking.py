@@ -1,6 +1,7 @@
 """MLflow as a tracker: what its database holds at the end, read with SQL, whatever happens meanwhile."""
 
 import json
+import logging
 import os
 import resource
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from mlflow import MlflowClient
+from mlflow.tracking._tracking_service import utils
 
 from hpo.errors import InputError
 from hpo.processes import this_process
@@ -29,6 +31,7 @@ from hpo.tracking.opening import open_tracker
 from hpo.tracking.values import sqlite_address
 from tests import warm
 from tests.databases import MLFLOW, rows
+from tests.logged import recorded
 from tests.mlflows import RunsHere, TrackerHere, tell, until
 
 pytestmark = pytest.mark.usefixtures("no_warning")
@@ -192,6 +195,71 @@ def test_a_folder_may_have_any_name(
     client = MlflowClient(sqlite_address(folder / "mlruns/mlflow.db"))
     client.create_registered_model("m")
     assert query("select name from registered_models") == [("m",)]
+
+
+def in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch, trial: int) -> None:
+    """Run a study of one more trial in a folder, with a file of its run, as a process of its own does."""
+    monkeypatch.chdir(folder)
+    utils._artifact_repos_cache.clear()
+    tracker = TrackerHere("sqlite:///mlruns/mlflow.db", "s", folder / "unsent")
+    tracker.start_study({}, {f"{trial}.txt": "text"})
+    tracker.start_trial(trial, {})
+    tracker.end_trial(trial, "COMPLETE")
+    assert tracker.end_study("COMPLETE")
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("mlruns/artifacts/**/*") if path.is_file())
+
+
+@pytest.mark.parametrize("how", ["moved", "copied", "copied without its artifacts"])
+def test_a_folder_that_is_moved_or_copied_has_its_artifacts_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path, how: str
+) -> None:
+    old, new = tmp_path / "the old", tmp_path / "new"
+    (old / "mlruns").mkdir(parents=True)
+    shutil.copy(empty_database, old / "mlruns/mlflow.db")
+    with recorded(logging.INFO) as said:
+        in_folder(old, monkeypatch, 0)
+        address = sqlite_address(old / "mlruns/mlflow.db")
+        model = MlflowClient(address).create_logged_model("1", name="m")
+        assert said == []
+        if how == "moved":
+            old.rename(new)
+        else:
+            shutil.copytree(old, new, ignore=None if how == "copied" else shutil.ignore_patterns("artifacts"))
+        in_folder(new, monkeypatch, 1)
+        in_folder(new, monkeypatch, 2)
+    assert len(said) == 1
+    assert f"was made in {old / 'mlruns'}, and its folder has been moved or copied since" in said[0]
+    assert {"1.txt", "2.txt"} < set(files_in(new))
+    assert "1.txt" not in files_in(old)
+    assert ("0.txt" in files_in(new)) == (how != "copied without its artifacts")
+    client = MlflowClient(sqlite_address(new / "mlruns/mlflow.db"))
+    (study,) = client.search_runs(["1"], "tags.`hpo.trial` = 'study'")
+    assert {"1.txt", "2.txt"} < {each.path for each in client.list_artifacts(study.info.run_id)}
+    places = [place for (place,) in query("select artifact_uri from runs")]
+    places.append(client.get_logged_model(model.model_id).artifact_location)
+    assert all(place.startswith((new / "mlruns/artifacts/s").as_uri() + "/") for place in places)
+
+
+@pytest.mark.parametrize("where", ["chosen by somebody", "the same folder by another path"])
+def test_artifacts_elsewhere_stay_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path, where: str
+) -> None:
+    (tmp_path / "here/mlruns").mkdir(parents=True)
+    shutil.copy(empty_database, tmp_path / "here/mlruns/mlflow.db")
+    elsewhere = tmp_path / "disk/artifacts/s"
+    if where == "chosen by somebody":
+        elsewhere.mkdir(parents=True)
+    else:
+        (tmp_path / "disk").symlink_to(tmp_path / "here/mlruns")
+    client = MlflowClient(sqlite_address(tmp_path / "here/mlruns/mlflow.db"))
+    client.create_experiment("s", artifact_location=elsewhere.as_uri())
+    with recorded(logging.INFO) as said:
+        in_folder(tmp_path / "here", monkeypatch, 0)
+    assert said == []
+    assert query("select artifact_location from experiments where name = 's'") == [(elsewhere.as_uri(),)]
 
 
 def test_why_a_database_cannot_be_opened_is_said(here: None, tmp_path: Path, said: list[str]) -> None:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock
 
 from hpo.tracking.database import make_database, require_opened
+from hpo.tracking.moved import set_places
 from hpo.tracking.values import sqlite_address, sqlite_path
 
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
@@ -42,6 +43,7 @@ def open_experiment(uri: str, study: str) -> Experiment:
             if not path.exists():
                 make_database(path)
             require_opened(path)
+            set_places(path)
         # absolute: MLflow keeps one store per address, also when the process changes its folder
         address = uri if path is None else sqlite_address(path.resolve())
         client = MlflowClient(address)
