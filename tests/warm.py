@@ -66,6 +66,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         environ: Mapping[str, str] = {},
         folder: Path | None = None,
         stdin: int = subprocess.DEVNULL,
+        stdout: int = subprocess.PIPE,
         stderr: int = subprocess.PIPE,
     ) -> None:
         self._wanted = {
@@ -76,7 +77,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         }
         command = [sys.executable, *(["-m", "hpo"] if code is None else ["-c", code]), *self._wanted["arguments"]]
         where = {"cwd": self._wanted["folder"], "env": self._wanted["environ"]}
-        super().__init__(command, text=True, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, **where)
+        super().__init__(command, text=True, stdin=stdin, stdout=stdout, stderr=stderr, **where)
 
     def _execute_child(self, *arguments: Any) -> None:
         """Fork there instead of here. subprocess's own arguments: ten of the command, then its files, ours and its."""

@@ -22,6 +22,7 @@ from hpo.cli.options import Device, Json, LogFile, Quiet, Set, Stack, Storage, S
 from hpo.cli.options import count as _count
 from hpo.cli.options import finish as _finish
 from hpo.cli.options import overrides as _overrides
+from hpo.cli.output import Output, continue_without_output, end, lost_text
 from hpo.errors import HpoError, InputError, SpecError, masked
 from hpo.garbage import uncollected
 
@@ -81,6 +82,7 @@ def run(
     Example: hpo run studies/breast_cancer.yaml --trials 20 --set params.batch_size=32
     """
     started = time.monotonic()
+    continue_without_output()
     from hpo.cli.screen import Shown, announce
 
     overrides = _overrides(set_, trials=trials, storage=storage, tracking=tracking, device=device, stack=stack)
@@ -122,6 +124,7 @@ def worker(
     """
     from hpo.cli.screen import Shown
 
+    continue_without_output()
     commands = _commands()
 
     overrides = _overrides(set_, storage=storage, tracking=tracking, device=device, stack=stack)
@@ -137,6 +140,7 @@ def repair(
 
     Example: hpo repair studies/breast_cancer.yaml --storage postgresql://host/hpo
     """
+    continue_without_output()
     commands = _commands()
 
     _finish(commands.repair(study, _overrides(set_, storage=storage, tracking=tracking)), json_)
@@ -218,6 +222,7 @@ def export(
 
     Example: hpo export studies/breast_cancer.yaml --trial 7 --out model/
     """
+    continue_without_output()
     commands = _commands()
 
     overrides = _overrides(set_, storage=storage, tracking=tracking, device=device)
@@ -277,6 +282,7 @@ def adopt(
 
     Example: hpo adopt wine.yaml --from sqlite:///old.db --study first_try
     """
+    continue_without_output()
     commands = _commands()
 
     commands.adopt(study, _overrides(set_, storage=storage), source, name)
@@ -313,28 +319,26 @@ def main() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever has started this: what is printed goes nowhere
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # until the process ends
+    sys.stdout = output = Output(sys.stdout)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # while importing, too: `hpo.stopping` is not there yet
     try:
         try:
             app()
+        except SystemExit:
+            sys.stdout.flush()
+            raise
         finally:
             gc.freeze()  # the interpreter would look for garbage in all of torch before it ends: a second or two
     except HpoError as error:
-        print(error if isinstance(error, SpecError) else f"hpo: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
+        end(str(error) if isinstance(error, SpecError) else f"hpo: {error}", error.exit_status)
     except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
+        end("", 1)
     except Exception as error:
+        if error is output.lost:
+            end(f"hpo: {lost_text(output.lost)}", 1)
         if not type(error).__module__.startswith(("optuna.", "sqlalchemy.")):
-            print(masked("".join(traceback.format_exception(error))), end="", file=sys.stderr)
-            sys.exit(1)
+            end(masked("".join(traceback.format_exception(error))).rstrip(), 1)
         lines = [line for e in (error.__cause__, error) if e is not None for line in str(e).splitlines()[:1]]
-        print(
-            f"hpo: the storage failed: {masked('; '.join(lines))}; run the same command again to resume",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+        end(f"hpo: the storage failed: {masked('; '.join(lines))}; run the same command again to resume", 1)
     except KeyboardInterrupt:
-        print("hpo: interrupted", file=sys.stderr)
-        sys.exit(130)
+        end("hpo: interrupted", 130)

@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from hpo.cli.output import lost_text
+from hpo.errors import HpoError
+
 Study = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file, e.g. studies/breast_cancer.yaml.")]
 Trials = Annotated[int | None, typer.Option(help="How many trials in all, over all runs of the study.")]
 Storage = Annotated[str | None, typer.Option(help="Optuna's storage, e.g. sqlite:///mlruns/optuna.db.")]
@@ -47,6 +50,10 @@ def count(workers: str) -> int | None:
 
 
 def finish(summary: dict[str, object], as_json: bool) -> None:
-    if as_json:
-        sys.stdout.flush()
-        print(json.dumps(summary))
+    if not as_json:
+        return
+    sys.stdout.flush()
+    print(json.dumps(summary))
+    sys.stdout.flush()
+    if (lost := getattr(sys.stdout, "lost", None)) is not None:  # the command has done its work without stdout
+        raise HpoError(f"--json: {lost_text(lost)}")

@@ -3,13 +3,14 @@
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.text import Text
 
+from hpo.cli.output import say
 from hpo.errors import HpoError, InputError, masked
 from hpo.log import SHOWN, log, shown_by
 from hpo.study.draft import read
@@ -70,11 +71,26 @@ def screen(how: Shown = Shown()) -> Iterator[Console]:
         yield out
 
 
+class _LogFile(logging.FileHandler):
+    """A file of what is logged; a disk that is full costs what is logged only, and logging's own way is a traceback."""
+
+    _is_said = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._is_said:
+            say(f"hpo: --log-file {self.baseFilename}: cannot be written ({sys.exc_info()[1]}); the command continues")
+        self._is_said = True
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 @contextmanager
 def _logged_to(path: Path) -> Iterator[None]:
     """Have a file take all that is logged, and how it ended where that was an error."""
     try:
-        file = logging.FileHandler(path, encoding="utf-8")
+        file = _LogFile(path, encoding="utf-8")
     except OSError as error:
         raise InputError(f"--log-file {path}: cannot be written ({error.strerror}); give another file") from error
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

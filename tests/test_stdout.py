@@ -1,0 +1,49 @@
+"""Where stdout is a full disk or a pipe that nobody reads."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tests import warm
+from tests.cli import invoke, summary
+from tests.conftest import start_hpo
+
+Write = Callable[..., Path]
+FULL = "the output cannot be written (No space left on device)"
+
+
+def on_a_full_disk(*arguments: object) -> tuple[int, str]:
+    """Run a command whose stdout is on a full disk; return its exit status and stderr."""
+    with open("/dev/full", "w") as full:
+        process = warm.Popen(*arguments, stdout=full.fileno())
+        _, err = process.communicate(timeout=100)
+    return process.returncode, err
+
+
+def test_a_study_trains_on_where_its_display_cannot_be_written(study: Write) -> None:
+    path = study("trials: 2")
+    status, err = on_a_full_disk("run", path)
+    assert (status, err) == (0, f"hpo: {FULL}; the command continues without it, and `hpo status` shows the study\n")
+    status, err = on_a_full_disk("run", path, "--trials", 3, "--log-file", "/dev/full", "--json")
+    assert status == 1
+    full, log_file, no_summary = err.splitlines()
+    assert full.startswith(f"hpo: {FULL}; the command continues")
+    assert log_file.startswith("hpo: --log-file /dev/full: cannot be written ([Errno 28] No space left on device)")
+    assert no_summary == f"hpo: --json: {FULL}"
+    assert summary(invoke("status", path, "--json", "--trials", 3))["trials"]["complete"] == 3
+    for command in (["studies"], ["status", path, "--json"], ["report", path, "--format", "csv", "--out", "-"]):
+        assert on_a_full_disk(*command) == (1, f"hpo: {FULL}\n")
+
+
+def test_a_study_trains_on_where_nobody_reads_its_lines(study: Write) -> None:
+    path = study("trials: 3")
+    running = start_hpo("run", path, LINEAR_SECONDS="0.05")
+    assert running.stdout is not None
+    running.stdout.readline()
+    running.stdout.close()
+    running.stdout = None
+    _, err = running.communicate(timeout=100)
+    assert running.returncode == 0
+    said = "hpo: the output cannot be written (Broken pipe); the command continues without it, and `hpo status` shows"
+    assert err.startswith(said)
+    assert len(err.splitlines()) == 1
+    assert summary(invoke("status", path, "--json"))["trials"]["complete"] == 3
