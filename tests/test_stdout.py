@@ -1,4 +1,4 @@
-"""Where stdout is a full disk or a pipe that nobody reads."""
+"""Where stdout is a full disk or a pipe that nobody reads, and how a command ends that a signal strikes early."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -47,3 +47,14 @@ def test_a_study_trains_on_where_nobody_reads_its_lines(study: Write) -> None:
     assert err.startswith(said)
     assert len(err.splitlines()) == 1
     assert summary(invoke("status", path, "--json"))["trials"]["complete"] == 3
+
+
+def test_a_signal_while_a_command_still_imports_is_said(study: Write) -> None:
+    code = (
+        "import os, signal, sys; from hpo.cli import app\n"
+        "app._commands = lambda: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.argv = ['hpo', 'run', 'study.yaml']; app.main()"
+    )
+    study()
+    done = warm.run(code)
+    assert (done.returncode, done.stderr) == (130, "hpo: interrupted\n")

@@ -324,7 +324,9 @@ def main() -> None:
     try:
         try:
             app()
-        except SystemExit:
+        except SystemExit as done:
+            if done.code == 130:  # by which typer ends a command that a signal has interrupted, without a word
+                raise KeyboardInterrupt from done
             sys.stdout.flush()
             raise
         finally:
