@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests import warm
 from tests.cli import invoke, summary
-from tests.conftest import start_hpo
+from tests.conftest import run_hpo, start_hpo
 
 Write = Callable[..., Path]
 FULL = "the output cannot be written (No space left on device)"
@@ -58,3 +60,12 @@ def test_a_signal_while_a_command_still_imports_is_said(study: Write) -> None:
     study()
     done = warm.run(code)
     assert (done.returncode, done.stderr) == (130, "hpo: interrupted\n")
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_how_a_file_is_named_that_looks_like_an_option(study: Write, is_there: bool) -> None:
+    study(name="-dash.yaml" if is_there else "other.yaml")
+    done = run_hpo("run", "-dash.yaml")
+    assert done.returncode == 2
+    hint = "hpo: -dash.yaml is a file whose name starts as an option does; write ./-dash.yaml\n"
+    assert done.stderr.endswith("No such option: -d\n" + hint * is_there)

@@ -22,7 +22,7 @@ from hpo.cli.options import Device, Json, LogFile, Quiet, Set, Stack, Storage, S
 from hpo.cli.options import count as _count
 from hpo.cli.options import finish as _finish
 from hpo.cli.options import overrides as _overrides
-from hpo.cli.output import Output, continue_without_output, end, lost_text
+from hpo.cli.output import Output, continue_without_output, end, lost_text, say_how_dashes_are_written
 from hpo.errors import HpoError, InputError, SpecError, masked
 from hpo.garbage import uncollected
 
@@ -327,6 +327,8 @@ def main() -> None:
         except SystemExit as done:
             if done.code == 130:  # by which typer ends a command that a signal has interrupted, without a word
                 raise KeyboardInterrupt from done
+            if done.code == 2:
+                say_how_dashes_are_written(sys.argv[1:])
             sys.stdout.flush()
             raise
         finally:

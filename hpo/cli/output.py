@@ -3,6 +3,7 @@
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 
@@ -72,3 +73,10 @@ def end(text: str, status: int) -> NoReturn:
     if text:
         say(text)
     sys.exit(status)
+
+
+def say_how_dashes_are_written(arguments: list[str]) -> None:
+    """Say how a file is given whose name looks like options to the command line."""
+    for each in arguments:
+        if each.startswith("-") and Path(each).is_file():
+            say(f"hpo: {each} is a file whose name starts as an option does; write ./{each}")
