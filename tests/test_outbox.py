@@ -410,6 +410,16 @@ STARTED: dict[str, object] = {"do": "start", "trial": 0, "time": 1, "params": {"
 ENDED = {**item(), "time": 9, "tags": {"hpo.state": "COMPLETE"}}
 
 
+@pytest.mark.parametrize("name", ["my öbj #1.py", "100% 🎉.py", "-a.py", "(copy).py", "report"])
+def test_what_an_objectives_file_may_be_called_is_taken_again(name: str) -> None:
+    assert is_item({"do": "texts", "trial": None, "time": 1, "texts": {name: "text"}})
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../a.py", "/a.py", "a\\b.py", "a\0b.py", "n" * 256])
+def test_what_is_no_name_of_one_file_is_no_item(name: str) -> None:
+    assert not is_item({"do": "texts", "trial": None, "time": 1, "texts": {name: "text"}})
+
+
 def test_all_of_a_trial_is_one_item() -> None:
     whole = merged(merged(STARTED, metrics(0, 3)) or {}, ENDED)
     assert whole == {

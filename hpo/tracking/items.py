@@ -3,7 +3,6 @@
 An item has `do` (its kind), `trial` (Optuna's number; None: the study), `time` (in ms), and what its kind needs.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -127,7 +126,8 @@ def _is_end(end: Any) -> bool:
 
 
 def _is_file_name(name: Any) -> bool:
-    return isinstance(name, str) and re.fullmatch(r"\w[\w.-]{0,200}", name) is not None
+    """Whether `name` is that of one file, as an objective's may be: with blanks and signs, but in no other folder."""
+    return isinstance(name, str) and name not in ("", ".", "..") and len(name) <= 255 and not set(name) & set("/\\\0")
 
 
 _PLAIN = {"do", "trial", "time", "ended", "params", "rows", "tags", "status", "left", "is_new"}

@@ -87,8 +87,8 @@ class MlflowTracker(Tracker):
         if n_bad:
             self._refusal_said = True
             log.warning(
-                f"tracking: {n_bad} lines that an earlier run left unsent cannot be read; they are kept in "
-                f"{self._outbox.refused}, and the rest is sent"
+                f"tracking: {n_bad} {'line' if n_bad == 1 else 'lines'} left unsent by an earlier run cannot be read; "
+                f"kept in {self._outbox.refused}, and the rest is sent"
             )
 
     # What the engine tells.
