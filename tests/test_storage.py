@@ -1,5 +1,7 @@
 """The storage: safe for several processes at once, and one line for everything that can be wrong with its address."""
 
+import errno
+import os
 import sqlite3
 import subprocess
 import sys
@@ -157,6 +159,17 @@ def test_a_file_where_the_folder_should_be_is_refused(tmp_path, monkeypatch):
         open_storage("sqlite:///out/deep/optuna.db")
     with pytest.raises(StorageError, match=f"there is no folder {tmp_path}/out; make it"):
         open_storage(f"sqlite:///{tmp_path}/out/optuna.db")
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    message = r"cannot be opened: out cannot be made \(Read-only file system\); give another `storage` and `output`"
+    with pytest.raises(StorageError, match=message):
+        open_storage("sqlite:///out/optuna.db")
 
 
 def test_a_folder_where_the_file_should_be_is_refused(tmp_path):

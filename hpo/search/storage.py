@@ -280,9 +280,11 @@ def _make_folder(path: Path, url: str) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StorageError(
-                f"storage {url} cannot be opened: {folder} is not a folder ({error.strerror})"
-            ) from error
+            if isinstance(error, FileExistsError | NotADirectoryError):
+                why = f"{folder} is not a folder ({error.strerror})"
+            else:
+                why = f"{folder} cannot be made ({error.strerror}); give another `storage` and `output`"
+            raise StorageError(f"storage {url} cannot be opened: {why}") from error
     if not folder.is_dir():
         raise StorageError(f"storage {url} cannot be opened: there is no folder {folder}; make it, or give another")
 
