@@ -249,6 +249,20 @@ def test_a_name_that_can_be_a_folder_is_taken(draft, text, name):
     assert draft(f"name: {text}\n").spec.name == name
 
 
+def test_a_files_name_that_is_no_studys_says_where_the_name_comes_from(tmp_path):
+    file = tmp_path / "st#1 🎉.yaml"
+    file.write_text("objective: x\n")
+    read = drafts.read(file)
+    (line,) = read.document.render(read.faults)
+    assert line.endswith(
+        ":1: name: must be letters, digits, `_`, `-`, `.` (it names a folder), but got 'st#1 🎉'; this is the file's "
+        "name, since it has no `name`: write `name: ...` into it, or rename the file"
+    )
+    file.write_text("objective: x\nname: ok\n")
+    assert not drafts.read(file).faults
+    assert "rename the file" not in str(drafts.read(file, {"name": "a/b"}).faults)
+
+
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
 def test_patience_and_precision_are_taken(draft, precision):
     spec = draft(f"patience: 3\nprecision: {precision}\n").spec

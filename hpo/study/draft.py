@@ -5,7 +5,7 @@ sampler) still run and a user sees every fault at once; `Draft.spec` must not be
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,10 @@ class Draft:
 
 def read(path: Path, overrides: Mapping[str, str] | None = None) -> Draft:
     """Read study.yaml at `path`, with `--set` overrides; see `hpo.study.document.read` for what it raises."""
-    return draft_of(read_document(path, overrides), path.stem)
+    draft = draft_of(read_document(path, overrides), path.stem)
+    if "name" not in draft.document.values:
+        draft.faults[:] = [_of_the_file(fault) if fault.path == ("name",) else fault for fault in draft.faults]
+    return draft
 
 
 def draft_of(document: Document, name: str) -> Draft:
@@ -84,6 +87,12 @@ def _spec(values: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[StudySp
         for fault in new:
             left.pop(str(fault.path[0]), None)
         left.setdefault("name", "unnamed")
+
+
+def _of_the_file(fault: Fault) -> Fault:
+    """Return what is wrong with a name that nobody has written, with where it comes from."""
+    why = "this is the file's name, since it has no `name`: write `name: ...` into it, or rename the file"
+    return replace(fault, message=f"{fault.message}; {why}")
 
 
 def _is_unset(fault: Fault) -> bool:
