@@ -1,6 +1,7 @@
 """Bundles: written whole or not at all, usable with torch alone, and proved equal to what was measured."""
 
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -394,7 +395,13 @@ def test_a_bundle_is_replaced_whole(folder, existing):
     assert {path.name for path in folder.iterdir()} == {"model.pt", "model.torchscript.pt", "bundle.json", "MODEL.md"}
     assert (folder / "model.pt").read_bytes() != existing["model.pt"]
     assert [path.name for path in folder.parent.iterdir()] == ["s"]
-    assert folder.stat().st_mode & 0o777 == 0o755
+    before = os.umask(0o027)
+    try:
+        export(made, rows, folder)
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o750  # as any folder that is made then
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
 
 
 def everything(folder):

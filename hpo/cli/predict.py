@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from hpo.errors import HpoError, InputError, SpecError, did_you_mean
+from hpo.export.files import allowed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -111,9 +112,7 @@ def _opened(out: Path | None) -> Iterator[IO[str]]:
     try:
         with open(handle, "w", encoding="utf-8", newline="") as stream:
             yield stream
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp makes it for its owner only
+        os.chmod(name, allowed(0o666))  # mkstemp makes it for its owner only
         os.replace(name, out)
     finally:
         with suppress(FileNotFoundError):

@@ -23,7 +23,7 @@ from torch import nn
 from hpo.errors import ExportError, InputError
 from hpo.export.card import card
 from hpo.export.describing import describe
-from hpo.export.files import FILES, MORE_FILES, digests, finite
+from hpo.export.files import FILES, MORE_FILES, allowed, digests, finite
 from hpo.export.formats import ALWAYS, FILE_OF, Formats, write
 from hpo.export.model import Model
 from hpo.export.parity import NOTHING, TOLERANCE, fresh_parity, parity_of, require_parity
@@ -48,7 +48,7 @@ def export(
         _remove_left(place.parent)
         work = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{this_process()}~", dir=place.parent))
     try:
-        os.chmod(work, 0o755)  # mkdtemp makes it for its owner only
+        os.chmod(work, allowed(0o777))  # mkdtemp makes it for its owner only
         eager = model.predictor()
         how, parity = _write_all(model, eager, held_out, work, folder, formats)
         if fresh:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from io import BytesIO
 from pathlib import Path
@@ -22,6 +23,13 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
 FILES = ("model.pt", "model.torchscript.pt", "bundle.json")
 """What every bundle has; and what it may have."""
 MORE_FILES = ("model.pt2", "model.onnx", "model.safetensors", "MODEL.md")
+
+
+def allowed(mode: int) -> int:
+    """Return those of the permissions `mode` that a file or folder of this process gets, as if it was made plainly."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return mode & ~umask
 
 
 def finite(value: Any) -> Any:
