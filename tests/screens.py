@@ -8,7 +8,7 @@ class Screen(Progress):
 
     def __init__(self, during=lambda number, epoch: None):
         self.started, self.epochs, self.ended, self._during = [], [], [], during
-        self.paused = []
+        self.paused, self.seconds = [], {}
 
     def trial_started(self, number, params):
         self.started.append((number, dict(params)))
@@ -22,3 +22,4 @@ class Screen(Progress):
 
     def trial_ended(self, number, state, value, reason, seconds=None):
         self.ended.append((number, state, value, reason))
+        self.seconds[number] = seconds

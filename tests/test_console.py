@@ -139,6 +139,19 @@ class TestPlain:
         assert plain.told == (state, value)
         assert said == [f"[0/4] trial 3 {text}; a=1; 0.0 s; no trial yet"]
 
+    @pytest.mark.parametrize("resumed", [True, False])
+    def test_a_pause_is_no_training(self, plain, said, clock, resumed):
+        plain.next = (counts(), None)
+        plain.trial_started(0, {"a": 1})
+        clock.now += 5
+        plain.trial_paused(0, 1)
+        clock.now += 600
+        if resumed:
+            plain.trial_started(0, {"a": 1})
+            clock.now += 3
+        plain.trial_ended(0, "PRUNED", 0.5, None)
+        assert said == [f"[0/4] trial 0 pruned: accuracy 0.5000; a=1; {8 if resumed else 5}.0 s; no trial yet"]
+
     def test_a_long_trial_is_heard_of_now_and_then(self, plain, said, clock):
         plain.trial_started(0, {})
         for epoch in range(1, 8):

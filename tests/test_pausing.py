@@ -10,6 +10,7 @@ from hpo.errors import Interrupted, SpecError
 from hpo.runner.checkpoints import folder_of
 from hpo.runner.prepare import prepare
 from hpo.runner.worker import work
+from hpo.search.budget import trained
 from hpo.search.curves import curves_in, reported
 from hpo.search.opening import open_search
 from hpo.search.pruning import settle_pruner
@@ -95,6 +96,21 @@ def test_each_trial_has_one_end_and_storage_tracker_and_screen_agree_on_it(stack
             assert trial.value == curves["valid_r2"][-1]
     assert len(done.screen.paused) == view.effort.paused
     assert not list(done.folder.glob("place-*"))
+
+
+def test_a_trial_is_said_to_have_taken_what_it_was_trained_for():
+    """Also one that a run before has trained and paused, and that is pruned by this one."""
+    done = Study("s", f"{HALVING}stack: 1\n")
+    done.run(stop=StopWhen(lambda: len(done.screen.paused) > 5, in_time=True))
+    done.screen = Screen()
+    done.run()
+    seconds = {trial.number: trained(trial) for trial in done.view.trials}
+    pruned = [number for number, state, *_ in done.screen.ended if state == "PRUNED"]
+    assert len(pruned) > 2
+    for number, *_ in done.screen.ended:
+        assert done.screen.seconds[number] == pytest.approx(seconds[number], abs=0.3)
+        assert done.screen.seconds[number] > 0
+    assert {number for number, params in done.screen.started if params} >= set(pruned)
 
 
 def test_time_is_counted_while_trials_are_trained_only():

@@ -16,7 +16,7 @@ from hpo.errors import HpoError, InputError
 from hpo.log import log
 from hpo.runner.prepare import Plan
 from hpo.runner.progress import Progress
-from hpo.search.budget import covered, spans_of
+from hpo.search.budget import trained
 from hpo.search.search import Search
 from hpo.search.view import StudyView
 
@@ -149,7 +149,7 @@ class StudyMonitor:
                 self._progress.epoch_ended(trial.number, trial.epoch, self._plan.spec.epochs, metrics)
         ended = set(seen.ends) - self._ended
         # as stored: it may have been trained, whole, between two looks, or while the storage did not answer
-        seconds = {t.number: covered(spans_of(t)) for t in seen.everything if t.number in ended}
+        seconds = {t.number: trained(t) for t in seen.everything if t.number in ended}
         for number in sorted(ended):
             self._ended.add(number)
             if number not in self._epochs:

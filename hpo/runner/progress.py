@@ -173,12 +173,15 @@ class PlainProgress(Progress):
         self._board, self._refresh, self._epoch_seconds = board, refresh, epoch_seconds
         self._said_at = time.monotonic()
         self._running: dict[int, tuple[float, str]] = {}
+        """When each trial in training would have begun, had it not been paused, and its params."""
         self._paused: dict[int, tuple[float, str]] = {}
+        """For how many seconds each paused trial was trained, and its params."""
 
     def trial_started(self, number: int, params: Mapping[str, Any]) -> None:
         if not self._running:
             self._said_at = time.monotonic()
-        self._running[number] = self._paused.pop(number, (time.monotonic(), shown(params)))
+        seconds, text = self._paused.pop(number, (0.0, shown(params)))
+        self._running[number] = (time.monotonic() - seconds, text)
 
     def epoch_ended(self, number: int, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
         if time.monotonic() - self._said_at >= self._epoch_seconds:
@@ -187,7 +190,8 @@ class PlainProgress(Progress):
             log.info(line, extra=self._about)
 
     def trial_paused(self, number: int, epoch: int) -> None:
-        self._paused[number] = self._running.pop(number)
+        started, params = self._running.pop(number)
+        self._paused[number] = (time.monotonic() - started, params)
 
     def trial_ended(
         self, number: int, state: str, value: float | None, reason: str | None, seconds: float | None = None
@@ -196,12 +200,14 @@ class PlainProgress(Progress):
         board = self._board
         said = [f"{board.metric} {number_text(value)}" if value is not None else "", reason or ""]
         what = "".join(f"{before} {each}" for before, each in zip(":,", filter(None, said), strict=False))
-        known = self._running if number in self._running else self._paused
-        started, params = known.pop(number, (time.monotonic(), ""))
+        seen, params = self._paused.pop(number, (0.0, ""))
+        if number in self._running:
+            started, params = self._running.pop(number)
+            seen = time.monotonic() - started
         parts = [
             f"[{board.done_text()}] trial {number} {STATES[state]}{what}",
             params,
-            duration(time.monotonic() - started if seconds is None else seconds),
+            duration(seen if seconds is None else seconds),
             board.best_text(),
             board.left_text(),
         ]

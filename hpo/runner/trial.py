@@ -321,15 +321,15 @@ class TrialRun:
     def told(self) -> None:
         """Tell tracker and progress how the trial has ended, once the storage knows it."""
         assert self.ending is not None
-        number, ending = self.member.number, self.ending
+        number, ending, effort = self.member.number, self.ending, self._effort()
         if ending.state == "PAUSED":
-            self._tracker.pause_trial(number, self._effort())
+            self._tracker.pause_trial(number, effort)
             self._progress.trial_paused(number, self.member.epoch)
             return
         checkpoints.drop(self._plan, self._claim)
-        self._tracker.end_trial(number, ending.state, ending.fault, self._effort())
+        self._tracker.end_trial(number, ending.state, ending.fault, effort)
         broken = self._limits.broken(self.values) if ending.state == "COMPLETE" else None
-        self._progress.trial_ended(number, ending.state, ending.value, ending.fault or broken)
+        self._progress.trial_ended(number, ending.state, ending.value, ending.fault or broken, effort["seconds"])
 
     def _better(self, value: float, than: float) -> bool:
         return value > than if self._plan.maximize else value < than

@@ -109,7 +109,9 @@ class Trials:
         for lost in self._search.drain_lost():
             self._tracker.end_trial(lost.number, lost.state, lost.reason)
             if lost.state == "PRUNED":
-                self._progress.trial_ended(lost.number, lost.state, None, None)
+                # a peer may have trained and paused it
+                self._progress.trial_started(lost.number, self._plan.space.searched(lost.params))
+                self._progress.trial_ended(lost.number, lost.state, None, None, lost.seconds)
                 continue
             what = "its retries are spent" if lost.state == "FAIL" else "it is retried"
             log.warning(f"trial {lost.number} was lost ({lost.reason}): {what}")

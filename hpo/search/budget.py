@@ -262,6 +262,11 @@ def spans_of(trial: FrozenTrial) -> list[tuple[float, float]]:
     return [*spans, (start, utc(trial.datetime_complete or datetime.now(UTC)).timestamp())]
 
 
+def trained(trial: FrozenTrial) -> float:
+    """Return for how many seconds a trial was trained."""
+    return covered(spans_of(trial))
+
+
 def utc(moment: datetime) -> datetime:
     """Return one of Optuna's times, which are this machine's local ones without saying so, in UTC."""
     return moment.astimezone(UTC)

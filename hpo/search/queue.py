@@ -9,7 +9,7 @@ import random
 from collections import deque
 from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
@@ -21,7 +21,7 @@ from hpo.log import log
 from hpo.processes import this_process
 from hpo.search import schema
 from hpo.search.batch import Queued
-from hpo.search.budget import held_until, holders, is_new, is_paused, is_retry, lease_of, refill, worker_of
+from hpo.search.budget import held_until, holders, is_new, is_paused, is_retry, lease_of, refill, trained, worker_of
 from hpo.search.clock import Clock
 from hpo.search.front import maximizes, others_in
 from hpo.search.halving import Halving
@@ -48,6 +48,9 @@ class Lost:
     number: int
     state: str
     reason: str | None = None
+    params: Mapping[str, Any] = field(default_factory=dict)
+    """Those of one that was paused, and for how many seconds it was trained."""
+    seconds: float | None = None
 
 
 class Queue:
@@ -144,7 +147,11 @@ class Queue:
                     last = trial.intermediate_values[max(trial.intermediate_values)]
                     values = None if math.isnan(last) else [last]
                     self._storage.set_trial_state_values(trial._trial_id, TrialState.PRUNED, values)
-        self._lost += [Lost(number=trial.number, state="PRUNED") for trial in paused if trial._trial_id not in over]
+        self._lost += [
+            Lost(number=trial.number, state="PRUNED", params=trial.params, seconds=trained(trial))
+            for trial in paused
+            if trial._trial_id not in over
+        ]
 
     def _is_over(self, halving: Halving, taken: Sequence[FrozenTrial]) -> bool:
         """Whether of the trials that hold the slots only paused ones are left, none of which is to be resumed."""
