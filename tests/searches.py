@@ -21,11 +21,15 @@ class HandClock:
     """A clock that stands still until it is moved: `clock` is what a study is opened with."""
 
     def __init__(self):
-        self._seconds, self._start = 0.0, time.time()
-        self.clock = Clock(monotonic=lambda: self._seconds, now=lambda: self._start + self._seconds)
+        self._seconds, self._start, self._set = 0.0, time.time(), 0.0
+        self.clock = Clock(monotonic=lambda: self._seconds, now=lambda: self._start + self._set + self._seconds)
 
     def move(self, seconds):
         self._seconds += seconds
+
+    def set_date(self, seconds):
+        """Set the date forward, which is not the passing of time."""
+        self._set += seconds
 
 
 class StopWhen(StopToken):

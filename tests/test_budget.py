@@ -1,5 +1,6 @@
 """The budget's arithmetic: one place for each trial that was asked for, however often it was taken up anew."""
 
+import math
 import time
 from datetime import UTC, datetime, timedelta
 
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.search.budget import Counts, count, covered, holders, refill, seconds_used, utc
+from hpo.search.budget import Counts, count, covered, holders, refill, seconds_used, utc, wrong_row
 from hpo.search.starts import NONE
 
 NOON = datetime(2026, 1, 1, 12)
@@ -115,6 +116,16 @@ def test_covered_does_not_mind_the_order_nor_what_is_said_twice(spans, random):
     shuffled = spans * 2
     random.shuffle(shuffled)
     assert covered(shuffled) == covered(spans)
+
+
+def test_a_date_that_was_set_meanwhile_is_no_training():
+    trials = [trial(0, start=0, end=5000, trained_seconds=7.0), trial(1, start=5001, end=5004)]
+    assert seconds_used(trials, {}) == pytest.approx(10)
+    back = trial(0, start=0, end=-5000, trained_seconds=7)
+    assert seconds_used([back], {}) == pytest.approx(7)
+    assert wrong_row(back) is None
+    for wrong in (-1.0, math.inf, math.nan, "7", True, None):
+        assert "trained_seconds" in (wrong_row(trial(0, start=0, end=1, trained_seconds=wrong)) or "")
 
 
 def test_seconds_used_are_those_in_which_a_trial_ran():

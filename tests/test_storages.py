@@ -66,6 +66,27 @@ def abandon(search, number):
     search.storage.set_trial_system_attr(trial._trial_id, schema.LEASE, lease)
 
 
+@pytest.mark.parametrize("end", ["complete", "prune", "fail", "give_back", "pause"])
+@pytest.mark.parametrize("hours", [1, -1, 0])
+def test_a_date_that_is_set_while_a_trial_trains_is_no_time_of_training(tmp_path, end, hours):
+    opener, time = Opener(tmp_path), HandClock()
+    search = opener(clock=time.clock, timeout=600)
+    number = search.ask().number
+    time.set_date(3600 * hours)
+    time.move(5)
+    search.report(number, 0, 0.5)
+    more = {"complete": (0.5,), "fail": ("why",), "give_back": ("why",)}.get(end, ())
+    getattr(search, end)(number, *more)
+    frozen = stored(search, number)
+    seconds = frozen.user_attrs.get("trained_seconds")
+    if end == "pause":
+        ((start, until),) = frozen.user_attrs["trained"]
+        seconds = until - start if hours else None
+    assert seconds == (pytest.approx(5, abs=0.5) if hours else None)  # nothing more is stored where the date is right
+    assert search.seconds_left(600) == pytest.approx(595, abs=5)
+    opener.close()
+
+
 def test_exactly_so_many_trials_by_turns_and_over_restarts(opened):
     one, two = opened(trials=7), opened(trials=7)
     done = []

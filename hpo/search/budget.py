@@ -259,6 +259,8 @@ def spans_of(trial: FrozenTrial) -> list[tuple[float, float]]:
     start = utc(trial.datetime_start).timestamp()
     if any(abs(known - start) < 1e-3 for known, _ in spans):  # it was pruned while it was paused
         return spans
+    if (seconds := trial.user_attrs.get(schema.SECONDS)) is not None:  # the date was set meanwhile
+        return [*spans, (start, start + float(seconds))]
     return [*spans, (start, utc(trial.datetime_complete or datetime.now(UTC)).timestamp())]
 
 
@@ -287,6 +289,9 @@ def wrong_row(trial: FrozenTrial) -> str | None:
     trained = attrs.get(schema.TRAINED, [])
     if not (isinstance(trained, list) and all(map(_is_span, trained))):
         return f"its {schema.TRAINED} is {trained!r:.100}"
+    seconds = attrs.get(schema.SECONDS, 0.0)
+    if not (is_real(seconds) and 0 <= seconds < 1 << 53):
+        return f"its {schema.SECONDS} are {seconds!r:.100}"
     for key, stored in ((schema.METRICS, attrs), (schema.FIXED_PARAMS, trial.system_attrs)):
         if not isinstance(stored.get(key, {}), Mapping):
             return f"its {key} are {stored[key]!r:.100}"

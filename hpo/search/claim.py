@@ -1,11 +1,11 @@
 """A claimed trial: what its worker is told of it, and Optuna's object of it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from optuna import TrialPruned
+from optuna import Study, TrialPruned
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial
@@ -13,6 +13,8 @@ from optuna.trial import Trial
 from hpo.errors import InputError
 from hpo.log import log
 from hpo.search import schema
+from hpo.search.budget import utc
+from hpo.search.clock import Clock
 from hpo.search.front import alone
 
 
@@ -54,6 +56,30 @@ class ClaimedTrial(Trial):
     """Optuna's trial, which passes on what a plain Optuna objective reports."""
 
     on_report: Callable[[int, float], None] = staticmethod(lambda step, value: None)
+    SET_SECONDS = 60.0
+    """By how much date and monotonic clock differ where the date was set; less is the daily work of NTP."""
+
+    def __init__(self, study: Study, trial_id: int, clock: Clock) -> None:
+        super().__init__(study, trial_id)
+        self._clock, self._since = clock, (clock.now(), clock.monotonic())
+
+    def _seconds(self) -> float | None:
+        """Return for how long it was trained where the date was set since it was claimed; None: the date says it."""
+        dated, seconds = self._clock.now() - self._since[0], self._clock.monotonic() - self._since[1]
+        return seconds if abs(dated - seconds) > self.SET_SECONDS else None
+
+    def span(self) -> list[float]:
+        """Return from when until when it was trained since it was claimed, in seconds since 1970."""
+        claimed, seconds = self._cached_frozen_trial.datetime_start, self._seconds()
+        assert claimed is not None
+        start = utc(claimed).timestamp()
+        return [start, self._clock.now() if seconds is None else start + seconds]
+
+    def note_seconds(self) -> None:
+        """Have it known for how long it was trained, before it ends, where its dates say something else."""
+        if (seconds := self._seconds()) is not None:
+            with suppress(UpdateFinishedTrialError):
+                self.set_user_attr(schema.SECONDS, round(seconds, 3))
 
     def annotate(self, key: str, value: Any) -> None:
         """Set an attribute of the trial, a key of `hpo.search.schema`: Optuna's own of constraints, or a user's."""

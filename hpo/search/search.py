@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.errors import HpoError, masked
 from hpo.search import schema
 from hpo.search.away import StorageAway
-from hpo.search.budget import Counts, seconds_used, utc
+from hpo.search.budget import Counts, seconds_used
 from hpo.search.claim import Claim, ClaimedTrial
 from hpo.search.clock import SYSTEM, Clock
 from hpo.search.front import maximizes, others_in
@@ -126,7 +126,7 @@ class Search:
         return list(claims.values())
 
     def _sample(self, frozen: FrozenTrial) -> Claim:
-        trial = ClaimedTrial(self.study, frozen._trial_id)
+        trial = ClaimedTrial(self.study, frozen._trial_id, self._clock)
         self._claimed[trial.number] = trial
         attrs, n_reported = frozen.user_attrs, len(frozen.intermediate_values)
         seed, slot = attrs.get(schema.SEED), attrs.get(schema.SLOT, trial.number)
@@ -256,11 +256,9 @@ class Search:
         """Have a trial wait until it is resumed, here or by a peer (`halving`); it is no longer ours then."""
         trial = self._claimed.pop(number)
         frozen = trial._cached_frozen_trial
-        assert frozen.datetime_start is not None
-        span = [utc(frozen.datetime_start).timestamp(), self._clock.now()]
         attrs = {
             schema.PAUSED_AT: len(frozen.intermediate_values),
-            schema.TRAINED: [*frozen.user_attrs.get(schema.TRAINED, []), span],
+            schema.TRAINED: [*frozen.user_attrs.get(schema.TRAINED, []), trial.span()],
         }
         self.study._thread_local.cached_all_trials = None
         try:
@@ -278,6 +276,7 @@ class Search:
         trial = self._claimed.get(number)
         if trial is None:
             return False
+        trial.note_seconds()
         self._queue.give_back(trial._trial_id, reason)
         self.forget(number)
         return True
@@ -290,6 +289,7 @@ class Search:
             last = frozen.intermediate_values[frozen.last_step]
             values = None if math.isnan(last) else [last]
         self.study._thread_local.cached_all_trials = None
+        trial.note_seconds()
         study = _filter_study(self.study, frozen)
         try:
             study.sampler.after_trial(study, frozen, state, values)
