@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpo.stacks.alone import NotStackable, Trying
+from hpo.stacks.alone import NotStackable, Trying, unlike
 from hpo.stacks.padding import Padder, PaddingPlan, unpadded
 from hpo.stacks.structure import common_structure
 from hpo.stacks.vmap_stack import VmapStack
@@ -101,7 +101,17 @@ def twice(params: Any) -> nn.Module:
     return nn.Sequential(hidden, nn.Tanh(), hidden, nn.Linear(6, 1))
 
 
+def masked(module: nn.Module, x: Tensor) -> Tensor:
+    return torch.relu(module.second(x.masked_fill(module.mask, 0)))
+
+
+def with_mask(module: nn.Module) -> None:
+    module.register_buffer("mask", torch.tensor([True, *[False] * 5]))
+    module.register_buffer("small", torch.tensor(3, dtype=torch.uint8))
+
+
 SAME: dict[str, Build] = {
+    "a mask and a small integer in buffers": lambda p: Network(masked, with_mask),
     "a buffer that is assigned": lambda p: Network(average, lambda m: m.register_buffer("mean", torch.zeros(6))),
     "layers without gradients": lambda p: Network(shut),
     "a layer that is used in evaluation only": lambda p: Network(evaluated),
@@ -112,6 +122,36 @@ SAME: dict[str, Build] = {
 @pytest.mark.parametrize("build", SAME.values(), ids=SAME)
 def test_what_a_network_does_in_training_it_does_in_a_stack(build: Build) -> None:
     check(Toy(build), [{}, {"learning_rate": 3e-2}])
+
+
+class Marked(Toy):
+    """Its network gives a mask and classes beside what the loss is of."""
+
+    def loss(self, outputs, targets, params):
+        return F.mse_loss(outputs[0], targets)
+
+
+def marking(module: nn.Module, x: Tensor) -> Any:
+    return plain(module, x), (x.detach() > 0, x.detach().argmax(1))
+
+
+def test_a_mask_among_the_outputs_is_compared_as_it_is() -> None:
+    check(Marked(lambda p: Network(marking)), [{}, {"learning_rate": 3e-2}], execution="graph")
+
+
+@pytest.mark.parametrize(
+    ("got", "expected", "is_same"),
+    [
+        (torch.tensor([1, 2], dtype=torch.uint8), torch.tensor([2, 2], dtype=torch.uint8), False),  # 1 - 2 is 255
+        (torch.tensor([2, 1], dtype=torch.uint8), torch.tensor([2, 1], dtype=torch.uint8), True),
+        (torch.tensor([10**6]), torch.tensor([10**6 + 1]), False),
+        (torch.tensor([True, False]), torch.tensor([True, True]), False),
+        (torch.tensor([1.0]), torch.tensor([1]), False),
+        ((torch.ones(1), torch.ones(1)), torch.ones(1), False),
+    ],
+)
+def test_integers_and_masks_are_the_same_or_not(got: Any, expected: Any, is_same: bool) -> None:
+    assert (unlike(got, expected, "float32") is None) == is_same
 
 
 class Root(nn.Module):

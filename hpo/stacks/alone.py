@@ -37,6 +37,7 @@ _TOLERANCES: Mapping[Precision, float] = {"float32": 1e-4, "tf32": 1e-2, "bf16":
 _STEP_TOLERANCES: Mapping[Precision, float] = {"float32": 3e-4, "tf32": 5e-2, "bf16": 0.5}
 """How much the gradients of a step may differ, as a share of the largest."""
 OUTSIDE = "its forward or loss changes attributes that are no tensors"
+NOT_ALONE = "its outputs in a stack are not those alone: its module has state outside of tensors"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -231,16 +232,26 @@ def _restore(module: nn.Module, before: Mapping[str, Tensor]) -> None:
 
 def unlike(got: Any, alone: Any, precision: Precision) -> str | None:
     """Return why outputs in a stack are not those that the network gives alone; None: they are."""
-    for one, expected in zip(tree_leaves(got), tree_leaves(alone), strict=True):
+    several, expected_ones = tree_leaves(got), tree_leaves(alone)
+    if len(several) != len(expected_ones):
+        return NOT_ALONE
+    for one, expected in zip(several, expected_ones, strict=True):
         if expected.numel() and not torch.isfinite(expected).any():
             return "its outputs are no numbers where it is tried"
         if not _close(one, expected, _TOLERANCES[precision] * max(1.0, _largest([expected]))):
-            return "its outputs in a stack are not those alone: its module has state outside of tensors"
+            return NOT_ALONE
     return None
 
 
+def _is_rounded(x: Tensor) -> bool:
+    """Whether it has fractions; integers and masks have none, and cannot be subtracted: unsigned ones wrap around."""
+    return x.is_floating_point() or x.is_complex()
+
+
 def _close(got: Tensor, expected: Tensor, most: float) -> bool:
-    """Whether two tensors differ by at most so much, wherever what is expected is a number."""
+    """Whether two tensors differ by at most so much, wherever what is expected is a number; integers by nothing."""
+    if not (_is_rounded(got) and _is_rounded(expected)):
+        return got.dtype == expected.dtype and torch.equal(got, expected)
     if got.shape != expected.shape:
         return False
     numbers = torch.isfinite(expected)
@@ -248,6 +259,6 @@ def _close(got: Tensor, expected: Tensor, most: float) -> bool:
 
 
 def _largest(several: Iterable[Tensor]) -> float:
-    """Return the largest number in some tensors."""
-    numbers = [each[torch.isfinite(each)] for each in several]
+    """Return the largest number in some tensors, integers left out."""
+    numbers = [each[torch.isfinite(each)] for each in several if _is_rounded(each)]
     return max((some.abs().max().item() for some in numbers if some.numel()), default=0.0)

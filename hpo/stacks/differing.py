@@ -67,7 +67,7 @@ def different(before: Trained, expected: Trained, got: Trained, tolerance: float
         pairs = [(o, n, x) for o, n, x in zip(old, new, other, strict=True) if n.numel()]
         if not pairs:
             continue
-        largest = torch.stack([_largest((n - o).double()) for o, n, _ in pairs]).amax(0)
+        largest = torch.stack([_largest(n.double() - o.double()) for o, n, _ in pairs]).amax(0)  # masks have no -
         for _, n, x in pairs:
             rounding = 8 * torch.finfo(n.dtype).eps * _largest(n.double()) if n.is_floating_point() else 0.0
             bound = (tolerance * largest + rounding).view(-1, *[1] * (n.ndim - 1))
