@@ -340,6 +340,37 @@ def test_that_the_rows_it_is_tried_with_are_there_twice_is_no_fault_of_the_loss(
     check(OfDistinctRows(twice), [{}, {"learning_rate": 3e-2}])
 
 
+def of_the_good(outputs: Tensor, targets: Tensor) -> Tensor:
+    good = (outputs - targets).abs() < 9
+    return F.mse_loss(outputs[good], targets[good])
+
+
+def logged(outputs: Tensor, targets: Tensor) -> Tensor:
+    assert F.mse_loss(outputs, targets).item() >= 0
+    return F.mse_loss(outputs, targets)
+
+
+class OtherwiseEvaluated(Toy):
+    def loss(self, outputs, targets, params):
+        loss = F.mse_loss if torch.is_grad_enabled() else self.evaluated
+        return params["scale"] * loss(outputs, targets)
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "reason"),
+    [
+        (of_the_good, "torch.func cannot batch it .*boolean mask"),
+        (logged, "torch.func cannot batch it .*item"),
+        (lambda outputs, targets: (outputs - targets).square().mean(0), r"its loss has the shape \(1,\) in evaluation"),
+    ],
+)
+def test_a_loss_that_torch_cannot_batch_in_evaluation_is_trained_alone(evaluated: Any, reason: str) -> None:
+    objective = OtherwiseEvaluated(twice)
+    objective.evaluated = evaluated
+    with pytest.raises(NotStackable, match=reason):
+        VmapStack(task(objective), 1, sines(8)).join(members([{"scale": 2.0}])[0])
+
+
 class Counting(Toy):
     n_calls = 0
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from hpo.stacks.alone import Trying, unlike
+from hpo.stacks.alone import NotStackable, Trying, unlike
 from hpo.stacks.candidate import Candidate
 from hpo.stacks.moved import outputs_when_moved
 from hpo.stacks.recording import line
@@ -103,4 +103,6 @@ class Admission:
 
 def not_batched(error: Exception) -> str:
     """Return why a network or loss is not stacked that torch.func does not take."""
+    if isinstance(error, NotStackable):
+        return str(error)
     return f"torch.func cannot batch it ({line(error)})"

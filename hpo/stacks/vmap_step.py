@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_map
 
+from hpo.stacks.alone import NotStackable
 from hpo.stacks.cost import note_compiled, records
 from hpo.stacks.differing import Run, difference
 from hpo.stacks.graph import CompiledStep, Graph
@@ -37,6 +38,7 @@ from hpo.study.objective import Params
 from hpo.training.batches import Batches
 from hpo.training.evaluation import in_full
 from hpo.training.memory import is_out_of_memory
+from hpo.training.metrics import SharedParams
 from hpo.training.stack import Task
 
 Execution = Literal["eager", "graph", "compiled"]
@@ -161,9 +163,10 @@ class VmapStep:
         self._forwards.clear()
 
     def try_out(self, state: StackState, inputs: Sequence[Tensor], targets: Tensor, execution: Execution) -> None:
-        """Raise what torch.func raises where it has no rule for the network or the loss."""
+        """Raise what torch.func raises where it has no rule for the network or the loss, in training or evaluation."""
         self._graphs.clear()  # of a state that was tried before, with other numbers for the loss
-        self.forward(state, inputs)  # first: tracing a step takes seconds, and an LSTM's can be, but not this
+        outputs = self.forward(state, inputs)  # first: tracing a step takes seconds, and an LSTM's can be, but not this
+        self._losses_when_evaluated(outputs, targets.clone(), state)
         if execution == "eager":
             with torch.no_grad():
                 self.eager(*tree_map(torch.clone, (state, inputs, targets)))
@@ -182,6 +185,18 @@ class VmapStep:
                 return in_full(vmap(outputs_of, in_dims=(0, 0, None))(state.weights, state.buffers, list(inputs)))
         finally:
             self._template.train()
+
+    @torch.no_grad()
+    def _losses_when_evaluated(self, outputs: Any, targets: Tensor, state: StackState) -> Tensor:
+        """Return the losses (K,) as an evaluation has them (`Measuring`); a loss may be another one there."""
+
+        def loss_of(outputs: Any, numbers: dict[str, Tensor]) -> Tensor:
+            return self._task.objective.loss(outputs, targets, SharedParams(self.params, numbers, self.reads))
+
+        losses: Tensor = vmap(loss_of, randomness="different")(outputs, state.loss_hyper)
+        if losses.ndim != 1:
+            raise NotStackable(f"its loss has the shape {tuple(losses.shape[1:])} in evaluation, not ()")
+        return losses
 
     def evaluation(self, state: StackState, inputs: Sequence[Tensor], execution: Execution) -> Any:
         """Return what `forward` does: replayed from a CUDA graph, where steps on `state` are."""
