@@ -249,7 +249,37 @@ def of_many_rows(module: nn.Module, x: Tensor) -> Tensor:
     return plain(module, x) if len(x) > 6 else x
 
 
-ATTRIBUTES = "its forward or loss changes attributes that are no tensors"
+def observing(module: nn.Module, x: Tensor) -> Tensor:
+    module.mean = torch.lerp(module.mean, x.mean(0).detach(), 1e-6)
+    return plain(module, x - module.mean)
+
+
+def observing_in_place(module: nn.Module, x: Tensor) -> Tensor:
+    module.mean.mul_(0.9)
+    return plain(module, x - module.mean)
+
+
+def with_mean(module: nn.Module) -> None:
+    module.register_buffer("mean", torch.ones(6))
+
+
+def halving(module: nn.Module, x: Tensor) -> Tensor:
+    if not module.training:
+        with torch.no_grad():
+            module.second.weight.mul_(0.5)
+    return plain(module, x)
+
+
+def sampling(module: nn.Module, x: Tensor) -> Tensor:
+    return plain(module, x) + torch.randn_like(x)
+
+
+def at_first_use(module: nn.Module, x: Tensor) -> Tensor:
+    module.kept = torch.arange(6).to(x) if module.kept is None else module.kept
+    return plain(module, x + module.kept)
+
+
+ATTRIBUTES = "its forward or loss changes what is neither a weight nor a buffer"
 REFUSED: dict[str, tuple[Build, str]] = {
     "Python's random numbers": (lambda p: Network(skipping), ATTRIBUTES),
     "NumPy's random numbers": (lambda p: Network(scaling), ATTRIBUTES),
@@ -262,6 +292,11 @@ REFUSED: dict[str, tuple[Build, str]] = {
     "a scripted layer": (scripted, "what torch.jit has made"),
     "complex weights": (lambda p: Network(plain, has(nn.Parameter(torch.ones(1, dtype=torch.complex64)))), "complex"),
     "a layer for many rows": (lambda p: Network(of_many_rows), "the number of rows decides .* second.bias, second.wei"),
+    "a mean of evaluations": (lambda p: Network(observing, with_mean), r"changes buffers in evaluation \(mean\)"),
+    "one in place": (lambda p: Network(observing_in_place, with_mean), r"changes buffers in evaluation \(mean\)"),
+    "weights": (lambda p: Network(halving), r"changes weights in evaluation \(second.weight\)"),
+    "what is drawn in evaluation": (lambda p: Network(sampling), "draws random numbers in evaluation"),
+    "what is made at first use": (lambda p: Network(at_first_use, has(None)), ATTRIBUTES),
     "no numbers": (lambda p: Network(lambda m, x: (x - 9).sqrt()), "its outputs are no numbers"),
 }
 

@@ -255,7 +255,7 @@ def test_a_forward_that_counts_in_what_it_closes_over_is_not_stacked() -> None:
 
     kinds, said = trained(build, [BASE] * 3)
     assert kinds == {LoopStack}
-    assert said[0].endswith("its forward or loss changes attributes that are no tensors")
+    assert said[0].endswith("its forward or loss changes what is neither a weight nor a buffer")
 
 
 def test_hooks_are_part_of_what_a_layer_is() -> None:

@@ -5,7 +5,8 @@ In training a network may do what it does not when it is evaluated: draw masks, 
 
 import inspect
 import random
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -36,8 +37,8 @@ _TOLERANCES: Mapping[Precision, float] = {"float32": 1e-4, "tf32": 1e-2, "bf16":
 """How much outputs in a stack may differ from those alone: other kernels round otherwise, at the most by so much."""
 _STEP_TOLERANCES: Mapping[Precision, float] = {"float32": 3e-4, "tf32": 5e-2, "bf16": 0.5}
 """How much the gradients of a step may differ, as a share of the largest."""
-OUTSIDE = "its forward or loss changes attributes that are no tensors"
-NOT_ALONE = "its outputs in a stack are not those alone: its module has state outside of tensors"
+OUTSIDE = "its forward or loss changes what is neither a weight nor a buffer"
+NOT_ALONE = "its outputs in a stack are not those alone"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,6 +99,31 @@ def step_alone(task: Task, module: nn.Module, params: Params, example: Split) ->
         is_random=is_random,
         draws=is_random or trying.drops or has_dropout(module),
     )
+
+
+@contextmanager
+def evaluating(task: Task, module: nn.Module) -> Iterator[None]:
+    """Within this `module` is evaluated, which is to leave it as it is: in a stack, what it assigns there is dropped.
+
+    Raises NotStackable.
+    """
+    before = {name: tensor.detach().clone() for name, tensor in tensors(module).items()}
+    drawn = random_states(task.device)
+    yield
+    if any(not torch.equal(state, drawn[name]) for name, state in random_states(task.device).items()):
+        raise NotStackable("its forward draws random numbers in evaluation")
+    after = tensors(module)
+    names = [name for name in {**before, **after} if not _unchanged(before.get(name), after.get(name))]
+    if names:
+        weights = dict(module.named_parameters()).keys() & set(names)
+        changed = "weights" if weights else "buffers"
+        raise NotStackable(f"its forward changes {changed} in evaluation ({', '.join(names[:3])})")
+
+
+def _unchanged(before: Tensor | None, after: Tensor | None) -> bool:
+    if before is None or after is None or before.dtype != after.dtype or before.shape != after.shape:
+        return False
+    return bool(((before == after) | ((before != before) & (after != after))).all())  # no number is not equal to itself
 
 
 _of_rows: WeakKeyDictionary[Objective, dict[Hashable, str | None]] = WeakKeyDictionary()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from hpo.stacks.alone import OUTSIDE, Alone, NotStackable, step_alone, unlike
+from hpo.stacks.alone import OUTSIDE, Alone, NotStackable, evaluating, step_alone, unlike
 from hpo.stacks.cost import records
 from hpo.stacks.padding import Padder, PaddingPlan
 from hpo.stacks.structure import PaddedModule, own_state, tensors
@@ -137,7 +137,8 @@ def candidate(task: Task, member: Member, padder: Padder, example: Split) -> Can
         for weight in probe.parameters():
             weight.add_(0.1 * torch.randn_like(weight))
         with task.guarding():
-            outputs = in_full(probe(*example.inputs.values()))
+            with evaluating(task, probe):
+                outputs = in_full(probe(*example.inputs.values()))
             task.objective.loss(outputs, example.targets, reads)
     mixes_rows = _mixes_rows(task, probe, example, outputs)
     if own_state(probe) != before:
