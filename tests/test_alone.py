@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpo.stacks.alone import NotStackable, Trying, unlike
+from hpo.stacks.alone import Alone, NotStackable, Trying, unlike
 from hpo.stacks.padding import Padder, PaddingPlan, unpadded
 from hpo.stacks.structure import common_structure
 from hpo.stacks.vmap_stack import VmapStack
@@ -113,6 +113,9 @@ def with_mask(module: nn.Module) -> None:
 SAME: dict[str, Build] = {
     "a mask and a small integer in buffers": lambda p: Network(masked, with_mask),
     "a buffer that is assigned": lambda p: Network(average, lambda m: m.register_buffer("mean", torch.zeros(6))),
+    "a bias before BatchNorm, whose gradient is rounding": lambda p: nn.Sequential(
+        nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 1)
+    ),
     "layers without gradients": lambda p: Network(shut),
     "a layer that is used in evaluation only": lambda p: Network(evaluated),
     "a layer at two places": twice,
@@ -333,6 +336,40 @@ def test_padding_that_changes_the_loss_in_training_only_is_refused() -> None:
     stack, small = with_room_to_pad(penalized)
     with pytest.raises(NotStackable, match="its gradients in a stack are not those alone"):
         stack.join(small)
+
+
+def lightly(module: nn.Module, x: Tensor) -> Any:
+    return (plain(module, x), 1e-6 * x.square().mean()) if module.training else plain(module, x)
+
+
+def lightly_always(module: nn.Module, x: Tensor) -> Any:
+    return plain(module, x), 1e-6 * x.square().mean()
+
+
+@pytest.mark.parametrize(("middle", "of"), [(lightly, "gradients"), (lightly_always, "outputs")])
+def test_in_double_precision_padding_that_changes_little_is_refused_too(middle: Middle, of: str) -> None:
+    stack, small = with_room_to_pad(middle)
+    with pytest.raises(NotStackable, match=f"its {of} in a stack are not those alone"):
+        stack.join(small)
+
+
+@pytest.mark.parametrize(
+    ("rounding", "by", "is_same"),
+    [
+        ("float64", 1e-7, False),
+        ("float64", 1e-13, True),
+        ("float32", 6e-5, False),
+        ("float32", 1e-6, True),
+        ("bf16", 1e-3, True),
+    ],
+)
+def test_what_is_small_is_compared_by_its_own_size(rounding: Any, by: float, is_same: bool) -> None:
+    large, small = torch.ones(2, dtype=torch.float64), torch.tensor([1e-4], dtype=torch.float64)
+    assert (unlike((large, small + by), (large, small), rounding) is None) == is_same
+    given = {"large": large, "small": small}
+    for kept in ({"gradients": given, "buffers": {}}, {"gradients": {}, "buffers": given}):
+        alone = Alone(**kept, untrained=frozenset(), is_random=False, draws=False)
+        assert alone.is_like({"large": large, "small": small + by}, rounding) == is_same
 
 
 def noisy(module: nn.Module, x: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class Admission:
                 raise
             return dict.fromkeys(alone, not_batched(error))
         of = {slot: tree_map(lambda x, slot=slot: x[slot], stacked) for slot in alone}
-        found = {slot: unlike(of[slot], outputs, self._task.precision) for slot, outputs in alone.items()}
+        found = {slot: unlike(of[slot], outputs, step.rounding) for slot, outputs in alone.items()}
         return {slot: reason for slot, reason in found.items() if reason is not None}
 
     def _wrong_step(self, step: VmapStep, several: Mapping[int, Candidate]) -> dict[int, str]:
@@ -78,7 +78,7 @@ class Admission:
             return dict.fromkeys(several, not_batched(error))
         for key, first in new.items():
             member, alone = several[first].member, several[first].alone
-            if alone.is_like(self._slots.own(member, {**gradients, **buffers}), self._task.precision):
+            if alone.is_like(self._slots.own(member, {**gradients, **buffers}), step.rounding):
                 self._stepped.add(key)
             else:
                 wrong |= {slot: _OTHER_STEP for slot, each in alike.items() if each == key}

@@ -8,7 +8,7 @@ import random
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -33,10 +33,15 @@ class NotStackable(Exception):
     """A member cannot be trained in a stack, and why; it trains in a LoopStack instead."""
 
 
-_TOLERANCES: Mapping[Precision, float] = {"float32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}
+Rounding = Literal["float64", "float32", "tf32", "bf16"]
+"""How sums are rounded: the `Precision` of a task, but for networks in double precision, which none of them changes."""
+_TOLERANCES: Mapping[Rounding, float] = {"float64": 1e-9, "float32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}
 """How much outputs in a stack may differ from those alone: other kernels round otherwise, at the most by so much."""
-_STEP_TOLERANCES: Mapping[Precision, float] = {"float32": 3e-4, "tf32": 5e-2, "bf16": 0.5}
-"""How much the gradients of a step may differ, as a share of the largest."""
+_STEP_TOLERANCES: Mapping[Rounding, float] = {"float64": 1e-9, "float32": 3e-4, "tf32": 5e-2, "bf16": 0.5}
+"""How much the gradients of a step may differ, as a share of the largest number in each."""
+_OF_ALL: Mapping[Rounding, float] = {"float64": 1e-12, "float32": 2e-5, "tf32": 1e-2, "bf16": 0.5}
+"""How much they may differ beside, as a share of the largest number in all: a small one may be a difference of large
+ones, and be nothing but what they are rounded by, as the gradient of a bias before BatchNorm is."""
 OUTSIDE = "its forward or loss changes what is neither a weight nor a buffer"
 NOT_ALONE = "its outputs in a stack are not those alone"
 
@@ -54,13 +59,16 @@ class Alone:
     draws: bool
     """Whether it draws random numbers at all: those, or dropout's, of layers or of functions."""
 
-    def is_like(self, got: Mapping[str, Tensor], precision: Precision) -> bool:
+    def is_like(self, got: Mapping[str, Tensor], rounding: Rounding) -> bool:
         """Whether `got`, gradients and buffers in a stack, are these."""
-        most = _STEP_TOLERANCES[precision]
-        pairs = [(got[name], g, most * _largest(self.gradients.values())) for name, g in self.gradients.items()]
-        most *= max(1.0, _largest(self.buffers.values()))
-        pairs += [(got[name], buffer, most) for name, buffer in self.buffers.items() if name in got]
-        return all(_close(*pair) for pair in pairs)
+        for expected, least in ((self.gradients, 0.0), (self.buffers, 1.0)):
+            there = {name: each for name, each in expected.items() if name in got or expected is self.gradients}
+            most = max(least, _largest(there.values()))
+            for name, each in there.items():
+                bound = _STEP_TOLERANCES[rounding] * _largest([each]) + _OF_ALL[rounding] * most
+                if not _close(got[name], each, min(bound, _STEP_TOLERANCES[rounding] * most)):
+                    return False
+        return True
 
 
 def step_alone(task: Task, module: nn.Module, params: Params, example: Split) -> Alone:
@@ -256,15 +264,24 @@ def _restore(module: nn.Module, before: Mapping[str, Tensor]) -> None:
         setattr(module.get_submodule(path), last, before[name])
 
 
-def unlike(got: Any, alone: Any, precision: Precision) -> str | None:
+def rounding_of(module: nn.Module, precision: Precision) -> Rounding:
+    """Return how the sums of a network are rounded."""
+    return "float64" if all(w.dtype == torch.float64 for w in module.parameters()) else precision
+
+
+def unlike(got: Any, alone: Any, rounding: Rounding) -> str | None:
     """Return why outputs in a stack are not those that the network gives alone; None: they are."""
     several, expected_ones = tree_leaves(got), tree_leaves(alone)
     if len(several) != len(expected_ones):
         return NOT_ALONE
+    most = max(1.0, _largest(expected_ones))
     for one, expected in zip(several, expected_ones, strict=True):
         if expected.numel() and not torch.isfinite(expected).any():
             return "its outputs are no numbers where it is tried"
-        if not _close(one, expected, _TOLERANCES[precision] * max(1.0, _largest([expected]))):
+        is_single = rounding == "float64" and expected.dtype != torch.float64
+        how: Rounding = "float32" if is_single else rounding
+        bound = _TOLERANCES[how] * _largest([expected]) + _OF_ALL[how] * most
+        if not _close(one, expected, min(bound, _TOLERANCES[how] * max(1.0, _largest([expected])))):
             return NOT_ALONE
     return None
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from hpo.stacks.alone import OUTSIDE, Alone, NotStackable, evaluating, step_alone, unlike
+from hpo.stacks.alone import OUTSIDE, Alone, NotStackable, evaluating, rounding_of, step_alone, unlike
 from hpo.stacks.cost import records
 from hpo.stacks.padding import Padder, PaddingPlan
 from hpo.stacks.structure import PaddedModule, own_state, tensors
@@ -187,7 +187,7 @@ def _mixes_rows(task: Task, probe: nn.Module, example: Split, outputs: Any) -> b
     try:
         with task.autocast():
             parts = [in_full(probe(*(x[rows] for x in example.inputs.values()))) for rows in halves]
-        return unlike(joined(parts), outputs, task.precision) is not None
+        return unlike(joined(parts), outputs, rounding_of(probe, task.precision)) is not None
     except Exception as error:  # it does not take so few rows
         if is_out_of_memory(error):
             raise

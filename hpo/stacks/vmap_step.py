@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_map
 
-from hpo.stacks.alone import NotStackable
+from hpo.stacks.alone import NotStackable, Rounding, rounding_of
 from hpo.stacks.cost import note_compiled, records
 from hpo.stacks.differing import Run, difference
 from hpo.stacks.graph import CompiledStep, Graph
@@ -150,6 +150,11 @@ class VmapStep:
         slower = [f"batches of {n}: {each.path}" for n, each in sizes.items() if not each.is_replayed]
         slower += sorted({f"evaluated as it is: {why}" for why in self._forwards.values() if isinstance(why, str)})
         return "; ".join((prepared.path, *slower))
+
+    @property
+    def rounding(self) -> Rounding:
+        """How the sums of its networks are rounded."""
+        return rounding_of(self._template, self._task.precision)
 
     @property
     def _n_rows(self) -> int:
