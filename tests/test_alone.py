@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpo.stacks.alone import Alone, NotStackable, Trying, unlike
+from hpo.stacks.alone import Alone, NotStackable, unlike
 from hpo.stacks.padding import Padder, PaddingPlan, unpadded
 from hpo.stacks.structure import common_structure
+from hpo.stacks.trying import Trying
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.stacks.vmap_step import Execution
 from hpo.study.space import build
@@ -79,6 +80,16 @@ def check(
         alone |= trained(LoopStack(task(objective)), [member], rows, sines(10, seed=1), epochs=2)
     assert_same_curves(got, expected)
     assert_same_weights(weights, alone, range(len(several)))
+
+
+def shuffled(module: nn.Module, x: Tensor) -> Tensor:
+    return x + 0.1 * x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))] if module.training else x
+
+
+def shuffled_by_a_fork(module: nn.Module, x: Tensor) -> Tensor:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return x + 0.1 * x[torch.randperm(len(x))] if module.training else x
 
 
 def average(module: nn.Module, x: Tensor) -> Tensor:
@@ -299,6 +310,8 @@ REFUSED: dict[str, tuple[Build, str]] = {
     "one in place": (lambda p: Network(observing_in_place, with_mean), r"changes buffers in evaluation \(mean\)"),
     "weights": (lambda p: Network(halving), r"changes weights in evaluation \(second.weight\)"),
     "what is drawn in evaluation": (lambda p: Network(sampling), "draws random numbers in evaluation"),
+    "a seed of its own": (lambda p: Network(shuffled), "draws random numbers by a seed or generator of its own"),
+    "a fork": (lambda p: Network(shuffled_by_a_fork), "draws random numbers by a seed or generator of its own"),
     "what is made at first use": (lambda p: Network(at_first_use, has(None)), ATTRIBUTES),
     "no numbers": (lambda p: Network(lambda m, x: (x - 9).sqrt()), "its outputs are no numbers"),
 }
@@ -486,6 +499,8 @@ ASKED: list[Callable[[Any], bool]] = [
     lambda hard: any(True for each in hard),
     lambda hard: len(torch.cat([hard, hard]).flatten()) > 0,
     lambda hard: len(hard.split(1)) > 0 and hard.nbytes > 0,
+    lambda hard: hard.untyped_storage().nbytes() > 0,
+    lambda hard: hard.stride()[0] > 0,
 ]
 
 
@@ -502,6 +517,11 @@ def test_a_loss_that_asks_how_many_rows_a_mask_picks_is_trained_alone(
         stack.join(members([{"scale": 1.0}])[0])
 
 
+def _written(mask: Tensor, by: Tensor) -> Tensor:
+    mask[by] = True
+    return mask
+
+
 PICKED: Mapping[str, Callable[[Tensor], Tensor]] = {
     "nonzero": lambda x: (x > 0).nonzero(),
     "as a tuple": lambda x: (x > 0).nonzero(as_tuple=True)[0],
@@ -512,6 +532,20 @@ PICKED: Mapping[str, Callable[[Tensor], Tensor]] = {
     "counts": lambda x: x.round().unique(return_counts=True)[1],
     "consecutive": lambda x: torch.unique_consecutive(x.round()),
     "repeated": lambda x: x.repeat_interleave((x > 0).flatten().long(), 0),
+    "where, by name": lambda x: torch.where(condition=x > 0)[0],
+    "repeated, by name": lambda x: x.repeat_interleave(repeats=(x > 0).flatten().long(), dim=0),
+    "repeats": lambda x: torch.repeat_interleave((x > 0).flatten().long()),
+    "classes": lambda x: F.one_hot((x > 0).flatten().long()),
+    "packed": lambda x: (
+        nn.utils.rnn.pack_padded_sequence(x, (x > 0).flatten().long() + 1, enforce_sorted=False, batch_first=True).data
+    ),
+    "sparse": lambda x: x.to_sparse().values(),
+    "a mask that is filled in": lambda x: x[torch.zeros(8, dtype=torch.bool).copy_(x[:, 0] > 0)],
+    "a mask that is written into": lambda x: x[_written(torch.zeros(8, dtype=torch.bool), x[:, 0] > 0)],
+    "a view that is written into": lambda x: x[_written(torch.zeros(9, dtype=torch.bool)[1:], x[:, 0] > 0)],
+    "a mask by a number": lambda x: x[torch.arange(8) < (x > 0).sum().item()],
+    "a mask that is drawn": lambda x: x[torch.rand(8) < 0.5],
+    "a mask drawn in place": lambda x: x[torch.empty(8).uniform_() < 0.5],
     "bins": lambda x: torch.bincount((x > 0).flatten().long()),
     "means in it": lambda x: (x > 0).nonzero().double().mean(1),
     "by an index": lambda x: x[:, 0][(x > 0).nonzero()[:, 0]],
@@ -535,6 +569,12 @@ def test_whatever_makes_a_size_of_the_data_is_seen(pick: str) -> None:
 SIZED: Mapping[str, Callable[[Tensor], Tensor]] = {
     "counts of so many classes": lambda x: torch.bincount((x > 0).flatten().long(), minlength=3) / len(x),
     "their mean": lambda x: x - x[x[:, 0] > 0].mean(0) - x[x[:, 0] > 0].sum(dim=0),
+    "pairs of other rows": lambda x: (x @ x.T)[~torch.eye(8, dtype=torch.bool)].view(8, 7),
+    "a part that is always the same": lambda x: x[torch.arange(8) > 4] + x[:3][torch.ones_like(x[:3, 0]) > 0],
+    "where unique numbers are found": lambda x: torch.unique(x.round(), return_inverse=True)[1],
+    "so many classes": lambda x: F.one_hot((x > 0).flatten().long(), 3),
+    "as many repeats as is said": lambda x: x[:2].repeat_interleave((x[:2, 0] > 9).long() + 4, 0, output_size=8),
+    "numbers of its own": lambda x: x * torch.tensor([0.5, 2.0]).tolist()[0],
     "put back": lambda x: torch.zeros_like(x).index_add(0, (x > 0).nonzero()[:, 0], x[x > 0][:, None]),
     "put in place": lambda x: torch.zeros_like(x).masked_scatter_(x > 0, x[x > 0] * 2),
 }
@@ -546,6 +586,7 @@ def test_what_is_made_of_picked_rows_may_have_a_size_of_its_own(make: str) -> No
     with Trying() as trying:
         assert len(SIZED[make](x)) in (3, 8)
     assert not trying.counts
+    assert not trying.lists
 
 
 class OfManyRows(Toy):

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from hpo.stacks.alone import NotStackable, Trying, unlike
+from hpo.stacks.alone import NotStackable, unlike
 from hpo.stacks.candidate import Candidate
 from hpo.stacks.moved import outputs_when_moved
 from hpo.stacks.recording import line
 from hpo.stacks.slots import Slots
+from hpo.stacks.trying import Trying
 from hpo.stacks.vmap_step import VmapStep
 from hpo.study.data import Split
 from hpo.training.memory import is_out_of_memory

@@ -3,9 +3,8 @@
 In training a network may do what it does not when it is evaluated: draw masks, count, add an output for the loss.
 """
 
-import inspect
 import random
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,12 +13,11 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from hpo.stacks.structure import own_state, tensors
 from hpo.stacks.tensor_modules import has_dropout, masks_of_a_step, tensor_dropout
+from hpo.stacks.trying import Trying
 from hpo.study.data import Split, batch_sizes
 from hpo.study.objective import Objective, Params
 from hpo.training.evaluation import in_full
@@ -94,6 +92,8 @@ def step_alone(task: Task, module: nn.Module, params: Params, example: Split) ->
         raise NotStackable("its forward or loss asks how many rows a mask picks, and may do something else by that")
     found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
     is_random = any(not torch.equal(state, drawn[name]) for name, state in random_states(task.device).items())
+    if trying.draws_itself or (trying.draws and not is_random):
+        raise NotStackable("it draws random numbers by a seed or generator of its own, which a stack would not draw")
     if _outside(task, module) != outside:
         raise NotStackable(OUTSIDE)
     if _layout(tensors(module)) != _layout(before):
@@ -176,68 +176,6 @@ def _why_rows_matter(task: Task, member: Member, example: Split) -> str | None:
 def _rows(example: Split, n: int) -> Split:
     numbers = torch.arange(n, device=example.targets.device) % len(example)
     return Split(inputs={name: x[numbers] for name, x in example.inputs.items()}, targets=example.targets[numbers])
-
-
-class Trying(TorchFunctionMode):
-    """Notes what makes numbers of a tensor's without torch's knowing: a graph would keep those of one batch.
-
-    And what asks how large a tensor is that a mask has picked: alone a weight that this leaves out of the loss has no
-    gradient, and stays as it is, in a stack it has one of zeros. And has functional dropout keep a half of every
-    number, in place of every number or none, so that what is tried in two ways can be compared.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lists = self.drops = self.counts = False
-        self._picked: dict[int, Tensor] = {}
-        """Tensors whose sizes follow from the data, by their ids."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.lists |= func in _READING
-        self.drops |= func in _DROPOUT
-        if func in _DROPOUT:
-            given = inspect.signature(F.dropout).bind(*args, **(kwargs or {})).arguments
-            return 0.5 * given["input"] if given.get("training", True) else given["input"]
-        of_picked = any(id(each) in self._picked for each in tree_leaves((args, kwargs)))
-        self.counts |= of_picked and (func in _SIZES or _name_of(func) in _COUNTING)
-        results = func(*args, **(kwargs or {}))
-        if (of_picked and not self._is_sized_by_others(func, args, kwargs or {})) or _picks(func, args, kwargs or {}):
-            found = [each for each in tree_leaves(results) if isinstance(each, Tensor) and each.ndim]
-            self._picked |= {id(each): each for each in found}
-        return results
-
-    def _is_sized_by_others(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-        """Whether the result of what was picked has no row of each of that: what it is put into has them, or none."""
-        name, first = _name_of(func), args[0] if args else None
-        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        return (name in _REDUCING and dim == 0) or (name.startswith(_INTO) and id(first) not in self._picked)
-
-
-_DROPOUT = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
-"""They have the same arguments."""
-_READING = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
-_SIZES = (Tensor.shape.__get__, Tensor.nbytes.__get__)  # type: ignore[attr-defined]
-_COUNTING = {"__len__", "size", "numel", "unbind", "split", "chunk", "tensor_split"}
-"""`unbind` is what a loop over a tensor calls."""
-_PICKING = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "tensor_split"}
-_REDUCING = {"sum", "mean", "std", "var", "amax", "amin", "prod", "logsumexp", "norm"}
-_INTO = ("index_add", "index_copy", "index_fill", "index_put", "index_reduce", "masked_scatter", "scatter")
-
-
-def _picks(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether how large the result is follows from numbers in the arguments."""
-    name = _name_of(func)
-    if name == "__getitem__":
-        return any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in tree_leaves(args[1:]))
-    if name == "repeat_interleave":
-        return any(isinstance(x, Tensor) for x in args[1:])
-    if name == "bincount":
-        return not kwargs.get("minlength") and len(args) < 3
-    return name in _PICKING or (name == "where" and len(args) == 1)
-
-
-def _name_of(func: Any) -> str:
-    return str(getattr(func, "__name__", ""))
 
 
 def _outside(task: Task, module: nn.Module) -> Hashable:
