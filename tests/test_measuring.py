@@ -1,6 +1,12 @@
 """Loss and metrics of all members at once against `hpo.training.evaluation.measure`, member by member."""
 
+import collections
+import copy
+import json
+import operator
+import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +36,8 @@ from hpo.study.losses import cross_entropy
 from hpo.study.objective import Objective
 from hpo.training import metrics as measuring
 from hpo.training.evaluation import measure
+from hpo.training.faults import TrialError
+from hpo.training.loss_params import RecordingParams, SharedParams
 from hpo.training.metrics import Measuring
 
 CPU = torch.device("cpu")
@@ -189,6 +197,99 @@ def test_members_with_label_smoothings_of_their_own_have_losses_of_their_own() -
     torchs = [F.cross_entropy(same[0], targets("micro"), label_smoothing=0.1 * n).item() for n in range(3)]
     assert [each["loss"] for each in got] == pytest.approx(torchs, rel=1e-5)
     assert len({each["micro"] for each in got}) == 1
+
+
+READERS: dict[str, Callable[[Any], Any]] = {
+    "json": lambda params: json.dumps(params),
+    "json, indented": lambda params: json.dumps(params, indent=1),
+    "dict": dict,
+    "literal": lambda params: {**params},
+    "call": lambda params: (lambda **given: given)(**params),
+    "dict of dict": lambda params: dict(params, more=1),
+    "update": lambda params: {}.update(params),
+    "or": lambda params: params | {},
+    "ror": lambda params: {} | params,
+    "ior": lambda params: operator.ior({}, params),
+    "repr": repr,
+    "format": lambda params: f"{params}",
+    "equal": lambda params: params == {"a": 1},
+    "equal, the other way": lambda params: operator.eq({"a": 1}, params),
+    "unequal": lambda params: params != {"a": 1},
+    "list": list,
+    "set": set,
+    "reversed": lambda params: list(reversed(params)),
+    "sorted": sorted,
+    "len": len,
+    "keys": lambda params: params.keys(),
+    "values": lambda params: params.values(),
+    "items": lambda params: params.items(),
+    "copy": copy.copy,
+    "own copy": lambda params: params.copy(),
+    "deepcopy": copy.deepcopy,
+    "pickle": pickle.dumps,
+    "popitem": lambda params: params.popitem(),
+    "class": lambda params: type("Made", (), params),
+    "ordered": collections.OrderedDict,
+    "names": lambda params: SimpleNamespace(**params),
+}
+"""Ways to read all params, in C most of them."""
+OF_ONE: dict[str, Callable[[Any], Any]] = {
+    "key": lambda params: params["b"],
+    "get": lambda params: params.get("b"),
+    "in": lambda params: "b" in params,
+    "setdefault": lambda params: params.setdefault("b", 3),
+    "pop": lambda params: params.pop("b"),
+    "itemgetter": operator.itemgetter("b"),
+    "text": lambda params: operator.mod("%(b)s", params),
+    "format_map": lambda params: "{b}".format_map(params),
+    "chain": lambda params: collections.ChainMap(params)["b"],
+    "eval": lambda params: eval("b", {}, params),
+}
+
+
+@pytest.mark.parametrize("way", READERS | OF_ONE)
+def test_whatever_way_a_loss_reads_its_params_it_is_seen(way: str) -> None:
+    given, read = {"a": 1, "b": 2}, (READERS | OF_ONE)[way]
+    recording = RecordingParams(given)
+    assert isinstance(recording, dict)
+    read(recording)
+    assert recording.names == (set(given) if way in READERS else {"b"})
+    with pytest.raises(TrialError, match=r"the loss reads the param '[ab]' on some rows only"):
+        read(SharedParams(given, {}, ()))
+    read(SharedParams(given, {}, recording.names))
+    assert given == {"a": 1, "b": 2}
+
+
+def test_params_of_a_loss_give_what_a_dict_gives() -> None:
+    given = {"a": 1, "b": 2}
+    for way, read in READERS.items():
+        if way not in ("class", "pickle"):
+            assert repr(read(RecordingParams(given))) == repr(read(dict(given))), way
+    with pytest.raises(TypeError, match="__dict__"):
+        vars(RecordingParams(given))
+
+
+@pytest.mark.parametrize(
+    ("write", "changes"),
+    [
+        (lambda params: params.setdefault("c", 1.0), False),
+        (lambda params: params.update(c=2, d="x"), False),
+        (lambda params: params.update(a=1), False),
+        (lambda params: params.pop("c", None), False),
+        (lambda params: params.pop("a", None), True),
+        (lambda params: params.update(a=1.0), True),
+        (lambda params: params.update(c=params.get("c", 0) + 1), True),
+        (lambda params: params.update(c=torch.ones(())), True),
+        (lambda params: operator.ior(params, {"b": 3}), True),
+        (lambda params: params.clear(), True),
+        (lambda params: operator.delitem(params, "a") if "a" in params else None, True),
+    ],
+)
+def test_what_each_call_of_a_loss_writes_alike_is_no_change(write: Callable[[Any], Any], changes: bool) -> None:
+    recording = RecordingParams({"a": 1, "b": 2})
+    write(recording)
+    write(recording)
+    assert recording.changes == changes
 
 
 @pytest.mark.parametrize("params", [{"loss": "bce"}, {}], ids=["by the loss", "by the head"])

@@ -1,5 +1,6 @@
 """The pool: members divided into stacks by kind, each as it is alone, and never more of them than there is room for."""
 
+import json
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -74,6 +75,12 @@ LOSSES: dict[str, Callable[[Any], Any]] = {
     "items": lambda params: dict(params.items())["scale"],
     "copy": lambda params: (params | {"more": 1})["scale"],
     "not there": lambda params: params.get("no such", 2.0),
+    "set by default": lambda params: params.setdefault("no such", 2.0) * params.setdefault("scale", 3.0),
+    "json": lambda params: len(json.dumps(params, sort_keys=True, default=str)) * 0 + params["scale"],
+}
+WRITES: dict[str, Callable[[Any], Any]] = {
+    "pop": lambda params: params.pop("scale", 2.0),
+    "count": lambda params: (params.update(n=params.get("n", 0) + 1), 0.9 ** params["n"])[1],
 }
 
 
@@ -91,7 +98,7 @@ class Small(Toy):
         return made[params["kind"]](params["width"]).double()
 
     def loss(self, outputs, targets, params):
-        return F.mse_loss(outputs, targets) * LOSSES[params["loss"]](params)
+        return F.mse_loss(outputs, targets) * (LOSSES | WRITES)[params["loss"]](params)
 
 
 TASK = Task(objective=Small(), info=INFO, device=CPU, n_rows=N_ROWS, epochs=N_EPOCHS)
@@ -269,6 +276,18 @@ def test_members_that_differ_in_what_the_loss_reads_have_losses_of_their_own(way
     several = [{"loss": way, "scale": scale} for scale in (0.5, 1.0, 2.0)]
     got = members(*several)
     fit(pool(3, loss=way, scale={"type": "float", "low": 0.5, "high": 2.0}), got)
+    assert_same_curves(got, alone(*several))
+
+
+@pytest.mark.parametrize("way", WRITES)
+def test_a_loss_that_changes_its_params_is_trained_alone(way: str, said: list[str]) -> None:
+    """Alone the next step finds what it has changed: so it may count there, but not in a stack."""
+    several = [{"loss": way, "scale": scale} for scale in (0.5, 1.0, 2.0)]
+    got = members(*several)
+    fit(pool(3, loss=way), got)
+    assert {text.partition(": ")[2] for text in said} == {
+        "the loss changes its params, which alone the next step finds changed"
+    }
     assert_same_curves(got, alone(*several))
 
 

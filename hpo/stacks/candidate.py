@@ -2,9 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,46 +20,14 @@ from hpo.study.data import Split
 from hpo.study.objective import Params
 from hpo.training import stacked_optim
 from hpo.training.evaluation import in_full, joined
+from hpo.training.loss_params import RecordingParams
 from hpo.training.memory import is_of_the_machine, is_out_of_memory
 from hpo.training.optim import ACCUMULATION, ARGUMENTS, MAX_GRAD_NORM, gives_sparse, optimizer_class
 from hpo.training.stack import Member, Task
 
 _TO_RECORD = 4
 """How many copies of a stack's state there are besides while its step is recorded and compared."""
-
-
-class RecordingParams(Mapping[str, Any]):
-    """Params that record which of them are read, one by one or all at once."""
-
-    def __init__(self, params: Params) -> None:
-        self._params = params
-        self.names: set[str] = set()
-
-    def __getitem__(self, name: str) -> Any:
-        self.names.add(name)
-        return self._params[name]
-
-    def __iter__(self) -> Iterator[str]:
-        self.names.update(self._params)
-        return iter(self._params)
-
-    def __len__(self) -> int:
-        return len(self._params)
-
-    def copy(self) -> dict[str, Any]:
-        """As a dict has it, which is what the loss is given while training."""
-        return dict(self)
-
-    __copy__ = copy
-
-    def __deepcopy__(self, known: dict[int, Any]) -> dict[str, Any]:
-        return deepcopy(dict(self), known)
-
-    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(self) | dict(other)
-
-    def __ror__(self, other: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(other) | dict(self)
+_CHANGES_PARAMS = "the loss changes its params, which alone the next step finds changed"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -143,7 +110,11 @@ def candidate(task: Task, member: Member, padder: Padder, example: Split) -> Can
     mixes_rows = _mixes_rows(task, probe, example, outputs)
     if own_state(probe) != before:
         raise NotStackable(OUTSIDE)
+    if reads.changes:  # here too: the next call may fail for want of what this one has deleted
+        raise NotStackable(_CHANGES_PARAMS)
     alone = step_alone(task, probe, reads, example)
+    if reads.changes:
+        raise NotStackable(_CHANGES_PARAMS)
     padded = padder(task.drawn(member).train(), member.params)
     with_masks_of(padded.module, member.seed)
     return Candidate(

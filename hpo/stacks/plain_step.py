@@ -14,7 +14,7 @@ from hpo.stacks.tensor_modules import masks_of_a_step, step_buffers
 from hpo.study.objective import Params
 from hpo.training import schedules, stacked_optim
 from hpo.training.evaluation import in_full
-from hpo.training.metrics import SharedParams
+from hpo.training.loss_params import SharedParams
 from hpo.training.optim import MAX_GRAD_NORM
 from hpo.training.stack import Task
 

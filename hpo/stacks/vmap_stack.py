@@ -10,6 +10,7 @@ Shapes: K slots, B rows of a batch; a weight (K, ...), a loss (K,).
 import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -174,7 +175,8 @@ class VmapStack(Stack):
             return self._try_out(first, template)
         if own_state(template) != before:
             return OUTSIDE
-        return why_rows_matter(self._task, first.member, first.padded.signature, self._example)
+        member = replace(first.member, params=dict(first.member.params))  # into which the loss may write
+        return why_rows_matter(self._task, member, first.padded.signature, self._example)
 
     def take(self, candidates: Sequence[Candidate]) -> dict[Member, str]:
         """Take in `candidates`, at most as many as there are free slots; return those that cannot join, and why."""

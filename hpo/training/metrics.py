@@ -5,7 +5,7 @@ outputs and targets once they are reset, updated and computed in one go, and tor
 two a metric allows, if any, is tried the first time, against what it gives member by member; after that it is known.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -18,74 +18,10 @@ from hpo.light import Metric
 from hpo.study.data import LOSS_OR_METRIC, prediction, require_unchanged, versions
 from hpo.study.objective import Objective, Params
 from hpo.study.probabilities import Making, Taken
-from hpo.training.faults import TrialError, TrialFault
+from hpo.training.loss_params import SharedParams
 
 MetricFunction = Callable[[Metric, Tensor, Tensor], Tensor]
 """Takes a metric, the members' predictions (K, N, ...) and the targets (N, ...); returns K values."""
-
-
-class SharedParams(dict[str, Any]):
-    """The params that the loss of all members of a stack is called with: those of the `first`, one of the members.
-
-    That is right although the other members' params differ. A param that the loss reads is either a plain float, which
-    `numbers` hold with a value for each member, or the same for all members of a stack: otherwise they would not share
-    one. Of all other params (the learning rate, say) the loss reads none, so it does not matter whose they are.
-
-    `reads` are those that it was seen to read, on a few rows. Where it reads another one on other rows, TrialError is
-    raised, whatever way a dict is read: that param would be one member's.
-    """
-
-    def __init__(self, first: Params, numbers: Mapping[str, Tensor], reads: Collection[str]) -> None:
-        super().__init__({**first, **numbers})
-        self._reads = reads
-
-    def __getitem__(self, name: str) -> Any:
-        self._look_at(name)
-        return super().__getitem__(name)
-
-    def __contains__(self, name: object) -> bool:
-        self._look_at(str(name))
-        return super().__contains__(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
-
-    def get(self, name: str, default: Any = None) -> Any:
-        self._look_at(name)
-        return super().get(name, default)
-
-    def pop(self, name: str, *default: Any) -> Any:
-        self._look_at(name)
-        return super().pop(name, *default)
-
-    def keys(self) -> Any:
-        return self._whole().keys()
-
-    def values(self) -> Any:
-        return self._whole().values()
-
-    def items(self) -> Any:
-        return self._whole().items()
-
-    def copy(self) -> dict[str, Any]:
-        return self._whole()
-
-    def __or__(self, other: Any) -> Any:
-        return self._whole() | other
-
-    def __ror__(self, other: Any) -> Any:
-        return other | self._whole()
-
-    def _whole(self) -> dict[str, Any]:
-        names = list(super().keys())
-        for name in names:
-            self._look_at(name)
-        return {name: super(SharedParams, self).__getitem__(name) for name in names}
-
-    def _look_at(self, name: str) -> None:
-        if name not in self._reads:
-            said = f"the loss reads the param {name!r} on some rows only, so trials with other values share no stack"
-            raise TrialError(TrialFault(state="FAIL", text=said))
 
 
 class Measuring:
