@@ -3,7 +3,7 @@
 Shapes: K slots, B rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hpo.stacks.rows import mixes_rows
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.stacks.vmap_step import VmapStep
+from hpo.study.data import Split
 from hpo.training import evaluation
 from hpo.training.batches import Batches
 from hpo.training.evaluation import outputs_of
@@ -140,3 +142,74 @@ def test_a_network_alone_is_evaluated_so_too(task: Task, monkeypatch: pytest.Mon
     with pytest.raises(torch.OutOfMemoryError):
         outputs_of(task, network, batches)
     assert room.asked[-1] == evaluation._FEWEST_ROWS
+
+
+def by(forward: Callable[[nn.Linear, Tensor], Tensor]) -> nn.Module:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return forward(self.inner, x)
+
+    return Net()
+
+
+def tokens(n: int) -> Split:
+    return Split(inputs={"x": torch.arange(n * 4).view(n, 4) % 5}, targets=torch.zeros(n))
+
+
+EMBEDDED = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(12, 1))
+EQUAL = Split(inputs={"x": torch.zeros(8, 6)}, targets=torch.zeros(8))
+
+
+@pytest.mark.parametrize(
+    ("network", "rows", "expected"),
+    [
+        (by(lambda inner, x: inner(x)), sines(8), False),
+        (by(lambda inner, x: 1e-7 * inner(x)), sines(8), False),
+        (by(lambda inner, x: inner(x.masked_fill(x > 0, torch.nan))), sines(8), False),
+        (nn.Sequential(nn.Linear(6, 30), nn.BatchNorm1d(30), nn.ReLU(), nn.Linear(30, 9)), EQUAL, False),
+        (EMBEDDED, tokens(8), False),
+        (by(lambda inner, x: inner(x - x.mean(0))), sines(8), True),
+        (by(lambda inner, x: inner(x) - 1e-7 * x.mean()), sines(8), True),
+        (by(lambda inner, x: 1e-7 * inner(x - x.mean(0))), sines(8), True),
+        (by(lambda inner, x: inner(x - x.mean(0)) if len(x) > 8 else inner(x)), sines(8), True),
+        (by(lambda inner, x: inner(x) if len(x) % 2 else inner(x) + 1), sines(8), True),
+        (nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, track_running_stats=False)), EQUAL, True),
+        (nn.Sequential(EMBEDDED, nn.BatchNorm1d(1, track_running_stats=False)), tokens(8), True),
+    ],
+)
+def test_a_network_that_mixes_rows_is_found(task: Task, network: nn.Module, rows: Split, expected: bool) -> None:
+    """However little it does so, with how many rows it begins, and though the first rows are all the same."""
+    network = network.eval()
+    if rows is not EQUAL and rows.inputs["x"].is_floating_point():
+        network = network.double()
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    assert mixes_rows(task, network, rows) == expected
+    for name, buffer in network.named_buffers():
+        assert torch.equal(buffer, before[name])
+
+
+class Centred(nn.Module):
+    """Takes a share of the mean away, which a buffer holds."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.inner = build({})
+        self.register_buffer("share", torch.tensor(share))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.inner(x - self.share * x.mean(0))
+        return result
+
+
+def test_a_stack_is_evaluated_as_alone_where_any_of_its_members_mixes_rows(task: Task) -> None:
+    mixing = replace(task, objective=Built(lambda params: Centred(params["share"])))
+    stack = VmapStack(mixing, K, sines(8))
+    for i, share in enumerate((0.0, 0.0, 0.5)):
+        assert not i or stack._rows_at_once()[0] == 8192 // K
+        params = {"optimizer": "adam", "batch_size": BATCH_SIZE, "learning_rate": 0.01, "share": share}
+        stack.join(Member(number=i, seed=i, params=params))
+    assert stack._rows_at_once()[0] == 8192

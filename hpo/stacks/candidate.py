@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from hpo.stacks.alone import OUTSIDE, Alone, NotStackable, evaluating, rounding_of, step_alone, unlike
+from hpo.stacks.alone import OUTSIDE, Alone, NotStackable, evaluating, step_alone
 from hpo.stacks.cost import records
 from hpo.stacks.padding import Padder, PaddingPlan
+from hpo.stacks.rows import mixes_rows
 from hpo.stacks.structure import PaddedModule, own_state, tensors
 from hpo.stacks.tensor_modules import tensor_dropout, with_masks_of
 from hpo.study.data import Split
 from hpo.study.objective import Params
 from hpo.training import stacked_optim
-from hpo.training.evaluation import in_full, joined
+from hpo.training.evaluation import in_full
 from hpo.training.loss_params import RecordingParams
 from hpo.training.memory import is_of_the_machine, is_out_of_memory
 from hpo.training.optim import ACCUMULATION, ARGUMENTS, MAX_GRAD_NORM, gives_sparse, optimizer_class
@@ -107,7 +108,7 @@ def candidate(task: Task, member: Member, padder: Padder, example: Split) -> Can
             with evaluating(task, probe):
                 outputs = in_full(probe(*example.inputs.values()))
             task.objective.loss(outputs, example.targets, reads)
-    mixes_rows = _mixes_rows(task, probe, example, outputs)
+    mixing = mixes_rows(task, probe, example)
     if own_state(probe) != before:
         raise NotStackable(OUTSIDE)
     if reads.changes:  # here too: the next call may fail for want of what this one has deleted
@@ -125,7 +126,7 @@ def candidate(task: Task, member: Member, padder: Padder, example: Split) -> Can
         alone=alone,
         reads=sorted(reads.names),
         activations=sum(given) // len(example),
-        mixes_rows=mixes_rows,
+        mixes_rows=mixing,
         padder=padder,
     )
 
@@ -147,22 +148,6 @@ def candidates(task: Task, member: Member, plan: PaddingPlan, example: Split) ->
             why = error
     if why is not None:
         raise NotStackable("memory has no room to try its network in a stack") from why
-
-
-@torch.no_grad()
-def _mixes_rows(task: Task, probe: nn.Module, example: Split, outputs: Any) -> bool:
-    """Whether `probe` gives other `outputs` of the example's rows in two halves: a forward that takes their mean."""
-    if len(example) < 2:
-        return False
-    halves = [slice(0, len(example) // 2), slice(len(example) // 2, None)]
-    try:
-        with task.autocast():
-            parts = [in_full(probe(*(x[rows] for x in example.inputs.values()))) for rows in halves]
-        return unlike(joined(parts), outputs, rounding_of(probe, task.precision)) is not None
-    except Exception as error:  # it does not take so few rows
-        if is_out_of_memory(error):
-            raise
-        return True
 
 
 @contextmanager

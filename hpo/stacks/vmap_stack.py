@@ -199,6 +199,8 @@ class VmapStack(Stack):
             if slot in wrong:
                 refused[each.member] = wrong[slot]
                 self.leave(each.member)
+            else:  # by its own params or buffers it may do so where those before it did not
+                self._mixes_rows |= each.mixes_rows
         return refused
 
     def resize(self, capacity: int) -> None:

@@ -1,8 +1,8 @@
 """The params that a loss is given where trials are stacked: dicts that see what is read of them and what is written.
 
-What reads a dict in C without asking its methods (`dict(params)`, `{**params}`, `f(**params)`) asks them where `__iter__`
-is not dict's own; `json.dumps` asks for `items`, and `repr` and `==` have methods too. So whatever way the loss reads,
-it is seen, and to `isinstance` it is a dict, as alone. `__slots__`: a dict has no `vars` either.
+What reads a dict in C without asking its methods (`dict(params)`, `{**params}`, `f(**params)`) asks them where
+`__iter__` is not dict's own; `json.dumps` asks for `items`, and `repr` and `==` have methods too. So whatever way the
+loss reads, it is seen, and to `isinstance` it is a dict, as alone. `__slots__`: a dict has no `vars` either.
 """
 
 from collections.abc import Collection, Iterator, Mapping
