@@ -50,6 +50,16 @@ class Penalty(hpo.Objective):
 WEIGHTS = {"penalty": 0.0}
 
 
+class Counts:
+    def __init__(self) -> None:
+        self.n = 0
+
+
+class Outer:
+    def __init__(self) -> None:
+        self.inner = Counts()
+
+
 class Keeping(Toy):
     """A regression that keeps something as `how` says."""
 
@@ -59,6 +69,7 @@ class Keeping(Toy):
         super().__init__()
         self.how, self.seen, self.calls = how, torch.zeros(1), 0
         self.held, self.options, self.space_ = nn.HuberLoss(), {"delta": [1.0]}, SimpleNamespace(delta=1.0)
+        self.outer = Outer()
 
     def build(self, params: Any, info: Any) -> nn.Module:
         if self.how == "number":
@@ -87,6 +98,8 @@ class Keeping(Toy):
             self.seen += 1
         if self.how == "count":
             self.calls += 1
+        if self.how == "count in an object within one":
+            self.outer.inner.n += 1
         if self.how == "count in training" and outputs.requires_grad:
             self.options["delta"][0] += 1
         return loss
@@ -101,6 +114,7 @@ class Keeping(Toy):
         ("tensor in place", ["self.seen"]),
         ("count", ["self.calls"]),
         ("count in training", ["self.options"]),
+        ("count in an object within one", ["self.outer"]),
         ("in a module", ["self.held"]),
         ("in a dict", ["self.options"]),
         ("in an object", ["self.space_"]),

@@ -1,7 +1,9 @@
 """Classes written inside of a function: the same where nothing that their code may read differs, else never."""
 
 import functools
+import itertools
 import random
+import time
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -330,6 +332,69 @@ def test_what_cannot_be_looked_into_is_only_itself() -> None:
         assert Kinds().of(one) != Kinds().of(other)
     assert Kinds().of(1) != Kinds().of(True)
     assert Kinds().of(1) != Kinds().of(1.0)
+
+
+class Holder:
+    """Holds whatever it is given, and itself."""
+
+    n_of_all = 0
+
+    def __init__(self, **held: Any) -> None:
+        self.itself = self
+        vars(self).update(held)
+
+
+class Slotted:
+    __slots__ = ("n", "unset")
+
+    def __init__(self) -> None:
+        self.n = 0
+
+
+def within(value: Any, depth: int = 3) -> Any:
+    return Holder(inner=within(value, depth - 1)) if depth else value
+
+
+def add_to_all(holder: Holder) -> None:
+    type(holder).n_of_all += 1
+
+
+COUNTING: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "number": (lambda: Holder(n=0), lambda holder: vars(holder).update(n=1)),
+    "list": (lambda: Holder(seen=[]), lambda holder: holder.seen.append(1)),
+    "in a list": (lambda: Holder(inner=[Holder(n=0)]), lambda holder: vars(holder.inner[0]).update(n=1)),
+    "slot": (Slotted, lambda holder: setattr(holder, "n", 1)),
+    "class": (Holder, add_to_all),
+    "torch's generator": (torch.Generator, lambda generator: torch.rand(1, generator=generator)),
+    "numpy's generator": (lambda: np.random.default_rng(0), lambda generator: generator.random()),
+    "count": (itertools.count, next),
+    "a layer without weights": (lambda: Dropping(0.5), lambda layer: vars(layer).update(p=0.4)),
+}
+
+
+class Dropping(nn.Dropout):
+    """A class of one's own."""
+
+
+@pytest.mark.parametrize("how", COUNTING)
+def test_what_counts_in_objects_within_objects_is_seen(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Holder, "n_of_all", 0)
+    make, count = COUNTING[how]
+    counting = make()
+    outer = within(counting)
+    before = Kinds().of(outer)
+    assert Kinds().of(outer) == before
+    count(counting)
+    assert Kinds().of(outer) != before
+
+
+def test_how_far_objects_are_looked_into_is_bounded() -> None:
+    wide, deep = Holder(several=[Holder() for _ in range(20_000)]), within(0, 500)
+    many = Holder(**{f"h{i}": Holder(**{f"h{j}": Holder() for j in range(200)}) for i in range(200)})
+    for each in (wide, deep, many):
+        start = time.perf_counter()
+        assert Kinds().of(each) == Kinds().of(each)
+        assert time.perf_counter() - start < 2.0
 
 
 class Broken(Mapping[str, int]):

@@ -34,7 +34,17 @@ NOT_STATE = frozenset(vars(nn.Module())) - HOOKS
 """Of a module: what its names, its tensors and whether it trains say already."""
 _READ = (list, tuple, dict, set, deque, Tensor, np.ndarray)
 """Of an object that is itself only: what it may count or collect in."""
+_MANY, _DEEP = 1_000, 8
+"""So many objects that hold others are looked into, and objects within objects so deep."""
 _LIBRARIES = frozenset({"torch", "numpy", *sys.stdlib_module_names}) - {"__main__"}
+KNOWN = _LIBRARIES.union(
+    ("scipy", "pandas", "sklearn", "torchvision", "torchmetrics", "PIL", "optuna", "mlflow", "hpo"),
+    ("lightning", "pytorch_lightning"),
+)
+"""Libraries whose objects cache: what they hold is no state."""
+_RANDOM = (random.Random, torch.Generator, np.random.Generator, np.random.RandomState)
+_CHANGING = (itertools.count, functools.partial, *_RANDOM)
+"""Of libraries' objects those that are something else after each call."""
 _SMALL = 10_000
 """So many numbers, or elements of a list, are compared one by one."""
 
@@ -63,6 +73,7 @@ class Kinds:
     def __init__(self, elsewhere: Iterable[int] = ()) -> None:
         self._known: dict[int, Hashable] = dict.fromkeys(elsewhere, "looked at elsewhere")
         self._kept: list[Any] = []  # so that no id is given twice
+        self._n_holding = self._depth = 0
 
     def of(self, value: Any) -> Hashable:
         """Return what `value` is."""
@@ -126,9 +137,27 @@ class Kinds:
             return "generator", self.of(value.bit_generator.state)
         if isinstance(value, np.random.RandomState):
             return "generator", self.of(value.get_state(legacy=False))
-        read = PLAIN if isinstance(value, types.ModuleType) else (*PLAIN, *_READ)
-        own = getattr(value, "__dict__", {})
-        return _Same(value), tuple((key, self.of(each)) for key, each in own.items() if isinstance(each, read))
+        if isinstance(value, torch.Generator):
+            return _Same(value), value.get_state().numpy().tobytes()
+        self._n_holding += 1
+        self._depth += 1
+        try:
+            own = _attributes_of(value).items()
+            return _Same(value), tuple((key, self.of(each)) for key, each in own if self._is_read(value, each))
+        finally:
+            self._depth -= 1
+
+    def _is_read(self, holder: Any, value: Any) -> bool:
+        """Whether what an object holds is looked at: what it may count in, objects of one's own that may, or draw.
+
+        What a library's object holds besides is often a cache, which is filled without changing anything.
+        """
+        if isinstance(value, PLAIN) or isinstance(holder, types.ModuleType):
+            return isinstance(value, PLAIN)
+        if isinstance(value, _READ):
+            return True
+        is_own = type(value).__module__.partition(".")[0] not in KNOWN or isinstance(value, _CHANGING)
+        return is_own and self._depth < _DEEP and self._n_holding < _MANY
 
     def _class(self, cls: type) -> Hashable:
         """Return what a class is: by what is written in it and above it, up to torch's own."""
@@ -199,6 +228,18 @@ def state_of(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         return None if value.is_inference() else value._version
     return Kinds().of(value)
+
+
+def _attributes_of(value: Any) -> dict[str, Any]:
+    """Return what an object has as attributes: its own, in slots too, and of classes that are no library's."""
+    found: dict[str, Any] = {}
+    for cls in reversed(type(value).__mro__):
+        if not _is_library(cls):
+            of_class = {key: each for key, each in vars(cls).items() if key not in NOT_READ}
+            found |= {key: each for key, each in of_class.items() if isinstance(each, (*PLAIN, *_READ))}
+            slots = [key for key, each in of_class.items() if isinstance(each, types.MemberDescriptorType)]
+            found |= {key: getattr(value, key) for key in slots if hasattr(value, key)}
+    return found | getattr(value, "__dict__", {})
 
 
 def _is_library(value: Any) -> bool:

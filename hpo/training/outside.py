@@ -6,7 +6,6 @@ changed, a generator or a criterion with buffers of its own, the trial is resume
 """
 
 import hashlib
-import sys
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping
 from functools import cached_property
@@ -16,15 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from hpo.study.objective import Objective
-from hpo.training.kinds import NOT_READ, NOT_STATE, PLAIN, Kinds
+from hpo.training.kinds import KNOWN, NOT_READ, NOT_STATE, PLAIN, Kinds
 
 _OBJECTIVE, _NETWORK, _CLASS = "objective", "network.", "class "
 _MANY, _MOST = 10_000, 1 << 20
 """So many values are looked into, and tensors of at most so many numbers."""
-_LIBRARIES = frozenset(
-    {"torch", "numpy", "scipy", "pandas", "sklearn", "torchvision", "torchmetrics", "PIL", "optuna", "mlflow", "hpo"}
-    | {"lightning", "pytorch_lightning", *sys.stdlib_module_names} - {"__main__"}
-)
 
 
 def own_classes(objective: Objective) -> list[type]:
@@ -124,7 +119,7 @@ class _Contents:
 
 def _is_known(cls: type) -> bool:
     """Whether a class is a library's: what such an object has cached is no state."""
-    return cls.__module__.partition(".")[0] in _LIBRARIES
+    return cls.__module__.partition(".")[0] in KNOWN
 
 
 def _numbers(x: Tensor) -> Hashable:
