@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from hpo.stacks.padding import PaddingPlan
 from hpo.stacks.pool import WORTH_STACKING, Pool
+from hpo.stacks.tensor_modules import RateDropout, tensor_dropout
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.space import build as build_space
 from hpo.study.spec import parse_param
@@ -75,6 +76,7 @@ LOSSES: dict[str, Callable[[Any], Any]] = {
     "items": lambda params: dict(params.items())["scale"],
     "copy": lambda params: (params | {"more": 1})["scale"],
     "not there": lambda params: params.get("no such", 2.0),
+    "number": lambda params: float(params["scale"]),
     "set by default": lambda params: params.setdefault("no such", 2.0) * params.setdefault("scale", 3.0),
     "json": lambda params: len(json.dumps(params, sort_keys=True, default=str)) * 0 + params["scale"],
 }
@@ -277,6 +279,76 @@ def test_members_that_differ_in_what_the_loss_reads_have_losses_of_their_own(way
     got = members(*several)
     fit(pool(3, loss=way, scale={"type": "float", "low": 0.5, "high": 2.0}), got)
     assert_same_curves(got, alone(*several))
+
+
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that has the number of each member for which a stack is opened, which traces its step."""
+    numbers, real = [], VmapStack.open
+
+    def open_(self: VmapStack, first: Any, **given: Any) -> str | None:
+        numbers.append(first.member.number)
+        return real(self, first, **given)
+
+    monkeypatch.setattr(VmapStack, "open", open_)
+    return numbers
+
+
+def test_no_step_is_traced_for_few_trials_and_what_keeps_them_apart_is_said(
+    monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    """Of a loss that takes no tensors that is known once a step was traced; trials with one value share a stack."""
+    traced, scale = opened(monkeypatch), {"type": "float", "low": 0.5, "high": 9.0}
+    made, all_members = pool(8, loss="number", scale=scale), members(*[{"loss": "number", "scale": 1.0}] * 16)
+    for member in all_members[:12]:
+        member.params["scale"] += member.number / 8
+    fit(made, all_members[:2])
+    assert traced == []
+    fit(made, all_members[2:12])
+    assert traced == [2]
+    assert made._stacks == []
+    assert said[-1] == (
+        "fewer than 3 trials that can share a stack are trained alone: as fast; the loss reads the param 'scale' as a "
+        "number, so only trials with the same value share a stack; a loss that takes it as a tensor too, as hpo's own "
+        "do, sets no such limit"
+    )
+    fit(made, all_members[12:])
+    assert traced == [2, 12]
+    assert_same_curves(all_members, alone(*[dict(member.params) for member in all_members]))
+
+
+@pytest.mark.parametrize(
+    ("differs", "why"),
+    [
+        ({"batch_size": (12, 10)}, "of the others some have another batch_size, and share no stack with them"),
+        ({"optimizer": ("adam", "sgd")}, "of the others some have another optimizer, and share no stack with them"),
+        ({"kind": ("plain", "mlp")}, "of the others some have another structure, and share no stack with them"),
+        ({"loss": ("key", "get")}, "the loss reads the param 'loss', so only trials with the same value share a stack"),
+        ({}, ""),
+    ],
+)
+def test_what_keeps_few_trials_apart_is_said(differs: dict[str, Any], why: str, said: list[str]) -> None:
+    several = [{name: values[i % 2] for name, values in differs.items()} for i in range(4 if differs else 2)]
+    pool(8, kind=differs.get("kind", ("mlp",))[0]).join(members(*several))
+    assert said == [f"fewer than 3 trials that can share a stack are trained alone: as fast{'; ' if why else ''}{why}"]
+
+
+def test_stacks_that_no_trial_is_in_are_not_kept_without_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpo.stacks.pool._MOST_UNUSED", 1)
+    made, kept = pool(3, kind="plain"), []
+    for batch_size in (12, 11, 10):
+        made.join(members(*[{"kind": "plain", "batch_size": batch_size}] * 3))
+        for stack in made.active:
+            for member in stack.members:
+                stack.leave(member)
+        kept.append([stack._opened.params["batch_size"] for stack in made._stacks])
+    assert kept == [[12], [12, 11], [11, 10]]
+
+
+def test_one_dropout_at_several_places_is_in_tensors_at_each() -> None:
+    dropout = nn.Dropout(0.3)
+    network = tensor_dropout(nn.Sequential(nn.Linear(6, 4), dropout, nn.Linear(4, 4), dropout))
+    assert [type(network[i]) for i in (1, 3)] == [RateDropout, RateDropout]
+    assert [int(network[i].key) for i in (1, 3)] == [0, 1]
 
 
 @pytest.mark.parametrize("way", WRITES)

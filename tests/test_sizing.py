@@ -19,6 +19,7 @@ from hpo.runner.worker import work
 from hpo.search.opening import open_search
 from hpo.search.schema import STACK
 from hpo.stacks import sizing
+from hpo.stacks.alone import NotStackable
 from hpo.stacks.cost import SIZES
 from hpo.stacks.padding import Padder, PaddingPlan
 from hpo.stacks.pool import Pool
@@ -46,6 +47,10 @@ class Line(Toy):
         kinds = {"none": nn.Identity(), "layer": nn.Dropout(0.0), "function": Masked(), "noise": Noisy()}
         after = kinds[params.get("dropout", "none")]
         return nn.Sequential(nn.Linear(4, params["width"]), nn.Tanh(), after, nn.Linear(params["width"], 1))
+
+
+    def loss(self, outputs, targets, params):
+        return super().loss(outputs, targets, params) * float(params.get("weight", 1.0))
 
 
 class Noisy(nn.Module):
@@ -98,6 +103,13 @@ class Clock:
 
         monkeypatch.setattr(Sizing, "_seconds_alone", lambda given, member: alone)
         monkeypatch.setattr(Sizing, "_seconds_stacked", stacked)
+
+
+def test_why_drawn_trials_share_no_stack_is_said() -> None:
+    given = sized(n_trials=2, weight={"type": "float", "low": 1.0, "high": 2.0})
+    (group,) = given._groups("fine")[0].values()
+    with pytest.raises(NotStackable, match="the loss reads the param 'weight' as a number, so only trials with the"):
+        given._seconds_stacked(group, given.plan_of("fine").loosest, 2, 1.0)
 
 
 @pytest.fixture

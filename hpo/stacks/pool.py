@@ -13,6 +13,7 @@ from hpo.stacks.alone import NotStackable
 from hpo.stacks.candidate import Candidate, candidates
 from hpo.stacks.cost import compile_pays, slots_for
 from hpo.stacks.padding import Padder, PaddingPlan
+from hpo.stacks.sharing import Sharing, Signature
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.data import Split
 from hpo.training.faults import TrialError
@@ -22,6 +23,8 @@ from hpo.training.stack import Member, Stack, Stacks, Task
 WORTH_STACKING = 3
 """How many members a new stack must have, unless it is compiled or on CUDA: two are as fast one after the other."""
 
+_MOST_UNUSED = 16
+"""So many stacks without members are kept for trials to come: what they have traced and compiled takes memory."""
 _OF_PAUSED = 1 / 3
 """Which part of the epochs is trained where trials are paused: see benchmarks/pruning.py."""
 
@@ -51,6 +54,7 @@ class Pool(Stacks):
         self._once, self._ahead, self._shared, self._left = once or Once(), ahead, shared, left
         self._stacks: list[VmapStack] = []
         self._hopeless: dict[tuple[Padder, Hashable], str] = {}
+        self._sharing = Sharing()
         self._alone = LoopStack(task)
         self._queue: list[Member] = []
 
@@ -83,25 +87,58 @@ class Pool(Stacks):
         A member that has no next candidate is queued to be trained alone: `reasons` are why its others were refused.
         """
         refused: dict[Member, str] = {}
-        groups: dict[VmapStack, list[Candidate]] = {}
-        for member, several in waiting.items():
-            each = self._next(member, several, reasons)
-            if each is not None:
-                try:
-                    groups.setdefault(self._stack_of(each), []).append(each)
-                except NotStackable as error:
-                    refused[member] = str(error)
-        for stack, group in groups.items():
-            if self._worth_stacking(stack, [each.member for each in group]):
+        found = [self._next(member, several, reasons) for member, several in waiting.items()]
+        left = [each for each in found if each is not None]
+        for each in left:
+            self._sharing.note(each)
+        while left:
+            stack, group = self._next_group(left)
+            left = [each for each in left if each not in group]
+            try:
+                if stack is None and (self._is_hopeless(group[0]) or self._worth_stacking(None, group)):
+                    stack = self._opened(group[0])
+                    left += [each for each in group if not stack.suits(each)]
+                    group = [each for each in group if stack.suits(each)]
+            except NotStackable as error:
+                refused |= {each.member: str(error) for each in group}
+                continue
+            if stack is not None and self._worth_stacking(stack, group):
+                self._hold(stack)
                 refused |= self._take(stack, group)
                 continue
-            if self.capacity > 1:
-                self._once.info(
-                    f"fewer than {WORTH_STACKING} trials with networks of one shape are trained alone",
-                    "as fast",
-                )
+            self._say_few(group[0])
             self._queue += [each.member for each in group]
         return refused
+
+    def _say_few(self, candidate: Candidate) -> None:
+        """Say that trials are trained alone for being few, and what kept others from sharing a stack with them."""
+        if self.capacity > 1:
+            apart = self._sharing.why_apart(candidate)
+            self._once.info(
+                f"fewer than {WORTH_STACKING} trials that can share a stack are trained alone",
+                f"as fast; {apart}" if apart else "as fast",
+            )
+
+    def _next_group(self, several: Sequence[Candidate]) -> tuple[VmapStack | None, list[Candidate]]:
+        """Return those that share a stack with the first, or would by what is known, and that stack, if it is there."""
+        first = several[0]
+        stack = self._suiting(first)
+        if stack is not None:
+            return stack, [each for each in several if stack.suits(each)]
+        signature = self._sharing.signature(first)
+        alike = [each for each in several if self._sharing.signature(each) == signature]
+        return None, [each for each in alike if each is first or self._suiting(each) is None]
+
+    def _suiting(self, candidate: Candidate) -> VmapStack | None:
+        return next((stack for stack in self._stacks if stack.suits(candidate)), None)
+
+    def _hold(self, stack: VmapStack) -> None:
+        """Keep a stack that is about to be used as the last; let go of those that were not for the longest time."""
+        if not stack.members:
+            self._stacks = [each for each in self._stacks if each is not stack] + [stack]
+        unused = [each for each in self._stacks if not each.members and each is not stack]
+        for each in unused[: max(0, len(unused) - _MOST_UNUSED)]:
+            self._stacks.remove(each)
 
     def _next(self, member: Member, several: Iterator[Candidate], reasons: Mapping[Member, str]) -> Candidate | None:
         """Return the next of a member's candidates; None where it is queued to be trained alone."""
@@ -129,33 +166,36 @@ class Pool(Stacks):
                 self._hopeless[each.padder, each.signature] = refused[each.member]
         return refused
 
-    def _stack_of(self, candidate: Candidate) -> VmapStack:
-        """Return the stack of `candidate`'s signature, made if there is none. Raises NotStackable."""
-        for stack in self._stacks:
-            if stack.suits(candidate):
-                return stack
+    def _is_hopeless(self, candidate: Candidate) -> bool:
+        """Whether it is known that no stack takes it, padded as it is: with another padding one may."""
+        return (candidate.padder, candidate.signature) in self._hopeless
+
+    def _opened(self, candidate: Candidate) -> VmapStack:
+        """Return a new stack of `candidate`'s signature. Raises NotStackable."""
         reason = self._hopeless.get((candidate.padder, candidate.signature))
         if reason is None:
             stack = VmapStack(self._task, min(2, self.capacity), self._example, "graph", candidate.padder)
             stack.compiling.left = self._left
-            reason = stack.open(candidate)
+            reason = stack.open(candidate, takes_numbers=self._sharing.takes_numbers(candidate))
         if reason is not None:
             self._hopeless[candidate.padder, candidate.signature] = reason
             raise NotStackable(reason)
-        self._stacks.append(stack)
+        if stack.signature.has_numbers:
+            self._sharing.note_numbers(candidate)
         return stack
 
-    def _worth_stacking(self, stack: VmapStack, members: Sequence[Member]) -> bool:
-        return (
-            len(members) >= WORTH_STACKING
-            or bool(stack.members)
-            or self._task.device.type == "cuda"
-            or stack.is_compiled(self._slots_for(stack, len(members)))
-            or compile_pays(self._steps_left(stack, members), self._task.device, left=self._left())
-        )
+    def _worth_stacking(self, stack: VmapStack | None, group: Sequence[Candidate]) -> bool:
+        """Whether a group is to be trained in a stack: `stack`, or one that is not there yet, whose step is traced."""
+        members = [each.member for each in group]
+        if len(members) >= WORTH_STACKING or self._task.device.type == "cuda":
+            return True
+        if stack is not None and (stack.members or stack.is_compiled(self._slots_for(stack, len(members)))):
+            return True
+        n_steps = self._steps_left(stack, members, self._sharing.signature(group[0]))
+        return compile_pays(n_steps, self._task.device, left=self._left())
 
-    def _slots_for(self, stack: VmapStack, n: int) -> int:
-        return min(self.capacity, slots_for(n, general=stack.is_general))
+    def _slots_for(self, stack: VmapStack | None, n: int) -> int:
+        return min(self.capacity, slots_for(n, general=stack is not None and stack.is_general))
 
     def _is_too_large(self, stack: VmapStack) -> bool:
         """Whether a stack is to have fewer slots: at a quarter, where each number of them is traced by itself."""
@@ -167,15 +207,16 @@ class Pool(Stacks):
         if capacity != stack.capacity:
             stack.resize(capacity)
         if capacity:
-            stack.expect(self._steps_left(stack, members))
+            stack.expect(self._steps_left(stack, members, stack.signature))
 
-    def _steps_left(self, stack: VmapStack, members: Sequence[Member]) -> float:
+    def _steps_left(self, stack: VmapStack | None, members: Sequence[Member], signature: Signature) -> float:
         """Return about how many steps a stack of `members` has still to do, those of trials still to come counted.
 
         Where trials are paused, most are never resumed: all together are trained for a third of the epochs.
         """
         share = min(self._shared, len(members) / max(len(members), self.capacity - self.free))
+        share *= self._sharing.share(signature)
         rounds = math.floor(self._ahead() * share / self._slots_for(stack, len(members)))
         n_epochs = self._task.epochs * (_OF_PAUSED if any(member.pause is not None for member in members) else 1)
         longest = max(self._task.epochs - member.epoch for member in members)
-        return (longest + rounds * n_epochs) * stack.steps_per_epoch
+        return (longest + rounds * n_epochs) * self._task.steps_per_epoch(members[0].params)

@@ -39,7 +39,7 @@ def mixes_rows(task: Task, network: nn.Module, example: Split) -> bool:
     try:
         with task.autocast():
             whole = outputs_of(inputs)
-            split = zip(*(x.split(_PARTS) for x in inputs), strict=True)
+            split = zip(*(torch.split(x, list(_PARTS)) for x in inputs), strict=True)
             parts = joined([outputs_of(list(part)) for part in split])
         pairs = zip(tree_leaves(parts), tree_leaves(whole), strict=True)
         return not all(_is_rounded(one, other, task.precision) for one, other in pairs)

@@ -23,6 +23,7 @@ from hpo.stacks.candidate import Candidate, candidate
 from hpo.stacks.compiling import TIMED_STEPS
 from hpo.stacks.cost import SIZES, compile_pays, records, slots_for
 from hpo.stacks.padding import Padder, Padding, PaddingPlan
+from hpo.stacks.sharing import why_not_all
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.stacks.vmap_step import STEPS_AT_ONCE
 from hpo.study.data import Split, batch_sizes
@@ -243,7 +244,7 @@ class Sizing:
         try:
             n_slots = min(capacity, slots_for(len(group), general=False))
             stack = VmapStack(self.task, n_slots, self.example, "graph", padder)
-            reason = stack.open(group[0])
+            reason = stack.open(group[0]) or why_not_all(stack.signature, group)
             copies = [replace(each, member=replace(each.member, number=-1 - i)) for i, each in enumerate(group)]
             reason = reason or next(iter(stack.take(copies).values()), None)
             if reason is not None:

@@ -159,7 +159,7 @@ def tensor_dropout(module: nn.Module) -> nn.Module:
     """Return `module` with each nn.Dropout in it replaced by a RateDropout; the module given is changed."""
     found = itertools.count()
     for parent in list(module.modules()):
-        for name, child in parent.named_children():
+        for name, child in list(parent._modules.items()):  # one that is used at several places, at each of them
             if type(child) is nn.Dropout:
                 setattr(parent, name, RateDropout(child.p, next(found)))
     return RateDropout(module.p) if type(module) is nn.Dropout else module

@@ -9,7 +9,7 @@ Shapes: K slots, B rows of a batch; a weight (K, ...), a loss (K,).
 
 import math
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from hpo.stacks.candidate import Candidate, candidate
 from hpo.stacks.compiling import Decision
 from hpo.stacks.cost import records
 from hpo.stacks.padding import Padder, unpadded
+from hpo.stacks.sharing import Signature, signature_of
 from hpo.stacks.slots import Slots
 from hpo.stacks.state import StackState
 from hpo.stacks.structure import own_state
@@ -36,7 +37,7 @@ from hpo.training.memory import is_out_of_memory, total_bytes
 from hpo.training.metrics import Measuring
 from hpo.training.stack import Kept, Member, Stack, Task
 
-_ABSENT, _OTHER_STRUCTURE = "absent", "its structure is not that of the stack"
+_OTHER_STRUCTURE = "its structure is not that of the stack"
 _ROWS_AT_ONCE: Mapping[str, int] = {"cuda": 1 << 20}  # of all members together; on a CPU they stay in its cache
 _OF_MEMORY = 0.1
 """How much of a GPU's memory what lies between layers may take in an evaluation. Not of what is free at the moment: how
@@ -65,7 +66,7 @@ class VmapStack(Stack):
         self._task, self._example, self._padder = task, example, padder
         self._slots = Slots(capacity, task.device)
         self._step: VmapStep | None = None
-        self._signature: Hashable = None
+        self._signature: Signature | None = None
         self._row_bytes, self._most_rows = 1, math.inf
         """What lies between a member's layers, for one row; and, of all members, the rows that memory had room for."""
         self._mixes_rows = False
@@ -83,9 +84,10 @@ class VmapStack(Stack):
         return self._slots.free
 
     @property
-    def steps_per_epoch(self) -> int:
-        """How many steps an epoch of its members has."""
-        return self._task.steps_per_epoch(self._opened.params)
+    def signature(self) -> Signature:
+        """What its members have in common."""
+        assert self._signature is not None, "no member has given this stack its signature"
+        return self._signature
 
     @property
     def _opened(self) -> VmapStep:
@@ -116,14 +118,7 @@ class VmapStack(Stack):
 
     def suits(self, candidate: Candidate) -> bool:
         """Whether `candidate` has this stack's signature."""
-        return self._step is not None and self._signature_of(candidate) == self._signature
-
-    def _signature_of(self, candidate: Candidate) -> Hashable:
-        params, numbers = candidate.member.params, self._slots.state.loss_hyper
-        read = {name: params.get(name, _ABSENT) for name in {*candidate.reads, *numbers}}
-        # with their types: False, 0 and 0.0 are equal, and a loss may do something else with each
-        kinds = {name: (type(x), None if name in numbers and type(x) is float else x) for name, x in read.items()}
-        return candidate.signature, tuple(sorted(kinds.items(), key=lambda item: item[0]))
+        return self._step is not None and signature_of(candidate, self._slots.state.loss_hyper) == self._signature
 
     def join(self, member: Member) -> None:
         """Raises NotStackable where `member` cannot join."""
@@ -140,11 +135,16 @@ class VmapStack(Stack):
         if reason is not None:
             raise NotStackable(reason)
 
-    def open(self, first: Candidate) -> str | None:
-        """Make this the stack of `first`'s signature, without taking it in; return why it cannot be stacked, if so."""
+    def open(self, first: Candidate, *, takes_numbers: bool = False) -> str | None:
+        """Make this the stack of `first`'s signature, without taking it in; return why it cannot be stacked, if so.
+
+        `takes_numbers`: it is known that the loss takes no tensors in place of its numbers, so that is not tried.
+        """
         self._slots.state = StackState.empty(first, self.capacity, self._task.device)
+        if takes_numbers:
+            self._slots.state = self._slots.state._replace(loss_hyper={})
         self._step = VmapStep(self._task, first.probe.module, first.member.params, first.reads)
-        self._signature = self._signature_of(first)
+        self._signature = signature_of(first, self._slots.state.loss_hyper)
         self._row_bytes = max(1, first.activations)
         self._mixes_rows = first.mixes_rows
         try:
@@ -171,7 +171,7 @@ class VmapStack(Stack):
             if not self._slots.state.loss_hyper:
                 return not_batched(error)
             self._slots.state = self._slots.state._replace(loss_hyper={})
-            self._signature = self._signature_of(first)
+            self._signature = signature_of(first, self._slots.state.loss_hyper)
             return self._try_out(first, template)
         if own_state(template) != before:
             return OUTSIDE
