@@ -37,8 +37,8 @@ from hpo.stacks.state import StackState
 from hpo.study.objective import Params
 from hpo.training.batches import Batches
 from hpo.training.evaluation import in_full
+from hpo.training.loss_params import SharedParams
 from hpo.training.memory import is_out_of_memory
-from hpo.training.metrics import SharedParams
 from hpo.training.stack import Task
 
 Execution = Literal["eager", "graph", "compiled"]
