@@ -28,6 +28,8 @@ class Trying(TorchFunctionMode):
         """Whether it draws random numbers but for dropout, and whether from a generator of its own."""
         self._picked: dict[int, Tensor] = {}
         """Tensors whose sizes follow from the data, by their ids."""
+        self._elsewhere: set[int] = set()
+        """Those of which not only the first dimension does."""
         self._constant: dict[int, Tensor] = {}
         self._reads = False
         """Whether Python has numbers of the data: what is made after that may follow from them."""
@@ -49,6 +51,8 @@ class Trying(TorchFunctionMode):
         if (of_picked and not self._is_sized_by_others(func, args, kwargs)) or picks:
             found = [each for each in _sized(name, results, kwargs) if isinstance(each, Tensor) and each.ndim]
             self._picked |= {id(each): each for each in found}
+            if _picks_elsewhere(func, args) or any(id(each) in self._elsewhere for each in tree_leaves((args, kwargs))):
+                self._elsewhere |= {id(each) for each in found}
         if is_constant:
             self._constant |= {id(each): each for each in tree_leaves(results) if isinstance(each, Tensor)}
         return results
@@ -70,8 +74,13 @@ class Trying(TorchFunctionMode):
     def _is_sized_by_others(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether the result of what was picked has no row of each of that: what it is put into has them, or none."""
         name, first = _name_of(func), args[0] if args else None
-        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        return (name in _REDUCING and dim == 0) or (name.startswith(_INTO) and id(first) not in self._picked)
+        if name.startswith(_INTO):
+            return id(first) not in self._picked
+        dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        if name not in _REDUCING or not isinstance(first, Tensor) or id(first) in self._elsewhere:
+            return False
+        dims = dims if isinstance(dims, tuple | list) else (dims,)
+        return any(type(dim) is int and dim in (0, -first.ndim) for dim in dims)
 
 
 _DROPOUT = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
@@ -85,7 +94,15 @@ _COUNTING = {
 """`unbind` is what a loop over a tensor calls."""
 _OF_ALL_ARGUMENTS = {"nonzero", "argwhere", "unique", "unique_consecutive", "bincount", "to_sparse", "one_hot"}
 _OF_THE_SECOND = {"masked_select": "mask", "tensor_split": "tensor_indices_or_sections", "repeat_interleave": "repeats"}
-_REDUCING = {"sum", "mean", "std", "var", "amax", "amin", "prod", "logsumexp", "norm"}
+_REDUCING = {
+    *("sum", "mean", "std", "var", "amax", "amin", "prod", "logsumexp", "norm", "max", "min", "median", "argmax"),
+    *("argmin", "any", "all", "nansum", "nanmean", "nanmedian", "var_mean", "std_mean", "count_nonzero"),
+}
+_MOVING = {
+    *("transpose", "t", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "unsqueeze", "view", "reshape"),
+    *("unflatten", "stack", "expand", "repeat", "tile", "einsum", "outer", "bmm", "meshgrid"),
+}
+_MOVED = (Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__, Tensor.mH.__get__)  # type: ignore[attr-defined]
 _INTO = ("index_add", "index_copy", "index_fill", "index_put", "index_reduce", "masked_scatter", "scatter")
 _DRAWING = {
     *(
@@ -111,7 +128,7 @@ _UNKNOWN = {
 _FILLED = {"zeros_like", "ones_like", "new_zeros", "new_ones"}
 _GIVING_NUMBERS = {
     *("item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__", "__complex__"),
-    *("__contains__", "equal", "allclose", "is_nonzero", "__len__", "__format__", "__repr__"),
+    *("__contains__", "equal", "allclose", "is_nonzero", "__format__", "__repr__"),
 }
 
 
@@ -136,6 +153,14 @@ def _picked_by(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> lis
     elif name in _OF_ALL_ARGUMENTS:
         deciding = args, kwargs
     return [each for each in tree_leaves(deciding) if isinstance(each, Tensor)]
+
+
+def _picks_elsewhere(func: Any, args: Sequence[Any]) -> bool:
+    """Whether what is picked is in another dimension than the first: `x[:, mask]`, `x[mask].T`."""
+    name = _name_of(func)
+    if name == "__getitem__":
+        return isinstance(args[1], tuple) and bool(args[1]) and not isinstance(args[1][0], Tensor)
+    return name in _MOVING or func in _MOVED
 
 
 def _sized(name: str, results: Any, kwargs: Mapping[str, Any]) -> list[Any]:
