@@ -88,8 +88,18 @@ def shuffled(module: nn.Module, x: Tensor) -> Tensor:
 
 def shuffled_by_a_fork(module: nn.Module, x: Tensor) -> Tensor:
     with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+        torch.manual_seed(99)
         return x + 0.1 * x[torch.randperm(len(x))] if module.training else x
+
+
+def seeding(module: nn.Module, x: Tensor) -> Tensor:
+    if module.training:
+        torch.manual_seed(99)
+    return F.dropout(plain(module, x), 0.5, module.training)
+
+
+def forking(module: nn.Module, x: Tensor) -> Tensor:
+    return shuffled_by_a_fork(module, x + torch.rand_like(x) if module.training else x)
 
 
 def average(module: nn.Module, x: Tensor) -> Tensor:
@@ -312,6 +322,8 @@ REFUSED: dict[str, tuple[Build, str]] = {
     "what is drawn in evaluation": (lambda p: Network(sampling), "draws random numbers in evaluation"),
     "a seed of its own": (lambda p: Network(shuffled), "draws random numbers by a seed or generator of its own"),
     "a fork": (lambda p: Network(shuffled_by_a_fork), "draws random numbers by a seed or generator of its own"),
+    "a seed for all": (lambda p: Network(seeding), "draws random numbers by a seed or generator of its own"),
+    "a fork among others": (lambda p: Network(forking), "draws random numbers by a seed or generator of its own"),
     "what is made at first use": (lambda p: Network(at_first_use, has(None)), ATTRIBUTES),
     "no numbers": (lambda p: Network(lambda m, x: (x - 9).sqrt()), "its outputs are no numbers"),
 }

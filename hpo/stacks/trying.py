@@ -25,7 +25,8 @@ class Trying(TorchFunctionMode):
         super().__init__()
         self.lists = self.drops = self.counts = False
         self.draws = self.draws_itself = False
-        """Whether it draws random numbers but for dropout, and whether from a generator of its own."""
+        """Whether it draws random numbers but for dropout, and whether from a seed or generator of its own."""
+        self._seed = torch.initial_seed()
         self._picked: dict[int, Tensor] = {}
         """Tensors whose sizes follow from the data, by their ids."""
         self._elsewhere: set[int] = set()
@@ -42,7 +43,8 @@ class Trying(TorchFunctionMode):
             given = inspect.signature(F.dropout).bind(*args, **kwargs).arguments
             return 0.5 * given["input"] if given.get("training", True) else given["input"]
         self.draws |= name in _DRAWING
-        self.draws_itself |= name in _DRAWING and kwargs.get("generator") is not None
+        if name in _DRAWING:
+            self.draws_itself |= kwargs.get("generator") is not None or torch.initial_seed() != self._seed
         of_picked = any(id(each) in self._picked for each in tree_leaves((args, kwargs)))
         self.counts |= of_picked and (func in _SIZES or name in _COUNTING)
         picks = not self._are_constant(_picked_by(name, args, kwargs))
@@ -56,6 +58,10 @@ class Trying(TorchFunctionMode):
         if is_constant:
             self._constant |= {id(each): each for each in tree_leaves(results) if isinstance(each, Tensor)}
         return results
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch does not annotate it
+        self.draws_itself |= torch.initial_seed() != self._seed
 
     def _is_constant(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether what a function gives is the same in each step. Notes what is no longer so after it."""
