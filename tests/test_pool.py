@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics.regression import MeanSquaredError
 
 from hpo.stacks.padding import PaddingPlan
 from hpo.stacks.pool import WORTH_STACKING, Pool
@@ -361,6 +363,32 @@ def test_a_loss_that_changes_its_params_is_trained_alone(way: str, said: list[st
         "the loss changes its params, which alone the next step finds changed"
     }
     assert_same_curves(got, alone(*several))
+
+
+class Halving(Small):
+    """Its loss changes outputs in place, which metrics then see, alone too."""
+
+    def build(self, params, info):
+        return nn.Linear(6, 1).double()
+
+    def loss(self, outputs, targets, params):
+        outputs.mul_(0.5)
+        return F.mse_loss(outputs, targets)
+
+    def metrics(self):
+        return {"mse": MeanSquaredError()}
+
+
+def test_a_loss_that_changes_outputs_in_place_is_stacked_and_equal(said: list[str]) -> None:
+    task = replace(TASK, objective=Halving())
+    space, _ = build_space({name: parse_param(entry) for name, entry in SPACE.items() if name != "width"}, ())
+    got, expected, stacks = members({}, {}, {}), members({}, {}, {}), set()
+    made = Pool(task, 3, sines(8), PaddingPlan(space, task.network))
+    fit(made, got, seen=lambda stack, member: stacks.add(type(stack)))
+    for member in expected:
+        fit(SingleStack(LoopStack(task)), [member])
+    assert_same_curves(got, expected, abs=1e-6)  # of a metric in single precision
+    assert (stacks, said) == ({VmapStack}, [])
 
 
 def test_a_width_that_cannot_be_rounded_up_is_no_fault() -> None:

@@ -48,7 +48,6 @@ class Line(Toy):
         after = kinds[params.get("dropout", "none")]
         return nn.Sequential(nn.Linear(4, params["width"]), nn.Tanh(), after, nn.Linear(params["width"], 1))
 
-
     def loss(self, outputs, targets, params):
         return super().loss(outputs, targets, params) * float(params.get("weight", 1.0))
 

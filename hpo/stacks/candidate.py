@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from hpo.stacks.alone import OUTSIDE, Alone, NotStackable, evaluating, step_alone
 from hpo.stacks.cost import records
@@ -107,7 +107,8 @@ def candidate(task: Task, member: Member, padder: Padder, example: Split) -> Can
         with task.guarding():
             with evaluating(task, probe):
                 outputs = in_full(probe(*example.inputs.values()))
-            task.objective.loss(outputs, example.targets, reads)
+            # of a copy: what it changes in place is no part of what the network gives
+            task.objective.loss(tree_map(_copy, outputs), example.targets, reads)
     mixing = mixes_rows(task, probe, example)
     if own_state(probe) != before:
         raise NotStackable(OUTSIDE)
@@ -148,6 +149,10 @@ def candidates(task: Task, member: Member, plan: PaddingPlan, example: Split) ->
             why = error
     if why is not None:
         raise NotStackable("memory has no room to try its network in a stack") from why
+
+
+def _copy(x: Any) -> Any:
+    return x.clone() if isinstance(x, Tensor) else x
 
 
 @contextmanager
