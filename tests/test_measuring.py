@@ -37,7 +37,7 @@ from hpo.study.objective import Objective
 from hpo.training import metrics as measuring
 from hpo.training.evaluation import measure
 from hpo.training.faults import TrialError
-from hpo.training.loss_params import RecordingParams, SharedParams
+from hpo.training.loss_params import RecordingParams, SharedParams, as_pythons
 from hpo.training.metrics import Measuring
 
 CPU = torch.device("cpu")
@@ -290,6 +290,51 @@ def test_what_each_call_of_a_loss_writes_alike_is_no_change(write: Callable[[Any
     write(recording)
     write(recording)
     assert recording.changes == changes
+
+
+BOOL, WHOLE = torch.tensor([True, False]), torch.tensor([3, 4])
+SINGLE, DOUBLE = torch.tensor([0.7, 0.1]), torch.tensor([0.7, 0.1], dtype=torch.float64)
+EXPRESSIONS: dict[str, Callable[[Any], Tensor]] = {
+    "bool": lambda w: w * BOOL,
+    "of a number of it": lambda w: (1 + 2 * w) * BOOL,
+    "from the right": lambda w: BOOL * w + 1,
+    "whole": lambda w: WHOLE / w,
+    "power": lambda w: WHOLE**w,
+    "a sum": lambda w: BOOL.sum() * w,
+    "single": lambda w: w * SINGLE,
+    "a mean in single precision": lambda w: w * SINGLE.mean(),
+    "double": lambda w: w * DOUBLE,
+    "both": lambda w: w * DOUBLE + w * BOOL,
+    "where": lambda w: torch.where(BOOL, w, DOUBLE),
+    "compared": lambda w: (w < WHOLE).sum(),
+    "two": lambda w: (w - 0.5 * w) * WHOLE,
+}
+
+
+@pytest.mark.parametrize("name", EXPRESSIONS)
+def test_a_number_as_a_tensor_gives_the_types_and_digits_that_pythons_gives(name: str) -> None:
+    numbers = torch.tensor([0.3, 0.7], dtype=torch.float64)
+
+    def of(number: Tensor) -> Tensor:
+        with as_pythons({"w": number}):
+            return EXPRESSIONS[name](number)
+
+    most = 2e-7 if name == "power" else 1e-15  # torch has another kernel for a power that is a number
+    for got, number in zip(torch.func.vmap(of)(numbers), numbers.tolist(), strict=True):
+        torch.testing.assert_close(got, EXPRESSIONS[name](number), rtol=most, atol=0)
+
+
+def test_a_loss_in_double_precision_with_a_weight_by_a_mask_is_as_alone() -> None:
+    class Weighted(Measured):
+        def loss(self, outputs, targets, params):
+            return ((outputs - targets).square() * (1 + params["w"] * (targets > 0))).mean()
+
+    objective, given, expected = Weighted("mse"), random(3, N, 1).double(), random(N, 1, seed=4).double()
+    everyone = [{"w": 0.3 * n} for n in range(3)]
+    numbers = {"w": torch.tensor([each["w"] for each in everyone], dtype=torch.float64)}
+    got = Measuring(objective, CPU)(given, expected, everyone, numbers, {"w"})
+    for each, outputs, params in zip(got, given, everyone, strict=True):
+        assert each["loss"] == pytest.approx(measure(objective, outputs, expected, params, {})["loss"], rel=1e-14)
 
 
 @pytest.mark.parametrize("params", [{"loss": "bce"}, {}], ids=["by the loss", "by the head"])

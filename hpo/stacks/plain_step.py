@@ -14,7 +14,7 @@ from hpo.stacks.tensor_modules import masks_of_a_step, step_buffers
 from hpo.study.objective import Params
 from hpo.training import schedules, stacked_optim
 from hpo.training.evaluation import in_full
-from hpo.training.loss_params import SharedParams
+from hpo.training.loss_params import SharedParams, as_pythons
 from hpo.training.optim import MAX_GRAD_NORM
 from hpo.training.stack import Task
 
@@ -48,7 +48,9 @@ class PlainStep:
             with self._task.autocast(), masks_of_a_step():
                 outputs = functional_call(self._template, named, tuple(inputs))
             params = SharedParams(self.params, loss_hyper, self._reads)
-            return self._task.objective.loss(in_full(outputs), targets, params), {n: named[n] for n in buffers}
+            with as_pythons(loss_hyper):
+                loss = self._task.objective.loss(in_full(outputs), targets, params)
+            return loss, {n: named[n] for n in buffers}
 
         batched = vmap(grad_and_value(loss_of, has_aux=True), in_dims=(0, 0, 0, None, None), randomness="different")
         before = state.buffers | dict.fromkeys(self._counts, state.t.long())

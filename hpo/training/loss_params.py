@@ -6,9 +6,13 @@ loss reads, it is seen, and to `isinstance` it is a dict, as alone. `__slots__`:
 """
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from hpo.study.objective import Params
 from hpo.training.faults import TrialError, TrialFault
@@ -175,3 +179,41 @@ class SharedParams(_Watched):
         if name not in self._reads:
             said = f"the loss reads the param {name!r} on some rows only, so trials with other values share no stack"
             raise TrialError(TrialFault(state="FAIL", text=said))
+
+
+class PythonsNumbers(TorchFunctionMode):
+    """Within this the `numbers`, tensors without dimensions, decide on the type of a result as Python's numbers do.
+
+    A float times a tensor of bool or int64 is of torch's default type, and times float32 it is float32, whatever the
+    number; a float64 tensor in its place would make float64 of them, which alone is rounded. What is computed of such
+    numbers only is one of them too.
+    """
+
+    def __init__(self, numbers: Collection[Tensor]) -> None:
+        super().__init__()
+        self._numbers = {id(each): each for each in numbers}  # held, so that no id is given twice
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        found = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        others = [each for each in found if id(each) not in self._numbers]
+        if len(others) == len(found):
+            return func(*args, **kwargs)
+        if not others:
+            result = func(*args, **kwargs)
+            if isinstance(result, Tensor) and result.ndim == 0:
+                self._numbers[id(result)] = result
+            return result
+        floats = {each.dtype for each in others if each.is_floating_point() or each.is_complex()}
+        if (floats or {torch.get_default_dtype()}) == {torch.float32}:
+            args, kwargs = tree_map(self._in_single, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _in_single(self, x: Any) -> Any:
+        return x.float() if id(x) in self._numbers and x.dtype == torch.float64 else x
+
+
+def as_pythons(numbers: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
+    """Return the context in which a loss is called that is given these `numbers` as tensors."""
+    doubles = [each for each in numbers.values() if each.dtype == torch.float64]
+    return PythonsNumbers(doubles) if doubles else nullcontext()

@@ -18,7 +18,7 @@ from hpo.light import Metric
 from hpo.study.data import LOSS_OR_METRIC, prediction, require_unchanged, versions
 from hpo.study.objective import Objective, Params
 from hpo.study.probabilities import Making, Taken
-from hpo.training.loss_params import SharedParams
+from hpo.training.loss_params import SharedParams, as_pythons
 
 MetricFunction = Callable[[Metric, Tensor, Tensor], Tensor]
 """Takes a metric, the members' predictions (K, N, ...) and the targets (N, ...); returns K values."""
@@ -48,7 +48,8 @@ class Measuring:
         """
 
         def loss_of(outputs: Any, numbers: Mapping[str, Tensor]) -> Tensor:
-            return self._objective.loss(outputs, targets, SharedParams(params[0], numbers, reads))
+            with as_pythons(numbers):
+                return self._objective.loss(outputs, targets, SharedParams(params[0], numbers, reads))
 
         before = versions({"targets": targets})
         columns = {"loss": vmap(loss_of, randomness="different")(outputs, dict(numbers))}
