@@ -28,6 +28,7 @@ from hpo.tracking.database import make_database
 from hpo.tracking.items import Answer, Item
 from hpo.tracking.mlflow import MlflowTracker
 from hpo.tracking.opening import open_tracker
+from hpo.tracking.runs import Runs
 from hpo.tracking.values import sqlite_address
 from tests import warm
 from tests.databases import MLFLOW, rows
@@ -271,6 +272,14 @@ def test_why_a_database_cannot_be_opened_is_said(here: None, tmp_path: Path, sai
     assert not tracker.end_study("COMPLETE")
     assert len(said) == 1
     assert "does not work (OperationalError: unable to open database file); training continues" in said[0]
+
+
+def test_why_a_databases_server_does_not_answer_is_said_within_seconds() -> None:
+    start = time.monotonic()
+    answer = Runs("postgresql+psycopg://me:pw@127.0.0.1:1/db", "s").attempt({"do": "start", "trial": None, "time": 1})
+    assert "Connection refused" in answer.why
+    assert (answer.sent, answer.refused) == (False, False)
+    assert time.monotonic() - start < 20
 
 
 def test_an_empty_database_is_kept_to_be_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,13 @@ def require_opened(path: Path) -> None:
         connection.execute("PRAGMA schema_version")
 
 
+def fail_soon() -> None:
+    """Have MLflow raise within seconds what a database's server says; by itself it tries for minutes, in silence."""
+    from mlflow.store.db import utils
+
+    utils.MAX_RETRY_COUNT = min(utils.MAX_RETRY_COUNT, 4)  # we try again ourselves
+
+
 def _cached() -> Path:
     """Return where an empty database of this version of MLflow is kept, if it is."""
     from mlflow.version import VERSION

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock
 
-from hpo.tracking.database import make_database, require_opened
+from hpo.tracking.database import fail_soon, make_database, require_opened
 from hpo.tracking.moved import set_places
 from hpo.tracking.values import sqlite_address, sqlite_path
 
@@ -44,6 +44,8 @@ def open_experiment(uri: str, study: str) -> Experiment:
                 make_database(path)
             require_opened(path)
             set_places(path)
+        if path is None and "://" in uri and not uri.startswith("http"):
+            fail_soon()
         # absolute: MLflow keeps one store per address, also when the process changes its folder
         address = uri if path is None else sqlite_address(path.resolve())
         client = MlflowClient(address)
