@@ -52,6 +52,7 @@ STORED = {
     "ROUNDS": "rounds",
     "PAUSED_AT": "paused_at",
     "TRAINED": "trained",
+    "SECONDS": "trained_seconds",
     "RESTARTED": "restarted",
     "RUN_ID": "mlflow_run_id",
     "ADOPTED": "hpo:adopted",
