@@ -93,7 +93,8 @@ class Pool(Stacks):
             self._sharing.note(each)
         while left:
             stack, group = self._next_group(left)
-            left = [each for each in left if each not in group]
+            grouped = set(map(id, group))
+            left = [each for each in left if id(each) not in grouped]
             try:
                 if stack is None and (self._is_hopeless(group[0]) or self._worth_stacking(None, group)):
                     stack = self._opened(group[0])
