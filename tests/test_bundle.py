@@ -236,6 +236,19 @@ def test_a_batch_norm_that_is_not_the_only_reader_of_a_layer_is_not_folded_into_
     assert about["torchscript"]["not_optimized"].startswith("its predictions differ by ")
 
 
+class OfFewRows(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > 8:
+            raise ValueError("too many rows")
+        return super().forward(x)
+
+
+def test_a_network_that_takes_no_large_batch_is_said_to_give_no_predictions(folder):
+    rows = held_out((4,))
+    with pytest.raises(ExportError, match=r"the model gives no predictions for a batch of \d+ \(too many rows\)"):
+        export(model(OfFewRows(4, 2), rows), rows, folder)
+
+
 @pytest.mark.parametrize("preprocess", [None, Twice()])
 def test_several_named_inputs(folder, preprocess):
     rows = held_out((3,), (2,))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hpo.errors import ExportError, InputError, did_you_mean
 from hpo.export.files import in_memory
 from hpo.export.model import Model, Named
-from hpo.export.parity import TOLERANCE
+from hpo.export.parity import TOLERANCE, called
 from hpo.light import lightly
 from hpo.log import silenced
 from hpo.study.data import Split
@@ -176,8 +176,7 @@ def _write_fastest(script: Any, eager: nn.Module, held_out: Split, path: Path) -
     undefined"); the freezing that folds BatchNorm into the layer before it does so where that has another reader too.
     """
     inputs = [x[:_COMPARED].cpu() for x in held_out.inputs.values()]
-    with torch.no_grad():
-        expected = eager(*inputs)
+    expected = called("the model", eager, inputs, ValueError)
     why = ""
     for numerics, optimized in ((True, True), (True, False), (False, True)):
         try:
