@@ -16,6 +16,7 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 import pytest
 import torch
 
+from hpo.stacks import cost
 from hpo.tracking import process
 from tests import warm
 from tests.logged import recorded
@@ -88,6 +89,13 @@ def server():
     # not in pytest's own folder: that is for its owner only, and PostgreSQL is another user where we are root
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, postgres(Path(folder) / "data") as made:
         yield made
+
+
+@pytest.fixture(autouse=True)
+def _nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What compiling took in one test, on a busy machine or of a stand-in, decides nothing in the next."""
+    monkeypatch.setattr(cost, "_compiled", {})
+    monkeypatch.setattr(cost, "_saved", {})
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hpo.stacks import cost, recording
+from hpo.stacks import recording
 
 WAITING = (
     *("_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select", "bincount"),
@@ -200,8 +200,6 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Capture]:
         monkeypatch.setattr(f"hpo.stacks.{module}.records", lambda device: True)
     monkeypatch.setattr(recording, "_given_up", [])
     monkeypatch.setattr(recording, "_living", {})
-    for name in ("_compiled", "_saved"):  # of a device on which nothing else is measured
-        monkeypatch.setattr(cost, name, {})
     forget_streams()
     for name, stand_in in {
         "Stream": Stream,

@@ -64,10 +64,8 @@ def test_where_no_lock_can_be_made_each_process_compiles(tmp_path: Path, monkeyp
 
 @pytest.fixture
 def unmeasured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing was measured of compiling in this process, and no other one compiles."""
+    """No other process is seen to compile."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(cost, "_compiled", {})
-    monkeypatch.setattr(cost, "_saved", {})
 
 
 def test_where_steps_are_recorded_epochs_are_timed_but_for_those_that_record(unmeasured: None) -> None:
