@@ -380,6 +380,26 @@ def test_kinds_that_are_to_wait_are_passed_over(tmp_path: Path) -> None:
     box.close()
 
 
+def test_a_bundle_that_moves_with_its_outbox_before_it_is_sent_is_found(tmp_path: Path, dead) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    names = here / "bundles" / "s", here / "unsent-too", tmp_path / "elsewhere"
+
+    def write() -> None:
+        box = Outbox(here / "unsent", "s")
+        box.append(*({"do": "folder", "trial": None, "time": 1, "folder": str(path), "name": "b"} for path in names))
+        assert (first := box.first()) is not None
+        box.replace(first, [first.item])  # as what is to be sent in parts
+        box.close()
+
+    dead(write)
+    here.rename(there)
+    box = Outbox(there / "unsent", "s")
+    box.adopt()
+    expected = [there / "bundles" / "s", there / "unsent-too", tmp_path / "elsewhere"]
+    assert [each["folder"] for each in drained(box)] == [str(path) for path in expected]
+    box.close()
+
+
 def test_a_commit_is_in_the_file_at_once(tmp_path: Path) -> None:
     box = Outbox(tmp_path, "s")
     box.append(item(4))

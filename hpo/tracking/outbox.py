@@ -37,6 +37,7 @@ class Outbox:
 
     def __init__(self, folder: Path, study: str, making: str = "") -> None:
         self._folder, self._study, self._making = folder, study, making
+        self._beside = folder.parent.resolve()
         self.file = folder / study / leftovers.database_name(making, this_process())
         self.refused = folder / study / "refused.jsonl"
         self._database: sqlite3.Connection | None = None
@@ -56,7 +57,7 @@ class Outbox:
 
     def append(self, *items: Item) -> None:
         """Add `items` at the end, all of them or none."""
-        self._do(lambda db: _add(db, items, None))
+        self._do(lambda db: _add(db, [self._from_here(item) for item in items], None))
 
     def first(self, without: Collection[str] = (), until: float = math.inf) -> Batch | None:
         """Return what is to be sent next, but for kinds that are to wait; None where there is nothing.
@@ -65,7 +66,10 @@ class Outbox:
         """
         if self._database is None and not self.file.exists():
             return None
-        return self._do(lambda db: _first(db, tuple(without), until))
+        batch = self._do(lambda db: _first(db, tuple(without), until))
+        if batch is None or "folder" not in batch.item:
+            return batch
+        return batch._replace(item=batch.item | {"folder": str(self._beside / batch.item["folder"])})
 
     def last(self) -> int:
         """Return the last place in the order that something has."""
@@ -79,9 +83,14 @@ class Outbox:
         def change(db: sqlite3.Connection) -> None:
             (place,) = db.execute("select min(place) from items where id = ?", batch.ids[:1]).fetchone()
             db.executemany("delete from items where id = ?", [(each,) for each in batch.ids])
-            _add(db, items, place)
+            _add(db, [self._from_here(item) for item in items], place)
 
         self._do(change)
+
+    def _from_here(self, item: Item) -> Item:
+        """Return `item` with the folder that it names as seen from here, since both may be moved before it is sent."""
+        folder = Path(item.get("folder", "/"))
+        return item | {"folder": str(folder.relative_to(self._beside))} if self._beside in folder.parents else item
 
     def set_aside(self, item: Any, why: str) -> None:
         """Keep what will never be sent beside the outbox, for a person to look at."""
