@@ -387,7 +387,8 @@ def test_a_bundle_that_moves_with_its_outbox_before_it_is_sent_is_found(tmp_path
     def write() -> None:
         box = Outbox(here / "unsent", "s")
         box.append(*({"do": "folder", "trial": None, "time": 1, "folder": str(path), "name": "b"} for path in names))
-        assert (first := box.first()) is not None
+        first = box.first()
+        assert first is not None
         box.replace(first, [first.item])  # as what is to be sent in parts
         box.close()
 
