@@ -2,7 +2,7 @@
 
 import pytest
 
-from hpo.runner.advice import start_advice
+from hpo.runner.advice import file_advice, start_advice
 from hpo.runner.preflight import preflight
 from hpo.runner.prepare import prepare
 from tests.cli import invoke
@@ -312,6 +312,28 @@ class Own(WithHead):
     _, warnings = preflight(plan, plan.load_data())
     said = [line for line in warnings if line.startswith("objective odd.py:Own: no optimizer trains self.own")]
     assert len(said) == ("False" not in held)
+
+
+def test_what_an_entry_of_start_with_names_in_vain_is_said(study, said):
+    text = """
+        pruner: none
+        params:
+          optimizer: {type: categorical, choices: [adam, sgd, rmsprop]}
+          momentum: {type: float, low: 0.1, high: 0.9, when: {optimizer: [sgd, rmsprop]}}
+          learning_rate: {type: float, low: 1.0e-3, high: 1.0e-1}
+        start_with:
+          - {optimizer: sgd, momentum: 0.5}
+          - {momentum: 0.5}  # whether it is asked for is yet to be drawn
+          - {optimizer: adam, momentum: 0.5}
+    """
+    line = (
+        "start_with[2].momentum: is without effect, since momentum is asked for only when optimizer is sgd or rmsprop, "
+        "and this entry has optimizer=adam"
+    )
+    path = study(text)
+    assert file_advice(prepare(path)) == [line]
+    invoke("run", path)
+    assert [each for each in said if "without effect" in each] == [line]
 
 
 def test_a_new_entry_of_start_with_that_no_trial_is_left_for_is_said(study):

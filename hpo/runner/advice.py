@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hpo.runner.prepare import Plan
+from hpo.runner.progress import shown
 from hpo.search.starts import starts_in
 from hpo.search.stop import budget
 from hpo.search.view import StudyView
@@ -91,7 +92,29 @@ def head_advice(plan: Plan, outputs: Any) -> list[str]:
     ]
 
 
-def stop_advice(plan: Plan) -> list[str]:
+def file_advice(plan: Plan) -> list[str]:
+    """Return what to say of what the study file asks for in vain."""
+    return _unasked(plan) + _never(plan)
+
+
+def _unasked(plan: Plan) -> list[str]:
+    """Return what to say of params of `start_with` that are not asked for beside the others of their entry."""
+    if "start_with" not in plan.document.values:  # the objective's own defaults name params of every kind
+        return []
+    lines = []
+    for index, entry in enumerate(plan.spec.start_with):
+        known = {**plan.space.fixed, **entry}
+        for dimension in plan.space.dimensions:
+            others = {name: known[name] for name in dimension.searched.when if name in known}
+            if (name := dimension.name) in entry and not dimension.meets(others):
+                lines.append(
+                    f"start_with[{index}].{name}: is without effect, since {name} is asked for only "
+                    f"{dimension.condition()}, and this entry has {shown(others)}"
+                )
+    return lines
+
+
+def _never(plan: Plan) -> list[str]:
     """Return what to say of rules of `stop` that can never hold in this study."""
     stop, trials = plan.spec.stop, plan.spec.trials
     if stop is None:

@@ -20,7 +20,7 @@ from hpo.export.bundle import require_place, require_writable
 from hpo.export.formats import Formats
 from hpo.log import log
 from hpo.runner import checkpoints
-from hpo.runner.advice import start_advice, stop_advice
+from hpo.runner.advice import file_advice, start_advice
 from hpo.runner.deadline import set_end
 from hpo.runner.describing import announcement
 from hpo.runner.joining import join_stored
@@ -128,7 +128,7 @@ def _run(
     if plan.function is None:
         _take_output(plan, search)
     data = load_data(plan, search)
-    for line in stop_advice(plan):
+    for line in file_advice(plan):
         log.warning(line)
     tracker = tracker_of(plan, search, stopping)
     for line in announcement(plan, data, before):
@@ -238,7 +238,7 @@ def check(plan: Plan) -> tuple[Data | None, torch.nn.Module | None]:
         if data is not None:
             tell_of_data(data)
             model, warnings = preflight(plan, data)
-            for warning in [*warnings, *stop_advice(plan)]:
+            for warning in [*warnings, *file_advice(plan)]:
                 log.warning(warning)
     except InputError as error:
         problems.append(error)

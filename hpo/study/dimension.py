@@ -47,10 +47,17 @@ class Dimension:
 
     def applies(self, params: Mapping[str, Any]) -> bool:
         """Whether `params`, which hold all that this one depends on, meet its condition."""
-        return all(
-            name in params and any(same(params[name], value) for value in values)
-            for name, values in self.searched.when.items()
-        )
+        return all(name in params for name in self.searched.when) and self.meets(params)
+
+    def meets(self, params: Mapping[str, Any]) -> bool:
+        """Whether `params`, which may lack some that this one depends on, contradict no part of its condition."""
+        when = self.searched.when.items()
+        return all(any(same(params[name], value) for value in values) for name, values in when if name in params)
+
+    def condition(self) -> str:
+        """Return when the parameter is asked for, as a person writes it down; empty: always."""
+        conditions = (f"{name} is {' or '.join(map(str, values))}" for name, values in self.searched.when.items())
+        return f"when {' and '.join(conditions)}" if self.searched.when else ""
 
     def takes(self, value: Any) -> bool:
         """Whether `value` is one this parameter can have."""
@@ -99,8 +106,7 @@ class Dimension:
         else:
             text = f"{s.low:g} .. {s.high:g}" + (f", step {s.step:g}" if s.step else "") + (", log" if s.log else "")
             text += "" if s.otherwise is None else f", or {s.otherwise:g}"
-        conditions = (f"{name} is {' or '.join(map(str, values))}" for name, values in s.when.items())
-        return text + (f"  when {' and '.join(conditions)}" if s.when else "")
+        return text + (f"  {self.condition()}" if s.when else "")
 
 
 def same(left: Any, right: Any) -> bool:
