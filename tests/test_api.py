@@ -8,10 +8,12 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pandas as pd
 import pytest
 import torch
@@ -244,6 +246,48 @@ class TestResults:
 def test_bad_input_is_named(study: object, overrides: dict[str, object], text: str) -> None:
     with pytest.raises(InputError, match=text):
         hpo.run(study, quiet=True, **overrides)  # type: ignore[arg-type]
+
+
+def _adds(constant: float) -> Callable[[optuna.Trial], float]:
+    calls, seen = 0, []
+
+    def objective(trial: optuna.Trial) -> float:
+        nonlocal calls
+        calls += 1
+        seen.append(trial.number)
+        return constant + trial.suggest_float("x", 0, 1)
+
+    return objective
+
+
+def _base(trial: optuna.Trial, constant: float) -> float:
+    return constant + trial.suggest_float("x", 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "what"),
+    [
+        (lambda: _adds(0), lambda: _adds(100), "its value of constant"),
+        (
+            lambda: functools.partial(_base, constant=0),
+            lambda: functools.partial(_base, constant=9),
+            "value of constant",
+        ),
+        (lambda: functools.partial(_base, constant=0), lambda: functools.partial(_base, constant=0.5), "of constant"),
+        (lambda: lambda t: t.suggest_float("x", 0, 1), lambda: lambda t: 9 + t.suggest_float("x", 0, 1), "its code"),
+        (lambda: lambda t: t.suggest_float("x", 0, 1), lambda: lambda t: t.suggest_float("y", 0, 1), "its code"),
+    ],
+)
+def test_another_function_of_the_same_name_is_not_given_the_results_of_the_first(one, other, what) -> None:
+    done = hpo.run(one(), **QUICK)
+    function = one()
+    more = hpo.run(function, **QUICK | {"trials": 3})  # the same by what it does, though another object
+    assert hpo.run(function, **QUICK | {"trials": 4}).counts.finished == 4  # what it has counted meanwhile is no change
+    assert more.best.value <= done.best.value
+    with pytest.raises(InputError, match=f"{what}.* differs, and no name tells the two apart"):
+        hpo.run(other(), **QUICK)
+    assert hpo.run(other(), **QUICK, name="another").best.value != done.best.value
+    assert hpo.run(other(), **QUICK, fresh=True).counts.finished == 2
 
 
 def test_an_instance_has_its_own_options() -> None:

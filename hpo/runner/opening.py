@@ -18,7 +18,7 @@ from hpo.search.codes import with_code
 from hpo.search.opening import no_study, open_search
 from hpo.search.search import Search
 from hpo.study.data import Data
-from hpo.study.held import of_one_form, other_values
+from hpo.study.held import of_one_form, other_values, what_differs_unnamed
 from hpo.study.leaks import repeated, telling
 from hpo.study.objective import Objective
 from hpo.study.sources import digest, file_fingerprint
@@ -151,6 +151,8 @@ def how_source_differs(plan: Plan, search: Search) -> str:
     if before not in (None, code, file_fingerprint(plan.given)):  # the last is what an older version stored
         return "code"
     known = held_by(search.attrs)
+    if (what := what_differs_unnamed(plan.given, plan.held, known)) == "code":
+        return what
     if names := other_values(plan.held, known):
         return f"value of {', '.join(names)}"
     if before != code or not known or (plan.by_program and not of_one_form(plan.held, known)):
@@ -161,6 +163,23 @@ def how_source_differs(plan: Plan, search: Search) -> str:
 def held_by(attrs: Mapping[str, Any]) -> Mapping[str, str]:
     """Return the digests of what a study's objective holds; nothing: an earlier version stored none of a study file."""
     return attrs.get(schema.HELD) or attrs.get(schema.HELD_BY_FILE) or {}
+
+
+def require_same_unnamed(plan: Plan, search: Search) -> None:
+    """Raise InputError where a study of that name has trials of another lambda, or of what another function made.
+
+    No edit makes one of the other, as it does of a file: the results would be another function's.
+    """
+    if not plan.by_program or not plan.spec.objective.startswith("__main__:"):
+        return
+    what = what_differs_unnamed(plan.given, plan.held, held_by(search.attrs))
+    if what and any(trial.state.is_finished() for trial in search.view().trials):
+        name = plan.spec.objective.removeprefix("__main__:")
+        raise InputError(
+            f"study {plan.spec.name!r} in {plan.spec.storage} has trials of another {name}: "
+            f"its {what} differs, and no name tells the two apart; give each study a `name` of its own, or "
+            "`fresh=True`, which keeps the old study under another name"
+        )
 
 
 def warn_of_source(plan: Plan, search: Search) -> bool:

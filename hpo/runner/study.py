@@ -25,7 +25,15 @@ from hpo.runner.deadline import set_end
 from hpo.runner.describing import announcement
 from hpo.runner.joining import join_stored
 from hpo.runner.launch import STOP_SECONDS, StudyMonitor, Workers, gpus, how_many
-from hpo.runner.opening import load_data, open_study, remember_source, tell_of_data, warn_of_bundle, warn_of_source
+from hpo.runner.opening import (
+    load_data,
+    open_study,
+    remember_source,
+    require_same_unnamed,
+    tell_of_data,
+    warn_of_bundle,
+    warn_of_source,
+)
 from hpo.runner.outcome import Outcome, outcome
 from hpo.runner.preflight import preflight
 from hpo.runner.prepare import Plan
@@ -93,6 +101,7 @@ def run(
     Where all of that is done already, the stored outcome is returned and nothing is trained.
     Raises HpoError where no trial is complete, Interrupted when asked to stop.
     """
+    require_same_unnamed(plan, search)
     search.settle_stop()
     seen = search.view()
     for line in start_advice(plan, seen):

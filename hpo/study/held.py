@@ -1,13 +1,14 @@
 """What an objective holds beside its code, as digests: another process, or a later run, may hold something else."""
 
 import functools
+import sys
 import types
 from collections.abc import Mapping
 from typing import Any
 
-from hpo.study.contents import functions_in, globals_of, is_bare, set_by, text_of
+from hpo.study.contents import functions_in, globals_of, is_bare, set_by, stored_by, text_of
 from hpo.study.objective import Function, Objective
-from hpo.study.sources import closed_over, digest, is_plain
+from hpo.study.sources import called, closed_over, code_text, digest, is_plain
 
 _GIVEN = "."
 """Before the name of what the objective's own methods never set: whoever made it has. By itself, that such names are
@@ -16,6 +17,8 @@ _FORM = ":form"
 """Which form the digests have that have `_LOOKED_INTO` before them: it says so beside them, and no attribute is called
 that. An earlier version had none, and other digests of all but bare values."""
 _LOOKED_INTO = "~"
+_ITS_CODE = f":code on Python {sys.version_info.major}.{sys.version_info.minor}"
+"""The code of what no file defines by a name; each version of Python compiles it otherwise."""
 _NOT_ITS_OWN = ("options", "info", "own_losses")
 """What the engine sets, and the options, which are a part of the study."""
 _CODE = (types.FunctionType, property, classmethod, staticmethod, functools.cached_property)
@@ -28,8 +31,9 @@ def held(objective: Objective | Function) -> dict[str, str]:
     that is made in a function: what its methods close over is among them, and the globals that they read. Of a value
     that cannot be looked into it is its type alone. Digests, since a value may be a password.
     """
+    code = {_ITS_CODE: digest(text)} if (text := _unnamed_code(objective)) else {}
     if isinstance(objective, Function):
-        return _digests(_held_by(objective.call), set_by(_object_of(objective.call)))
+        return _digests(_held_by(objective.call), set_by(_object_of(objective.call))) | code
     several: dict[str, Any] = {}
     for cls in reversed(type(objective).__mro__[: type(objective).__mro__.index(Objective)]):
         several |= {name: value for name, value in vars(cls).items() if not name.startswith("__")}
@@ -39,7 +43,46 @@ def held(objective: Objective | Function) -> dict[str, str]:
         several |= {f"{name}: {key}": each for key, each in closed_over(function).items()}
         several |= globals_of(function)
     several |= vars(objective)
-    return _digests({k: v for k, v in several.items() if k not in _NOT_ITS_OWN}, set_by(type(objective)))
+    return _digests({k: v for k, v in several.items() if k not in _NOT_ITS_OWN}, set_by(type(objective))) | code
+
+
+def what_differs_unnamed(objective: Objective | Function, now: Mapping[str, str], before: Mapping[str, str]) -> str:
+    """Return in what an objective that no name tells from others is another than that of `before`; nothing: in nothing.
+
+    A lambda, a partial, what is made within a function: a study may have its name by chance, as in a loop that makes
+    one function after the other. `now` and `before` are what `held` gives. Beside the code only numbers and texts that
+    it was made with are compared: anything else may change as it is called.
+    """
+    if now.get(_ITS_CODE) != before.get(_ITS_CODE, now.get(_ITS_CODE)):
+        return "code"
+    if not isinstance(objective, Function) or not _is_unnamed(objective.call):
+        return ""
+    function = called(objective.call)
+    set_again = stored_by(function, "STORE_DEREF")
+    made_with = {
+        name for name, value in _held_by(objective.call).items() if isinstance(value, bool | int | float | str)
+    }
+    names = [n for n in other_values(now, before) if n in made_with - set_again and not n.startswith("global ")]
+    return f"value of {', '.join(names)}" if names else ""
+
+
+def _is_unnamed(call: Any) -> bool:
+    """Whether it is a function that may share its name with others: a lambda, a partial, one made within a function.
+
+    An object that is called is none: its attributes may change as it is.
+    """
+    what = called(call)
+    return isinstance(what, types.FunctionType) and ("<" in what.__qualname__ or isinstance(call, functools.partial))
+
+
+def _unnamed_code(objective: Objective | Function) -> str:
+    """Return the code of an objective that was made within a function, or is a lambda; nothing: it is another one."""
+    what = called(objective.call) if isinstance(objective, Function) else type(objective)
+    if "<" not in what.__qualname__:
+        return ""
+    if isinstance(what, types.FunctionType):
+        return code_text(what)
+    return " ".join(code_text(function) for value in vars(what).values() for function in functions_in(value))
 
 
 def other_values(objective: Mapping[str, str], before: Mapping[str, str]) -> list[str]:
@@ -52,7 +95,7 @@ def other_values(objective: Mapping[str, str], before: Mapping[str, str]) -> lis
         names |= {name for name in objective.keys() ^ before.keys() if name.startswith(_GIVEN)}
     if not of_one_form(objective, before):
         names = {name for name in names if not objective.get(name, "").startswith(_LOOKED_INTO)} - {_FORM}
-    others = [name for name in names if objective.get(name) != _in_any_form(name, before)]
+    others = [name for name in names - {_ITS_CODE} if objective.get(name) != _in_any_form(name, before)]
     return sorted({name.removeprefix(_GIVEN) for name in others})
 
 
