@@ -49,30 +49,21 @@ def held(objective: Objective | Function) -> dict[str, str]:
 def what_differs_unnamed(objective: Objective | Function, now: Mapping[str, str], before: Mapping[str, str]) -> str:
     """Return in what an objective that no name tells from others is another than that of `before`; nothing: in nothing.
 
-    A lambda, a partial, what is made within a function: a study may have its name by chance, as in a loop that makes
-    one function after the other. `now` and `before` are what `held` gives. Beside the code only numbers and texts that
-    it was made with are compared: anything else may change as it is called.
+    A lambda, a partial, an object that is called, what is made within a function: a study may have its name by chance,
+    as in a loop that makes one after the other. `now` and `before` are what `held` gives. Beside the code only numbers
+    and texts that it was made with are compared: anything else may change as it is called.
     """
     if now.get(_ITS_CODE) != before.get(_ITS_CODE, now.get(_ITS_CODE)):
         return "code"
-    if not isinstance(objective, Function) or not _is_unnamed(objective.call):
-        return ""
+    if not isinstance(objective, Function) or (objective.call is called(objective.call) and _ITS_CODE not in now):
+        return ""  # a class says what it is made with by its options, and a function has its name
     function = called(objective.call)
-    set_again = stored_by(function, "STORE_DEREF")
+    set_again = stored_by(function, "STORE_DEREF") if isinstance(function, types.FunctionType) else set()
     made_with = {
         name for name, value in _held_by(objective.call).items() if isinstance(value, bool | int | float | str)
     }
-    names = [n for n in other_values(now, before) if n in made_with - set_again and not n.startswith("global ")]
+    names = [n for n in other_values(now, before) if n in made_with - set_again and f"{_GIVEN}{n}" in now]
     return f"value of {', '.join(names)}" if names else ""
-
-
-def _is_unnamed(call: Any) -> bool:
-    """Whether it is a function that may share its name with others: a lambda, a partial, one made within a function.
-
-    An object that is called is none: its attributes may change as it is.
-    """
-    what = called(call)
-    return isinstance(what, types.FunctionType) and ("<" in what.__qualname__ or isinstance(call, functools.partial))
 
 
 def _unnamed_code(objective: Objective | Function) -> str:
