@@ -25,7 +25,7 @@ params:
 """
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "http"])
+@pytest.mark.parametrize("kind", ["sqlite", pytest.param("http", marks=pytest.mark.slow)])
 def test_all_say_the_same_of_every_trial(
     kind: str, study: Callable[..., Path], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -631,8 +631,21 @@ READ: list[Callable[[Any], Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("execution", "batch_size", "n_valid"), [("eager", 12, 8), ("graph", 12, 8), ("graph", 6, 10)])
-@pytest.mark.parametrize("read", READ)
+TRACED = {0: [(12, 8), (6, 10)], 10: [(6, 10)], 12: [(12, 8)]}
+"""Which of them are traced by default, with how many rows: how it is read is seen by the same dict in a graph too."""
+
+
+@pytest.mark.parametrize(
+    ("read", "execution", "batch_size", "n_valid"),
+    [
+        *((read, "eager", 12, 8) for read in READ),
+        *(
+            pytest.param(read, "graph", *sizes, marks=() if sizes in TRACED.get(i, []) else pytest.mark.slow)
+            for i, read in enumerate(READ)
+            for sizes in [(12, 8), (6, 10)]
+        ),
+    ],
+)
 def test_a_param_that_is_read_on_many_rows_only_is_not_the_first_members(
     read: Callable[[Any], Any], execution: Execution, batch_size: int, n_valid: int
 ) -> None:

@@ -158,7 +158,10 @@ class TestWaysToNameAStudy:
         assert (counts.complete, counts.waiting) == (2, 0)
 
 
-@pytest.mark.parametrize("imported", [False, True], ids=["its own", "imported from beside it"])
+@pytest.mark.parametrize(
+    "imported",
+    [pytest.param(False, id="its own", marks=pytest.mark.slow), pytest.param(True, id="imported from beside it")],
+)
 def test_a_class_of_a_script_is_trained_by_two_workers(folder: Path, imported: bool) -> None:
     script = folder / "scripts" / "script.py"
     script.parent.mkdir()

@@ -101,7 +101,9 @@ def test_one_that_was_written_on_a_gpu_is_resumed_on_another_device(folder, said
     assert resumed == plain
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "rmsprop"])
+@pytest.mark.parametrize(
+    "optimizer", ["adam", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sgd", "rmsprop"))]
+)
 def test_in_a_stack_it_goes_on_as_it_was(folder, said, optimizer):
     text = f"stack: 4\nsampler: random\nparams: {{optimizer: {optimizer}, momentum: 0.9, "
     text += "learning_rate: {type: float, low: 1e-3, high: 3e-2}, n_hidden: {type: int, low: 4, high: 9}}\n"

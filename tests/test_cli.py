@@ -185,7 +185,7 @@ sys.meta_path.insert(0, Finder())
 """
 
 
-@pytest.mark.parametrize("missing", [ABSENT, REFUSED])
+@pytest.mark.parametrize("missing", [ABSENT, pytest.param(REFUSED, marks=pytest.mark.slow)])
 def test_tracking_off_needs_no_mlflow(study: Write, missing: str) -> None:
     Path("sitecustomize.py").write_text(missing)
     path = f".{os.pathsep}{ROOT}"

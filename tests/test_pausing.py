@@ -76,7 +76,7 @@ def test_a_resumed_trial_has_the_curve_that_it_would_have_had_without_the_pause(
     assert done.view.effort.epochs == sum(map(len, curves.values())) < 0.6 * 64
 
 
-@pytest.mark.parametrize("stack", [1, 4, 64])
+@pytest.mark.parametrize("stack", [1, 4, pytest.param(64, marks=pytest.mark.slow)])
 def test_each_trial_has_one_end_and_storage_tracker_and_screen_agree_on_it(stack):
     done = Study("s", f"{HALVING}stack: {stack}\n").run()
     view = done.view

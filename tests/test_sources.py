@@ -162,7 +162,7 @@ def sized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 QUICK: dict[str, Any] = {"trials": 2, "epochs": 2, "tracking": "off", "quiet": True, "baseline": False}
 
 
-@pytest.mark.parametrize("how", ["an attribute", "an argument", "the class"])
+@pytest.mark.parametrize("how", ["an attribute", pytest.param("an argument", marks=pytest.mark.slow), "the class"])
 def test_workers_do_not_train_another_objective_than_is_exported(sized: Any, how: str) -> None:
     """They make it by its class and options, and the process that exports has the instance that was given."""
     given = sized(width=9) if how == "an argument" else sized()
@@ -175,7 +175,13 @@ def test_workers_do_not_train_another_objective_than_is_exported(sized: Any, how
     assert hpo.run(given, workers=1, **QUICK).counts.complete == 2
 
 
-@pytest.mark.parametrize("value", [9, torch.ones(9), np.ones(9), {1, 2, 3}, object()], ids=lambda x: type(x).__name__)
+def slow(value: Any) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "value", [np.ones(9), {1, 2, 3}, *(slow(x) for x in (9, torch.ones(9), object()))], ids=lambda x: type(x).__name__
+)
 def test_nor_one_that_lacks_what_only_the_instance_has(sized: Any, value: Any) -> None:
     given = sized()
     given.more = value

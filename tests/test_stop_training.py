@@ -28,7 +28,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize(("stack", "n"), [(1, 1), (3, 3)])
+@pytest.mark.parametrize(("stack", "n"), [(1, 1), pytest.param(3, 3, marks=pytest.mark.slow)])
 def test_no_new_trial_is_started_and_those_in_training_are_trained_to_their_end(stack, n):
     done = Study("s", f"pruner: none\nstack: {stack}\n{REACHED}").run()
     assert agree(done) == dict.fromkeys(range(n), "COMPLETE")

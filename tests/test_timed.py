@@ -101,9 +101,15 @@ class Simulated:
 
 
 class TestEnds:
-    @pytest.mark.parametrize("seed", range(3))
-    @pytest.mark.parametrize("slots", [1, 2, 8])
-    @pytest.mark.parametrize("seconds", [26, 40, 100, 400])
+    @pytest.mark.parametrize(
+        ("seconds", "slots", "seed"),
+        [
+            pytest.param(seconds, slots, seed, marks=pytest.mark.slow if seconds == 400 and seed > 0 else ())
+            for seconds in [26, 40, 100, 400]
+            for slots in [1, 2, 8]
+            for seed in range(3)
+        ],
+    )
     def test_with_a_whole_trial_that_is_better_than_whatever_is_paused(self, seconds, slots, seed):
         done = Simulated(seconds, slots, seed=seed).run()
         assert done.complete

@@ -87,7 +87,7 @@ def values(study, name: str, text: str, screen: Screen | None = None) -> dict[in
 HONEST = "sampler: random\npruner: none\ntrials: 14\nepochs: 3\n"
 
 
-@pytest.mark.parametrize("stack", [4, 16])
+@pytest.mark.parametrize("stack", [4, pytest.param(16, marks=pytest.mark.slow)])
 def test_the_same_study_with_another_stack_has_the_same_params_and_values(study, stack: int) -> None:
     alone = values(study, "alone", HONEST)
     stacked = values(study, "stacked", f"{HONEST}stack: {stack}\n")

@@ -179,8 +179,15 @@ class Embedded(Objective):
         return {"rmse": MeanSquaredError(squared=False)}
 
 
-@pytest.mark.parametrize("kind", ["piecewise", "periodic"])
-@pytest.mark.parametrize("ensemble", [0, 2])
+@pytest.mark.parametrize(
+    ("ensemble", "kind"),
+    [
+        (0, "piecewise"),
+        (2, "periodic"),
+        pytest.param(0, "periodic", marks=pytest.mark.slow),
+        pytest.param(2, "piecewise", marks=pytest.mark.slow),
+    ],
+)
 def test_members_of_a_stack_differ_in_all_sizes_and_each_is_as_alone(kind, ensemble, said):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, 3, generator=generator, dtype=torch.float64)

@@ -99,16 +99,22 @@ def wide(n_columns, separator, name, n_rows=30):
     return "\n".join(lines) + "\n"
 
 
-@pytest.mark.parametrize("separator", [",", "\t", ";"])
+COLUMNS = {
+    "short": (5_000, "c"),
+    "quoted": (5_000, "a name, with\na line and a " * 8),
+    "long": (20_000, "a_rather_long_name_of_a_column_"),
+    "many": (20_000, "c"),
+}
+
+
 @pytest.mark.parametrize(
-    ("n_columns", "name"),
+    ("n_columns", "name", "separator"),
     [
-        (5_000, "c"),
-        (5_000, "a name, with\na line and a " * 8),
-        (20_000, "a_rather_long_name_of_a_column_"),
-        (20_000, "c"),
+        pytest.param(*COLUMNS[kind], separator, id=f"{kind}-{separator}", marks=() if by_default else pytest.mark.slow)
+        for kind, separators in {"short": ";", "quoted": ",", "long": "\t", "many": ""}.items()
+        for separator in ",\t;"
+        for by_default in [separator in separators]
     ],
-    ids=["short", "quoted", "long", "many"],
 )
 def test_a_table_may_have_many_columns(make, n_columns, name, separator):
     begun = time.process_time()
