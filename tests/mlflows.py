@@ -166,6 +166,12 @@ def in_store(kind: str, request: pytest.FixtureRequest, folder: Path) -> Mlflow:
     return Mlflow(f"sqlite:///{folder}/mlruns/mlflow.db", study, folder / "unsent")
 
 
+by_default_in_sqlite = pytest.mark.parametrize(
+    "mlflow", ["sqlite", pytest.param("http", marks=pytest.mark.slow)], indirect=True
+)
+"""For what the other tests of a file, or of the contract, show to be the same over HTTP."""
+
+
 @pytest.fixture(params=["sqlite", "http"])
 def mlflow(request: pytest.FixtureRequest, no_warning: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mlflow:
     monkeypatch.chdir(tmp_path)

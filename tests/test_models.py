@@ -11,7 +11,7 @@ from hpo.export.bundle import export
 from hpo.export.formats import formats_of
 from hpo.export.model import Model
 from hpo.study.data import DataInfo, Split
-from tests.mlflows import Mlflow, quietly
+from tests.mlflows import Mlflow, by_default_in_sqlite, quietly
 
 INPUTS = {"named": {"features": 3}, "plain": {"features": 3}, "several": {"left": 2, "right": 3}}
 
@@ -82,6 +82,7 @@ def here(mlflow: Mlflow) -> Any:
 
 
 @pytest.mark.parametrize("kind", INPUTS)
+@by_default_in_sqlite
 def test_what_mlflow_loads_is_the_model_that_was_exported(mlflow: Mlflow, here: Any, tmp_path: Path, kind: str) -> None:
     eager = bundle(tmp_path / "b", kind)
     tell(mlflow, tmp_path / "b")
@@ -134,6 +135,7 @@ def test_the_champion_gives_way_to_a_better_one_on_the_same_test_rows_only(mlflo
     assert len(versions(mlflow)) == len(told)
 
 
+@by_default_in_sqlite
 def test_an_attempt_that_failed_midway_leaves_one_model(
     mlflow: Mlflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
@@ -181,6 +183,7 @@ def test_a_peer_that_registers_the_same_bundle_meanwhile_makes_no_second_version
     assert said == []
 
 
+@by_default_in_sqlite
 def test_a_bundle_without_that_file_is_no_registered_model(mlflow: Mlflow, tmp_path: Path) -> None:
     bundle(tmp_path / "b", formats="torchscript")
     tell(mlflow, tmp_path / "b")

@@ -7,7 +7,7 @@ import pytest
 
 from hpo.tracking.mlflow import MlflowTracker
 from tests.cli import invoke, summary
-from tests.mlflows import Mlflow, TrackerHere, quietly
+from tests.mlflows import Mlflow, TrackerHere, by_default_in_sqlite, quietly
 
 
 def tracker(mlflow: Mlflow, making: str, adopts: bool = False) -> MlflowTracker:
@@ -41,6 +41,7 @@ def test_each_has_runs_of_its_own(mlflow: Mlflow) -> None:
             assert mlflow.client.get_run(parent).data.tags["hpo.making"] == making
 
 
+@by_default_in_sqlite
 def test_reconcile_ends_no_run_of_a_namesake(mlflow: Mlflow) -> None:
     for making in ("a1", "b2"):
         opened = tracker(mlflow, making)
@@ -66,6 +67,7 @@ def before(mlflow: Mlflow) -> None:
     assert opened.close()
 
 
+@by_default_in_sqlite
 def test_what_an_older_version_made_is_found_marked_and_reconciled(mlflow: Mlflow) -> None:
     before(mlflow)
     opened = tracker(mlflow, "a1", adopts=True)
@@ -79,6 +81,7 @@ def test_what_an_older_version_made_is_found_marked_and_reconciled(mlflow: Mlflo
     assert ("", "0", "FINISHED") in runs(mlflow)
 
 
+@by_default_in_sqlite
 def test_a_study_that_never_was_of_an_older_version_adopts_none(mlflow: Mlflow) -> None:
     before(mlflow)
     told(tracker(mlflow, "a1"), 0.2)

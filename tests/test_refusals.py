@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpo.processes import this_process
-from tests.mlflows import Mlflow, TrackerHere, quietly, until
+from tests.mlflows import Mlflow, TrackerHere, by_default_in_sqlite, quietly, until
 
 ILLEGAL = [
     "r2@5",
@@ -102,6 +102,7 @@ def test_lines_that_are_no_items_are_set_aside_and_the_rest_is_sent(mlflow: Mlfl
     assert len(said) <= 2
 
 
+@by_default_in_sqlite
 def test_a_line_that_a_kill_cut_short_is_left_out_without_a_word(mlflow: Mlflow) -> None:
     left = leave(mlflow, metrics(0, ["a", 1.0, 1, 0]))
     with left.open("ab") as file:
@@ -132,6 +133,7 @@ def test_of_a_batch_only_what_is_refused_is_set_aside(mlflow: Mlflow, said: list
 
 
 @pytest.mark.parametrize("times", [1, 2])
+@by_default_in_sqlite
 def test_a_new_trial_whose_first_item_fails_has_one_run(
     mlflow: Mlflow, monkeypatch: pytest.MonkeyPatch, times: int, said: list[str]
 ) -> None:
@@ -165,6 +167,7 @@ def test_a_new_trial_whose_first_item_fails_has_one_run(
 @pytest.mark.parametrize(
     ("value", "kept"), [(math.nan, math.nan), (math.inf, 1.7976931348623157e308), (-math.inf, -1.7976931348623157e308)]
 )
+@by_default_in_sqlite
 def test_values_that_are_no_numbers_are_taken_as_mlflow_takes_them(mlflow: Mlflow, value: float, kept: float) -> None:
     tracker = mlflow.tracker()
     tracker.log_metrics(0, 0, {"a": value})
@@ -173,6 +176,7 @@ def test_values_that_are_no_numbers_are_taken_as_mlflow_takes_them(mlflow: Mlflo
     assert (step, got) == (0, kept) or (math.isnan(got) and math.isnan(kept))
 
 
+@by_default_in_sqlite
 def test_texts_of_any_length_and_kind_are_taken(mlflow: Mlflow) -> None:
     tracker = mlflow.tracker()
     tracker.start_study({"hpo.huge": "é" * 100_000, "hpo.empty": ""}, {})
@@ -211,6 +215,7 @@ def test_a_run_that_is_deleted_while_it_is_written_to_is_restored(mlflow: Mlflow
     assert len(said) == 1
 
 
+@by_default_in_sqlite
 def test_an_experiment_that_is_deleted_while_it_is_written_to_is_restored(mlflow: Mlflow) -> None:
     tracker = mlflow.tracker()
     tracker.start_study({}, {})

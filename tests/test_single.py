@@ -11,7 +11,7 @@ from hpo.tracking.calls import all_runs
 from hpo.tracking.mlflow import MlflowTracker
 from hpo.tracking.runs import Runs
 from hpo.tracking.single import made_one
-from tests.mlflows import Mlflow, TrackerHere, in_store, quietly
+from tests.mlflows import Mlflow, TrackerHere, by_default_in_sqlite, in_store, quietly
 
 CURVE = [(epoch, 1.0 / (epoch + 1)) for epoch in range(4)]
 
@@ -72,6 +72,7 @@ def test_a_trial_that_a_peer_resumes_and_ends(mlflow: Mlflow, first: str, is_bes
 
 
 @pytest.mark.parametrize("state", ["COMPLETE", "PRUNED"])
+@by_default_in_sqlite
 def test_a_pause_that_arrives_after_the_end(mlflow: Mlflow, state: str) -> None:
     a, b = worker(mlflow, "a"), worker(mlflow, "b")
     a.start_trial(0, {"lr": 0.1, "n": 3}, is_new=True)
@@ -188,6 +189,7 @@ def test_two_machines_that_make_a_run_in_the_same_moment(
     found(mlflow, "trial 0", "COMPLETE")
 
 
+@by_default_in_sqlite
 def test_a_name_that_an_older_version_left_wrong_is_put_right(mlflow: Mlflow) -> None:
     a = worker(mlflow, "a")
     a.start_trial(0, {"lr": 0.1, "n": 3}, is_new=True)
@@ -202,6 +204,7 @@ def test_a_name_that_an_older_version_left_wrong_is_put_right(mlflow: Mlflow) ->
     found(mlflow, "trial 0", "COMPLETE")
 
 
+@by_default_in_sqlite
 def test_trials_that_no_peer_can_have_touched_are_not_looked_for(
     mlflow: Mlflow, monkeypatch: pytest.MonkeyPatch
 ) -> None:

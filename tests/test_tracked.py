@@ -15,6 +15,11 @@ from tests.mlflows import Mlflow, in_store
 SHORT = "trials: 3\nepochs: 2\nstack: 1\npruner: none\n"
 
 
+by_default_in_sqlite = pytest.mark.parametrize(
+    "tracked", ["sqlite", pytest.param("http", marks=pytest.mark.slow)], indirect=True
+)
+
+
 @pytest.fixture(params=["sqlite", "http"])
 def tracked(request: pytest.FixtureRequest, study: Callable[..., Path], tmp_path: Path) -> tuple[Path, Mlflow]:
     """Return the file of a short study, and where it is tracked."""
@@ -70,6 +75,7 @@ def test_the_studys_run_says_what_was_searched_and_what_was_found(tracked: tuple
             assert each.data.tags["mlflow.parentRunId"] == run.info.run_id
 
 
+@by_default_in_sqlite
 def test_a_trial_that_is_exported_by_itself_is_tracked_too(tracked: tuple[Path, Mlflow]) -> None:
     path, mlflow = tracked
     best = summary(invoke("run", path, "--json"))["best"]["number"]
@@ -109,6 +115,7 @@ def test_mlflows_own_variable_has_the_machines_load_logged(
     assert 0 < metrics["system/system_memory_usage_percentage"] < 100
 
 
+@by_default_in_sqlite
 def test_the_report_is_kept_with_the_studys_run(tracked: tuple[Path, Mlflow]) -> None:
     path, mlflow = tracked
     invoke("run", path)
