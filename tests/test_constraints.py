@@ -399,7 +399,9 @@ def test_latency_is_measured_of_one_row_and_of_many(sized):
     assert "the nearest is trial" in failed("run", slow)
 
 
-@pytest.mark.parametrize("pruner", ["median", "{name: halving, first: 2, finish: 1}"])
+@pytest.mark.parametrize(
+    "pruner", [pytest.param("median", marks=pytest.mark.slow), "{name: halving, first: 2, finish: 1}"]
+)
 def test_stacks_and_halving_hold_to_them(sized, pruner):
     file = sized(
         f"stack: 4\nepochs: 6\ntrials: 16\npruner: {pruner}\n"

@@ -49,7 +49,10 @@ def attribute(number: int, key: str) -> object:
     return json.loads(found[0][0]) if found else None
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(other, marks=pytest.mark.slow) for other in (signal.SIGINT, signal.SIGHUP))],
+)
 def test_a_signal_gives_the_trial_back_and_a_second_run_goes_on(study: Callable[..., Path], number: int) -> None:
     path = study("epochs: 200\nstack: 1")
     process = start_hpo("run", path, LINEAR_SECONDS="0.05")

@@ -274,7 +274,11 @@ def test_running_out_of_memory_on_the_way_in_is_let_through(monkeypatch: pytest.
     assert not said
 
 
-@pytest.mark.parametrize("way", LOSSES)
+ALIKE = ("get", "items", "copy", "not there")
+"""Read as others of them are."""
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow if way in ALIKE else ()) for way in LOSSES])
 def test_members_that_differ_in_what_the_loss_reads_have_losses_of_their_own(way: str) -> None:
     """In whatever way it reads it; a number that it cannot be given as a tensor divides members into stacks."""
     several = [{"loss": way, "scale": scale} for scale in (0.5, 1.0, 2.0)]

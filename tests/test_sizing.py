@@ -248,7 +248,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizing, "SIZES", {"cpu": (1, 4)})
 
 
-@pytest.mark.parametrize("schedule", ["constant", "one_cycle"])
+@pytest.mark.parametrize("schedule", ["constant", pytest.param("one_cycle", marks=pytest.mark.slow)])
 def test_what_is_measured_in_earnest_gives_a_choice(measured, schedule: str) -> None:
     """A study of fewer steps than the measuring does is no fault, whatever its learning rate does."""
     choice = sized(n_trials=8, schedule=schedule).choose()
