@@ -98,12 +98,14 @@ def postgres(folder: Path, host: str = "127.0.0.1") -> Iterator[Postgres]:
 class MlflowServer:
     """MLflow's tracking server over SQLite in a folder; it may be killed and started again."""
 
-    def __init__(self, folder: Path, host: str = "127.0.0.1") -> None:
+    def __init__(self, folder: Path, host: str = "127.0.0.1", starts: bool = True) -> None:
         self._folder = folder
         folder.mkdir(parents=True)
         self._host, self._port = host, free_port()
         self.address = f"http://{host}:{self._port}"
-        self.start()
+        self._process: psutil.Popen | None = None
+        if starts:
+            self.start()
 
     def start(self) -> None:
         where = ("--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db")
@@ -120,6 +122,8 @@ class MlflowServer:
 
     def stop(self) -> None:
         """Kill it and the processes that it has started."""
+        if self._process is None:
+            return
         for process in [*self._process.children(recursive=True), self._process]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -142,6 +142,7 @@ def test_a_study_of_loaders_is_run_and_resumed_streamed_from_disk(tmp_path: Path
     (tmp_path / "blobs.py").write_text(OBJECTIVE)
     (tmp_path / "s.yaml").write_text(
         "objective: blobs.py\ntrials: 2\nepochs: 2\ntracking: off\nloading: {resident: false}\n"
+        "stack: 1\nbaseline: false\n"
     )
     done = run_hpo("run", "s.yaml")
     assert done.returncode == 0, done.stderr

@@ -699,7 +699,7 @@ def test_many_steps_that_are_not_the_steps_are_found_and_not_used(
 def test_a_whole_study_is_the_same_replayed_its_refit_too(
     request: pytest.FixtureRequest, study: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = "trials: 4\nepochs: 3\nstack: 4\nsampler: random\n"
+    text = "trials: 4\nepochs: 3\nstack: 4\nsampler: random\nbaseline: false\n"
     space = "params: {learning_rate: {type: float, low: 0.001, high: 0.1, log: true}}\n"
     plain = summary(invoke("run", study(f"name: plain\n{text}{space}"), "--json"))
     request.getfixturevalue("graphs")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
+import hpo
 from hpo.runner.replay import FIRST, LATER, Replay
 from hpo.search.codes import code_of, codes_text, with_code
 from tests.cli import invoke, refused, summary
@@ -75,11 +76,13 @@ params:
 
 def test_trials_with_dropout_that_were_paused_in_stacks_are_played_back(study: Callable[..., Path]) -> None:
     Path("noisy.py").write_text(OBJECTIVE.replace("DROPOUT", "0.3"))
-    path = study(f"objective: noisy.py\ntrials: 10\nepochs: 8\n{NOISY}")
+    path = study(f"objective: noisy.py\nbaseline: false\ntrials: 8\nepochs: 4\n{NOISY}")
     invoke("run", path)
     resumed = summary(invoke("status", path, "--json"))["epochs"]["resumed"]
     assert resumed > 0
-    for number in range(10):
+    ends = {(t.state, t.params["dropout"]): t.number for t in hpo.open_study(path).to_optuna().get_trials()}
+    assert len(ends) == 4, "of those that were resumed and of the others, with dropout and without"
+    for number in ends.values():
         done = summary(invoke("replay", path, "--trial", number, "--json"))
         assert done["max_difference"] <= LATER
 

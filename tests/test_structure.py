@@ -125,7 +125,7 @@ PARAMS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.generate])  # to shrink takes half a minute
+@settings(max_examples=10, deadline=None, phases=[Phase.explicit, Phase.generate])  # to shrink takes half a minute
 @given(build=st.sampled_from(list(BUILDERS.values())), several=st.lists(PARAMS, min_size=1, max_size=3))
 def test_any_mixture_has_the_outputs_and_the_names_of_the_plain_networks(build: Any, several: list[Any]) -> None:
     """Of depths, widths, activations and rates; before a step, and after some, where all of them have moved."""

@@ -202,11 +202,10 @@ def test_more_trials_after_the_end_are_an_end_of_their_own(tracked) -> None:
 
 
 def test_a_tracking_server_that_was_away_too_is_told_when_it_is_back(study, tmp_path: Path) -> None:
-    server = MlflowServer(tmp_path / "server")
+    server = MlflowServer(tmp_path / "server", starts=False)
     try:
         mlflow = Mlflow(server.address, "away", tmp_path / "mlruns/unsent")
         path = study(f"{SHORT}name: away\ntracking: {server.address}\n")
-        server.stop()
         kill_at("result stored", path)
         away = run_hpo("run", path)
         assert away.returncode == 0, away.stderr

@@ -114,7 +114,7 @@ def test_only_wide_and_deep_has_an_auxiliary_output():
 def test_the_study_of_two_inputs_and_an_auxiliary_output_exports_what_predicts_by_their_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     study = ROOT / "studies/wide_and_deep.yaml"
-    short = (f"--set={each}" for each in ("trials=2", "epochs=2", "tracking=off"))
+    short = (f"--set={each}" for each in ("trials=2", "epochs=2", "tracking=off", "stack=1", "baseline=false"))
     done = run_hpo("run", study, *short)
     assert done.returncode == 0, done.stderr
     model = torch.jit.load(tmp_path / "mlruns/bundles/wide_and_deep/model.torchscript.pt")
