@@ -154,9 +154,19 @@ def assert_equal(got: Sequence[Member], expected: Sequence[Member], got_weights:
     assert_same_weights(got_weights, expected_weights, [member.number for member in got])
 
 
-@pytest.mark.parametrize("architecture", STACKS)
-@pytest.mark.parametrize("execution", ["eager", "graph"])
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize(
+    ("optimizer", "execution", "architecture"),
+    [
+        pytest.param(optimizer, execution, architecture, marks=marks)
+        for optimizer, execution, marks in [
+            ("adam", "graph", ()),
+            ("sgd", "eager", ()),
+            ("adam", "eager", pytest.mark.slow),
+            ("sgd", "graph", pytest.mark.slow),
+        ]
+        for architecture in STACKS
+    ],
+)
 def test_members_have_the_curves_they_would_have_alone(architecture: str, execution: Execution, optimizer: str) -> None:
     params = {"momentum": 0.9, "weight_decay": 0.01} if optimizer == "sgd" else {"weight_decay": 0.01}
     got, expected = (members(architecture, optimizer=optimizer, **params) for _ in range(2))
@@ -420,9 +430,10 @@ def wide(params: Any) -> nn.Module:
 
 
 ARCHITECTURES["wide"] = wide
+SLOW_OPTIMIZERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "rmsprop", "adagrad")]
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd", "adamw", "rmsprop", "adagrad"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", *SLOW_OPTIMIZERS])
 def test_members_of_widths_20_to_300_share_a_stack(optimizer: str) -> None:
     """A narrow network in a wide one's corner has the curve it has alone; here all are padded to the widest."""
     structure = common_structure([wide({"widths": (20, 20)}), wide({"widths": (300, 300)})])
