@@ -54,7 +54,9 @@ class TestComparison:
 
 @pytest.mark.parametrize("stack", [1, 4])
 def test_every_trial_of_a_study_is_played_back(study: Callable[..., Path], stack: int) -> None:
-    path = study(f"trials: 6\nepochs: 4\nstack: {stack}\npruner: {{name: median, n_startup_trials: 2}}\n{SPACE}")
+    path = study(
+        f"baseline: false\ntrials: 6\nepochs: 4\nstack: {stack}\npruner: {{name: median, n_startup_trials: 2}}\n{SPACE}"
+    )
     invoke("run", path)
     for number in range(6):
         out = invoke("replay", path, "--trial", number, "--json")

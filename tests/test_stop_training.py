@@ -38,7 +38,7 @@ def test_no_new_trial_is_started_and_those_in_training_are_trained_to_their_end(
     assert len(again.screen.started) == n
 
 
-@pytest.mark.parametrize("stack", [1, 4])
+@pytest.mark.parametrize("stack", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_what_is_paused_is_pruned(stack):
     done = Study("s", f"{HALVING}stack: {stack}\n{REACHED}").run()
     ends = agree(done)

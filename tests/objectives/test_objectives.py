@@ -141,10 +141,13 @@ def _cases(own=(False, True)):
         missing = name in FILES and not (data_home() / FILES[name]).exists()
         marks = [pytest.mark.skipif(missing, reason=f"there is no {data_home() / FILES.get(name, '')}")]
         if (_class(name).train is not None) in own:
+            alike = []
             for options in _options(name):
+                given = {field.name: field.default for field in dataclasses.fields(_class(name).Options)} | options
+                again, alike = [pytest.mark.slow] * (given in alike), [*alike, given]  # a default that is spelled out
                 values = (v if isinstance(v, list) else [v] for v in options.values())
                 label = "-".join([name, *(str(v) for each in values for v in each)])
-                yield pytest.param((name, label, options), marks=marks, id=label)
+                yield pytest.param((name, label, options), marks=marks + again, id=label)
 
 
 class Reports:
