@@ -332,13 +332,13 @@ def test_a_study_that_confirms_nothing_stores_and_says_nothing(study):
 def test_an_export_shows_the_trial_that_was_confirmed(study):
     path = study(f"{TEXT}confirm: {{top: 3, seeds: 2}}\n")
     ended = summary(invoke("run", path, "--json"))
-    printed = invoke("export", path, "--out", "again", "--formats", "torchscript", "--json")
+    printed = invoke("export", path, "--out", "again", "--json")
     found = summary(printed)
     number = ended["confirmed"]["number"]
     assert found["confirmed"]["number"] == found["exported"]["number"] == number
     assert json.loads(Path("again/bundle.json").read_text())["trial"] == number
     other = next(n for n in (0, 1, 2) if n != number)
-    found = summary(invoke("export", path, "--trial", other, "--out", "other", "--formats", "torchscript", "--json"))
+    found = summary(invoke("export", path, "--trial", other, "--out", "other", "--json"))
     assert found["exported"]["number"] == other
     assert found["confirmed"] is None
 
