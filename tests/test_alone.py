@@ -468,6 +468,35 @@ def test_a_loss_that_torch_cannot_batch_in_evaluation_is_trained_alone(evaluated
         VmapStack(task(objective), 1, sines(8)).join(members([{"scale": 2.0}])[0])
 
 
+class OfFloats(Toy):
+    """Its loss in evaluation asks what type a param has: in a stack that is a tensor."""
+
+    def loss(self, outputs, targets, params):
+        loss = F.mse_loss(outputs, targets)
+        return loss if torch.is_grad_enabled() else loss * (2.0 if isinstance(params["scale"], float) else 1.0)
+
+
+def test_a_loss_that_in_evaluation_is_another_one_in_a_stack_is_trained_alone() -> None:
+    with pytest.raises(NotStackable, match="its loss in evaluation in a stack is not the one alone"):
+        VmapStack(task(OfFloats(twice)), 1, sines(8)).join(members([{"scale": 2.0}])[0])
+
+
+@pytest.mark.parametrize(
+    "evaluated",
+    [
+        lambda outputs, targets: F.mse_loss(outputs + torch.randn_like(outputs), targets),
+        lambda outputs, targets: torch.nan * F.mse_loss(outputs, targets),
+    ],
+    ids=["random", "no number"],
+)
+def test_a_loss_in_evaluation_is_compared_only_where_it_is_a_number_and_the_same_each_time(evaluated: Any) -> None:
+    objective = OtherwiseEvaluated(twice)
+    objective.evaluated = evaluated
+    stack, (member,) = VmapStack(task(objective), 1, sines(8)), members([{"scale": 2.0}])
+    stack.join(member)
+    assert stack.members == [member]
+
+
 class Counting(Toy):
     n_calls = 0
 

@@ -4,9 +4,10 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from hpo.stacks.alone import NotStackable, unlike
+from hpo.stacks.alone import NotStackable, is_other, unlike
 from hpo.stacks.candidate import Candidate
 from hpo.stacks.moved import outputs_when_moved
 from hpo.stacks.recording import line
@@ -19,6 +20,7 @@ from hpo.training.stack import Task
 
 _DRAWS = "it draws random numbers in training, of which padding may make something else"
 _OTHER_STEP = "its gradients in a stack are not those alone"
+_OTHER_LOSS = "its loss in evaluation in a stack is not the one alone"
 
 
 class Admission:
@@ -36,25 +38,36 @@ class Admission:
         The slots hold other networks then.
         """
         self._slots.fill({slot: (each.member, each.probe) for slot, each in several.items()})
-        wrong = self._wrong(step, {slot: each.outputs for slot, each in several.items()})
+        wrong = self._wrong(
+            step,
+            {slot: each.outputs for slot, each in several.items()},
+            {slot: each.loss for slot, each in several.items() if each.loss is not None},
+        )
         several = {slot: each for slot, each in several.items() if slot not in wrong}
         new = {each.padded.form: slot for slot, each in several.items() if each.padded.form not in self._moved}
         wrong |= self._wrong_step(step, several) | self._wrong_when_moved(step, several, new)
         self._moved |= {form for form, slot in new.items() if slot not in wrong}
         return wrong
 
-    def _wrong(self, step: VmapStep, alone: Mapping[int, Any]) -> dict[int, str]:
-        """Return by slot why its outputs in the stack are not those of its own network, `alone`."""
+    def _wrong(
+        self, step: VmapStep, alone: Mapping[int, Any], losses: Mapping[int, Tensor] | None = None
+    ) -> dict[int, str]:
+        """Return by slot why in the stack its outputs are not those of its own network, `alone`, or its loss of them in
+        an evaluation is not that of `losses`."""
         if not alone:
             return {}
         try:
             stacked = step.forward(self._slots.state, list(self._example.inputs.values()))
+            of = {slot: tree_map(lambda x, slot=slot: x[slot], stacked) for slot in alone}
+            found = {slot: unlike(of[slot], outputs, step.rounding) for slot, outputs in alone.items()}
+            if losses:  # last: a loss may change the outputs that it is given
+                got = step.losses_when_evaluated(stacked, self._example.targets.clone(), self._slots.state)
+                other = {slot for slot, loss in losses.items() if is_other(got[slot], loss, step.rounding)}
+                found |= {slot: _OTHER_LOSS for slot in other if found[slot] is None}
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             return dict.fromkeys(alone, not_batched(error))
-        of = {slot: tree_map(lambda x, slot=slot: x[slot], stacked) for slot in alone}
-        found = {slot: unlike(of[slot], outputs, step.rounding) for slot, outputs in alone.items()}
         return {slot: reason for slot, reason in found.items() if reason is not None}
 
     def _wrong_step(self, step: VmapStep, several: Mapping[int, Candidate]) -> dict[int, str]:

@@ -224,6 +224,13 @@ def unlike(got: Any, alone: Any, rounding: Rounding) -> str | None:
     return None
 
 
+def is_other(got: Tensor, alone: Tensor, rounding: Rounding) -> bool:
+    """Whether a loss in a stack is not the one that the network has alone; both may be no numbers."""
+    if bool(torch.isfinite(got)) != bool(torch.isfinite(alone)):
+        return True
+    return not _close(got, alone, _TOLERANCES[rounding] * max(1.0, _largest([alone])))
+
+
 def _is_rounded(x: Tensor) -> bool:
     """Whether it has fractions; integers and masks have none, and cannot be subtracted: unsigned ones wrap around."""
     return x.is_floating_point() or x.is_complex()

@@ -25,6 +25,7 @@ from hpo.training.loss_params import RecordingParams
 from hpo.training.memory import is_of_the_machine, is_out_of_memory
 from hpo.training.optim import ACCUMULATION, ARGUMENTS, MAX_GRAD_NORM, gives_sparse, optimizer_class
 from hpo.training.stack import Member, Task
+from hpo.training.torch_settings import random_states
 
 _TO_RECORD = 4
 """How many copies of a stack's state there are besides while its step is recorded and compared."""
@@ -36,8 +37,9 @@ class Candidate:
     """A member with its network padded, before it joins a stack.
 
     `padded` is on the CPU, whence many are copied at once. `probe`, on the device, is the same network with other
-    weights, padded too; `outputs` is what it gave alone on the stack's example, `alone` its first step there:
-    an initialisation may hide what padding does to a network (a last layer of zeros hides all that is before it).
+    weights, padded too; `outputs` is what it gave alone on the stack's example, `loss` that of an evaluation there
+    (None: one that draws random numbers), `alone` its first step there: an initialisation may hide what padding does to
+    a network (a last layer of zeros hides all that is before it).
     `reads` are the params that the loss reads there, `activations` the bytes that all layers give for one row.
     `mixes_rows`: its outputs of a row depend on the rows that are evaluated with it.
     """
@@ -46,6 +48,7 @@ class Candidate:
     padded: PaddedModule
     probe: PaddedModule
     outputs: Any
+    loss: Tensor | None
     alone: Alone
     reads: Sequence[str]
     activations: int
@@ -101,14 +104,16 @@ def candidate(task: Task, member: Member, padder: Padder, example: Split) -> Can
         raise NotStackable("torch.func cannot batch the sparse gradients of its embeddings")
     reads = RecordingParams(member.params)
     before = own_state(probe)
-    with torch.no_grad(), task.autocast(), _counting(probe) as given:
+    with torch.no_grad(), _counting(probe) as given:
         for weight in probe.parameters():
             weight.add_(0.1 * torch.randn_like(weight))
         with task.guarding():
-            with evaluating(task, probe):
+            with evaluating(task, probe), task.autocast():
                 outputs = in_full(probe(*example.inputs.values()))
             # of a copy: what it changes in place is no part of what the network gives
-            task.objective.loss(tree_map(_copy, outputs), example.targets, reads)
+            drawn = random_states(task.device)
+            loss = task.objective.loss(tree_map(_copy, outputs), example.targets, reads)
+            is_random = any(not torch.equal(state, drawn[name]) for name, state in random_states(task.device).items())
     mixing = mixes_rows(task, probe, example)
     if own_state(probe) != before:
         raise NotStackable(OUTSIDE)
@@ -124,6 +129,7 @@ def candidate(task: Task, member: Member, padder: Padder, example: Split) -> Can
         padded=padded,
         probe=padder(probe.train(), member.params),
         outputs=outputs,
+        loss=None if is_random else loss,
         alone=alone,
         reads=sorted(reads.names),
         activations=sum(given) // len(example),

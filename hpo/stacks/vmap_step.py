@@ -37,7 +37,7 @@ from hpo.stacks.state import StackState
 from hpo.study.objective import Params
 from hpo.training.batches import Batches
 from hpo.training.evaluation import in_full
-from hpo.training.loss_params import SharedParams
+from hpo.training.loss_params import SharedParams, as_pythons
 from hpo.training.memory import is_out_of_memory
 from hpo.training.stack import Task
 
@@ -171,7 +171,7 @@ class VmapStep:
         """Raise what torch.func raises where it has no rule for the network or the loss, in training or evaluation."""
         self._graphs.clear()  # of a state that was tried before, with other numbers for the loss
         outputs = self.forward(state, inputs)  # first: tracing a step takes seconds, and an LSTM's can be, but not this
-        self._losses_when_evaluated(outputs, targets.clone(), state)
+        self.losses_when_evaluated(outputs, targets.clone(), state)
         if execution == "eager":
             with torch.no_grad():
                 self.eager(*tree_map(torch.clone, (state, inputs, targets)))
@@ -192,11 +192,12 @@ class VmapStep:
             self._template.train()
 
     @torch.no_grad()
-    def _losses_when_evaluated(self, outputs: Any, targets: Tensor, state: StackState) -> Tensor:
+    def losses_when_evaluated(self, outputs: Any, targets: Tensor, state: StackState) -> Tensor:
         """Return the losses (K,) as an evaluation has them (`Measuring`); a loss may be another one there."""
 
         def loss_of(outputs: Any, numbers: dict[str, Tensor]) -> Tensor:
-            return self._task.objective.loss(outputs, targets, SharedParams(self.params, numbers, self.reads))
+            with as_pythons(numbers):
+                return self._task.objective.loss(outputs, targets, SharedParams(self.params, numbers, self.reads))
 
         losses: Tensor = vmap(loss_of, randomness="different")(outputs, state.loss_hyper)
         if losses.ndim != 1:
