@@ -298,6 +298,17 @@ def sampling(module: nn.Module, x: Tensor) -> Tensor:
     return plain(module, x) + torch.randn_like(x)
 
 
+def freezing(module: nn.Module, x: Tensor) -> Tensor:
+    if module.training:
+        module.second.requires_grad_(False)
+    return plain(module, x)
+
+
+def thawing(module: nn.Module, x: Tensor) -> Tensor:
+    module.second.requires_grad_(module.training)
+    return plain(module, x)
+
+
 def at_first_use(module: nn.Module, x: Tensor) -> Tensor:
     module.kept = torch.arange(6).to(x) if module.kept is None else module.kept
     return plain(module, x + module.kept)
@@ -320,6 +331,8 @@ REFUSED: dict[str, tuple[Build, str]] = {
     "one in place": (lambda p: Network(observing_in_place, with_mean), r"changes buffers in evaluation \(mean\)"),
     "weights": (lambda p: Network(halving), r"changes weights in evaluation \(second.weight\)"),
     "what is drawn in evaluation": (lambda p: Network(sampling), "draws random numbers in evaluation"),
+    "a layer that it freezes": (lambda p: Network(freezing), r"which weights are trained \(second.weight"),
+    "one in evaluation": (lambda p: Network(thawing), r"which weights are trained \(second.weight"),
     "a seed of its own": (lambda p: Network(shuffled), "draws random numbers by a seed or generator of its own"),
     "a fork": (lambda p: Network(shuffled_by_a_fork), "draws random numbers by a seed or generator of its own"),
     "a seed for all": (lambda p: Network(seeding), "draws random numbers by a seed or generator of its own"),

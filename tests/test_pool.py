@@ -395,6 +395,47 @@ def test_a_loss_that_changes_outputs_in_place_is_stacked_and_equal(said: list[st
     assert (stacks, said) == ({VmapStack}, [])
 
 
+class Strict(nn.Sequential):
+    """A network that takes no other weights than those that it begins with, in `first`, which is not trained."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.first.any():
+            raise RuntimeError("first must be zeros")
+        return super().forward(x) + self.first
+
+
+class Checked(Small):
+    first = 0.0
+
+    def build(self, params, info):
+        network = Strict(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1))
+        network.first = nn.Parameter(torch.full((1,), self.first), requires_grad=False)
+        return network.double()
+
+
+def test_what_fails_only_where_it_is_tried_for_a_stack_is_trained_alone(said: list[str]) -> None:
+    """It is tried with other weights than its own."""
+    task = replace(TASK, objective=Checked())
+    space, _ = build_space({name: parse_param(entry) for name, entry in SPACE.items() if name != "width"}, ())
+    got, expected = members({}, {}, {}), members({}, {}, {})
+    fit(Pool(task, 3, sines(8), PaddingPlan(space, task.network)), got)
+    assert {text.partition(": ")[2] for text in said} == {
+        "trying it for a stack failed (RuntimeError: first must be zeros)"
+    }
+    for member in expected:
+        fit(SingleStack(LoopStack(task)), [member])
+    assert_same_curves(got, expected)
+
+
+def test_what_fails_alone_too_is_raised_as_it_is() -> None:
+    objective = Checked()
+    objective.first = 1.0
+    task = replace(TASK, objective=objective)
+    space, _ = build_space({name: parse_param(entry) for name, entry in SPACE.items() if name != "width"}, ())
+    with pytest.raises(RuntimeError, match="first must be zeros"):
+        fit(Pool(task, 3, sines(8), PaddingPlan(space, task.network)), members({}, {}, {}))
+
+
 def test_a_width_that_cannot_be_rounded_up_is_no_fault() -> None:
     """Rounding 18 up to 32 asks for a network that is outside of the study's space."""
     several = [{"kind": "heads", "width": width} for width in (18, 24, 30)]

@@ -81,6 +81,7 @@ def step_alone(task: Task, module: nn.Module, params: Params, example: Split) ->
     if any(w._backward_hooks or w._post_accumulate_grad_hooks for w in weights.values()):
         raise NotStackable("a hook changes the gradients of its weights")
     before = {name: tensor.detach().clone() for name, tensor in tensors(module).items()}
+    trained = _trained(module)
     outside, drawn = _outside(task, module), random_states(task.device)
     with task.guarding(), Trying() as trying:
         with task.autocast(), masks_of_a_step():
@@ -90,6 +91,7 @@ def step_alone(task: Task, module: nn.Module, params: Params, example: Split) ->
         raise NotStackable("it makes Python's numbers of a batch, which would be the first batch's in each step")
     if trying.counts:
         raise NotStackable("its forward or loss asks how many rows a mask picks, and may do something else by that")
+    _require_as_trained(module, trained)
     found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
     is_random = any(not torch.equal(state, drawn[name]) for name, state in random_states(task.device).items())
     if trying.draws_itself or (trying.draws and not is_random):
@@ -116,8 +118,9 @@ def evaluating(task: Task, module: nn.Module) -> Iterator[None]:
     Raises NotStackable.
     """
     before = {name: tensor.detach().clone() for name, tensor in tensors(module).items()}
-    drawn = random_states(task.device)
+    trained, drawn = _trained(module), random_states(task.device)
     yield
+    _require_as_trained(module, trained)
     if any(not torch.equal(state, drawn[name]) for name, state in random_states(task.device).items()):
         raise NotStackable("its forward draws random numbers in evaluation")
     after = tensors(module)
@@ -126,6 +129,16 @@ def evaluating(task: Task, module: nn.Module) -> Iterator[None]:
         weights = dict(module.named_parameters()).keys() & set(names)
         changed = "weights" if weights else "buffers"
         raise NotStackable(f"its forward changes {changed} in evaluation ({', '.join(names[:3])})")
+
+
+def _trained(module: nn.Module) -> Mapping[str, bool]:
+    return {name: w.requires_grad for name, w in module.named_parameters()}
+
+
+def _require_as_trained(module: nn.Module, before: Mapping[str, bool]) -> None:
+    names = [name for name, is_trained in _trained(module).items() if before.get(name, is_trained) != is_trained]
+    if names:
+        raise NotStackable(f"its forward changes which weights are trained ({', '.join(names[:3])})")
 
 
 def _unchanged(before: Tensor | None, after: Tensor | None) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from hpo.errors import HpoError, said
 from hpo.stacks.alone import OUTSIDE, Alone, NotStackable, evaluating, step_alone
 from hpo.stacks.cost import records
 from hpo.stacks.padding import Padder, PaddingPlan
@@ -21,6 +22,7 @@ from hpo.study.data import Split
 from hpo.study.objective import Params
 from hpo.training import stacked_optim
 from hpo.training.evaluation import in_full
+from hpo.training.faults import TrialError
 from hpo.training.loss_params import RecordingParams
 from hpo.training.memory import is_of_the_machine, is_out_of_memory
 from hpo.training.optim import ACCUMULATION, ARGUMENTS, MAX_GRAD_NORM, gives_sparse, optimizer_class
@@ -91,9 +93,22 @@ def candidate(task: Task, member: Member, padder: Padder, example: Split) -> Can
     """Build `member`'s network and try it on `example`, a few rows as they are trained on.
 
     Raises NotStackable for an optimizer that has no stacked form, or a module that holds state outside of tensors;
-    TrialError where the objective's code says that the configuration is at fault.
+    TrialError where the objective's code says that the configuration is at fault. What else fails here is to fail, or
+    not, where the member is trained alone, whose own error is then raised: NotStackable too.
     """
     _require_stacked_form(member.params)
+    try:
+        return _tried(task, member, padder, example)
+    except (NotStackable, TrialError, HpoError):
+        raise
+    except Exception as error:  # user's code, and torch's, run otherwise than in training
+        if is_out_of_memory(error):
+            raise
+        raise NotStackable(f"trying it for a stack failed ({type(error).__name__}: {said(error)})") from error
+
+
+def _tried(task: Task, member: Member, padder: Padder, example: Split) -> Candidate:
+    """Return `member` as `candidate` does. Raises whatever its code or torch raises, too."""
     probe = tensor_dropout(task.build(member)).to(task.device).eval()
     if any(isinstance(each, torch.jit.ScriptModule) for each in probe.modules()):
         raise NotStackable("torch.func cannot batch what torch.jit has made")
