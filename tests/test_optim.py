@@ -206,3 +206,8 @@ def test_a_fused_step_is_torchs_plain_step(name):
     fused = weight_after(lambda w: optim.make({"optimizer": name, "learning_rate": 0.1, "weight_decay": 0.01}, w))
     plain = weight_after(lambda w: optim.optimizer_class(name)(w, lr=0.1, weight_decay=0.01, foreach=False))
     torch.testing.assert_close(fused, plain, rtol=1e-6, atol=1e-7)
+
+
+def test_betas_are_floats_though_one_is_written_as_a_whole_number():
+    assert made(optimizer="adam", beta1=0, beta2=0.9).defaults["betas"] == (0.0, 0.9)
+    assert made(optimizer="adam", beta1=0).defaults["betas"] == (0.0, 0.999)

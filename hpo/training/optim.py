@@ -74,7 +74,8 @@ def make(params: Mapping[str, Any], weights: Iterable[nn.Parameter], *, sparse: 
             arguments[argument] = params[name]
     if "betas" in accepted and ("beta1" in params or "beta2" in params):
         default = accepted["betas"].default
-        arguments["betas"] = (params.get("beta1", default[0]), params.get("beta2", default[1]))
+        # torch takes 0, but not beside a float
+        arguments["betas"] = (float(params.get("beta1", default[0])), float(params.get("beta2", default[1])))
     weights = list(weights)
     if "fused" in accepted and not sparse and all(_has_fused(str(params["optimizer"]).lower(), w) for w in weights):
         arguments["fused"] = True
