@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from hpo.study.space import build
+from hpo.study.spec import parse_param
 from hpo.training import optim
 
 GOOD = {"optimizer": ["adam"], "learning_rate": [1e-3], "batch_size": [64]}
@@ -211,3 +213,75 @@ def test_a_fused_step_is_torchs_plain_step(name):
 def test_betas_are_floats_though_one_is_written_as_a_whole_number():
     assert made(optimizer="adam", beta1=0, beta2=0.9).defaults["betas"] == (0.0, 0.9)
     assert made(optimizer="adam", beta1=0).defaults["betas"] == (0.0, 0.999)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("eps", -1), ("alpha", -0.1), ("rho", 1.1), ("dampening", "much"), ("nesterov", "yes"), ("amsgrad", 0.5)],
+)
+def test_what_torch_refuses_is_a_fault_of_the_file(name, value):
+    [(path, message)] = messages(optimizer=["adam", "sgd", "rmsprop", "adadelta"], **{name: [value]})
+    assert path == ("params", name)
+    assert message.endswith(f", but got {value!r}")
+
+
+RULE = "sgd takes nesterov: true only with a momentum above 0 and no dampening, but "
+HINT = "; let it have no other, or make one depend on another (`when`)"
+SGD = {"optimizer": "sgd", "learning_rate": 0.1, "batch_size": 4, "nesterov": True, "momentum": 0.9}
+FLOAT = {"type": "float", "low": 0.5, "high": 0.9}
+
+
+def choices(*several):
+    return {"type": "categorical", "choices": list(several)}
+
+
+@pytest.mark.parametrize(
+    ("params", "got"),
+    [
+        ({"momentum": 0}, "momentum can be 0"),
+        ({"momentum": FLOAT | {"or": 0}}, "momentum can be 0"),
+        ({"momentum": FLOAT | {"low": 0}}, "momentum can be 0"),
+        ({"momentum": choices(0.9, 0)}, "momentum can be 0"),
+        ({"momentum": FLOAT | {"when": {"warm": ["yes"]}}, "warm": choices("yes", "no")}, "there can be none"),
+        ({"dampening": 0.1}, "dampening can be 0.1"),
+        ({"dampening": FLOAT}, "dampening can be 0.5"),
+        ({"nesterov": choices(True, False), "momentum": FLOAT | {"or": 0}}, "momentum can be 0"),
+        ({"optimizer": choices("adam", "SGD"), "momentum": 0}, "momentum can be 0"),
+        (
+            {
+                "layers": {"type": "int", "low": 1, "high": 9},
+                "momentum": FLOAT | {"or": 0},
+                "nesterov": choices(True) | {"when": {"layers": 4}},
+            },
+            "momentum can be 0",
+        ),
+    ],
+)
+def test_nesterov_that_torch_refuses_in_some_trial_is_a_fault_of_the_file(params, got):
+    assert together(params) == [(("params", "nesterov"), RULE + got + HINT)]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"momentum": FLOAT, "dampening": 0},
+        {"nesterov": False, "momentum": 0, "dampening": 0.1},
+        {"nesterov": choices(True, False), "dampening": FLOAT | {"when": {"nesterov": False}}},
+        {"optimizer": choices("adam", "sgd"), "momentum": FLOAT | {"when": {"optimizer": "sgd"}}},
+        {
+            "optimizer": choices("rmsprop", "sgd"),
+            "momentum": 0,
+            "nesterov": choices(True) | {"when": {"optimizer": "rmsprop"}},
+        },
+        {"momentum": "lots"},
+    ],
+)
+def test_nesterov_that_torch_takes_in_every_trial_is_none(params):
+    assert together(params) == []
+
+
+def together(params):
+    space, faults = build({name: parse_param(entry) for name, entry in (SGD | params).items()}, ())
+    assert not faults
+    return [(fault.path, fault.message) for fault in optim.faults_together(space.combinations(optim.TOGETHER))]

@@ -381,6 +381,8 @@ def test_an_optimizer_without_a_stacked_form_says_so() -> None:
         NotStackable, match="optimizer adadelta has no stacked form; sgd, adam, adamw, rmsprop, adagrad have"
     ):
         stack("mlp").join(members("mlp", optimizer="adadelta")[0])
+    with pytest.raises(NotStackable, match="Nesterov momentum requires a momentum"):  # which it is told alone too
+        stack("mlp").join(members("mlp", optimizer="sgd", nesterov=True, momentum=0.0)[0])
     with pytest.raises(NotStackable, match="adam with amsgrad has no stacked form"):
         stack("mlp").join(members("mlp", amsgrad=True)[0])
     made = stack("mlp")

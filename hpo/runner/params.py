@@ -26,6 +26,8 @@ def space_of(objective: Objective | Function, draft: Draft, spec: StudySpec, fol
     params, faults = _params(objective, draft, spec)
     faults += _name_losses(objective, params, folder)
     space, more = spaces.build(params, spec.start_with)
+    if objective.train is None:
+        faults += optim.faults_together(space.combinations(optim.TOGETHER))
     return space, faults + more
 
 
@@ -137,9 +139,9 @@ def _reachable(entry: Any, params: Mapping[str, Any]) -> bool:
 
 
 def _span(value: Any) -> list[Any]:
-    """Return every value, or both ends, of one entry of the params."""
+    """Return every value, or both ends and the one beside them, of one entry of the params."""
     if isinstance(value, Categorical):
         return list(value.choices)
     if isinstance(value, FloatRange | IntRange):
-        return [value.low, value.high]
+        return [value.low, value.high, *([] if value.otherwise is None else [value.otherwise])]
     return [value]

@@ -25,7 +25,7 @@ from hpo.training.evaluation import in_full
 from hpo.training.faults import TrialError
 from hpo.training.loss_params import RecordingParams
 from hpo.training.memory import is_of_the_machine, is_out_of_memory
-from hpo.training.optim import ACCUMULATION, ARGUMENTS, MAX_GRAD_NORM, gives_sparse, optimizer_class
+from hpo.training.optim import ACCUMULATION, ARGUMENTS, MAX_GRAD_NORM, gives_sparse, make, optimizer_class
 from hpo.training.stack import Member, Task
 from hpo.training.torch_settings import random_states
 
@@ -96,7 +96,6 @@ def candidate(task: Task, member: Member, padder: Padder, example: Split) -> Can
     TrialError where the objective's code says that the configuration is at fault. What else fails here is to fail, or
     not, where the member is trained alone, whose own error is then raised: NotStackable too.
     """
-    _require_stacked_form(member.params)
     try:
         return _tried(task, member, padder, example)
     except (NotStackable, TrialError, HpoError):
@@ -109,6 +108,7 @@ def candidate(task: Task, member: Member, padder: Padder, example: Split) -> Can
 
 def _tried(task: Task, member: Member, padder: Padder, example: Split) -> Candidate:
     """Return `member` as `candidate` does. Raises whatever its code or torch raises, too."""
+    _require_stacked_form(member.params)
     probe = tensor_dropout(task.build(member)).to(task.device).eval()
     if any(isinstance(each, torch.jit.ScriptModule) for each in probe.modules()):
         raise NotStackable("torch.func cannot batch what torch.jit has made")
@@ -200,6 +200,7 @@ def _require_stacked_form(params: Params) -> None:
         raise NotStackable("its gradients are gathered over several batches, to save memory")
     cls = optimizer_class(name)
     assert cls is not None
+    make(params, [nn.Parameter(torch.zeros(1))])  # which raises where torch refuses them
     takes = inspect.signature(cls).parameters
     for key, value in params.items():
         if value is False:  # as without it: what is stacked is torch's default

@@ -4,7 +4,7 @@
 A branch `or: 0` is one more categorical parameter, `<name>:or`, so that a sampler learns it like any other.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -141,6 +141,31 @@ class Space:
         study = create_study(sampler=RandomSampler(seed))
         return [self.suggest(study.ask()) for _ in range(n)]
 
+    def combinations(self, names: Collection[str], most: int = 1 << 14) -> Iterator[dict[str, Any]]:
+        """Yield each combination that params of these names can have, at most `most`, with those they depend on.
+
+        Of a range it is both ends, the value beside it, and those that others depend on.
+        """
+        wanted: set[str] = set(names)
+        for d in reversed(self.dimensions):  # each is after those it depends on
+            wanted |= set(d.searched.when) if d.name in wanted else set()
+        some = [d for d in self.dimensions if d.name in wanted]
+        ends = {d.name: [*_ends(d.searched), *_beside(d.searched)] for d in some}
+        for name, values in ((name, values) for d in some for name, values in d.searched.when.items()):
+            if name in ends:
+                ends[name] += values
+
+        def of(params: dict[str, Any], left: Sequence[Dimension]) -> Iterator[dict[str, Any]]:
+            if not left:
+                yield params
+            elif not left[0].applies(params):
+                yield from of(params, left[1:])
+            else:
+                for value in dict.fromkeys(ends[left[0].name]):
+                    yield from of(params | {left[0].name: value}, left[1:])
+
+        return islice(of(dict(self.fixed), some), most)
+
     def _corners(self, params: dict[str, Any], index: int, last: bool = False) -> Iterator[dict[str, Any]]:
         if index == len(self.dimensions):
             yield params
@@ -193,6 +218,10 @@ def _ends(searched: Searched) -> list[Any]:
     if isinstance(searched, Categorical):
         return list(searched.choices)
     return [searched.low, type(searched.high)(top_of(searched))]
+
+
+def _beside(searched: Searched) -> list[Any]:
+    return [] if isinstance(searched, Categorical) or searched.otherwise is None else [searched.otherwise]
 
 
 def build(params: Mapping[str, Any], start_with: Sequence[Mapping[str, Any]]) -> tuple[Space, list[Fault]]:

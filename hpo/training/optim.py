@@ -155,5 +155,31 @@ def faults(values: Mapping[str, list[Any]]) -> list[Fault]:
         "momentum": (lambda v: is_number(v) and v >= 0, "a number of at least 0"),
         "beta1": (lambda v: is_number(v) and 0 <= v < 1, "a number in [0, 1)"),
         "beta2": (lambda v: is_number(v) and 0 <= v < 1, "a number in [0, 1)"),
+        "dampening": (is_number, "a number"),
+        "eps": (lambda v: is_number(v) and v >= 0, "a number of at least 0"),
+        "alpha": (lambda v: is_number(v) and v >= 0, "a number of at least 0"),
+        "rho": (lambda v: is_number(v) and 0 <= v <= 1, "a number in [0, 1]"),
+        **{name: (lambda v: v in (True, False), "true or false") for name in ("nesterov", "amsgrad", "centered")},
     }
     return found + broken_rules(rules, values)
+
+
+TOGETHER = ("optimizer", "nesterov", "momentum", "dampening")
+"""What torch refuses by its combination."""
+
+
+def faults_together(configurations: Iterable[Mapping[str, Any]]) -> list[Fault]:
+    """Return what is wrong with the engine's own params together, given all `configurations` of TOGETHER."""
+    for params in configurations:
+        momentum, dampening = params.get("momentum", 0), params.get("dampening", 0)
+        if str(params.get("optimizer")).lower() != "sgd" or not params.get("nesterov"):
+            continue
+        if not (is_number(momentum) and is_number(dampening)):  # which is said already
+            continue
+        if momentum <= 0 or dampening != 0:
+            got = f"dampening can be {dampening:g}" if momentum > 0 else f"momentum can be {momentum:g}"
+            got = got if momentum > 0 or "momentum" in params else "there can be none"
+            rule = "sgd takes nesterov: true only with a momentum above 0 and no dampening"
+            hint = "let it have no other, or make one depend on another (`when`)"
+            return [Fault(path=("params", "nesterov"), message=f"{rule}, but {got}; {hint}")]
+    return []
