@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from hpo.stacks.structure import own_state, tensors
+from hpo.stacks.tensor_modules import NotStackable as NotStackable
 from hpo.stacks.tensor_modules import has_dropout, masks_of_a_step, tensor_dropout
 from hpo.stacks.trying import Trying
 from hpo.study.data import Split, batch_sizes
@@ -25,11 +26,6 @@ from hpo.training.kinds import PLAIN
 from hpo.training.memory import is_out_of_memory
 from hpo.training.stack import Member, Precision, Task
 from hpo.training.torch_settings import random_states, set_random_states
-
-
-class NotStackable(Exception):
-    """A member cannot be trained in a stack, and why; it trains in a LoopStack instead."""
-
 
 Rounding = Literal["float64", "float32", "tf32", "bf16"]
 """How sums are rounded: the `Precision` of a task, but for networks in double precision, which none of them changes."""

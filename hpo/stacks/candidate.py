@@ -15,9 +15,10 @@ from hpo.errors import HpoError, said
 from hpo.stacks.alone import OUTSIDE, Alone, NotStackable, evaluating, step_alone
 from hpo.stacks.cost import records
 from hpo.stacks.padding import Padder, PaddingPlan
+from hpo.stacks.replaced import with_tensor_dropout
 from hpo.stacks.rows import mixes_rows
 from hpo.stacks.structure import PaddedModule, own_state, tensors
-from hpo.stacks.tensor_modules import tensor_dropout, with_masks_of
+from hpo.stacks.tensor_modules import dropout_writes, tensor_dropout, with_masks_of
 from hpo.study.data import Split
 from hpo.study.objective import Params
 from hpo.training import stacked_optim
@@ -109,9 +110,13 @@ def candidate(task: Task, member: Member, padder: Padder, example: Split) -> Can
 def _tried(task: Task, member: Member, padder: Padder, example: Split) -> Candidate:
     """Return `member` as `candidate` does. Raises whatever its code or torch raises, too."""
     _require_stacked_form(member.params)
-    probe = tensor_dropout(task.build(member)).to(task.device).eval()
+    probe = task.build(member).to(task.device).eval()
     if any(isinstance(each, torch.jit.ScriptModule) for each in probe.modules()):
         raise NotStackable("torch.func cannot batch what torch.jit has made")
+    with torch.no_grad():
+        for weight in probe.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    probe = with_tensor_dropout(task, probe, example)
     own = {id(tensor) for tensor in tensors(probe).values()}
     if not all(id(value) in own for value in probe.state_dict(keep_vars=True).values()):
         raise NotStackable("its state_dict has what is neither a weight nor a buffer (get_extra_state)")
@@ -119,16 +124,13 @@ def _tried(task: Task, member: Member, padder: Padder, example: Split) -> Candid
         raise NotStackable("torch.func cannot batch the sparse gradients of its embeddings")
     reads = RecordingParams(member.params)
     before = own_state(probe)
-    with torch.no_grad(), _counting(probe) as given:
-        for weight in probe.parameters():
-            weight.add_(0.1 * torch.randn_like(weight))
-        with task.guarding():
-            with evaluating(task, probe), task.autocast():
-                outputs = in_full(probe(*example.inputs.values()))
-            # of a copy: what it changes in place is no part of what the network gives
-            drawn = random_states(task.device)
-            loss = task.objective.loss(tree_map(_copy, outputs), example.targets, reads)
-            is_random = any(not torch.equal(state, drawn[name]) for name, state in random_states(task.device).items())
+    with torch.no_grad(), _counting(probe) as given, task.guarding():
+        with evaluating(task, probe), task.autocast():
+            outputs = in_full(probe(*example.inputs.values()))
+        # of a copy: what it changes in place is no part of what the network gives
+        drawn = random_states(task.device)
+        loss = task.objective.loss(tree_map(_copy, outputs), example.targets, reads)
+        is_random = any(not torch.equal(state, drawn[name]) for name, state in random_states(task.device).items())
     mixing = mixes_rows(task, probe, example)
     if own_state(probe) != before:
         raise NotStackable(OUTSIDE)
@@ -137,7 +139,8 @@ def _tried(task: Task, member: Member, padder: Padder, example: Split) -> Candid
     alone = step_alone(task, probe, reads, example)
     if reads.changes:
         raise NotStackable(_CHANGES_PARAMS)
-    padded = padder(task.drawn(member).train(), member.params)
+    drawn = tensor_dropout(task.drawn(member).train(), writes=dropout_writes(probe))
+    padded = padder(drawn, member.params)
     with_masks_of(padded.module, member.seed)
     return Candidate(
         member=member,

@@ -1,42 +1,84 @@
 """Modules that hold in a buffer what other modules hold in their code: so members that differ in it share a stack."""
 
+import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from hpo.seeds import derive
 
+SETS_RATE = "its code sets the rate (p) of a dropout layer while it is trained"
 
-class RateDropout(nn.Module):
+
+class NotStackable(Exception):
+    """A member cannot be trained in a stack, and why; it trains in a LoopStack instead."""
+
+
+class RateDropout(nn.Dropout):
     """nn.Dropout with its rate in a buffer, whose masks are a member's own.
 
     Within `masks_of_a_step` a mask follows from `key` (the member's seed and which dropout of its network it is), from
     `step`, how many steps it has done, and from each element's place: whatever is trained beside the member, and
     however far it is padded. Elsewhere it is drawn from torch's stream, as nn.Dropout's.
+
+    Code that looks for nn.Dropout finds it, but there is no one rate to be read or set.
     """
 
     rate: Tensor
     key: Tensor
     step: Tensor
+    writes: bool
+    """Whether it changes what it is given, if that is asked of it (`inplace`): most networks do not look at that."""
 
     def __init__(self, rate: float, index: int = 0) -> None:
         """`index`: which dropout of its network it is; `with_masks_of` makes a key of it."""
-        super().__init__()
+        nn.Module.__init__(self)
+        self.inplace = self.writes = False
         self.register_buffer("rate", torch.tensor(float(rate)))
         self.register_buffer("key", torch.tensor(index))
         self.register_buffer("step", torch.tensor(0))
 
+    @classmethod
+    def like(cls, layer: nn.Dropout, index: int, writes: bool) -> "RateDropout":
+        """Return one in place of `layer`, with its hooks and whatever attributes it was given."""
+        new = cls(layer.p, index)
+        for key, value in vars(layer).items():
+            if isinstance(value, dict) and key in vars(new):
+                vars(new)[key].update(value)
+            elif key != "p":
+                vars(new)[key] = value
+        new.writes = writes and new.inplace
+        return new
+
+    @property
+    def p(self) -> float:
+        raise NotStackable("its code reads the rate (p) of a dropout layer, of which in a stack each trial has its own")
+
+    @p.setter
+    def p(self, value: float) -> None:
+        raise NotStackable(SETS_RATE)
+
+    def extra_repr(self) -> str:
+        return f"inplace={self.inplace}"
+
     def forward(self, x: Tensor) -> Tensor:
+        if _SCALES:
+            return F.dropout(x, float(self.rate), self.training, self.writes)
         if not self.training:
             return x
         keep = 1 - self.rate
         # times a power of two is exact as it is; float64 Apple's GPUs do not have
         kept = torch.rand_like(x) < keep if _CALLS is None else self._drawn(x, _CALLS) < (keep * 2**32).long()
         # rate 1 keeps nothing, and nothing over nothing is no number
-        return torch.where(kept, x / keep.clamp(min=1e-7), torch.zeros_like(x))
+        out = torch.where(kept, x / keep.clamp(min=1e-7), torch.zeros_like(x))
+        return x.copy_(out) if self.writes else out
 
     def _drawn(self, x: Tensor, calls: dict[int, int]) -> Tensor:
         """Return 32 bits for each element of `x`; others where it is called again in the same step."""
@@ -51,6 +93,8 @@ class RateDropout(nn.Module):
 
 _CALLS: dict[int, int] | None = None
 """How often each dropout was called in this step; None: there is no step."""
+_SCALES = False
+"""Whether `ScalingDropout` is entered."""
 _PRIMES = (1640531527, 1097514319, 668265263, 374761393, 1540483477)
 _LOW = (1 << 32) - 1
 
@@ -63,6 +107,31 @@ def _mixed(number: Tensor) -> Tensor:
 
 def _round(number: Tensor) -> Tensor:
     return (((number >> 16) ^ number) * 73244475) & _LOW  # no product is above 63 bits
+
+
+class ScalingDropout(TorchFunctionMode):
+    """Within this dropout draws nothing: it scales every number by what follows from its rate, nn.Dropout as that in
+    tensors, so that a network with either can be compared."""
+
+    def __enter__(self) -> Any:
+        global _SCALES
+        _SCALES = True
+        return super().__enter__()  # type: ignore[no-untyped-call]  # torch does not annotate it
+
+    def __exit__(self, *error: Any) -> None:
+        global _SCALES
+        _SCALES = False
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.dropout:
+            return func(*args, **(kwargs or {}))
+        call = inspect.signature(F.dropout).bind(*args, **(kwargs or {}))
+        call.apply_defaults()
+        x, rate, training, inplace = call.args
+        rate = float(np.float32(rate))  # as the tensor has it
+        scale = 0.5 - rate / 4 if training else 1.0  # of rate 0 too: where it is to be in place may not depend on that
+        return x.mul_(scale) if inplace else x * scale
 
 
 @contextmanager
@@ -92,6 +161,11 @@ def step_buffers(module: nn.Module) -> list[str]:
 def has_dropout(module: nn.Module) -> bool:
     """Whether a network whose dropout is in tensors has any."""
     return any(isinstance(each, RateDropout) for each in module.modules())
+
+
+def dropout_writes(module: nn.Module) -> bool:
+    """Whether dropout in tensors that is to work in place does."""
+    return any(isinstance(each, RateDropout) and each.writes for each in module.modules())
 
 
 class SelectOne(nn.Module):
@@ -155,11 +229,14 @@ def is_control(module: nn.Module, name: str) -> bool:
     return last in CONTROLS.get(type(module.get_submodule(path)), ())
 
 
-def tensor_dropout(module: nn.Module) -> nn.Module:
-    """Return `module` with each nn.Dropout in it replaced by a RateDropout; the module given is changed."""
+def tensor_dropout(module: nn.Module, *, writes: bool = False) -> nn.Module:
+    """Return `module` with each nn.Dropout in it replaced by a RateDropout; the module given is changed.
+
+    `writes`: those that are to work in place do.
+    """
     found = itertools.count()
     for parent in list(module.modules()):
         for name, child in list(parent._modules.items()):  # one that is used at several places, at each of them
             if type(child) is nn.Dropout:
-                setattr(parent, name, RateDropout(child.p, next(found)))
-    return RateDropout(module.p) if type(module) is nn.Dropout else module
+                setattr(parent, name, RateDropout.like(child, next(found), writes))
+    return RateDropout.like(module, 0, writes) if type(module) is nn.Dropout else module
