@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from hpo.stacks.alone import NotStackable
 from hpo.stacks.candidate import candidate
 from hpo.stacks.padding import unpadded
+from hpo.stacks.structure import common_structure
 from hpo.stacks.tensor_modules import RateDropout, masks_of_a_step
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.training.loop_stack import LoopStack
@@ -185,3 +186,32 @@ def test_comparing_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     got = after()
     monkeypatch.setattr("hpo.stacks.candidate.with_tensor_dropout", lambda task, network, example: network)
     assert torch.equal(got, after())
+
+
+class Noisy(nn.Module):
+    """It draws in training, so that its first step is another each time."""
+
+    def __init__(self, activation: nn.Module, looks: bool) -> None:
+        super().__init__()
+        self.first, self.activation, self.last, self.looks = nn.Linear(6, 6), activation, nn.Linear(6, 1), looks
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.last(self.activation(self.first(x)))
+        looked = self.looks and self.training and isinstance(self.activation, nn.Tanh)
+        return (2 * out if looked else out) + (torch.randn_like(out) if self.training else 0)
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_noisy_network_that_looks_at_a_layer_that_trials_choose_is_trained_alone(looks: bool) -> None:
+    def build(params: Any) -> nn.Module:
+        return Noisy(nn.Tanh() if params["tanh"] else nn.ReLU(), looks)
+
+    structure = common_structure([build({"tanh": tanh}).double() for tanh in (False, True)])
+    stack = VmapStack(task(build), 2, sines(8), padder=lambda module, params: structure.pad(module))
+    relu, tanh = members({"tanh": False}, {"tanh": True})
+    stack.join(relu)
+    if looks:
+        with pytest.raises(NotStackable, match="what trials choose among its layers"):
+            stack.join(tanh)
+    else:
+        stack.join(tanh)

@@ -15,7 +15,7 @@ from hpo.errors import HpoError, said
 from hpo.stacks.alone import OUTSIDE, Alone, NotStackable, evaluating, step_alone
 from hpo.stacks.cost import records
 from hpo.stacks.padding import Padder, PaddingPlan
-from hpo.stacks.replaced import with_tensor_dropout
+from hpo.stacks.replaced import padded_alike, with_tensor_dropout
 from hpo.stacks.rows import mixes_rows
 from hpo.stacks.structure import PaddedModule, own_state, tensors
 from hpo.stacks.tensor_modules import dropout_writes, tensor_dropout, with_masks_of
@@ -145,7 +145,7 @@ def _tried(task: Task, member: Member, padder: Padder, example: Split) -> Candid
     return Candidate(
         member=member,
         padded=padded,
-        probe=padder(probe.train(), member.params),
+        probe=padded_alike(task, probe, padder, member.params, example, is_random=alone.is_random),
         outputs=outputs,
         loss=None if is_random else loss,
         alone=alone,

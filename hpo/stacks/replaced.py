@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from hpo.stacks.alone import OUTSIDE, NotStackable, rounding_of, unlike
-from hpo.stacks.structure import own_state, tensors
+from hpo.stacks.padding import Padder
+from hpo.stacks.structure import PaddedModule, own_state, tensors
 from hpo.stacks.tensor_modules import SETS_RATE, RateDropout, ScalingDropout, is_control, tensor_dropout
 from hpo.study.data import Split
+from hpo.study.objective import Params
 from hpo.training.evaluation import in_full
 from hpo.training.memory import is_out_of_memory
 from hpo.training.stack import Task
@@ -64,6 +66,30 @@ def with_tensor_dropout(task: Task, network: nn.Module, example: Split) -> nn.Mo
         if why is None:
             return network.eval()
     raise NotStackable(why)
+
+
+def padded_alike(
+    task: Task, probe: nn.Module, padder: Padder, params: Params, example: Split, *, is_random: bool
+) -> PaddedModule:
+    """Return `probe`, which is changed, padded, in training mode.
+
+    Raises NotStackable where it is `is_random`, so that its first step cannot be compared, and a choice of layers makes
+    something else of it. What is padded besides is not stacked then anyway.
+    """
+    expected = given(task, probe, example, training=True) if is_random else None
+    padded = padder(probe.train(), params)
+    is_own = all(tuple(x.shape) == padded.shapes[n] for n, x in padded.own.items())
+    if expected is None or not padded.has_choices or not is_own or padded.own.keys() != padded.shapes.keys():
+        return padded
+    try:
+        other = differ(task, padded.module, given(task, padded.module, example, training=True), expected)
+    except Exception as error:
+        if isinstance(error, NotStackable) or is_out_of_memory(error):
+            raise
+        other = True
+    if other:
+        raise NotStackable("it draws random numbers in training, and others with what trials choose among its layers")
+    return padded
 
 
 def given(task: Task, network: nn.Module, example: Split, *, training: bool) -> Given:

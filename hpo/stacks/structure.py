@@ -41,6 +41,11 @@ class PaddedModule:
     """Equal for networks that only the numbers in their tensors tell apart."""
 
     @property
+    def has_choices(self) -> bool:
+        """Whether a tensor decides which of its layers are used."""
+        return any(isinstance(each, Gated | SelectOne) for each in self.module.modules())
+
+    @property
     def form(self) -> Hashable:
         """What networks of one signature may differ in beside numbers: their own sizes, and the layers they use."""
         used = [int(each.used) for each in self.module.modules() if isinstance(each, Gated)]
