@@ -139,8 +139,8 @@ def _tried(task: Task, member: Member, padder: Padder, example: Split) -> Candid
     alone = step_alone(task, probe, reads, example)
     if reads.changes:
         raise NotStackable(_CHANGES_PARAMS)
-    drawn = tensor_dropout(task.drawn(member).train(), writes=dropout_writes(probe))
-    padded = padder(drawn, member.params)
+    network = tensor_dropout(task.drawn(member).train(), writes=dropout_writes(probe))
+    padded = padder(network, member.params)
     with_masks_of(padded.module, member.seed)
     return Candidate(
         member=member,
