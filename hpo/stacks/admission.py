@@ -57,7 +57,7 @@ class Admission:
         if not alone:
             return {}
         try:
-            stacked = step.forward(self._slots.state, list(self._example.inputs.values()))
+            stacked = step.forward(self._slots.state, [x.clone() for x in self._example.inputs.values()])
             of = {slot: tree_map(lambda x, slot=slot: x[slot], stacked) for slot in alone}
             found = {slot: unlike(of[slot], outputs, step.rounding) for slot, outputs in alone.items()}
             if losses:  # last: a loss may change the outputs that it is given
@@ -81,7 +81,8 @@ class Admission:
         new = {key: slot for key, slot in new.items() if key not in self._stepped}
         if not new:
             return wrong
-        inputs, targets, state = list(self._example.inputs.values()), self._example.targets, self._slots.state
+        inputs, targets = [x.clone() for x in self._example.inputs.values()], self._example.targets
+        state = self._slots.state
         state = state._replace(weights=tree_map(torch.clone, state.weights))  # a forward may write into them
         try:
             with torch.no_grad(), Trying():

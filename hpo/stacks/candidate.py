@@ -110,6 +110,7 @@ def candidate(task: Task, member: Member, padder: Padder, example: Split) -> Can
 def _tried(task: Task, member: Member, padder: Padder, example: Split) -> Candidate:
     """Return `member` as `candidate` does. Raises whatever its code or torch raises, too."""
     _require_stacked_form(member.params)
+    example = _of_its_own(example)
     probe = task.build(member).to(task.device).eval()
     if any(isinstance(each, torch.jit.ScriptModule) for each in probe.modules()):
         raise NotStackable("torch.func cannot batch what torch.jit has made")
@@ -126,7 +127,7 @@ def _tried(task: Task, member: Member, padder: Padder, example: Split) -> Candid
     before = own_state(probe)
     with torch.no_grad(), _counting(probe) as given, task.guarding():
         with evaluating(task, probe), task.autocast():
-            outputs = in_full(probe(*example.inputs.values()))
+            outputs = in_full(probe(*_of_its_own(example).inputs.values()))
         # of a copy: what it changes in place is no part of what the network gives
         drawn = random_states(task.device)
         loss = task.objective.loss(tree_map(_copy, outputs), example.targets, reads)
@@ -136,7 +137,7 @@ def _tried(task: Task, member: Member, padder: Padder, example: Split) -> Candid
         raise NotStackable(OUTSIDE)
     if reads.changes:  # here too: the next call may fail for want of what this one has deleted
         raise NotStackable(_CHANGES_PARAMS)
-    alone = step_alone(task, probe, reads, example)
+    alone = step_alone(task, probe, reads, _of_its_own(example))
     if reads.changes:
         raise NotStackable(_CHANGES_PARAMS)
     network = tensor_dropout(task.drawn(member).train(), writes=dropout_writes(probe))
@@ -173,6 +174,12 @@ def candidates(task: Task, member: Member, plan: PaddingPlan, example: Split) ->
             why = error
     if why is not None:
         raise NotStackable("memory has no room to try its network in a stack") from why
+
+
+def _of_its_own(example: Split) -> Split:
+    """Return a copy of some rows, which may be the study's own: a forward may write into them."""
+    inputs = {name: x.clone() for name, x in example.inputs.items()}
+    return Split(inputs=inputs, targets=example.targets.clone())
 
 
 def _copy(x: Any) -> Any:

@@ -61,7 +61,7 @@ def _outputs(task: Task, module: nn.Module, example: Split) -> Any:
     was_training = module.training
     try:
         with torch.no_grad(), task.autocast():
-            made = in_full(module.eval()(*example.inputs.values()))
+            made = in_full(module.eval()(*(x.clone() for x in example.inputs.values())))
     except Exception as error:  # user's code, with weights that are none of its own
         if is_out_of_memory(error):
             raise

@@ -161,7 +161,7 @@ class VmapStack(Stack):
 
         A loss that does not take its numbers as tensors gets them as numbers, which members must then have in common.
         """
-        inputs, targets = list(self._example.inputs.values()), self._example.targets
+        inputs, targets = [x.clone() for x in self._example.inputs.values()], self._example.targets
         before = own_state(template)
         try:
             self._opened.try_out(self._slots.state, inputs, targets, self.execution)
