@@ -101,6 +101,14 @@ def faults(planned, text):
 
 
 class TestParams:
+    def test_what_torch_refuses_together_is_a_fault_with_its_line(self, planned):
+        momentum = "momentum: {type: float, low: 0.5, high: 0.9, or: 0}"
+        (line,) = faults(planned, f"params:\n  optimizer: sgd\n  {momentum}\n  nesterov: true\n")
+        assert ": params.nesterov: sgd takes nesterov: true only with a momentum above 0" in line
+        assert not line.startswith("study.yaml: ")
+        (line,) = faults(planned, f"params:\n  optimizer: sgd\n  {momentum.replace('or: 0', 'or: -1')}\n")
+        assert line.endswith("params.momentum: must be a number of at least 0, but got -1.0")
+
     def test_the_file_goes_before_the_objective_and_the_objective_before_the_engine(self, planned):
         plan = planned("params: {n_hidden: 16, optimizer: sgd}")
         assert plan.space.fixed == {
