@@ -32,7 +32,13 @@ def test_a_study_trains_on_where_its_display_cannot_be_written(study: Write) -> 
     assert log_file.startswith("hpo: --log-file /dev/full: cannot be written ([Errno 28] No space left on device)")
     assert no_summary == f"hpo: --json: {FULL}"
     assert summary(invoke("status", path, "--json", "--trials", 3))["trials"]["complete"] == 3
-    for command in (["studies"], ["status", path, "--json"], ["report", path, "--format", "csv", "--out", "-"]):
+    for command in (
+        ["--help"],
+        ["run", "--help"],
+        ["studies"],
+        ["status", path, "--json"],
+        ["report", path, "--format", "csv", "--out", "-"],
+    ):
         assert on_a_full_disk(*command) == (1, f"hpo: {FULL}\n")
 
 

@@ -330,6 +330,7 @@ def main() -> None:
             if done.code == 2:
                 say_how_dashes_are_written(sys.argv[1:])
             sys.stdout.flush()
+            output.require_written(done.code)
             raise
         finally:
             gc.freeze()  # the interpreter would look for garbage in all of torch before it ends: a second or two

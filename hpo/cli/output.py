@@ -34,6 +34,11 @@ class Output:
         except OSError as error:
             self._lose(error)
 
+    def require_written(self, status: Any) -> None:
+        """Raise its error once more where a command ends well: typer looks at stdout by writing, and lets it go."""
+        if self.lost and not self.continues and not status:
+            raise self.lost
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
