@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -14,6 +15,8 @@ from hpo.study.data import DataInfo, Split
 from tests.mlflows import Mlflow, by_default_in_sqlite, quietly
 
 INPUTS = {"named": {"features": 3}, "plain": {"features": 3}, "several": {"left": 2, "right": 3}}
+CODES = {"codes": {"categorical": 3}}
+"""A table of categories only."""
 
 
 class Joined(nn.Module):
@@ -24,14 +27,16 @@ class Joined(nn.Module):
         self.linear = nn.Linear(n, 1)
 
     def forward(self, one: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
-        return self.linear(one if other is None else torch.cat([one, other], 1))
+        return self.linear(one.float() if other is None else torch.cat([one, other], 1))
 
 
 def bundle(folder: Path, kind: str = "named", formats: str | None = None) -> nn.Module:
     """Export a small model and return what was exported."""
     torch.manual_seed(0)
-    sizes = INPUTS[kind]
+    sizes = {**INPUTS, **CODES}[kind]
     rows = Split(inputs={name: torch.randn(40, n) for name, n in sizes.items()}, targets=torch.zeros(40))
+    if kind in CODES:
+        rows = Split(inputs={"categorical": torch.randint(0, 4, (40, 3))}, targets=rows.targets)
     model = Model(
         preprocess=nn.Identity(),
         network=Joined(sum(sizes.values())),
@@ -39,8 +44,8 @@ def bundle(folder: Path, kind: str = "named", formats: str | None = None) -> nn.
         params={"n_hidden": 3},
         info=DataInfo(
             inputs={name: (n,) for name, n in sizes.items()},
-            input_dtypes=dict.fromkeys(sizes, "float32"),
-            feature_names=("a", "b", "c") if kind == "named" else (),
+            input_dtypes=dict.fromkeys(sizes, "int64" if kind in CODES else "float32"),
+            feature_names=("a", "b", "c") if kind in ("named", "codes") else (),
         ),
         about={"study": "s", "objective": "o", "trial": 3, "metric": "r2", "value": 0.5, "metrics": {"test": {}}},
     )
@@ -96,10 +101,40 @@ def test_what_mlflow_loads_is_the_model_that_was_exported(mlflow: Mlflow, here: 
         if kind == "plain":
             found = python.predict(inputs[0].numpy())
         else:  # by their names, in whatever order
-            import pandas as pd
-
             found = python.predict(pd.DataFrame(inputs[0].numpy(), columns=["a", "b", "c"])[["c", "a", "b"]]).to_numpy()
     torch.testing.assert_close(torch.from_numpy(found), eager(*inputs))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int64", "float32", "bool"])
+def test_a_frame_of_whatever_numbers_is_answered_here_and_by_a_server(
+    mlflow: Mlflow, here: Any, tmp_path: Path, dtype: str
+) -> None:
+    eager = bundle(tmp_path / "b")
+    tell(mlflow, tmp_path / "b")
+    frame = pd.DataFrame([[3, 0, 1], [0, 7, 1]], columns=["a", "b", "c"], index=["one", "two"]).astype(dtype)
+    expected = eager(torch.tensor(frame.to_numpy("float32")))
+    with quietly():
+        from mlflow.pyfunc.scoring_server import infer_and_parse_data
+
+        python = here.pyfunc.load_model(f"models:/{mlflow.study}@champion")
+        asked = {"dataframe_split": frame[["c", "a", "b"]].to_dict("split")}
+        sent = infer_and_parse_data(asked, python.metadata.get_input_schema())
+        for found in (python.predict(frame), python.predict(frame[["b", "c", "a"]]), python.predict(sent)):
+            torch.testing.assert_close(torch.tensor(found.to_numpy()), expected)
+            assert list(found.index) == ["one", "two"]
+        with pytest.raises(here.exceptions.MlflowException, match=r"missing inputs \['b'\]"):
+            python.predict(frame[["a", "c"]])
+
+
+def test_a_table_of_categories_only_is_no_python_function_that_could_never_answer(
+    mlflow: Mlflow, here: Any, tmp_path: Path
+) -> None:
+    eager = bundle(tmp_path / "b", "codes")
+    tell(mlflow, tmp_path / "b")
+    address, codes = f"models:/{mlflow.study}@champion", torch.randint(0, 4, (5, 3))
+    with quietly():
+        torch.testing.assert_close(here.pytorch.load_model(address)(codes), eager(codes))
+        assert list(here.models.get_model_info(address).flavors) == ["pytorch"]
 
 
 def test_a_model_is_logged_once_with_its_metrics_and_params(mlflow: Mlflow, tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ CHAMPION = "champion"
 _MARK = "hpo.model"
 """The tag of the study's run that says which model was logged last."""
 _TENSORS = {"float16", "float32", "float64", "int8", "uint8", "int16", "int32", "int64", "bool"}
-_COLUMNS = {"float32": "float", "float64": "double", "int32": "integer", "int64": "long"}
+_COLUMNS = {"float64": "double", "int32": "integer", "int64": "long"}
+"""MLflow's types of named columns; those of a float32 input have no type, since MLflow refuses what it must round."""
 
 
 def log_model(client: Any, uri: str, run: str, name: str, item: Mapping[str, Any]) -> None:
@@ -105,7 +106,7 @@ def _write(made: Path, folder: Path, about: Mapping[str, Any], model_id: str, ru
     model = Model(model_uuid=model_id, run_id=run, signature=_signature(about), metadata={"hpo.bundle": about["study"]})
     model.model_id = model_id
     model.add_flavor("pytorch", model_data="data", pytorch_version=torch, code=None)
-    if len(about["inputs"]) == 1:  # MLflow hands one table, or one array, to the model
+    if _is_any_function(about):
         python = {"virtualenv": "python_env.yaml"}
         pyfunc.add_to_model(
             model, loader_module="mlflow.pytorch", data="data", python_env=python, model_config={"device": None}
@@ -118,11 +119,22 @@ def _write(made: Path, folder: Path, about: Mapping[str, Any], model_id: str, ru
     (made / "requirements.txt").write_text(needs)
 
 
+def _is_any_function(about: Mapping[str, Any]) -> bool:
+    """Whether what MLflow hands to the model, one table as float32 or one array as it is, is what the model takes."""
+    only = about["inputs"][0]
+    return len(about["inputs"]) == 1 and (only["dtype"] == "float32" or not _has_columns(about, only))
+
+
+def _has_columns(about: Mapping[str, Any], only: Mapping[str, Any]) -> bool:
+    """Whether the one input is a table whose columns have names."""
+    return bool(only["dtype"] in {"float32", *_COLUMNS} and only["shape"][1:] == [len(about["feature_names"])])
+
+
 def _signature(about: Mapping[str, Any]) -> Any:
     """Return MLflow's signature of a bundle's inputs: columns by name where they have names, else tensors; or None."""
     import numpy as np
     from mlflow.models.signature import ModelSignature
-    from mlflow.types.schema import ColSpec, Schema, TensorSpec
+    from mlflow.types.schema import AnyType, ColSpec, Schema, TensorSpec
 
     inputs, output = about["inputs"], about["output"]
     if any(each["dtype"] not in _TENSORS for each in [*inputs, output]):
@@ -132,9 +144,9 @@ def _signature(about: Mapping[str, Any]) -> Any:
         shape = tuple(-1 if size is None else size for size in each["shape"])
         return TensorSpec(np.dtype(each["dtype"]), shape, name)
 
-    names, only = about["feature_names"], inputs[0]
-    if len(inputs) == 1 and only["dtype"] in _COLUMNS and only["shape"][1:] == [len(names)]:
-        columns = Schema([ColSpec(_COLUMNS[only["dtype"]], name) for name in names])
+    if len(inputs) == 1 and _has_columns(about, inputs[0]):
+        kind = _COLUMNS.get(inputs[0]["dtype"]) or AnyType()  # type: ignore[no-untyped-call]
+        columns = Schema([ColSpec(kind, name) for name in about["feature_names"]])
         return ModelSignature(columns, Schema([tensor(output)]))
     several = len(inputs) > 1
     tensors = Schema([tensor(each, each["name"] if several else None) for each in inputs])
