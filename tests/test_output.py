@@ -136,10 +136,17 @@ def test_a_second_run_resumes_from_its_checkpoints(study: Write, workers: int) -
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc takes no folders")
 @pytest.mark.parametrize("output", ["linear.py/deep", "/proc/none"])
 def test_what_cannot_be_written_is_said_before_the_first_trial(study: Write, output: str) -> None:
-    message = refused("run", study(f"output: {output}\nstorage: sqlite:///kept.db\n"))
+    path = study(f"output: {output}\nstorage: sqlite:///kept.db\n")
+    assert f"output: {output}/bundles cannot be written (" in refused("check", path)
+    message = refused("run", path)
     assert message.startswith(f"output: {output}/bundles cannot be written (")
     assert rows("select count(*) from trials", file="kept.db") == [(0,)]
     assert summary(invoke("run", study("storage: sqlite:///kept.db\n"), "--json"))["trials"]["complete"] == 3
+
+
+def test_a_check_of_what_can_be_written_leaves_no_folder_there(study: Write) -> None:
+    invoke("check", study("output: deep/deeper\nstorage: sqlite:///s.db\n"))
+    assert not Path("deep").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """What can be run, but hardly as it was meant: a loss of logits given probabilities, a rule that never holds."""
 
+import sys
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -94,7 +96,41 @@ def head_advice(plan: Plan, outputs: Any) -> list[str]:
 
 def file_advice(plan: Plan) -> list[str]:
     """Return what to say of what the study file asks for in vain."""
-    return _unasked(plan) + _never(plan)
+    return _unasked(plan) + _never(plan) + _unknown(plan)
+
+
+def _unknown(plan: Plan) -> list[str]:
+    """Return what to say of names in `catch` that no exception has; one that is imported later is not known yet."""
+    names = {
+        name for each in _subclasses(Exception) for name in (each.__name__, f"{each.__module__}.{each.__qualname__}")
+    }
+    lines = []
+    for name in plan.spec.catch:
+        module, _, last = name.rpartition(".")
+        if name in names or (module and module not in sys.modules and _can_be_found(module.partition(".")[0])):
+            continue
+        other = getattr(sys.modules.get(module), last, None)
+        if isinstance(other, type) and issubclass(other, Exception):
+            lines.append(f"catch: {name} catches nothing; its own name is {other.__module__}.{other.__qualname__}")
+        else:
+            lines.append(
+                f"catch: no exception {name} is there before the first trial; it catches what has that name only"
+            )
+    return lines
+
+
+def _subclasses(of: type[Exception]) -> set[type[Exception]]:
+    """Return the exceptions that there are in this process."""
+    found, left = {of}, [of]
+    while left:
+        new = set(type.__subclasses__(left.pop())) - found
+        found |= new
+        left += new
+    return found
+
+
+def _can_be_found(package: str) -> bool:
+    return package in sys.modules or find_spec(package) is not None
 
 
 def _unasked(plan: Plan) -> list[str]:

@@ -231,7 +231,7 @@ def _watch(plan: Plan, search: Search, workers: Workers | RayWorkers, progress: 
 def check(plan: Plan) -> tuple[Data | None, torch.nn.Module | None]:
     """Return the study's data and a network of its space, once both are tried out (None: the objective is a function).
 
-    Raises InputError with all that is wrong with the storage's study, the data and the networks.
+    Raises InputError with all that is wrong with the storage's study, the output, the data and the networks.
     """
     problems: list[InputError] = []
     data = model = None
@@ -240,6 +240,10 @@ def check(plan: Plan) -> tuple[Data | None, torch.nn.Module | None]:
         if search is not None:
             search.close()
         close_storage(open_storage(plan.spec.storage))
+    except InputError as error:
+        problems.append(error)
+    try:
+        require_writable(bundle_folder(plan).parent)
     except InputError as error:
         problems.append(error)
     try:
