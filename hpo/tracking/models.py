@@ -106,7 +106,7 @@ def _write(made: Path, folder: Path, about: Mapping[str, Any], model_id: str, ru
     model = Model(model_uuid=model_id, run_id=run, signature=_signature(about), metadata={"hpo.bundle": about["study"]})
     model.model_id = model_id
     model.add_flavor("pytorch", model_data="data", pytorch_version=torch, code=None)
-    if _is_any_function(about):
+    if _answers_as_function(about):
         python = {"virtualenv": "python_env.yaml"}
         pyfunc.add_to_model(
             model, loader_module="mlflow.pytorch", data="data", python_env=python, model_config={"device": None}
@@ -119,7 +119,7 @@ def _write(made: Path, folder: Path, about: Mapping[str, Any], model_id: str, ru
     (made / "requirements.txt").write_text(needs)
 
 
-def _is_any_function(about: Mapping[str, Any]) -> bool:
+def _answers_as_function(about: Mapping[str, Any]) -> bool:
     """Whether what MLflow hands to the model, one table as float32 or one array as it is, is what the model takes."""
     only = about["inputs"][0]
     return len(about["inputs"]) == 1 and (only["dtype"] == "float32" or not _has_columns(about, only))
