@@ -12,6 +12,8 @@ from hpo.export.bundle import export
 from hpo.export.formats import formats_of
 from hpo.export.model import Model
 from hpo.study.data import DataInfo, Split
+from hpo.tracking.experiment import open_experiment
+from hpo.tracking.values import sqlite_address
 from tests.mlflows import Mlflow, by_default_in_sqlite, quietly
 
 INPUTS = {"named": {"features": 3}, "plain": {"features": 3}, "several": {"left": 2, "right": 3}}
@@ -224,3 +226,11 @@ def test_a_bundle_without_that_file_is_no_registered_model(mlflow: Mlflow, tmp_p
     tell(mlflow, tmp_path / "b")
     tell(mlflow, tmp_path / "gone")
     assert versions(mlflow) == []
+
+
+@pytest.mark.parametrize("name", ["p%41", "p%x"])
+def test_a_folder_whose_models_mlflow_cannot_load_is_said_once(tmp_path: Path, said: list[str], name: str) -> None:
+    with quietly():
+        for _ in range(2):
+            open_experiment(sqlite_address(tmp_path / name / "mlflow.db"), "s")
+    assert ["as an escape" in each for each in said] == [True] * (name == "p%41")

@@ -2,9 +2,11 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from filelock import FileLock
 
+from hpo.log import log
 from hpo.tracking.database import fail_soon, make_database, require_opened
 from hpo.tracking.moved import set_places
 from hpo.tracking.values import sqlite_address, sqlite_path
@@ -55,6 +57,11 @@ def open_experiment(uri: str, study: str) -> Experiment:
             try:
                 client.create_experiment(study, artifact_location=where, tags=_KIND)
                 is_first = True
+                if where is not None and unquote(unquote(where)) != unquote(where):
+                    log.info(
+                        f"tracking: MLflow reads the % in {unquote(where)} as an escape when it loads a registered "
+                        "model, and does not find it; the bundle is not affected; give the folder a name without %"
+                    )
             except MlflowException:
                 if client.get_experiment_by_name(study) is None:
                     raise  # it is not that another machine's worker has made it just now
