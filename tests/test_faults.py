@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 from optuna.trial import TrialState
 
 from hpo.errors import HpoError
 from hpo.runner import custom as own
-from hpo.training.faults import all_alike, fault_of
+from hpo.training.faults import TrialFault, all_alike, fault_of
 from tests.cli import invoke, refused, summary
 from tests.databases import rows
 
@@ -106,6 +107,13 @@ def test_what_catch_names_fails_its_trial_with_type_message_and_place(monkeypatc
 def test_an_infeasible_configuration_is_pruned(monkeypatch, objective):
     result = summary(run(monkeypatch, "good pruned", objective=objective))
     assert (result["trials"]["complete"], result["trials"]["pruned"]) == (2, 2)
+
+
+def test_an_exception_is_caught_by_the_name_it_is_imported_by() -> None:
+    """torch.linalg.LinAlgError calls itself torch._C._LinAlgError."""
+    error = torch.linalg.LinAlgError("singular")
+    assert fault_of(error, ["torch.linalg.LinAlgError"], "here") == TrialFault(state="FAIL", text="here", caught=True)
+    assert fault_of(error, ["numpy.linalg.LinAlgError", "torch.linalg", "linalg.LinAlgError", ""], "here") is None
 
 
 @pytest.mark.parametrize("catch", ["", "catch: [KeyError]"])

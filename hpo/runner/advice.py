@@ -16,6 +16,7 @@ from hpo.study.data import Split, prediction
 from hpo.study.objective import Function, Params, SeenParams
 from hpo.study.probabilities import TAKES_LOGITS, LogitsSeen, link_of, takes_probabilities
 from hpo.study.spec_parts import TERMINATORS
+from hpo.training.faults import exception_at
 
 _OF_PARAM = {"cross_entropy": "cross_entropy", "bce": "binary_cross_entropy_with_logits"}
 _HEAD = {"cross_entropy": "nn.Softmax(dim=-1)", "binary_cross_entropy_with_logits": "nn.Sigmoid()"}
@@ -106,13 +107,9 @@ def _unknown(plan: Plan) -> list[str]:
     }
     lines = []
     for name in plan.spec.catch:
-        module, _, last = name.rpartition(".")
-        if name in names or (module and module not in sys.modules and _can_be_found(module.partition(".")[0])):
-            continue
-        other = getattr(sys.modules.get(module), last, None)
-        if isinstance(other, type) and issubclass(other, Exception):
-            lines.append(f"catch: {name} catches nothing; its own name is {other.__module__}.{other.__qualname__}")
-        else:
+        module = name.rpartition(".")[0]
+        may_come = module and module not in sys.modules and _can_be_found(module.partition(".")[0])
+        if name not in names and not may_come and exception_at(name) is None:
             lines.append(
                 f"catch: no exception {name} is there before the first trial; it catches what has that name only"
             )

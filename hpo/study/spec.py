@@ -260,7 +260,7 @@ class StudySpec(Frozen):
     """Exceptions that fail the trial whose code raises them, not the study (`Study.optimize(catch=)`).
 
     Values: a list of names, as Python shows them. Default: `[]`.
-    Example: `catch: [ValueError, numpy.linalg.LinAlgError]`
+    Example: `catch: [ValueError, torch.linalg.LinAlgError]`
     """
     stack: Annotated[Literal["auto"] | int, BeforeValidator(_stack)] = "auto"
     """How many trials are trained at once on the device, as one stack, where their structure allows.

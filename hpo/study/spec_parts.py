@@ -137,6 +137,6 @@ def wrong_names(catch: Sequence[str]) -> Iterator[str]:
             if not issubclass(known, Exception):
                 yield f"must name an Exception, but {name} is how a process is stopped"
         elif known is not None or not re.fullmatch(r"[A-Za-z_][\w.]*", name):
-            yield f"must name an exception, as Python shows it (ValueError, numpy.linalg.LinAlgError), but got {name!r}"
+            yield f"must name an exception, as Python shows it (ValueError, torch.linalg.LinAlgError), but got {name!r}"
         elif near := get_close_matches(name, [n for n in dir(builtins) if n.endswith(("Error", "Exception"))], 1, 0.85):
             yield f'there is no exception {name!r}; did you mean "{near[0]}"?'

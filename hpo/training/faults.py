@@ -6,6 +6,7 @@ and stops the study with its traceback.
 """
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,7 +46,15 @@ def fault_of(error: BaseException, catch: Sequence[str], where: str) -> TrialFau
     names = {
         name for cls in type(error).__mro__[:-2] for name in (cls.__name__, f"{cls.__module__}.{cls.__qualname__}")
     }
-    return TrialFault(state="FAIL", text=where, caught=True) if names & set(catch) else None
+    is_caught = not names.isdisjoint(catch) or any(each in type(error).__mro__ for each in map(exception_at, catch))
+    return TrialFault(state="FAIL", text=where, caught=True) if is_caught else None
+
+
+def exception_at(path: str) -> type[Exception] | None:
+    """Return the exception that a dotted name leads to, as `torch.linalg.LinAlgError`, which calls itself otherwise."""
+    module, _, name = path.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    return found if isinstance(found, type) and issubclass(found, Exception) else None
 
 
 def ended_the_process(where: str) -> HpoError:
