@@ -50,9 +50,8 @@ def with_tensor_dropout(task: Task, network: nn.Module, example: Split) -> nn.Mo
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        return (
-            tensor_dropout(network).to(task.device).eval()
-        )  # what fails as it is fails again, where its trial is ended by that
+        # what fails as it is fails again, where its trial is ended by that
+        return tensor_dropout(network).to(task.device).eval()
     if own_state(network.eval()) != before:
         raise NotStackable(OUTSIDE)
     if [each.p for each in layers] != rates:  # a layer of torch's own is no part of that
