@@ -767,12 +767,12 @@ def test_a_last_batch_that_is_not_replayed_is_said(
 class Tf32(Admission):
     """Of a stack that computes as a GPU would with TF32: what it multiplies has 10 bits after the point."""
 
-    def _wrong(self, step: Any, alone: Any) -> dict[int, str]:
+    def _wrong(self, step: Any, alone: Any, losses: Any = None) -> dict[int, str]:
         state = self._slots.state
         rounded = {name: round_to_10_bits(x) for name, x in state.weights.items()}
         self._slots.state = state._replace(weights=rounded)
         try:
-            return super()._wrong(step, alone)
+            return super()._wrong(step, alone, losses)
         finally:
             self._slots.state = state
 
