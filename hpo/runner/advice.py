@@ -16,7 +16,7 @@ from hpo.study.data import Split, prediction
 from hpo.study.objective import Function, Params, SeenParams
 from hpo.study.probabilities import TAKES_LOGITS, LogitsSeen, link_of, takes_probabilities
 from hpo.study.spec_parts import TERMINATORS
-from hpo.training.faults import exception_at
+from hpo.training.faults import exception_at, names_of
 
 _OF_PARAM = {"cross_entropy": "cross_entropy", "bce": "binary_cross_entropy_with_logits"}
 _HEAD = {"cross_entropy": "nn.Softmax(dim=-1)", "binary_cross_entropy_with_logits": "nn.Sigmoid()"}
@@ -102,9 +102,7 @@ def file_advice(plan: Plan) -> list[str]:
 
 def _unknown(plan: Plan) -> list[str]:
     """Return what to say of names in `catch` that no exception has; one that is imported later is not known yet."""
-    names = {
-        name for each in _subclasses(Exception) for name in (each.__name__, f"{each.__module__}.{each.__qualname__}")
-    }
+    names = {name for each in _subclasses(Exception) for name in names_of(each)}
     lines = []
     for name in plan.spec.catch:
         module = name.rpartition(".")[0]

@@ -25,7 +25,7 @@ from hpo.training.evaluation import in_full
 from hpo.training.kinds import PLAIN
 from hpo.training.memory import is_out_of_memory
 from hpo.training.stack import Member, Precision, Task
-from hpo.training.torch_settings import random_states, set_random_states
+from hpo.training.torch_settings import has_drawn, random_states, set_random_states
 
 Rounding = Literal["float64", "float32", "tf32", "bf16"]
 """How sums are rounded: the `Precision` of a task, but for networks in double precision, which none of them changes."""
@@ -89,13 +89,12 @@ def step_alone(task: Task, module: nn.Module, params: Params, example: Split) ->
         raise NotStackable("its forward or loss asks how many rows a mask picks, and may do something else by that")
     _require_as_trained(module, trained)
     found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-    is_random = any(not torch.equal(state, drawn[name]) for name, state in random_states(task.device).items())
+    is_random = has_drawn(drawn, task.device)
     if trying.draws_itself or (trying.draws and not is_random):
         raise NotStackable("it draws random numbers by a seed or generator of its own, which a stack would not draw")
     if _outside(task, module) != outside:
         raise NotStackable(OUTSIDE)
-    if _layout(tensors(module)) != _layout(before):
-        raise NotStackable("its forward changes the shape of a buffer, or which buffers there are")
+    require_layout(module, before)
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
     _restore(module, before)
     return Alone(
@@ -117,7 +116,7 @@ def evaluating(task: Task, module: nn.Module) -> Iterator[None]:
     trained, drawn = _trained(module), random_states(task.device)
     yield
     _require_as_trained(module, trained)
-    if any(not torch.equal(state, drawn[name]) for name, state in random_states(task.device).items()):
+    if has_drawn(drawn, task.device):
         raise NotStackable("its forward draws random numbers in evaluation")
     after = tensors(module)
     names = [name for name in {**before, **after} if not _unchanged(before.get(name), after.get(name))]
@@ -196,6 +195,12 @@ def _outside(task: Task, module: nn.Module) -> Hashable:
     numpys = np.random.get_state(legacy=False)["state"]
     counted = tuple((key, repr(each)) for key, each in vars(task.objective).items() if isinstance(each, PLAIN))
     return own_state(module), random.getstate(), numpys["key"].tobytes(), numpys["pos"], counted
+
+
+def require_layout(module: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Raise NotStackable where a network's tensors have not the names, shapes and dtypes of those `before`."""
+    if _layout(tensors(module)) != _layout(before):
+        raise NotStackable("its forward changes the shape of a buffer, or which buffers there are")
 
 
 def _layout(several: Mapping[str, Tensor]) -> Mapping[str, Any]:

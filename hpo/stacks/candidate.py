@@ -28,7 +28,7 @@ from hpo.training.loss_params import RecordingParams
 from hpo.training.memory import is_of_the_machine, is_out_of_memory
 from hpo.training.optim import ACCUMULATION, ARGUMENTS, MAX_GRAD_NORM, gives_sparse, make, optimizer_class
 from hpo.training.stack import Member, Task
-from hpo.training.torch_settings import random_states
+from hpo.training.torch_settings import has_drawn, random_states
 
 _TO_RECORD = 4
 """How many copies of a stack's state there are besides while its step is recorded and compared."""
@@ -131,7 +131,7 @@ def _tried(task: Task, member: Member, padder: Padder, example: Split) -> Candid
         # of a copy: what it changes in place is no part of what the network gives
         drawn = random_states(task.device)
         loss = task.objective.loss(tree_map(_copy, outputs), example.targets, reads)
-        is_random = any(not torch.equal(state, drawn[name]) for name, state in random_states(task.device).items())
+        is_random = has_drawn(drawn, task.device)
     mixing = mixes_rows(task, probe, example)
     if own_state(probe) != before:
         raise NotStackable(OUTSIDE)

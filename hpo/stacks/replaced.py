@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from hpo.stacks.alone import OUTSIDE, NotStackable, rounding_of, unlike
+from hpo.stacks.alone import OUTSIDE, NotStackable, require_layout, rounding_of, unlike
 from hpo.stacks.padding import Padder
 from hpo.stacks.structure import PaddedModule, own_state, tensors
 from hpo.stacks.tensor_modules import SETS_RATE, RateDropout, ScalingDropout, is_control, tensor_dropout
@@ -136,9 +136,7 @@ def _leaving(task: Task, network: nn.Module) -> Iterator[None]:
     drawn, pythons, numpys = random_states(task.device), random.getstate(), np.random.get_state()
     try:
         yield
-        after = tensors(network)
-        if {n: (x.shape, x.dtype) for n, x in after.items()} != {n: (x.shape, x.dtype) for n, (_, x) in before.items()}:
-            raise NotStackable("its forward changes the shape of a buffer, or which buffers there are")
+        require_layout(network, {name: value for name, (_, value) in before.items()})
     finally:
         set_random_states(drawn, task.device)
         random.setstate(pythons)

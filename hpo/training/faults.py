@@ -43,11 +43,14 @@ def fault_of(error: BaseException, catch: Sequence[str], where: str) -> TrialFau
         return TrialFault(state="FAIL", text=f"out of memory: {said(error) or type(error).__name__}")
     if isinstance(error, HpoError) or not isinstance(error, Exception):
         return None
-    names = {
-        name for cls in type(error).__mro__[:-2] for name in (cls.__name__, f"{cls.__module__}.{cls.__qualname__}")
-    }
+    names = {name for cls in type(error).__mro__[:-2] for name in names_of(cls)}
     is_caught = not names.isdisjoint(catch) or any(each in type(error).__mro__ for each in map(exception_at, catch))
     return TrialFault(state="FAIL", text=where, caught=True) if is_caught else None
+
+
+def names_of(cls: type) -> tuple[str, str]:
+    """Return the names by which `catch` may have an exception."""
+    return cls.__name__, f"{cls.__module__}.{cls.__qualname__}"
 
 
 def exception_at(path: str) -> type[Exception] | None:

@@ -86,6 +86,11 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
     return states
 
 
+def has_drawn(since: Mapping[str, Tensor], device: torch.device) -> bool:
+    """Whether code on `device` has drawn from torch's generators since `random_states` returned these."""
+    return any(not torch.equal(state, since[name]) for name, state in random_states(device).items())
+
+
 def set_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
     """Set the generators that code on `device` draws from to the states that `random_states` returned."""
     torch.set_rng_state(states["cpu"])
