@@ -20,7 +20,7 @@ from hpo.stacks import cost
 from hpo.tracking import process
 from tests import warm
 from tests.logged import recorded
-from tests.mlflows import empty_database, mlflow, no_warning, tracking_server  # noqa: F401 (fixtures)
+from tests.mlflows import empty_database, mlflow, no_warning, through_client, tracking_server  # noqa: F401 (fixtures)
 
 torch.set_num_threads(1)
 

@@ -30,6 +30,12 @@ def no_warning(request: pytest.FixtureRequest) -> Iterator[None]:
     assert "said" in request.fixturenames or not warned, warned
 
 
+@pytest.fixture
+def through_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have all that is written go through MLflow's client, as it does to a server: SQLite's tables are not written to."""
+    monkeypatch.setattr("hpo.tracking.tables._is_known", lambda sql: False)
+
+
 def until(what: Callable[[], Any]) -> None:
     """Wait until `what` returns something true."""
     end = time.monotonic() + 60

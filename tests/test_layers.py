@@ -38,6 +38,7 @@ HOMES = {
         "tracking.parent",
         "tracking.runs",
         "tracking.single",
+        "tracking.tables",
     },
     "yaml": {"study.yaml_values"},
     "pydantic": {"study.spec", "study.spec_parts", "study.plugins", "study.ranges", "study.checking", "study.draft"},

@@ -134,6 +134,7 @@ def test_of_a_batch_only_what_is_refused_is_set_aside(mlflow: Mlflow, said: list
 
 @pytest.mark.parametrize("times", [1, 2])
 @by_default_in_sqlite
+@pytest.mark.usefixtures("through_client")
 def test_a_new_trial_whose_first_item_fails_has_one_run(
     mlflow: Mlflow, monkeypatch: pytest.MonkeyPatch, times: int, said: list[str]
 ) -> None:
@@ -234,6 +235,7 @@ def test_an_experiment_that_is_deleted_while_it_is_written_to_is_restored(mlflow
 
 
 @pytest.mark.parametrize("code", ["TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "PERMISSION_DENIED"])
+@pytest.mark.usefixtures("through_client")
 def test_what_may_pass_keeps_everything_in_order(
     mlflow: Mlflow, monkeypatch: pytest.MonkeyPatch, code: str, said: list[str]
 ) -> None:
@@ -261,6 +263,7 @@ def test_what_may_pass_keeps_everything_in_order(
     assert len(said) == 1, "the next run has nothing to say"
 
 
+@pytest.mark.usefixtures("through_client")
 def test_one_item_that_a_server_cannot_digest_does_not_block_for_ever(
     mlflow: Mlflow, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:

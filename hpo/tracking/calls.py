@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from hpo.tracking.tables import Change
+
 _MOST = {"metrics": 800, "params": 100, "tags": 100}
 """What MLflow takes in a call."""
 
@@ -24,3 +26,20 @@ def log_all(client: Any, run: str, **what: list[Any]) -> None:
     while any(what.values()):
         client.log_batch(run, **{kind: things[: _MOST[kind]] for kind, things in what.items()})
         what = {kind: things[_MOST[kind] :] for kind, things in what.items()}
+
+
+def write(client: Any, run: str, change: Change) -> None:
+    """Write to a run, in as few calls as MLflow takes: first what it holds, then how it stands."""
+    from mlflow.entities import Metric, Param, RunTag
+
+    log_all(
+        client,
+        run,
+        metrics=[Metric(*row) for row in change.metrics],
+        params=[Param(key, text) for key, text in change.params.items()],
+        tags=[RunTag(key, text) for key, text in change.tags.items()],
+    )
+    if change.end is not None:
+        client.set_terminated(run, change.status, end_time=change.end)
+    elif change.status is not None:
+        client.update_run(run, status=change.status)

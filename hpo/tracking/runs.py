@@ -15,13 +15,14 @@ from typing import Any
 
 from hpo.log import log
 from hpo.tracking.base import unlogged
-from hpo.tracking.calls import all_runs, log_all
+from hpo.tracking.calls import all_runs, log_all, write
 from hpo.tracking.ends import in_time, may_be_late, reconcile
 from hpo.tracking.experiment import alone, open_experiment
 from hpo.tracking.items import FILES, MERGED, Answer, Item
 from hpo.tracking.models import log_model
-from hpo.tracking.parent import Known, MetricRow, installed, log_data, log_folder, mark_best, system_monitor
+from hpo.tracking.parent import Known, installed, log_data, log_folder, mark_best, system_monitor
 from hpo.tracking.single import in_order, made_one
+from hpo.tracking.tables import Change, NewRun, Tables
 from hpo.tracking.values import (
     MAX_PARAM,
     MAX_TAG,
@@ -54,6 +55,7 @@ class Runs:
         self._uri, self._study = uri, study
         self._making, self._adopts, self._tags = making, adopts, dict(tags or {})
         self._client: Any = None
+        self._tables: Tables | None = None
         self._address = uri
         self._experiment = ""
         self._is_first = False
@@ -74,6 +76,8 @@ class Runs:
         opened = open_experiment(self._uri, self._study)
         self._address, self._experiment = opened.address, opened.id
         self._is_first = self._is_first or opened.is_first
+        path = sqlite_path(opened.address)
+        self._tables = None if path is None else Tables(path)
         self._client = opened.client
 
     def attempt(self, item: Item) -> Answer:
@@ -140,9 +144,12 @@ class Runs:
     def _id_of(self, trial: int | None, item: Item) -> str:
         """Return the id of a trial's run, found by its tags, restored or made."""
         if trial not in self._ids:
-            self._ids[trial] = self._find_or_make(trial, item)
-            self._found.append((trial, self._ids[trial]))
+            self._note(trial, self._find_or_make(trial, item))
         return self._ids[trial]
+
+    def _note(self, trial: int | None, run: str) -> None:
+        self._ids[trial] = run
+        self._found.append((trial, run))
 
     def _find_or_make(self, trial: int | None, item: Item) -> str:
         if trial is not None and item.get("is_new"):
@@ -163,13 +170,16 @@ class Runs:
         return self._taken(trial, made_one(self._client, found) if several else in_order(found)[0])
 
     def _make(self, trial: int | None, item: Item) -> str:
+        new = self._new(trial, item)
+        run = self._client.create_run(new.experiment, start_time=new.start, tags=new.tags, run_name=new.name)
+        return str(run.info.run_id)
+
+    def _new(self, trial: int | None, item: Item) -> NewRun:
         parent = None if trial is None else self._id_of(None, item)
         tags = self._tags | {"hpo.study": self._study, "hpo.trial": "study" if trial is None else str(trial)}
         tags |= {"hpo.making": self._making} if self._making else {}
         tags |= {"mlflow.parentRunId": parent} if parent is not None else {}
-        name = self._study if trial is None else run_name(trial)
-        run = self._client.create_run(self._experiment, start_time=item["time"], tags=tags, run_name=name)
-        return str(run.info.run_id)
+        return NewRun(self._experiment, self._study if trial is None else run_name(trial), item["time"], tags)
 
     def _taken(self, trial: int | None, run: Any) -> str:
         """Return the id of a run that was found: restored if it was deleted, marked as ours if it was not yet."""
@@ -201,9 +211,9 @@ class Runs:
         return all_runs(self._client, self._experiment, query)
 
     def _write(self, item: Item) -> None:
-        """Write an item's params, metrics and tags to its run, in as few calls as MLflow takes; then its status."""
-        from mlflow.entities import Metric, Param, RunTag
-
+        """Write an item's params, metrics, tags and status to its run."""
+        if self._is_made_with(item):
+            return
         run = self._id_of(item["trial"], item)
         if may_be_late(item):
             item = in_time(item, self._client.get_run(run))
@@ -211,36 +221,42 @@ class Runs:
             info = self._client.get_run(run).info
             if info.end_time is not None and info.end_time >= item["time"]:
                 return  # the study was resumed since
-        rows = [(self._legal(key), float(value), when, step) for key, value, when, step in item.get("rows", [])]
-        params = {self._legal(key): plain(x, MAX_PARAM) for key, x in item.get("params", {}).items()}
-        tags = {self._legal(key): plain(x, MAX_TAG) for key, x in item.get("tags", {}).items()}
+        change = self._change(item)
         if item["trial"] is None:
-            rows, params, tags = self._of_the_study(run, rows, params, tags)
-        log_all(
-            self._client,
-            run,
-            metrics=[Metric(*row) for row in rows],
-            params=[Param(key, x) for key, x in params.items()],
-            tags=[RunTag(key, x) for key, x in tags.items()],
-        )
+            change = self._of_the_study(run, change)
+        if self._tables is None or not self._tables.write(run, change):
+            write(self._client, run, change)
         if item["trial"] is None:
-            self._known.add(rows)
+            self._known.add(change.metrics)
             self._watch_system(run, item)
-        if item["do"] == "end":
-            self._client.set_terminated(run, item["status"], end_time=item.get("ended", item["time"]))
-        elif item.get("status") is not None:
-            self._client.update_run(run, status=item["status"])
 
-    def _of_the_study(
-        self, run: str, rows: list[MetricRow], params: dict[str, str], tags: dict[str, str]
-    ) -> tuple[list[MetricRow], dict[str, str], dict[str, str]]:
+    def _is_made_with(self, item: Item) -> bool:
+        """Whether the item's trial is a new one, whose run is made now, with what the item says of it."""
+        trial = item["trial"]
+        if self._tables is None or trial is None or trial in self._ids or not item.get("is_new"):
+            return False
+        run = self._tables.create(self._new(trial, item), self._change(item))
+        if run is not None:
+            self._note(trial, run)
+        return run is not None
+
+    def _change(self, item: Item) -> Change:
+        return Change(
+            metrics=[(self._legal(key), float(value), when, step) for key, value, when, step in item.get("rows", [])],
+            params={self._legal(key): plain(x, MAX_PARAM) for key, x in item.get("params", {}).items()},
+            tags={self._legal(key): plain(x, MAX_TAG) for key, x in item.get("tags", {}).items()},
+            status=item.get("status"),
+            end=item.get("ended", item["time"]) if item["do"] == "end" else None,
+        )
+
+    def _of_the_study(self, run: str, change: Change) -> Change:
         """Return what is to be written of that to the study's own run, which may have some of it already."""
-        rows = self._known.missing(self._client, run, rows)
+        rows, params, tags = self._known.missing(self._client, run, change.metrics), change.params, change.tags
         if params:
             params = unlogged(self._client.get_run(run).data.params, params)
         if NOTE in tags:
-            tags[NOTE] = linked(tags[NOTE], self._page_of)
-        return rows, params, tags
+            tags = {**tags, NOTE: linked(tags[NOTE], self._page_of)}
+        return change._replace(metrics=rows, params=params, tags=tags)
 
     def _watch_system(self, run: str, item: Item) -> None:
         """Have MLflow log CPU, memory, GPU and network to the study's run, from its start to its end, if it is to."""
