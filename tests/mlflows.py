@@ -32,7 +32,7 @@ def no_warning(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def through_client(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have all that is written go through MLflow's client, as it does to a server: SQLite's tables are not written to."""
+    """Have all that is written go through MLflow's client, as it does to a server."""
     monkeypatch.setattr("hpo.tracking.tables._is_known", lambda sql: False)
 
 
