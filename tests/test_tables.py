@@ -159,6 +159,38 @@ def test_what_is_not_ordinary_is_left_to_mlflow(tmp_path: Path, case: str) -> No
     assert database.dump(run) == before
 
 
+TAGS = {"hpo.trial": "7", "hpo.making": "ours"}
+THERE: dict[str, tuple[dict[str, str], bool]] = {
+    "nothing": ({}, True),
+    "another trial's": (TAGS | {"hpo.trial": "70"}, True),
+    "of another making": (TAGS | {"hpo.making": "theirs"}, True),
+    "the same": (TAGS, False),
+    "of an older version": ({"hpo.trial": "7"}, False),
+}
+
+
+@pytest.mark.parametrize(("there", "made"), THERE.values(), ids=THERE)
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_trial_that_may_have_a_run_gets_no_second_one(
+    tmp_path: Path, there: dict[str, str], made: bool, deleted: bool
+) -> None:
+    database = Database(tmp_path / "new")
+    run = database.client.create_run("1", tags=there).info.run_id
+    other = database.client.create_experiment("another")
+    database.client.create_run(other, tags=TAGS)
+    if deleted:
+        database.client.delete_run(run)
+    assert (database.tables.create(NEW._replace(tags=TAGS), Change(), only=True) is not None) == made
+    assert database.tables.create(NEW._replace(tags=TAGS), Change(), only=True) is None
+    assert database.tables.create(NEW._replace(tags=TAGS), Change()) is not None, "the caller knows better"
+
+
+def test_without_a_making_every_run_of_the_trial_counts(tmp_path: Path) -> None:
+    database = Database(tmp_path / "new")
+    database.client.create_run("1", tags=TAGS)
+    assert database.tables.create(NEW, Change(), only=True) is None
+
+
 @pytest.mark.parametrize("case", ["deleted", "none"])
 def test_no_run_is_made_where_mlflow_would_make_none(tmp_path: Path, case: str) -> None:
     database = Database(tmp_path / "new")

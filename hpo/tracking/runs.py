@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -231,11 +232,13 @@ class Runs:
             self._watch_system(run, item)
 
     def _is_made_with(self, item: Item) -> bool:
-        """Whether the item's trial is a new one, whose run is made now, with what the item says of it."""
+        """Whether the item's trial had no run, and has one now, with what the item says of it."""
         trial = item["trial"]
-        if self._tables is None or trial is None or trial in self._ids or not item.get("is_new"):
+        if self._tables is None or trial is None or trial in self._ids:
             return False
-        run = self._tables.create(self._new(trial, item), self._change(item))
+        new, change = self._new(trial, item), self._change(item)
+        with nullcontext() if item.get("is_new") else alone(self._address):
+            run = self._tables.create(new, change, only=not item.get("is_new"))
         if run is not None:
             self._note(trial, run)
         return run is not None

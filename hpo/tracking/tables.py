@@ -13,8 +13,8 @@ import math
 import sqlite3
 import sys
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,10 @@ _INFO = """UPDATE runs SET name = coalesce(?, name), status = coalesce(?, status
 WHERE run_uuid = ?"""
 _EXPERIMENT = """SELECT experiment_id, artifact_location FROM experiments
 WHERE experiment_id = CAST(? AS INTEGER) AND lifecycle_stage = 'active' AND artifact_location IS NOT NULL"""
+_OF_TRIAL = """SELECT 1 FROM tags JOIN runs USING (run_uuid)
+WHERE tags.key = 'hpo.trial' AND tags.value = ? AND runs.experiment_id = CAST(? AS INTEGER) AND (? = '' OR NOT EXISTS
+(SELECT 1 FROM tags AS its WHERE its.run_uuid = tags.run_uuid AND its.key = 'hpo.making' AND its.value != ?))"""
+"""Of another making: of a study of the same name that was started with `--fresh`."""
 _PARAM = "INSERT INTO params (key, value, run_uuid) VALUES (?, ?, ?) ON CONFLICT (key, run_uuid) DO NOTHING"
 _TAG = """INSERT INTO tags (key, value, run_uuid) VALUES (?, ?, ?)
 ON CONFLICT (key, run_uuid) DO UPDATE SET value = excluded.value"""
@@ -80,35 +84,41 @@ class Tables:
         self._checked: tuple[int, bool] | None = None
         """SQLite's number of the schema that was looked at last, and whether it is the known one."""
 
-    def create(self, new: NewRun, change: Change) -> str | None:
-        """Make a run with what is to be written to it, and return its id; None: nothing was written."""
+    def create(self, new: NewRun, change: Change, *, only: bool = False) -> str | None:
+        """Make a run with what is to be written to it, and return its id; None: nothing was written.
+
+        only: where the experiment has no run of the same trial that may be this study's, the deleted ones too.
+        """
         run = uuid.uuid4().hex
-        return run if self._carry_out(run, change, new) else None
+
+        def work(sql: sqlite3.Connection) -> None:
+            if only:
+                _require_none(sql, new)
+            _create(sql, run, new)
+            _write(sql, run, change)
+
+        return run if self._has_done(work) else None
 
     def write(self, run: str, change: Change) -> bool:
         """Write to an active run; the same twice does no harm. Return False where nothing was written."""
-        return self._carry_out(run, change, None)
 
-    def _carry_out(self, run: str, change: Change, new: NewRun | None) -> bool:
+        def work(sql: sqlite3.Connection) -> None:
+            _require_active(sql, run)
+            _write(sql, run, change)
+
+        return self._has_done(work)
+
+    def _has_done(self, work: Callable[[sqlite3.Connection], None]) -> bool:
+        """Whether all that `work` does was done in one transaction; else nothing was."""
         try:
-            with self._transaction() as sql:
-                if new is None:
-                    _require_active(sql, run)
-                else:
-                    _create(sql, run, new)
-                _write(sql, run, change)
+            with closing(sqlite3.connect(self._address, uri=True, timeout=_WAIT_SECONDS, isolation_level=None)) as sql:
+                sql.execute("BEGIN IMMEDIATE")
+                self._require_known(sql)
+                work(sql)
+                sql.execute("COMMIT")
         except (sqlite3.Error, _NotHereError):
             return False
         return True
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """Give a connection whose statements are all carried out, or none. Raises _NotHereError, sqlite3.Error."""
-        with closing(sqlite3.connect(self._address, uri=True, timeout=_WAIT_SECONDS, isolation_level=None)) as sql:
-            sql.execute("BEGIN IMMEDIATE")
-            self._require_known(sql)
-            yield sql
-            sql.execute("COMMIT")
 
     def _require_known(self, sql: sqlite3.Connection) -> None:
         schema = int(sql.execute("PRAGMA schema_version").fetchone()[0])
@@ -152,6 +162,12 @@ def _write(sql: sqlite3.Connection, run: str, change: Change) -> None:
     sql.executemany(_LATEST, list(latest.values()))
     sql.executemany(_TAG, [(key, text, run) for key, text in change.tags.items()])
     sql.execute(_INFO, (change.tags.get(RUN_NAME), change.status, change.end, run))
+
+
+def _require_none(sql: sqlite3.Connection, new: NewRun) -> None:
+    making = new.tags.get("hpo.making", "")
+    if sql.execute(_OF_TRIAL, (new.tags["hpo.trial"], new.experiment, making, making)).fetchone() is not None:
+        raise _NotHereError
 
 
 def _require_active(sql: sqlite3.Connection, run: str) -> None:
