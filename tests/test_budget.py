@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.search.budget import Counts, count, covered, holders, refill, seconds_used, utc, wrong_row
+from hpo.search.budget import Counts, count, covered, holders, refill, seconds_used, spans_of, wrong_row
 from hpo.search.starts import NONE
 
 NOON = datetime(2026, 1, 1, 12)
@@ -19,7 +19,7 @@ NOON = datetime(2026, 1, 1, 12)
 def trial(number, state=TrialState.COMPLETE, start=None, end=None, lease=None, **attrs):
     """Return a trial; `start` and `end` are seconds after noon, and so is `lease`, until when its worker was alive."""
     times = [None if seconds is None else NOON + timedelta(seconds=seconds) for seconds in (start, end)]
-    until = None if lease is None else utc(NOON).timestamp() + lease
+    until = None if lease is None else NOON.timestamp() + lease
     system = {} if lease is None else {"hpo:lease": {"worker": "w:1", "until": until, "attempt": 1}}
     return FrozenTrial(number, state, None, *times, {}, {}, attrs, system, {}, number)
 
@@ -144,16 +144,13 @@ def test_a_killed_trial_uses_no_time_after_its_lease(state, end):
     assert seconds_used([trial(0, state, start=0, end=end, lease=90)], {}) == pytest.approx(90)
 
 
-def test_utc_is_said_only_where_it_was_not():
-    assert utc(NOON) == NOON.astimezone(UTC)
-    assert utc(utc(NOON)) == utc(NOON)
-
-
 def test_a_time_is_that_of_the_machines_zone(monkeypatch):
     monkeypatch.setenv("TZ", "America/New_York")
     time.tzset()
     try:
-        assert utc(datetime(2026, 1, 15, 12)) == datetime(2026, 1, 15, 17, tzinfo=UTC)
+        ((start, end),) = spans_of(trial(0, start=0, end=90))
+        assert start == datetime(2026, 1, 1, 17, tzinfo=UTC).timestamp()
+        assert end == start + 90
     finally:
         monkeypatch.undo()
         time.tzset()

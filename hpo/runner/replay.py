@@ -16,7 +16,6 @@ from hpo.runner.custom import train_outside
 from hpo.runner.prepare import Plan
 from hpo.runner.worker import EXAMPLE_ROWS
 from hpo.search import schema
-from hpo.search.budget import utc
 from hpo.search.codes import code_of
 from hpo.search.curves import Curves, curves_of
 from hpo.search.search import Search
@@ -242,5 +241,5 @@ def _environment_of(search: Search, seen: StudyView, number: int) -> Mapping[str
     stored = search.attrs.get(schema.MADE_WITH)
     known = [each for each in stored if isinstance(each, Mapping)] if isinstance(stored, list) else []
     start = next(trial.datetime_start for trial in seen.everything if trial.number == number)
-    at = math.inf if start is None else utc(start).timestamp()
+    at = math.inf if start is None else start.timestamp()
     return next((each for each in reversed(known) if each.get("since", 0.0) <= at), known[0] if known else {})

@@ -252,26 +252,24 @@ def seconds_used(trials: Sequence[FrozenTrial], leases: Mapping[str, float]) -> 
 
 
 def spans_of(trial: FrozenTrial) -> list[tuple[float, float]]:
-    """Return from when until when a trial was trained, in seconds since 1970: once, unless it was paused meanwhile."""
+    """Return from when until when a trial was trained, in seconds since 1970: once, unless it was paused meanwhile.
+
+    Optuna's times are this machine's local ones without saying so, which is what `timestamp` takes them for.
+    """
     spans = [(float(start), float(end)) for start, end in trial.user_attrs.get(schema.TRAINED, ())]
     if trial.datetime_start is None or trial.state == TrialState.WAITING:
         return spans
-    start = utc(trial.datetime_start).timestamp()
+    start = trial.datetime_start.timestamp()
     if any(abs(known - start) < 1e-3 for known, _ in spans):  # it was pruned while it was paused
         return spans
     if (seconds := trial.user_attrs.get(schema.SECONDS)) is not None:  # the date was set meanwhile
         return [*spans, (start, start + float(seconds))]
-    return [*spans, (start, utc(trial.datetime_complete or datetime.now(UTC)).timestamp())]
+    return [*spans, (start, (trial.datetime_complete or datetime.now(UTC)).timestamp())]
 
 
 def trained(trial: FrozenTrial) -> float:
     """Return for how many seconds a trial was trained."""
     return covered(spans_of(trial))
-
-
-def utc(moment: datetime) -> datetime:
-    """Return one of Optuna's times, which are this machine's local ones without saying so, in UTC."""
-    return moment.astimezone(UTC)
 
 
 def wrong_row(trial: FrozenTrial) -> str | None:

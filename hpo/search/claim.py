@@ -13,7 +13,6 @@ from optuna.trial import Trial
 from hpo.errors import InputError
 from hpo.log import log
 from hpo.search import schema
-from hpo.search.budget import utc
 from hpo.search.clock import Clock
 from hpo.search.front import alone
 
@@ -72,7 +71,7 @@ class ClaimedTrial(Trial):
         """Return from when until when it was trained since it was claimed, in seconds since 1970."""
         claimed, seconds = self._cached_frozen_trial.datetime_start, self._seconds()
         assert claimed is not None
-        start = utc(claimed).timestamp()
+        start = claimed.timestamp()
         return [start, self._clock.now() if seconds is None else start + seconds]
 
     def note_seconds(self) -> None:

@@ -10,7 +10,6 @@ from optuna.trial import FrozenTrial
 
 from hpo.errors import masked
 from hpo.search import schema
-from hpo.search.budget import utc
 
 _SINCE, _CODE = "since", "code"
 
@@ -43,7 +42,7 @@ def with_code(attrs: Mapping[str, Any], code: str, same: Collection[str] = ()) -
 def code_of(attrs: Mapping[str, Any], trial: FrozenTrial) -> str | None:
     """Return the fingerprint of the code that a trial was trained with, by when it was started; None: not known."""
     codes = codes_in(attrs)
-    at = math.inf if trial.datetime_start is None else utc(trial.datetime_start).timestamp()
+    at = math.inf if trial.datetime_start is None else trial.datetime_start.timestamp()
     found = next((each for each in reversed(codes) if each[_SINCE] <= at), codes[0] if codes else None)
     return None if found is None else str(found[_CODE])
 

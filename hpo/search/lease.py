@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.processes import is_gone, this_process
 from hpo.search import schema
-from hpo.search.budget import held_until, lease_of, leases_in, utc, worker_of
+from hpo.search.budget import held_until, lease_of, leases_in, worker_of
 from hpo.search.clock import SYSTEM, Clock
 
 JUST_NOW = 10.0
@@ -129,7 +129,7 @@ def working(trials: Sequence[FrozenTrial], leases: Mapping[str, float], grace: f
         worker, until = worker_of(trial), held_until(trial, leases)
         running = trial.state == TrialState.RUNNING
         if until is None and running and trial.datetime_start is not None:  # claimed just now, or killed right after
-            until = utc(trial.datetime_start).timestamp() + JUST_NOW
+            until = trial.datetime_start.timestamp() + JUST_NOW
         if until is None or is_gone(worker):
             continue
         renews = worker != this_process() and until - now > _RENEWED * grace

@@ -18,7 +18,6 @@ from hpo.search.budget import (
     lease_of,
     leases_in,
     rank,
-    utc,
     worker_of,
     wrong_row,
     wrong_values,
@@ -291,7 +290,7 @@ class StudyView:
                 best = value
             if best is not None:
                 assert trial.datetime_complete is not None
-                curve.append((n, best, int(utc(trial.datetime_complete).timestamp() * 1000)))
+                curve.append((n, best, int(trial.datetime_complete.timestamp() * 1000)))
         return curve
 
     def none_is_better(self, value: float) -> bool:
