@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from dataclasses import replace
 from datetime import datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
@@ -28,10 +29,11 @@ from hpo.cli.app import app
 from hpo.errors import InputError
 from hpo.export.files import finite
 from hpo.report import figures, space_figures, texts, time_figures
-from hpo.report.axes import axis_of, text
+from hpo.report.axes import HAS_NOT, axis_of, text
 from hpo.report.facts import leases_of, read
 from hpo.report.page import page
 from hpo.report.place import default_path
+from hpo.report.searched import distributions
 from hpo.search import schema
 from tests.cli import invoke, refused, summary
 from tests.conftest import ROOT
@@ -212,17 +214,34 @@ def test_params_with_a_branch_stand_under_their_own_name(opened):
 
 
 def test_places_on_an_axis():
-    log = axis_of("x", {"low": 1e-4, "high": 1e-1, "log": True, "otherwise": 0}, [1e-2, 0, None])
+    log = axis_of("x", {"low": 1e-4, "high": 1e-1, "log": True, "otherwise": 0}, [1e-2, 0, HAS_NOT])
     assert log.place(1e-2) == pytest.approx(-2)
-    assert log.place(None) < log.place(0) < log.place(1e-4)
+    assert log.place(HAS_NOT) < log.place(0) < log.place(1e-4)
     assert log.ticks()[1] == ["none", "0", "0.0001", "0.001", "0.01", "0.1"]
     choices = axis_of("x", {"choices": ["a", "b", True]}, ["b"])
     assert [choices.place(each) for each in ("a", "b", True)] == [0, 1, 2]
+    odd = axis_of("x", {"choices": [True, 1, "1", None]}, [None, HAS_NOT])
+    assert [odd.place(each) for each in (HAS_NOT, True, 1, "1", None)] == [-1, 0, 1, 2, 3]
+    assert odd.ticks() == ([-1, 0, 1, 2, 3], ["none", "True", "1", "'1'", "None"])
     long = axis_of("x", {"choices": ["y" * 100 + "1", "y" * 100 + "2"]}, [])
     assert len(set(map(long.place, long.choices))) == 1 or long.ticks()[0] == [0, 1]
     fixed = axis_of("x", {"low": 3, "high": 3, "log": False}, [3])
     assert math.isfinite(fixed.place(3))
     assert text("<b>&\n" + "z" * 99) == "&lt;b&gt;&amp; " + "z" * 34 + "…"
+
+
+def test_choices_that_are_equal_but_not_the_same_are_two():
+    choices = CategoricalDistribution((True, 1, "1", None))
+    trial = create_trial(params={"x": 1}, distributions={"x": choices}, value=0.0)
+    assert list(map(repr, distributions([trial])["x"]["choices"])) == ["True", "1", "'1'", "None"]
+
+
+def test_far_worse_values_are_counted_of_all_trials_and_not_of_those_drawn(opened):
+    search = opened(trials=3)
+    tried(search, [0.3, 0.2, 0.1])
+    facts = facts_of(search)
+    points = [replace(facts.points[0], number=n, value=-1e6 if n % 10 == 0 else n / 1e4) for n in range(10_000)]
+    assert "1,000 far worse ones" in figures.history(replace(facts, points=points)).note
 
 
 # Formats.

@@ -53,7 +53,8 @@ CHANGES = {
     ],
     "long": [Change(params={"p" * 250: "v" * 6000}, tags={"t" * 250: "v" * 5000}, metrics=[("m" * 250, 1.0, 1, 1)])],
 }
-NEW = NewRun("1", "trial 7", 100, {"hpo.trial": "7", "mlflow.parentRunId": "0" * 32})
+PARENT = "0" * 32
+NEW = NewRun("1", "trial 7", 100, {"hpo.trial": "7", "mlflow.parentRunId": PARENT, "mlflow.user": "ü"})
 
 
 class Database:
@@ -68,6 +69,10 @@ class Database:
         self.client = MlflowClient(sqlite_address(self.file))
         self.experiment = self.client.create_experiment("study", artifact_location=artifacts or "file:///a%20b")
         self.tables = Tables(self.file)
+        run = self.client.create_run(self.experiment, 1, run_name="study").info.run_id
+        for table in ("runs", "tags"):
+            self.do(f"UPDATE {table} SET run_uuid = ? WHERE run_uuid = ?", PARENT, run)
+        self.do("UPDATE runs SET artifact_uri = ''")
 
     def do(self, statement: str, *values: Any) -> list[Any]:
         with closing(sqlite3.connect(self.file)) as sql, sql:
@@ -128,7 +133,7 @@ class _Refused:
         return run, Change([("x", 1.0, 1, 1)])
 
     def run_that_is_not_there(self, database: Database, run: str) -> tuple[str, Change]:
-        return "0" * 32, Change([("x", 1.0, 1, 1)])
+        return "f" * 32, Change([("x", 1.0, 1, 1)])
 
     def param_of_another_value(self, database: Database, run: str) -> tuple[str, Change]:
         return run, Change([("x", 1.0, 1, 1)], {"new": "1", "rate": "0.2"}, {"a": "b"}, "FINISHED", 5)
@@ -197,7 +202,18 @@ def test_no_run_is_made_where_mlflow_would_make_none(tmp_path: Path, case: str) 
     if case == "deleted":
         database.client.delete_experiment(database.experiment)
     assert database.tables.create(NEW._replace(experiment="9" if case == "none" else "1"), Change()) is None
-    assert database.do("SELECT count(*) FROM runs") == [(0,)]
+    assert database.do("SELECT count(*) FROM runs") == [(1,)]
+
+
+def test_a_file_that_another_study_has_made_meanwhile_gets_no_run(tmp_path: Path) -> None:
+    """Its experiment has the same id."""
+    database = Database(tmp_path / "new")
+    database.do("DELETE FROM runs")
+    assert database.tables.create(NEW, Change()) is None
+    another = database.client.create_experiment("another")
+    there = database.client.create_run(another).info.run_id
+    new = NEW._replace(tags={**NEW.tags, "mlflow.parentRunId": there})
+    assert database.tables.create(new, Change()) is None
 
 
 def test_a_file_that_is_gone_is_not_made_again(tmp_path: Path) -> None:

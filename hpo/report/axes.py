@@ -10,6 +10,8 @@ from hpo.export.files import finite
 
 LONGEST = 40
 """How many characters of a text of the user's a figure shows."""
+HAS_NOT: Any = object()
+"""In place of the value of a param that a trial does not have; None is a value as any other."""
 _TICKS = 6
 _BESIDE = 0.12
 """How far below a range, as a share of it, stands what is not within it."""
@@ -42,8 +44,8 @@ class Axis:
         return not self.choices
 
     def place(self, value: Any) -> float:
-        """Return where a value stands; None, where a trial does not have the param, stands below all others."""
-        if value is None:
+        """Return where a value stands; `HAS_NOT` stands below all others."""
+        if value is HAS_NOT:
             return self._below(2 if self.beside is not None else 1)
         if self.choices:
             return float(self.choices.get(repr(value), len(self.choices)))
@@ -63,15 +65,14 @@ class Axis:
     def ticks(self) -> tuple[list[float], list[str]]:
         """Return the places that are marked, and what is written there."""
         if self.choices:
-            labels = [_unrepr(choice) for choice in self.choices]
-            places, labels = [float(i) for i in range(len(labels))], [text(label) for label in labels]
+            places, labels = [float(i) for i in range(len(self.choices))], [text(label) for label in self._labels()]
         else:
             places = _decades(self.low, self.high) if self.log else _round(self.low, self.high)
             labels = [f"{10**place:.4g}" if self.log else f"{place:.6g}" for place in places]
         if self.beside is not None:
             places, labels = [self._below(1), *places], [text(self.beside), *labels]
         if self.gaps:
-            places, labels = [self.place(None), *places], ["none", *labels]
+            places, labels = [self.place(HAS_NOT), *places], ["none", *labels]
         return places, labels
 
     def ends(self) -> tuple[float, float]:
@@ -80,13 +81,21 @@ class Axis:
         steps = (self.beside is not None) + self.gaps
         return (self._below(steps) if steps else self.low) - room, self.high + room
 
+    def _labels(self) -> list[str]:
+        """Return the choices, texts without their quotes unless they would look like another one: 1 and '1'."""
+        plain = [_unrepr(choice) for choice in self.choices]
+        return [label if plain.count(label) == 1 else choice for label, choice in zip(plain, self.choices, strict=True)]
+
     def _below(self, steps: int) -> float:
         return self.low - steps * (_BESIDE * (self.high - self.low) if self.numeric else 1.0)
 
 
 def axis_of(name: str, known: Mapping[str, Any], values: Sequence[Any]) -> Axis:
-    """Return the axis of a param; `known` is its distribution (`Facts.distributions`), `values` those of the trials."""
-    have = [value for value in values if value is not None]
+    """Return the axis of a param; `known` is its distribution (`Facts.distributions`), `values` those of the trials.
+
+    A trial that does not have the param has `HAS_NOT` in its place.
+    """
+    have = [value for value in values if value is not HAS_NOT]
     gaps = len(have) < len(values)
     if "choices" in known or "low" not in known:
         options = [*known.get("choices", ()), *have]
@@ -99,8 +108,8 @@ def axis_of(name: str, known: Mapping[str, Any], values: Sequence[Any]) -> Axis:
     if not high > low:  # a range of one value
         low, high = low - 0.5, high + 0.5
     axis = Axis(name, low, high, log, {}, None, gaps)
-    outside = next((value for value in have if not axis.within(value)), None)
-    beside = None if outside is None else text(known.get("otherwise", outside))
+    outside = next((value for value in have if not axis.within(value)), HAS_NOT)
+    beside = None if outside is HAS_NOT else text(known.get("otherwise", outside))
     return Axis(name, low, high, log, {}, beside, gaps)
 
 

@@ -87,7 +87,7 @@ def history(facts: Facts) -> Drawing | None:
         line = {"color": BLUE, "width": 2, "shape": "hv"}
         traces.append(trace_of("best so far", [*numbers, last], [*values, values[-1]], mode="lines", line=line))
     valueless = sum(point.value is None for point in started)
-    beyond, limits = _limits(facts, [point.value for point in drawn if point.value is not None])
+    beyond, limits = _limits(facts, [point.value for point in started if point.value is not None])
     notes = [
         note_of(len(drawn), len(started), "trials"),
         "A trial that is not complete stands at the last value that it reported.",

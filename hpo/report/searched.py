@@ -24,7 +24,8 @@ def distributions(trials: Sequence[FrozenTrial]) -> dict[str, dict[str, Any]]:
         if name.endswith(OR):
             own["otherwise"] = next(iter(getattr(distribution, "choices", ())), None)
         elif isinstance(distribution, optuna.distributions.CategoricalDistribution):
-            own["choices"] = list(dict.fromkeys([*own.get("choices", ()), *distribution.choices]))
+            choices = [*own.get("choices", ()), *distribution.choices]
+            own["choices"] = list({repr(each): each for each in choices}.values())  # True and 1 are two
         elif isinstance(distribution, optuna.distributions.FloatDistribution | optuna.distributions.IntDistribution):
             own["low"] = min(own.get("low", distribution.low), distribution.low)
             own["high"] = max(own.get("high", distribution.high), distribution.high)

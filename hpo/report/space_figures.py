@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hpo.report.axes import Axis, axis_of, text
+from hpo.report.axes import HAS_NOT, Axis, axis_of, text
 from hpo.report.facts import Facts, Point
 from hpo.report.figures import BLACK, Drawing, joined, layout, note_of, thinned
 
@@ -138,7 +138,7 @@ def parallel(facts: Facts) -> Drawing | None:
         dimensions.append(
             {
                 "label": text(name),
-                "values": [axis.place(point.params.get(name)) + _beside(axis, point) for point in drawn],
+                "values": [axis.place(point.params.get(name, HAS_NOT)) + _beside(axis, point) for point in drawn],
                 "tickvals": places,
                 "ticktext": [html.unescape(label) for label in labels],  # the only texts that plotly takes as they are
                 "range": list(axis.ends()),
@@ -167,7 +167,7 @@ def parallel(facts: Facts) -> Drawing | None:
 
 
 def _axis(facts: Facts, points: Sequence[Point], name: str) -> Axis:
-    return axis_of(name, facts.distributions.get(name, {}), [point.params.get(name) for point in points])
+    return axis_of(name, facts.distributions.get(name, {}), [point.params.get(name, HAS_NOT) for point in points])
 
 
 def _thinned(points: Sequence[Point], most: int) -> list[Point]:

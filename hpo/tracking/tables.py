@@ -29,14 +29,16 @@ _COLUMNS = {
     "tags": "key value run_uuid",
 }
 """The columns of the tables that are written to: those of MLflow 3.10 to 3.18."""
+_USER, _PARENT = "mlflow.user", "mlflow.parentRunId"
 _WAIT_SECONDS = 5.0
 """How long another process may keep the file's lock."""
 
 _RUN = """INSERT INTO runs (run_uuid, name, source_type, source_name, entry_point_name, user_id, status, start_time,
 source_version, lifecycle_stage, artifact_uri, experiment_id)
-VALUES (?, ?, 'UNKNOWN', '', '', 'unknown', 'RUNNING', ?, '', 'active', ?, ?)"""
+VALUES (?, ?, 'UNKNOWN', '', '', ?, 'RUNNING', ?, '', 'active', ?, ?)"""
 _INFO = """UPDATE runs SET name = coalesce(?, name), status = coalesce(?, status), end_time = coalesce(?, end_time)
 WHERE run_uuid = ?"""
+_OF = "SELECT 1 FROM runs WHERE run_uuid = ? AND experiment_id = ?"
 _EXPERIMENT = """SELECT experiment_id, artifact_location FROM experiments
 WHERE experiment_id = CAST(? AS INTEGER) AND lifecycle_stage = 'active' AND artifact_location IS NOT NULL"""
 _OF_TRIAL = """SELECT 1 FROM tags JOIN runs USING (run_uuid)
@@ -145,8 +147,10 @@ def _create(sql: sqlite3.Connection, run: str, new: NewRun) -> None:
     found = sql.execute(_EXPERIMENT, (new.experiment,)).fetchone()
     if found is None:
         raise _NotHereError
+    if _PARENT in new.tags and sql.execute(_OF, (new.tags[_PARENT], found[0])).fetchone() is None:
+        raise _NotHereError  # the file is another one since its ids were asked for
     where = append_to_uri_path(found[1], run, "artifacts")  # type: ignore[no-untyped-call]
-    sql.execute(_RUN, (run, new.name, new.start, where, found[0]))
+    sql.execute(_RUN, (run, new.name, new.tags.get(_USER, "unknown"), new.start, where, found[0]))
     sql.executemany(_TAG, [(key, text, run) for key, text in ({RUN_NAME: new.name} | dict(new.tags)).items()])
 
 
