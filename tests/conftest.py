@@ -16,6 +16,10 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 import pytest
 import torch
 
+from hpo.cli import commands
+from hpo.export import parity
+from hpo.export.formats import ALWAYS, formats_of
+from hpo.runner import launch, refit
 from hpo.stacks import cost
 from hpo.tracking import process
 from tests import warm
@@ -24,7 +28,8 @@ from tests.mlflows import empty_database, mlflow, no_warning, through_client, tr
 
 torch.set_num_threads(1)
 
-process.subprocess = warm.FORKING
+for each in (process, launch, parity):
+    each.subprocess = warm.FORKING
 
 ROOT = Path(__file__).parent.parent
 FRESH = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
@@ -96,6 +101,13 @@ def _nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """What compiling took in one test, on a busy machine or of a stand-in, decides nothing in the next."""
     monkeypatch.setattr(cost, "_compiled", {})
     monkeypatch.setattr(cost, "_saved", {})
+
+
+@pytest.fixture(autouse=True)
+def without_pt2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out of bundles what takes as long as a small study; where it is looked at, a module has its own fixture."""
+    for module in (commands, refit):
+        monkeypatch.setattr(module, "formats_of", lambda text: ALWAYS if text is None else formats_of(text))
 
 
 @pytest.fixture

@@ -673,7 +673,7 @@ READ: list[Callable[[Any], Any]] = [
 ]
 
 
-TRACED = {0: [(12, 8), (6, 10)], 10: [(6, 10)], 12: [(12, 8)]}
+TRACED = {0: [(12, 8)], 10: [(6, 10)]}
 """Which of them are traced by default, with how many rows: how it is read is seen by the same dict in a graph too."""
 
 

@@ -17,6 +17,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import hpo
 from hpo.errors import ExportError, InputError
+from hpo.export import parity
 from hpo.export.apart import apart
 from hpo.export.bundle import export, require_place
 from hpo.export.formats import ALWAYS, FILE_OF, formats_of
@@ -29,6 +30,12 @@ from tests import warm
 
 PARAMS = {"optimizer": "adam", "learning_rate": 0.01, "n_hidden": 8}
 ABOUT = {"study": "s", "objective": "o", "trial": 3, "metrics": {"test_r2": 0.5}, "data_fingerprint": "0123"}
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Have the process that loads a bundle be one of its own, as it is outside of tests, no fork of a warm one."""
+    monkeypatch.setattr(parity, "subprocess", subprocess)
 
 
 class Branchy(nn.Module):
@@ -620,6 +627,7 @@ def test_no_pickle_of_a_bundle_is_run(folder, tmp_path, monkeypatch):
 EXTRAS = {"pt2": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}
 
 
+@pytest.mark.usefixtures("started")
 @pytest.mark.parametrize("kind", EXTRAS)
 def test_every_format_gives_the_same_where_hpo_cannot_be_imported(folder, kind):
     for package in EXTRAS[kind]:
@@ -782,6 +790,7 @@ def test_an_optional_file_that_only_a_fresh_process_finds_wrong_is_left_out(fold
         export(tabular(rows), rows, folder, formats_of("pt2"), fresh=True)
 
 
+@pytest.mark.usefixtures("started")
 def test_a_file_that_only_a_fresh_process_finds_wrong_is_refused(folder, monkeypatch):
     rows = held_out((4,))
     monkeypatch.setattr("hpo.export.bundle.parity_of", lambda *args: {"max_difference": 0.0, "tolerance": TOLERANCE})

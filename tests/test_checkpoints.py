@@ -76,7 +76,10 @@ def run(folder, name, text, stop_at=None, dropout=0.0):
     return curves, weights
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop", "adagrad", "adadelta"])
+SLOW_OPTIMIZERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "rmsprop", "adagrad")]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adadelta", *SLOW_OPTIMIZERS])
 def test_alone_it_goes_on_bit_for_bit(folder, said, optimizer):
     text = f"stack: 1\nparams: {{optimizer: {optimizer}, schedule: cosine}}\n"
     text += "value: last\n" if optimizer == "sgd" else ""

@@ -189,7 +189,7 @@ sys.meta_path.insert(0, Finder())
 def test_tracking_off_needs_no_mlflow(study: Write, missing: str) -> None:
     Path("sitecustomize.py").write_text(missing)
     path = f".{os.pathsep}{ROOT}"
-    done = run_hpo("run", study(), PYTHONPATH=path)
+    done = run_hpo("run", study("trials: 1\nepochs: 1\nbaseline: false"), PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     done = run_hpo("run", study(), "--set", "name=x", "--tracking", "sqlite:///m.db", PYTHONPATH=path)
     assert done.returncode == 2
@@ -440,6 +440,7 @@ def test_an_objective_that_breaks_the_contract_is_told_so_before_anything_runs(
         assert message in refused(command, path)
 
 
+@pytest.mark.slow
 def test_a_pipe_that_closes_early_gives_no_traceback(study: Write) -> None:
     """The reader takes the first line and goes: the study trains on, and says so once."""
     with start_hpo("run", study("trials: 5"), **FRESH) as process:  # it says that it imports PyTorch

@@ -522,7 +522,9 @@ def test_without_baselines_only_the_best_are_trained_again(told, trained):
     assert "default" not in search.attrs["hpo:confirmed"]
 
 
-@pytest.mark.parametrize("default", [None, 1, [], "no such", {"a": 1}])
+@pytest.mark.parametrize(
+    "default", ["no such", {"a": 1}, *(pytest.param(each, marks=pytest.mark.slow) for each in (None, 1, []))]
+)
 def test_what_others_wrote_of_the_default_configuration_is_left_out(told, default):
     plan, data, search = told(LUCKY)
     end(plan, data, search)

@@ -147,7 +147,9 @@ def test_a_function_is_said_what_to_do(study):
     assert "constraints: a function sets its own: trial.set_constraint" in said
 
 
-@pytest.mark.parametrize("pruner", ["median", "{name: halving, first: 1, finish: 1}"])
+@pytest.mark.parametrize(
+    "pruner", [pytest.param("median", marks=pytest.mark.slow), "{name: halving, first: 1, finish: 1}"]
+)
 def test_an_objective_that_trains_itself_is_held_to_the_network_that_it_returns(study, pruner):
     own = OWN.replace("def train(self, params, report):", "def train(self, params, report, resume=None):")
     own = own.replace("network = nn.Linear(4, 2)", "network = nn.Linear(4, 2); network.bias.requires_grad_(False)")
@@ -418,7 +420,10 @@ def test_stacks_and_halving_hold_to_them(sized, pruner):
     assert (table[table["constrained_n_parameters"] > 150]["epochs"] == 0).all()
 
 
-@pytest.mark.parametrize("sampler", ["gp", "nsgaii", "cmaes", "random", "{name: nsgaii, population_size: 3}"])
+SLOW_SAMPLERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("nsgaii", "cmaes")]
+
+
+@pytest.mark.parametrize("sampler", ["gp", "random", "{name: nsgaii, population_size: 3}", *SLOW_SAMPLERS])
 def test_other_samplers_take_constrained_studies(sized, sampler):
     file = sized(f'trials: 14\nepochs: 1\nsampler: {sampler}\nconstraints: {{n_parameters: "<= 200", mse: ">= 0.1"}}\n')
     said = invoke("run", file)

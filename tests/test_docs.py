@@ -222,7 +222,7 @@ def test_readmes_table_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.Monke
     write_files(ROOT / "README.md", tmp_path)
     rows = "".join(f"{i},{'ab'[i % 2]},{3 * i + i % 7}\n" for i in range(80))
     (tmp_path / "data.csv").write_text("size,kind,price\n" + rows)
-    done = run_hpo("run", "table.yaml", "--trials", "2", "--set", "epochs=2", "--tracking", "off", PYTHONPATH=str(ROOT))
+    done = run_hpo("run", "table.yaml", "--trials", "2", "--set", "epochs=2", "--tracking", "off")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "mlruns" / "bundles" / "table" / "bundle.json").is_file()
 

@@ -99,6 +99,7 @@ def test_a_seed_is_an_initialisation_and_an_order(benchmarks):
     assert all(params[0][name].equal(params[1][name]) for name in params[0])
 
 
+@pytest.mark.slow
 def test_a_row_from_the_command_line():
     command = [sys.executable, "benchmarks/documented.py", "--only", "1", "2", "10", "--seeds", "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -185,7 +185,14 @@ def test_networks_whose_hooks_make_a_weight_are_trained_with_several_seeds(study
     assert sum(name.endswith("weight_g") for name in state) == (2 if "ensemble" in keys else 1)
 
 
-@pytest.mark.parametrize("seeds", [None, 3, {"n": 3}, {"n": 2, "mean": {"r2": "x"}, "std": {"r2": 1}}, {"mean": [1]}])
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        3,
+        {"n": 2, "mean": {"r2": "x"}, "std": {"r2": 1}},
+        *(pytest.param(seeds, marks=pytest.mark.slow) for seeds in (None, {"n": 3}, {"mean": [1]})),
+    ],
+)
 def test_what_others_wrote_of_seeds_into_the_storage_is_left_out(study, seeds):
     path = study(TEXT)
     invoke("run", path)

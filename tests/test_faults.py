@@ -250,8 +250,14 @@ def network(where, error, stack, text="", call=invoke, trials=8):
     return call("run", "s.yaml", *([] if call is refused else ["--json"]))
 
 
-@pytest.mark.parametrize("where", ["build", "forward", "loss"])
-@pytest.mark.parametrize("stack", [1, 4, "auto"])
+@pytest.mark.parametrize(
+    ("stack", "where"),
+    [
+        pytest.param(stack, where, marks=() if where in by_default else pytest.mark.slow)
+        for stack, by_default in ((1, ["build"]), (4, ["forward", "loss"]), ("auto", ["forward"]))
+        for where in ("build", "forward", "loss")
+    ],
+)
 def test_a_configuration_that_build_or_loss_calls_infeasible_is_pruned(where, stack):
     out = network(where, "optuna.TrialPruned", stack)
     trials = summary(out)["trials"]
@@ -261,8 +267,14 @@ def test_a_configuration_that_build_or_loss_calls_infeasible_is_pruned(where, st
     assert all("is too wide" in error for error in errors())
 
 
-@pytest.mark.parametrize("where", ["build", "forward", "loss"])
-@pytest.mark.parametrize("stack", [1, 4])
+@pytest.mark.parametrize(
+    ("stack", "where"),
+    [
+        pytest.param(stack, where, marks=() if where in by_default else pytest.mark.slow)
+        for stack, by_default in ((1, ["build", "loss"]), (4, ["forward"]))
+        for where in ("build", "forward", "loss")
+    ],
+)
 def test_an_error_of_one_configuration_that_catch_names_fails_its_trial(where, stack):
     trials = summary(network(where, "ValueError", stack, "catch: [ValueError]"))["trials"]
     assert (trials["pruned"], trials["waiting"]) == (0, 0)

@@ -217,7 +217,12 @@ def test_of_trials_equal_in_the_metric_that_leads_the_others_decide(opened):
 
 
 @pytest.mark.parametrize(
-    ("sampler", "stack"), [("tpe", 1), ("gp", 1), ("nsgaii", 1), ("random", 1), ("qmc", 1), ("tpe", 4)]
+    ("sampler", "stack"),
+    [
+        ("gp", 1),
+        ("tpe", 4),
+        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("tpe", "nsgaii", "random", "qmc")),
+    ],
 )
 def test_samplers_and_stacks(sized, sampler, stack):  # noqa: F811
     keys = ", n_startup_trials: 4" if sampler in ("tpe", "gp") else ""
@@ -236,7 +241,14 @@ def test_samplers_and_stacks(sized, sampler, stack):  # noqa: F811
 # Pruning.
 
 
-@pytest.mark.parametrize("pruner", ["{name: median, n_startup_trials: 3, n_warmup_steps: 1}", "halving", "hyperband"])
+@pytest.mark.parametrize(
+    "pruner",
+    [
+        "{name: median, n_startup_trials: 3, n_warmup_steps: 1}",
+        "halving",
+        pytest.param("hyperband", marks=pytest.mark.slow),
+    ],
+)
 def test_trials_are_pruned_on_the_metric_that_is_named(sized, pruner):  # noqa: F811
     path = sized(f"{SEVERAL}prune_on: r2\npruner: {pruner}\nepochs: 6\ntrials: 16\nstack: 1\n")
     invoke("run", path)

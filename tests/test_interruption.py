@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from hpo import stopping
+from tests import warm
 from tests.conftest import run_hpo, start_hpo
 from tests.databases import rows
 
@@ -54,7 +55,7 @@ def attribute(number: int, key: str) -> object:
     [signal.SIGTERM, *(pytest.param(other, marks=pytest.mark.slow) for other in (signal.SIGINT, signal.SIGHUP))],
 )
 def test_a_signal_gives_the_trial_back_and_a_second_run_goes_on(study: Callable[..., Path], number: int) -> None:
-    path = study("epochs: 200\nstack: 1")
+    path = study("epochs: 60\nstack: 1")
     process = start_hpo("run", path, LINEAR_SECONDS="0.05")
     wait_for_running_trial()
     process.send_signal(number)
@@ -65,7 +66,7 @@ def test_a_signal_gives_the_trial_back_and_a_second_run_goes_on(study: Callable[
     assert (0, "FAIL") in states()
     assert attribute(0, "error") == "interrupted"
 
-    done = run_hpo("run", path, "--json", "--set", "epochs=200")
+    done = run_hpo("run", path, "--json", "--set", "epochs=60")
     summary = json.loads(done.stdout.splitlines()[-1])
     assert done.returncode == 0, done.stderr
     assert summary["trials"] == {"complete": 3, "pruned": 0, "failed": 0, "running": 0, "paused": 0, "waiting": 0}
@@ -93,7 +94,7 @@ def on_a_terminal(*arguments: object, **environ: str) -> Iterator[tuple["subproc
 
 
 def test_a_terminal_that_is_closed_gives_the_trial_back(study: Callable[..., Path]) -> None:
-    path = study("epochs: 200\nstack: 1")
+    path = study("epochs: 60\nstack: 1")
     with on_a_terminal("run", path, LINEAR_SECONDS="0.05") as (process, terminal):
         wait_for_running_trial()
         os.close(terminal)
@@ -103,14 +104,18 @@ def test_a_terminal_that_is_closed_gives_the_trial_back(study: Callable[..., Pat
     assert attribute(0, "error") == "interrupted"
 
 
+NOHUP = """
+import signal
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+from hpo.cli.app import main
+main()
+"""
+"""What `nohup hpo` does."""
+
+
 def test_under_nohup_a_closed_terminal_stops_nothing(study: Callable[..., Path]) -> None:
     path = study("epochs: 5\nstack: 1\ntrials: 1")
-    process = subprocess.Popen(
-        ["nohup", sys.executable, "-m", "hpo", "run", str(path)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "LINEAR_SECONDS": "0.05"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    process = warm.Popen("run", path, code=NOHUP, environ={"LINEAR_SECONDS": "0.05"})
     wait_for_running_trial()
     process.send_signal(signal.SIGHUP)
     process.communicate(timeout=60)
@@ -146,7 +151,7 @@ def test_a_signal_is_passed_on_within_its_handler_and_leaves_so_much_time() -> N
 
 
 def test_a_killed_trial_is_taken_up_anew_with_its_params_and_seed(study: Callable[..., Path]) -> None:
-    path = study("epochs: 200\nstack: 1")
+    path = study("epochs: 60\nstack: 1")
     process = start_hpo("run", path, LINEAR_SECONDS="0.05")
     wait_for_running_trial()
     process.kill()

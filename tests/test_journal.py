@@ -126,8 +126,14 @@ if len(sys.argv) > 3:
 """
 
 
-@pytest.mark.parametrize("room", [0, 1, 100, 1000])
-@pytest.mark.parametrize("go_on", [False, True], ids=["run again", "the same process"])
+@pytest.mark.parametrize(
+    ("go_on", "room"),
+    [
+        pytest.param(go_on, room, id=f"{name}-{room}", marks=() if room in by_default else pytest.mark.slow)
+        for go_on, name, by_default in ((False, "run again", (0, 1000)), (True, "the same process", (1, 100)))
+        for room in (0, 1, 100, 1000)
+    ],
+)
 def test_a_file_that_may_not_grow_costs_the_write_that_had_no_room_and_no_more(path, room, go_on):
     size = path.stat().st_size
     command = [sys.executable, "-c", FULL, f"journal:///{path}", str(size + room), *["go on"] * go_on]

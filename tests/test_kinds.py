@@ -183,8 +183,11 @@ def test_a_class_inside_of_build_is_stacked() -> None:
     assert trained(lambda params: net_class(params)(), [BASE] * 4) == ({VmapStack}, [])
 
 
+HOW = [parametrizations.weight_norm, pytest.param(parametrizations.orthogonal, marks=pytest.mark.slow)]
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("how", [parametrizations.weight_norm, parametrizations.orthogonal])
+@pytest.mark.parametrize("how", HOW)
 def test_a_parametrized_weight_is_stacked(how: Callable[[nn.Module], nn.Module]) -> None:
     """torch makes a class for each module whose weight is parametrized, and has it close over the module."""
 

@@ -47,7 +47,7 @@ OPEN_RUNS = "select count(*) from runs where status = 'RUNNING'"
 
 
 def test_two_workers_share_a_study_and_one_that_is_killed_is_replaced(study):
-    path = study("trials: 4\nepochs: 30\nstack: 1\ntracking: sqlite:///mlruns/mlflow.db\ncheckpoint_every: 0.5s")
+    path = study("trials: 4\nepochs: 20\nstack: 1\ntracking: sqlite:///mlruns/mlflow.db\ncheckpoint_every: 0.5s")
     process = start_hpo("run", path, "--workers", "2", "--json", LINEAR_SECONDS="0.02")
     wait_for(RUNNING, 2)
     warm.workers(process.pid)[0].kill()

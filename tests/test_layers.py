@@ -140,18 +140,26 @@ def test_the_logger_whose_records_are_masked_is_the_only_one_of_ours() -> None:
         assert ours == (["logging.getLogger('hpo')"] if name_of(path) == "log" else []), path
 
 
-def test_mlflow_is_imported_only_when_first_used() -> None:
+@pytest.fixture(scope="module")
+def imported() -> tuple[set[str], set[str]]:
+    """Return what else is imported with what a run needs, and with all modules."""
     modules = [f"hpo.{name_of(path)}" for path in MODULES if path.stem not in ("__init__", "__main__")]
-    code = f"import sys, {', '.join(modules)}\nassert 'mlflow' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    code = f"import sys, hpo.runner.opening, hpo.runner.worker\nprint(*sys.modules)\nimport {', '.join(modules)}\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}print(*sys.modules)"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
+    first, then = done.stdout.splitlines()
+    return set(first.split()), set(then.split())
+
+
+def test_mlflow_is_imported_only_when_first_used(imported: tuple[set[str], set[str]]) -> None:
+    assert "mlflow" not in imported[1]
     assert importlib.util.find_spec("mlflow") is not None, "else that says nothing"
 
 
-def test_a_run_imports_pandas_only_where_it_has_a_table() -> None:
-    code = "import sys, hpo.runner.opening, hpo.runner.worker\nassert 'pandas' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_a_run_imports_pandas_only_where_it_has_a_table(imported: tuple[set[str], set[str]]) -> None:
+    assert "pandas" not in imported[0]
 
 
 COMMANDS = ("run", "check", "status", "report", "export", "predict", "worker", "repair", "serve", "adopt", "objectives")

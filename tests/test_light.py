@@ -96,7 +96,7 @@ assert weight.grad is None and type(vars(function)["__dynamo_disable"]).__name__
 
 @pytest.mark.parametrize(
     "code",
-    [CHECK + PLOT + COMPILER + USES, FIRST, WHILE, SKLEARN],
+    [CHECK + PLOT + COMPILER + USES, pytest.param(FIRST, marks=pytest.mark.slow), WHILE, SKLEARN],
     ids=["check, plot, compiler, uses", "first", "while", "sklearn"],
 )
 def test_what_is_not_used_is_not_imported_and_what_is_used_is_real(code):
@@ -111,6 +111,7 @@ def test_what_is_not_used_is_not_imported_and_what_is_used_is_real(code):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_version_that_needs_more_of_them_is_imported_as_it_is(tmp_path):
     package = tmp_path / "torchmetrics"
     package.mkdir()

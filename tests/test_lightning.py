@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from hpo.errors import Interrupted
 from hpo.study.data import Data, batch_sizes
+from tests import warm
 from tests.cli import invoke, refused, summary
 from tests.conftest import ROOT
 
@@ -100,13 +101,8 @@ def test_a_whole_study_of_the_pages_code(folder: Path, imported: str) -> None:
 def test_what_lightning_says_is_not_shown_and_its_loggers_are_left_as_they_were() -> None:
     code = "from hpo.cli.app import main; import sys; sys.argv = ['hpo', 'run', 'wine.yaml']; main()"
     write()
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    done = warm.run(code)
+    assert done.returncode == 0, done.stderr
     shown = (done.stdout + done.stderr).lower()
     assert "trial 0 complete" in shown
     for chatter in ("lightning", "gpu", "tpu", "num_workers", "max_epochs", "warn", "tip"):

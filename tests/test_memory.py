@@ -67,8 +67,14 @@ def huge(study):
     return study
 
 
-@pytest.mark.parametrize("kind", ["linear", "python", "torch"])
-@pytest.mark.parametrize("stack", ["4", "1", "auto"])
+@pytest.mark.parametrize(
+    ("stack", "kind"),
+    [
+        pytest.param(stack, kind, marks=() if kind == by_default else pytest.mark.slow)
+        for stack, by_default in (("4", "linear"), ("1", "torch"), ("auto", "python"))
+        for kind in ("linear", "python", "torch")
+    ],
+)
 def test_a_configuration_that_memory_has_no_room_for_fails_alone(huge, stack, kind):
     space = f"params: {{kind: {kind}, width: {{type: int, low: 16, high: 1000000, log: true}}}}\n"
     output = invoke("run", huge(f"{TEXT}{START}{space}stack: {stack}\n"), "--json")

@@ -108,6 +108,7 @@ def test_what_mlflow_loads_is_the_model_that_was_exported(mlflow: Mlflow, here: 
 
 
 @pytest.mark.parametrize("dtype", ["float64", "int64", "float32", "bool"])
+@by_default_in_sqlite
 def test_a_frame_of_whatever_numbers_is_answered_here_and_by_a_server(
     mlflow: Mlflow, here: Any, tmp_path: Path, dtype: str
 ) -> None:
@@ -128,6 +129,7 @@ def test_a_frame_of_whatever_numbers_is_answered_here_and_by_a_server(
             python.predict(frame[["a", "c"]])
 
 
+@by_default_in_sqlite
 def test_a_table_of_categories_only_is_no_python_function_that_could_never_answer(
     mlflow: Mlflow, here: Any, tmp_path: Path
 ) -> None:
@@ -154,6 +156,7 @@ def test_a_model_is_logged_once_with_its_metrics_and_params(mlflow: Mlflow, tmp_
     assert (version.source, version.run_id) == (f"models:/{model.model_id}", run.info.run_id)
 
 
+@by_default_in_sqlite
 def test_the_champion_gives_way_to_a_better_one_on_the_same_test_rows_only(mlflow: Mlflow, tmp_path: Path) -> None:
     bundle(tmp_path / "b")
     told: list[tuple[dict[str, Any], str]] = [
@@ -197,6 +200,7 @@ def test_an_attempt_that_failed_midway_leaves_one_model(
     assert "does not take files (ConnectionError: it is away)" in said[0]
 
 
+@by_default_in_sqlite
 def test_a_peer_that_registers_the_same_bundle_meanwhile_makes_no_second_version(
     mlflow: Mlflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:

@@ -29,6 +29,7 @@ def told(opened: MlflowTracker, lr: float) -> None:
     assert opened.end_study("COMPLETE")
 
 
+@by_default_in_sqlite
 def test_each_has_runs_of_its_own(mlflow: Mlflow) -> None:
     for making, lr in (("a1", 0.1), ("b2", 0.2), ("a1", 0.1)):
         told(tracker(mlflow, making), lr)

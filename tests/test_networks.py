@@ -108,6 +108,7 @@ class Watched:
         close_storage(self._storage)
 
 
+@pytest.mark.slow
 def test_a_host_that_is_cut_off_for_long_damages_nothing_when_it_is_back(study, tmp_path):
     with ExitStack() as stack:
         one, two = stack.enter_context(network())

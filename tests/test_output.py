@@ -90,6 +90,7 @@ def test_a_bundle_that_is_no_more_the_studys_is_exported_again(study: Write) -> 
     assert "is no more" not in invoke("run", path)
 
 
+@pytest.mark.slow
 def test_what_could_not_be_sent_is_kept_there_and_sent_from_there(study: Write) -> None:
     path = study(f"{ELSEWHERE}trials: 1\ntracking: sqlite:///elsewhere/mlflow.db\n")
     done = run_hpo("run", path, "--tracking", "http://127.0.0.1:9/")

@@ -121,7 +121,15 @@ def test_time_is_counted_while_trials_are_trained_only():
     assert 0 < used < sum(spans)  # most were paused until the study's end
 
 
-@pytest.mark.parametrize("at", [(0, 1), (3, 2), (2, 3), (0, 6)], ids=["first", "at a rung", "resumed", "late"])
+@pytest.mark.parametrize(
+    "at",
+    [
+        pytest.param((0, 1), id="first", marks=pytest.mark.slow),
+        pytest.param((3, 2), id="at a rung"),
+        pytest.param((2, 3), id="resumed"),
+        pytest.param((0, 6), id="late", marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_study_comes_to_the_same_end(at):
     undisturbed = Study("one", f"{HALVING}stack: 1\n").run().curves()
     study, seen = Study("two", f"{HALVING}stack: 1\n"), []
@@ -204,7 +212,14 @@ KEEPING = KEEPING.replace("        return nn.Sequential(", "        self.n = 0\n
 KEPT = ("a buffer", "a count", "a list", "the objective", "numbers behind torch's back")
 
 
-@pytest.mark.parametrize("how", [*KEPT, "a deque", "a module in a list", "a generator"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("a count", "numbers behind torch's back", "a deque", "a generator"),
+        *(pytest.param(how, marks=pytest.mark.slow) for how in ("a buffer", "a list", "the objective")),
+        pytest.param("a module in a list", marks=pytest.mark.slow),
+    ],
+)
 def test_what_training_changes_outside_of_weights_is_there_when_it_is_resumed(how):
     """Else it is trained from scratch, which is said: its curve is that without a pause either way."""
     objective = KEEPING.replace("HOW", how)

@@ -274,7 +274,7 @@ def test_running_out_of_memory_on_the_way_in_is_let_through(monkeypatch: pytest.
     assert not said
 
 
-ALIKE = ("get", "items", "copy", "not there")
+ALIKE = ("get", "items", "copy", "not there", "json")
 """Read as others of them are."""
 
 

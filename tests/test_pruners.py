@@ -86,8 +86,14 @@ PRUNERS = {
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-@pytest.mark.parametrize("others", [None, {"size": False}], ids=["one metric", "two"])
-@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        pytest.param(name, others, id=f"{name}-{id}", marks=() if i % 2 == j else pytest.mark.slow)
+        for i, name in enumerate(PRUNERS)
+        for j, (others, id) in enumerate([(None, "one metric"), ({"size": False}, "two")])
+    ],
+)
 def test_a_search_prunes_as_optuna_does(tmp_path: Path, name: str, others: dict[str, bool] | None) -> None:
     """Whatever a pruner keeps with the trials, and of several metrics on the one that leads."""
     opener = Opener(tmp_path)

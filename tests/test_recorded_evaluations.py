@@ -45,7 +45,7 @@ def forwards(made: VmapStack) -> list[ForwardReplay | str]:
     return list(made._opened._forwards.values())
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", ["mlp", "conv_batchnorm", pytest.param("layernorm", marks=pytest.mark.slow)])
 def test_evaluations_are_replayed_after_each_change_of_the_members(graphs: Graphs, network: str) -> None:  # noqa: F811
     made, plain = pair(NETWORKS[network], K - 1)
 

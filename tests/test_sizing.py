@@ -62,7 +62,7 @@ class Masked(nn.Module):
         return nn.functional.dropout(x, 0.2, self.training)
 
 
-def sized(n_trials: int = 1000, most: int = 1000, **params: Any) -> Sizing:
+def sized(n_trials: int = 1000, most: int = 1000, n_draws: int = 16, **params: Any) -> Sizing:
     """Return a Sizing of this many trials of a space with these params beside or in place of the usual ones."""
     entries = {"optimizer": "adam", "learning_rate": 0.01, "batch_size": 8, "width": 8, **params}
     space, faults = build_space({name: parse_param(entry) for name, entry in entries.items()}, ())
@@ -77,7 +77,7 @@ def sized(n_trials: int = 1000, most: int = 1000, **params: Any) -> Sizing:
         batches=batches,
         example=batches.head(8),
         plan_of=plans.__getitem__,
-        draws=space.draw(min(64, n_trials), 0),
+        draws=space.draw(min(n_draws, n_trials), 0),
         n_trials=n_trials,
         most=most,
     )
@@ -150,7 +150,7 @@ def test_of_k_trials_so_many_share_a_stack_as_are_of_one_kind(clock) -> None:
     sized().choose()
     assert same.groups[:5] == [1, 4, 16, 64, 256]
     mixed = clock({1: 1, 4: 2, 16: 4, 64: 8, 256: 9})
-    sized(optimizer={"type": "categorical", "choices": ["adam", "sgd"]}).choose()
+    sized(n_draws=64, optimizer={"type": "categorical", "choices": ["adam", "sgd"]}).choose()
     fine = [n for n, (padding, _) in zip(mixed.groups, mixed.asked, strict=True) if padding == "fine"]
     assert fine == pytest.approx([1, 2, 8, 32, 128], rel=0.1)
 

@@ -147,7 +147,10 @@ def test_any_mixture_has_the_outputs_and_the_names_of_the_plain_networks(build: 
         assert plain_outputs(made.module(member)) == plain_outputs(network)
 
 
-@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
+@pytest.mark.parametrize(
+    "build",
+    [pytest.param(build, id=id, marks=() if id == "residual" else pytest.mark.slow) for id, build in BUILDERS.items()],
+)
 def test_each_extreme_fits_its_own_frame(build: Any) -> None:
     made = stack(build, capacity=len(EXTREMES), execution="graph")
     for member in members(EXTREMES):

@@ -145,6 +145,11 @@ def expected(done: dict) -> dict[str, object]:
     }
 
 
+@pytest.fixture(autouse=True)
+def without_pt2() -> None:
+    """Bundles here are whole."""
+
+
 @pytest.mark.parametrize(
     ("moment", "cure", "kind"), [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)]
 )
@@ -201,6 +206,7 @@ def test_more_trials_after_the_end_are_an_end_of_their_own(tracked) -> None:
     assert mlflow.statuses() == {"study": "FINISHED", "0": "FINISHED", "1": "FINISHED", "2": "FINISHED"}
 
 
+@pytest.mark.slow
 def test_a_tracking_server_that_was_away_too_is_told_when_it_is_back(study, tmp_path: Path) -> None:
     server = MlflowServer(tmp_path / "server", starts=False)
     try:

@@ -49,15 +49,15 @@ def test_a_time_that_is_none_is_refused(study, value):
 def test_a_run_ends_in_its_time_with_a_model_and_is_done_then(study, monkeypatch):
     study()
     monkeypatch.setenv("LINEAR_SECONDS", "0.02")
-    Path("study.yaml").write_text(TIMED.format("25s") + "pruner: none\n")
+    Path("study.yaml").write_text(TIMED.format("18s") + "pruner: none\n")
     done = run_hpo("run", "study.yaml")
     assert done.returncode == 0, done.stderr
-    assert "the study's time (25 s) is over" in done.stdout + done.stderr
+    assert "the study's time (18 s) is over" in done.stdout + done.stderr
     assert "1000000" not in done.stdout
     about = json.loads(Path("mlruns/bundles/study/bundle.json").read_text())
     assert about["metrics"]["test"]
     said = invoke("status", Path("study.yaml"))
-    assert "of as many trials as fit in 25 s done" in said
+    assert "of as many trials as fit in 18 s done" in said
     assert "waiting" not in said
     again = run_hpo("run", "study.yaml")
     assert again.returncode == 0, again.stderr

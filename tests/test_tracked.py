@@ -27,6 +27,7 @@ def tracked(request: pytest.FixtureRequest, study: Callable[..., Path], tmp_path
     return study(f"{SHORT}name: {mlflow.study}\ntracking: {mlflow.uri}\n"), mlflow
 
 
+@by_default_in_sqlite
 def test_the_studys_run_says_what_was_searched_and_what_was_found(tracked: tuple[Path, Mlflow]) -> None:
     path, mlflow = tracked
     done = summary(invoke("run", path, "--json"))
@@ -110,7 +111,7 @@ def test_mlflows_own_variable_has_the_machines_load_logged(
     assert not [name for name in mlflow.runs()["study"].data.metrics if name.startswith("system/")]
     monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
-    invoke("run", path, "--trials", "30")
+    invoke("run", path, "--trials", "12")
     metrics = mlflow.runs()["study"].data.metrics
     assert 0 < metrics["system/system_memory_usage_percentage"] < 100
 

@@ -528,7 +528,10 @@ def test_what_is_kept_is_of_the_moment_it_was_kept_whoever_joins_or_leaves(execu
 
 
 @needs_compiler
-@pytest.mark.parametrize("writes", [False, True], ids=["new tensors", "in place"])
+@pytest.mark.parametrize(
+    "writes",
+    [pytest.param(False, id="new tensors"), pytest.param(True, id="in place", marks=pytest.mark.slow)],
+)
 def test_a_step_is_compiled_for_its_tensors_and_again_for_others(writes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a graph that is replayed has it: what is changed in place is changed in the very tensors that were given."""
     made = stack("two_layers", 2)

@@ -67,7 +67,9 @@ def test_the_status_is_of_what_the_study_was_run_with(study: Write) -> None:
     assert "3 of 4 trials done" in invoke("status", path, "--trials", 4)
 
 
-@pytest.mark.parametrize("command", ["status", "objectives", "run"])
+@pytest.mark.parametrize(
+    "command", ["run", *(pytest.param(name, marks=pytest.mark.slow) for name in ("status", "objectives"))]
+)
 def test_a_closed_stdout_is_no_error(study: Write, command: str) -> None:
     path = study()
     invoke("run", path)

@@ -109,10 +109,13 @@ class _Popen(subprocess.Popen):  # type: ignore[type-arg]
 
     def _execute_child(self, *arguments: Any) -> None:
         command, environ = list(arguments[0]), arguments[6]
-        wanted = {"environ": dict(os.environ if environ is None else environ), "folder": arguments[5] or os.getcwd()}
+        wanted = {
+            "environ": dict(os.environ if environ is None else environ),
+            "folder": os.fspath(arguments[5] or os.getcwd()),
+        }
         if command[:3] == [sys.executable, "-m", "hpo"]:
             wanted |= {"arguments": command[3:], "code": None}
-        elif command[:3] == [sys.executable, "-P", "-c"]:
+        elif command[:3] in ([sys.executable, "-P", "-c"], [sys.executable, "-I", "-c"]):
             wanted |= {"arguments": command[4:], "code": command[3]}
         if not WORKS or "code" not in wanted or min(arguments[i] for i in _CHILDS) < 0:
             super()._execute_child(*arguments)  # type: ignore[misc]
@@ -122,8 +125,16 @@ class _Popen(subprocess.Popen):  # type: ignore[type-arg]
             )
 
 
-FORKING = SimpleNamespace(**{**vars(subprocess), "Popen": _Popen})
-"""In the place of `subprocess` in a module."""
+def _run(command: list[str], *, cwd: Any, check: bool, **how: Any) -> "subprocess.CompletedProcess[str]":
+    """Run it to its end; what it writes is captured."""
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with _Popen(command, cwd=cwd, text=True, **pipes) as process:
+        out, err = process.communicate(timeout=200)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+FORKING = SimpleNamespace(**{**vars(subprocess), "Popen": _Popen, "run": _run})
+"""In the place of `subprocess` in a module of hpo; its `run` is only for what `hpo.export.parity` runs."""
 _CHILDS = (10, 13, 15)
 """Of `_execute_child`'s arguments: the command's stdin, stdout, stderr; theirs and ours are 10 to 15."""
 _NEW_SESSION = 21

@@ -6,6 +6,7 @@ What an objective is exempt from stands in a table below, with the reason.
 import dataclasses
 import functools
 import importlib
+import subprocess
 import typing
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from hpo.objectives.models import QuantileNormal
 from PIL import Image
 from torch import nn
 
+from hpo.export import parity
 from hpo.export.bundle import export
 from hpo.export.formats import ALWAYS, FILE_OF
 from hpo.export.model import Model
@@ -449,7 +451,8 @@ def test_it_is_exported_with_parity_and_takes_raw_inputs(case, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pt2", "onnx", "safetensors"])
-def test_it_is_exported_in_every_format_and_loaded_where_hpo_cannot_be_imported(case, tmp_path, kind):
+def test_it_is_exported_in_every_format_and_loaded_where_hpo_cannot_be_imported(case, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(parity, "subprocess", subprocess)  # Python is started, no warm process forked
     if kind == "onnx" and any(isinstance(part, QuantileNormal) for part in case.preprocess.modules()):
         pytest.skip("ONNX has no special.ndtri, which QuantileNormal takes")
     for package in {"onnx": ("onnx", "onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}.get(kind, ()):
