@@ -186,7 +186,7 @@ def test_depth_activation_and_width_share_one_stack() -> None:
 def test_members_that_join_and_leave_midway_have_the_curves_of_a_loop_of_the_same_slots() -> None:
     """With the others' coming and going a member sees other rounds' data order; the reference is a loop of slots."""
     stops = {1: 1, 3: 2, 5: 1}
-    drawn = [KINDS[i % 3] | {"learning_rate": 1e-3 * (i + 1)} for i in range(8)]
+    drawn = [KINDS[i % 3] | {"learning_rate": 1e-3 * (i + 1)} for i in range(6)]
     got, expected = members(drawn), members(drawn)
     weights = fit(pool(Mixed(), 3, "coarse"), got, stops)
     reference = fit(SingleStack(LoopStack(task(Mixed()), 3)), expected, stops)

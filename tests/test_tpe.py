@@ -79,9 +79,15 @@ def same(one, other):
             assert a[name] == (pytest.approx(b[name], rel=1e-9) if isinstance(b[name], float) else b[name])
 
 
-@pytest.mark.parametrize("together", [True, False])
-@pytest.mark.parametrize("keys", [{}, {"constant_liar": False}, {"multivariate": False}, {"n_ei_candidates": 5}])
-@pytest.mark.parametrize("n_before", [5, 40, 300])
+@pytest.mark.parametrize(
+    ("n_before", "keys", "together"),
+    [
+        pytest.param(n_before, keys, together, marks=pytest.mark.slow if n_before == 300 and not together else ())
+        for n_before in (5, 40, 300)
+        for keys in ({}, {"constant_liar": False}, {"multivariate": False}, {"n_ei_candidates": 5})
+        for together in (True, False)
+    ],
+)
 def test_the_draws_are_optunas(n_before, keys, together):
     shared = Shared()
     ours = PerTrialSampler(lambda number: SharedTPESampler(shared, seed=number, **keys), shared)

@@ -182,8 +182,8 @@ class Embedded(Objective):
 @pytest.mark.parametrize(
     ("ensemble", "kind"),
     [
-        (0, "piecewise"),
         (2, "periodic"),
+        pytest.param(0, "piecewise", marks=pytest.mark.slow),
         pytest.param(0, "periodic", marks=pytest.mark.slow),
         pytest.param(2, "piecewise", marks=pytest.mark.slow),
     ],
