@@ -186,14 +186,7 @@ def test_a_script_without_a_guard_does_not_start_itself_again(folder: Path) -> N
     (folder / "script.py").write_text(
         LINEAR + '\nimport hpo\nhpo.run(Linear, workers=2, trials=4, epochs=2, tracking="off")\n'
     )
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-        env=os.environ | ON_PATH,
-    )
+    done = warm.run("import runpy; runpy.run_path('script.py', run_name='__main__')")
     assert done.returncode == 1
     assert 'put the call under `if __name__ == "__main__":`' in done.stderr
 
