@@ -141,6 +141,12 @@ class _Refused:
     def status_that_mlflow_has_not(self, database: Database, run: str) -> tuple[str, Change]:
         return run, Change([("x", 1.0, 1, 1)], status="PAUSED")
 
+    def step_that_no_database_has(self, database: Database, run: str) -> tuple[str, Change]:
+        return run, Change([("x", 1.0, 1, 1), ("x", 1.0, 1, 2**63)])
+
+    def half_a_character(self, database: Database, run: str) -> tuple[str, Change]:
+        return run, Change([("x", 1.0, 1, 1)], tags={"a": "\ud800"})
+
     def column_that_is_new(self, database: Database, run: str) -> tuple[str, Change]:
         database.do("ALTER TABLE metrics ADD COLUMN workspace VARCHAR")
         return run, Change([("x", 1.0, 1, 1)])

@@ -118,7 +118,7 @@ class Tables:
                 self._require_known(sql)
                 work(sql)
                 sql.execute("COMMIT")
-        except (sqlite3.Error, _NotHereError):
+        except (sqlite3.Error, OverflowError, UnicodeError, _NotHereError):
             return False
         return True
 
