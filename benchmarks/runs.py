@@ -3,8 +3,7 @@
     python benchmarks/runs.py [--runs 50] [--epochs 50]
 
 A run has 6 params, 5 metrics an epoch and an end, given as one item to what sends (`hpo.tracking.runs.Runs`). `new`:
-nobody else can have made it; `looked for`: a peer may have. Both sides take turns in one
-process, with a database each.
+nobody else can have made it; `looked for`: a peer may have. Both sides take turns in one process, with a database each.
 """
 
 import argparse
