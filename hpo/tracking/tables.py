@@ -9,16 +9,14 @@ Only what is ordinary is written. Where the tables are not the known ones, a run
 has another value, or SQLite says anything at all, nothing is, and MLflow's client is to do it or to say what is wrong.
 """
 
-import math
 import sqlite3
-import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hpo.tracking.values import RUN_NAME
+from hpo.tracking.values import RUN_NAME, stored
 
 _COLUMNS = {
     "runs": "run_uuid name source_type source_name entry_point_name user_id status start_time end_time source_version "
@@ -38,7 +36,7 @@ source_version, lifecycle_stage, artifact_uri, experiment_id)
 VALUES (?, ?, 'UNKNOWN', '', '', ?, 'RUNNING', ?, '', 'active', ?, ?)"""
 _INFO = """UPDATE runs SET name = coalesce(?, name), status = coalesce(?, status), end_time = coalesce(?, end_time)
 WHERE run_uuid = ?"""
-_OF = "SELECT 1 FROM runs WHERE run_uuid = ? AND experiment_id = ?"
+_IN_EXPERIMENT = "SELECT 1 FROM runs WHERE run_uuid = ? AND experiment_id = ?"
 _EXPERIMENT = """SELECT experiment_id, artifact_location FROM experiments
 WHERE experiment_id = CAST(? AS INTEGER) AND lifecycle_stage = 'active' AND artifact_location IS NOT NULL"""
 _OF_TRIAL = """SELECT 1 FROM tags JOIN runs USING (run_uuid)
@@ -147,7 +145,7 @@ def _create(sql: sqlite3.Connection, run: str, new: NewRun) -> None:
     found = sql.execute(_EXPERIMENT, (new.experiment,)).fetchone()
     if found is None:
         raise _NotHereError
-    if _PARENT in new.tags and sql.execute(_OF, (new.tags[_PARENT], found[0])).fetchone() is None:
+    if _PARENT in new.tags and sql.execute(_IN_EXPERIMENT, (new.tags[_PARENT], found[0])).fetchone() is None:
         raise _NotHereError  # the file is another one since its ids were asked for
     where = append_to_uri_path(found[1], run, "artifacts")  # type: ignore[no-untyped-call]
     sql.execute(_RUN, (run, new.name, new.tags.get(_USER, "unknown"), new.start, where, found[0]))
@@ -157,7 +155,7 @@ def _create(sql: sqlite3.Connection, run: str, new: NewRun) -> None:
 def _write(sql: sqlite3.Connection, run: str, change: Change) -> None:
     _require_same(sql, run, change.params)
     sql.executemany(_PARAM, [(key, text, run) for key, text in change.params.items()])
-    rows = [(key, step, when, *_stored(value), run) for key, value, when, step in change.metrics]
+    rows = [(key, step, when, *stored(value), run) for key, value, when, step in change.metrics]
     sql.executemany(_METRIC, rows)
     latest: dict[str, tuple[Any, ...]] = {}
     for row in rows:
@@ -185,9 +183,3 @@ def _require_same(sql: sqlite3.Connection, run: str, params: Mapping[str, str]) 
     there = dict(sql.execute("SELECT key, value FROM params WHERE run_uuid = ?", (run,))) if params else {}
     if any(there.get(key, value) != value for key, value in params.items()):
         raise _NotHereError
-
-
-def _stored(value: float) -> tuple[float, bool]:
-    """Return a metric's value as the tables have it, and whether it is NaN: they have neither that nor infinity."""
-    most = sys.float_info.max
-    return (0.0, True) if math.isnan(value) else (max(-most, min(most, value)), False)

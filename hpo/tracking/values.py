@@ -1,6 +1,7 @@
 """Names, texts and numbers as MLflow and its databases take them."""
 
 import hashlib
+import math
 import re
 import sys
 import time
@@ -34,11 +35,14 @@ def plain(text: str, most: int) -> str:
 
 
 def same(one: float | None, two: float) -> bool:
-    """Whether MLflow would keep both values as the same: it has no infinity."""
-    if one is None or one != one or two != two:
-        return one is not None and one != one and two != two
+    """Whether MLflow would keep both values as the same."""
+    return one is not None and stored(one) == stored(two)
+
+
+def stored(value: float) -> tuple[float, bool]:
+    """Return a metric's value as MLflow's tables, without NaN and infinity, have it, and whether it is NaN."""
     most = sys.float_info.max
-    return max(-most, min(most, one)) == max(-most, min(most, two))
+    return (0.0, True) if math.isnan(value) else (max(-most, min(most, value)), False)
 
 
 _LINK = re.compile(r"\(hpo:trial/(\d+)\)")
