@@ -12,8 +12,8 @@ from torch import nn
 from hpo.runner.prepare import prepare
 from hpo.stacks.alone import NotStackable
 from hpo.stacks.candidate import candidates
+from hpo.stacks.draws import looked_at
 from hpo.stacks.padding import PaddingPlan
-from hpo.stacks.sizing import looked_at
 from hpo.study.space import build as build_space
 from hpo.study.spec import parse_param
 from hpo.training import memory
@@ -160,7 +160,7 @@ def test_a_network_that_fits_but_cannot_be_trained_fails_before_it_is(huge, monk
 
 def test_those_are_looked_at_that_may_be_held_at_once(monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1_000_000)
-    monkeypatch.setattr("hpo.stacks.sizing.free_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr("hpo.stacks.draws.free_bytes", lambda device: 1_000_000)
     build = lambda params: nn.Linear(1, params["n"], bias=False)  # noqa: E731
     sizes = lambda *several: looked_at([{"n": n} for n in several], build)  # noqa: E731
     assert sizes(1000, 2000, 3000) == ([{"n": 1000}, {"n": 2000}, {"n": 3000}], 0)

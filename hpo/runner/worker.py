@@ -26,10 +26,11 @@ from hpo.search.away import StorageAway
 from hpo.search.pruning import settle_pruner
 from hpo.search.search import Search
 from hpo.search.timed import TimedHalving
+from hpo.stacks.draws import looked_at
 from hpo.stacks.kept import kept_in_objective
 from hpo.stacks.padding import Padding, PaddingPlan
 from hpo.stacks.pool import Pool
-from hpo.stacks.sizing import AS_GIVEN, Sizing, StackSize, looked_at
+from hpo.stacks.sizing import AS_GIVEN, Sizing, StackSize
 from hpo.stopping import StopToken
 from hpo.study.data import Data
 from hpo.study.sealed import sealed, sealing

@@ -15,13 +15,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
 
 from hpo.errors import Interrupted
 from hpo.stacks.alone import NotStackable
-from hpo.stacks.candidate import Candidate, candidate
+from hpo.stacks.candidate import Candidate
 from hpo.stacks.compiling import TIMED_STEPS
 from hpo.stacks.cost import SIZES, compile_pays, records, slots_for
+from hpo.stacks.draws import grouped
 from hpo.stacks.padding import Padder, Padding, PaddingPlan
 from hpo.stacks.sharing import why_not_all
 from hpo.stacks.vmap_stack import VmapStack
@@ -30,7 +30,7 @@ from hpo.study.data import Split, batch_sizes
 from hpo.training.batches import Batches
 from hpo.training.faults import TrialError
 from hpo.training.loop_stack import LoopStack
-from hpo.training.memory import TO_LOOK_AT, Within, free_bytes, free_if_cuda, is_out_of_memory, most_to_look_at, n_bytes
+from hpo.training.memory import free_bytes, free_if_cuda, is_out_of_memory
 from hpo.training.stack import Member, Stack, Task
 from hpo.training.torch_settings import torch_settings
 
@@ -140,20 +140,7 @@ class Sizing:
 
     def _groups(self, padding: Padding) -> tuple[dict[Hashable, list[Candidate]], list[str]]:
         """Return those of the drawn trials that can be stacked, by their signature, and why others cannot."""
-        padder = self.plan_of(padding).loosest
-        groups: dict[Hashable, list[Candidate]] = {}
-        reasons = []
-        for i, params in enumerate(self.draws):
-            try:
-                each = candidate(self.task, Member(number=-1 - i, seed=i, params=params), padder, self.example)
-                groups.setdefault(each.signature, []).append(each)
-            except (NotStackable, TrialError) as error:
-                reasons.append(str(error))
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                reasons.append(f"out of memory: {str(error).partition(chr(10))[0]}")
-        return groups, reasons
+        return grouped(self.task, self.draws, self.plan_of(padding).loosest, self.example)
 
     def _shared(self, groups: Mapping[Hashable, Sequence[Candidate]]) -> float:
         """Return which share of the other trials has a trial's own signature, on average."""
@@ -308,34 +295,6 @@ class Sizing:
         return replace(
             choice, threads=n_cores, why=f"{choice.why}; {n_cores} threads: {one / several:.1f} times as fast as {now}"
         )
-
-
-def looked_at(
-    several: Sequence[Mapping[str, Any]], build: Callable[[Mapping[str, Any]], nn.Module]
-) -> tuple[list[Mapping[str, Any]], int]:
-    """Return the first of `several` configurations whose networks may be held at once to be inspected, at least two.
-
-    And how many of those before the last of them are too large for that.
-    """
-    limit, most = TO_LOOK_AT * free_bytes(torch.device("cpu")), most_to_look_at()
-    held: list[Mapping[str, Any]] = []
-    n_too_large, taken = 0, 0
-    for params in several:
-        try:
-            with Within(most):
-                size = n_bytes(build(params))
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            n_too_large += 1
-            continue
-        except TrialError:  # infeasible: such trials take no time
-            continue
-        taken += size
-        if taken > limit and len(held) >= 2:
-            break
-        held.append(params)
-    return held, n_too_large
 
 
 def _synchronize(device: torch.device) -> None:
