@@ -11,6 +11,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState, create_trial
 import torch
 
 from hpo.errors import HpoError
@@ -106,6 +108,21 @@ def test_a_trial_that_ends_between_two_looks_took_as_long_as_is_stored(study, mo
     took = (trial.datetime_complete - trial.datetime_start).total_seconds()
     assert took > 0.3
     assert f"; {duration(took)};" in said[-1]
+
+
+def test_a_trial_that_is_seen_before_its_params_are_stored_is_shown_with_them(study):
+    plan = prepare(study("trials: 1"), {})
+    with closing(open_or_make(plan)) as search:
+        monitor = launch.StudyMonitor(plan, search, PlainProgress(state_of(plan, search), lambda *ended: None))
+        storage, study_id = search.study._storage, search.study._study_id
+        claimed = create_trial(state=TrialState.RUNNING, user_attrs={"place": 0})
+        trial_id = storage.create_new_trial(study_id, claimed)
+        monitor.look()
+        storage.set_trial_param(trial_id, "learning_rate", 0.02, FloatDistribution(1e-3, 1e-1, log=True))
+        storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [0.5])
+        with recorded(logging.INFO) as said:
+            monitor.look()
+    assert "learning_rate=0.02" in said[-1]
 
 
 def test_a_bug_in_a_worker_stops_all_with_its_traceback(study):

@@ -141,7 +141,7 @@ class StudyMonitor:
                 del self._epochs[number]
                 self._progress.trial_paused(number, epoch)
         for trial in seen.running:
-            if trial.number not in self._epochs:
+            if not self._epochs.get(trial.number):  # until its first report its params may not be stored yet
                 self._begin(trial.number, seen)
             if trial.epoch > self._epochs[trial.number]:
                 self._epochs[trial.number] = trial.epoch
@@ -152,8 +152,7 @@ class StudyMonitor:
         seconds = {t.number: trained(t) for t in seen.everything if t.number in ended}
         for number in sorted(ended):
             self._ended.add(number)
-            if number not in self._epochs:
-                self._begin(number, seen)
+            self._begin(number, seen)
             state, error = seen.ends[number]
             broken = seen.broken(number) if error is None else ""
             reason = error or (broken and f"infeasible: {broken}")
