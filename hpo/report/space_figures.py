@@ -29,7 +29,7 @@ def complete_points(facts: Facts) -> list[Point]:
 def params_by_importance(facts: Facts, points: Sequence[Point]) -> list[str]:
     """Return the params that differ between these trials, the most important first."""
     names = dict.fromkeys([*facts.importances, *(name for point in points for name in point.params)])
-    return [name for name in names if len({repr(point.params.get(name)) for point in points}) > 1]
+    return [name for name in names if len({repr(point.params.get(name, HAS_NOT)) for point in points}) > 1]
 
 
 def slices(facts: Facts) -> list[Drawing]:
