@@ -1,11 +1,12 @@
 """Seconds until a search has a value within 1% of the best without pruning: stacks with each pruner, plain Optuna.
 
-    python benchmarks/early_stopping.py [--only california fashion] [--trials 64] [--stack 64] [--without-plain]
+    python benchmarks/early_stopping.py [--only california fashion] [--trials 64] [--stack 64] [--rows N] [--without-plain]
 
 The cases of `benchmarks/throughput.py`, with wider ranges, the same configurations on every side, storage and tracking
 in SQLite; random sampler. Plain Optuna is the documented `DataLoader` loop with Optuna's own MedianPruner, one trial at
 a time, an MLflow run a trial. Seconds begin with the first trial; `found` is when the value was first reported, `all`
-when the study's trials were done. One process, one side after the other; ratios are those of `found`.
+when the study's trials were done. One process, one side after the other; ratios are those of `found`. `--rows`: all sides train on the first N
+rows only.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from hpo.runner.prepare import prepare
 from hpo.runner.progress import NoProgress
 from hpo.runner.worker import work
 from hpo.search.opening import open_search
+from hpo.study.data import Split
 from hpo.tracking.opening import open_tracker
 
 RATES = {"type": "float", "low": 1e-4, "high": 1e-1, "log": True}
@@ -74,7 +77,14 @@ def spec_of(name: str, pruner: str, trials: int, stack: int) -> dict[str, Any]:
     }
 
 
-def stacked(name: str, pruner: str, trials: int, stack: int) -> tuple[Seen, float, list[dict[str, Any]]]:
+def first(n: int | None, split: Split) -> Split:
+    """Return the first `n` rows of a split, or all."""
+    return Split(inputs={key: x[:n] for key, x in split.inputs.items()}, targets=split.targets[:n])
+
+
+def stacked(
+    name: str, pruner: str, trials: int, stack: int, rows: int | None
+) -> tuple[Seen, float, list[dict[str, Any]]]:
     """Run a study; return what was seen, how long it took, and its trials' params."""
     path = Path(f"{name}-{pruner}.yaml")
     path.write_text(json.dumps(spec_of(name, pruner, trials, stack)))
@@ -82,6 +92,7 @@ def stacked(name: str, pruner: str, trials: int, stack: int) -> tuple[Seen, floa
     search = open_search(plan.spec, plan.space, plan.metric, maximize=plan.maximize)
     assert search is not None
     data, tracker = plan.load_data(), open_tracker(plan.spec.tracking, plan.spec.name, Path("unsent"))
+    data = replace(data, train=first(rows, data.train))
     tracker.start_study({}, {})
     seen = Seen()
     work(plan, data, search, tracker, seen)
@@ -92,13 +103,13 @@ def stacked(name: str, pruner: str, trials: int, stack: int) -> tuple[Seen, floa
     return seen, seconds, params
 
 
-def plain(name: str, epochs: int, several: list[dict[str, Any]]) -> tuple[Seen, float]:
+def plain(name: str, epochs: int, several: list[dict[str, Any]], rows: int | None) -> tuple[Seen, float]:
     """Run plain Optuna over the same configurations."""
     mlflow.set_tracking_uri("sqlite:///plain-mlflow.db")
     mlflow.set_experiment(name)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     bench = Bench(name, "cpu", 1)
-    loader, valid_loader = bench.loader(bench.train, shuffle=True), bench.loader(bench.valid)
+    loader, valid_loader = bench.loader(first(rows, bench.train), shuffle=True), bench.loader(bench.valid)
     seen = Seen()
 
     def objective(trial: optuna.Trial) -> float:
@@ -140,6 +151,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=("california", "widths", "fashion"), default=["california"])
     parser.add_argument("--trials", type=int, default=64)
     parser.add_argument("--stack", type=int, default=64)
+    parser.add_argument("--rows", type=int)
     parser.add_argument("--without-plain", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -148,20 +160,20 @@ def main() -> None:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             before = Path.cwd()
             os.chdir(folder)
-            stacked(name, "none", 4, options.stack)  # imports, and what torch tries the compiler with
+            stacked(name, "none", 4, options.stack, options.rows)  # imports, and what torch tries the compiler with
             shutil.rmtree("mlruns")
             sides: dict[str, tuple[Seen, float]] = {}
             several: list[dict[str, Any]] = []
             for pruner in PRUNERS:
                 *sides[f"stack of {options.stack}, {pruner}"], several = stacked(
-                    name, pruner, options.trials, options.stack
+                    name, pruner, options.trials, options.stack, options.rows
                 )
-            first = next(iter(sides.values()))[0]
+            unpruned = next(iter(sides.values()))[0]
             if not options.without_plain:
                 epochs = spec_of(name, "none", 1, 1)["epochs"]
-                sides["plain Optuna, MedianPruner"] = plain(name, epochs, several)
+                sides["plain Optuna, MedianPruner"] = plain(name, epochs, several, options.rows)
             os.chdir(before)
-        best = first.best[-1][1]
+        best = unpruned.best[-1][1]
         found = {side: seen.found(best * 1.01) for side, (seen, _) in sides.items()}
         none, loop = next(iter(found.values())), found.get("plain Optuna, MedianPruner", math.nan)
         for side, (seen, seconds) in sides.items():
