@@ -1,12 +1,13 @@
 """Seconds until a search has a value within 1% of the best without pruning: stacks with each pruner, plain Optuna.
 
-    python benchmarks/early_stopping.py [--only california fashion] [--trials 64] [--stack 64] [--rows N] [--without-plain]
+    python benchmarks/early_stopping.py [--only california fashion] [--trials 64] [--stack 64] [--rows N]
+                                        [--without-plain]
 
 The cases of `benchmarks/throughput.py`, with wider ranges, the same configurations on every side, storage and tracking
 in SQLite; random sampler. Plain Optuna is the documented `DataLoader` loop with Optuna's own MedianPruner, one trial at
 a time, an MLflow run a trial. Seconds begin with the first trial; `found` is when the value was first reported, `all`
-when the study's trials were done. One process, one side after the other; ratios are those of `found`. `--rows`: all sides train on the first N
-rows only.
+when the study's trials were done. One process, one side after the other; ratios are those of `found`. With `--rows` all
+sides train on the first N rows only.
 """
 
 import argparse
