@@ -58,7 +58,7 @@ def trained(stack: Stack, n_epochs: int = 3) -> list[dict[str, Tensor]]:
     return [stack.state(member) for member in stack.members]
 
 
-@pytest.mark.parametrize("first", [0, pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("first", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2))])
 @pytest.mark.parametrize("how", LOSSES)
 def test_whatever_a_loss_makes_of_a_choice_each_member_is_trained_as_alone(how: str, first: int) -> None:
     """Also where the first one to join hides what the loss does by other values."""

@@ -90,6 +90,7 @@ def test_on_a_gpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 # On a CPU.
 
 
+@pytest.mark.slow
 def test_what_applies_to_a_cpu_is_ok_there(card: Card) -> None:
     ended = run(card, FAST)
     assert {name: state for name, (state, _) in ended.items()} == dict.fromkeys(FAST, "ok"), ended

@@ -96,7 +96,7 @@ assert weight.grad is None and type(vars(function)["__dynamo_disable"]).__name__
 
 @pytest.mark.parametrize(
     "code",
-    [CHECK + PLOT + COMPILER + USES, pytest.param(FIRST, marks=pytest.mark.slow), WHILE, SKLEARN],
+    [CHECK + PLOT + COMPILER + USES, *(pytest.param(code, marks=pytest.mark.slow) for code in (FIRST, WHILE)), SKLEARN],
     ids=["check, plot, compiler, uses", "first", "while", "sklearn"],
 )
 def test_what_is_not_used_is_not_imported_and_what_is_used_is_real(code):

@@ -159,6 +159,7 @@ MIXTURE = {
 TELLING = settings(deadline=None, derandomize=True, phases=[Phase.generate])  # to shrink takes minutes
 
 
+@pytest.mark.slow
 @settings(TELLING, max_examples=2)
 @given(**MIXTURE)
 def test_any_mixture_of_members_is_what_each_is_alone(drawn: list[dict[str, Any]], same: bool, padding: str) -> None:

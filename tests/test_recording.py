@@ -630,7 +630,9 @@ def noisy(self: Graph) -> None:
                 own.copy_(new + rounding if torch.is_tensor(rounding) else new)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", pytest.param("rmsprop", marks=pytest.mark.slow), "sgd"])
+@pytest.mark.parametrize(
+    "optimizer", ["adam", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rmsprop", "sgd"))]
+)
 def test_a_gradient_of_rounding_only_does_not_make_many_steps_differ(
     graphs: type[Capture],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
@@ -700,7 +702,9 @@ def loses_sums(self: EpochReplay, state: StackState, number: Tensor) -> Tensor:
 REAL_STEP = EpochReplay._step
 
 
-@pytest.mark.parametrize("fault", [stands_still, own_order, loses_sums])
+@pytest.mark.parametrize(
+    "fault", [stands_still, *(pytest.param(each, marks=pytest.mark.slow) for each in (own_order, loses_sums))]
+)
 def test_many_steps_that_are_not_the_steps_are_found_and_not_used(
     graphs: type[Capture],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,

@@ -76,6 +76,7 @@ params:
 """
 
 
+@pytest.mark.slow
 def test_trials_with_dropout_that_were_paused_in_stacks_are_played_back(study: Callable[..., Path]) -> None:
     Path("noisy.py").write_text(OBJECTIVE.replace("DROPOUT", "0.3"))
     path = study(f"objective: noisy.py\nbaseline: false\ntrials: 8\nepochs: 4\n{NOISY}")

@@ -296,10 +296,12 @@ def test_an_empty_database_is_kept_to_be_copied(tmp_path: Path, monkeypatch: pyt
         assert default.artifact_location.startswith(str(tmp_path / "two"))
 
 
-DAMAGED_TOO = [pytest.param(damage, marks=pytest.mark.slow) for damage in ("no database", "a folder")]
+DAMAGED_TOO = [
+    pytest.param(damage, marks=pytest.mark.slow) for damage in ("no database", "a folder", "a cache that is a file")
+]
 
 
-@pytest.mark.parametrize("damage", ["cut off", "with a study", "a cache that is a file", *DAMAGED_TOO])
+@pytest.mark.parametrize("damage", ["cut off", "with a study", *DAMAGED_TOO])
 def test_what_is_no_empty_database_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     make_database(tmp_path / "first.db")

@@ -68,7 +68,7 @@ def test_the_status_is_of_what_the_study_was_run_with(study: Write) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["run", *(pytest.param(name, marks=pytest.mark.slow) for name in ("status", "objectives"))]
+    "command", ["objectives", *(pytest.param(name, marks=pytest.mark.slow) for name in ("run", "status"))]
 )
 def test_a_closed_stdout_is_no_error(study: Write, command: str) -> None:
     path = study()

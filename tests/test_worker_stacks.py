@@ -165,6 +165,7 @@ def test_a_stack_that_does_not_fit_is_halved_and_loses_no_trial(
         assert curves[params] == pytest.approx(curve, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_why_trials_are_not_stacked_is_said_once_though_the_stacks_are_halved(
     study, little_memory: list[int], said: list[str]
 ) -> None:
