@@ -18,8 +18,9 @@ from hpo.runner.progress import NoProgress
 from hpo.runner.worker import work
 from hpo.search.opening import open_search
 from hpo.search.schema import STACK
-from hpo.stacks import sizing
+from hpo.stacks import draws, sizing
 from hpo.stacks.alone import NotStackable
+from hpo.stacks.candidate import candidate
 from hpo.stacks.cost import SIZES
 from hpo.stacks.padding import Padder, PaddingPlan
 from hpo.stacks.pool import Pool
@@ -109,6 +110,29 @@ def test_why_drawn_trials_share_no_stack_is_said() -> None:
     (group,) = given._groups("fine")[0].values()
     with pytest.raises(NotStackable, match="the loss reads the param 'weight' as a number, so only trials with the"):
         given._seconds_stacked(group, given.plan_of("fine").loosest, 2, 1.0)
+
+
+RATE = {"type": "float", "low": 1e-3, "high": 1e-1}
+
+
+@pytest.mark.parametrize(
+    ("params", "n_tried"),
+    [
+        ({"learning_rate": RATE}, 1),
+        ({"learning_rate": RATE, "width": {"type": "int", "low": 3, "high": 4}}, 2),
+        ({"learning_rate": RATE, "weight": {"type": "float", "low": 1.0, "high": 2.0}}, 16),
+        ({"learning_rate": RATE, "batch_size": {"type": "categorical", "choices": [4, 8]}}, 2),
+        ({"learning_rate": RATE, "optimizer": {"type": "categorical", "choices": ["adam", "sgd"]}}, 2),
+    ],
+    ids=["what nobody reads", "what the network reads", "what the loss reads", "rows of a batch", "a name"],
+)
+def test_of_drawn_trials_those_are_tried_that_differ_in_what_is_read(monkeypatch, params, n_tried) -> None:
+    tried = []
+    monkeypatch.setattr(draws, "candidate", lambda *args: tried.append(args[1]) or candidate(*args))
+    groups, reasons = sized(**params)._groups("fine")
+    assert (len(tried), reasons) == (n_tried, [])
+    several = [each.member for group in groups.values() for each in group]
+    assert len({member.params["learning_rate"] for member in several}) == 16, "each has its own params"
 
 
 @pytest.fixture
