@@ -135,6 +135,15 @@ def test_of_drawn_trials_those_are_tried_that_differ_in_what_is_read(monkeypatch
     assert len({member.params["learning_rate"] for member in several}) == 16, "each has its own params"
 
 
+def test_what_cannot_be_stacked_is_tried_twice_for_one_reason_only_once(monkeypatch) -> None:
+    tried = []
+    monkeypatch.setattr(draws, "candidate", lambda *args: tried.append(args[1]) or candidate(*args))
+    groups, reasons = sized(learning_rate=RATE, optimizer="rprop")._groups("fine")
+    assert (groups, len(reasons), len(set(reasons))) == ({}, 16, 1)
+    assert "has no stacked form" in reasons[0]
+    assert len(tried) == 17
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Clock]:
     return lambda gains, **more: Clock(monkeypatch, gains, **more)

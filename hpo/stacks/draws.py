@@ -65,6 +65,8 @@ class _Tried:
         self._task, self._padder, self._example = task, padder, example
         self._known: dict[frozenset[str], dict[Hashable, Candidate]] = {}
         """By the params that were read, and then by all that counts of a configuration."""
+        self._reasons: set[str] = set()
+        """Why some cannot be stacked, which is not that their params are watched."""
 
     def of(self, member: Member) -> Candidate:
         """Return `member` as `hpo.stacks.candidate.candidate` does, and raise what that raises."""
@@ -74,11 +76,21 @@ class _Tried:
         task = _SeenTask(**vars(self._task))
         try:
             made = candidate(task, member, self._padder, self._example)
-        except NotStackable:  # that its params are watched may be why
-            return candidate(self._task, member, self._padder, self._example)
+        except NotStackable as error:
+            if str(error) in self._reasons:
+                raise
+            return self._unwatched(member)
         read = frozenset(made.reads).union(*(each.names for each in task.seen))
         self._known.setdefault(read, {})[_what_counts(member.params, read)] = made
         return made
+
+    def _unwatched(self, member: Member) -> Candidate:
+        """Return `member` with its params as they are: that they were watched may be why it was refused."""
+        try:
+            return candidate(self._task, member, self._padder, self._example)
+        except NotStackable as error:
+            self._reasons.add(str(error))
+            raise
 
 
 def _what_counts(params: Params, read: frozenset[str]) -> Hashable:
