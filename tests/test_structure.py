@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpo.stacks.alone import NotStackable
-from hpo.stacks.structure import common_structure
+from hpo.stacks.structure import PaddedModule, common_structure
 from hpo.stacks.tensor_modules import Gated, RateDropout, SelectOne, masks_of_a_step, with_masks_of
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.stacks.vmap_step import Execution
@@ -308,6 +309,33 @@ def test_a_rate_of_dropout_is_a_tensor(rate: float) -> None:
     assert out.sum().item() == pytest.approx(0 if rate == 1 else 100_000, rel=0.01)
 
 
+def test_dropout_that_no_network_of_the_study_does_draws_nothing() -> None:
+    never = [each | {"rate": 0.0} for each in EXTREMES]
+    structure = common_structure([numbered(params) for params in never])
+    shapes = structure.shapes_of(numbered(never[0]))
+
+    def padded(**params: Any) -> PaddedModule:
+        return structure.pad(numbered(never[0] | params), shapes)
+
+    deep, shallow, dropping = padded(), padded(depth=1), padded(rate=0.3)
+    assert deep.signature == shallow.signature != dropping.signature
+    x = torch.randn(6, 20)
+    for each, idle in ((deep, True), (shallow, True), (dropping, False)):
+        dropouts = [layer for layer in each.module.modules() if isinstance(layer, RateDropout)]
+        assert len(dropouts) == 3
+        with masks_of_a_step():
+            assert all((layer.train()(x) is x) == idle for layer in dropouts)
+    several = members([never[0], never[1], never[3]])
+    made, alone = stack(numbered, 3, never, "graph"), LoopStack(task(lambda params: numbered(params).double()), 3)
+    for member in several:
+        made.join(member)
+        alone.join(replace(member))
+    data = rows(6, seed=2)
+    for _ in range(3):
+        losses = [each.step(list(data.inputs.values()), data.targets) for each in (made, alone)]
+        torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-12)
+
+
 def _drawn(
     seed: int, step: int, shape: tuple[int, ...], rate: float = 0.5, index: int = 0, calls: int = 1
 ) -> torch.Tensor:
@@ -338,12 +366,30 @@ def test_the_masks_of_dropout_are_drawn_without_float64_which_apples_gpus_lack(r
             return out
 
     dropout = with_masks_of(RateDropout(rate), 3)
+    dropout.get_buffer("step").fill_(2**20 + 7)
     x = torch.ones(500, 40)
     with masks_of_a_step(), Refusing():
-        kept = dropout(x) > 0
-    with masks_of_a_step():
-        drawn = dropout._drawn(x, {})
-    assert torch.equal(kept, drawn < ((1 - dropout.rate).double() * 2**32).long())  # as stored studies have them
+        several = [dropout(x) > 0 for _ in range(2)]
+    below = ((1 - dropout.rate).double() * 2**32).long()
+    for call, kept in enumerate(several):  # as stored studies have them
+        assert torch.equal(kept, _drawn_in_int64(dropout, x, call) < below)
+
+
+def _drawn_in_int64(dropout: RateDropout, x: Tensor, call: int) -> Tensor:
+    """Return 32 bits for each element of `x`, by Mueller's integer hash as it is written."""
+
+    def rounds(number: Tensor) -> Tensor:
+        number = number & 0xFFFFFFFF
+        for _ in range(2):
+            number = (((number >> 16) ^ number) * 73244475) & 0xFFFFFFFF
+        return number
+
+    def mixed(number: Tensor) -> Tensor:
+        return (rounds(number) >> 16) ^ rounds(number)
+
+    number = mixed(mixed(dropout.key + dropout.step * 1640531527) + call * 1097514319)
+    rows = mixed(number + torch.arange(x.shape[0]) * 668265263)
+    return rounds(rows[:, None] + torch.arange(x.shape[1]) * 374761393)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9, 1.0])

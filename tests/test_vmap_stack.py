@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 from torchmetrics.regression import MeanSquaredError
@@ -20,7 +22,7 @@ from hpo.stacks.graph import CompiledStep, Graph
 from hpo.stacks.padding import Padder, unpadded
 from hpo.stacks.recording import in_place
 from hpo.stacks.structure import common_structure
-from hpo.stacks.tensor_modules import RateDropout
+from hpo.stacks.tensor_modules import RateDropout, masks_of_a_step
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.stacks.vmap_step import Execution, has_compiler
 from hpo.study.data import Split
@@ -200,6 +202,22 @@ def test_a_small_compiled_step_is_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     assert made.is_compiled(2)
     assert made.path == "compiled"
     assert_equal(got, expected, got_weights, fit(loop(2), expected, "two_layers"))
+
+
+@needs_compiler
+def test_compiled_dropout_draws_the_same_masks() -> None:
+    """Their numbers wrap around, and of one number for each member Inductor makes products with a rounded factor."""
+    dropout, keys, steps = RateDropout(0.4).train(), torch.arange(3) * 2**60 + 11, torch.arange(3) * 2**40 + 5
+    x = torch.ones(3, 6, 21)
+
+    def dropped(x: Tensor, key: Tensor, step: Tensor) -> Tensor:
+        with masks_of_a_step():
+            return functional_call(dropout, {"key": key, "step": step}, (x,))
+
+    captured = make_fx(vmap(dropped))(x, keys, steps)
+    expected = vmap(dropped)(x, keys, steps)
+    assert 0.3 < (expected == 0).double().mean() < 0.5
+    torch.testing.assert_close(torch.compile(captured)(x, keys, steps), expected)
 
 
 @needs_compiler

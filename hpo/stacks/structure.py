@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from hpo.stacks.tensor_modules import Gated, SelectOne, is_control, tensor_dropout
+from hpo.stacks.tensor_modules import Gated, SelectOne, idle_dropout, is_control, tensor_dropout
 from hpo.training.kinds import HOOKS, NOT_READ, Kinds
 
 _SIZES = ("in_features", "out_features", "num_features", "in_channels", "out_channels")
@@ -70,6 +70,8 @@ class CommonStructure:
     choices: Mapping[str, tuple[nn.Module, ...]] = field(default_factory=dict)
     varied: frozenset[str] = frozenset()
     """The tensors whose sizes are not the same in all networks of the study, and those of layers that some lack."""
+    drops: bool = True
+    """Whether a network of the study has dropout of another rate than 0."""
 
     def pad(self, module: nn.Module, shapes: Mapping[str, tuple[int, ...]] | None = None) -> PaddedModule:
         """Return `module`, which is changed, in this structure, to be stacked with those `shapes` or else its own.
@@ -82,6 +84,8 @@ class CommonStructure:
         beside = {name: name for name, _ in module.named_buffers() if name not in kept}
         own = {key: name for key, name in {**kept, **beside}.items() if not is_control(module, name)}
         module, renamed = self._put(module)
+        if not self.drops:
+            idle_dropout(module)  # of layers that this network lacks, too
         every = tensors(module)
         names = {key: _renamed(name, renamed) for key, name in own.items()}
         present = {_renamed(name, renamed) for name in first_names.values()}
@@ -122,9 +126,10 @@ def common_structure(modules: Sequence[nn.Module], sizes_only: bool = False) -> 
 
     `sizes_only`: only the sizes of layers may differ, not which there are.
     """
+    drops = any(each.p for module in modules for each in module.modules() if type(each) is nn.Dropout)
     modules = [tensor_dropout(module) for module in modules]
     if sizes_only:
-        return CommonStructure(varied=_varied(modules))
+        return CommonStructure(varied=_varied(modules), drops=drops)
     optional: dict[str, _Optional] = {}
     for path in _sequences(modules):
         lists = [list(module.get_submodule(path).named_children()) for module in modules]
@@ -145,6 +150,7 @@ def common_structure(modules: Sequence[nn.Module], sizes_only: bool = False) -> 
         optional=optional,
         choices={path: tuple(each.values()) for path, each in choices.items() if len(each) > 1},
         varied=_varied(gated) | _may_lack(gated[0], optional),
+        drops=drops,
     )
 
 

@@ -36,11 +36,13 @@ class RateDropout(nn.Dropout):
     step: Tensor
     writes: bool
     """Whether it changes what it is given, if that is asked of it (`inplace`): most networks do not look at that."""
+    is_idle: bool
+    """Whether its rate is 0 and stays that: then it draws nothing, as nn.Dropout does not."""
 
     def __init__(self, rate: float, index: int = 0) -> None:
         """`index`: which dropout of its network it is; `with_masks_of` makes a key of it."""
         nn.Module.__init__(self)
-        self.inplace = self.writes = False
+        self.inplace = self.writes = self.is_idle = False
         self.register_buffer("rate", torch.tensor(float(rate)))
         self.register_buffer("key", torch.tensor(index))
         self.register_buffer("step", torch.tensor(0))
@@ -71,24 +73,31 @@ class RateDropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         if _SCALES:
             return F.dropout(x, float(self.rate), self.training, self.writes)
-        if not self.training:
+        if not self.training or self.is_idle:
             return x
         keep = 1 - self.rate
-        # times a power of two is exact as it is; float64 Apple's GPUs do not have
-        kept = torch.rand_like(x) < keep if _CALLS is None else self._drawn(x, _CALLS) < (keep * 2**32).long()
+        if _CALLS is None:
+            kept = (torch.rand_like(x) < keep).to(x.dtype)
+        else:
+            # times a power of two is exact as it is; float64 Apple's GPUs do not have
+            last = _int32((keep * 2**32).long() - 1 - 2**31)
+            # numbers, not booleans: Inductor writes one of these to memory in the time of a hundred of those
+            kept = torch.where(self._drawn(x, _CALLS) <= last, (keep > 0).to(x.dtype), 0)
         # rate 1 keeps nothing, and nothing over nothing is no number
-        out = torch.where(kept, x / keep.clamp(min=1e-7), torch.zeros_like(x))
+        out = x * kept / keep.clamp(min=1e-7)
         return x.copy_(out) if self.writes else out
 
     def _drawn(self, x: Tensor, calls: dict[int, int]) -> Tensor:
-        """Return 32 bits for each element of `x`; others where it is called again in the same step."""
+        """Return any int32, each as likely, for each element of `x`; others in the next call of the same step."""
         calls[id(self)] = call = calls.get(id(self), -1) + 1
-        number = _mixed(_mixed(self.key + self.step * _PRIMES[0]) + call * _PRIMES[1])
+        # (1,): products of () with a number are compiled, by way of torch.func, with what float32 has of that number
+        number = _int32(self.key + self.step * _PRIMES[0]).unsqueeze(0)
+        number = _mixed(_mixed(number) + _wrapped(call * _PRIMES[1]))
         for dim, size in enumerate(x.shape):
-            places = torch.arange(size, device=x.device) * _PRIMES[2 + dim % 3]
+            places = torch.arange(size, dtype=torch.int32, device=x.device) * _PRIMES[2 + dim % 3]
             number = number.unsqueeze(-1) + places
             number = _mixed(number) if dim < x.ndim - 1 else number
-        return _round(_round(number & _LOW))
+        return (_round(_round(number)) ^ -(2**31)).squeeze(0)
 
 
 _CALLS: dict[int, int] | None = None
@@ -96,17 +105,32 @@ _CALLS: dict[int, int] | None = None
 _SCALES = False
 """Whether `ScalingDropout` is entered."""
 _PRIMES = (1640531527, 1097514319, 668265263, 374761393, 1540483477)
-_LOW = (1 << 32) - 1
 
 
 def _mixed(number: Tensor) -> Tensor:
-    """Return 32 bits that follow from the low 32 bits of a number as if at random (Mueller's integer hash)."""
-    number = _round(_round(number & _LOW))
-    return (number >> 16) ^ number
+    """Return an int32 that follows from another as if at random (Mueller's integer hash)."""
+    number = _round(_round(number))
+    return _high(number) ^ number
 
 
 def _round(number: Tensor) -> Tensor:
-    return (((number >> 16) ^ number) * 73244475) & _LOW  # no product is above 63 bits
+    return (_high(number) ^ number) * 73244475  # modulo 2**32, as int32 is multiplied: twice as fast as int64
+
+
+def _high(number: Tensor) -> Tensor:
+    """Return the higher 16 bits of an int32."""
+    return (number >> 16) & 0xFFFF
+
+
+def _int32(number: Tensor) -> Tensor:
+    """Return the lower 32 bits of an int64."""
+    lower: Tensor = _wrapped(number)
+    return lower.to(torch.int32)
+
+
+def _wrapped(number: Any) -> Any:
+    """Return the number with the same lower 32 bits that an int32 has."""
+    return ((number & 0xFFFFFFFF) ^ 2**31) - 2**31
 
 
 class ScalingDropout(TorchFunctionMode):
@@ -161,6 +185,13 @@ def step_buffers(module: nn.Module) -> list[str]:
 def has_dropout(module: nn.Module) -> bool:
     """Whether a network whose dropout is in tensors has any."""
     return any(isinstance(each, RateDropout) for each in module.modules())
+
+
+def idle_dropout(module: nn.Module) -> None:
+    """Have the dropouts in tensors whose rate is 0 draw nothing. A stack of such takes none of another rate."""
+    for each in module.modules():
+        if isinstance(each, RateDropout):
+            each.is_idle = float(each.rate) == 0
 
 
 def dropout_writes(module: nn.Module) -> bool:
