@@ -6,6 +6,7 @@ from urllib.parse import unquote
 
 from filelock import FileLock
 
+from hpo.garbage import uncollected
 from hpo.log import log
 from hpo.tracking.database import fail_soon, make_database, require_opened
 from hpo.tracking.moved import set_places
@@ -33,8 +34,9 @@ def alone(uri: str) -> AbstractContextManager[Any]:
 
 def open_experiment(uri: str, study: str) -> Experiment:
     """Find the study's experiment, or make it; one that was deleted is restored. Raises what MLflow raises."""
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
+    with uncollected():  # none of all that it makes is garbage
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
 
     path = sqlite_path(uri)
     if path is not None:
@@ -50,7 +52,8 @@ def open_experiment(uri: str, study: str) -> Experiment:
             fail_soon()
         # absolute: MLflow keeps one store per address, also when the process changes its folder
         address = uri if path is None else sqlite_address(path.resolve())
-        client = MlflowClient(address)
+        with uncollected():  # imports as much again
+            client = MlflowClient(address)
         experiment = client.get_experiment_by_name(study)
         if experiment is None:
             where = None if path is None else (path.parent.resolve() / "artifacts" / study).as_uri()

@@ -40,7 +40,8 @@ class Known:
 
 def installed() -> str:
     """Return what is installed beside hpo, a line each, as pip takes it."""
-    there = {(each.metadata["Name"] or "", each.version) for each in distributions()}
+    several = (each.metadata for each in distributions())  # which is parsed again whenever it is asked for
+    there = {(each["Name"] or "", each["Version"]) for each in several}
     return "".join(f"{name}=={version}\n" for name, version in sorted(there) if name)
 
 
