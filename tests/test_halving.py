@@ -82,6 +82,19 @@ def test_one_that_was_resumed_counts_among_the_half():
     assert chosen(halving(finish=0), trials) == ([], True)
 
 
+def test_nobody_is_resumed_from_a_rung_while_more_are_on_their_way_there():
+    few = [*paused([1, 2]), trial(2, "R", [3]), trial(3, "R")]
+    assert chosen(halving(), [*few, trial(4, "R", [1])]) == ([], False)
+    assert chosen(halving(), few) == ([0], False)
+    higher = [
+        *paused([8, 9], epochs=4),
+        *paused([3, 4, 5, 6], start=2),
+        *(trial(6 + i, "R", [0] * 3) for i in range(3)),
+    ]
+    assert chosen(halving(reach=0), higher) == ([2], False)  # from the lower rung, of whose best four three train on
+    assert chosen(halving(reach=0), higher[:-1]) == ([0, 2, 3], False)
+
+
 def test_the_highest_rung_is_resumed_first():
     trials = [*paused([5, 6, 7, 8]), *paused([1, 2], epochs=4, start=4), *paused([3], epochs=8, start=6)]
     assert chosen(halving(reach=0), trials)[0] == [4]  # half of one is none, of three one; of seven three, which are on

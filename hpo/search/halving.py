@@ -177,8 +177,13 @@ class Halving:
         return []
 
     def _best(self, holders: Sequence[FrozenTrial], rung: int) -> list[FrozenTrial]:
-        """Return the trials that are trained on from `rung`: one in `factor`, and who may catch up with the best."""
+        """Return the trials that are trained on from `rung`: one in `factor`, and who may catch up with the best.
+
+        None as long as more are on their way there than have reached it: the best of a few are not the best of all.
+        """
         at = self.at(holders, rung)
+        if len(at) < sum(t.state == TrialState.RUNNING and not self._has_reached(t, rung) for t in holders):
+            return []
         n = len(at) // self._pruner.factor
         if len(at) > 4 and rung >= 2 and self._pruner.reach > 0:
             good = at[: max(5, len(at) // 2)]
