@@ -79,6 +79,14 @@ def step(
     return new_weights, new_state
 
 
+def _once(x: Tensor, t: Tensor) -> Tensor:
+    """Return `x` (K,) such that a compiled step computes it once, not again for every eight weights it is used for.
+
+    On a CPU Inductor keeps what is used several times if there is an exp or sigmoid in it, say. This sigmoid is 1.
+    """
+    return x * torch.sigmoid(t + 1000)
+
+
 def _sgd(w: Tensor, g: Tensor, s: State, h: Mapping[str, Tensor]) -> tuple[Tensor, State]:
     g = g + h["weight_decay"] * w
     if not s:
@@ -125,7 +133,8 @@ _RULES: Mapping[str, Rule] = {"sgd": _sgd, "adam": _adam, "adamw": _adamw, "rmsp
 def _corrections(hyper: Mapping[str, Tensor], t: Tensor) -> dict[str, Tensor]:
     # 1 - beta ** t
     corrections = [-torch.expm1(hyper[name] * t) for name in ("log_beta1", "log_beta2")]
-    return {"step_size": hyper["learning_rate"] / corrections[0], "correction": corrections[1].sqrt()}
+    needed = {"step_size": hyper["learning_rate"] / corrections[0], "correction": corrections[1].sqrt()}
+    return {name: _once(x, t) for name, x in needed.items()}
 
 
 _OF_A_STEP: Mapping[str, Callable[[Mapping[str, Tensor], Tensor], dict[str, Tensor]]] = {
