@@ -217,7 +217,28 @@ def test_a_run_that_is_deleted_while_it_is_written_to_is_restored(mlflow: Mlflow
 
 
 @by_default_in_sqlite
-def test_an_experiment_that_is_deleted_while_it_is_written_to_is_restored(mlflow: Mlflow) -> None:
+@pytest.mark.parametrize("again", [False, True], ids=["same tracker", "next tracker"])
+def test_the_best_trials_run_is_restored_where_it_was_deleted(mlflow: Mlflow, again: bool, said: list[str]) -> None:
+    """The study's description links to it."""
+    tracker = mlflow.tracker()
+    tracker.start_study({}, {})
+    tracker.start_trial(0, {"lr": 1})
+    tracker.end_trial(0, "COMPLETE")
+    until(lambda: tracker.run_of(0))
+    if again:
+        tracker.close()
+        tracker = mlflow.tracker()
+    with quietly():
+        mlflow.client.delete_run(mlflow.runs()["0"].info.run_id)
+    tracker.mark_best(0)
+    assert tracker.end_study("COMPLETE")
+    assert mlflow.runs()["0"].data.tags["hpo.best"] == "true"
+    assert said == ["tracking: the run of trial 0 was deleted, but is still written to: it is restored"]
+    assert not mlflow.refused()
+
+
+@by_default_in_sqlite
+def test_an_experiment_that_is_deleted_while_it_is_written_to_is_restored(mlflow: Mlflow, said: list[str]) -> None:
     tracker = mlflow.tracker()
     tracker.start_study({}, {})
     tracker.start_trial(0, {})
@@ -231,6 +252,7 @@ def test_an_experiment_that_is_deleted_while_it_is_written_to_is_restored(mlflow
     tracker.end_study("COMPLETE")
     assert mlflow.experiment.lifecycle_stage == "active"
     assert mlflow.statuses() == {"study": "FINISHED", "0": "FINISHED", "1": "FINISHED"}
+    assert said == [f"tracking: the experiment {mlflow.study!r} was deleted, but is still written to: it is restored"]
     assert not mlflow.refused()
 
 

@@ -28,6 +28,7 @@ from hpo.tracking.database import make_database
 from hpo.tracking.items import Answer, Item
 from hpo.tracking.mlflow import MlflowTracker
 from hpo.tracking.opening import open_tracker
+from hpo.tracking.process import RunsProcess
 from hpo.tracking.runs import Runs
 from hpo.tracking.values import sqlite_address
 from tests import warm
@@ -274,6 +275,32 @@ def test_why_a_database_cannot_be_opened_is_said(here: None, tmp_path: Path, sai
     assert "does not work (OperationalError: unable to open database file); training continues" in said[0]
 
 
+@pytest.mark.parametrize("is_there", ["an empty file", "a link to nothing"])
+def test_a_database_without_tables_gets_them_where_it_is(here: None, tmp_path: Path, is_there: str) -> None:
+    """Python's sqlite3 leaves an empty file where it only looked; a link may say on which disk it is to be."""
+    Path("mlruns/mlflow.db").unlink()
+    if is_there == "an empty file":
+        Path("mlruns/mlflow.db").touch()
+    else:
+        Path("mlruns/mlflow.db").symlink_to(tmp_path / "elsewhere.db")
+    tell(TrackerHere("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent"))
+    assert query("select count(*) from metrics") == [(24,)]
+    assert Path("mlruns/mlflow.db").is_symlink() == (is_there == "a link to nothing")
+
+
+def test_a_full_disk_keeps_no_half_of_a_new_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_database(tmp_path / "first.db")
+
+    def half(source: Path, target: Path) -> None:
+        target.write_bytes(source.read_bytes()[:100_000])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("hpo.tracking.database.shutil.copyfile", half)
+    with pytest.raises(OSError, match="No space left"):
+        make_database(tmp_path / "second.db")
+    assert [file.name for file in tmp_path.iterdir() if "second" in file.name] == []
+
+
 def test_why_a_databases_server_does_not_answer_is_said_within_seconds() -> None:
     start = time.monotonic()
     answer = Runs("postgresql+psycopg://me:pw@127.0.0.1:1/db", "s").attempt({"do": "start", "trial": None, "time": 1})
@@ -497,6 +524,29 @@ def test_a_sender_that_hangs_holds_up_the_end_for_a_while_only(
     later = MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent")
     assert later.close()
     assert query("select name, status from runs order by name") == [("s", "FINISHED"), ("trial 0", "RUNNING")]
+
+
+def test_a_database_that_stays_locked_is_said_once_also_where_an_answer_is_given_up(
+    here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    class Locked(RunsProcess):
+        """It fails, and then hangs: each attempt waits for the lock for longer than the end of a study does."""
+
+        n = 0
+
+        def attempt(self, item: Item) -> Answer:
+            self.n += 1
+            until(lambda: self.n == 1 or self.killed)
+            return Answer(False, "OperationalError: database is locked")
+
+    monkeypatch.setattr(MlflowTracker, "_open_runs", lambda self, *args, **keys: Locked(*args, **keys))
+    for name, seconds in (("RETRY_SECONDS", 0.0), ("CLOSE_SECONDS", 0.5), ("FLUSH_SECONDS", 0.1)):
+        monkeypatch.setattr(MlflowTracker, name, seconds)
+    tracker = MlflowTracker("sqlite:///mlruns/mlflow.db", "s", tmp_path / "unsent")
+    tracker.start_study({}, {})
+    assert not tracker.end_study("COMPLETE")
+    assert len(said) == 1
+    assert "does not work (OperationalError: database is locked); training continues" in said[0]
 
 
 def test_an_answer_is_not_waited_for_past_a_stop(

@@ -16,18 +16,25 @@ from hpo.tracking.values import sqlite_address
 def make_database(path: Path) -> None:
     """Make a database with MLflow's tables beside `path`, and put it there. Raises what MLflow and the disk raise."""
     new = path.with_name(f".{path.name}.new").resolve()
-    for left in (new, new.with_name(f"{new.name}-journal")):
-        left.unlink(missing_ok=True)
-    empty = _cached()
-    if _is_empty(empty):
-        shutil.copyfile(empty, new)
-    else:
-        from mlflow import MlflowClient
+    _remove(new)  # one that was killed midway has left it
+    try:
+        empty = _cached()
+        if _is_empty(empty):
+            shutil.copyfile(empty, new)
+        else:
+            from mlflow import MlflowClient
 
-        MlflowClient(sqlite_address(new)).search_experiments(max_results=1)
-        with suppress(OSError, sqlite3.Error):  # the next study does without it, too
-            _keep(new, empty)
-    new.replace(path)
+            MlflowClient(sqlite_address(new)).search_experiments(max_results=1)
+            with suppress(OSError, sqlite3.Error):  # the next study does without it, too
+                _keep(new, empty)
+        new.replace(path)
+    finally:
+        _remove(new)  # on a full disk the bundle needs its place
+
+
+def _remove(database: Path) -> None:
+    for file in (database, database.with_name(f"{database.name}-journal")):
+        file.unlink(missing_ok=True)
 
 
 def require_opened(path: Path) -> None:

@@ -45,7 +45,7 @@ def open_experiment(uri: str, study: str) -> Experiment:
     with alone(uri):  # MLflow makes its schema when first asked; processes that do so together crash all but one
         if path is not None:
             if not path.exists():
-                make_database(path)
+                make_database(path.resolve())  # a link may be there already, to where it is to be
             require_opened(path)
             set_places(path)
         if path is None and "://" in uri and not uri.startswith("http"):
@@ -73,6 +73,7 @@ def open_experiment(uri: str, study: str) -> Experiment:
             raise MlflowException(f"the experiment {study!r} was made, but is not there")
         if experiment.lifecycle_stage == "deleted":
             client.restore_experiment(experiment.experiment_id)
+            log.warning(f"tracking: the experiment {study!r} was deleted, but is still written to: it is restored")
         for key, value in _KIND.items() - experiment.tags.items():  # an older version made it
             client.set_experiment_tag(experiment.experiment_id, key, value)
     return Experiment(client, address, str(experiment.experiment_id), is_first)

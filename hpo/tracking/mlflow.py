@@ -179,12 +179,11 @@ class MlflowTracker(Tracker):
                 self._start_thread()
             self._closing = True
             self._changed.notify_all()
-        was = self._state
         self._wait_for_thread()
         with self._changed:
             n_left, where = len(self._outbox), self._outbox.where
             self._outbox.close()
-        if n_left and self._runs.killed and was != "failing":  # nobody was told yet: it neither answers nor fails
+        if n_left and self._runs.killed and self._state != "failing":  # nobody was told yet
             log.warning(
                 f"tracking: {self._uri} has not answered; what could not be sent is kept in {where} and sent later"
             )
@@ -336,13 +335,13 @@ class MlflowTracker(Tracker):
 
     def _note_failure(self, why: str) -> None:
         with self._changed:
-            was, self._state = self._state, "failing"
             self._retry_at = time.monotonic() + self.RETRY_SECONDS
             self._send_by(time.monotonic() + self.FLUSH_SECONDS)
             self._outbox.save()
             where = self._outbox.where
-        if self._runs.killed:
-            return
+            if self._runs.killed:
+                return
+            was, self._state = self._state, "failing"
         if was != "failing":
             log.warning(
                 f"tracking: {self._uri} does not work ({why}); training continues, and what could not be sent "

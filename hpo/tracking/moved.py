@@ -26,6 +26,8 @@ def set_places(database: Path) -> None:
 
     A place that somebody else has chosen stays, as does one that is the same folder by another path.
     """
+    if database.stat().st_size == 0:  # somebody has opened one; MLflow makes its tables
+        return
     home = database.parent.resolve()
     with closing(sqlite3.connect(database, timeout=30)) as connection:
         found = connection.execute("SELECT name, artifact_location FROM experiments").fetchall()

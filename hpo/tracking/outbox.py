@@ -48,7 +48,9 @@ class Outbox:
     @property
     def where(self) -> str:
         """Where the items are kept, in words."""
-        return f"memory only, since {self.file} cannot be written," if self._in_memory else str(self.file)
+        if not self._in_memory:
+            return str(self.file)
+        return f"memory only, as long as this process runs, since {self.file} cannot be written,"
 
     def __len__(self) -> int:
         if self._database is None and not self.file.exists():

@@ -282,7 +282,8 @@ class Runs:
 
     def _best(self, item: Item) -> None:
         self._id_of(None, item)
-        if (run := self._found_run(item["trial"])) is not None:
+        if self._found_run(item["trial"]) is not None:
+            run = self._id_of(item["trial"], item)  # restored, where it was deleted
             marked = self._all_runs("tags.`hpo.best` = 'true'")
             ours = [each for each in marked if each.data.tags.get("hpo.making", self._making) == self._making]
             active = [each for each in ours if each.info.lifecycle_stage == "active"]
