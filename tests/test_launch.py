@@ -193,6 +193,18 @@ def test_repair_names_no_runs_where_nothing_is_tracked(study):
     assert "the runs in" not in out
 
 
+def test_repair_does_not_say_of_runs_that_they_agree_where_mlflow_does_not_answer(study):
+    path = study("trials: 1\ntracking: off")
+    invoke("run", path)
+    Path("mlruns/mlflow.db").write_text("no database")
+    out = invoke("repair", path, "--tracking", "sqlite:///mlruns/mlflow.db")
+    assert "does not work (DatabaseError: file is not a database)" in out
+    assert out.splitlines()[-1].endswith("1 of 1 trials done, 0 running, 0 waiting")
+    Path("mlruns/mlflow.db").unlink()
+    out = invoke("repair", path, "--tracking", "sqlite:///mlruns/mlflow.db")
+    assert "0 waiting; the runs in sqlite:///mlruns/mlflow.db say the same" in out
+
+
 def test_serve_says_that_there_is_no_login_and_workers_join_through_it(study):
     path = study("trials: 3")
     invoke("run", path, "--trials", 1)

@@ -98,9 +98,13 @@ def repair(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
     with screen() as out, ExitStack() as stack:
         search = open_existing(plan, path)
         stack.callback(search.close)
-        seen = studies.repair(plan, search)
+        seen, told = studies.repair(plan, search)
         counts = seen.counts
-        runs = "" if plan.spec.tracking == "off" else f"; the runs in {masked(plan.spec.tracking)} say the same"
+        runs = (
+            ""
+            if plan.spec.tracking == "off" or not told
+            else f"; the runs in {masked(plan.spec.tracking)} say the same"
+        )
         out.print(
             f"{plan.spec.name}: {counts.finished} of {plan.spec.budget_text} done, {counts.running} running, "
             f"{counts.waiting} waiting{runs}"

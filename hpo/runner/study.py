@@ -260,8 +260,11 @@ def check(plan: Plan) -> tuple[Data | None, torch.nn.Module | None]:
     return data, model
 
 
-def repair(plan: Plan, search: Search) -> StudyView:
-    """Free the budget's slots of trials whose worker died, bring the tracker's runs in line; return the study then."""
+def repair(plan: Plan, search: Search) -> tuple[StudyView, bool]:
+    """Free the budget's slots of trials whose worker died, bring the tracker's runs in line.
+
+    Return the study then, and whether the tracker has taken all that it was to be told.
+    """
     end = time.monotonic() + plan.spec.grace
     while search.repair() and time.monotonic() < end:
         time.sleep(_LOOK_SECONDS)  # to see whether a lease that has run out is renewed
@@ -269,8 +272,7 @@ def repair(plan: Plan, search: Search) -> StudyView:
         what = "its retries are spent" if lost.state == "FAIL" else "it will be retried"
         log.warning("trial %d is ended: %s; %s", lost.number, lost.reason, what)
     seen = checkpoints.settle_weights(plan, search)
-    settle_runs(plan, search, always=True)
-    return seen
+    return seen, settle_runs(plan, search, always=True)
 
 
 def adopt(plan: Plan, search: Search, trials: Sequence[Any], source: str) -> int:

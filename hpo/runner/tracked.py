@@ -270,28 +270,30 @@ def tell_export(plan: Plan, search: Search, done: Outcome) -> None:
     tracker.close()
 
 
-def end_study(plan: Plan, search: Search, tracker: Tracker, state: str, seen: StudyView | None = None) -> None:
-    """End the study's run, and note in the storage that its end has arrived, if it has.
+def end_study(plan: Plan, search: Search, tracker: Tracker, state: str, seen: StudyView | None = None) -> bool:
+    """End the study's run, and note in the storage that its end has arrived, if it has; return whether it has.
 
     `seen` is a view of the study, if there is one since its last trial ended.
     """
-    if tracker.end_study(state) and state == "COMPLETE" and plan.spec.tracking != "off":
+    arrived = tracker.end_study(state)
+    if arrived and state == "COMPLETE" and plan.spec.tracking != "off":
         search.remember(schema.TRACKED, _tracked(plan, seen or search.view(), state))
+    return arrived
 
 
 def _tracked(plan: Plan, seen: StudyView, state: str) -> dict[str, Any]:
     return {"tracking": masked(plan.spec.tracking), "state": state, "trials": seen.counts.finished}
 
 
-def settle_runs(plan: Plan, search: Search, always: bool = False) -> None:
+def settle_runs(plan: Plan, search: Search, always: bool = False) -> bool:
     """Bring the runs of a study in the tracker to the ends that they have in the storage, where they may differ.
 
     They do where whoever ended the study was killed, or the tracker was away, before all was told. What is there
     already is not told again; where the storage says that all has arrived, the tracker is not even asked, unless
-    `always`. The study's own run ends only with its last trial and its export.
+    `always`. The study's own run ends only with its last trial and its export. Return whether all of it has arrived.
     """
     if plan.spec.tracking == "off":
-        return
+        return True
     seen = search.view()
     best, tracked = chosen(search, seen), search.attrs.get(schema.TRACKED)
     done = outcome(search, best)
@@ -300,12 +302,11 @@ def settle_runs(plan: Plan, search: Search, always: bool = False) -> None:
     elsewhere = tracked is not None and tracked["tracking"] != ended["tracking"]
     all_told = elsewhere or tracked == ended or not over
     if all_told and not always and not left_behind(unsent_of(plan.spec), plan.spec.name, search.making):
-        return
+        return True
     tracker = tracker_of(plan, search)
     tracker.reconcile(seen.ends, seen.is_shared)
     if not over:
-        tracker.close()
-        return
+        return tracker.close()
     if best is not None:
         tell_result(plan, search, tracker, seen, best, done)
-    end_study(plan, search, tracker, "COMPLETE", seen)
+    return end_study(plan, search, tracker, "COMPLETE", seen)
