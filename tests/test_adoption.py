@@ -110,6 +110,22 @@ def test_what_the_space_could_not_have_given_is_left_out_and_counted(folder: Pat
     assert rows[1].params == {"learning_rate": 0.02, "batch_size": 50, "weight_decay:or": 0}
 
 
+def test_trials_of_hpos_own_that_took_an_or_are_taken_too(folder: Path) -> None:
+    (folder / "linear.py").write_text(LINEAR)
+    (folder / "s.yaml").write_text(
+        "objective: linear.py\ntrials: 5\nepochs: 2\ntracking: off\nsampler: random\n"
+        "params:\n  weight_decay: {type: float, low: 1e-5, high: 1e-2, log: true, or: 0}\n"
+    )
+    invoke("run", "s.yaml")
+    trials = [trial.params for trial in hpo.open_study("s.yaml").to_optuna().trials]
+    assert {trial["weight_decay:or"] for trial in trials} == {0, "range"}
+    adopt = ("adopt", "s.yaml", "--from", "sqlite:///mlruns/optuna.db", "--study", "s", "--set")
+    assert "5 of 5 trials of s are history for the sampler now" in invoke(*adopt, "name=other")
+    assert [trial.params for trial in hpo.open_study("other").to_optuna().trials] == trials
+    said = invoke(*adopt, "name=third", "--set", "params={weight_decay: 1e-3}")
+    assert "left out: 5 trials, weight_decay is fixed here at another value" in said
+
+
 def test_what_does_not_compare_is_refused() -> None:
     with pytest.raises(InputError, match="'earlier' goes to maximize, this one to minimize"):
         hpo.adopt(bowl, earlier(2, direction="maximize"), **QUICK)

@@ -20,7 +20,7 @@ from hpo.search.constraints import attrs_of, constraints_of, values_of
 from hpo.search.retrying import RetryingStorage, locked
 from hpo.search.storage import close_storage, open_storage
 from hpo.study.constraints import Constraint
-from hpo.study.dimension import Dimension, same
+from hpo.study.dimension import RANGE, Dimension, same
 from hpo.study.space import FreeSpace, Space
 from hpo.study.spec import Categorical
 
@@ -75,7 +75,7 @@ def as_history(
             left_out[reason or "adopted before"] += 1
             continue
         free = isinstance(space, FreeSpace)
-        params, distributions = (trial.params, trial.distributions) if free else _fitted(trial.params, space)
+        params, distributions = (trial.params, trial.distributions) if free else _fitted(_named(trial), space)
         history.append(
             create_trial(
                 state=TrialState.COMPLETE,
@@ -114,18 +114,25 @@ def _why_not(trial: FrozenTrial, space: Space) -> str | None:
         return f"not complete ({trial.state.name})"
     if isinstance(space, FreeSpace):
         return None
+    named = _named(trial)
     for name, value in space.fixed.items():
-        if name in trial.params and trial.params[name] != value:
+        if name in named and named[name] != value:
             return f"{name} is fixed here at another value"
-    params = {**space.fixed, **trial.params}
+    params = {**space.fixed, **named}
     for dimension in space.dimensions:
         if not dimension.applies(params):
             continue
-        if dimension.name not in trial.params:
+        if dimension.name not in named:
             return f"it has no {dimension.name}"
-        if not dimension.takes(trial.params[dimension.name]):
+        if not dimension.takes(named[dimension.name]):
             return f"its {dimension.name} is outside of the range here"
     return None
+
+
+def _named(trial: FrozenTrial) -> dict[str, Any]:
+    """Return a trial's params by name, where one of hpo's has the value of an `or` under `<name>:or` only."""
+    others = {name.removesuffix(":or"): x for name, x in trial.params.items() if name.endswith(":or") and x != RANGE}
+    return {**others, **trial.params}
 
 
 def _fitted(params: Mapping[str, Any], space: Space) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
