@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +132,15 @@ def test_a_server_that_ends_or_does_not_answer_is_quoted(monkeypatch: pytest.Mon
         silent.wait_until_it_answers("/", lambda: False)
     silent.end()
     assert silent._process.poll() == -signal.SIGTERM
+
+
+def test_of_a_servers_traceback_only_the_error_is_quoted() -> None:
+    code = 'print("starting", flush=True); raise ValueError("no database")'
+    ended = Page("It", [sys.executable, "-c", code], 1, {}, "")
+    with pytest.raises(HpoError) as error:
+        ended.wait_until_it_answers("/", lambda: False)
+    ended.end()
+    assert str(error.value) == "It has ended (exit status 1); it said last:\n  starting\n  ValueError: no database"
 
 
 def test_what_a_server_has_started_ends_too(tmp_path: Path) -> None:

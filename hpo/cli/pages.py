@@ -47,7 +47,8 @@ class Page:
     def _listen(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            self._said.append(line.rstrip())
+            if line.strip() and not line.startswith((" ", "Traceback ")):  # of a traceback, only what it comes to
+                self._said.append(line.rstrip())
 
     def wait_until_it_answers(self, path: str, stopping: Callable[[], bool]) -> None:
         """Return once it answers at `path`, or where `stopping` says so. Raises HpoError, with what it said last."""
