@@ -198,7 +198,7 @@ def test_repair_does_not_say_of_runs_that_they_agree_where_mlflow_does_not_answe
     invoke("run", path)
     Path("mlruns/mlflow.db").write_text("no database")
     out = invoke("repair", path, "--tracking", "sqlite:///mlruns/mlflow.db")
-    assert "does not work (DatabaseError: file is not a database)" in out
+    assert "does not work (DatabaseError: file is not a database; move that file away, and a new one is made)" in out
     assert out.splitlines()[-1].endswith("1 of 1 trials done, 0 running, 0 waiting")
     Path("mlruns/mlflow.db").unlink()
     out = invoke("repair", path, "--tracking", "sqlite:///mlruns/mlflow.db")

@@ -325,4 +325,9 @@ class Runs:
 def cause(error: Exception) -> str:
     """Return the line of `error` that says most: a database's own, in what SQLAlchemy makes of it, else the first."""
     lines = f"{type(error).__name__}: {error}".splitlines()
-    return next((line for line in lines if re.match(r"\([a-z0-9_.]+\.\w*Error\)", line)), lines[0])[:300]
+    said = next((line for line in lines if re.match(r"\([a-z0-9_.]+\.\w*Error\)", line)), lines[0])[:300]
+    return f"{said}; move that file away, and a new one is made" if _is_no_database(said) else said
+
+
+def _is_no_database(said: str) -> bool:
+    return "file is not a database" in said or "disk image is malformed" in said
