@@ -19,7 +19,7 @@ from hpo.training.loop import order
 from hpo.training.loop_stack import LoopStack
 from hpo.training.memory import is_out_of_memory
 from hpo.training.stack import Member, Task
-from tests.stacking import CPU, Toy
+from tests.stacking import CPU, Built, Toy
 
 INFO = DataInfo(inputs={"x": (3,), "z": (2,)}, input_dtypes={"x": "float64", "z": "float64"})
 TOLERANCE = 1e-12
@@ -463,3 +463,10 @@ def test_a_layer_that_fails_in_the_gradient_of_a_stack_trains_alone(norm):
     with pytest.raises(NotStackable, match=r"torch\.func cannot batch it"):
         stack.join(replace(member(0), params=member(0).params | {"norm": norm}))
     assert not stack.members
+
+
+def test_a_build_that_takes_params_out_has_all_of_them_the_next_time():
+    params = {"n": 3}
+    task = Task(objective=Built(lambda params: nn.Linear(params.pop("n"), 1)), info=INFO, device=CPU, n_rows=12, epochs=2)
+    assert [task.network(params).in_features for _ in range(2)] == [3, 3]
+    assert params == {"n": 3}

@@ -179,7 +179,7 @@ def _require_fitting(plan: Plan, claim: Claim, training: Mapping[str, Any]) -> N
         return
     with torch.random.fork_rng(devices=[]):
         try:
-            network = plan.objective.build(claim.params, plan.objective.info)
+            network = plan.objective.build(dict(claim.params), plan.objective.info)
         except Exception:  # the same is raised, and said, where the trial is trained
             raise Refused("its network cannot be built") from None
     kept = {name: (tuple(x.shape), x.dtype) for name, x in training["model"].items()}

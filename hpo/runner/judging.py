@@ -122,7 +122,7 @@ def _network(plan: Plan, search: Search, best: Best, data: Data) -> nn.Module:
         content = torch.load(file, weights_only=True, map_location="cpu")
         if content["trial"] != best.number or content.get("study", search.making) != search.making:
             raise Absent(f"{file} holds the weights of another trial")
-        network = plan.objective.build(best.params, data.info)
+        network = plan.objective.build(dict(best.params), data.info)
         network.load_state_dict(content["model_state_dict"])
     except Absent:
         raise

@@ -125,7 +125,7 @@ def _built(plan: Plan, data: Data, params: Params, is_first: bool = False) -> tu
 
     def build() -> nn.Module:
         with settings_stay(plan, "build"), Within():
-            return module_from(plan, f"build with {shown}", lambda: plan.objective.build(params, data.info))
+            return module_from(plan, f"build with {shown}", lambda: plan.objective.build(dict(params), data.info))
 
     try:
         module = build()

@@ -59,7 +59,7 @@ class Task:
     def network(self, params: Params) -> nn.Module:
         """Return a network of `params`, on the CPU. Raises TrialError where they are infeasible."""
         with self.guarding():
-            return self.objective.build(params, self.info)
+            return self.objective.build(dict(params), self.info)
 
     @contextmanager
     def guarding(self) -> Iterator[None]:
