@@ -467,6 +467,8 @@ def test_a_layer_that_fails_in_the_gradient_of_a_stack_trains_alone(norm):
 
 def test_a_build_that_takes_params_out_has_all_of_them_the_next_time():
     params = {"n": 3}
-    task = Task(objective=Built(lambda params: nn.Linear(params.pop("n"), 1)), info=INFO, device=CPU, n_rows=12, epochs=2)
+    task = Task(
+        objective=Built(lambda params: nn.Linear(params.pop("n"), 1)), info=INFO, device=CPU, n_rows=12, epochs=2
+    )
     assert [task.network(params).in_features for _ in range(2)] == [3, 3]
     assert params == {"n": 3}
