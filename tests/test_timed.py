@@ -281,10 +281,10 @@ def test_a_study_that_its_time_bounds_ends_with_a_whole_trial(study, monkeypatch
     study()
     monkeypatch.setenv("LINEAR_SECONDS", "0.01")  # a whole trial takes a second
     monkeypatch.setattr("hpo.runner.deadline._MOST_EXPORT_SECONDS", 0.5)
-    plan, search = opened("16s")  # on a busy machine a trial takes several of these
+    plan, search = opened("20s")  # on a busy machine a trial takes several of these
     with closing(search):
         set_end(plan, search)
-        late = StopWhen(lambda: search.seconds_used() > 32)  # a run that does not end is ended here
+        late = StopWhen(lambda: search.seconds_used() > 40)  # a run that does not end is ended here
         work(plan, plan.load_data(), search, MemoryTracker(), Screen(), late)
         seen = search.view()
     assert seen.counts.paused > 0
