@@ -100,11 +100,8 @@ def repair(path: Path, overrides: Mapping[str, str]) -> dict[str, Any]:
         stack.callback(search.close)
         seen, told = studies.repair(plan, search)
         counts = seen.counts
-        runs = (
-            ""
-            if plan.spec.tracking == "off" or not told
-            else f"; the runs in {masked(plan.spec.tracking)} say the same"
-        )
+        agree = told and plan.spec.tracking != "off"
+        runs = f"; the runs in {masked(plan.spec.tracking)} say the same" if agree else ""
         out.print(
             f"{plan.spec.name}: {counts.finished} of {plan.spec.budget_text} done, {counts.running} running, "
             f"{counts.waiting} waiting{runs}"
