@@ -59,7 +59,11 @@ class Task:
     def network(self, params: Params) -> nn.Module:
         """Return a network of `params`, on the CPU. Raises TrialError where they are infeasible."""
         with self.guarding():
-            return self.objective.build(dict(params), self.info)
+            return self.objective.build(self.own(params), self.info)
+
+    def own(self, params: Params) -> dict[str, Any]:
+        """Return the params that one build is given: what it takes out of them is missed in no other."""
+        return dict(params)
 
     @contextmanager
     def guarding(self) -> Iterator[None]:
