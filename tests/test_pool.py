@@ -14,6 +14,7 @@ from torchmetrics.regression import MeanSquaredError
 
 from hpo.stacks.padding import PaddingPlan
 from hpo.stacks.pool import WORTH_STACKING, Pool
+from hpo.stacks.returning import Returning
 from hpo.stacks.tensor_modules import RateDropout, tensor_dropout
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.space import build as build_space
@@ -452,3 +453,52 @@ def test_networks_of_a_class_that_is_defined_at_each_call_are_stacked(said: list
     assert (stack.members, said) == (got, [])
     fit(made, [])
     assert_same_curves(got, alone(*[{"kind": "local"}] * 4))
+
+
+def paused(made: Pool, everyone: Sequence[Member]) -> list[Member]:
+    """Train `everyone` for an epoch, after which they are to be paused; return them as they are resumed."""
+    kept: dict[int, Any] = {}
+    for member in everyone:
+        member.pause = 1
+    fit(made, everyone, dict.fromkeys(range(len(everyone)), 1), lambda s, m: kept.update({m.number: s.checkpoint(m)}))
+    return [
+        replace(m, pause=None, resume=kept[m.number], history=[*m.history], rounds=[*m.rounds], n_parameters=None)
+        for m in everyone
+    ]
+
+
+@pytest.mark.parametrize("kind", ["plain", "mlp"])
+def test_a_member_that_returns_is_not_built_again_and_trains_as_alone(kind: str, monkeypatch) -> None:
+    built, real = [], Task.drawn
+    monkeypatch.setattr(Task, "drawn", lambda task, member: built.append(member.number) or real(task, member))
+    made, several = pool(8, kind=kind), [{"kind": kind, "width": width} for width in (5, 6, 7, 8)]
+    resumed = paused(made, members(*several))
+    assert set(built) == {0, 1, 2, 3}
+    del built[:]
+    fit(made, resumed)
+    assert built == []
+    assert [m.n_parameters for m in resumed] == [m.n_parameters for m in alone(*several)]
+    assert_same_curves(resumed, alone(*several))
+
+
+def test_who_returns_otherwise_than_it_left_is_built(monkeypatch) -> None:
+    """With other params, from scratch, or when what was kept is too much."""
+    built, real = [], Task.drawn
+    made = pool(8)
+    other, scratch, *_ = paused(made, members(*[{}] * 5))
+    other.params["learning_rate"] *= 2
+    scratch.resume = None
+    monkeypatch.setattr(Task, "drawn", lambda task, member: built.append(member.number) or real(task, member))
+    made.join([other, scratch])
+    assert sorted(set(built)) == [0, 1]
+    one = made._returning._bytes // 5
+    assert one > 0
+    made._returning = Returning(most=2 * one)
+    for stack in made.active:
+        for member in [*stack.members]:
+            stack.leave(member)
+    again = paused(made, members(*[{}] * 5))
+    del built[:]
+    made.join(again)
+    assert sorted(set(built)) == [0, 1, 2]
+    assert made._returning._bytes == 0

@@ -112,6 +112,15 @@ def test_why_drawn_trials_share_no_stack_is_said() -> None:
         given._seconds_stacked(group, given.plan_of("fine").loosest, 2, 1.0)
 
 
+def test_networks_that_are_padded_can_be_tried_at_one_size_after_another() -> None:
+    """To see what padding does their weights are moved, in the stack that is tried first."""
+    given = sized(width={"type": "int", "low": 5, "high": 13}, learning_rate=RATE)
+    group = max(given._groups("fine")[0].values(), key=len)
+    assert group[0].is_padded
+    for capacity in (16, 32):
+        assert given._seconds_stacked(group, given.plan_of("fine").loosest, capacity, 1.0) is not None
+
+
 RATE = {"type": "float", "low": 1e-3, "high": 1e-1}
 
 

@@ -4,12 +4,14 @@ What is wrong is said with the shapes and dtypes that came: of what torch itself
 guess which tensor was meant.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
@@ -175,11 +177,11 @@ def _refuse_all_pairs(plan: Plan, outputs: Any, targets: Tensor, params: Params)
     """
     predicted = prediction(outputs)
     try:
-        shape: torch.Size = torch.broadcast_shapes(predicted.shape, targets.shape)  # type: ignore[no-untyped-call]
-    except RuntimeError:
+        shape = np.broadcast_shapes(predicted.shape, targets.shape)  # torch's own imports SymPy: half a second
+    except ValueError:
         return
     other = (targets != targets[:1]).reshape(len(targets), -1).any(1).nonzero()[:, 0]
-    if shape.numel() <= max(predicted.numel(), targets.numel()) or not len(other):
+    if math.prod(shape) <= max(predicted.numel(), targets.numel()) or not len(other):
         return
     mixed = targets.clone()
     mixed[1::2] = targets[other[0]]
@@ -200,7 +202,7 @@ def _refuse_all_pairs(plan: Plan, outputs: Any, targets: Tensor, params: Params)
     if torch.allclose(as_they_are, moved, rtol=1e-6) and not torch.allclose(as_they_are, same, rtol=1e-3):
         raise InputError(
             f"objective {plan.spec.objective}: loss compares each row's output with every row's target: outputs "
-            f"{_described(predicted)} and targets {_described(targets)} are broadcast to {tuple(shape)}; give both one "
+            f"{_described(predicted)} and targets {_described(targets)} are broadcast to {shape}; give both one "
             f"shape (targets.unsqueeze(1), say, or outputs.squeeze(1))"
         )
 

@@ -41,19 +41,25 @@ _MOVES: Sequence[Callable[[Tensor], Tensor]] = (
 def outputs_when_moved(task: Task, candidates: Mapping[int, Candidate], example: Split) -> Iterator[dict[int, Any]]:
     """Move the weights of the probes of `candidates`, in one way after another, and yield what each gives alone then.
 
-    A network that fails there, or gives no numbers, is left out. The probes keep their last weights.
+    A network that fails there, or gives no numbers, is left out. In the end the probes have the weights that they had,
+    of which their `outputs` are: they are compared again in another stack.
     """
     began = {slot: [w.detach().clone() for w in each.probe.module.parameters()] for slot, each in candidates.items()}
-    for move in _MOVES:
-        outputs: dict[int, Any] = {}
-        for slot, each in candidates.items():
-            with torch.no_grad():
-                for weight, first in zip(each.probe.module.parameters(), began[slot], strict=True):
-                    weight.copy_(move(first))
-            made = _outputs(task, each.probe.module, example)
-            if made is not None:
-                outputs[slot] = made
-        yield outputs
+
+    def set_weights(slot: int, move: Callable[[Tensor], Tensor]) -> nn.Module:
+        module = candidates[slot].probe.module
+        with torch.no_grad():
+            for weight, first in zip(module.parameters(), began[slot], strict=True):
+                weight.copy_(move(first))
+        return module
+
+    try:
+        for move in _MOVES:
+            made = {slot: _outputs(task, set_weights(slot, move), example) for slot in candidates}
+            yield {slot: outputs for slot, outputs in made.items() if outputs is not None}
+    finally:
+        for slot in candidates:
+            set_weights(slot, lambda w: w)
 
 
 def _outputs(task: Task, module: nn.Module, example: Split) -> Any:

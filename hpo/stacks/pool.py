@@ -13,6 +13,7 @@ from hpo.stacks.alone import NotStackable
 from hpo.stacks.candidate import Candidate, candidates
 from hpo.stacks.cost import compile_pays, slots_for
 from hpo.stacks.padding import Padder, PaddingPlan
+from hpo.stacks.returning import Returning
 from hpo.stacks.sharing import Sharing, Signature
 from hpo.stacks.vmap_stack import VmapStack
 from hpo.study.data import Split
@@ -55,6 +56,7 @@ class Pool(Stacks):
         self._stacks: list[VmapStack] = []
         self._hopeless: dict[tuple[Padder, Hashable], str] = {}
         self._sharing = Sharing()
+        self._returning = Returning()
         self._alone = LoopStack(task)
         self._queue: list[Member] = []
 
@@ -67,7 +69,7 @@ class Pool(Stacks):
         return [stack for stack in (*self._stacks, self._alone) if stack.members]
 
     def join(self, members: Iterable[Member]) -> None:
-        waiting = {member: candidates(self._task, member, self._plan, self._example) for member in members}
+        waiting = {member: self._candidates(member) for member in members}
         reasons: dict[Member, str] = {}
         while waiting:
             refused = self._join_stacks(waiting, reasons)
@@ -78,6 +80,12 @@ class Pool(Stacks):
                 self._resize(stack, stack.members)
         while self._queue and not self._alone.members:
             self._alone.join(self._queue.pop(0))
+
+    def _candidates(self, member: Member) -> Iterator[Candidate]:
+        """Yield `member` as it was in a stack before it was paused, if it was, then with each padding."""
+        if member.resume is not None and (found := self._returning.take(member)) is not None:
+            yield found
+        yield from candidates(self._task, member, self._plan, self._example)
 
     def _join_stacks(
         self, waiting: Mapping[Member, Iterator[Candidate]], reasons: Mapping[Member, str]
@@ -165,6 +173,8 @@ class Pool(Stacks):
         for each in group:
             if each.member in refused:
                 self._hopeless[each.padder, each.signature] = refused[each.member]
+            elif each.member.pause is not None:
+                self._returning.keep(each)
         return refused
 
     def _is_hopeless(self, candidate: Candidate) -> bool:
