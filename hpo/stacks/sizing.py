@@ -47,6 +47,9 @@ _TIMED_EPOCHS = 2
 _WARM_UP, _STEPS = 2, 12
 _ENOUGH_SECONDS = 0.25
 """Where steps take longer than this together, fewer of them are timed."""
+_MOST_ALONE = 4.0
+"""A single network that is compiled was at most so many times as fast: it is not measured where a stack is faster."""
+_LITTLE_LARGER = 2.0
 _ALONE = 8
 """How many of the drawn configurations are measured one at a time."""
 _LARGE_STEP = 2e-3
@@ -159,11 +162,16 @@ class Sizing:
         total = min(alone * self.n_trials, self.seconds)  # without `trials` there are as many as fit
         if total < SHORT_SECONDS:
             return StackSize(why=f"one trial at a time: all of it takes about {total:.0f} s")
-        deadline, room = time.monotonic() + _SHARE * total, self.room()
+        deadline = time.monotonic() + _SHARE * total
+        found = {padding: self._groups(padding) for padding in _PADDINGS}
+        most = min(self.most, self._room_for(found[_PADDINGS[-1]][0]))
+        sizes = [k for k in SIZES[self.task.device.type] if 1 < k <= most]
         best, best_gain, reasons = StackSize(why="one trial at a time"), 1.0, []
-        for padding in _PADDINGS:
+        for padding, several in (*((padding, sizes) for padding in _in_order(found)), (_PADDINGS[0], [1])):
+            if several == [1] and best_gain >= _MOST_ALONE:
+                break
             try:
-                for choice, gain in self._gains(members, padding, total, min(self.most, room), deadline):
+                for choice, gain in self._gains(*found[padding], padding, total, several, deadline):
                     if gain > best_gain:
                         best, best_gain = choice, gain
             except NotStackable as error:
@@ -178,28 +186,34 @@ class Sizing:
         return self._with_threads(replace(best, why=why), members)
 
     def _gains(
-        self, members: Sequence[Member], padding: Padding, total: float, most: int, deadline: float
+        self,
+        groups: Mapping[Hashable, Sequence[Candidate]],
+        reasons: Sequence[str],
+        padding: Padding,
+        total: float,
+        sizes: Sequence[int],
+        deadline: float,
     ) -> Iterator[tuple[StackSize, float]]:
         """Yield choices and how many times as fast as one at a time they are; until more members gain no more.
 
-        One at a time the study takes `total` seconds. Making a stack for each signature counts too: compiling is slow.
+        `groups` and `reasons` are those of this padding (`_groups`). One at a time the study takes `total` seconds.
+        Making a stack for each signature counts too: compiling is slow.
         """
         padder = self.plan_of(padding).loosest
-        groups, reasons = self._groups(padding)
         if not groups:
             raise NotStackable(reasons[0])
         common = max(groups.values(), key=len)
         # the others train one at a time
-        stacked = total * sum(map(len, groups.values())) / (len(members) + self.n_too_large)
+        stacked = total * sum(map(len, groups.values())) / (len(self.draws) + self.n_too_large)
         # of K trials at once, so many have one signature on average, from a trial's point of view
         shared = self._shared(groups)
         alone = sum(self._seconds_alone(each.member) for each in common[:_ALONE]) / len(common[:_ALONE])
         before, measured = 0.0, 0
-        for k in SIZES[self.task.device.type]:
+        for k in sizes:
             n = max(1, round(k * shared))
-            if k > most or time.monotonic() > deadline:
+            if time.monotonic() > deadline:
                 return
-            if n == measured:
+            if n == measured or (n == 1 and k > 1):
                 continue
             took = self._seconds_stacked([common[i % len(common)] for i in range(n)], padder, k, shared)
             free_if_cuda(self.task.device)  # the next stack is larger
@@ -295,6 +309,21 @@ class Sizing:
         return replace(
             choice, threads=n_cores, why=f"{choice.why}; {n_cores} threads: {one / several:.1f} times as fast as {now}"
         )
+
+
+def _in_order(found: Mapping[Padding, tuple[Mapping[Hashable, Sequence[Candidate]], Sequence[str]]]) -> list[Padding]:
+    """Return the paddings that differ, the most promising first: measuring may end before the last of them.
+
+    Where padding all to the largest makes networks little larger, fewer steps to compile for weigh more.
+    """
+
+    def size(padding: Padding) -> tuple[int, int]:
+        groups = found[padding][0].values()
+        return sum(math.prod(x) for each in groups for one in each for x in one.padded.shapes.values()), len(groups)
+
+    paddings = [each for i, each in enumerate(_PADDINGS) if size(each) not in map(size, _PADDINGS[:i])]
+    little = size(paddings[-1])[0] <= _LITTLE_LARGER * size(paddings[0])[0]
+    return paddings[::-1] if little else paddings
 
 
 def _synchronize(device: torch.device) -> None:
