@@ -355,7 +355,8 @@ def run(study: Callable[..., Any], text: str = TEXT, **more: Any) -> tuple[list[
 def test_a_run_says_and_remembers_what_it_has_chosen(study, measured) -> None:
     said, remembered, values = run(study)
     assert remembered["choice"]["why"].endswith("(measured)")
-    assert said == [f"stack: {remembered['choice']['why']}"]
+    measuring = "stack: measuring how many trials to train at once"
+    assert said == [measuring, f"stack: {remembered['choice']['why']}"]
     alone, nothing, expected = run(study, TEXT.replace("auto", "1") + "name: alone\n")
     assert (alone, nothing) == ([], None)
     assert values == pytest.approx(expected, abs=1e-6)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from hpo.errors import Interrupted
+from hpo.log import log
 from hpo.stacks.alone import NotStackable
 from hpo.stacks.candidate import Candidate
 from hpo.stacks.compiling import TIMED_STEPS
@@ -50,6 +51,7 @@ _ENOUGH_SECONDS = 0.25
 _MOST_ALONE = 4.0
 """A single network that is compiled was at most so many times as fast: it is not measured where a stack is faster."""
 _LITTLE_LARGER = 2.0
+"""Networks that are padded to the largest and have no more than so many times as many weights cost little more."""
 _ALONE = 8
 """How many of the drawn configurations are measured one at a time."""
 _LARGE_STEP = 2e-3
@@ -163,6 +165,7 @@ class Sizing:
         if total < SHORT_SECONDS:
             return StackSize(why=f"one trial at a time: all of it takes about {total:.0f} s")
         deadline = time.monotonic() + _SHARE * total
+        log.info("stack: measuring how many trials to train at once")
         found = {padding: self._groups(padding) for padding in _PADDINGS}
         most = min(self.most, self._room_for(found[_PADDINGS[-1]][0]))
         sizes = [k for k in SIZES[self.task.device.type] if 1 < k <= most]
