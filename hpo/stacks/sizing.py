@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from statistics import median
 from typing import Any
 
@@ -48,6 +49,9 @@ _TIMED_EPOCHS = 2
 _WARM_UP, _STEPS = 2, 12
 _ENOUGH_SECONDS = 0.25
 """Where steps take longer than this together, fewer of them are timed."""
+_FIRST = 16
+"""The size that is measured first, before larger ones, and smaller ones only where those are no faster: on a study of
+minutes there is time to compile for one."""
 _MOST_ALONE = 4.0
 """A single network that is compiled was at most so many times as fast: it is not measured where a stack is faster."""
 _LITTLE_LARGER = 2.0
@@ -169,10 +173,11 @@ class Sizing:
         found = {padding: self._groups(padding) for padding in _PADDINGS}
         most = min(self.most, self._room_for(found[_PADDINGS[-1]][0]))
         sizes = [k for k in SIZES[self.task.device.type] if 1 < k <= most]
+        large, small, paddings = [k for k in sizes if k >= _FIRST], [k for k in sizes if k < _FIRST], _in_order(found)
         best, best_gain, reasons = StackSize(why="one trial at a time"), 1.0, []
-        for padding, several in (*((padding, sizes) for padding in _in_order(found)), (_PADDINGS[0], [1])):
-            if several == [1] and best_gain >= _MOST_ALONE:
-                break
+        for padding, several in (*product(paddings, [large]), *product(paddings, [small]), (_PADDINGS[0], [1])):
+            if (several == small and best.capacity > _FIRST) or (several == [1] and best_gain >= _MOST_ALONE):
+                continue
             try:
                 for choice, gain in self._gains(*found[padding], padding, total, several, deadline):
                     if gain > best_gain:
@@ -206,6 +211,8 @@ class Sizing:
         if not groups:
             raise NotStackable(reasons[0])
         common = max(groups.values(), key=len)
+        if not sizes or time.monotonic() > deadline:
+            return
         # the others train one at a time
         stacked = total * sum(map(len, groups.values())) / (len(self.draws) + self.n_too_large)
         # of K trials at once, so many have one signature on average, from a trial's point of view
