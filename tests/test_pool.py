@@ -491,7 +491,7 @@ def test_who_returns_otherwise_than_it_left_is_built(monkeypatch) -> None:
     monkeypatch.setattr(Task, "drawn", lambda task, member: built.append(member.number) or real(task, member))
     made.join([other, scratch])
     assert sorted(set(built)) == [0, 1]
-    one = made._returning._bytes // 5
+    one = made._returning._known.size // 5
     assert one > 0
     made._returning = Returning(most=2 * one)
     for stack in made.active:
@@ -501,4 +501,4 @@ def test_who_returns_otherwise_than_it_left_is_built(monkeypatch) -> None:
     del built[:]
     made.join(again)
     assert sorted(set(built)) == [0, 1, 2]
-    assert made._returning._bytes == 0
+    assert made._returning._known.size == 0

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hpo.runner.checkpoints import Checkpoint
 from hpo.search.claim import Claim
+from hpo.training.memory import Bounded
 
 _MIB = 1 << 20
 
@@ -15,30 +16,19 @@ class PausedTrials:
     """Checkpoints by trial, up to so many MiB; the oldest is let go first, which is on disk as all of them are."""
 
     def __init__(self, mib: float) -> None:
-        self._most = mib * _MIB
-        self._kept: dict[int, tuple[Checkpoint, int]] = {}
-        self._size = 0
+        self._kept = Bounded[int, Checkpoint](mib * _MIB)
 
     def keep(self, number: int, checkpoint: Checkpoint) -> None:
         """Keep what a trial resumes from, which nobody must change."""
-        self._let_go(number)
-        size = _n_bytes([checkpoint.kept, checkpoint.training])
-        if size > self._most or checkpoint.training.get("lost"):  # which is refused when it is read
-            return
-        self._kept[number] = checkpoint, size
-        self._size += size
-        while self._size > self._most:
-            self._let_go(next(iter(self._kept)))
+        if checkpoint.training.get("lost"):  # which is refused when it is read
+            self._kept.take(number)
+        else:
+            self._kept.keep(number, checkpoint, _n_bytes([checkpoint.kept, checkpoint.training]))
 
     def take(self, claim: Claim) -> Checkpoint | None:
         """Return what a claimed trial resumes from; None: it is not here, or a peer has trained it since."""
-        checkpoint = self._let_go(claim.number)
+        checkpoint = self._kept.take(claim.number)
         return checkpoint if checkpoint is not None and checkpoint.epoch == claim.n_reported else None
-
-    def _let_go(self, number: int) -> Checkpoint | None:
-        checkpoint, size = self._kept.pop(number, (None, 0))
-        self._size -= size
-        return checkpoint
 
 
 def _n_bytes(value: Any) -> int:

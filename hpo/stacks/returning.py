@@ -3,12 +3,11 @@
 A network takes 10 to 20 ms for that, and half of a study's trials may be resumed at once.
 """
 
-from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import replace
 
 from hpo.stacks.candidate import Candidate
-from hpo.training.memory import n_bytes
+from hpo.training.memory import Bounded, n_bytes
 from hpo.training.stack import Member
 
 _MOST_BYTES = 64 << 20
@@ -21,24 +20,16 @@ class Returning:
 
     def __init__(self, most: int = _MOST_BYTES) -> None:
         """`most`: how many bytes they may have together, on the device and beside it."""
-        self._most, self._bytes = most, 0
-        self._known: OrderedDict[Hashable, tuple[Candidate, int]] = OrderedDict()
+        self._known = Bounded[Hashable, Candidate](most)
 
     def keep(self, candidate: Candidate) -> None:
         """Keep that of a member that will be paused, without what it resumes from and has reported."""
-        self.take(candidate.member)
-        size = _COPIES * n_bytes(candidate.probe.module)
         member = replace(candidate.member, resume=None, history=[], rounds=[])
-        self._known[_key(member)] = replace(candidate, member=member), size
-        self._bytes += size
-        while self._bytes > self._most:
-            _, (_, size) = self._known.popitem(last=False)
-            self._bytes -= size
+        self._known.keep(_key(member), replace(candidate, member=member), _COPIES * n_bytes(candidate.probe.module))
 
     def take(self, member: Member) -> Candidate | None:
         """Return what was kept of a member with this number, seed and params, and forget it."""
-        found, size = self._known.pop(_key(member), (None, 0))
-        self._bytes -= size
+        found = self._known.take(_key(member))
         if found is None:
             return None
         member.n_parameters = found.member.n_parameters

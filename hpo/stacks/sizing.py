@@ -106,11 +106,8 @@ class Sizing:
     """So many times at the least all slots are to be trained in that time."""
     stopping: Callable[[], bool] = lambda: False
 
-    def room(self) -> int:
-        """Return how many of the largest trials fit into the device's memory at once, and at least 1."""
-        return self._room_for(self._groups("coarse")[0])
-
     def _room_for(self, groups: Mapping[Hashable, Sequence[Candidate]]) -> int:
+        """Return how many of the largest of these trials fit into the device's memory at once, and at least 1."""
         largest = max((each.bytes_in_a_stack() for group in groups.values() for each in group), default=0)
         return max(1, int(_ROOM * free_bytes(self.task.device) / largest)) if largest else 1
 

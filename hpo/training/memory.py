@@ -9,12 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import psutil
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 _CGROUPS = (  # a container's limit and use, and of the use what is given back when needed, as cgroups v2 and v1 have it
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
@@ -191,3 +194,30 @@ def used_mib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return float(psutil.Process().memory_info().rss) / 2**20
+
+
+class Bounded(Generic[Key, Value]):
+    """Values that may take so many bytes together: the oldest is let go first, what is too large alone is not kept."""
+
+    def __init__(self, most: float) -> None:
+        """`most`: how many bytes."""
+        self._most = most
+        self._kept: dict[Key, tuple[Value, int]] = {}
+        self.size = 0
+        """How many bytes they have now."""
+
+    def keep(self, key: Key, value: Value, size: int) -> None:
+        """Keep a value of `size` bytes in place of what was kept by that key."""
+        self.take(key)
+        if size > self._most:
+            return
+        self._kept[key] = value, size
+        self.size += size
+        while self.size > self._most:
+            self.take(next(iter(self._kept)))
+
+    def take(self, key: Key) -> Value | None:
+        """Return what was kept by that key, and forget it; None: it is not here."""
+        value, size = self._kept.pop(key, (None, 0))
+        self.size -= size
+        return value
